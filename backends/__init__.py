@@ -1,0 +1,190 @@
+"""Backends: one small adapter per array framework, behind one contract.
+
+A backend is chosen when a cache is made; several live in one process and there is no
+current one. Importing this package imports no framework but NumPy.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ != "kvcache.backends":
+    raise ImportError(f"import this package as kvcache.backends, not as {__name__}.")
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from kvcache.errors import BackendNotAvailableError, UnknownBackendError
+
+from .base import Array, Backend, CacheConfig
+
+__all__ = [
+    "Backend",
+    "BackendInfo",
+    "CacheConfig",
+    "available_backends",
+    "backend_of",
+    "get_backend",
+    "register_backend",
+]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a backend lives, the framework it needs, and what installs that framework."""
+
+    target: str
+    framework: str
+    remedy: str
+
+
+_REGISTRY: dict[str, _Entry] = {
+    "array_api": _Entry(
+        "kvcache.backends.array_api:ArrayApiBackend",
+        "array_api_compat",
+        "pip install array-api-compat",
+    ),
+    "jax": _Entry("kvcache.backends._jax:JaxBackend", "jax", "pip install 'kvcache[jax]'"),
+    "mlx": _Entry("kvcache.backends._mlx:MlxBackend", "mlx", "pip install 'kvcache[mlx]'"),
+    "numpy": _Entry("kvcache.backends._numpy:NumpyBackend", "numpy", "pip install numpy"),
+    "torch": _Entry("kvcache.backends._torch:TorchBackend", "torch", "pip install 'kvcache[torch]'"),
+}
+# jaxlib's arrays are JAX's.
+_OWNERS = {"jaxlib": "jax"}
+# "auto": the framework that its machine is best at. MLX only where it was made for.
+_PREFERENCE = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What :func:`available_backends` found out about one backend.
+
+    installed: whether it can be used. version: of its framework.
+    devices: what it can allocate on, default first. reason: why it cannot be used, or ``""``.
+    remedy: the command that installs it.
+    """
+
+    installed: bool
+    version: str
+    devices: tuple[str, ...]
+    reason: str
+    remedy: str
+
+
+def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Backend:
+    """The backend called `spec`: ``"numpy"``, ``"torch:cuda:1"``, ``"array_api:cupy"``, ...
+
+    ``"auto"`` takes ``$KVCACHE_BACKEND`` if set, else the best one installed. `device` may be
+    given apart from the name; a backend passed in is returned as it is.
+
+    Raises:
+        UnknownBackendError: no backend has that name.
+        BackendNotAvailableError: its framework or device is missing; says what installs it.
+    """
+    if isinstance(spec, Backend):
+        return spec
+    if spec == "auto":
+        spec = os.environ.get("KVCACHE_BACKEND") or _best()
+    name, _, suffix = spec.partition(":")
+    return _backend(name, device or suffix or None)
+
+
+def backend_of(array: Array) -> Backend:
+    """The backend, device included, that owns `array`; imports nothing new to find out.
+
+    Raises:
+        UnknownBackendError: the array is of no known framework.
+    """
+    root = type(array).__module__.partition(".")[0]
+    for name, entry in _entries().items():
+        if _OWNERS.get(root, root) == entry.framework:
+            return _backend(name, _load(name).device_of(array))
+    if hasattr(array, "__array_namespace__"):
+        return _backend("array_api", root)
+    raise UnknownBackendError(
+        f"keys and values must be arrays of a framework that has a backend "
+        f"({', '.join(sorted(_entries()))}); got {type(array).__module__}.{type(array).__name__}. "
+        "register_backend adds others."
+    )
+
+
+def available_backends() -> Mapping[str, BackendInfo]:
+    """What there is on this machine, by name. Imports every framework that is installed."""
+    return {name: _inspect(name) for name in sorted(_entries())}
+
+
+def register_backend(name: str, target: str, framework: str, remedy: str) -> None:
+    """Add a backend from code; packages do it with the entry-point group ``kvcache.backends``.
+
+    name: what :func:`get_backend` will know it by. target: ``"module:Class"``, imported when
+    first used. framework: the module whose arrays it owns. remedy: the command to install it.
+    """
+    if name in _entries():
+        raise UnknownBackendError(f"a backend named {name!r} exists already. Choose another name.")
+    _REGISTRY[name] = _Entry(target, framework, remedy)
+
+
+@cache
+def _plugins() -> dict[str, _Entry]:
+    """Backends of other packages. Their entry point names the class, its package the rest."""
+    found = importlib.metadata.entry_points(group="kvcache.backends")
+    return {
+        point.name: _Entry(
+            point.value,
+            point.extras[0] if point.extras else point.module.partition(".")[0],
+            f"pip install {point.dist.name if point.dist else point.module}",
+        )
+        for point in found
+    }
+
+
+def _entries() -> dict[str, _Entry]:
+    return {**_plugins(), **_REGISTRY}
+
+
+def _best() -> str:
+    installed = (name for name in _PREFERENCE if importlib.util.find_spec(_REGISTRY[name].framework))
+    return next(installed, "numpy")
+
+
+@cache
+def _load(name: str) -> type[Backend]:
+    entries = _entries()
+    if name not in entries:
+        raise UnknownBackendError(
+            f"no backend is called {name!r}; there are {', '.join(sorted(entries))}. "
+            "register_backend adds others."
+        )
+    module, _, attribute = entries[name].target.partition(":")
+    try:
+        backend: type[Backend] = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise BackendNotAvailableError(
+            f"backend {name!r} needs {entries[name].framework}, which cannot be imported "
+            f"({error}). Install it: {entries[name].remedy}"
+        ) from error
+    return backend
+
+
+@cache
+def _backend(name: str, device: str | None) -> Backend:
+    return _load(name)(device)
+
+
+def _inspect(name: str) -> BackendInfo:
+    entry = _entries()[name]
+    try:
+        devices = tuple(_load(name).devices())
+    except BackendNotAvailableError as error:
+        return BackendInfo(False, "", (), str(error), entry.remedy)
+    return BackendInfo(True, _version(entry.framework), devices, "", entry.remedy)
+
+
+def _version(framework: str) -> str:
+    distributions = importlib.metadata.packages_distributions().get(framework, [framework])
+    return importlib.metadata.version(distributions[0])

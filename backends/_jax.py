@@ -1,0 +1,149 @@
+"""JAX on CPU, GPU or TPU.
+
+JAX arrays never change, so a cheap write is a compiled program that is given the old
+buffer to reuse (donation). Each program here only moves data and is compiled once per
+shape; positions are arguments, not constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import lax
+
+from .base import HOST_DTYPES, Array, Backend, CacheConfig, HostArray
+
+# On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
+# write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
+_COPY_ONLY = {
+    "xla_disable_hlo_passes": ",".join(
+        f"float-normalization-{dtype}" for dtype in ("bf16", "f8e4m3fn", "f8e5m2")
+    )
+}
+
+
+class JaxBackend(Backend):
+    """Buffers are donated to each write: using an old one afterwards raises in JAX.
+
+    A live NumPy or DLPack view of a buffer makes XLA copy it instead of reusing it: correct,
+    but O(capacity). Take copies with :meth:`to_host`.
+    """
+
+    name: ClassVar[str] = "jax"
+    # A slice is a copy and each new length a new program: caches hand out whole buffers.
+    config: ClassVar[CacheConfig] = CacheConfig(padding=256)
+    views: ClassVar[bool] = False
+    xp = jnp
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        usable = self.devices()
+        if device and f"{device}:0" in usable:
+            device = f"{device}:0"
+        self.device = self._check_device(device, usable)
+        platform, _, index = self.device.partition(":")
+        self._device = jax.devices(platform)[int(index)]
+        self._copy_only = platform == "cpu"
+
+    @staticmethod
+    def devices() -> list[str]:
+        found = [f"{device.platform}:{device.id}" for device in jax.devices()]
+        return found if jax.default_backend() == "cpu" else [*found, "cpu:0"]
+
+    @staticmethod
+    def device_of(array: Array) -> str:
+        device = next(iter(array.devices()))
+        return f"{device.platform}:{device.id}"
+
+    def _framework_dtypes(self) -> dict[str, Any]:
+        return HOST_DTYPES
+
+    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+        return jnp.zeros(tuple(shape), self.dtype(dtype), device=self._device)
+
+    def write_slice(
+        self, buffer: Array, update: Array, start: int, stop: int, axis: int
+    ) -> Array:
+        return _slice_writer(axis, self._copy_only)(buffer, update, np.int32(start))
+
+    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+        return _row_writer(axis, self._copy_only)(buffer, rows, index)
+
+    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+        return _row_reader(axis, self._copy_only)(buffer, index)
+
+    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+        return _slice_reader(axis, stop - start, self._copy_only)(buffer, np.int32(start))
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+        return _joiner(axis, self._copy_only)(*arrays)
+
+    def free(self, buffer: Array) -> None:
+        buffer.delete()
+
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+        # JAX may keep reading the array it is given, or adopt its memory: it gets one of its own.
+        return jax.device_put(self._host(array, dtype).copy(), self._device)
+
+    def to_host(self, array: Array) -> HostArray:
+        return np.array(array)
+
+    def from_dlpack(self, array: Any) -> Array:
+        return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
+
+    def sync(self, *arrays: Array) -> None:
+        jax.block_until_ready(arrays)
+
+
+def _options(copy_only: bool) -> dict[str, Any] | None:
+    return dict(_COPY_ONLY) if copy_only else None
+
+
+@cache
+def _slice_writer(axis: int, copy_only: bool) -> Callable[..., Array]:
+    def write_slice(buffer: Array, update: Array, start: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
+
+    return jax.jit(write_slice, donate_argnums=0, compiler_options=_options(copy_only))
+
+
+@cache
+def _row_writer(axis: int, copy_only: bool) -> Callable[..., Array]:
+    def write_rows(buffer: Array, rows: Array, index: Array) -> Array:
+        def write_row(i: Array, out: Array) -> Array:
+            row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
+            return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
+
+        return lax.fori_loop(0, index.shape[0], write_row, buffer)
+
+    return jax.jit(write_rows, donate_argnums=0, compiler_options=_options(copy_only))
+
+
+@cache
+def _row_reader(axis: int, copy_only: bool) -> Callable[..., Array]:
+    def read_rows(buffer: Array, index: Array) -> Array:
+        return jnp.take(buffer, index, axis=axis, mode="clip")
+
+    return jax.jit(read_rows, compiler_options=_options(copy_only))
+
+
+@cache
+def _slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., Array]:
+    def read_slice(buffer: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(buffer, start, length, axis)
+
+    return jax.jit(read_slice, compiler_options=_options(copy_only))
+
+
+@cache
+def _joiner(axis: int, copy_only: bool) -> Callable[..., Array]:
+    def join(*arrays: Array) -> Array:
+        return jnp.concatenate(arrays, axis=axis)
+
+    return jax.jit(join, compiler_options=_options(copy_only))

@@ -1,0 +1,99 @@
+"""MLX on Apple GPUs, CUDA and CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.errors import BackendNotAvailableError
+
+from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+
+_NAMES = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "int8": mx.int8,
+    "uint8": mx.uint8,
+    "int32": mx.int32,
+    "bool": mx.bool_,
+}
+
+
+class MlxBackend(Backend):
+    """Writes are lazy and land in place when evaluated, unless an older view is still alive.
+
+    Evaluate once per step (:meth:`sync`, or reading the result), not once per write. MLX
+    has no float8 dtypes, and runs everything on its default device.
+    """
+
+    name: ClassVar[str] = "mlx"
+    # mlx.core is MLX's own array-API namespace, but for one name that Python shadows there.
+    xp = SimpleNamespace(**{**vars(mx), "bool": mx.bool_})
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        self.device, *_ = self.devices()
+        if device not in (None, self.device):
+            raise BackendNotAvailableError(
+                f"MLX computes on its default device, {self.device!r}; got {device!r}. "
+                "Change it with mlx.core.set_default_device."
+            )
+
+    @staticmethod
+    def devices() -> list[str]:
+        return [mx.default_device().type.name]
+
+    @staticmethod
+    def device_of(array: Array) -> str:
+        return str(mx.default_device().type.name)
+
+    def _framework_dtypes(self) -> dict[str, Any]:
+        return _NAMES
+
+    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+        buffer = mx.zeros(tuple(shape), self.dtype(dtype))
+        mx.eval(buffer)
+        return buffer
+
+    def write_slice(
+        self, buffer: Array, update: Array, start: int, stop: int, axis: int
+    ) -> Array:
+        buffer[axis_key(axis, start, stop)] = update
+        return buffer
+
+    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+        first = int(index[0])
+        if np.array_equal(index, np.arange(first, first + index.size)):
+            return self.write_slice(buffer, rows, first, first + index.size, axis)
+        buffer[(*axis_key(axis, 0, 0)[:-1], mx.array(index))] = rows
+        return buffer
+
+    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+        return mx.take(buffer, mx.array(index), axis=axis)
+
+    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+        return buffer[axis_key(axis, start, stop)]
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+        return mx.concatenate(list(arrays), axis=axis)
+
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+        return mx.array(self._host(array, dtype))
+
+    def to_host(self, array: Array) -> HostArray:
+        name = self.dtype_name(array)
+        if name == "bfloat16":
+            array = mx.contiguous(array).view(mx.uint16)
+        return np.array(array).view(HOST_DTYPES[name])
+
+    def from_dlpack(self, array: Any) -> Array:
+        return array if isinstance(array, mx.array) else mx.from_dlpack(array)
+
+    def sync(self, *arrays: Array) -> None:
+        mx.eval(*arrays)

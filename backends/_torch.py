@@ -1,0 +1,101 @@
+"""torch on CPU, CUDA, or any other accelerator it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import array_api_compat.torch
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+
+# torch and NumPy share no name for these, so they cross as bits of the same width.
+_CARRIERS = {
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+
+
+class TorchBackend(Backend):
+    """Buffers are plain tensors outside autograd, written in place."""
+
+    name: ClassVar[str] = "torch"
+    xp = array_api_compat.torch
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        usable = self.devices()
+        if device and f"{device}:0" in usable:
+            device = f"{device}:0"
+        self.device = self._check_device(device, usable)
+
+    @staticmethod
+    def devices() -> list[str]:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            return ["cpu"]
+        return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] + ["cpu"]
+
+    @staticmethod
+    def device_of(array: Array) -> str:
+        return str(array.device)
+
+    def _framework_dtypes(self) -> dict[str, Any]:
+        return {name: getattr(torch, name) for name in HOST_DTYPES}
+
+    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+        # A tensor born under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            return torch.zeros(tuple(shape), dtype=self.dtype(dtype), device=self.device)
+
+    def write_slice(
+        self, buffer: Array, update: Array, start: int, stop: int, axis: int
+    ) -> Array:
+        if update.requires_grad:
+            update = update.detach()
+        buffer[axis_key(axis, start, stop)] = update
+        return buffer
+
+    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+        buffer[(*axis_key(axis, 0, 0)[:-1], self._index(index))] = rows.detach()
+        return buffer
+
+    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+        return torch.index_select(buffer, axis, self._index(index))
+
+    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+        return buffer.narrow(axis, start, stop - start)
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+        return torch.cat(tuple(arrays), dim=axis)
+
+    def free(self, buffer: Array) -> None:
+        # Empties this handle. Resizing the storage would free more, and leave views dangling.
+        buffer.set_()
+
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+        host = self._host(array, dtype)
+        kind = self.dtype(host.dtype.name)
+        carrier = _CARRIERS.get(kind)
+        bits = host if carrier is None else host.view(str(carrier).removeprefix("torch."))
+        return torch.tensor(bits, device=self.device).view(kind)
+
+    def to_host(self, array: Array) -> HostArray:
+        name = self.dtype_name(array)
+        carrier = _CARRIERS.get(array.dtype, array.dtype)
+        bits: HostArray = array.detach().contiguous().view(carrier).cpu().numpy()
+        return np.array(bits.view(HOST_DTYPES[name]))
+
+    def from_dlpack(self, array: Any) -> Array:
+        return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+
+    def sync(self, *arrays: Array) -> None:
+        if not self.device.startswith("cpu"):
+            torch.accelerator.synchronize(self.device)
+
+    def _index(self, index: HostArray) -> Array:
+        return torch.tensor(index, dtype=torch.int64, device=self.device)

@@ -1,0 +1,81 @@
+"""Any library that follows the Python array API standard, CuPy and array-api-strict among them.
+
+The standard has no in-place guarantee beyond item assignment and no dtypes below float32 but
+integers; what a library offers on top (CuPy's float16) is used when its namespace names it.
+A library whose arrays cannot be written, as JAX's, needs an adapter of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, ClassVar
+
+import array_api_compat
+import numpy as np
+import numpy.typing as npt
+
+from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+
+
+class ArrayApiBackend(Backend):
+    """``get_backend("array_api:cupy")`` or ``get_backend("array_api", device="cupy")``.
+
+    The device names the library: its arrays live where the library puts them by default.
+    """
+
+    name: ClassVar[str] = "array_api"
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device or "numpy"
+        probe = import_module(self.device).zeros(1)
+        self.xp = array_api_compat.array_namespace(probe)
+        super().__init__()
+
+    @staticmethod
+    def devices() -> list[str]:
+        return ["<any array-API library>"]
+
+    @staticmethod
+    def device_of(array: Array) -> str:
+        return type(array).__module__.partition(".")[0]
+
+    def _framework_dtypes(self) -> dict[str, Any]:
+        return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
+
+    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+        return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))
+
+    def write_slice(
+        self, buffer: Array, update: Array, start: int, stop: int, axis: int
+    ) -> Array:
+        buffer[(*axis_key(axis, start, stop), ...)] = update
+        return buffer
+
+    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+        # The standard assigns to slices only, so rows go run by run.
+        ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
+        for first, last in zip([0, *ends], ends, strict=False):
+            run = rows[(*axis_key(axis, first, last), ...)]
+            start = int(index[first])
+            buffer = self.write_slice(buffer, run, start, start + int(last) - int(first), axis)
+        return buffer
+
+    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+        return self.xp.take(buffer, self.xp.asarray(index), axis=axis)
+
+    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+        return buffer[(*axis_key(axis, start, stop), ...)]
+
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+        return self.xp.concat(list(arrays), axis=axis)
+
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+        return self.xp.asarray(self._host(array, dtype).copy())
+
+    def to_host(self, array: Array) -> HostArray:
+        self.dtype_name(array)
+        return np.from_dlpack(array, device="cpu", copy=True)
+
+    def from_dlpack(self, array: Any) -> Array:
+        return self.xp.from_dlpack(array)

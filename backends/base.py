@@ -1,0 +1,299 @@
+"""The contract between caches and array frameworks.
+
+A backend translates a dozen primitives to one framework. It knows arrays and no cache;
+everything that a cache decides is decided above it, on the host.
+
+**Ownership.** A buffer handed to :meth:`Backend.slice_update` or :meth:`Backend.scatter`
+is gone: only the returned one lives. Frameworks that write in place return the same
+object; functional ones (JAX) return another that took over the memory. Code that keeps
+to this rule runs at O(tokens written) on both kinds, never O(capacity).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
+
+Array: TypeAlias = Any
+"""An array of the backend's framework."""
+HostArray: TypeAlias = npt.NDArray[Any]
+Layout: TypeAlias = Literal["htd", "thd", "hdt"]
+
+HOST_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "int32": np.dtype(np.int32),
+    "bool": np.dtype(np.bool_),
+}
+"""Every dtype name that kvcache speaks, with its NumPy dtype (``ml_dtypes`` for the rest)."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How a backend wants its caches laid out; a model may override it before first use.
+
+    padding: lengths of returned keys and values are multiples of this (in tokens).
+    key_layout, value_layout: storage order of ``put`` and ``get``; ``"htd"`` is
+        ``[kv_heads, tokens, head_dim]``.
+    mask_dtype: ``"bool"`` (True = attend) or a float dtype (0 = attend, -inf = hidden).
+    """
+
+    padding: int = 1
+    key_layout: Layout = "htd"
+    value_layout: Layout = "htd"
+    mask_dtype: str = "bool"
+
+    def __post_init__(self) -> None:
+        if self.padding < 1:
+            raise ValueError(f"padding must be >= 1 token; got {self.padding}.")
+        if self.mask_dtype != "bool" and not self.mask_dtype.startswith(("float", "bfloat")):
+            raise DTypeError(f"mask_dtype must be 'bool' or a float; got {self.mask_dtype!r}.")
+
+
+class Backend(ABC):
+    """One array framework on one device.
+
+    Public primitives check their arguments on the host and raise before anything is
+    touched: JAX would clamp an out-of-range write onto older tokens, NumPy and torch would
+    broadcast or cast. A subclass implements the hooks behind them (``write_slice``,
+    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments.
+
+    ``axis``, ``start`` and ``stop`` are host ints, ``axis`` not negative; an ``index`` is a
+    host integer array. Instances are cheap and independent of each other.
+    """
+
+    name: ClassVar[str]
+    """Registry name, for example ``"torch"``."""
+    config: ClassVar[CacheConfig] = CacheConfig()
+    """What caches on this backend use unless the model overrides it."""
+    views: ClassVar[bool] = True
+    """Whether :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
+    device: str
+    """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
+    xp: Any
+    """Array-API namespace for code written above the caches."""
+
+    def __init__(self, device: str | None = None) -> None:
+        self._dtypes: dict[str, Any] = self._framework_dtypes()
+        self._dtype_names = {dtype: name for name, dtype in self._dtypes.items()}
+
+    # What there is.
+
+    @staticmethod
+    @abstractmethod
+    def devices() -> list[str]:
+        """Devices that this framework can use here, the default one first."""
+
+    @staticmethod
+    @abstractmethod
+    def device_of(array: Array) -> str:
+        """Device that holds `array`, in the form that the constructor takes."""
+
+    @abstractmethod
+    def _framework_dtypes(self) -> dict[str, Any]:
+        """Framework dtype of every supported name in :data:`HOST_DTYPES`."""
+
+    @property
+    def spec(self) -> str:
+        """``name:device``, which :func:`kvcache.get_backend` turns back into this backend."""
+        return f"{self.name}:{self.device}"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Names of the dtypes that the framework has; the others raise :class:`DTypeError`."""
+        return tuple(self._dtypes)
+
+    def dtype(self, name: str) -> Any:
+        """The framework's dtype called `name`."""
+        try:
+            return self._dtypes[name]
+        except KeyError:
+            raise DTypeError(
+                f"{self.name} has no dtype {name!r}; it has {', '.join(self._dtypes)}."
+            ) from None
+
+    def dtype_name(self, array: Array) -> str:
+        """Name of the dtype of `array`."""
+        try:
+            return self._dtype_names[array.dtype]
+        except (KeyError, AttributeError, TypeError):
+            raise DTypeError(
+                f"kvcache on {self.name} handles arrays of {', '.join(self._dtypes)}; "
+                f"got {type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}."
+            ) from None
+
+    # Buffers.
+
+    @abstractmethod
+    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+        """A new zero-filled buffer that shares memory with no other."""
+
+    def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
+        """Write `update` at ``[start, start + n)`` of `axis`, n = ``update.shape[axis]``.
+
+        Consumes `buffer`; returns the buffer to use from now on. O(size of `update`).
+
+        Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
+        """
+        tokens, last_start = _fitting(buffer.shape, update.shape, axis)
+        if buffer.dtype is not update.dtype:
+            _check_dtype(buffer, update)
+        if not 0 <= start <= last_start:
+            raise BoundsError(
+                f"a write must satisfy 0 <= start and start + tokens <= length; got {start} + "
+                f"{tokens} for {last_start + tokens} on axis {axis}. Nothing was written."
+            )
+        return self.write_slice(buffer, update, start, start + tokens, axis)
+
+    def scatter(
+        self, buffer: Array, rows: Array, index: npt.ArrayLike, axis: int
+    ) -> Array:
+        """Write ``rows[i]`` at position ``index[i]`` of `axis`; the positions must differ.
+
+        Consumes `buffer`; returns the buffer to use from now on. O(size of `rows`).
+
+        Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
+        """
+        where = _host_index(index, buffer.shape[axis], axis)
+        count, _ = _fitting(buffer.shape, rows.shape, axis)
+        _check_dtype(buffer, rows)
+        if count != where.size:
+            raise ShapeError(f"one row per position; got {count} rows for {where.size} positions.")
+        return self.write_rows(buffer, rows, where, axis) if where.size else buffer
+
+    def gather(self, buffer: Array, index: npt.ArrayLike, axis: int) -> Array:
+        """A new array of the rows of `axis` named by `index`, in that order."""
+        return self.read_rows(buffer, _host_index(index, buffer.shape[axis], axis), axis)
+
+    def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+        """Rows ``[start, stop)`` of `axis`: a view where the framework has views."""
+        if not 0 <= start <= stop <= buffer.shape[axis]:
+            raise BoundsError(
+                f"a range must satisfy 0 <= start <= stop <= length; "
+                f"got [{start}, {stop}) of {buffer.shape[axis]} on axis {axis}."
+            )
+        return self.read_slice(buffer, start, stop, axis)
+
+    @abstractmethod
+    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+        """A new array, also of a single one: it shares memory with none of `arrays`."""
+
+    def free(self, buffer: Array) -> None:  # noqa: B027 - a framework may have nothing to do
+        """Give the memory of `buffer` back now, views aside.
+
+        Using `buffer` afterwards is an error where the framework can tell (torch, JAX).
+        NumPy and MLX release memory when the last reference is dropped, so do drop it.
+        """
+
+    # Hooks: what a framework has to provide, arguments already checked.
+
+    @abstractmethod
+    def write_slice(
+        self, buffer: Array, update: Array, start: int, stop: int, axis: int
+    ) -> Array:
+        """:meth:`slice_update` at ``[start, stop)`` without checks, for who has made them."""
+
+    @abstractmethod
+    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+        """:meth:`scatter` without checks; `index` is int32 and not empty."""
+
+    @abstractmethod
+    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+        """:meth:`gather` without checks; `index` is int32."""
+
+    @abstractmethod
+    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+        """:meth:`slice` without checks, for callers that have made them."""
+
+    # To and from the host, and other frameworks.
+
+    @abstractmethod
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+        """A copy of `array` on the device, bit for bit; cast on the host if `dtype` differs."""
+
+    @abstractmethod
+    def to_host(self, array: Array) -> HostArray:
+        """A NumPy copy of `array`, bit for bit, owned by the caller."""
+
+    @abstractmethod
+    def from_dlpack(self, array: Any) -> Array:
+        """`array` of any framework as an array of this one, sharing memory where both allow."""
+
+    def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
+        """Return once every one of `arrays` has been computed and written."""
+
+    # For the adapters.
+
+    def _host(self, array: npt.ArrayLike, dtype: str | None) -> HostArray:
+        """`array` as a NumPy array of a dtype that this framework has."""
+        host = np.asarray(array)
+        name = dtype or host.dtype.name
+        self.dtype(name)
+        return host.astype(HOST_DTYPES[name], copy=False)
+
+    def _check_device(self, device: str | None, usable: Sequence[str]) -> str:
+        if device is not None and device not in usable:
+            raise BackendNotAvailableError(
+                f"{self.name} has no device {device!r} here; it has {', '.join(usable)}."
+            )
+        return device or usable[0]
+
+
+def nbytes(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array of this shape and dtype name."""
+    return math.prod(shape) * HOST_DTYPES[dtype].itemsize
+
+
+def axis_key(axis: int, start: int, stop: int) -> tuple[slice, ...]:
+    """The basic index that selects ``[start, stop)`` of `axis`."""
+    return (*_WHOLE[axis], slice(start, stop))
+
+
+_WHOLE = tuple((slice(None),) * axis for axis in range(8))
+
+
+# Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.
+@lru_cache(maxsize=1024)
+def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[int, int]:
+    """Rows in `new` and the last position on `axis` where they still fit into `have`."""
+    have, new = tuple(have), tuple(new)
+    if len(have) != len(new) or have[:axis] + have[axis + 1 :] != new[:axis] + new[axis + 1 :]:
+        raise ShapeError(
+            f"an update must match its buffer on every axis but {axis}; got {new} for {have}."
+        )
+    return new[axis], have[axis] - new[axis]
+
+
+def _check_dtype(buffer: Array, update: Array) -> None:
+    if buffer.dtype != update.dtype:
+        raise DTypeError(
+            f"an update must have the dtype of its buffer; got {update.dtype} for "
+            f"{buffer.dtype}. Cast it first."
+        )
+
+
+def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
+    where = np.asarray(index, dtype=np.int32)
+    if where.ndim != 1:
+        raise ShapeError(f"an index must have one dimension; got shape {where.shape}.")
+    if where.size and not (where.min() >= 0 and where.max() < length):
+        raise BoundsError(
+            f"positions must lie in [0, {length}) on axis {axis}; "
+            f"got {where.min()} to {where.max()}."
+        )
+    return where

@@ -1,0 +1,261 @@
+"""Keys and values of one layer in two buffers that grow: ``[B, kv_heads, slots, head_dim]``.
+
+This is the one place that checks what comes in, allocates, grows, and hands out views.
+Which token lives in which slot is the business of the caches above.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from kvcache.backends import Backend, backend_of, get_backend
+from kvcache.backends.base import Array, HostArray, nbytes
+from kvcache.errors import DTypeError, ShapeError
+
+TOKENS = 2
+"""The token axis."""
+
+
+class Geometry(NamedTuple):
+    """What all updates of one cache have in common."""
+
+    batch: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+
+
+class TokenBuffers:
+    """The buffers of one cache. Empty, and of no backend if none was named, until first used.
+
+    step: capacities are multiples of it. limit: most slots ever needed, None for no limit.
+    """
+
+    def __init__(
+        self, backend: str | Backend | None, dtype: str | None, step: int, limit: int | None = None
+    ) -> None:
+        if step < 1:
+            raise ValueError(f"step must be >= 1 token; got {step}.")
+        self.step = step
+        self.limit = limit
+        self.dtype = dtype
+        self.geometry: Geometry | None = None
+        self.capacity = 0
+        self.growths = 0
+        self.keys: Array = None
+        self.values: Array = None
+        self.backend: Any = None if backend is None else get_backend(backend)
+        self._padding = 1
+        self._seen: tuple[Any, ...] | None = None
+        if self.backend is not None:
+            self._bind(self.backend)
+
+    def _bind(self, backend: Backend) -> None:
+        if self.dtype is not None:
+            backend.dtype(self.dtype)
+        self.backend = backend
+        self._padding = backend.config.padding
+
+    # What comes in.
+
+    def admit(self, keys: Array, values: Array) -> int:
+        """Check an update against everything before it; return its number of tokens.
+
+        Raises ShapeError, DTypeError or UnknownBackendError, and has changed nothing then.
+        """
+        try:
+            # An update that looks like the last one is as good as it: the usual decode step.
+            seen = keys.shape, keys.dtype, type(keys), values.shape, values.dtype, type(values)
+        except AttributeError:
+            backend_of(keys), backend_of(values)
+            raise
+        if seen != self._seen:
+            self._examine(keys, values)
+            self._seen = seen
+        tokens: int = seen[0][TOKENS]
+        return tokens
+
+    def _examine(self, keys: Array, values: Array) -> None:
+        backend = self.backend or backend_of(keys)
+        _check_framework(backend, keys, values)
+        _check_shapes(tuple(keys.shape), tuple(values.shape))
+        geometry = _geometry(backend, keys, values)
+        if self.dtype is not None and geometry.dtype != self.dtype:
+            raise DTypeError(
+                f"this cache holds {self.dtype}; got {geometry.dtype}. Cast keys and values first."
+            )
+        if self.geometry is not None and geometry != self.geometry:
+            _refuse_change(self.geometry, geometry)
+        if self.backend is None:
+            self._bind(backend)
+        self.geometry = geometry
+
+    # Room.
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        if self.geometry is None:
+            return 0
+        batch, heads, key_dim, value_dim, dtype = self.geometry
+        return nbytes((batch, heads, self.capacity, key_dim + value_dim), dtype)
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` slots, keeping what is held.
+
+        Capacity grows by half at least, so that copying stays O(1) per token.
+        """
+        unit = math.lcm(self.step, self._padding)
+        capacity = _round_up(max(slots, self.capacity * 3 // 2), unit)
+        if self.limit is not None:
+            capacity = min(capacity, self.padded(self.limit))
+        # Both are allocated before either old one is given up: running out of memory loses nothing.
+        keys, values = self._alloc(capacity)
+        if self.capacity:
+            self.growths += 1
+            keys = self._move(self.keys, keys)
+            values = self._move(self.values, values)
+        self.keys, self.values, self.capacity = keys, values, capacity
+
+    def _alloc(self, slots: int) -> tuple[Array, Array]:
+        geometry: Any = self.geometry
+        lead = geometry.batch, geometry.kv_heads, slots
+        return (
+            self.backend.alloc((*lead, geometry.key_dim), geometry.dtype),
+            self.backend.alloc((*lead, geometry.value_dim), geometry.dtype),
+        )
+
+    def _move(self, old: Array, new: Array) -> Array:
+        new = self.backend.write_slice(new, old, 0, self.capacity, TOKENS)
+        self.backend.free(old)
+        return new
+
+    def free(self) -> None:
+        """Give the memory back. The object is of no further use."""
+        if self.capacity:
+            self.backend.free(self.keys)
+            self.backend.free(self.values)
+        self.keys = self.values = None
+        self.capacity = 0
+
+    # Slots.
+
+    def write(self, keys: Array, values: Array, start: int, stop: int) -> None:
+        """Write an admitted update to slots ``[start, stop)``, for which there is room."""
+        write = self.backend.write_slice
+        self.keys = write(self.keys, keys, start, stop, TOKENS)
+        self.values = write(self.values, values, start, stop, TOKENS)
+
+    def write_rows(self, keys: Array, values: Array, slots: HostArray) -> None:
+        """Write one row to each of `slots`."""
+        self.keys = self.backend.scatter(self.keys, keys, slots, TOKENS)
+        self.values = self.backend.scatter(self.values, values, slots, TOKENS)
+
+    def read_rows(self, slots: HostArray) -> tuple[Array, Array]:
+        """Copies of the rows in `slots`."""
+        return (
+            self.backend.gather(self.keys, slots, TOKENS),
+            self.backend.gather(self.values, slots, TOKENS),
+        )
+
+    def width(self, held: int) -> int:
+        """Columns that :meth:`view` returns for `held` slots: all, where a slice is a copy."""
+        if self.backend is not None and not self.backend.views:
+            return self.capacity
+        return self.padded(held)
+
+    def view(self, held: int) -> tuple[Array, Array]:
+        """The first `held` slots, and no more than padding beyond where slices are free."""
+        width = self.width(held)
+        if width == self.capacity:
+            return self.keys, self.values
+        read = self.backend.read_slice
+        return read(self.keys, 0, width, TOKENS), read(self.values, 0, width, TOKENS)
+
+    def padded(self, columns: int) -> int:
+        """`columns` rounded up to the backend's padding."""
+        return _round_up(columns, self._padding)
+
+    def joined(self, keys: Array, values: Array, held: int) -> tuple[Array, Array]:
+        """Copies of the first `held` slots with an update, not written yet, behind them."""
+        old_keys, old_values = self.view(held)
+        return self._joined(old_keys, keys), self._joined(old_values, values)
+
+    def _joined(self, old: Array, new: Array) -> Array:
+        lead, columns = old.shape[:TOKENS], old.shape[TOKENS] + new.shape[TOKENS]
+        missing = self.padded(columns) - columns
+        parts = [old, new]
+        if missing:
+            geometry: Any = self.geometry
+            parts.append(self.backend.alloc((*lead, missing, old.shape[3]), geometry.dtype))
+        return self.backend.concat(parts, TOKENS)
+
+    def pick(self, keys: Array, values: Array, rows: HostArray) -> tuple[Array, Array]:
+        """Copies of some tokens of an update."""
+        gather = self.backend.gather
+        return gather(keys, rows, TOKENS), gather(values, rows, TOKENS)
+
+    # Copies.
+
+    def live(self, held: int) -> tuple[Array, Array]:
+        """The first `held` slots and at most padding beyond: a view where slices are free."""
+        width = min(self.capacity, self.padded(held))
+        read = self.backend.slice
+        return read(self.keys, 0, width, TOKENS), read(self.values, 0, width, TOKENS)
+
+    def to_host(self, held: int) -> tuple[HostArray, HostArray]:
+        """NumPy copies of the first `held` slots."""
+        keys, values = (self.backend.to_host(part)[:, :, :held] for part in self.live(held))
+        return keys, values
+
+    def fill(self, keys: Array, values: Array) -> None:
+        """Copy `keys` and `values` into the first slots of buffers never used before."""
+        slots = self.admit(keys, values)
+        self.grow(slots)
+        self.write(keys, values, 0, slots)
+
+
+def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
+    for name, array in (("keys", keys), ("values", values)):
+        if backend_of(array).name != backend.name:
+            raise DTypeError(
+                f"{name} must be an array of {backend.name}, where this cache lives; got "
+                f"{type(array).__module__}.{type(array).__name__}. Convert it with "
+                "backend.from_dlpack."
+            )
+
+
+def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
+    if len(keys) != 4 or len(values) != 4:
+        raise ShapeError(
+            f"keys and values must be [B, kv_heads, tokens, head_dim]; got {keys} and {values}."
+        )
+    if keys[:3] != values[:3]:
+        raise ShapeError(
+            f"keys and values must agree in batch, kv_heads and tokens; got {keys} and {values}."
+        )
+    if not all(keys) or not all(values):
+        raise ShapeError(f"an update has at least one token; got {keys} and {values}. Skip it.")
+
+
+def _geometry(backend: Backend, keys: Array, values: Array) -> Geometry:
+    dtype = backend.dtype_name(keys)
+    if backend.dtype_name(values) != dtype:
+        raise DTypeError(
+            f"keys and values must have one dtype; got {dtype} and {backend.dtype_name(values)}."
+        )
+    batch, kv_heads, _, key_dim = keys.shape
+    return Geometry(batch, kv_heads, key_dim, values.shape[3], dtype)
+
+
+def _refuse_change(have: Geometry, got: Geometry) -> None:
+    changed = [name for name in have._fields if getattr(have, name) != getattr(got, name)]
+    kind = DTypeError if changed == ["dtype"] else ShapeError
+    what = ", ".join(f"{n} {getattr(have, n)}, not {getattr(got, n)}" for n in changed)
+    raise kind(f"every update of a cache has the same geometry: {what}. reset() starts anew.")
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

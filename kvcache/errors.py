@@ -1,0 +1,73 @@
+"""Every error kvcache raises on purpose.
+
+::
+
+    KVCacheError
+    ├── BackendNotAvailableError   (ImportError)   framework or device is missing
+    ├── UnknownBackendError        (ValueError)    no backend of that name, or for that array
+    ├── BoundsError                (IndexError)    a write or read outside a buffer
+    ├── ShapeError                 (ValueError)    wrong rank, batch, heads, tokens or head_dim
+    ├── DTypeError                 (TypeError)     wrong dtype, or one the framework lacks
+    ├── TrimError                  (ValueError)    tokens that cannot be taken back exactly
+    ├── CacheFileError             (OSError)
+    │   ├── DamagedFileError                       truncated, or a checksum does not match
+    │   ├── ForeignFileError                       not written by kvcache
+    │   └── NewerFileError                         written by a later format version
+    ├── ModelFileError             (OSError)       a model file that is missing or unreadable
+    └── UnsupportedModelError      (ValueError)    a model the reference decoder does not run
+
+Each also derives from the builtin that fits, so that code which knows nothing of kvcache
+catches what it expects. A call that raises one of these has changed nothing.
+"""
+
+
+class KVCacheError(Exception):
+    """Base of every error that kvcache raises on purpose."""
+
+
+class BackendNotAvailableError(KVCacheError, ImportError):
+    """The framework, or the device asked of it, is not on this machine."""
+
+
+class UnknownBackendError(KVCacheError, ValueError):
+    """No backend has this name, or none owns arrays of this type."""
+
+
+class BoundsError(KVCacheError, IndexError):
+    """A read or write reaches outside its buffer."""
+
+
+class ShapeError(KVCacheError, ValueError):
+    """An array has the wrong rank, batch, heads, token count or head_dim."""
+
+
+class DTypeError(KVCacheError, TypeError):
+    """An array has the wrong dtype, or the framework lacks the dtype."""
+
+
+class TrimError(KVCacheError, ValueError):
+    """The tokens cannot be taken back exactly."""
+
+
+class CacheFileError(KVCacheError, OSError):
+    """A cache file cannot be read."""
+
+
+class DamagedFileError(CacheFileError):
+    """The file is truncated, or a tensor does not match its checksum."""
+
+
+class ForeignFileError(CacheFileError):
+    """The file was not written by kvcache, or holds another kind of cache."""
+
+
+class NewerFileError(CacheFileError):
+    """The file was written by a later version of the format."""
+
+
+class ModelFileError(KVCacheError, OSError):
+    """A model file is missing or unreadable."""
+
+
+class UnsupportedModelError(KVCacheError, ValueError):
+    """The reference decoder does not run this kind of model."""

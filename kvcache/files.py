@@ -1,0 +1,114 @@
+"""The file format of caches: safetensors, with a versioned header and a checksum per tensor.
+
+The header is JSON under the metadata key ``kvcache``. Any safetensors reader can read the
+tensors; this module also proves that they are whole and says what they belong to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from kvcache.backends.base import HOST_DTYPES, HostArray
+from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
+
+VERSION = 1
+_KEY = "kvcache"
+
+
+def write_file(
+    path: str | os.PathLike[str], tensors: Mapping[str, HostArray], header: Mapping[str, Any]
+) -> None:
+    """Write `tensors` and `header` (JSON-able) to `path`, whole or not at all."""
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    described = {
+        name: {"dtype": tensor.dtype.name, "sha256": _digest(tensor)}
+        for name, tensor in whole.items()
+    }
+    metadata = {_KEY: json.dumps({"version": VERSION, "tensors": described, **header})}
+    target = Path(path)
+    # Renaming is atomic only within one directory.
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        safetensors.numpy.save_file(whole, partial, metadata)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HostArray]]:
+    """Header and tensors of a file that :func:`write_file` wrote, every tensor verified.
+
+    Raises:
+        ForeignFileError: not safetensors, or not of kvcache.
+        NewerFileError: of a later format version.
+        DamagedFileError: truncated or altered.
+    """
+    header = _read_header(path)
+    try:
+        found = dict(safetensors.deserialize(Path(path).read_bytes()))
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}.") from error
+    if found.keys() != header["tensors"].keys():
+        raise DamagedFileError(
+            f"{path} is damaged: its header lists {sorted(header['tensors'])}, "
+            f"it holds {sorted(found)}."
+        )
+    return header, {
+        name: _verified(path, name, raw, header["tensors"][name]) for name, raw in found.items()
+    }
+
+
+def _read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        kind = DamagedFileError if _looks_like_ours(path) else ForeignFileError
+        raise kind(f"{path} is not a whole safetensors file: {error}.") from error
+    if _KEY not in metadata:
+        raise ForeignFileError(
+            f"a cache file has {_KEY!r} in its metadata; {path} has {sorted(metadata)}. "
+            "Load files that kvcache saved."
+        )
+    try:
+        header: dict[str, Any] = json.loads(metadata[_KEY])
+        version = int(header["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"the header of {path} cannot be read: {error!r}.") from error
+    if version > VERSION:
+        raise NewerFileError(
+            f"this kvcache reads format versions up to {VERSION}; {path} has {version}. "
+            "Upgrade kvcache."
+        )
+    return header
+
+
+def _looks_like_ours(path: str | os.PathLike[str]) -> bool:
+    with open(path, "rb") as file:
+        return f'"{_KEY}"'.encode() in file.read(4096)
+
+
+def _verified(
+    path: str | os.PathLike[str], name: str, raw: Mapping[str, Any], described: Mapping[str, str]
+) -> HostArray:
+    array = np.frombuffer(raw["data"], HOST_DTYPES[described["dtype"]]).reshape(raw["shape"])
+    if _digest(array) != described["sha256"]:
+        raise DamagedFileError(f"{path} is damaged: {name!r} does not match its checksum.")
+    return array
+
+
+def _digest(array: HostArray) -> str:
+    # An empty array, and the dtypes of ml_dtypes, have no buffer that hashlib takes.
+    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()

@@ -1,0 +1,24 @@
+"""The conformance suite, for authors of backends.
+
+With pytest::
+
+    from kvcache.testing import BackendSuite
+
+    class TestMine(BackendSuite):
+        backend = MyBackend()
+
+Without: ``kvcache conformance --backend mine``.
+"""
+
+from kvcache.testing.report import Result, run_suite
+
+__all__ = ["BackendSuite", "Result", "run_suite"]
+
+
+def __getattr__(name: str) -> object:
+    # pytest is needed for this one only.
+    if name == "BackendSuite":
+        from kvcache.testing.suite import BackendSuite
+
+        return BackendSuite
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

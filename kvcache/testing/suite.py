@@ -1,0 +1,47 @@
+"""The suite as a pytest class to derive from."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from kvcache.backends import get_backend
+from kvcache.backends.base import HOST_DTYPES, Backend
+from kvcache.errors import DTypeError
+from kvcache.testing.checks import Check, refuses
+from kvcache.testing.report import all_checks
+
+
+class BackendSuite:
+    """Derive, set `backend` (an instance or a name), and pytest runs every check on it.
+
+    known_gaps: check name -> why it fails here. Such a check must fail: an entry that has
+    become untrue is reported as an error.
+    """
+
+    backend: ClassVar[Backend | str]
+    known_gaps: ClassVar[dict[str, str]] = {}
+
+    @pytest.mark.parametrize("check", all_checks(), ids=str)
+    def test_contract(self, check: Check) -> None:
+        backend = get_backend(self.backend)
+        if check.dtype not in backend.dtypes:
+            pytest.skip(f"{backend.name} declares no {check.dtype}")
+        gap = self.known_gaps.get(str(check), self.known_gaps.get(check.name))
+        if gap is None:
+            check.run(backend, check.dtype)
+            return
+        with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the gap looks like
+            check.run(backend, check.dtype)
+        pytest.xfail(gap)
+
+    @pytest.mark.parametrize("dtype", HOST_DTYPES)
+    def test_missing_dtypes_are_refused(self, dtype: str) -> None:
+        backend = get_backend(self.backend)
+        if dtype in backend.dtypes:
+            pytest.skip(f"{backend.name} has {dtype}")
+        with refuses(DTypeError, dtype):
+            backend.alloc((1,), dtype)
+        with refuses(DTypeError, dtype):
+            backend.from_host([1], dtype)
