@@ -21,7 +21,7 @@ from functools import cache
 
 from kvcache.errors import BackendNotAvailableError, UnknownBackendError
 
-from .base import Array, Backend, CacheConfig
+from .base import Array, Backend, CacheConfig, roots
 
 __all__ = [
     "Backend",
@@ -52,10 +52,12 @@ _REGISTRY: dict[str, _Entry] = {
     "jax": _Entry("kvcache.backends._jax:JaxBackend", "jax", "pip install 'kvcache[jax]'"),
     "mlx": _Entry("kvcache.backends._mlx:MlxBackend", "mlx", "pip install 'kvcache[mlx]'"),
     "numpy": _Entry("kvcache.backends._numpy:NumpyBackend", "numpy", "pip install numpy"),
-    "torch": _Entry("kvcache.backends._torch:TorchBackend", "torch", "pip install 'kvcache[torch]'"),
+    "torch": _Entry(
+        "kvcache.backends._torch:TorchBackend", "torch", "pip install 'kvcache[torch]'"
+    ),
 }
-# jaxlib's arrays are JAX's.
-_OWNERS = {"jaxlib": "jax"}
+# JAX defines its arrays elsewhere.
+_ALIASES = {"jax": "jaxlib"}
 # "auto": the framework that its machine is best at. MLX only where it was made for.
 _PREFERENCE = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
 
@@ -80,7 +82,7 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
     """The backend called `spec`: ``"numpy"``, ``"torch:cuda:1"``, ``"array_api:cupy"``, ...
 
     ``"auto"`` takes ``$KVCACHE_BACKEND`` if set, else the best one installed. `device` may be
-    given apart from the name; a backend passed in is returned as it is.
+    given apart from the name. A backend passed in is returned as it is.
 
     Raises:
         UnknownBackendError: no backend has that name.
@@ -88,10 +90,14 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
     """
     if isinstance(spec, Backend):
         return spec
+    if not isinstance(spec, str):
+        raise UnknownBackendError(f"a backend is named by a string; got {type(spec).__name__}.")
     if spec == "auto":
-        spec = os.environ.get("KVCACHE_BACKEND") or _best()
+        spec = os.environ.get("KVCACHE_BACKEND", "auto")
     name, _, suffix = spec.partition(":")
-    return _backend(name, device or suffix or None)
+    if device and suffix:
+        raise UnknownBackendError(f"name one device; got {spec!r} and device={device!r}.")
+    return _backend(_best() if name == "auto" else name, device or suffix or None)
 
 
 def backend_of(array: Array) -> Backend:
@@ -100,12 +106,15 @@ def backend_of(array: Array) -> Backend:
     Raises:
         UnknownBackendError: the array is of no known framework.
     """
-    root = type(array).__module__.partition(".")[0]
+    modules = roots(array)
     for name, entry in _entries().items():
-        if _OWNERS.get(root, root) == entry.framework:
+        if entry.framework in modules or _ALIASES.get(entry.framework) in modules:
             return _backend(name, _load(name).device_of(array))
     if hasattr(array, "__array_namespace__"):
-        return _backend("array_api", root)
+        try:
+            return _backend("array_api", modules[0])
+        except BackendNotAvailableError:
+            pass
     raise UnknownBackendError(
         f"keys and values must be arrays of a framework that has a backend "
         f"({', '.join(sorted(_entries()))}); got {type(array).__module__}.{type(array).__name__}. "
@@ -131,13 +140,11 @@ def register_backend(name: str, target: str, framework: str, remedy: str) -> Non
 
 @cache
 def _plugins() -> dict[str, _Entry]:
-    """Backends of other packages. Their entry point names the class, its package the rest."""
+    """Backends of other packages, each named after the module of the arrays it owns."""
     found = importlib.metadata.entry_points(group="kvcache.backends")
     return {
         point.name: _Entry(
-            point.value,
-            point.extras[0] if point.extras else point.module.partition(".")[0],
-            f"pip install {point.dist.name if point.dist else point.module}",
+            point.value, point.name, f"pip install {point.dist.name if point.dist else point.name}"
         )
         for point in found
     }
@@ -148,7 +155,9 @@ def _entries() -> dict[str, _Entry]:
 
 
 def _best() -> str:
-    installed = (name for name in _PREFERENCE if importlib.util.find_spec(_REGISTRY[name].framework))
+    installed = (
+        name for name in _PREFERENCE if importlib.util.find_spec(_REGISTRY[name].framework)
+    )
     return next(installed, "numpy")
 
 

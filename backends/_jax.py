@@ -36,6 +36,7 @@ class JaxBackend(Backend):
     """
 
     name: ClassVar[str] = "jax"
+    modules: ClassVar[tuple[str, ...]] = ("jax", "jaxlib")
     # A slice is a copy and each new length a new program: caches hand out whole buffers.
     config: ClassVar[CacheConfig] = CacheConfig(padding=256)
     views: ClassVar[bool] = False
@@ -67,9 +68,7 @@ class JaxBackend(Backend):
     def alloc(self, shape: Sequence[int], dtype: str) -> Array:
         return jnp.zeros(tuple(shape), self.dtype(dtype), device=self._device)
 
-    def write_slice(
-        self, buffer: Array, update: Array, start: int, stop: int, axis: int
-    ) -> Array:
+    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         return _slice_writer(axis, self._copy_only)(buffer, update, np.int32(start))
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
@@ -94,7 +93,7 @@ class JaxBackend(Backend):
     def to_host(self, array: Array) -> HostArray:
         return np.array(array)
 
-    def from_dlpack(self, array: Any) -> Array:
+    def adopt(self, array: Any) -> Array:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
 
     def sync(self, *arrays: Array) -> None:

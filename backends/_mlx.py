@@ -61,9 +61,7 @@ class MlxBackend(Backend):
         mx.eval(buffer)
         return buffer
 
-    def write_slice(
-        self, buffer: Array, update: Array, start: int, stop: int, axis: int
-    ) -> Array:
+    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         buffer[axis_key(axis, start, stop)] = update
         return buffer
 
@@ -92,7 +90,7 @@ class MlxBackend(Backend):
             array = mx.contiguous(array).view(mx.uint16)
         return np.array(array).view(HOST_DTYPES[name])
 
-    def from_dlpack(self, array: Any) -> Array:
+    def adopt(self, array: Any) -> Array:
         return array if isinstance(array, mx.array) else mx.from_dlpack(array)
 
     def sync(self, *arrays: Array) -> None:

@@ -36,9 +36,7 @@ class NumpyBackend(Backend):
     def alloc(self, shape: Sequence[int], dtype: str) -> Array:
         return np.zeros(shape, self.dtype(dtype))
 
-    def write_slice(
-        self, buffer: Array, update: Array, start: int, stop: int, axis: int
-    ) -> Array:
+    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         buffer[axis_key(axis, start, stop)] = update
         return buffer
 
@@ -61,5 +59,5 @@ class NumpyBackend(Backend):
     def to_host(self, array: Array) -> HostArray:
         return np.array(array)
 
-    def from_dlpack(self, array: Any) -> Array:
+    def adopt(self, array: Any) -> Array:
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)

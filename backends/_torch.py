@@ -31,6 +31,8 @@ class TorchBackend(Backend):
         usable = self.devices()
         if device and f"{device}:0" in usable:
             device = f"{device}:0"
+        elif device == "cpu:0":
+            device = "cpu"
         self.device = self._check_device(device, usable)
 
     @staticmethod
@@ -38,11 +40,13 @@ class TorchBackend(Backend):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
             return ["cpu"]
-        return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] + ["cpu"]
+        return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] + [
+            "cpu"
+        ]
 
     @staticmethod
     def device_of(array: Array) -> str:
-        return str(array.device)
+        return "cpu" if array.device.type == "cpu" else str(array.device)
 
     def _framework_dtypes(self) -> dict[str, Any]:
         return {name: getattr(torch, name) for name in HOST_DTYPES}
@@ -52,9 +56,7 @@ class TorchBackend(Backend):
         with torch.inference_mode(False):
             return torch.zeros(tuple(shape), dtype=self.dtype(dtype), device=self.device)
 
-    def write_slice(
-        self, buffer: Array, update: Array, start: int, stop: int, axis: int
-    ) -> Array:
+    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         if update.requires_grad:
             update = update.detach()
         buffer[axis_key(axis, start, stop)] = update
@@ -65,13 +67,13 @@ class TorchBackend(Backend):
         return buffer
 
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
-        return torch.index_select(buffer, axis, self._index(index))
+        return torch.index_select(buffer.detach(), axis, self._index(index))
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         return buffer.narrow(axis, start, stop - start)
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
-        return torch.cat(tuple(arrays), dim=axis)
+        return torch.cat([array.detach() for array in arrays], dim=axis)
 
     def free(self, buffer: Array) -> None:
         # Empties this handle. Resizing the storage would free more, and leave views dangling.
@@ -90,7 +92,7 @@ class TorchBackend(Backend):
         bits: HostArray = array.detach().contiguous().view(carrier).cpu().numpy()
         return np.array(bits.view(HOST_DTYPES[name]))
 
-    def from_dlpack(self, array: Any) -> Array:
+    def adopt(self, array: Any) -> Array:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
 
     def sync(self, *arrays: Array) -> None:

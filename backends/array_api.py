@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+from kvcache.errors import BackendNotAvailableError
+
+from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key, roots
+
+# Libraries known to work; any other that follows the standard may be named as well.
+_LIBRARIES = ("numpy", "cupy", "array_api_strict")
 
 
 class ArrayApiBackend(Backend):
@@ -28,17 +34,26 @@ class ArrayApiBackend(Backend):
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device or "numpy"
-        probe = import_module(self.device).zeros(1)
-        self.xp = array_api_compat.array_namespace(probe)
+        try:
+            probe = import_module(self.device).zeros(1)
+            self.xp = array_api_compat.array_namespace(probe)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise BackendNotAvailableError(
+                f"array_api:{self.device} needs {self.device!r} to be an installed array-API "
+                f"library ({error}). Name one, for example array_api:cupy."
+            ) from error
         super().__init__()
 
     @staticmethod
     def devices() -> list[str]:
-        return ["<any array-API library>"]
+        return [library for library in _LIBRARIES if find_spec(library)]
 
     @staticmethod
     def device_of(array: Array) -> str:
-        return type(array).__module__.partition(".")[0]
+        return roots(array)[0]
+
+    def owns(self, array: Array) -> bool:
+        return self.device in roots(array)
 
     def _framework_dtypes(self) -> dict[str, Any]:
         return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
@@ -46,9 +61,7 @@ class ArrayApiBackend(Backend):
     def alloc(self, shape: Sequence[int], dtype: str) -> Array:
         return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))
 
-    def write_slice(
-        self, buffer: Array, update: Array, start: int, stop: int, axis: int
-    ) -> Array:
+    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         buffer[(*axis_key(axis, start, stop), ...)] = update
         return buffer
 
@@ -77,5 +90,5 @@ class ArrayApiBackend(Backend):
         self.dtype_name(array)
         return np.from_dlpack(array, device="cpu", copy=True)
 
-    def from_dlpack(self, array: Any) -> Array:
+    def adopt(self, array: Any) -> Array:
         return self.xp.from_dlpack(array)

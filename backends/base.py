@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import ml_dtypes
 import numpy as np
@@ -41,6 +41,7 @@ HOST_DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype(np.bool_),
 }
 """Every dtype name that kvcache speaks, with its NumPy dtype (``ml_dtypes`` for the rest)."""
+_MASK_DTYPES = ("bool", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.padding < 1:
             raise ValueError(f"padding must be >= 1 token; got {self.padding}.")
-        if self.mask_dtype != "bool" and not self.mask_dtype.startswith(("float", "bfloat")):
-            raise DTypeError(f"mask_dtype must be 'bool' or a float; got {self.mask_dtype!r}.")
+        for layout in (self.key_layout, self.value_layout):
+            if layout not in get_args(Layout):
+                raise ValueError(f"a layout is one of {get_args(Layout)}; got {layout!r}.")
+        if self.mask_dtype not in _MASK_DTYPES:
+            raise DTypeError(f"mask_dtype is one of {_MASK_DTYPES}; got {self.mask_dtype!r}.")
 
 
 class Backend(ABC):
@@ -79,6 +83,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     """Registry name, for example ``"torch"``."""
+    modules: ClassVar[tuple[str, ...]] = ()
+    """Top-level modules that the framework's array types are defined in; default: the name."""
     config: ClassVar[CacheConfig] = CacheConfig()
     """What caches on this backend use unless the model overrides it."""
     views: ClassVar[bool] = True
@@ -137,6 +143,11 @@ class Backend(ABC):
                 f"got {type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}."
             ) from None
 
+    def owns(self, array: Array) -> bool:
+        """Whether `array` is of this framework and on this device."""
+        mine = self.modules or (self.name,)
+        return any(root in mine for root in roots(array)) and self.device_of(array) == self.device
+
     # Buffers.
 
     @abstractmethod
@@ -160,9 +171,7 @@ class Backend(ABC):
             )
         return self.write_slice(buffer, update, start, start + tokens, axis)
 
-    def scatter(
-        self, buffer: Array, rows: Array, index: npt.ArrayLike, axis: int
-    ) -> Array:
+    def scatter(self, buffer: Array, rows: Array, index: npt.ArrayLike, axis: int) -> Array:
         """Write ``rows[i]`` at position ``index[i]`` of `axis`; the positions must differ.
 
         Consumes `buffer`; returns the buffer to use from now on. O(size of `rows`).
@@ -203,9 +212,7 @@ class Backend(ABC):
     # Hooks: what a framework has to provide, arguments already checked.
 
     @abstractmethod
-    def write_slice(
-        self, buffer: Array, update: Array, start: int, stop: int, axis: int
-    ) -> Array:
+    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         """:meth:`slice_update` at ``[start, stop)`` without checks, for who has made them."""
 
     @abstractmethod
@@ -230,9 +237,24 @@ class Backend(ABC):
     def to_host(self, array: Array) -> HostArray:
         """A NumPy copy of `array`, bit for bit, owned by the caller."""
 
-    @abstractmethod
     def from_dlpack(self, array: Any) -> Array:
-        """`array` of any framework as an array of this one, sharing memory where both allow."""
+        """`array` of another framework as one of this, sharing memory where both allow.
+
+        Raises: DTypeError where the two have no common word for the dtype (bfloat16 and float8,
+        if one of them is NumPy): go through :meth:`to_host` and :meth:`from_host` then.
+        """
+        try:
+            return self.adopt(array)
+        except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise DTypeError(
+                f"{self.name} cannot take over {type(array).__name__} of "
+                f"{getattr(array, 'dtype', 'no dtype')} by DLPack ({error}). "
+                "Copy it through the host: to_host of its backend, then from_host."
+            ) from error
+
+    @abstractmethod
+    def adopt(self, array: Any) -> Array:
+        """The hook behind :meth:`from_dlpack`; may raise whatever the framework raises."""
 
     def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
         """Return once every one of `arrays` has been computed and written."""
@@ -257,6 +279,11 @@ class Backend(ABC):
 def nbytes(shape: Sequence[int], dtype: str) -> int:
     """Bytes of an array of this shape and dtype name."""
     return math.prod(shape) * HOST_DTYPES[dtype].itemsize
+
+
+def roots(array: Array) -> tuple[str, ...]:
+    """Top-level modules of the type of `array` and its bases, the most derived first."""
+    return tuple(kind.__module__.partition(".")[0] for kind in type(array).__mro__)
 
 
 def axis_key(axis: int, start: int, stop: int) -> tuple[slice, ...]:
@@ -288,12 +315,14 @@ def _check_dtype(buffer: Array, update: Array) -> None:
 
 
 def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
-    where = np.asarray(index, dtype=np.int32)
+    where = np.asarray(index)
     if where.ndim != 1:
         raise ShapeError(f"an index must have one dimension; got shape {where.shape}.")
+    if where.size and where.dtype.kind not in "iu":
+        raise DTypeError(f"an index must hold integers; got {where.dtype}.")
     if where.size and not (where.min() >= 0 and where.max() < length):
         raise BoundsError(
             f"positions must lie in [0, {length}) on axis {axis}; "
             f"got {where.min()} to {where.max()}."
         )
-    return where
+    return where.astype(np.int32, copy=False)

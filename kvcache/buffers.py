@@ -7,10 +7,11 @@ Which token lives in which slot is the business of the caches above.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 from kvcache.backends import Backend, backend_of, get_backend
-from kvcache.backends.base import Array, HostArray, nbytes
+from kvcache.backends.base import HOST_DTYPES, Array, HostArray, nbytes
 from kvcache.errors import DTypeError, ShapeError
 
 TOKENS = 2
@@ -36,21 +37,29 @@ class TokenBuffers:
     def __init__(
         self, backend: str | Backend | None, dtype: str | None, step: int, limit: int | None = None
     ) -> None:
+        self.step = operator.index(step)
         if step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
-        self.step = step
+        if dtype is not None and dtype not in HOST_DTYPES:
+            raise DTypeError(f"dtype is one of {', '.join(HOST_DTYPES)}; got {dtype!r}.")
         self.limit = limit
         self.dtype = dtype
-        self.geometry: Geometry | None = None
         self.capacity = 0
         self.growths = 0
         self.keys: Array = None
         self.values: Array = None
-        self.backend: Any = None if backend is None else get_backend(backend)
+        self._asked = None if backend is None else get_backend(backend)
+        self.backend: Any = None
+        self._unbind()
+
+    def _unbind(self) -> None:
+        """As constructed: whatever the first update was, the next one is the first."""
+        self.backend = None
+        self.geometry: Geometry | None = None
         self._padding = 1
         self._seen: tuple[Any, ...] | None = None
-        if self.backend is not None:
-            self._bind(self.backend)
+        if self._asked is not None:
+            self._bind(self._asked)
 
     def _bind(self, backend: Backend) -> None:
         if self.dtype is not None:
@@ -112,7 +121,12 @@ class TokenBuffers:
         if self.limit is not None:
             capacity = min(capacity, self.padded(self.limit))
         # Both are allocated before either old one is given up: running out of memory loses nothing.
-        keys, values = self._alloc(capacity)
+        try:
+            keys, values = self._alloc(capacity)
+        except BaseException:
+            if not self.capacity:
+                self._unbind()
+            raise
         if self.capacity:
             self.growths += 1
             keys = self._move(self.keys, keys)
@@ -219,11 +233,12 @@ class TokenBuffers:
 
 def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
     for name, array in (("keys", keys), ("values", values)):
-        if backend_of(array).name != backend.name:
+        if not backend.owns(array):
             raise DTypeError(
-                f"{name} must be an array of {backend.name}, where this cache lives; got "
-                f"{type(array).__module__}.{type(array).__name__}. Convert it with "
-                "backend.from_dlpack."
+                f"{name} must be an array of {backend.spec}, where this cache lives; got "
+                f"{type(array).__module__}.{type(array).__name__}"
+                f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
+                "Convert it with backend.from_dlpack, or through the host."
             )
 
 

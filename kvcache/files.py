@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
 
 VERSION = 1
 _KEY = "kvcache"
+_SEAL = "kvcache.sha256"
 
 
 def write_file(
@@ -30,21 +31,19 @@ def write_file(
 ) -> None:
     """Write `tensors` and `header` (JSON-able) to `path`, whole or not at all."""
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    described = {
-        name: {"dtype": tensor.dtype.name, "sha256": _digest(tensor)}
-        for name, tensor in whole.items()
-    }
-    metadata = {_KEY: json.dumps({"version": VERSION, "tensors": described, **header})}
+    described = {name: _description(tensor) for name, tensor in whole.items()}
+    text = json.dumps({"version": VERSION, "tensors": described, **header})
+    metadata = {_KEY: text, _SEAL: _digest(text.encode())}
     target = Path(path)
-    # Renaming is atomic only within one directory.
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    # In the same folder, because renaming is atomic only within one file system.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         safetensors.numpy.save_file(whole, partial, metadata)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HostArray]]:
@@ -82,15 +81,14 @@ def _read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"a cache file has {_KEY!r} in its metadata; {path} has {sorted(metadata)}. "
             "Load files that kvcache saved."
         )
-    try:
-        header: dict[str, Any] = json.loads(metadata[_KEY])
-        version = int(header["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"the header of {path} cannot be read: {error!r}.") from error
-    if version > VERSION:
+    text = metadata[_KEY]
+    if _digest(text.encode()) != metadata.get(_SEAL):
+        raise DamagedFileError(f"{path} is damaged: its header does not match its checksum.")
+    header: dict[str, Any] = json.loads(text)
+    if header["version"] > VERSION:
         raise NewerFileError(
-            f"this kvcache reads format versions up to {VERSION}; {path} has {version}. "
-            "Upgrade kvcache."
+            f"this kvcache reads format versions up to {VERSION}; {path} has "
+            f"{header['version']}. Upgrade kvcache."
         )
     return header
 
@@ -101,14 +99,18 @@ def _looks_like_ours(path: str | os.PathLike[str]) -> bool:
 
 
 def _verified(
-    path: str | os.PathLike[str], name: str, raw: Mapping[str, Any], described: Mapping[str, str]
+    path: str | os.PathLike[str], name: str, raw: Mapping[str, Any], described: Mapping[str, Any]
 ) -> HostArray:
-    array = np.frombuffer(raw["data"], HOST_DTYPES[described["dtype"]]).reshape(raw["shape"])
-    if _digest(array) != described["sha256"]:
+    if list(raw["shape"]) != described["shape"] or _digest(raw["data"]) != described["sha256"]:
         raise DamagedFileError(f"{path} is damaged: {name!r} does not match its checksum.")
-    return array
+    return np.frombuffer(raw["data"], HOST_DTYPES[described["dtype"]]).reshape(raw["shape"])
 
 
-def _digest(array: HostArray) -> str:
-    # An empty array, and the dtypes of ml_dtypes, have no buffer that hashlib takes.
-    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+def _description(tensor: HostArray) -> dict[str, Any]:
+    # As bytes: hashlib does not take the dtypes of ml_dtypes.
+    digest = _digest(tensor.reshape(-1).view(np.uint8).data)
+    return {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": digest}
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +46,7 @@ class RotatingKVCache(KVCache):
         step: int = 256,
         dtype: str | None = None,
     ) -> None:
+        max_size, keep = operator.index(max_size), operator.index(keep)
         if max_size < 1:
             raise ValueError(f"max_size must be >= 1 token; got {max_size}.")
         if not 0 <= keep < max_size:
@@ -56,7 +58,11 @@ class RotatingKVCache(KVCache):
         self.keep = keep
         self._window = max_size - keep
         self._options = {
-            "max_size": max_size, "keep": keep, "backend": backend, "step": step, "dtype": dtype
+            "max_size": max_size,
+            "keep": keep,
+            "backend": backend,
+            "step": step,
+            "dtype": dtype,
         }
         self._start()
 
@@ -167,7 +173,8 @@ class RotatingKVCache(KVCache):
 
     def _return_to(self, mark: Checkpoint, accepted: int) -> None:
         for update in reversed(mark.updates):
-            self._buffers.write_rows(*update.displaced, update.slots)
+            keys, values = update.displaced
+            self._buffers.write_rows(keys, values, update.slots)
         self._rewind(mark.offset)
         for update in mark.updates:
             tokens = min(accepted, update.keys.shape[TOKENS])

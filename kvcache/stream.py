@@ -7,6 +7,7 @@ slot that follows from p alone. So ``offset``, the next position, is the only co
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -54,11 +55,13 @@ class KVCache:
     """What files call this class."""
 
     def __init_subclass__(cls) -> None:
-        _KINDS[cls.kind] = cls
+        if "kind" in cls.__dict__:  # a user's subclass of one kind is still that kind
+            _KINDS[cls.kind] = cls
 
     def __init__(
         self, backend: str | Backend | None = None, step: int = 256, dtype: str | None = None
     ) -> None:
+        step = operator.index(step)
         self._options: dict[str, Any] = {"backend": backend, "step": step, "dtype": dtype}
         self._start()
 
@@ -112,7 +115,7 @@ class KVCache:
     def state(self) -> tuple[Array, ...]:
         """The tokens held, as keys and values ``[B, kv_heads, n, head_dim]``; () when empty.
 
-        n and validity are those of :meth:`update`.
+        Padded, and valid as long, as what :meth:`update` returns for one token.
         """
         return self._buffers.view(self.len) if self._offset else ()
 
@@ -150,6 +153,7 @@ class KVCache:
         None when every column is visible to every query. `window` W lets a token see itself
         and the W - 1 before it. Layers with equal histories can share one mask.
         """
+        tokens = operator.index(tokens)
         if not 1 <= tokens <= self._maskable():
             raise ValueError(f"mask covers 1 to {self._maskable()} latest tokens; got {tokens}.")
         if window is not None and window < 1:
@@ -171,6 +175,7 @@ class KVCache:
 
         Raises: TrimError; the cache is unchanged then.
         """
+        tokens = operator.index(tokens)
         if not self.can_trim(tokens):
             raise TrimError(self._why_not(tokens))
         self._rewind(self._offset - tokens)
@@ -190,6 +195,7 @@ class KVCache:
         mark = self._checkpoint
         if mark is None:
             raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
+        accepted = operator.index(accepted)
         since = self._offset - mark.offset
         if not 0 <= accepted <= since:
             raise TrimError(f"accepted must be 0 to {since} tokens, those since; got {accepted}.")
@@ -203,7 +209,7 @@ class KVCache:
     # Copies.
 
     def copy(self) -> Self:
-        """An independent cache with the same tokens; no spare capacity, no checkpoint."""
+        """An independent cache with the same tokens and room for them; no checkpoint."""
         twin = type(self)(**self._options)
         if self._offset:
             twin._buffers.fill(*self._buffers.live(self.len))
@@ -265,7 +271,7 @@ def trim(caches: Iterable[KVCache], tokens: int) -> None:
 
     Raises: TrimError if one of them cannot; all are unchanged then.
     """
-    layers = list(caches)
+    layers = {id(cache): cache for cache in caches}.values()  # a shared one is trimmed once
     for cache in layers:
         if not cache.can_trim(tokens):
             raise TrimError(cache._why_not(tokens))

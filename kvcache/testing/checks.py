@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def _resized(axis: int, length: int) -> tuple[int, ...]:
     return (*SHAPE[:axis], length, *SHAPE[axis + 1 :])
 
 
-def _at(axis: int, key: object) -> tuple[object, ...]:
+def _at(axis: int, key: Any) -> Any:
     return (*(slice(None),) * axis, key)
 
 
@@ -196,7 +197,12 @@ def scatter_writes_rows(backend: Backend, dtype: str) -> None:
     """Single rows, runs and any order, on every axis; an empty index writes nothing."""
     for axis in AXES:
         length = SHAPE[axis]
-        for index in ([length - 1], [0, length - 1], list(range(length))[::-1], list(range(length))):
+        for index in (
+            [length - 1],
+            [0, length - 1],
+            list(range(length))[::-1],
+            list(range(length)),
+        ):
             rows = coded(_resized(axis, len(index)), dtype, first=300)
             expected = coded(SHAPE, dtype)
             expected[_at(axis, index)] = rows
@@ -233,8 +239,10 @@ def gather_reads_rows(backend: Backend, dtype: str) -> None:
         last = SHAPE[axis] - 1
         for index in ([last], [last, 0, last], []):
             rows = backend.gather(_filled(backend, dtype), np.array(index, np.int32), axis)
-            same(backend.to_host(rows), np.take(coded(SHAPE, dtype), index, axis).reshape(
-                _resized(axis, len(index))))
+            same(
+                backend.to_host(rows),
+                np.take(coded(SHAPE, dtype), index, axis).reshape(_resized(axis, len(index))),
+            )
     for index in ([SHAPE[TOKENS]], [-1]):
         with refuses(BoundsError, "positions must lie in"):
             backend.gather(_filled(backend, dtype), index, TOKENS)

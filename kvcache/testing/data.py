@@ -21,7 +21,7 @@ def coded(shape: Sequence[int], dtype: str, first: int = 0) -> HostArray:
     batch, head, token, dim = np.indices(tuple(shape), dtype=np.int64)
     code = (first + token + 1) * 131 + batch * 7919 + head * 1543 + dim * 29
     if dtype == "bool":
-        return (code * 2654435761 >> 7) % 2 == 0
+        return np.asarray((code * 2654435761 >> 7) % 2 == 0)
     unsigned = np.dtype(f"u{host.itemsize}")
     return np.asarray(code * 2654435761 >> 5).astype(unsigned).view(host)
 

@@ -20,9 +20,14 @@ class Result:
     reason: str = ""
 
 
+def suite() -> list[Check]:
+    """Every check of backends and of caches, for every dtype."""
+    return list(all_checks())
+
+
 def run_suite(backend: Backend) -> Iterator[Result]:
     """Run every check on `backend`, one result at a time."""
-    for check in all_checks():
+    for check in suite():
         if check.dtype not in backend.dtypes:
             yield Result(check, "missing", f"{backend.name} has no {check.dtype}")
             continue

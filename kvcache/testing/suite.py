@@ -10,7 +10,7 @@ from kvcache.backends import get_backend
 from kvcache.backends.base import HOST_DTYPES, Backend
 from kvcache.errors import DTypeError
 from kvcache.testing.checks import Check, refuses
-from kvcache.testing.report import all_checks
+from kvcache.testing.report import suite
 
 
 class BackendSuite:
@@ -23,7 +23,7 @@ class BackendSuite:
     backend: ClassVar[Backend | str]
     known_gaps: ClassVar[dict[str, str]] = {}
 
-    @pytest.mark.parametrize("check", all_checks(), ids=str)
+    @pytest.mark.parametrize("check", suite(), ids=str)
     def test_contract(self, check: Check) -> None:
         backend = get_backend(self.backend)
         if check.dtype not in backend.dtypes:
