@@ -93,11 +93,15 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
     if not isinstance(spec, str):
         raise UnknownBackendError(f"a backend is named by a string; got {type(spec).__name__}.")
     if spec == "auto":
-        spec = os.environ.get("KVCACHE_BACKEND", "auto")
+        spec = os.environ.get("KVCACHE_BACKEND") or "auto"
     name, _, suffix = spec.partition(":")
     if device and suffix:
         raise UnknownBackendError(f"name one device; got {spec!r} and device={device!r}.")
-    return _backend(_best() if name == "auto" else name, device or suffix or None)
+    return (
+        _best(device or suffix or None)
+        if name == "auto"
+        else _backend(name, device or suffix or None)
+    )
 
 
 def backend_of(array: Array) -> Backend:
@@ -154,11 +158,15 @@ def _entries() -> dict[str, _Entry]:
     return {**_plugins(), **_REGISTRY}
 
 
-def _best() -> str:
-    installed = (
-        name for name in _PREFERENCE if importlib.util.find_spec(_REGISTRY[name].framework)
-    )
-    return next(installed, "numpy")
+def _best(device: str | None) -> Backend:
+    """The first choice that works: an installed framework may be broken, or a mere folder."""
+    for name in _PREFERENCE:
+        if importlib.util.find_spec(_REGISTRY[name].framework):
+            try:
+                return _backend(name, device)
+            except BackendNotAvailableError:
+                continue
+    return _backend("numpy", device)
 
 
 @cache
@@ -172,10 +180,11 @@ def _load(name: str) -> type[Backend]:
     module, _, attribute = entries[name].target.partition(":")
     try:
         backend: type[Backend] = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+        backend.devices()
+    except Exception as error:  # a broken installation raises whatever it likes
         raise BackendNotAvailableError(
-            f"backend {name!r} needs {entries[name].framework}, which cannot be imported "
-            f"({error}). Install it: {entries[name].remedy}"
+            f"backend {name!r} needs {entries[name].framework}, which cannot be imported or "
+            f"used here ({type(error).__name__}: {error}). Install it: {entries[name].remedy}"
         ) from error
     return backend
 
@@ -195,5 +204,9 @@ def _inspect(name: str) -> BackendInfo:
 
 
 def _version(framework: str) -> str:
-    distributions = importlib.metadata.packages_distributions().get(framework, [framework])
-    return importlib.metadata.version(distributions[0])
+    """Version of the distribution that the module comes from, or what it says of itself."""
+    try:
+        found = importlib.metadata.packages_distributions()[framework]
+        return importlib.metadata.version(found[0])
+    except (KeyError, importlib.metadata.PackageNotFoundError):
+        return str(getattr(sys.modules.get(framework), "__version__", ""))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray
 
 _NAMES = {
     "float32": mx.float32,
@@ -62,21 +62,21 @@ class MlxBackend(Backend):
         return buffer
 
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
-        buffer[axis_key(axis, start, stop)] = update
+        buffer[(*WHOLE[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
         first = int(index[0])
         if np.array_equal(index, np.arange(first, first + index.size)):
             return self.write_slice(buffer, rows, first, first + index.size, axis)
-        buffer[(*axis_key(axis, 0, 0)[:-1], mx.array(index))] = rows
+        buffer[(*WHOLE[axis], mx.array(index))] = rows
         return buffer
 
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
         return mx.take(buffer, mx.array(index), axis=axis)
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer[axis_key(axis, start, stop)]
+        return buffer[(*WHOLE[axis], slice(start, stop))]
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return mx.concatenate(list(arrays), axis=axis)

@@ -9,7 +9,7 @@ import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
-from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray
 
 
 class NumpyBackend(Backend):
@@ -37,18 +37,18 @@ class NumpyBackend(Backend):
         return np.zeros(shape, self.dtype(dtype))
 
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
-        buffer[axis_key(axis, start, stop)] = update
+        buffer[(*WHOLE[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
-        buffer[(*axis_key(axis, 0, 0)[:-1], index)] = rows
+        buffer[(*WHOLE[axis], index)] = rows
         return buffer
 
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
         return np.take(buffer, index, axis=axis)
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer[axis_key(axis, start, stop)]
+        return buffer[(*WHOLE[axis], slice(start, stop))]
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return np.concatenate(arrays, axis=axis)

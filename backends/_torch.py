@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key
+from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray
 
 # torch and NumPy share no name for these, so they cross as bits of the same width.
 _CARRIERS = {
@@ -59,11 +59,11 @@ class TorchBackend(Backend):
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         if update.requires_grad:
             update = update.detach()
-        buffer[axis_key(axis, start, stop)] = update
+        buffer[(*WHOLE[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
-        buffer[(*axis_key(axis, 0, 0)[:-1], self._index(index))] = rows.detach()
+        buffer[(*WHOLE[axis], self._index(index))] = rows.detach()
         return buffer
 
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .base import HOST_DTYPES, Array, Backend, HostArray, axis_key, roots
+from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray, roots
 
 # Libraries known to work; any other that follows the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -62,14 +62,14 @@ class ArrayApiBackend(Backend):
         return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))
 
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
-        buffer[(*axis_key(axis, start, stop), ...)] = update
+        buffer[(*WHOLE[axis], slice(start, stop), ...)] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
         # The standard assigns to slices only, so rows go run by run.
         ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
         for first, last in zip([0, *ends], ends, strict=False):
-            run = rows[(*axis_key(axis, first, last), ...)]
+            run = rows[(*WHOLE[axis], slice(first, last), ...)]
             start = int(index[first])
             buffer = self.write_slice(buffer, run, start, start + int(last) - int(first), axis)
         return buffer
@@ -78,7 +78,7 @@ class ArrayApiBackend(Backend):
         return self.xp.take(buffer, self.xp.asarray(index), axis=axis)
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer[(*axis_key(axis, start, stop), ...)]
+        return buffer[(*WHOLE[axis], slice(start, stop), ...)]
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return self.xp.concat(list(arrays), axis=axis)

@@ -240,8 +240,9 @@ class Backend(ABC):
     def from_dlpack(self, array: Any) -> Array:
         """`array` of another framework as one of this, sharing memory where both allow.
 
-        Raises: DTypeError where the two have no common word for the dtype (bfloat16 and float8,
-        if one of them is NumPy): go through :meth:`to_host` and :meth:`from_host` then.
+        Raises: DTypeError where the two cannot: they have no common word for the dtype (bfloat16
+        and float8, if one of them is NumPy), or one needs compact memory (JAX; a view of a part
+        of a cache is not). Go through :meth:`to_host` and :meth:`from_host` then.
         """
         try:
             return self.adopt(array)
@@ -266,7 +267,8 @@ class Backend(ABC):
         host = np.asarray(array)
         name = dtype or host.dtype.name
         self.dtype(name)
-        return host.astype(HOST_DTYPES[name], copy=False)
+        # Not every framework takes strides that are negative or a byte order that is not its own.
+        return np.ascontiguousarray(host, HOST_DTYPES[name]).reshape(host.shape)
 
     def _check_device(self, device: str | None, usable: Sequence[str]) -> str:
         if device is not None and device not in usable:
@@ -286,12 +288,8 @@ def roots(array: Array) -> tuple[str, ...]:
     return tuple(kind.__module__.partition(".")[0] for kind in type(array).__mro__)
 
 
-def axis_key(axis: int, start: int, stop: int) -> tuple[slice, ...]:
-    """The basic index that selects ``[start, stop)`` of `axis`."""
-    return (*_WHOLE[axis], slice(start, stop))
-
-
-_WHOLE = tuple((slice(None),) * axis for axis in range(8))
+WHOLE = tuple((slice(None),) * axis for axis in range(8))
+"""``(*WHOLE[axis], key)`` indexes `axis` with key."""
 
 
 # Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.

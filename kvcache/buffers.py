@@ -76,14 +76,14 @@ class TokenBuffers:
         """
         try:
             # An update that looks like the last one is as good as it: the usual decode step.
-            seen = keys.shape, keys.dtype, type(keys), values.shape, values.dtype, type(values)
+            seen = type(keys), keys.shape, keys.dtype, type(values), values.shape, values.dtype
         except AttributeError:
             backend_of(keys), backend_of(values)
             raise
         if seen != self._seen:
             self._examine(keys, values)
             self._seen = seen
-        tokens: int = seen[0][TOKENS]
+        tokens: int = seen[1][TOKENS]
         return tokens
 
     def _examine(self, keys: Array, values: Array) -> None:

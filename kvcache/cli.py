@@ -324,3 +324,50 @@ def _print_details(console: Console, results: list[Result], verbose: bool) -> No
 
 def _list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+@bench_app.command()
+def append(
+    backends: Annotated[
+        str, typer.Option(help="Comma-separated, devices too; default: all installed.")
+    ] = "",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    capacities: Annotated[
+        str, typer.Option(help="Tokens held, comma-separated.")
+    ] = "1024,8192,32768",
+    batch: Annotated[int, typer.Option(help="Streams per layer.")] = 1,
+    heads: Annotated[int, typer.Option(help="Key and value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often all take turns.")] = 101,
+    json: Annotated[Path | None, typer.Option(help="Write everything measured here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw cost over capacity here.")] = None,
+) -> None:
+    """Measure what appending one token to K and V costs, at several capacities.
+
+    Ours (a backend's slice_update, KVCache.update, RotatingKVCache.update), the raw framework
+    call, memmove of the same bytes, and, if installed, the caches of transformers and mlx-lm:
+    interleaved in one run, medians. Example:
+
+    [bold]kvcache bench append --backends torch,jax --plot append.png[/]
+    """
+    from kvcache.bench import installed_backends, run_append
+
+    with _progress() as bar:
+        task = bar.add_task("Importing what is installed", total=None)
+        report = run_append(
+            _list(backends) or installed_backends(),
+            _list(dtypes),
+            [int(capacity) for capacity in _list(capacities)],
+            batch,
+            heads,
+            head_dim,
+            rounds,
+            lambda done, total, label: bar.update(
+                task, completed=done, total=total, description=label
+            ),
+        )
+    Console().print(report.to_table())
+    if json is not None:
+        report.to_json(json)
+    if plot is not None:
+        report.plot(plot)

@@ -38,7 +38,13 @@ def write_file(
     # In the same folder, because renaming is atomic only within one file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        safetensors.numpy.save_file(whole, partial, metadata)
+        partial.touch()
+        mode = partial.stat().st_mode  # that of any new file; safetensors leaves it private
+        try:
+            safetensors.numpy.save_file(whole, partial, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}.") from error
+        partial.chmod(mode)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)

@@ -46,7 +46,7 @@ class RotatingKVCache(KVCache):
         step: int = 256,
         dtype: str | None = None,
     ) -> None:
-        max_size, keep = operator.index(max_size), operator.index(keep)
+        max_size, keep, step = (operator.index(number) for number in (max_size, keep, step))
         if max_size < 1:
             raise ValueError(f"max_size must be >= 1 token; got {max_size}.")
         if not 0 <= keep < max_size:

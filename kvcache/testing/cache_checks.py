@@ -31,7 +31,10 @@ def _run(backend: Backend, dtype: str, cache: KVCache) -> None:
         update = cache.update(backend.from_host(keys), backend.from_host(values))
         positions = cache.positions
         mask = cache.mask(tokens)
-        allowed = np.ones((tokens, positions.size), bool) if mask is None else backend.to_host(mask)
+        allowed = np.ones((tokens, positions.size), bool)
+        if mask is not None:
+            # Booleans, or 0 and -inf: what the backend's config asks for.
+            allowed = backend.to_host(mask) == (backend.config.mask_dtype == "bool")
         for got, shape in zip(update, (KEYS, VALUES), strict=True):
             columns = backend.to_host(got)
             for row, query in enumerate(range(first, cache.offset)):

@@ -36,12 +36,10 @@ class BackendSuite:
             check.run(backend, check.dtype)
         pytest.xfail(gap)
 
-    @pytest.mark.parametrize("dtype", HOST_DTYPES)
-    def test_missing_dtypes_are_refused(self, dtype: str) -> None:
+    def test_missing_dtypes_are_refused(self) -> None:
         backend = get_backend(self.backend)
-        if dtype in backend.dtypes:
-            pytest.skip(f"{backend.name} has {dtype}")
-        with refuses(DTypeError, dtype):
-            backend.alloc((1,), dtype)
-        with refuses(DTypeError, dtype):
-            backend.from_host([1], dtype)
+        for dtype in HOST_DTYPES.keys() - set(backend.dtypes):
+            with refuses(DTypeError, dtype):
+                backend.alloc((1,), dtype)
+            with refuses(DTypeError, dtype):
+                backend.from_host([1], dtype)
