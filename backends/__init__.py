@@ -189,9 +189,14 @@ def _load(name: str) -> type[Backend]:
     return backend
 
 
+# A device may be named or left to the framework; either way it is one backend.
+_instances: dict[tuple[str, str], Backend] = {}
+
+
 @cache
 def _backend(name: str, device: str | None) -> Backend:
-    return _load(name)(device)
+    made = _load(name)(device)
+    return _instances.setdefault((name, made.device), made)
 
 
 def _inspect(name: str) -> BackendInfo:
