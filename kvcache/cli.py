@@ -149,7 +149,7 @@ def generate(
     caches = make_caches(
         where, llama.config, cache.value, max_size=max_size, keep=keep, dtype=dtype
     )
-    ids = tokenizer.apply_chat(prompt) if chat else tokenizer.encode(prompt)
+    ids = tokenizer.apply_chat(prompt) if chat else tokenizer.encode(prompt, bos=True)
     eos = None if ignore_eos else tokenizer.eos_id
     watch = _Stopwatch(run(llama, ids, caches, max_tokens, eos_id=eos, prefill_chunk=prefill_chunk))
     notes.print(prompt, style="dim", end="\n" if chat else "", markup=False, highlight=False)

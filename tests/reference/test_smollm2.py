@@ -1,0 +1,80 @@
+"""The end-to-end oracle: a real model says the same on every backend, with every cache."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
+pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
+
+import kvcache
+from kvcache.reference.runner import generate, make_caches
+
+pytestmark = pytest.mark.model
+
+# Steps of uncached generation where 64 would take minutes, and why they would.
+FEWER_STEPS = {"mlx": 2}  # its Linux wheel multiplies float32 matrices on one core, unvectorised
+
+
+def test_cached(smollm2, recorded):
+    caches = make_caches(smollm2.backend, smollm2.config)
+    assert list(generate(smollm2, recorded["prompt_ids"], caches, 64)) == recorded["new_ids"]
+
+
+def test_uncached(smollm2, recorded):
+    """Under a causal mask, one pass over all tokens takes the 64 steps of uncached generation."""
+    prompt, new = recorded["prompt_ids"], recorded["new_ids"]
+    logits = smollm2([prompt + new[:-1]], last_only=False)
+    chosen = smollm2.backend.to_host(logits)[0, len(prompt) - 1 :].argmax(-1)
+    assert chosen.tolist() == new
+
+
+@pytest.mark.parametrize("recorded", [0], indirect=True)
+def test_uncached_step_by_step(smollm2, recorded):
+    steps = FEWER_STEPS.get(smollm2.backend.name, 64)
+    generated = list(generate(smollm2, recorded["prompt_ids"], None, steps))
+    assert generated == recorded["new_ids"][:steps]
+
+
+class SinkCache(kvcache.KVCache):
+    """A full cache whose mask hides all but a window and the first tokens: the slow oracle."""
+
+    keep, reach = 4, 12
+
+    def mask(self, tokens, window=None):
+        query = np.arange(self.offset - tokens, self.offset)[:, None]
+        key = self.positions
+        seen = (key >= 0) & (key <= query) & ((key < self.keep) | (key > query - self.reach))
+        return self.backend.from_host(seen)
+
+
+@pytest.fixture(scope="session")
+def windowed(smollm2, story):
+    """What a full cache says under the mask of each `keep`: tokens, and the logits after them."""
+    backend, layers = smollm2.backend, smollm2.config.layers
+    plain = make_caches(backend, smollm2.config)
+    sinks = [SinkCache(backend) for _ in range(layers)]
+    return {0: said(smollm2, story, plain, window=16), 4: said(smollm2, story, sinks)}
+
+
+@pytest.fixture(scope="session")
+def story():
+    """Twice as many tokens as the window holds."""
+    text = "2 7 1 8 2 8 1 8 2 8 4 5 9 0 4 5 2 3 5 3 6 0 2 8 7 4 7 1 3 5 2 6 6"
+    return [504, 3575, 282, 4649, 314, *(32 + int(digit) for digit in text.split())]
+
+
+def said(model, prompt, caches, chunk=None, window=None):
+    tokens = list(generate(model, prompt, caches, 16, prefill_chunk=chunk, window=window))
+    return tokens, model.backend.to_host(model([tokens[-1:]], caches, window=window))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, None])
+@pytest.mark.parametrize("keep", [0, 4])
+def test_rotating_is_a_windowed_full_cache(smollm2, story, windowed, keep, chunk):
+    caches = make_caches(smollm2.backend, smollm2.config, "rotating", max_size=16, keep=keep)
+    tokens, logits = said(smollm2, story, caches, chunk)
+    expected, expected_logits = windowed[keep]
+    assert tokens == expected
+    np.testing.assert_allclose(logits, expected_logits, atol=2e-2)
+    assert tokens != windowed[4 - keep][0], "the window makes no difference: nothing was shown"
+    assert caches[0].len == 16
