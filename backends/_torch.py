@@ -37,8 +37,8 @@ class TorchBackend(Backend):
 
     @staticmethod
     def devices() -> list[str]:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is None:
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or not torch.accelerator.is_available():
             return ["cpu"]
         return [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())] + [
             "cpu"
@@ -51,6 +51,10 @@ class TorchBackend(Backend):
     def _framework_dtypes(self) -> dict[str, Any]:
         return {name: getattr(torch, name) for name in HOST_DTYPES}
 
+    def signature(self, array: Array) -> tuple[Any, ...]:
+        # torch would copy from any device without a word.
+        return type(array), array.shape, array.dtype, array.device
+
     def alloc(self, shape: Sequence[int], dtype: str) -> Array:
         # A tensor born under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
@@ -59,7 +63,10 @@ class TorchBackend(Backend):
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
         if update.requires_grad:
             update = update.detach()
-        buffer[(*WHOLE[axis], slice(start, stop))] = update
+        if axis == 2:  # the tokens of every cache: a literal index is the cheapest
+            buffer[:, :, start:stop] = update
+        else:
+            buffer[(*WHOLE[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
@@ -70,7 +77,11 @@ class TorchBackend(Backend):
         return torch.index_select(buffer.detach(), axis, self._index(index))
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer.narrow(axis, start, stop - start)
+        if start:
+            return buffer.narrow(axis, start, stop - start)
+        size = list(buffer.shape)
+        size[axis] = stop
+        return buffer.as_strided(size, buffer.stride())  # takes half the time of narrow
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return torch.cat([array.detach() for array in arrays], dim=axis)

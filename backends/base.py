@@ -148,6 +148,13 @@ class Backend(ABC):
         mine = self.modules or (self.name,)
         return any(root in mine for root in roots(array)) and self.device_of(array) == self.device
 
+    def signature(self, array: Array) -> tuple[Any, ...]:
+        """What tells whether `array` is like an earlier one, cheap to make and to compare.
+
+        Begins with type and shape.
+        """
+        return type(array), array.shape, array.dtype
+
     # Buffers.
 
     @abstractmethod
@@ -162,7 +169,7 @@ class Backend(ABC):
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
         tokens, last_start = _fitting(buffer.shape, update.shape, axis)
-        if buffer.dtype is not update.dtype:
+        if buffer.dtype != update.dtype:
             _check_dtype(buffer, update)
         if not 0 <= start <= last_start:
             raise BoundsError(

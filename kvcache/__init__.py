@@ -9,43 +9,59 @@ from kvcache.backends import (
     get_backend,
     register_backend,
 )
+from kvcache.batch import Batch
+from kvcache.cache import Cache
+from kvcache.causal import CausalCache
+from kvcache.encoder import EncoderCache
 from kvcache.errors import (
     BackendNotAvailableError,
     BoundsError,
     CacheFileError,
+    CacheFullError,
     DamagedFileError,
     DTypeError,
     ForeignFileError,
     KVCacheError,
     ModelFileError,
     NewerFileError,
+    NotSupportedError,
     ShapeError,
+    SharedCellsError,
     TrimError,
     UnknownBackendError,
     UnsupportedModelError,
 )
 from kvcache.rotating import RotatingKVCache
 from kvcache.stream import KVCache, load, save, trim
+from kvcache.wrapper import WrapperCache
 
 __all__ = [
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
+    "Batch",
     "BoundsError",
+    "Cache",
     "CacheConfig",
     "CacheFileError",
+    "CacheFullError",
+    "CausalCache",
     "DTypeError",
     "DamagedFileError",
+    "EncoderCache",
     "ForeignFileError",
     "KVCache",
     "KVCacheError",
     "ModelFileError",
     "NewerFileError",
+    "NotSupportedError",
     "RotatingKVCache",
     "ShapeError",
+    "SharedCellsError",
     "TrimError",
     "UnknownBackendError",
     "UnsupportedModelError",
+    "WrapperCache",
     "available_backends",
     "backend_of",
     "get_backend",

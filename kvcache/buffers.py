@@ -74,16 +74,17 @@ class TokenBuffers:
 
         Raises ShapeError, DTypeError or UnknownBackendError, and has changed nothing then.
         """
-        try:
-            # An update that looks like the last one is as good as it: the usual decode step.
-            seen = type(keys), keys.shape, keys.dtype, type(values), values.shape, values.dtype
-        except AttributeError:
-            backend_of(keys), backend_of(values)
-            raise
-        if seen != self._seen:
+        seen = None
+        if self._seen is not None:
+            try:  # noqa: SIM105 - a context manager costs more than the comparison
+                seen = self.backend.signature(keys), self.backend.signature(values)
+            except AttributeError:  # no array at all, which is found out below
+                pass
+        # An update that looks like the last one is as good as it: the usual decode step.
+        if seen is None or seen != self._seen:
             self._examine(keys, values)
-            self._seen = seen
-        tokens: int = seen[1][TOKENS]
+            self._seen = self.backend.signature(keys), self.backend.signature(values)
+        tokens: int = self._seen[0][1][TOKENS]
         return tokens
 
     def _examine(self, keys: Array, values: Array) -> None:
@@ -234,6 +235,8 @@ class TokenBuffers:
 def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
     for name, array in (("keys", keys), ("values", values)):
         if not backend.owns(array):
+            if not hasattr(array, "dtype"):
+                backend_of(array)  # says what to bring instead of something that is no array
             raise DTypeError(
                 f"{name} must be an array of {backend.spec}, where this cache lives; got "
                 f"{type(array).__module__}.{type(array).__name__}"

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,9 +98,15 @@ def _root(
         raise typer.Exit
 
 
-def _progress() -> Progress:
+def _progress(quiet_between_updates: bool = False) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+    return Progress(
+        *columns,
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+        auto_refresh=not quiet_between_updates,
+    )
 
 
 # generate
@@ -352,7 +359,10 @@ def append(
     """
     from kvcache.bench import installed_backends, run_append
 
-    with _progress() as bar:
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
+    # A thread that refreshes the bar would take its time from what is measured.
+    with _progress(quiet_between_updates=True) as bar:
         task = bar.add_task("Importing what is installed", total=None)
         report = run_append(
             _list(backends) or installed_backends(),
@@ -363,7 +373,7 @@ def append(
             head_dim,
             rounds,
             lambda done, total, label: bar.update(
-                task, completed=done, total=total, description=label
+                task, completed=done, total=total, description=label, refresh=True
             ),
         )
     Console().print(report.to_table())

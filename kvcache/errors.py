@@ -9,6 +9,9 @@
     ├── ShapeError                 (ValueError)    wrong rank, batch, heads, tokens or head_dim
     ├── DTypeError                 (TypeError)     wrong dtype, or one the framework lacks
     ├── TrimError                  (ValueError)    tokens that cannot be taken back exactly
+    ├── CacheFullError             (RuntimeError)  not enough free cells for a pass
+    ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
+    ├── SharedCellsError           (RuntimeError)  cells to be changed belong to others too
     ├── CacheFileError             (OSError)
     │   ├── DamagedFileError                       truncated, or a checksum does not match
     │   ├── ForeignFileError                       not written by kvcache
@@ -47,6 +50,18 @@ class DTypeError(KVCacheError, TypeError):
 
 class TrimError(KVCacheError, ValueError):
     """The tokens cannot be taken back exactly."""
+
+
+class CacheFullError(KVCacheError, RuntimeError):
+    """There are not enough free cells for a pass."""
+
+
+class NotSupportedError(KVCacheError, NotImplementedError):
+    """This cache, as it was made, does not do that."""
+
+
+class SharedCellsError(KVCacheError, RuntimeError):
+    """Cells that would have to change belong to several sequences."""
 
 
 class CacheFileError(KVCacheError, OSError):

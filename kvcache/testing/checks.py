@@ -170,7 +170,7 @@ def slice_update_leaves_the_update_alone(backend: Backend, dtype: str) -> None:
     # One as large as the buffer might be taken for it.
     whole = backend.from_host(coded(SHAPE, dtype, first=600))
     three = backend.slice_update(_filled(backend, dtype), whole, 0, TOKENS)
-    backend.slice_update(three, _filled(backend, dtype), 0, TOKENS)
+    backend.slice_update(three, update, 0, TOKENS)
     same(backend.to_host(whole), coded(SHAPE, dtype, first=600))
 
 

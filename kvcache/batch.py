@@ -1,0 +1,62 @@
+"""What one forward pass asks of a multi-sequence cache."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Int32s = npt.NDArray[np.int32]
+
+
+class Batch:
+    """The tokens of one forward pass, of one or many sequences in any order.
+
+    positions: position of each token in its sequence, >= 0; int32 [tokens].
+    sequences: id of each token's sequence; int32 [tokens].
+    multimodal: indices into the batch where an encoder's output comes in.
+
+    Raises: ValueError for an empty batch, unequal lengths, or what are no integers.
+    """
+
+    __slots__ = ("multimodal", "positions", "sequences")
+
+    def __init__(
+        self,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        multimodal: Sequence[int] = (),
+    ) -> None:
+        self.positions = _int32s(positions)
+        self.sequences = _int32s(sequences)
+        self.multimodal = tuple(operator.index(index) for index in multimodal)
+        tokens = self.positions.size
+        if tokens == 0 or tokens != self.sequences.size:
+            raise ValueError(
+                "a batch has one position and one sequence id per token, and at least one token; "
+                f"got {tokens} positions and {self.sequences.size} sequence ids."
+            )
+        if any(not 0 <= index < tokens for index in self.multimodal):
+            raise ValueError(
+                f"multimodal holds batch indices, 0 to {tokens - 1}; got {self.multimodal}."
+            )
+
+    def __len__(self) -> int:
+        return int(self.positions.size)
+
+
+def _int32s(numbers: npt.ArrayLike) -> Int32s:
+    array = np.asarray(numbers)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"positions and sequences are lists of integers; got {array.dtype} {array.shape}."
+        )
+    if array.dtype != np.int32 and array.size:
+        limits = np.iinfo(np.int32)
+        if not limits.min <= array.min() <= array.max() <= limits.max:
+            raise ValueError(
+                f"positions and sequences are int32; got {array.min()} to {array.max()}."
+            )
+    return array.astype(np.int32)  # a copy: plans look at it later

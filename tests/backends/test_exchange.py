@@ -1,0 +1,280 @@
+"""Arrays cross between frameworks with their bits, and without a copy where both allow it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcache import Backend, KVCache, KVCacheError, get_backend
+from kvcache.testing.data import coded, same
+
+SHAPE = (1, 2, 16, 8)
+ALL = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict")
+# NumPy's own DLPack knows none of these, in either direction.
+NOT_IN_NUMPY = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
+
+
+def installed(*specs: str) -> list[Backend]:
+    """Backends by name; skips the test if one is missing."""
+    try:
+        return [get_backend(spec) for spec in specs]
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def aligned(dtype: str = "float32", offset: int = 0) -> np.ndarray[Any, Any]:
+    """A NumPy array that begins `offset` bytes behind a multiple of 64."""
+    source = coded(SHAPE, dtype)
+    memory = np.zeros(source.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    array = memory[start : start + source.nbytes].view(source.dtype).reshape(SHAPE)
+    array[...] = source
+    assert array.ctypes.data % 64 == offset
+    return array
+
+
+def address(array: Any) -> int:
+    """Where the first element lies."""
+    for name in ("data_ptr", "unsafe_buffer_pointer"):
+        if hasattr(array, name):
+            found: int = getattr(array, name)()
+            return found
+    where: int = array.ctypes.data
+    return where
+
+
+@pytest.mark.parametrize("dtype", get_backend("numpy").dtypes)
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("source", ALL)
+def test_every_bit_crosses(source: str, target: str, dtype: str) -> None:
+    here, there = installed(source, target)
+    for backend in (here, there):
+        if dtype not in backend.dtypes:
+            pytest.skip(f"{backend.name} has no {dtype}")
+    array = here.from_host(coded(SHAPE, dtype))
+    here.sync(array)
+    if dtype in NOT_IN_NUMPY and source != target and "numpy" in (source, target):
+        with pytest.raises(KVCacheError, match="through the host"):
+            there.from_dlpack(array)
+        crossed = there.from_host(here.to_host(array))
+    else:
+        crossed = there.from_dlpack(array)
+    same(there.to_host(crossed), coded(SHAPE, dtype))
+    same(here.to_host(array), coded(SHAPE, dtype))
+
+
+SHARING = [
+    (source, target)
+    for source in ("numpy", "torch", "jax")
+    for target in ("numpy", "torch", "jax")
+    if source != target
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int32", "bool"])
+@pytest.mark.parametrize(("source", "target"), SHARING)
+def test_memory_is_shared(source: str, target: str, dtype: str) -> None:
+    here, there = installed(source, target)
+    # NumPy aligns as it likes; what torch and JAX allocate is aligned anyway.
+    array = aligned(dtype) if source == "numpy" else here.from_host(coded(SHAPE, dtype))
+    assert address(array) % 64 == 0
+    assert address(there.from_dlpack(array)) == address(array)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
+def test_memory_of_small_floats_is_shared(source: str, target: str, dtype: str) -> None:
+    here, there = installed(source, target)
+    array = here.from_host(coded(SHAPE, dtype))
+    assert address(there.from_dlpack(array)) == address(array)
+
+
+def test_what_is_written_shows_on_the_other_side() -> None:
+    """Where both may be written. A JAX array must never change, so nobody writes to those."""
+    numpy, torch = installed("numpy", "torch")
+    array = aligned()
+    tensor = torch.from_dlpack(array)
+    array[0, 1, 3] = 7
+    assert bool((tensor[0, 1, 3] == 7).all())
+    tensor[0, 0, 2] = 9
+    assert (array[0, 0, 2] == 9).all()
+    back = numpy.from_dlpack(tensor)
+    back[0, 0, 1] = 5
+    assert (array[0, 0, 1] == 5).all()
+
+
+def test_jax_copies_what_is_not_aligned() -> None:
+    """Bit for bit all the same."""
+    (jax,) = installed("jax")
+    for offset in (4, 16, 32):
+        array = aligned(offset=offset)
+        crossed = jax.from_dlpack(array)
+        jax.sync(crossed)
+        assert address(crossed) != address(array)
+        same(jax.to_host(crossed), coded(SHAPE, "float32"))
+
+
+@pytest.mark.parametrize("source", ["numpy", "torch", "jax"])
+def test_mlx_copies_what_comes_in(source: str) -> None:
+    here, mlx = installed(source, "mlx")
+    array = aligned() if source == "numpy" else here.from_host(aligned())
+    crossed = mlx.from_dlpack(array)
+    mlx.sync(crossed)
+    if source == "jax":
+        array.delete()
+    else:
+        array[...] = 0
+    same(mlx.to_host(crossed), coded(SHAPE, "float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("target", ["numpy", "torch"])
+def test_mlx_can_be_viewed(target: str, dtype: str) -> None:
+    """Twice, and both views lie at one address: neither is a copy."""
+    mlx, there = installed("mlx", target)
+    array = mlx.from_host(coded(SHAPE, dtype))
+    mlx.sync(array)
+    one, two = there.from_dlpack(array), there.from_dlpack(array)
+    assert address(one) == address(two)
+    same(there.to_host(one), coded(SHAPE, dtype))
+
+
+def test_bfloat16_of_mlx_through_torch() -> None:
+    """`torch.asarray` makes something else of it; this does not."""
+    mlx, torch = installed("mlx", "torch")
+    array = mlx.from_host(coded(SHAPE, "bfloat16"))
+    mlx.sync(array)
+    same(torch.to_host(torch.from_dlpack(array)), coded(SHAPE, "bfloat16"))
+
+
+def test_its_own_arrays_stay_what_they_are(backend: Backend) -> None:
+    array = backend.from_host(aligned())
+    assert backend.from_dlpack(array) is array or backend.name == "array_api"
+
+
+def test_what_is_no_array(backend: Backend) -> None:
+    for thing in ([1.0], None, 3, "text"):
+        with pytest.raises((KVCacheError, TypeError, AttributeError)):
+            backend.from_dlpack(thing)
+
+
+def crossing(here: Backend, there: Backend, array: Any) -> Any:
+    """Through DLPack or, where that is refused, by what the error advises.
+
+    What a cache holds is a part of a larger buffer, and JAX takes whole ones only.
+    """
+    here.sync(array)
+    try:
+        return there.from_dlpack(array)
+    except KVCacheError as error:
+        if "through the host" not in str(error):
+            raise
+    return there.from_host(here.to_host(array))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("source", ALL)
+def test_a_cache_takes_what_another_holds(source: str, target: str, dtype: str) -> None:
+    """From one framework's cache into another's, as the error message of a mix-up advises."""
+    here, there = installed(source, target)
+    for backend in (here, there):
+        if dtype not in backend.dtypes:
+            pytest.skip(f"{backend.name} has no {dtype}")
+    first, second = KVCache(here), KVCache(there)
+    update = [here.from_host(coded(SHAPE, dtype, first)) for first in (0, 500)]
+    first.update(*update)
+    held = [here.slice(part, 0, SHAPE[2], 2) for part in first.state]
+    moved = [crossing(here, there, part) for part in held]
+    second.update(*moved)
+    for part, start in zip(second.state, (0, 500), strict=True):
+        same(there.to_host(part)[:, :, : SHAPE[2]], coded(SHAPE, dtype, start))
+    first.reset()
+    for part, start in zip(second.state, (0, 500), strict=True):
+        same(there.to_host(part)[:, :, : SHAPE[2]], coded(SHAPE, dtype, start))
+
+
+# The bounds and the host side, where a silent mistake would cost tokens.
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        np.array([2**32]),
+        np.array([2**31]),
+        np.array([-(2**32)]),
+        np.array([2**63], np.uint64),
+        [2**40],
+        [0.0],
+        [1.5],
+        np.array([True, False]),
+        ["1"],
+        [None],
+        [[0]],
+        0,
+    ],
+    ids=repr,
+)
+def test_positions_are_whole_numbers_within_bounds(backend: Backend, index: Any) -> None:
+    """Nothing wraps, is rounded, or is taken for a mask."""
+    buffer = backend.from_host(aligned())
+    row = backend.alloc((1, 2, math.prod(np.shape(index)), 8), "float32")
+    calls: list[Callable[[], object]] = [
+        lambda: backend.scatter(buffer, row, index, 2),
+        lambda: backend.gather(buffer, index, 2),
+    ]
+    for call in calls:
+        with pytest.raises((IndexError, TypeError, ValueError)) as caught:
+            call()
+        assert isinstance(caught.value, KVCacheError), repr(caught.value)
+    same(backend.to_host(buffer), coded(SHAPE, "float32"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.int8, np.int64, np.uint16, np.uint64])
+def test_positions_may_come_in_any_whole_type(backend: Backend, kind: Any) -> None:
+    index = kind([3, 1]) if kind in (list, tuple) else np.array([3, 1], kind)
+    buffer = backend.from_host(aligned())
+    expected = coded(SHAPE, "float32")[:, :, [3, 1]]
+    same(backend.to_host(backend.gather(buffer, index, 2)), expected)
+    buffer = backend.scatter(buffer, backend.from_host(expected), index, 2)
+    same(backend.to_host(buffer), coded(SHAPE, "float32"))
+
+
+def test_host_arrays_in_any_memory_order(backend: Backend) -> None:
+    source = coded(SHAPE, "float32")
+    for array in (
+        source.transpose(0, 1, 3, 2),
+        source[:, ::-1],
+        source[:, :, 3::4, 1:5],
+        np.asfortranarray(source),
+        source.astype(">f4"),
+        np.broadcast_to(source[:1, :1], SHAPE),
+    ):
+        expected = np.ascontiguousarray(array).astype("<f4", copy=False)
+        same(backend.to_host(backend.from_host(array)), expected)
+
+
+def test_read_only_host_arrays(backend: Backend) -> None:
+    source = coded(SHAPE, "float32")
+    source.flags.writeable = False
+    array = backend.from_host(source)
+    array = backend.slice_update(array, backend.alloc((1, 2, 1, 8), "float32"), 0, 2)
+    assert not backend.to_host(array)[:, :, 0].any()
+    same(source, coded(SHAPE, "float32"))
+
+
+def test_scalars_and_empty_arrays(backend: Backend) -> None:
+    for shape in ((), (0,), (1, 0, 3), (1,)):
+        array = backend.from_host(np.ones(shape, np.float32))
+        assert tuple(array.shape) == shape
+        same(backend.to_host(array), np.ones(shape, np.float32))
+        assert tuple(backend.alloc(shape, "int32").shape) == shape
+
+
+def test_sync_of_anything(backend: Backend) -> None:
+    backend.sync()
+    backend.sync(backend.alloc((2,), "float32"), backend.alloc((0,), "int32"))

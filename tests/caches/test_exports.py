@@ -1,0 +1,155 @@
+"""What kvcache offers, by name: a change of this list is a change for every user."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import kvcache.backends
+import pytest
+
+import kvcache
+import kvcache.errors
+
+PUBLIC = [
+    "Backend",
+    "BackendInfo",
+    "BackendNotAvailableError",
+    "Batch",
+    "BoundsError",
+    "Cache",
+    "CacheConfig",
+    "CacheFileError",
+    "CacheFullError",
+    "CausalCache",
+    "DTypeError",
+    "DamagedFileError",
+    "EncoderCache",
+    "ForeignFileError",
+    "KVCache",
+    "KVCacheError",
+    "ModelFileError",
+    "NewerFileError",
+    "NotSupportedError",
+    "RotatingKVCache",
+    "ShapeError",
+    "SharedCellsError",
+    "TrimError",
+    "UnknownBackendError",
+    "UnsupportedModelError",
+    "WrapperCache",
+    "available_backends",
+    "backend_of",
+    "get_backend",
+    "load",
+    "register_backend",
+    "save",
+    "trim",
+]
+# What models, runners and caches of other packages may use of a cache.
+CACHE = """backend can_trim checkpoint copy dtype growths kind len load mask nbytes offset positions
+reset rollback save state trim update""".split()
+ROTATING = ["keep", "max_size"]
+BACKEND = """adopt alloc concat config device device_of devices dtype dtype_name dtypes free
+from_dlpack from_host gather modules name owns read_rows read_slice scatter signature slice
+slice_update spec sync to_host views write_rows write_slice xp""".split()
+
+
+def test_names() -> None:
+    assert kvcache.__all__ == PUBLIC
+    assert all(hasattr(kvcache, name) for name in PUBLIC)
+
+
+def test_nothing_else_is_public() -> None:
+    found = {
+        name
+        for name, member in vars(kvcache).items()
+        if not name.startswith("_") and not inspect.ismodule(member)
+    }
+    assert found == set(PUBLIC)
+
+
+def test_star_import() -> None:
+    namespace: dict[str, object] = {}
+    exec("from kvcache import *", namespace)  # a star is allowed at module level only
+    assert set(namespace) - {"__builtins__"} == set(PUBLIC)
+
+
+def members(kind: type) -> set[str]:
+    return {name for name in dir(kind) if not name.startswith("_")}
+
+
+def test_members_of_the_caches() -> None:
+    assert members(kvcache.KVCache) == set(CACHE)
+    ring = kvcache.RotatingKVCache(2)
+    assert {name for name in dir(ring) if not name.startswith("_")} == {*CACHE, *ROTATING}
+
+
+def test_members_of_a_backend() -> None:
+    assert members(type(kvcache.get_backend("numpy"))) | {"device"} == set(BACKEND)
+
+
+def public_objects() -> Iterator[tuple[str, object]]:
+    for name in PUBLIC:
+        member = getattr(kvcache, name)
+        yield name, member
+        if inspect.isclass(member):
+            for inner, value in vars(member).items():
+                is_code = inspect.isroutine(value) or isinstance(value, property)
+                if is_code and not inner.startswith("_"):
+                    yield f"{name}.{inner}", value
+
+
+OBJECTS = dict(public_objects())
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_has_a_docstring(name: str) -> None:
+    """A method that overrides another may leave it to that one."""
+    doc = inspect.getdoc(OBJECTS[name])
+    owner, _, method = name.partition(".")
+    if not doc and method:
+        doc = inspect.getdoc(getattr(getattr(kvcache, owner), method))
+    assert doc, f"{name} has no docstring"
+    assert doc[0].isupper() or doc[0] in "`:", f"{name}: {doc}"
+
+
+def test_errors_are_drawn_where_they_are_defined() -> None:
+    """The tree at the top of errors.py names every error, and no other."""
+    tree = kvcache.errors.__doc__ or ""
+    drawn = {word for word in tree.split() if word.endswith("Error")}
+    errors = {
+        name
+        for name, error in vars(kvcache.errors).items()
+        if inspect.isclass(error) and issubclass(error, Exception)
+    }
+    assert errors == drawn
+    assert errors <= set(PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (kvcache.BackendNotAvailableError, ImportError),
+        (kvcache.UnknownBackendError, ValueError),
+        (kvcache.BoundsError, IndexError),
+        (kvcache.ShapeError, ValueError),
+        (kvcache.DTypeError, TypeError),
+        (kvcache.TrimError, ValueError),
+        (kvcache.CacheFullError, RuntimeError),
+        (kvcache.NotSupportedError, NotImplementedError),
+        (kvcache.SharedCellsError, RuntimeError),
+        (kvcache.CacheFileError, OSError),
+        (kvcache.ModelFileError, OSError),
+        (kvcache.UnsupportedModelError, ValueError),
+    ],
+)
+def test_errors_are_builtins_too(error: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(error, kvcache.KVCacheError)
+    assert issubclass(error, builtin)
+
+
+def test_backends_offers_its_own_part() -> None:
+    assert set(kvcache.backends.__all__) <= set(PUBLIC)
+    for name in kvcache.backends.__all__:
+        assert getattr(kvcache.backends, name) is getattr(kvcache, name)

@@ -1,0 +1,194 @@
+"""What is particular to torch: autograd, inference mode, and tensors that alias a buffer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+
+import kvcache
+from kvcache import KVCache, RotatingKVCache
+
+from .oracle import Oracle, Shape, check_whole, oracle_for, push
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+KINDS = {
+    "kv": lambda: KVCache("torch", step=2),
+    "ring": lambda: RotatingKVCache(5, 1, "torch", step=2),
+}
+MODES = {
+    "grad": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+Mode = Callable[[], AbstractContextManager[Any]]
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def cache(request: pytest.FixtureRequest) -> KVCache:
+    made: KVCache = request.param()
+    return made
+
+
+@pytest.fixture(params=MODES.values(), ids=MODES)
+def mode(request: pytest.FixtureRequest) -> Mode:
+    entered: Mode = request.param
+    return entered
+
+
+other_mode = mode
+
+
+def everything(cache: KVCache, oracle: Oracle) -> None:
+    """Every kind of update, of rollback and of copy."""
+    for tokens in (1, 3, 1, 7, 1):
+        push(cache, oracle, tokens, stamp=oracle.offset)
+    cache.checkpoint()
+    push(cache, oracle, 6, stamp=100)
+    mark = oracle.offset - 6
+    cache.rollback(2)
+    oracle.cut(mark + 2)
+    check_whole(cache, oracle)
+    cache.copy().update(*(torch.ones(1, 2, 1, dim) for dim in (4, 3)))
+
+
+def test_in_every_mode(cache: KVCache, mode: Mode) -> None:
+    with mode():
+        everything(cache, oracle_for(cache))
+
+
+@pytest.mark.parametrize("later", MODES.values(), ids=MODES)
+def test_made_in_one_mode_and_used_in_another(cache: KVCache, mode: Mode, later: Mode) -> None:
+    oracle = oracle_for(cache)
+    with mode():
+        everything(cache, oracle)
+        cache.checkpoint()
+        push(cache, oracle, 4, stamp=200)
+    with later():
+        cache.rollback(1)
+        oracle.cut(oracle.offset - 3)
+        check_whole(cache, oracle)
+        everything(cache, oracle)
+
+
+def test_inference_tensors_may_be_stored(cache: KVCache) -> None:
+    with torch.inference_mode():
+        update = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 3)
+    assert update[0].is_inference()
+    for _ in range(4):
+        keys, values = cache.update(*update)
+    assert bool((keys[:, :, :3] == 1).all())
+    assert bool((values[:, :, :3] == 1).all())
+
+
+def needs_grad(tokens: int) -> tuple[Any, Any]:
+    """Keys and values as a model in training makes them: results of a graph."""
+    weight = torch.ones(4, requires_grad=True)
+    return torch.ones(1, 2, tokens, 4) * weight, torch.ones(1, 2, tokens, 4) * weight
+
+
+def test_nothing_that_is_returned_or_held_has_a_graph(cache: KVCache) -> None:
+    for tokens in (2, 3, 1, 4, 9, 1):
+        for part in (*cache.update(*needs_grad(tokens)), *cache.state, *cache.copy().state):
+            assert not part.requires_grad
+            assert part.grad_fn is None
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_graph_of_an_update_can_be_freed(cache: KVCache, tokens: int) -> None:
+    """Also while a checkpoint is open, which keeps copies of what comes."""
+    cache.update(*needs_grad(4))
+    cache.checkpoint()
+    keys, values = needs_grad(tokens)
+    node = weakref.ref(keys.grad_fn.next_functions[-1][0].variable)
+    cache.update(keys, values)
+    del keys, values
+    gc.collect()
+    assert node() is None, "the cache keeps the graph, and with it the weights, alive"
+
+
+def test_parameters_and_subclasses_are_tensors(cache: KVCache) -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    plain = torch.ones(1, 2, 1, 4)
+    for update in (torch.nn.Parameter(plain), plain.as_subclass(Mine), plain):
+        keys, _ = cache.update(update, update)
+        assert type(keys) is torch.Tensor
+        assert not keys.requires_grad
+    assert cache.offset == 3
+    assert kvcache.backend_of(plain.as_subclass(Mine)).name == "torch"
+
+
+def test_views_survive_what_comes_after() -> None:
+    """Their contents are no longer defined; looking at them must not crash the process."""
+    for end in (KVCache.reset, lambda cache: cache.update(*[torch.ones(1, 2, 50, 4)] * 2)):
+        cache = KVCache("torch", step=8)
+        earlier = [cache.update(*[torch.ones(1, 2, 3, 4)] * 2) for _ in range(2)]
+        end(cache)
+        gc.collect()
+        [torch.full((1, 2, 8, 4), 9.0) for _ in range(8)]  # would land in memory given back
+        for keys, values in earlier:
+            assert tuple(keys.shape) == tuple(values.shape)
+            assert bool((keys == 1).all())
+            assert bool((values == 1).all())
+
+
+def test_reset_gives_the_memory_back() -> None:
+    cache = KVCache("torch", step=8)
+    cache.update(*[torch.ones(1, 2, 8, 4)] * 2)
+    (keys, values), before = cache.state, cache.nbytes
+    assert before == sum(part.untyped_storage().nbytes() for part in (keys, values))
+    cache.reset()
+    assert keys.untyped_storage().nbytes() == 0
+    assert values.untyped_storage().nbytes() == 0
+
+
+def test_threads_of_one_mode_each() -> None:
+    """Modes belong to threads; a cache does not."""
+    import threading
+
+    cache, oracle, failures = RotatingKVCache(5, 1, "torch"), Oracle(5, 1), []
+
+    def work(mode: Mode) -> None:
+        try:
+            with mode():
+                everything(cache, oracle)
+        except BaseException as error:  # noqa: BLE001 - a thread's error must reach the test
+            failures.append(error)
+
+    for mode in (*MODES.values(), *MODES.values()):
+        thread = threading.Thread(target=work, args=(mode,))
+        thread.start()
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("device", ["cpu:0", "cpu"])
+def test_every_way_to_write_cpu(device: str) -> None:
+    cache = KVCache()
+    update = torch.ones(1, 2, 1, 4, device=device), torch.ones(1, 2, 1, 4, device="cpu")
+    cache.update(*update)
+    KVCache(kvcache.get_backend(f"torch:{device}")).update(*update)
+    assert cache.backend is not None
+    assert cache.backend.device == "cpu"
+
+
+def test_tensors_of_another_device(cache: KVCache) -> None:
+    """The meta device is one that every machine has."""
+    oracle, shape = oracle_for(cache), Shape()
+    here = [torch.ones(1, 2, 1, dim) for dim in (4, 3)]
+    there = [torch.ones(1, 2, 1, dim, device="meta") for dim in (4, 3)]
+    for _ in range(9):
+        push(cache, oracle, 1, shape)
+    for update in (there, (here[0], there[1]), (there[0], here[1])):
+        with pytest.raises(kvcache.DTypeError, match=r"torch:cpu, where this cache lives; .*meta"):
+            cache.update(*update)
+        check_whole(cache, oracle)
+    push(cache, oracle, 2, shape)
