@@ -111,6 +111,7 @@ class CausalCache(Cache):
     # Passes.
 
     def prepare_forward(self, batch: Batch, reserve: bool = False) -> Commit:
+        self._initialised()
         positions, sequences = batch.positions, batch.sequences
         if reserve:
             return lambda: self._reserve(positions, sequences)

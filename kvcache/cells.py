@@ -326,7 +326,7 @@ class CellTable:
     def _pop(self, count: int) -> Int32s:
         """Any free cells, neighbours if possible."""
         found: list[Int32s] = []
-        while count:
+        while count and self._top:
             # Many at a time, because most may have been taken since they were stacked.
             cells = self._stack[max(0, self._top - max(count, 256)) : self._top][::-1]
             free = np.flatnonzero(self._holders[cells] == 0)[:count]

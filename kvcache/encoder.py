@@ -95,7 +95,7 @@ class EncoderCache(Cache):
     def set_layer(self, layer: int) -> None:
         self._layer = layer
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
+    def put(self, keys: Array, values: Array = None) -> None:
         """Store encoder output ``[kv_heads, frames, head_dim]`` of the sequences it arrives for.
 
         For several sequences in one pass the frames of the first come first, equally many each.
@@ -108,6 +108,12 @@ class EncoderCache(Cache):
                 strict=True,
             )
         )
+        frames = keys.shape[TOKEN_AXIS[self._config.key_layout]]
+        if values.shape[TOKEN_AXIS[self._config.value_layout]] != frames:
+            raise ShapeError(
+                f"keys and values have the same frames; got {tuple(keys.shape)} and "
+                f"{tuple(values.shape)}."
+            )
         for (sequence, position), part in zip(arriving.items(), parts, strict=True):
             entry = self._passing.setdefault(sequence, _Entry(position))
             entry.position = position
@@ -153,7 +159,7 @@ class EncoderCache(Cache):
         )
 
     def _entry(self, sequence: int) -> _Entry:
-        entry = self._passing.get(sequence)
+        entry = self._passing.get(sequence) or self._entries.get(sequence)
         if entry is None or self._layer not in entry.layers:
             raise KVCacheError(
                 f"layer {self._layer} of sequence {sequence} holds no encoder output. "

@@ -36,6 +36,15 @@ def test_reset_deletes_the_buffers() -> None:
     assert keys.is_deleted()
 
 
+def test_growing_gives_the_old_buffers_back() -> None:
+    """Not when some reference to them is dropped: now, while the new ones are there."""
+    cache, one = KVCache("jax"), jnp.ones((1, 2, 256, 4))
+    old = cache.update(one, one)
+    cache.update(one, one)
+    assert cache.growths == 1
+    assert [part.is_deleted() for part in old] == [True, True]
+
+
 def test_copies_outlive_their_source() -> None:
     for cache in (KVCache("jax"), RotatingKVCache(4, 1, "jax")):
         oracle = oracle_for(cache)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 
 from kvcache import Backend, KVCache, RotatingKVCache, TrimError
 
-from .oracle import Oracle, Shape, check_columns, check_whole, fingerprint, host_rows, push
+from .oracle import (
+    Oracle,
+    Shape,
+    Token,
+    check_columns,
+    check_whole,
+    fingerprint,
+    host_rows,
+    push,
+    rows,
+)
 
 SIZES = [(1, 0), (2, 0), (2, 1), (5, 0), (5, 2), (5, 4), (8, 3)]
 CHUNKS = {
@@ -51,9 +60,8 @@ def test_chunks_make_no_difference(backend: Backend, size: int, keep: int) -> No
 def fingerprint_of_slots(cache: RotatingKVCache) -> tuple[object, ...]:
     twin = cache.copy()
     assert twin.backend is not None
-    rows = host_rows(twin.backend, twin.state)
-    order = [int(column) for column in np.argsort(twin.positions) if twin.positions[column] >= 0]
-    return tuple((int(twin.positions[column]), rows[column]) for column in order)
+    columns = zip(twin.positions.tolist(), host_rows(twin.backend, twin.state), strict=True)
+    return tuple(sorted((position, token) for position, token in columns if position >= 0))
 
 
 def test_a_ring_that_never_fills_is_a_growing_cache(backend: Backend) -> None:
@@ -118,6 +126,8 @@ def check_rollback(
         cache.rollback(accepted)
         oracle.cut(mark + accepted)
         check_whole(cache, oracle)
+        if oracle.offset:  # positions and mask speak of what is held now, not of the draft
+            check_columns(cache, oracle, host_rows(backend, cache.state), 1)
         with pytest.raises(TrimError, match="needs an open checkpoint"):
             cache.rollback()
         for tokens in (1, 3, 1):
@@ -184,6 +194,49 @@ def test_rollback_of_nothing(backend: Backend) -> None:
         cache.checkpoint()
         cache.rollback()
         check_whole(cache, oracle)
+
+
+def test_a_checkpoint_keeps_no_view_of_the_draft() -> None:
+    """Models write the next keys and values into the arrays of the last ones."""
+    cache, oracle, shape = RotatingKVCache(4, 1, "numpy"), Oracle(4, 1), Shape()
+    push(cache, oracle, 6)
+    cache.checkpoint()
+    keys, values = shape.keys(3, 100), shape.values(3, 100)
+    cache.update(keys, values)
+    oracle.tokens += map(Token, rows(keys), rows(values))
+    keys[:] = values[:] = 1
+    cache.rollback(2)
+    oracle.cut(8)
+    check_whole(cache, oracle)
+
+
+def test_a_full_ring_does_not_move(backend: Backend) -> None:
+    """It is allocated once; from then on an update costs what it writes."""
+    cache, oracle = RotatingKVCache(8, 2, backend, step=4), Oracle(8, 2)
+    for tokens in (3, 3, 2):
+        push(cache, oracle, tokens)
+    growths, held = cache.growths, cache.nbytes
+    for tokens in (1, 1, 9, 1, 3, 1, 20):
+        push(cache, oracle, tokens)
+        assert (cache.growths, cache.nbytes) == (growths, held)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8])
+def test_as_long_as_nothing_is_displaced_no_copy_is_made(backend: Backend, tokens: int) -> None:
+    """Up to the last token that fits, and after that for single tokens."""
+    if backend.name not in ("numpy", "torch"):
+        pytest.skip(f"memory of {backend.name} cannot be looked at")
+    cache, shape = RotatingKVCache(8, backend=backend), Shape()
+    for _ in range(2 if tokens == 1 else 1):
+        cache.update(*map(backend.from_host, (shape.keys(tokens, 0), shape.values(tokens, 0))))
+    rest = 8 - cache.offset
+    for count in (rest, 1, 1) if rest else (1, 1):
+        returned = cache.update(
+            *map(backend.from_host, (shape.keys(count, 0), shape.values(count, 0)))
+        )
+        for part, held in zip(returned, cache.state, strict=True):
+            part[...] = count
+            assert (backend.to_host(held) == count).all(), "a copy"
 
 
 def test_trim_below_the_size_then_on(backend: Backend) -> None:

@@ -1,0 +1,211 @@
+"""A multi-sequence cache that is slow and obviously right, and what looks inside a real one.
+
+For each sequence the oracle keeps ``{position: token}``. A token is a number that names one put;
+two sequences share a cell where they hold the same token. Keys are ``[token, position]``, and the
+shift adds its offsets to the position, so that what a key should be is known without bookkeeping.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+LAYERS = 2
+"""Layer 0 has keys and values, layer 1 only keys."""
+
+
+class Oracle:
+    """What one causal cache should hold."""
+
+    def __init__(self, max_sequences, capacity, max_batch, padding=1, **limits):
+        self.window = limits.get("window")
+        self.chunk = limits.get("chunk")
+        self.shifts = limits.get("shift") is not None
+        self.held = [{} for _ in range(max_sequences)]
+        self.recent = set()
+        kept = None
+        if self.window is not None:
+            kept = limits.get("memory") or self.window
+            if max_sequences > 1:
+                kept = max(kept, self.window + 1)
+            if kept > capacity:
+                kept = None
+        self.kept = kept
+        cells = max_sequences * capacity if kept is None else max_sequences * (kept - 1) + max_batch
+        self.size = (cells + padding - 1) // padding * padding
+
+    def cells(self, held=None):
+        """How many cells are in use."""
+        return len(set().union(*(h.values() for h in self.held if held is None or held)))
+
+    def next(self, sequence):
+        return max(self.held[sequence], default=-1) + 1
+
+    def refuses(self, positions, sequences):
+        """What is wrong with a batch: ValueError, "full" or nothing."""
+        pairs = list(zip(sequences, positions, strict=True))
+        if any(not 0 <= s < len(self.held) or p < 0 for s, p in pairs):
+            return "bad"
+        if len(set(pairs)) < len(pairs) or any(p in self.held[s] for s, p in pairs):
+            return "bad"
+        left = self.trimmed(positions, sequences)
+        used = len(set().union(*(h.values() for h in left)))
+        return "full" if used + len(pairs) > self.size else None
+
+    def trimmed(self, positions, sequences):
+        """What is held when all that lies too far back is gone."""
+        if self.kept is None:
+            return self.held
+        nexts = {s: self.next(s) for s in self.recent}
+        for s in set(sequences):
+            nexts[s] = min(p for p, t in zip(positions, sequences, strict=True) if t == s)
+        return [
+            {p: t for p, t in h.items() if s not in nexts or p >= nexts[s] - (self.kept - 1)}
+            for s, h in enumerate(self.held)
+        ]
+
+    def store(self, positions, sequences, tokens):
+        self.held = [dict(h) for h in self.trimmed(positions, sequences)]
+        self.recent = set(sequences)
+        for position, sequence, token in zip(positions, sequences, tokens, strict=True):
+            self.held[sequence][position] = token
+
+    def visible(self, sequence, position, ahead=False):
+        """What a token attends to: ``(token, position)``, sorted."""
+        return sorted(
+            (token, p)
+            for p, token in self.held[sequence].items()
+            if (ahead or p <= position)
+            and (self.window is None or p > position - self.window)
+            and (self.chunk is None or p >= position // self.chunk * self.chunk)
+        )
+
+    def can_resume(self, sequence, position):
+        return all(
+            p in self.held[sequence]
+            for p in range(position)
+            if (self.window is None or p > position - self.window)
+            and (self.chunk is None or p // self.chunk == position // self.chunk)
+        )
+
+    def copy(self, source, target, length):
+        self.held[target] = {p: t for p, t in self.held[source].items() if p < length}
+        if source != target:
+            self.recent.add(target)
+
+    def refuses_removal(self, sequence, begin, end):
+        """Whether a removal fails, and as what."""
+        if end is None or begin == end:
+            return None
+        moving = {t for p, t in self.held[sequence].items() if p >= end}
+        others = set().union(*(h.values() for s, h in enumerate(self.held) if s != sequence))
+        if moving & others:
+            return "SharedCellsError"
+        return "NotSupportedError" if moving and not self.shifts else None
+
+    def remove(self, sequence, begin, end):
+        self.held[sequence] = {
+            p if p < begin else p - (end - begin): t
+            for p, t in self.held[sequence].items()
+            if p < begin or (end is not None and p >= end)
+        }
+
+
+def add_positions(backend):
+    """The shift that goes with keys of ``[token, position]``."""
+
+    def shift(layer, keys, offsets):
+        moved = backend.to_host(keys).copy()
+        moved[..., 1] += backend.to_host(offsets)
+        return backend.from_host(moved)
+
+    return shift
+
+
+def put_tokens(backend, cache, tokens, positions, layer_type=None):
+    """Put every layer of a pass."""
+    keys, values = rows(tokens, positions)
+    for layer in range(LAYERS):
+        if layer_type is not None:
+            cache.set_layer_type(layer_type)
+        cache.set_layer(layer)
+        cache.put(backend.from_host(keys), None if layer else backend.from_host(values))
+
+
+def rows(tokens, positions):
+    """Keys ``[2, tokens, 2]`` and values ``[1, tokens, 3]`` of some tokens."""
+    keys = np.array([tokens, positions], np.float32).T
+    values = np.repeat(np.array(tokens, np.float32)[:, None] + 0.5, 3, axis=1)
+    return np.stack([keys, keys * np.array([-1, 1], np.float32)]), values[None]
+
+
+def attended(backend, cache, layer):
+    """``(token, position)`` of all that each token of the pass attends to, sorted."""
+    cache.set_layer(layer)
+    keys, values, mask = cache.get()
+    keys, mask = backend.to_host(keys), backend.to_host(mask)
+    if mask.dtype != np.bool_:
+        assert set(np.unique(mask)) <= {0.0, -np.inf}
+        mask = mask == 0
+    assert keys.shape == (2, mask.shape[1], 2)
+    seen = [keys[:, line] for line in mask]
+    if layer == 0:
+        values = backend.to_host(values)
+        assert values.shape == (1, mask.shape[1], 3)
+        for line, mine in zip(mask, seen, strict=True):
+            np.testing.assert_array_equal(values[0, line], mine[0, :, :1] + np.full(3, 0.5))
+    else:
+        assert values is None
+    for mine in seen:
+        np.testing.assert_array_equal(mine[1], mine[0] * [-1, 1])
+    return [sorted((int(t), int(p)) for t, p in mine[0]) for mine in seen]
+
+
+def check_table(table):
+    """What is always true of a table of cells."""
+    holders = np.zeros(table.size, int)
+    for sequence in range(len(table._first)):
+        row = table.row(sequence)
+        holders[row] += 1
+        if row.size:
+            assert (np.diff(table.positions[row]) > 0).all()
+            assert table.span(np.array([sequence])) == (row.min(), row.max() + 1)
+    np.testing.assert_array_equal(table._holders, holders)
+    free = np.flatnonzero(holders == 0)
+    assert table.free == free.size
+    stacked = table._stack[: table._top]
+    assert set(free.tolist()) <= set(stacked.tolist())
+    assert len(set(stacked.tolist())) == stacked.size
+    np.testing.assert_array_equal(np.flatnonzero(table._stacked), np.sort(stacked))
+
+
+def check_held(cache, oracle):
+    """A cache holds the positions that it should, and shares the cells that it should."""
+    table = cache._table
+    assert table.size == oracle.size
+    assert table.size - table.free == oracle.cells()
+    token_of = {}
+    for sequence, held in enumerate(oracle.held):
+        row = table.row(sequence)
+        assert table.positions[row].tolist() == sorted(held)
+        for cell, position in zip(row.tolist(), sorted(held), strict=True):
+            assert token_of.setdefault(cell, held[position]) == held[position]
+
+
+def fingerprint(cache):
+    """All that a causal cache is, to the byte; scratch space aside."""
+    table, buffers = cache._table, cache._buffers
+    to_host = buffers.backend.to_host
+    scalars = {n: v for n, v in vars(table).items() if isinstance(v, int)}
+    arrays = {
+        n: v.tobytes()
+        for n, v in vars(table).items()
+        if isinstance(v, np.ndarray) and n not in ("_claims", "_rows", "_stack")
+    }
+    live = [table.row(s).tobytes() for s in range(len(table._first))]
+    layers = {
+        layer: tuple(None if b is None else to_host(b).tobytes() for b in pair)
+        for layer, pair in buffers._layers.items()
+    }
+    stack = table._stack[: table._top].tobytes()
+    ahead = None if cache._plan is None else cache._plan.ahead
+    return scalars, arrays, live, stack, layers, set(cache._untrimmed), id(cache._plan), ahead

@@ -1,0 +1,206 @@
+"""The encoder cache: one output per sequence, whatever the position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvcache import Batch, CacheConfig, DTypeError, EncoderCache, KVCacheError, ShapeError
+
+
+def make(backend="numpy", max_sequences=3, **config):
+    cache = EncoderCache()
+    cache.set_config(CacheConfig(**config))
+    cache.init(backend, max_sequences=max_sequences)
+    return cache
+
+
+def output(number, frames=4, width=2):
+    return np.full((2, frames, width), number, np.float32)
+
+
+def arrive(cache, sequence, number, position=0):
+    """One image's pass."""
+    cache.start_forward(Batch([position], [sequence], [0]))
+    cache.put(output(number), output(-number))
+
+
+def got(cache, sequence, position=50):
+    """The number that a text pass of one sequence gets."""
+    cache.start_forward(Batch([position], [sequence]))
+    keys, values, mask = cache.get()
+    assert mask is None
+    assert (keys == -values).all()
+    return float(keys[0, 0, 0])
+
+
+def test_every_sequence_has_its_own():
+    cache = make()
+    arrive(cache, 0, 1)
+    arrive(cache, 2, 3)
+    assert [got(cache, 0), got(cache, 2)] == [1, 3]
+    assert cache.encoder_cached
+    cache.start_forward(Batch([0], [1]))
+    assert not cache.encoder_cached
+    with pytest.raises(KVCacheError, match="layer 0 of sequence 1 holds no encoder output"):
+        cache.get()
+    arrive(cache, 0, 7)
+    assert [got(cache, 0), got(cache, 2)] == [7, 3]
+
+
+def test_several_arrive_in_one_pass_and_are_kept_apart(backend):
+    cache = make(backend, key_layout="thd", value_layout="hdt")
+    cache.start_forward(Batch([0, 0, 1, 5], [2, 0, 0, 2], [0, 1]))
+    frames = np.arange(6, dtype=np.float32)
+    keys = np.repeat(frames[:, None, None], 2, 2)  # thd
+    values = np.repeat(frames[None, None], 3, 1)  # hdt
+    cache.put(backend.from_host(keys), backend.from_host(values))
+    got_keys, got_values, mask = (backend.to_host(part) for part in cache.get())
+    np.testing.assert_array_equal(got_keys, keys)
+    np.testing.assert_array_equal(got_values, values)
+    first, second = [True] * 3 + [False] * 3, [False] * 3 + [True] * 3
+    np.testing.assert_array_equal(mask, [first, second, second, first])
+    cache.start_forward(Batch([9], [0]))
+    np.testing.assert_array_equal(backend.to_host(cache.get()[0]), keys[3:])
+
+
+def test_the_mask_has_the_dtype_asked_for():
+    cache = make(mask_dtype="float32")
+    arrive(cache, 0, 1)
+    arrive(cache, 1, 2)
+    cache.start_forward(Batch([4, 4], [1, 0]))
+    keys, _, mask = cache.get()
+    assert keys[0, :, 0].tolist() == [2] * 4 + [1] * 4
+    low = -np.inf
+    np.testing.assert_array_equal(mask, [[0] * 4 + [low] * 4, [low] * 4 + [0] * 4])
+    assert mask.dtype == np.float32
+
+
+def test_it_goes_when_its_position_goes():
+    for begin, end, left in [
+        (0, None, 0),
+        (5, 6, 0),
+        (6, None, 1),
+        (0, 5, 1),
+        (5, 5, 1),
+        (6, 9, 1),
+    ]:
+        cache = make()
+        arrive(cache, 0, 1, 5)
+        cache.remove(0, begin, end)
+        cache.start_forward(Batch([50], [0]))
+        assert cache.encoder_cached is bool(left), (begin, end)
+
+
+def test_its_position_moves_when_what_is_before_goes():
+    cache = make()
+    arrive(cache, 0, 1, 5)
+    cache.remove(0, 1, 4)  # it is at 2 now
+    cache.remove(0, 3)
+    assert got(cache, 0) == 1
+    cache.remove(0, 2, 3)
+    cache.start_forward(Batch([50], [0]))
+    assert not cache.encoder_cached
+
+
+def test_copies_go_their_own_way():
+    cache = make()
+    arrive(cache, 0, 1, 5)
+    cache.copy_prefix(0, 1, 5)  # its position is not part of it
+    cache.start_forward(Batch([5], [1]))
+    assert not cache.encoder_cached
+    cache.copy_prefix(0, 1, 6)
+    cache.copy_prefix(0, 2, 9)
+    arrive(cache, 0, 8, 5)
+    cache.remove(2, 0, 1)
+    assert [got(cache, s) for s in (0, 1, 2)] == [8, 1, 1]
+    cache.remove(1, 5)
+    assert [got(cache, 0), got(cache, 2)] == [8, 1]
+    cache.copy_prefix(0, 0, 5)
+    cache.start_forward(Batch([5], [0]))
+    assert not cache.encoder_cached
+
+
+def test_what_was_put_is_copied():
+    cache = make()
+    keys = output(1)
+    cache.start_forward(Batch([0], [0], [0]))
+    cache.put(keys, -keys)
+    keys[:] = 9
+    assert got(cache, 0) == 1
+
+
+def test_a_reserve_pass_works_and_stores_nothing():
+    cache = make()
+    cache.start_forward(Batch([0], [0], [0]), reserve=True)
+    cache.put(output(5), output(-5))
+    assert cache.get()[0][0, 0, 0] == 5
+    cache.start_forward(Batch([0], [0]))
+    assert not cache.encoder_cached
+    arrive(cache, 0, 1)
+    cache.start_forward(Batch([0], [0]), reserve=True)
+    assert cache.encoder_cached
+    assert cache.get()[0][0, 0, 0] == 1
+    cache.put(output(5), output(-5))
+    assert cache.get()[0][0, 0, 0] == 5
+    assert got(cache, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "error", "message"),
+    [
+        (output(2), output(2, frames=3), ShapeError, "values hold equally many frames"),
+        (
+            output(2, frames=3),
+            output(2),
+            ShapeError,
+            "keys hold equally many frames in layout 'htd'",
+        ),
+        (output(2)[0], output(2), ShapeError, "keys hold equally many"),
+        (output(2), output(2).astype(np.float16), DTypeError, "values must be float32 arrays"),
+        (output(2), None, DTypeError, "values must be float32 arrays"),
+        (output(2, frames=6), output(2), ShapeError, "frames"),
+    ],
+)
+def test_what_put_refuses(keys, values, error, message):
+    cache = make()
+    arrive(cache, 0, 1)
+    cache.start_forward(Batch([0, 0], [0, 1], [0, 1]))
+    with pytest.raises(error, match=message):
+        cache.put(keys, values)
+    assert not cache.encoder_cached  # sequence 1 has none
+    assert got(cache, 0) == 1
+
+
+def test_what_else_is_refused():
+    cache = EncoderCache()
+    with pytest.raises(KVCacheError, match="Call init"):
+        cache.start_forward(Batch([0], [0]))
+    with pytest.raises(ValueError, match="max_sequences must be >= 1; got 0"):
+        cache.init("numpy", max_sequences=0)
+    cache.init("numpy", max_sequences=2)
+    with pytest.raises(KVCacheError, match="set_config comes before init"):
+        cache.set_config(CacheConfig())
+    with pytest.raises(KVCacheError, match="Call start_forward first"):
+        cache.get()
+    arrive(cache, 0, 1)
+    foreign = "sequence ids must lie in"
+    for call in (
+        lambda: cache.start_forward(Batch([0], [2])),
+        lambda: cache.remove(2, 0),
+        lambda: cache.remove(-1, 0),
+        lambda: cache.copy_prefix(0, 2, 1),
+    ):
+        with pytest.raises(ValueError, match=foreign):
+            call()
+    with pytest.raises(ValueError, match="0 <= begin <= end"):
+        cache.remove(0, 2, 1)
+    with pytest.raises(KVCacheError, match="knows no order of tokens"):
+        cache.set_causal([0])
+    cache.start_forward(Batch([1, 1], [0, 1]))  # two sequences, no image
+    with pytest.raises(ShapeError, match="sequences with multimodal tokens"):
+        cache.put(output(1), output(1))
+    assert got(cache, 0) == 1
+    cache.close()
+    with pytest.raises(KVCacheError, match="Call"):
+        cache.get()
