@@ -57,6 +57,7 @@ class TokenBuffers:
         self.backend = None
         self.geometry: Geometry | None = None
         self._padding = 1
+        self._exact = False
         self._seen: tuple[Any, ...] | None = None
         if self._asked is not None:
             self._bind(self._asked)
@@ -66,6 +67,7 @@ class TokenBuffers:
             backend.dtype(self.dtype)
         self.backend = backend
         self._padding = backend.config.padding
+        self._exact = backend.views and self._padding == 1
 
     # What comes in.
 
@@ -183,7 +185,7 @@ class TokenBuffers:
 
     def view(self, held: int) -> tuple[Array, Array]:
         """The first `held` slots, and no more than padding beyond where slices are free."""
-        width = self.width(held)
+        width = held if self._exact else self.width(held)
         if width == self.capacity:
             return self.keys, self.values
         read = self.backend.read_slice
