@@ -110,13 +110,12 @@ def backend_of(array: Array) -> Backend:
     Raises:
         UnknownBackendError: the array is of no known framework.
     """
-    modules = roots(array)
-    for name, entry in _entries().items():
-        if entry.framework in modules or _ALIASES.get(entry.framework) in modules:
-            return _backend(name, _load(name).device_of(array))
+    name = _name_of(type(array))
+    if name is not None:
+        return _backend(name, _load(name).device_of(array))
     if hasattr(array, "__array_namespace__"):
         try:
-            return _backend("array_api", modules[0])
+            return _backend("array_api", roots(type(array))[0])
         except BackendNotAvailableError:
             pass
     raise UnknownBackendError(
@@ -124,6 +123,23 @@ def backend_of(array: Array) -> Backend:
         f"({', '.join(sorted(_entries()))}); got {type(array).__module__}.{type(array).__name__}. "
         "register_backend adds others."
     )
+
+
+def backend_type(array: Array) -> type[Backend]:
+    """The class of the backend of `array`, which may be a tracer and have no device yet."""
+    found = _types.get(type(array))  # all that torch.compile can follow
+    if found is None:
+        found = _types[type(array)] = _load(_name_of(type(array)) or "array_api")
+    return found
+
+
+def _name_of(kind: type) -> str | None:
+    """The backend for arrays of a type; None where only the array API may help."""
+    modules = roots(kind)
+    for name, entry in _entries().items():
+        if entry.framework in modules or _ALIASES.get(entry.framework) in modules:
+            return name
+    return None
 
 
 def available_backends() -> Mapping[str, BackendInfo]:
@@ -169,6 +185,10 @@ def _best(device: str | None) -> Backend:
     return _backend("numpy", device)
 
 
+# Backends by the type of their arrays, once they are loaded.
+_types: dict[type, type[Backend]] = {}
+
+
 @cache
 def _load(name: str) -> type[Backend]:
     entries = _entries()
@@ -186,6 +206,7 @@ def _load(name: str) -> type[Backend]:
             f"backend {name!r} needs {entries[name].framework}, which cannot be imported or "
             f"used here ({type(error).__name__}: {error}). Install it: {entries[name].remedy}"
         ) from error
+    _types.update(dict.fromkeys(backend.array_types, backend))
     return backend
 
 

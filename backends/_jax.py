@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from .base import HOST_DTYPES, Array, Backend, CacheConfig, HostArray
+from .base import HOST_DTYPES, WHOLE, Array, Backend, CacheConfig, HostArray
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -26,6 +26,11 @@ _COPY_ONLY = {
         f"float-normalization-{dtype}" for dtype in ("bf16", "f8e4m3fn", "f8e5m2")
     )
 }
+# In a program of somebody else's, which computes too, that pass has to run. There such a buffer
+# is carried as integers, which nothing rewrites.
+_BITS = {"bfloat16": np.dtype("uint16")} | dict.fromkeys(
+    ("float8_e4m3fn", "float8_e5m2"), np.dtype("uint8")
+)
 
 
 class JaxBackend(Backend):
@@ -100,8 +105,57 @@ class JaxBackend(Backend):
     def adopt(self, array: Any) -> Array:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
 
+    def compile(
+        self, function: Callable[..., Any], donate: Sequence[int] = ()
+    ) -> Callable[..., Any]:
+        return jax.jit(function, donate_argnums=tuple(donate))
+
+    def traced_form(self, buffer: Array) -> Array:
+        bits = _BITS.get(buffer.dtype.name) if self._copy_only else None
+        return _caster(bits)(buffer) if bits else buffer
+
+    def from_traced(self, buffer: Array, dtype: str) -> Array:
+        wanted = self.dtype(dtype)
+        return buffer if buffer.dtype == wanted else _caster(wanted)(buffer)
+
+    def traced_index(self, start: int | list[int]) -> Any:
+        return np.asarray(start, np.int32)
+
+    @classmethod
+    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+        rows = _as_bits(rows, buffer)
+        if rows.shape[axis] == 1:
+            # XLA on CPU fuses a single write into the read behind it, and then has to copy the
+            # whole buffer. Two writes are a loop to it, which it leaves alone.
+            rows, index = jnp.repeat(rows, 2, axis), jnp.repeat(index, 2)
+        return buffer.at[(*WHOLE[axis], index)].set(rows, mode="drop")
+
+    @classmethod
+    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+        # One axis in front: with two, XLA on CPU copies the buffer of a batch of one.
+        flat, news = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
+        index = start + jnp.arange(rows.shape[axis])
+        return cls.traced_write(flat, news, index, 1).reshape(buffer.shape)
+
+    @classmethod
+    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+        if length < buffer.shape[axis]:
+            buffer = lax.dynamic_slice_in_dim(buffer, start, length, axis)
+        return _as_bits(buffer, jnp.empty(0, dtype))
+
     def sync(self, *arrays: Array) -> None:
         jax.block_until_ready(arrays)
+
+
+def _as_bits(array: Array, like: Array) -> Array:
+    """`array` in the dtype of `like`, which has as many bits."""
+    return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
+
+
+@cache
+def _caster(dtype: Any) -> Callable[[Array], Array]:
+    """Takes over a buffer and gives its bits another name."""
+    return jax.jit(lambda buffer: lax.bitcast_convert_type(buffer, dtype), donate_argnums=0)
 
 
 def _options(copy_only: bool) -> dict[str, Any] | None:

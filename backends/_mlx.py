@@ -96,5 +96,23 @@ class MlxBackend(Backend):
     def adopt(self, array: Any) -> Array:
         return array if isinstance(array, mx.array) else mx.from_dlpack(array)
 
+    def traced_index(self, start: int | list[int]) -> Any:
+        return mx.array(start)
+
+    @classmethod
+    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+        # Beyond the end this would land on older tokens: those are written back.
+        present = mx.slice(buffer, start, [axis], rows.shape)
+        fits = start + rows.shape[axis] <= buffer.shape[axis]
+        return mx.slice_update(buffer, mx.where(fits, rows, present), start, [axis])
+
+    @classmethod
+    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+        if length == buffer.shape[axis]:
+            return buffer
+        size = list(buffer.shape)
+        size[axis] = length
+        return mx.slice(buffer, start, [axis], size)
+
     def sync(self, *arrays: Array) -> None:
         mx.eval(*arrays)

@@ -24,6 +24,7 @@ class TorchBackend(Backend):
     """Buffers are plain tensors outside autograd, written in place."""
 
     name: ClassVar[str] = "torch"
+    array_types: ClassVar[tuple[type, ...]] = (torch.Tensor,)
     xp = array_api_compat.torch
 
     def __init__(self, device: str | None = None) -> None:
@@ -105,6 +106,19 @@ class TorchBackend(Backend):
 
     def adopt(self, array: Any) -> Array:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+
+    @classmethod
+    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+        return super().traced_write(buffer, rows.detach(), index, axis)
+
+    @classmethod
+    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+        # Beyond the end indices stop at the last slot, which is given what it holds.
+        last = buffer.shape[axis] - 1
+        index = (start + torch.arange(rows.shape[axis], device=buffer.device)).clamp(max=last)
+        present = buffer.index_select(axis, index)
+        fits = start + rows.shape[axis] <= buffer.shape[axis]
+        return super().traced_write(buffer, torch.where(fits, rows.detach(), present), index, axis)
 
     def sync(self, *arrays: Array) -> None:
         if not self.device.startswith("cpu"):

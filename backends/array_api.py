@@ -50,10 +50,10 @@ class ArrayApiBackend(Backend):
 
     @staticmethod
     def device_of(array: Array) -> str:
-        return roots(array)[0]
+        return roots(type(array))[0]
 
     def owns(self, array: Array) -> bool:
-        return self.device in roots(array)
+        return self.device in roots(type(array))
 
     def _framework_dtypes(self) -> dict[str, Any]:
         return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
@@ -89,6 +89,24 @@ class ArrayApiBackend(Backend):
     def to_host(self, array: Array) -> HostArray:
         self.dtype_name(array)
         return np.array(np.from_dlpack(array, device="cpu"))
+
+    @classmethod
+    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+        for i in range(rows.shape[axis]):
+            row = rows[(*WHOLE[axis], slice(i, i + 1), ...)]
+            buffer = cls.traced_append(buffer, row, int(index[i]), axis)
+        return buffer
+
+    @classmethod
+    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+        stop = start + rows.shape[axis]
+        if stop <= buffer.shape[axis]:
+            buffer[(*WHOLE[axis], slice(start, stop), ...)] = rows
+        return buffer
+
+    @classmethod
+    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+        return buffer[(*WHOLE[axis], slice(start, start + length), ...)]
 
     def adopt(self, array: Any) -> Array:
         return self.xp.from_dlpack(array)

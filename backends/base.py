@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -85,6 +85,8 @@ class Backend(ABC):
     """Registry name, for example ``"torch"``."""
     modules: ClassVar[tuple[str, ...]] = ()
     """Top-level modules that the framework's array types are defined in; default: the name."""
+    array_types: ClassVar[tuple[type, ...]] = ()
+    """Types of its arrays, where a compiler has to see them; others are found by module."""
     config: ClassVar[CacheConfig] = CacheConfig()
     """What caches on this backend use unless the model overrides it."""
     views: ClassVar[bool] = True
@@ -146,7 +148,9 @@ class Backend(ABC):
     def owns(self, array: Array) -> bool:
         """Whether `array` is of this framework and on this device."""
         mine = self.modules or (self.name,)
-        return any(root in mine for root in roots(array)) and self.device_of(array) == self.device
+        return (
+            any(map(mine.__contains__, roots(type(array)))) and self.device_of(array) == self.device
+        )
 
     def signature(self, array: Array) -> tuple[Any, ...]:
         """What tells whether `array` is like an earlier one, cheap to make and to compare.
@@ -267,6 +271,59 @@ class Backend(ABC):
     def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
         """Return once every one of `arrays` has been computed and written."""
 
+    # For programs above the caches.
+
+    def compile(
+        self, function: Callable[..., Any], donate: Sequence[int] = ()
+    ) -> Callable[..., Any]:
+        """`function` of arrays and containers of arrays, as fast as the framework runs it.
+
+        JAX compiles it, once per shape of its arguments; frameworks that are fast as they are
+        return it unchanged, so it has to be pure: everything it needs is an argument or constant.
+
+        donate: positions of arguments whose buffers it consumes, as :meth:`slice_update` does.
+        """
+        return function
+
+    def traced_form(self, buffer: Array) -> Array:
+        """`buffer` as compiled programs carry it; consumes it. Bits instead of floats, if need be.
+
+        :meth:`from_traced` undoes that. The ``traced_`` functions below take either.
+        """
+        return buffer
+
+    def from_traced(self, buffer: Array, dtype: str) -> Array:
+        """What :meth:`traced_form` made of a buffer of `dtype`, turned back; consumes it."""
+        return buffer
+
+    def traced_index(self, start: int | list[int]) -> Any:
+        """Host ints, as an argument that does not compile a program anew when they change."""
+        return start
+
+    # In a program under a tracer there is no instance at hand and no value to check: these are
+    # class methods, and all they know is their arguments.
+
+    @classmethod
+    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+        """Write ``rows[i]`` at position ``index[i]`` of `axis`; consumes `buffer`.
+
+        A position may occur twice, with equal rows.
+        """
+        buffer[(*WHOLE[axis], index)] = rows
+        return buffer
+
+    @classmethod
+    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+        """Write `rows` at ``[start, start + n)`` of `axis`, or nothing where that lies outside."""
+        if start + rows.shape[axis] <= buffer.shape[axis]:
+            buffer[(*WHOLE[axis], slice(start, start + rows.shape[axis]))] = rows
+        return buffer
+
+    @classmethod
+    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+        """`length` positions of `axis` from `start` on, as an array of the framework's `dtype`."""
+        return buffer[(*WHOLE[axis], slice(start, start + length))]
+
     # For the adapters.
 
     def _host(self, array: npt.ArrayLike, dtype: str | None) -> HostArray:
@@ -290,9 +347,9 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * HOST_DTYPES[dtype].itemsize
 
 
-def roots(array: Array) -> tuple[str, ...]:
-    """Top-level modules of the type of `array` and its bases, the most derived first."""
-    return tuple(kind.__module__.partition(".")[0] for kind in type(array).__mro__)
+def roots(kind: type) -> tuple[str, ...]:
+    """Top-level modules of a type and its bases, the most derived first."""
+    return tuple(base.__module__.partition(".")[0] for base in kind.__mro__)
 
 
 WHOLE = tuple((slice(None),) * axis for axis in range(8))

@@ -157,6 +157,25 @@ class TokenBuffers:
         self.keys = self.values = None
         self.capacity = 0
 
+    def lend(self) -> tuple[Array, Array]:
+        """The buffers, as compiled programs take them; :meth:`take_back` ends that."""
+        return self.backend.traced_form(self.keys), self.backend.traced_form(self.values)
+
+    def take_back(self, keys: Array, values: Array) -> None:
+        """Go on with what programs made of the buffers that were lent.
+
+        Raises: ShapeError where they are others; nothing has changed then.
+        """
+        for name, have, got in (("keys", self.keys, keys), ("values", self.values, values)):
+            if tuple(have.shape) != tuple(got.shape):
+                raise ShapeError(
+                    f"what is given back has the shape of what was lent; got {name} of "
+                    f"{tuple(got.shape)} for {tuple(have.shape)}."
+                )
+        dtype = self.geometry.dtype if self.geometry else ""
+        self.keys = self.backend.from_traced(keys, dtype)
+        self.values = self.backend.from_traced(values, dtype)
+
     # Slots.
 
     def write(self, keys: Array, values: Array, start: int, stop: int) -> None:

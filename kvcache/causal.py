@@ -10,17 +10,18 @@ import numpy as np
 from kvcache.backends import Backend, CacheConfig, get_backend
 from kvcache.backends.base import Array
 from kvcache.batch import Batch, Int32s
-from kvcache.cache import Cache, Commit, check_ids, check_range, check_sizes
+from kvcache.cache import Commit, check_ids, check_range, check_sizes
 from kvcache.cells import CellTable, Eviction, Groups, Step
 from kvcache.errors import KVCacheError, NotSupportedError, SharedCellsError
 from kvcache.layers import LayerBuffers
-from kvcache.plan import ForwardPlan, device_mask
+from kvcache.plan import Pass, device_mask
+from kvcache.planned import PlannedCache
 
 Shift: TypeAlias = Callable[[int, Array, Array], Array]
 """``shift(layer, keys, offsets) -> keys``: move keys by `offsets` positions, int32 [tokens]."""
 
 
-class CausalCache(Cache):
+class CausalCache(PlannedCache):
     """Every token sees those before it in its sequence, within an optional window or chunk.
 
     window: a token sees itself and the ``window - 1`` before it; None: all.
@@ -46,7 +47,7 @@ class CausalCache(Cache):
         self.shift = shift
         self._config: CacheConfig | None = None
         self._state: tuple[CellTable, LayerBuffers] | None = None
-        self._plan: ForwardPlan | None = None
+        self._pass: Pass | None = None
         self._mask: Array | None = None
         self._layer = 0
 
@@ -95,19 +96,6 @@ class CausalCache(Cache):
             kept = max(kept, self.window + 1)
         return None if kept > capacity else kept
 
-    @property
-    def _table(self) -> CellTable:
-        return self._initialised()[0]
-
-    @property
-    def _buffers(self) -> LayerBuffers:
-        return self._initialised()[1]
-
-    def _initialised(self) -> tuple[CellTable, LayerBuffers]:
-        if self._state is None:
-            raise KVCacheError("a cache is sized before it is used. Call init first.")
-        return self._state
-
     # Passes.
 
     def prepare_forward(self, batch: Batch, reserve: bool = False) -> Commit:
@@ -138,7 +126,7 @@ class CausalCache(Cache):
     def _take(self, step: Step, positions: Int32s, sequences: Int32s) -> None:
         self._table.take(step)
         cells = np.array([step.cell], np.int32)
-        self._begin(cells, *self._rounded(step.low, step.high + 1), positions, sequences)
+        self._begin(cells, *self._buffers.range(step.low, step.high + 1), positions, sequences)
 
     def _expired(self, groups: Groups, kept: int) -> Eviction:
         """What lies too far back, for the batch's sequences and those idle since their last."""
@@ -158,22 +146,7 @@ class CausalCache(Cache):
             self._untrimmed = set(groups.ids.tolist())
         cells = table.insert(groups)
         start, stop = table.span(groups.ids)
-        self._begin(cells, *self._rounded(start, stop), positions, sequences)
-
-    def _rounded(self, start: int, stop: int) -> tuple[int, int]:
-        """The range to read, in lengths that the backend likes."""
-        padding, size = self._buffers.config.padding, self._table.size
-        start = start // padding * padding
-        if self._buffers.backend.views:
-            return start, min(size, -(-stop // padding) * padding)
-        # Each length is a program of its own: few of them, and soon the whole pool.
-        length = padding
-        while length < stop - start:
-            length *= 2
-        if 2 * length > size:
-            return 0, size
-        start = min(start, size - length)
-        return start, start + length
+        self._begin(cells, *self._buffers.range(start, stop), positions, sequences)
 
     def _begin(
         self,
@@ -185,9 +158,7 @@ class CausalCache(Cache):
         stores: bool = True,
     ) -> None:
         limits = self.window, self.chunk
-        self._plan = ForwardPlan(
-            self._table, cells, start, stop, positions, sequences, *limits, stores
-        )
+        self._pass = Pass(self._table, cells, start, stop, positions, sequences, *limits, stores)
         self._mask = None
 
     def set_causal(self, except_: Sequence[int] = ()) -> None:
@@ -195,11 +166,6 @@ class CausalCache(Cache):
         if plan.ahead != frozenset(except_):
             plan.ahead = frozenset(except_)
             self._mask = None
-
-    def _current(self) -> ForwardPlan:
-        if self._plan is None:
-            raise KVCacheError("put and get belong to a pass. Call start_forward first.")
-        return self._plan
 
     # Layers.
 
@@ -242,12 +208,12 @@ class CausalCache(Cache):
 
     def _truncate(self, sequence: int, length: int) -> None:
         self._table.truncate(sequence, length)
-        self._plan = None  # it speaks of cells that may be others' by now
+        self._pass = None  # it speaks of cells that may be others' by now
 
     def _share(self, source: int, target: int, length: int) -> None:
         self._table.share(source, target, length)
         self._untrimmed.add(target)
-        self._plan = None
+        self._pass = None
 
     def prepare_remove(self, sequence: int, begin: int, end: int | None = None) -> Commit:
         table = self._table
@@ -284,9 +250,9 @@ class CausalCache(Cache):
     ) -> None:
         moved = self._table.cut(sequence, start, stop, offset)
         self._buffers.set_keys(moved, keys)
-        self._plan = None
+        self._pass = None
 
     def close(self) -> None:
         if self._state is not None:
             self._buffers.free()
-        self._state = self._plan = None
+        self._state = self._pass = None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kvcache.backends import Backend, CacheConfig
 from kvcache.backends.base import Array
 from kvcache.batch import Int32s
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
-from kvcache.plan import TOKEN_AXIS, ForwardPlan
+from kvcache.plan import TOKEN_AXIS, ForwardPlan, Pass, PoolState, device_mask
 
 
 class LayerBuffers:
@@ -23,30 +27,106 @@ class LayerBuffers:
         self.config = config
         self.dtype = dtype
         self.size = size
-        self._layers: dict[int, tuple[Array, Array | None]] = {}
+        self._buffers: dict[int, tuple[Array, Array | None]] = {}
+        self._lent: PoolState | None = None
 
-    def put(self, layer: int, keys: Array, values: Array | None, plan: ForwardPlan) -> None:
-        """Store the tokens of a pass in the plan's cells; raises before anything is written."""
-        self._check(layer, keys, values, plan.cells.size)
+    @property
+    def _layers(self) -> dict[int, tuple[Array, Array | None]]:
+        if self._lent is not None:
+            self._buffers = {layer: self._recalled(held) for layer, held in self._lent.items()}
+            self._lent = None
+        return self._buffers
+
+    def _recalled(self, held: tuple[Array, ...]) -> tuple[Array, Array | None]:
+        keys, *values = (self.backend.from_traced(buffer, self.dtype) for buffer in held)
+        return keys, values[0] if values else None
+
+    def lend(self) -> PoolState:
+        """All buffers, as :mod:`kvcache.functional` takes them."""
+        if self._lent is None:
+            self._lent = {
+                layer: tuple(self.backend.traced_form(each) for each in pair if each is not None)
+                for layer, pair in self._buffers.items()
+            }
+        return self._lent
+
+    def take_back(self, state: PoolState) -> None:
+        """Go on with the buffers of `state`, which programs made of what was lent.
+
+        Raises: ShapeError where those are others; nothing has changed then.
+        """
+        have, got = _outline(self.lend()), _outline(state)
+        if have != got:
+            layers = sorted(layer for layer in {*have, *got} if have.get(layer) != got.get(layer))
+            raise ShapeError(
+                "a state to hand back has the layers, shapes and dtypes of the one that was "
+                f"taken; layers {layers} differ."
+            )
+        self._lent = dict(state)
+
+    def plan(
+        self, cells: Int32s, start: int | list[int], visible: npt.NDArray[np.bool_]
+    ) -> ForwardPlan:
+        """A plan of one pass, or of several with one more axis in front of everything."""
+        steps = cells.shape[:-1]
+        return ForwardPlan(
+            self.backend.from_host(cells),
+            self.backend.traced_index(start),
+            device_mask(self.backend, self.config, visible),
+            self._empty(self.config.key_layout, 1, 1, steps),
+            self._empty(self.config.value_layout, 1, 1, steps),
+        )
+
+    def range(self, start: int, stop: int) -> tuple[int, int]:
+        """The range to read for cells ``[start, stop)``, in lengths that the backend likes."""
+        padding, size = self.config.padding, self.size
+        start = start // padding * padding
+        if self.backend.views:
+            return start, min(size, -(-stop // padding) * padding)
+        # Each length is a program of its own: few of them, and soon the whole pool.
+        length = padding
+        while length < stop - start:
+            length *= 2
+        if 2 * length > size:
+            return 0, size
+        start = min(start, size - length)
+        return start, start + length
+
+    def allocate(self, layer: int, kv_heads: int, head_dim: int, value_dim: int) -> None:
+        """Make the buffers that the first put of a layer would make; `value_dim` 0: keys only."""
+        keys = self._empty(self.config.key_layout, kv_heads, head_dim)
+        values = self._empty(self.config.value_layout, kv_heads, value_dim) if value_dim else None
+        self._check(layer, keys, values, 0)
         if layer not in self._layers:
             self._layers[layer] = self._alloc(keys, values)
-        if not plan.stores:
+
+    def _empty(self, layout: str, heads: int, dim: int, lead: tuple[int, ...] = ()) -> Array:
+        """Keys or values of no token."""
+        sizes = {"h": heads, "t": 0, "d": dim}
+        return self.backend.alloc([*lead, *(sizes[axis] for axis in layout)], self.dtype)
+
+    def put(self, layer: int, keys: Array, values: Array | None, which: Pass) -> None:
+        """Store the tokens of a pass in its cells; raises before anything is written."""
+        self._check(layer, keys, values, which.cells.size)
+        if layer not in self._layers:
+            self._layers[layer] = self._alloc(keys, values)
+        if not which.stores:
             return
         key_buffer, value_buffer = self._layers[layer]
-        key_buffer = self._write(key_buffer, keys, plan, TOKEN_AXIS[self.config.key_layout])
+        key_buffer = self._write(key_buffer, keys, which, TOKEN_AXIS[self.config.key_layout])
         if values is not None:
             axis = TOKEN_AXIS[self.config.value_layout]
-            value_buffer = self._write(value_buffer, values, plan, axis)
+            value_buffer = self._write(value_buffer, values, which, axis)
         self._layers[layer] = key_buffer, value_buffer
 
-    def get(self, layer: int, plan: ForwardPlan) -> tuple[Array, Array | None]:
-        """Keys and values of the plan's range."""
+    def get(self, layer: int, which: Pass) -> tuple[Array, Array | None]:
+        """Keys and values of the pass's range."""
         if layer not in self._layers:
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         keys, values = self._layers[layer]
-        keys = self._read(keys, plan, TOKEN_AXIS[self.config.key_layout])
+        keys = self._read(keys, which, TOKEN_AXIS[self.config.key_layout])
         if values is not None:
-            values = self._read(values, plan, TOKEN_AXIS[self.config.value_layout])
+            values = self._read(values, which, TOKEN_AXIS[self.config.value_layout])
         return keys, values
 
     def changed_keys(
@@ -73,11 +153,10 @@ class LayerBuffers:
 
     def free(self) -> None:
         """Give all memory back."""
-        for buffers in self._layers.values():
-            for buffer in buffers:
-                if buffer is not None:
-                    self.backend.free(buffer)
-        self._layers.clear()
+        held: Any = self._lent or self._buffers
+        for buffer in (each for pair in held.values() for each in pair if each is not None):
+            self.backend.free(buffer)
+        self._buffers, self._lent = {}, None
 
     def _check(self, layer: int, keys: Array, values: Array | None, tokens: int) -> None:
         self._check_dtype("keys", keys)
@@ -114,16 +193,23 @@ class LayerBuffers:
         shape[TOKEN_AXIS[layout]] = self.size
         return self.backend.alloc(shape, self.dtype)
 
-    def _write(self, buffer: Array, array: Array, plan: ForwardPlan, axis: int) -> Array:
-        if plan.first_cell is None:
-            return self.backend.write_rows(buffer, array, plan.cells, axis)
-        stop = plan.first_cell + plan.cells.size
-        return self.backend.write_slice(buffer, array, plan.first_cell, stop, axis)
+    def _write(self, buffer: Array, array: Array, which: Pass, axis: int) -> Array:
+        if which.first_cell is None:
+            return self.backend.write_rows(buffer, array, which.cells, axis)
+        stop = which.first_cell + which.cells.size
+        return self.backend.write_slice(buffer, array, which.first_cell, stop, axis)
 
-    def _read(self, buffer: Array, plan: ForwardPlan, axis: int) -> Array:
-        if plan.start == 0 and plan.stop == self.size:
+    def _read(self, buffer: Array, which: Pass, axis: int) -> Array:
+        if which.start == 0 and which.stop == self.size:
             return buffer
-        return self.backend.read_slice(buffer, plan.start, plan.stop, axis)
+        return self.backend.read_slice(buffer, which.start, which.stop, axis)
+
+
+def _outline(state: PoolState) -> dict[int, list[tuple[tuple[int, ...], Any]]]:
+    return {
+        layer: [(tuple(buffer.shape), buffer.dtype) for buffer in buffers]
+        for layer, buffers in state.items()
+    }
 
 
 def _check_tokens(name: str, array: Array, layout: str, tokens: int) -> None:

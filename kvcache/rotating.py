@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvcache.backends import Backend
 from kvcache.backends.base import Array, HostArray
 from kvcache.buffers import TOKENS
+from kvcache.functional import RingState
 from kvcache.stream import Checkpoint, KVCache, Positions, padded
 
 
@@ -139,6 +140,20 @@ class RotatingKVCache(KVCache):
         turned = latest - (latest - slots) % self._window
         positions = np.where(slots < self.keep, slots, turned).astype(np.int32)
         return padded(positions, self._buffers.width(slots.size))
+
+    def _slots(self, offset: int) -> int:
+        return min(offset, self.max_size)
+
+    def _lent(self, keys: Array, values: Array, offset: Array) -> RingState:
+        self._extra = 0
+        ring = self._ring_positions(self._offset)
+        positions = np.full(self._buffers.capacity, -1)
+        positions[: self.len] = ring[: self.len]
+        slot = self._offset if self._offset < self.max_size else self._turn(self._offset)
+        numbers = slot, self.keep, min(self.max_size, self._buffers.capacity)
+        return RingState(
+            keys, values, offset, self._on_device(positions), *map(self._on_device, numbers)
+        )
 
     def can_trim(self, tokens: int) -> bool:
         return tokens == 0 or (super().can_trim(tokens) and self._offset <= self.max_size)

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from kvcache.backends import Backend, get_backend
 from kvcache.backends.base import Array, HostArray
 from kvcache.buffers import TokenBuffers
-from kvcache.errors import ForeignFileError, TrimError
+from kvcache.errors import BoundsError, ForeignFileError, KVCacheError, TrimError
 from kvcache.files import read_file, write_file
+from kvcache.functional import LayerState, RingState
 
 Positions = npt.NDArray[np.int32]
 
@@ -205,6 +206,49 @@ class KVCache:
         """Forget everything and free the memory: the cache is as it was constructed."""
         self._buffers.free()
         self._start()
+
+    # For compiled programs.
+
+    def lend(self, tokens: int) -> LayerState | RingState:
+        """The buffers, with room for `tokens` more, for :func:`kvcache.functional.append`.
+
+        The cache is not to be used until :meth:`give_back`. Ends a checkpoint.
+
+        Raises: KVCacheError for a cache that never held a token: it has no shape yet.
+        """
+        tokens, buffers = operator.index(tokens), self._buffers
+        if buffers.geometry is None:
+            raise KVCacheError("a cache has the shape of its first update. Prefill, then lend.")
+        if self._slots(self._offset + tokens) > buffers.capacity:
+            buffers.grow(self._slots(self._offset + tokens))
+        self._checkpoint = None
+        return self._lent(*buffers.lend(), self._on_device(self._offset))
+
+    def give_back(self, state: LayerState | RingState) -> None:
+        """Go on with what programs made of what :meth:`lend` returned.
+
+        Raises: BoundsError if more tokens came than it had room for, ShapeError if it is that of
+            another cache; nothing has changed then.
+        """
+        offset = int(self._buffers.backend.to_host(state.offset))
+        if self._slots(offset) > self._buffers.capacity:
+            raise BoundsError(
+                f"a program appends as many tokens as were lent room for; {offset} came, "
+                f"{self._buffers.capacity} fit, the others were not written. Lend more."
+            )
+        self._buffers.take_back(state.keys, state.values)
+        self._rewind(offset)
+
+    def _slots(self, offset: int) -> int:
+        """Slots in use once `offset` tokens were seen."""
+        return offset
+
+    def _lent(self, keys: Array, values: Array, offset: Array) -> LayerState | RingState:
+        slots = np.arange(self._buffers.capacity)
+        return LayerState(keys, values, offset, self._on_device(slots))
+
+    def _on_device(self, numbers: npt.ArrayLike) -> Array:
+        return self._buffers.backend.from_host(np.asarray(numbers), "int32")
 
     # Copies.
 

@@ -12,6 +12,7 @@ import kvcache
 import kvcache.errors
 
 PUBLIC = [
+    "AudioFileError",
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
@@ -47,12 +48,13 @@ PUBLIC = [
     "trim",
 ]
 # What models, runners and caches of other packages may use of a cache.
-CACHE = """backend can_trim checkpoint copy dtype growths kind len load mask nbytes offset positions
-reset rollback save state trim update""".split()
+CACHE = """backend can_trim checkpoint copy dtype give_back growths kind lend len load mask nbytes
+offset positions reset rollback save state trim update""".split()
 ROTATING = ["keep", "max_size"]
-BACKEND = """adopt alloc concat config device device_of devices dtype dtype_name dtypes free
-from_dlpack from_host gather modules name owns read_rows read_slice scatter signature slice
-slice_update spec sync to_host views write_rows write_slice xp""".split()
+BACKEND = """adopt alloc array_types compile concat config device device_of devices dtype dtype_name
+dtypes free from_dlpack from_host from_traced gather modules name owns read_rows read_slice scatter
+signature slice slice_update spec sync to_host traced_append traced_form traced_index traced_read
+traced_write views write_rows write_slice xp""".split()
 
 
 def test_names() -> None:
@@ -142,6 +144,7 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.CacheFileError, OSError),
         (kvcache.ModelFileError, OSError),
         (kvcache.UnsupportedModelError, ValueError),
+        (kvcache.AudioFileError, OSError),
     ],
 )
 def test_errors_are_builtins_too(error: type[Exception], builtin: type[Exception]) -> None:

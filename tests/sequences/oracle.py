@@ -207,5 +207,5 @@ def fingerprint(cache):
         for layer, pair in buffers._layers.items()
     }
     stack = table._stack[: table._top].tobytes()
-    ahead = None if cache._plan is None else cache._plan.ahead
-    return scalars, arrays, live, stack, layers, set(cache._untrimmed), id(cache._plan), ahead
+    ahead = None if cache._pass is None else cache._pass.ahead
+    return scalars, arrays, live, stack, layers, set(cache._untrimmed), id(cache._pass), ahead

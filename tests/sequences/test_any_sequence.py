@@ -152,10 +152,10 @@ class CacheMachine(RuleBasedStateMachine):
         first = cells.min() // self.padding * self.padding
         last = -(-(cells.max() + 1) // self.padding) * self.padding
         if self.backend.views:
-            assert (part._plan.start, part._plan.stop) == (first, last)
-        assert part._plan.start <= first
-        assert part._plan.stop >= last
-        assert length == part._plan.stop - part._plan.start
+            assert (part._pass.start, part._pass.stop) == (first, last)
+        assert part._pass.start <= first
+        assert part._pass.stop >= last
+        assert length == part._pass.stop - part._pass.start
         assert length % self.padding == 0
 
     @rule(tokens=st.integers(1, 20), sequence=st.integers(0, 3))
@@ -282,7 +282,7 @@ class CacheMachine(RuleBasedStateMachine):
         for part in self.parts:
             part.set_layer(0)
             self.refused(lambda p=part: p.put(keys, values), KVCacheError)
-        self.look([start, start + 1], [sequence, sequence], frozenset(self.parts[0]._plan.ahead))
+        self.look([start, start + 1], [sequence, sequence], frozenset(self.parts[0]._pass.ahead))
 
     # Always.
 

@@ -313,10 +313,10 @@ def test_a_range_is_the_smallest_that_is_padded():
     store(cache, range(5), 0)
     assert cache.get()[0].shape[1] == 8
     store(cache, range(3), 1)
-    assert (cache._plan.start, cache._plan.stop) == (32, 36)
+    assert (cache._pass.start, cache._pass.stop) == (32, 36)
     assert np.shares_memory(cache.get()[0], cache._buffers._layers[1][0])
     cache.start_forward(Batch([3, 5], [1, 0]))
-    assert (cache._plan.start, cache._plan.stop) == (0, 36)
+    assert (cache._pass.start, cache._pass.stop) == (0, 36)
 
 
 def test_where_slices_are_copies_ranges_have_few_lengths():
@@ -331,7 +331,7 @@ def test_where_slices_are_copies_ranges_have_few_lengths():
         assert seen(cache) == [list(range(position + 1))]
     assert lengths == {4, 8, 16, 32, 64}
     store(cache, range(4), 0)
-    assert (cache._plan.start, cache._plan.stop) == (0, 4)
+    assert (cache._pass.start, cache._pass.stop) == (0, 4)
 
 
 def test_reserve_allocates_everything_and_stores_nothing():
@@ -472,7 +472,7 @@ def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
                 for position in range(end, min(end + int(random.integers(1, 8)), 19)):
                     cache.start_forward(Batch([position], [sequence]))
                     put_tokens(NUMPY, cache, [step], [position])
-                    plans.append((cache._plan.cells.tolist(), cache._plan.start, cache._plan.stop))
+                    plans.append((cache._pass.cells.tolist(), cache._pass.start, cache._pass.stop))
             check_table(cache._table)
             states.append(fingerprint(cache)[:6])
             # The end of a row that is full moves it: not a difference.

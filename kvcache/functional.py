@@ -1,0 +1,185 @@
+"""Caches as pure functions, for ``jax.jit``, ``lax.scan``, ``torch.compile``, ``mx.compile``.
+
+The host plans, a compiled program applies: nothing here looks at a value, so nothing here can
+check one. What a plan says has been checked when it was made.
+
+For a pool of cells::
+
+    cache.allocate(range(layers), kv_heads, head_dim)
+    plan, state = cache.plan(batch), cache.state
+    state = functional.put(state, plan, layer, k, v)        # in the program
+    k, v, mask = functional.get(state, plan, layer)
+    cache.state = state                                     # back on the host
+
+For a per-layer cache::
+
+    state = cache.lend(tokens)                              # room for so many more
+    state, K, V = functional.append(state, k, v)            # in the program
+    mask = functional.mask(state, L)
+    cache.give_back(state)
+
+Donate the state to the program (``jax.jit(step, donate_argnums=...)``): it is then written in
+place. Whoever keeps the old one pays for a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+from kvcache.backends import backend_type
+from kvcache.backends.base import Array
+from kvcache.buffers import TOKENS
+from kvcache.errors import KVCacheError, ShapeError
+from kvcache.plan import ForwardPlan, PoolState
+
+__all__ = ["LayerState", "PoolState", "RingState", "append", "get", "mask", "put"]
+
+
+class LayerState(NamedTuple):
+    """A growing cache as a pytree; :meth:`KVCache.lend` makes it."""
+
+    keys: Array
+    """[B, kv_heads, slots, head_dim]"""
+    values: Array
+    offset: Array
+    """int32 []: tokens seen, which is the position of the next one."""
+    positions: Array
+    """int32 [slots]: position of the token that a slot holds, or will hold."""
+
+
+class RingState(NamedTuple):
+    """A rotating cache as a pytree; :meth:`RotatingKVCache.lend` makes it."""
+
+    keys: Array
+    """[B, kv_heads, slots, head_dim]"""
+    values: Array
+    offset: Array
+    """int32 []: tokens seen, which is the position of the next one."""
+    positions: Array
+    """int32 [slots]: position of the token that a slot holds, -1 where there is none yet."""
+    slot: Array
+    """int32 []: where the next token goes."""
+    sinks: Array
+    """int32 []: how many of the first slots keep their token."""
+    size: Array
+    """int32 []: slots in the ring, sinks included; those behind it are never used."""
+
+
+AnyState = TypeVar("AnyState", LayerState, RingState)
+
+
+def put(
+    state: PoolState, plan: ForwardPlan, layer: int, keys: Array, values: Array | None = None
+) -> PoolState:
+    """`state` with the keys and values of the pass's tokens, as :meth:`Cache.put` takes them.
+
+    Consumes the buffers of `state`. Raises, while it is traced: KVCacheError for a layer that was
+    not allocated; ShapeError for a wrong number of tokens, heads or dimensions.
+    """
+    news = (keys,) if values is None else (keys, values)
+    buffers = _layer(state, layer)
+    if len(buffers) != len(news):
+        raise ShapeError(f"layer {layer} has values in every pass or in none.")
+    written = tuple(
+        _write(buffer, new, plan.cells, _token_axis(like))
+        for buffer, new, like in zip(buffers, news, plan[-2:], strict=False)
+    )
+    return {**state, layer: written}
+
+
+def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array | None, Array]:
+    """Keys, values and mask of the pass's history, as :meth:`Cache.get` returns them."""
+    length = plan.mask.shape[-1]
+    found = [
+        backend_type(plan.mask).traced_read(
+            buffer, plan.start, length, _token_axis(like), like.dtype
+        )
+        for buffer, like in zip(_layer(state, layer), plan[-2:], strict=False)
+    ]
+    return found[0], found[1] if len(found) > 1 else None, plan.mask
+
+
+def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:
+    """`state` with L more tokens, and all keys and values that it holds then.
+
+    keys, values: ``[B, kv_heads, L, head_dim]``. The columns returned are all slots: :func:`mask`
+    hides those that no token is in. Consumes the buffers of `state`.
+
+    A growing cache that is full stays as it is, but counts on, and :meth:`KVCache.give_back` tells
+    of it. Raises, while it is traced: ShapeError for several tokens at once on a ring.
+    """
+    ring = _ring(state)
+    if ring is not None and keys.shape[TOKENS] != 1:
+        raise ShapeError(
+            f"in a program a ring takes one token at a time; got {keys.shape[TOKENS]}. "
+            "Prefill with update, then lend."
+        )
+    backend, start = backend_type(keys), state.offset if ring is None else ring.slot
+    state = state._replace(
+        keys=backend.traced_append(state.keys, keys, start, TOKENS),
+        values=backend.traced_append(state.values, values, start, TOKENS),
+        offset=state.offset + keys.shape[TOKENS],
+    )
+    if ring is not None:
+        state = _turned(state)
+    return state, _whole(state.keys, keys), _whole(state.values, values)
+
+
+def _ring(state: Any) -> Any:
+    """`state` if it is that of a ring, else None."""
+    return state if isinstance(state, RingState) else None
+
+
+def _turned(state: Any) -> Any:
+    """A ring to which a token was appended, ready for the next one."""
+    backend = backend_type(state.positions)
+    latest = (state.offset - 1)[None]
+    beyond = state.slot + 1
+    return state._replace(
+        positions=backend.traced_append(state.positions, latest, state.slot, 0),
+        slot=beyond - beyond // state.size * (state.size - state.sinks),
+    )
+
+
+def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
+    """What the last `tokens` queries may attend to: bool ``[tokens, slots]``, True = attend.
+
+    As :meth:`KVCache.mask`, but for None: a program cannot look whether everything is visible.
+    """
+    ring = _ring(state)
+    first = (state.offset - tokens)[None]
+    # A growing cache has position p in slot p: its first slots count up from 0.
+    queries = (state.positions[:tokens] + first if ring is None else first)[:, None]
+    columns = state.positions[None, :]
+    visible = columns <= queries
+    if window is not None:
+        visible = visible & (columns > queries - window)
+    if ring is not None:
+        visible = (visible | (columns < ring.sinks)) & (columns >= 0)
+    return visible
+
+
+def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:
+    if layer not in state:
+        raise KVCacheError(
+            f"layer {layer} has no buffers; there are {sorted(state)}. Call cache.allocate."
+        )
+    return state[layer]
+
+
+def _write(buffer: Array, rows: Array, cells: Array, axis: int) -> Array:
+    want, got = list(buffer.shape), list(rows.shape)
+    want[axis] = cells.shape[0]
+    if got != want:
+        raise ShapeError(f"keys and values of a pass are {want} here; got {got}.")
+    return backend_type(rows).traced_write(buffer, rows, cells, axis)
+
+
+def _token_axis(like: Array) -> int:
+    """Where the empty arrays of a plan have no length."""
+    return int(list(like.shape).index(0))
+
+
+def _whole(buffer: Array, like: Array) -> Array:
+    """All slots, as an array of the dtype of `like`."""
+    return backend_type(like).traced_read(buffer, 0, buffer.shape[TOKENS], TOKENS, like.dtype)

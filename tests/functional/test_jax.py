@@ -1,0 +1,133 @@
+"""What makes programs worth it on JAX: no copy, few compilations, and scan."""
+
+import re
+
+import numpy as np
+import pytest
+
+from kvcache import Batch, CausalCache, KVCache, functional, get_backend
+
+jax = pytest.importorskip("jax", reason="needs pip install 'kvcache[jax]'")
+
+
+LAYERS, HEADS, DIM = 2, 2, 8
+JAX = get_backend("jax:cpu")
+
+
+def pool(dtype="float32", max_sequences=1, capacity=2048):
+    cache = CausalCache()
+    cache.init(JAX, dtype, max_sequences=max_sequences, capacity=capacity, max_batch=64)
+    cache.allocate(range(LAYERS), HEADS, DIM)
+    return cache
+
+
+def step(state, plan, x):
+    """A model: each layer attends with what the one before found."""
+    for layer in range(LAYERS):
+        new = x.astype(plan.keys.dtype)
+        state = functional.put(state, plan, layer, new, new)
+        keys, values, mask = functional.get(state, plan, layer)
+        scores = x @ keys.astype(x.dtype).swapaxes(-1, -2)
+        weights = jax.nn.softmax(jax.numpy.where(mask, scores, -jax.numpy.inf), axis=-1)
+        x = x + weights @ values.astype(x.dtype)
+    return state, x
+
+
+def inputs(count):
+    return np.random.default_rng(0).normal(size=(HEADS, count, DIM)).astype(np.float32)
+
+
+def copies(program, buffer):
+    """Shapes of what a compiled program copies, as far as it is as large as `buffer`."""
+    made = (line.partition(" copy(") for line in program.as_text().splitlines())
+    shapes = [
+        re.findall(r"\d+", left.partition("[")[2].partition("]")[0])
+        for left, found, _ in made
+        if found
+    ]
+    return [shape for shape in shapes if np.prod([*map(int, shape)]) >= buffer.size]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_no_copy_of_a_buffer(dtype, batch):
+    """All buffers are aliased, and what a program needs besides is less than a buffer's float32."""
+    cache = pool(dtype, batch)
+    plan = cache.plan(Batch([0] * batch, range(batch)))
+    program = jax.jit(step, donate_argnums=0).lower(cache.state, plan, inputs(batch)).compile()
+    held = sum(buffer.nbytes for pair in cache.state.values() for buffer in pair)
+    assert program.memory_analysis().alias_size_in_bytes >= held
+    assert not copies(program, cache.state[0][0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_stays_where_it_is(dtype):
+    cache = pool(dtype)
+    program, state = jax.jit(step, donate_argnums=0), cache.state
+    where = {buffer.unsafe_buffer_pointer() for pair in state.values() for buffer in pair}
+    for position in range(3):
+        state, _ = program(state, cache.plan(Batch([position], [0])), inputs(1))
+    assert where == {buffer.unsafe_buffer_pointer() for pair in state.values() for buffer in pair}
+
+
+def test_compiled_once_per_padded_length():
+    cache, traced = pool(max_sequences=2), []
+
+    def noted(state, plan, x):
+        traced.append(plan.mask.shape)
+        return step(state, plan, x)
+
+    program = jax.jit(noted, donate_argnums=0)
+    for position in range(0, 2000, 50):
+        cache.start_forward(Batch(range(position, position + 49), [1] * 49))
+        cache.state, _ = program(cache.state, cache.plan(Batch([position + 49], [1])), inputs(1))
+    assert traced == [(1, 256), (1, 512), (1, 1024), (1, 2048)]
+
+
+def test_scan_over_decode_steps():
+    single, cache = pool(max_sequences=2), pool(max_sequences=2)
+    first, steps = Batch([0, 0], [1, 0]), 6
+    x, expected = JAX.from_host(inputs(2)), []
+    for i in range(steps):
+        single.state, x = step(
+            single.state, single.plan(Batch(first.positions + i, first.sequences)), x
+        )
+        expected.append(x)
+
+    def body(carry, plan):
+        state, x = step(*carry[:1], plan, carry[1])
+        return (state, x), x
+
+    @jax.jit
+    def decode(state, plans, x):
+        return jax.lax.scan(body, (state, x), plans)
+
+    (cache.state, _), found = decode(cache.state, cache.plan_steps(first, steps), inputs(2))
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_append_copies_nothing(batch):
+    cache = KVCache(JAX)
+    new = np.ones((batch, HEADS, 1, DIM), np.float32)
+    cache.update(*(JAX.from_host(new) for _ in range(2)))
+    state = cache.lend(2000)
+
+    def attend(state, x, keys, values):
+        mask = functional.mask(state, 1)
+        scores = jax.numpy.where(mask, x @ keys.swapaxes(-1, -2), -jax.numpy.inf)
+        return state, jax.nn.softmax(scores, axis=-1) @ values
+
+    def run(state, x):
+        state, keys, values = functional.append(state, x, x)
+        return attend(state, x, keys, values)
+
+    def reads_only(state, x):
+        return attend(state, x, state.keys, state.values)
+
+    def copied(function):
+        program = jax.jit(function, donate_argnums=0).lower(state, new).compile()
+        return copies(program, state.keys)
+
+    # The product with a batch of one transposes the keys, whoever wrote them.
+    assert copied(run) == copied(reads_only)
