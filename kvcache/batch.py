@@ -53,10 +53,7 @@ def _int32s(numbers: npt.ArrayLike) -> Int32s:
         raise ValueError(
             f"positions and sequences are lists of integers; got {array.dtype} {array.shape}."
         )
-    if array.dtype != np.int32 and array.size:
-        limits = np.iinfo(np.int32)
-        if not limits.min <= array.min() <= array.max() <= limits.max:
-            raise ValueError(
-                f"positions and sequences are int32; got {array.min()} to {array.max()}."
-            )
-    return array.astype(np.int32)  # a copy: plans look at it later
+    narrow = array.astype(np.int32)  # a copy: plans look at it later
+    if (narrow != array).any():
+        raise ValueError(f"positions and sequences are int32; got {array.min()} to {array.max()}.")
+    return narrow

@@ -32,6 +32,13 @@ class Groups(NamedTuple):
     """Where the run of each begins."""
     counts: Indices
     """How long it is."""
+    inserts: bool = False
+    """Whether a token comes before some that its sequence holds already."""
+
+    @property
+    def single(self) -> bool:
+        """Whether every sequence has one token."""
+        return self.ids.size == self.positions.size
 
 
 class Eviction(NamedTuple):
@@ -115,7 +122,7 @@ class CellTable:
             its sequence holds already or that occurs twice.
         """
         limit = self._first.size
-        if sequences.min() < 0 or sequences.max() >= limit:
+        if sequences.view(np.uint32).max() >= limit:  # negative ones are huge then
             raise ValueError(
                 f"sequence ids must lie in [0, {limit}), as many as max_sequences; "
                 f"got {sequences.min()} to {sequences.max()}."
@@ -123,21 +130,26 @@ class CellTable:
         if positions.min() < 0:
             raise ValueError(f"positions must be >= 0; got {positions.min()}.")
         groups = _sorted(positions, sequences)
-        self._refuse_repeats(groups)
-        return groups
+        inserts = self._refuse_repeats(groups)
+        return groups._replace(inserts=inserts) if inserts else groups
 
-    def _refuse_repeats(self, groups: Groups) -> None:
+    def _refuse_repeats(self, groups: Groups) -> bool:
+        """Whether a token comes before the last one stored of its sequence, if all may come."""
         positions, sequences, starts = groups.positions, groups.sequences, groups.starts
-        twice = (positions[1:] == positions[:-1]) & (sequences[1:] == sequences[:-1])
-        if twice.any():
-            at = int(np.argmax(twice))
-            raise ValueError(f"position {positions[at]} of sequence {sequences[at]} occurs twice.")
+        if not groups.single:
+            twice = (positions[1:] == positions[:-1]) & (sequences[1:] == sequences[:-1])
+            if twice.any():
+                at = int(np.argmax(twice))
+                raise ValueError(
+                    f"position {positions[at]} of sequence {sequences[at]} occurs twice."
+                )
         last = self._last[groups.ids]
         filled = last > self._first[groups.ids]
         ends = self.positions[self._rows[groups.ids, last - 1]]
         behind = filled & (positions[starts] <= ends)
         for which in np.flatnonzero(behind):
             self._refuse_stored(groups, int(which))
+        return bool(behind.any())
 
     def _refuse_stored(self, groups: Groups, which: int) -> None:
         start, sequence = groups.starts[which], int(groups.ids[which])
@@ -154,7 +166,7 @@ class CellTable:
         held = last - first
         head = self.positions[self._rows[ids, first]]
         tail = self.positions[self._rows[ids, last - 1]]
-        counts = np.clip(oldest - head, 0, held)
+        counts = np.minimum(np.maximum(oldest - head, 0), held)
         for which in np.flatnonzero((held > 0) & (tail - head != held - 1)):  # with gaps
             counts[which] = self.find(int(ids[which]), int(oldest[which]))
         some = counts > 0
@@ -179,7 +191,7 @@ class CellTable:
         if not eviction.ids.size:
             return
         cells, ids, counts = self._oldest(eviction), eviction.ids, eviction.counts
-        owners = np.repeat(ids, counts)
+        owners = ids if cells.size == ids.size else np.repeat(ids, counts)
         at_edge = (cells == self._low[owners]) | (cells == self._high[owners])
         self._first[ids] += counts
         self._release(cells)
@@ -188,17 +200,15 @@ class CellTable:
 
     def _narrow(self, eviction: Eviction, edges: Int32s) -> None:
         """Find the ranges of sequences anew that lost a cell at the edge of theirs."""
-        lost = np.zeros(self._first.size, bool)
-        lost[edges] = True
+        single = (eviction.counts == 1).all()
+        ids = edges if single else np.unique(edges)
+        first, last, low = self._first[ids], self._last[ids], self._low[ids]
+        head = self._rows[ids, np.minimum(first, last - 1)]  # where none is left: anything
         # The usual step: the lowest cell went, and the one after it is still there.
-        ids = eviction.ids[(eviction.counts == 1) & lost[eviction.ids]]
-        follows = (self._rows[ids, self._first[ids]] == self._low[ids] + 1) & (
-            self._rows[ids, self._first[ids] - 1] == self._low[ids]
-        )
-        ids = ids[follows & (self._first[ids] < self._last[ids])]
-        self._low[ids] += 1
-        lost[ids] = False
-        for sequence in np.flatnonzero(lost):
+        steps = (first < last) & (self._rows[ids, first - 1] == low) & (head == low + 1)
+        steps &= single
+        self._low[ids[steps]] += 1
+        for sequence in ids[~steps]:
             self._measure(int(sequence))
 
     def insert(self, groups: Groups) -> Int32s:
@@ -261,13 +271,23 @@ class CellTable:
         if last - first < 2 or last == self._rows.shape[1]:
             return None
         tail = int(self._rows[sequence, last - 1])
-        cell = tail + 1
-        if cell == self.size or self._holders[cell] or self.positions[tail] >= position:
+        if self.positions[tail] >= position:
             return None
-        high = max(int(self._high[sequence]), cell)
-        return self._let_go(
-            Step(sequence, position, cell, None, int(self._low[sequence]), high), oldest
-        )
+        cell, low, high = tail + 1, int(self._low[sequence]), int(self._high[sequence])
+        if cell == self.size or self._holders[cell]:
+            return self._turn(sequence, position, oldest)
+        return self._let_go(Step(sequence, position, cell, None, low, max(high, cell)), oldest)
+
+    def _turn(self, sequence: int, position: int, oldest: int) -> Step | None:
+        """The token in the place of the oldest, as in a ring, or None if that is not simple."""
+        first = int(self._first[sequence])
+        head, follower = self._rows[sequence, first : first + 2].tolist()
+        if not self.positions[head] < oldest <= self.positions[follower]:
+            return None
+        if self._holders[head] > 1:
+            return None
+        low, high = int(self._low[sequence]), int(self._high[sequence])
+        return Step(sequence, position, head, head, low, high)
 
     def _let_go(self, step: Step, oldest: int) -> Step | None:
         """`step` with the oldest cell dropped, if it has to be, or None if that is not simple."""
@@ -293,7 +313,8 @@ class CellTable:
             self.free -= 1
             return
         self._first[sequence] += 1
-        self._holders[dropped] = 0
+        if dropped != cell:
+            self._holders[dropped] = 0
         if not self._stacked[dropped]:
             self._stacked[dropped] = True
             self._stack[self._top] = dropped
@@ -303,6 +324,9 @@ class CellTable:
 
     def _oldest(self, eviction: Eviction) -> Int32s:
         counts = eviction.counts
+        if (counts == 1).all():
+            oldest: Int32s = self._rows[eviction.ids, self._first[eviction.ids]]
+            return oldest
         ids = np.repeat(eviction.ids, counts)
         within = np.arange(ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
         cells: Int32s = self._rows[ids, self._first[ids] + within]
@@ -312,16 +336,37 @@ class CellTable:
         """A free cell for every sorted token: after the last one of its sequence, if it can be."""
         ids, last = groups.ids, self._last[groups.ids]
         tails = np.where(last > self._first[ids], self._rows[ids, last - 1], self._homes[ids])
-        rank = np.arange(groups.positions.size) - np.repeat(groups.starts, groups.counts)
-        wanted = np.repeat(tails, groups.counts) + 1 + rank
-        wanted[wanted >= self.size] = 0
-        tokens = np.arange(wanted.size)
-        self._claims[wanted] = tokens  # where two want one cell, the last claim stands
-        got = (self._holders[wanted] == 0) & (self._claims[wanted] == tokens)
+        if groups.single:
+            got, wanted = self._follow(ids, tails + 1)
+        else:
+            rank = np.arange(groups.positions.size) - np.repeat(groups.starts, groups.counts)
+            wanted = np.repeat(tails, groups.counts) + 1 + rank
+            wanted[wanted >= self.size] = 0
+            got = self._claim(wanted)
         if not got.all():
-            self._holders[wanted[got]] = 1
             wanted[~got] = self._pop(int(wanted.size - np.count_nonzero(got)))
         return wanted.astype(np.int32)
+
+    def _follow(self, ids: Int32s, wanted: Indices) -> tuple[npt.NDArray[np.bool_], Indices]:
+        """Claim `wanted` for one token each of `ids`, or what each of those has just let go of.
+
+        So a window turns in its part of the pool, like a ring.
+        """
+        got = wanted < self.size
+        got[got] = self._claim(wanted[got])
+        if not got.all():
+            left = np.flatnonzero(~got)
+            wanted[left] = self._rows[ids[left], self._first[ids[left]] - 1]
+            got[left] = self._claim(wanted[left])
+        return got, wanted
+
+    def _claim(self, cells: Indices) -> npt.NDArray[np.bool_]:
+        """Take those of `cells` that are free, each once; return which."""
+        tokens = np.arange(cells.size)
+        self._claims[cells] = tokens  # where two want one cell, the last claim stands
+        got: npt.NDArray[np.bool_] = (self._holders[cells] == 0) & (self._claims[cells] == tokens)
+        self._holders[cells[got]] = 1
+        return got
 
     def _pop(self, count: int) -> Int32s:
         """Any free cells, neighbours if possible."""
@@ -341,24 +386,29 @@ class CellTable:
         ids, counts, starts = groups.ids, groups.counts, groups.starts
         self._widen(ids, counts)
         last, empty = self._last[ids], self._last[ids] == self._first[ids]
-        self._rows[groups.sequences, np.repeat(last - starts, counts) + np.arange(cells.size)] = (
-            cells
-        )
+        if groups.single:
+            self._rows[ids, last] = low = high = cells
+        else:
+            at = np.repeat(last - starts, counts) + np.arange(cells.size)
+            self._rows[groups.sequences, at] = cells
+            low, high = np.minimum.reduceat(cells, starts), np.maximum.reduceat(cells, starts)
         self._last[ids] = last + counts
-        low, high = np.minimum.reduceat(cells, starts), np.maximum.reduceat(cells, starts)
         self._low[ids] = np.where(empty, low, np.minimum(low, self._low[ids]))
         self._high[ids] = np.where(empty, high, np.maximum(high, self._high[ids]))
-        behind = ~empty & (self.positions[self._rows[ids, last - 1]] > groups.positions[starts])
-        for sequence in ids[behind]:
+        for sequence in ids if groups.inserts else ():
             row = self.row(int(sequence))
             row[:] = row[np.argsort(self.positions[row])]
 
     def _release(self, cells: Int32s) -> None:
         """Take one holder from each of `cells`, and free those that have none left."""
-        np.subtract.at(self._holders, cells, 1)
-        freed = np.unique(cells[self._holders[cells] == 0])
+        if (self._holders[cells] == 1).all():  # nobody shares any, so each is named once
+            self._holders[cells] = 0
+            freed = cells
+        else:
+            np.subtract.at(self._holders, cells, 1)
+            freed = np.unique(cells[self._holders[cells] == 0])
         self.free += freed.size
-        new = freed[~self._stacked[freed]]
+        new = np.sort(freed[~self._stacked[freed]])
         self._stacked[new] = True
         # The lowest ends up on top, so that cells given out together are neighbours.
         self._stack[self._top : self._top + new.size] = new[::-1]
@@ -388,6 +438,9 @@ def _sorted(positions: Int32s, sequences: Int32s) -> Groups:
     if positions.size == 1:
         one = np.zeros(1, np.int64)
         return Groups(one, positions, sequences, sequences, one, one + 1)
+    if (sequences[1:] > sequences[:-1]).all():  # a decode step: one token each, in order
+        each = np.arange(positions.size)
+        return Groups(each, positions, sequences, sequences, each, np.ones_like(each))
     order = np.lexsort((positions, sequences))
     sequences = sequences[order]
     starts = np.flatnonzero(np.diff(sequences, prepend=-1))

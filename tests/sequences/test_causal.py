@@ -506,3 +506,14 @@ def test_memory_is_accounted_for_after_long_use():
         cache.remove(sequence, 0)
     assert cache._table.free == cache._table.size
     check_table(cache._table)
+
+
+def test_a_row_that_is_let_go_of_at_its_very_end():
+    """A sequence loses all of its cells while its row of the table has no more room."""
+    cache = make(max_sequences=2, capacity=64, window=1)
+    for position in range(64):
+        store(cache, [position])
+    store(cache, [0], sequence=1)  # trims sequence 0 to its last cell, the last of its row
+    store(cache, [200])
+    assert seen(cache) == [[200]]
+    check_table(cache._table)
