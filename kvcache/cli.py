@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +28,7 @@ except ImportError as missing:
 import kvcache
 from kvcache.backends import Backend
 from kvcache.backends.base import HOST_DTYPES
+from kvcache.bench.cli import bench_app
 
 if TYPE_CHECKING:
     from kvcache.reference.gguf import GGUFFile
@@ -43,7 +43,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="One key/value cache for every array framework: try it, check it, measure it.",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure ours against others, in one run.")
 app.add_typer(bench_app, name="bench")
 notes = Console(stderr=True)
 
@@ -98,14 +97,13 @@ def _root(
         raise typer.Exit
 
 
-def _progress(quiet_between_updates: bool = False) -> Progress:
+def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(
         *columns,
         console=notes,
         transient=True,
         disable=not notes.is_terminal,
-        auto_refresh=not quiet_between_updates,
     )
 
 
@@ -324,60 +322,3 @@ def _print_details(console: Console, results: list[Result], verbose: bool) -> No
         if result.outcome == "failed" or verbose:
             text = f"{result.outcome}: {result.check} {result.reason}"
             console.print(text, markup=False, highlight=False)
-
-
-# bench
-
-
-def _list(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
-@bench_app.command()
-def append(
-    backends: Annotated[
-        str, typer.Option(help="Comma-separated, devices too; default: all installed.")
-    ] = "",
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
-    capacities: Annotated[
-        str, typer.Option(help="Tokens held, comma-separated.")
-    ] = "1024,8192,32768",
-    batch: Annotated[int, typer.Option(help="Streams per layer.")] = 1,
-    heads: Annotated[int, typer.Option(help="Key and value heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
-    rounds: Annotated[int, typer.Option(help="How often all take turns.")] = 101,
-    json: Annotated[Path | None, typer.Option(help="Write everything measured here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw cost over capacity here.")] = None,
-) -> None:
-    """Measure what appending one token to K and V costs, at several capacities.
-
-    Ours (a backend's slice_update, KVCache.update, RotatingKVCache.update), the raw framework
-    call, memmove of the same bytes, and, if installed, the caches of transformers and mlx-lm:
-    interleaved in one run, medians. Example:
-
-    [bold]kvcache bench append --backends torch,jax --plot append.png[/]
-    """
-    from kvcache.bench import installed_backends, run_append
-
-    if plot is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
-    # A thread that refreshes the bar would take its time from what is measured.
-    with _progress(quiet_between_updates=True) as bar:
-        task = bar.add_task("Importing what is installed", total=None)
-        report = run_append(
-            _list(backends) or installed_backends(),
-            _list(dtypes),
-            [int(capacity) for capacity in _list(capacities)],
-            batch,
-            heads,
-            head_dim,
-            rounds,
-            lambda done, total, label: bar.update(
-                task, completed=done, total=total, description=label, refresh=True
-            ),
-        )
-    Console().print(report.to_table())
-    if json is not None:
-        report.to_json(json)
-    if plot is not None:
-        report.plot(plot)

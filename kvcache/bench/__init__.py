@@ -3,18 +3,32 @@
 Frameworks are imported when they are measured, rich and matplotlib when they are asked for.
 """
 
+from ._plan_report import LOADS, Load, PlanReport, PlanTiming, PlanVerdict
+from ._step_report import StepReport, StepTiming
 from .append import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
-from .report import AppendReport, Skipped, Timing
+from .plan import run_plan
+from .record import Skipped
+from .report import AppendReport, Timing
+from .step import run_step
 from .targets import Verdict
 
 __all__ = [
     "CAPACITIES",
     "DTYPES",
+    "LOADS",
     "ROUNDS",
     "AppendReport",
+    "Load",
+    "PlanReport",
+    "PlanTiming",
+    "PlanVerdict",
     "Skipped",
+    "StepReport",
+    "StepTiming",
     "Timing",
     "Verdict",
     "installed_backends",
     "run_append",
+    "run_plan",
+    "run_step",
 ]

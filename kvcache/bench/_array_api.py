@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .contest import RAW, RAW_VIEWS, Cell, Contestant, Framework
+from .contest import RAW, RAW_VIEWS, Cell, Contestant, Framework, stepping
+from .decoding import Decoding
 
 
 class ArrayApiFramework(Framework):
@@ -30,6 +31,18 @@ class ArrayApiFramework(Framework):
                 _ = keys[:, :, : p + 1, :], values[:, :, : p + 1, :]
 
         return Contestant(RAW_VIEWS, run)
+
+    def raw_step(self, scene: Decoding) -> Contestant:
+        layers = scene.history()
+        k, v = scene.token(), scene.token()
+
+        def step(p: int) -> None:
+            for keys, values in layers:
+                keys[:, :, p : p + 1, :] = k
+                values[:, :, p : p + 1, :] = v
+                _ = keys[:, :, : p + 1, :], values[:, :, : p + 1, :]
+
+        return stepping(scene, step)
 
 
 FRAMEWORK = ArrayApiFramework()

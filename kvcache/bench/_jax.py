@@ -11,7 +11,8 @@ from jax import lax
 
 from kvcache.backends.base import Array
 
-from .contest import RAW, Cell, Contestant, Factory, Framework, UnavailableError
+from .contest import RAW, Cell, Contestant, Factory, Framework, UnavailableError, stepping
+from .decoding import Decoding
 
 PLAIN = "raw (plain jit)"
 # On CPU, XLA would convert a whole buffer of these dtypes to float32 to write one token.
@@ -35,7 +36,21 @@ class JaxFramework(Framework):
         return {**super().factories(), PLAIN: self.plain}
 
     def raw(self, cell: Cell) -> Contestant:
-        return Contestant(RAW, self._writing(cell, _COPY_ONLY if _converts(cell) else None))
+        return Contestant(RAW, self._writing(cell, _writer_for(cell)))
+
+    def raw_step(self, scene: Decoding) -> Contestant:
+        """Whole buffers are attended to: no views."""
+        write, finish = _writer_for(scene), self.finish
+        layers = scene.history()
+        k, v = scene.token(), scene.token()
+
+        def step(p: int) -> None:
+            at = np.int32(p)
+            for i, (keys, values) in enumerate(layers):
+                layers[i] = write(keys, k, at), write(values, v, at)
+            finish(tuple(layers))
+
+        return stepping(scene, step)
 
     def raw_views(self, cell: Cell) -> Contestant:
         raise UnavailableError("a slice is a copy in JAX; what raw returns is attended to whole")
@@ -44,10 +59,10 @@ class JaxFramework(Framework):
         """The same without the compiler option that makes it O(1): what one finds in most code."""
         if not _converts(cell):
             raise UnavailableError(f"the same as raw for {cell.dtype} on {cell.backend.device}")
-        return Contestant(PLAIN, self._writing(cell, None))
+        return Contestant(PLAIN, self._writing(cell, _writer()))
 
-    def _writing(self, cell: Cell, options: dict[str, str] | None) -> Any:
-        write, finish = _writer(tuple((options or {}).items())), self.finish
+    def _writing(self, cell: Cell, write: Any) -> Any:
+        finish = self.finish
         keys, values = cell.history()
         k, v = cell.token(), cell.token()
 
@@ -61,12 +76,17 @@ class JaxFramework(Framework):
         return run
 
 
-def _converts(cell: Cell) -> bool:
+def _converts(cell: Cell | Decoding) -> bool:
     return cell.backend.device.startswith("cpu") and cell.dtype in _NORMALIZED
 
 
+def _writer_for(cell: Cell | Decoding) -> Any:
+    """The writer that costs what it writes, whatever the dtype."""
+    return _writer(tuple(_COPY_ONLY.items())) if _converts(cell) else _writer()
+
+
 @cache
-def _writer(options: tuple[tuple[str, str], ...]) -> Any:
+def _writer(options: tuple[tuple[str, str], ...] = ()) -> Any:
     def write(buffer: Array, update: Array, position: Array) -> Array:
         return lax.dynamic_update_slice(buffer, update, (0, 0, position, 0))
 

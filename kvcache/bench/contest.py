@@ -21,6 +21,8 @@ from kvcache.backends.base import Array, nbytes
 from kvcache.rotating import RotatingKVCache
 from kvcache.stream import KVCache
 
+from .decoding import Decoding
+
 MEMMOVE = "memmove"
 RAW = "raw"
 RAW_VIEWS = "raw + views"
@@ -98,7 +100,7 @@ class Framework:
     """Whether a step is over only when :meth:`finish` returns."""
 
     def finish(self, arrays: tuple[Array, ...]) -> None:
-        """Wait until all arrays have been computed and written; used where `lazy`."""
+        """Wait until all arrays have been computed and written; nothing unless `lazy`."""
 
     def scope(self) -> AbstractContextManager[object]:
         """What all contestants run inside of."""
@@ -159,6 +161,21 @@ class Framework:
 
         return Contestant(RAW_VIEWS, run)
 
+    def raw_step(self, scene: Decoding) -> Contestant:
+        """The same in all layers of a model, with nothing to plan for."""
+        layers, finish = scene.history(), self.finish
+        k, v = scene.token(), scene.token()
+
+        def step(p: int) -> None:
+            seen: list[Array] = []
+            for keys, values in layers:
+                keys[:, :, p : p + 1] = k
+                values[:, :, p : p + 1] = v
+                seen += keys[:, :, : p + 1], values[:, :, : p + 1]
+            finish(tuple(seen))
+
+        return stepping(scene, step)
+
     def slice_update(self, cell: Cell) -> Contestant:
         """The backend's checked primitive, called twice."""
         keys, values = cell.history()
@@ -210,6 +227,16 @@ class Framework:
                 finish(update(k, v))
 
         return run_lazy if self.lazy else run
+
+
+def stepping(scene: Decoding, step: Callable[[int], None]) -> Contestant:
+    """The raw contestant of a decode step that adds the tokens at one position."""
+
+    def run(steps: int) -> None:
+        for p in range(scene.tokens - steps, scene.tokens):
+            step(p)
+
+    return Contestant(RAW, run)
 
 
 _MODULES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -11,21 +11,42 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ._plan_report import BOUNDS
 from .contest import MEMMOVE, OURS, RAW
 
 if TYPE_CHECKING:
+    from ._plan_report import Load, PlanReport
+    from ._step_report import StepReport, StepTiming
+    from .record import Judged, Report, Skipped
     from .report import AppendReport, Timing
-    from .targets import Verdict
 
 
-def tables(report: AppendReport) -> RenderableType:
+def append_tables(report: AppendReport) -> RenderableType:
     """Timings, targets, and whoever was skipped."""
+    where = ", at the capacity where they are furthest off"
+    return _page(report, _timings(report), where, report.skipped)
+
+
+def plan_tables(report: PlanReport) -> RenderableType:
+    """Timings and targets."""
+    return _page(report, _plans(report))
+
+
+def step_tables(report: StepReport) -> RenderableType:
+    """Timings, and whoever was skipped."""
+    return _page(report, _steps(report), skipped=report.skipped)
+
+
+def _page(
+    report: Report, timings: Table, where: str = "", skipped: Sequence[Skipped] = ()
+) -> RenderableType:
+    """Timings, targets that hold `where` said, whoever was skipped, and the circumstances."""
     parts: list[RenderableType] = []
     if report.timings:
-        parts += [_timings(report), ""]
+        parts += [timings, ""]
     if report.verdicts:
-        parts += [_verdicts(report.verdicts), ""]
-    return Group(*parts, *_notes(report))
+        parts += [_verdicts(report.verdicts, where), ""]
+    return Group(*parts, *_missing(skipped), *_circumstances(report))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -67,6 +88,48 @@ def _row(report: AppendReport, name: str, timings: list[Timing]) -> Iterator[str
         yield "" if name == other else _range([ratio for ratio in ratios if ratio is not None])
 
 
+def _plans(report: PlanReport) -> Table:
+    title = "us to plan a pass that adds one token to each sequence (Batch, start_forward)"
+    columns = ["no mask", "10x cells", "mask", "10x cells", "Go, mask"]
+    table = _table(title, "", *columns)
+    for load in report.loads:
+        table.add_row(Text(load.label, style="bold"))
+        for window in dict.fromkeys(t.window for t in report.timings if t.load == load):
+            table.add_row(*_plan_row(report, load, window))
+        table.add_section()
+    return table
+
+
+def _plan_row(report: PlanReport, load: Load, window: int | None) -> Iterator[str]:
+    timings = [t for t in report.timings if (t.load, t.window) == (load, window)]
+    yield f" {timings[0].sight}"
+    for timing in sorted(timings, key=lambda timing: (timing.mask, timing.pool)):
+        yield figure(timing.us)
+    yield figure(BOUNDS[load].go) if load in BOUNDS and window is None else ""
+
+
+def _steps(report: StepReport) -> Table:
+    shape = f"{report.layers} layers of {report.heads} heads x {report.head_dim}"
+    title = f"us per decode step, {shape}, by sequences x tokens"
+    columns = [(f"{sequences} x {tokens:,}", "x raw") for sequences, tokens in report.places]
+    table = _table(title, "", *(column for pair in columns for column in pair))
+    for backend, dtype in report.groups:
+        table.add_row(Text(f"{backend} {dtype}", style="bold"))
+        for name, timings in report.contestants(backend, dtype).items():
+            table.add_row(*_step_row(report, name, timings), style="dim" if name == RAW else "")
+        table.add_section()
+    return table
+
+
+def _step_row(report: StepReport, name: str, timings: list[StepTiming]) -> Iterator[str]:
+    yield f" {name}"
+    at = {timing.place: timing for timing in timings}
+    for place in report.places:
+        yield figure(at[place].us) if place in at else ""
+        ratio = report.ratio(at[place], RAW) if place in at and name != RAW else None
+        yield "" if ratio is None else figure(ratio)
+
+
 def _range(ratios: list[float]) -> str:
     """From the least to the greatest, once if they read the same."""
     if not ratios:
@@ -84,30 +147,30 @@ def figure(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _verdicts(verdicts: list[Verdict]) -> Table:
+def _verdicts(verdicts: Sequence[Judged], where: str) -> Table:
     held = sum(verdict.passed for verdict in verdicts)
-    title = f"Targets: {held} of {len(verdicts)} hold, at the capacity where they are furthest off"
+    title = f"Targets: {held} of {len(verdicts)} hold{where}"
     table = _table(title, "", "bound", "is", "at", "")
-    for (backend, dtype), group in groupby(
-        verdicts, lambda verdict: (verdict.backend, verdict.dtype)
-    ):
-        table.add_row(Text(f"{backend} {dtype}", style="bold"))
+    for heading, group in groupby(verdicts, lambda verdict: verdict.heading):
+        table.add_row(Text(heading, style="bold"))
         for verdict in group:
             mark = Text("pass", "green") if verdict.passed else Text("MISS", "bold red")
             measured = figure(verdict.measured)
-            at = f"{verdict.capacity:,}"
-            table.add_row(f" {verdict.rule}", verdict.bound, measured, at, mark)
+            table.add_row(f" {verdict.rule}", verdict.bound, measured, verdict.at, mark)
         table.add_section()
     return table
 
 
-def _notes(report: AppendReport) -> Iterator[Text]:
+def _missing(skipped: Sequence[Skipped]) -> Iterator[Text]:
     reasons: dict[tuple[str, str, str], list[str]] = {}
-    for skip in report.skipped:
+    for skip in skipped:
         reasons.setdefault((skip.contestant, skip.backend, skip.reason), []).append(skip.dtype)
     for (contestant, backend, reason), dtypes in reasons.items():
         where = f"{backend} {', '.join(dtypes)}"
         yield Text(f"Not measured: {contestant or 'everyone'} on {where}: {reason}.", style="dim")
+
+
+def _circumstances(report: Report) -> Iterator[Text]:
     libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield Text(f"Medians of {report.rounds} interleaved rounds. {libraries}.", style="dim")
     yield Text(report.machine, style="dim")

@@ -67,6 +67,16 @@ class Verdict:
     bound: str
     passed: bool
 
+    @property
+    def heading(self) -> str:
+        """Backend and dtype."""
+        return f"{self.backend} {self.dtype}"
+
+    @property
+    def at(self) -> str:
+        """The capacity."""
+        return f"{self.capacity:,}"
+
 
 def judge(report: AppendReport) -> list[Verdict]:
     """Every target that the report has figures for, backend by backend."""

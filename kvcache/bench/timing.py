@@ -16,6 +16,9 @@ from time import perf_counter
 
 from .contest import Contestant
 
+Progress = Callable[[int, int, str], None]
+"""Called with the work done, all work, and what is being measured."""
+
 BLOCK_MICROSECONDS = 500
 """Aim for the length of a block: shorter than what disturbs it, longer than the clock notices."""
 SLOW_EVERY = 10
@@ -58,6 +61,27 @@ class Blocks:
         """Take part in that round, perhaps."""
         if number % self.every == 0:
             self.us.append(self.time() / self.steps)
+
+    @property
+    def rounds_us(self) -> tuple[float, ...]:
+        """Microseconds per step of each block, to four digits."""
+        return tuple(float(f"{us:.4g}") for us in self.us)
+
+
+def ticks(
+    progress: Progress | None, done: int, contests: int, rounds: int, label: str
+) -> Callable[[], None]:
+    """What :func:`interleave` calls in one of several contests, told to whoever wants to know."""
+    each = rounds + 1
+    count = done * each
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if progress is not None:
+            progress(count, contests * each, label)
+
+    return tick
 
 
 def interleave(
