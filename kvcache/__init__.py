@@ -14,6 +14,7 @@ from kvcache.cache import Cache
 from kvcache.causal import CausalCache
 from kvcache.encoder import EncoderCache
 from kvcache.errors import (
+    AudioFileError,
     BackendNotAvailableError,
     BoundsError,
     CacheFileError,
@@ -31,11 +32,13 @@ from kvcache.errors import (
     UnknownBackendError,
     UnsupportedModelError,
 )
+from kvcache.rope import RoPEShift
 from kvcache.rotating import RotatingKVCache
 from kvcache.stream import KVCache, load, save, trim
 from kvcache.wrapper import WrapperCache
 
 __all__ = [
+    "AudioFileError",
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
@@ -55,6 +58,7 @@ __all__ = [
     "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
+    "RoPEShift",
     "RotatingKVCache",
     "ShapeError",
     "SharedCellsError",

@@ -17,7 +17,8 @@
     │   ├── ForeignFileError                       not written by kvcache
     │   └── NewerFileError                         written by a later format version
     ├── ModelFileError             (OSError)       a model file that is missing or unreadable
-    └── UnsupportedModelError      (ValueError)    a model the reference decoder does not run
+    ├── UnsupportedModelError      (ValueError)    a model the reference decoder does not run
+    └── AudioFileError             (OSError)       a recording that cannot be read
 
 Each also derives from the builtin that fits, so that code which knows nothing of kvcache
 catches what it expects. A call that raises one of these has changed nothing.
@@ -86,3 +87,7 @@ class ModelFileError(KVCacheError, OSError):
 
 class UnsupportedModelError(KVCacheError, ValueError):
     """The reference decoder does not run this kind of model."""
+
+
+class AudioFileError(KVCacheError, OSError):
+    """A recording is missing or unreadable."""

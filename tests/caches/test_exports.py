@@ -32,6 +32,7 @@ PUBLIC = [
     "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
+    "RoPEShift",
     "RotatingKVCache",
     "ShapeError",
     "SharedCellsError",

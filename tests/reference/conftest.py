@@ -1,6 +1,7 @@
 """Models for the tests: a tiny random one, and SmolLM2-135M-Instruct where it is installed."""
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,29 @@ def smollm2(smollm2_file, smollm2_weights, backend):
 def recorded(request):
     """A prompt with the 64 tokens that the model is known to continue it with."""
     return json.loads(GOLDEN.read_text())[request.param]
+
+
+@pytest.fixture(scope="session")
+def ctranslate2_bytes():
+    """Makes a CTranslate2 file, version 6, of named arrays and aliases."""
+    import ml_dtypes
+
+    names = "float32 int8 int16 int32 float16".split()
+    codes = {np.dtype(name): code for code, name in enumerate(names)}
+    codes[np.dtype(ml_dtypes.bfloat16)] = len(names)
+
+    def text(string):
+        return struct.pack("<H", len(string) + 1) + string.encode() + b"\0"
+
+    def array(array):
+        shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+        return shape + struct.pack("<BI", codes[array.dtype], array.nbytes) + array.tobytes()
+
+    def make(arrays, aliases=(), kind="WhisperSpec"):
+        data = [struct.pack("<I", 6), text(kind), struct.pack("<II", 3, len(arrays))]
+        data += [text(name) + array(value) for name, value in arrays.items()]
+        data += [struct.pack("<I", len(aliases))]
+        data += [text(alias) + text(name) for alias, name in dict(aliases).items()]
+        return b"".join(data)
+
+    return make

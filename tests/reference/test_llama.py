@@ -86,7 +86,9 @@ def test_uncached(tiny, expected):
 def test_uncached_shapes_repeat(tiny_numpy, monkeypatch):
     seen = []
     embed = tiny_numpy._embed
-    monkeypatch.setattr(tiny_numpy, "_embed", lambda ids: seen.append(ids.shape[1]) or embed(ids))
+    monkeypatch.setattr(
+        tiny_numpy, "_embed", lambda w, ids: seen.append(ids.shape[1]) or embed(w, ids)
+    )
     for length in (1, 31, 32, 33, 40):
         tiny_numpy(IDS[:, :length])
     assert seen == [32, 32, 32, 64, 64]
