@@ -45,6 +45,11 @@ class PlannedCache(Cache):
             raise KVCacheError("a cache is sized before it is used. Call init first.")
         return self._state
 
+    @property
+    def cells(self) -> int:
+        """Size of the pool: tokens that all sequences together can hold."""
+        return self._table.size
+
     def _current(self) -> Pass:
         if self._pass is None:
             raise KVCacheError("put and get belong to a pass. Call start_forward first.")

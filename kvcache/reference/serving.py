@@ -97,6 +97,7 @@ class Server:
             max_batch=max_batch,
         )
         self.capacity = min(capacity, max_sequences * per_sequence)
+        self.cells = self.cache.cells
         self.passes = 0
         self._bounded = window is not None and window < per_sequence
         self._pass = _Pass(model, self.cache, dtype)

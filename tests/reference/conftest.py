@@ -167,3 +167,10 @@ def ctranslate2_bytes():
         return b"".join(data)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def story():
+    """The token ids of a text without repetitions: 38 of them."""
+    text = "2 7 1 8 2 8 1 8 2 8 4 5 9 0 4 5 2 3 5 3 6 0 2 8 7 4 7 1 3 5 2 6 6"
+    return [504, 3575, 282, 4649, 314, *(32 + int(digit) for digit in text.split())]

@@ -56,13 +56,6 @@ def windowed(smollm2, story):
     return {0: said(smollm2, story, plain, window=16), 4: said(smollm2, story, sinks)}
 
 
-@pytest.fixture(scope="session")
-def story():
-    """Twice as many tokens as the window holds."""
-    text = "2 7 1 8 2 8 1 8 2 8 4 5 9 0 4 5 2 3 5 3 6 0 2 8 7 4 7 1 3 5 2 6 6"
-    return [504, 3575, 282, 4649, 314, *(32 + int(digit) for digit in text.split())]
-
-
 def said(model, prompt, caches, chunk=None, window=None):
     tokens = list(generate(model, prompt, caches, 16, prefill_chunk=chunk, window=window))
     return tokens, model.backend.to_host(model([tokens[-1:]], caches, window=window))
