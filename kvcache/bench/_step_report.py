@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 CAUSAL = "CausalCache"
+ATTEND = "attention alone"
+PROGRAM = "with put"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class StepReport(Comparison[StepTiming]):
 
     format: ClassVar[str] = "kvcache.bench.step/1"
     timing: ClassVar[type[StepTiming]] = StepTiming
-    against: ClassVar[tuple[str, ...]] = (RAW,)
+    against: ClassVar[tuple[str, ...]] = (RAW, ATTEND)
 
     layers: int
     heads: int

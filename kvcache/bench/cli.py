@@ -98,6 +98,10 @@ def step(
     heads: Heads = 8,
     head_dim: HeadDim = 128,
     rounds: Rounds = 101,
+    program: Annotated[
+        bool,
+        typer.Option("--program", help="With attention, compiled: with and without the write."),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Measure what a CausalCache costs in one decode step of a whole model.
@@ -119,6 +123,7 @@ def step(
             head_dim,
             rounds,
             progress,
+            program,
         )
     _show(report, json)
 

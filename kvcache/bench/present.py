@@ -111,22 +111,33 @@ def _plan_row(report: PlanReport, load: Load, window: int | None) -> Iterator[st
 def _steps(report: StepReport) -> Table:
     shape = f"{report.layers} layers of {report.heads} heads x {report.head_dim}"
     title = f"us per decode step, {shape}, by sequences x tokens"
-    columns = [(f"{sequences} x {tokens:,}", "x raw") for sequences, tokens in report.places]
+    base = _first_of(report)
+    columns = [
+        (f"{sequences} x {tokens:,}", f"x {base.partition(' ')[0]}")
+        for sequences, tokens in report.places
+    ]
     table = _table(title, "", *(column for pair in columns for column in pair))
     for backend, dtype in report.groups:
         table.add_row(Text(f"{backend} {dtype}", style="bold"))
         for name, timings in report.contestants(backend, dtype).items():
-            table.add_row(*_step_row(report, name, timings), style="dim" if name == RAW else "")
+            table.add_row(*_step_row(report, name, timings), style="dim" if name == base else "")
         table.add_section()
     return table
 
 
+def _first_of(report: StepReport) -> str:
+    """What the others are compared with."""
+    names = {timing.contestant for timing in report.timings}
+    return next((name for name in report.against if name in names), RAW)
+
+
 def _step_row(report: StepReport, name: str, timings: list[StepTiming]) -> Iterator[str]:
+    base = _first_of(report)
     yield f" {name}"
     at = {timing.place: timing for timing in timings}
     for place in report.places:
         yield figure(at[place].us) if place in at else ""
-        ratio = report.ratio(at[place], RAW) if place in at and name != RAW else None
+        ratio = report.ratio(at[place], base) if place in at and name != base else None
         yield "" if ratio is None else figure(ratio)
 
 

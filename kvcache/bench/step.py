@@ -3,20 +3,28 @@
 A step plans the pass, then puts keys and values of every layer and gets what attention reads,
 mask included. Raw is what one would write for sequences of equal length in arrays of their own:
 a slice written and a view taken per layer, nothing planned, no mask.
+
+As a program, a step attends, too, and is compiled where the framework compiles: what the write
+adds to that is what a model notices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
+import numpy as np
+
+from kvcache import functional
 from kvcache.backends import get_backend
 from kvcache.backends.base import Array
 from kvcache.batch import Batch
 from kvcache.cache import check_sizes
 from kvcache.causal import CausalCache
+from kvcache.plan import ForwardPlan, PoolState
 
-from ._step_report import CAUSAL, StepReport, StepTiming
+from ._step_report import ATTEND, CAUSAL, PROGRAM, StepReport, StepTiming
 from .compare import Factories, check_dtypes, compare
 from .contest import RAW, Contestant, Framework
 from .decoding import Decoding
@@ -39,9 +47,11 @@ def run_step(
     head_dim: int = 128,
     rounds: int = ROUNDS,
     progress: Progress | None = None,
+    program: bool = False,
 ) -> StepReport:
     """Measure one decode step of `layers` layers, whatever the model computes aside.
 
+    program: with attention, as one program over the functional API, with and without the write.
     batches: sequences that decode together. tokens: what these hold in all, so that every batch
     needs the same memory. All contestants of one backend, dtype and batch take turns.
 
@@ -55,6 +65,7 @@ def run_step(
         raise ValueError(
             f"batches are >= 1, with 4 tokens for each sequence; got {list(batches)} and {tokens}."
         )
+    factories = _programs if program else _factories
     found = {backend.spec: backend for backend in map(get_backend, backends)}
     contests = list(product(found.values(), dict.fromkeys(dtypes), sorted(set(batches))))
     timings: list[StepTiming] = []
@@ -63,7 +74,7 @@ def run_step(
         scene = Decoding(backend, dtype, batch, tokens // batch, **shape)
         label = f"{backend.spec} {dtype} {batch} x {scene.tokens:,}"
         tick = ticks(progress, done, len(contests), rounds, label)
-        measured, missing = compare([scene], _factories, _timing, rounds, tick)
+        measured, missing = compare([scene], factories, _timing, rounds, tick)
         timings += measured
         skipped += missing
     return StepReport(
@@ -79,6 +90,14 @@ def run_step(
 def _factories(framework: Framework) -> Factories[Decoding]:
     """All contestants by name."""
     return {RAW: framework.raw_step, CAUSAL: lambda scene: Causal(framework, scene).contestant()}
+
+
+def _programs(framework: Framework) -> Factories[Decoding]:
+    """With attention: what it costs alone, and with the write."""
+    return {
+        ATTEND: lambda scene: Program(framework, scene, ATTEND).contestant(),
+        PROGRAM: lambda scene: Program(framework, scene, PROGRAM).contestant(),
+    }
 
 
 def _timing(scene: Decoding, name: str, blocks: Blocks) -> StepTiming:
@@ -112,9 +131,11 @@ class Causal:
             self.cache.start_forward(Batch(range(scene.tokens), [sequence] * scene.tokens))
         self.k, self.v = scene.row(), scene.row()
 
+    name = CAUSAL
+
     def contestant(self) -> Contestant:
         """Steps, as a contest wants them."""
-        return Contestant(CAUSAL, self.run, self.rewind)
+        return Contestant(self.name, self.run, self.rewind)
 
     def run(self, steps: int) -> None:
         """Take so many steps."""
@@ -138,3 +159,37 @@ class Causal:
         self.position -= steps
         for sequence in self.sequences:
             self.cache.remove(sequence, self.position)
+
+
+class Program(Causal):
+    """The same with attention, in one program; `name` says whether it writes."""
+
+    def __init__(self, framework: Framework, scene: Decoding, name: str) -> None:
+        super().__init__(framework, scene)
+        self.name = name
+        self.cache.allocate(range(scene.layers), scene.heads, scene.head_dim)
+        self.state = self.cache.state
+        self.hidden = scene.backend.from_host(np.float32(-np.inf))
+        self.program = scene.backend.compile(self._apply, donate=[0])
+
+    def _step(self) -> None:
+        plan = self.cache.plan(Batch([self.position] * len(self.sequences), self.sequences))
+        self.position += 1
+        self.state, out = self.program(self.state, plan, self.k, self.v)
+        self.framework.finish((out,))
+
+    def _apply(self, state: PoolState, plan: ForwardPlan, k: Array, v: Array) -> Any:
+        xp, backend = self.scene.backend.xp, self.scene.backend
+        wide = backend.dtype("float32")
+        x = xp.astype(k, wide)
+        for layer in range(self.scene.layers):
+            if self.name == PROGRAM:
+                state = functional.put(state, plan, layer, k, v)
+            keys, values, mask = functional.get(state, plan, layer)
+            # Scaled so that nothing overflows, without the pass that looks for the largest.
+            x = x * self.scene.head_dim**-1
+            scores = xp.matmul(x, xp.permute_dims(xp.astype(keys, wide), (0, 2, 1)))
+            weights = xp.exp(xp.where(mask, scores, self.hidden))
+            weights = weights / xp.sum(weights, axis=-1, keepdims=True)
+            x = xp.matmul(weights, xp.astype(values, wide))
+        return state, x

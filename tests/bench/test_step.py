@@ -13,7 +13,7 @@ from kvcache import Backend
 from kvcache.bench import StepReport, StepTiming, run_step
 from kvcache.bench.contest import RAW, Contestant, framework_of
 from kvcache.bench.decoding import Decoding
-from kvcache.bench.step import CAUSAL, Causal, _factories
+from kvcache.bench.step import ATTEND, CAUSAL, PROGRAM, Causal, Program, _factories
 
 TINY: dict[str, Any] = {"tokens": 16, "layers": 2, "heads": 2, "head_dim": 4}
 
@@ -42,6 +42,26 @@ def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepRepor
             assert [timing.place for timing in timings] == [(1, 16), (2, 8)]
             assert all(1 <= timing.steps <= timing.tokens // 4 for timing in timings)
             assert all(min(timing.rounds_us) > 0 for timing in timings)
+
+
+def test_as_a_program_with_and_without_the_write(backend: Backend) -> None:
+    report = run_step([backend.spec], ["float32"], [2, 1], rounds=2, program=True, **TINY)
+    found = report.contestants(backend.spec, "float32")
+    assert list(found) == [ATTEND, PROGRAM]
+    (alone, _), (both, _) = found.values()
+    assert report.ratio(both, ATTEND) == pytest.approx(both.us / alone.us)
+
+
+def test_the_write_is_what_the_two_programs_differ_in() -> None:
+    scene = scene_of(kvcache.get_backend("numpy"), 2)
+    written = {}
+    for name in (ATTEND, PROGRAM):
+        program = Program(framework_of(scene.backend), scene, name)
+        program.rewind(1)
+        program.run(1)
+        written[name] = [bool(keys[:, [15, 31]].all()) for keys, _ in program.state.values()]
+        assert not any(keys[:, :15].any() for keys, _ in program.state.values())
+    assert written == {ATTEND: [False] * 2, PROGRAM: [True] * 2}
 
 
 def test_a_dtype_the_framework_lacks_is_skipped_once_with_the_reason() -> None:
