@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
+from kvcache import CacheFullError, CausalCache, RoPEShift
 
-from kvcache import Batch, CacheFullError, CausalCache, RoPEShift, functional
-from kvcache.backends.base import Array
-from kvcache.plan import ForwardPlan, PoolState
-
+from ._pooled import Part, PooledPass
 from .llama import Llama
 
 __all__ = ["Request", "Server"]
@@ -50,6 +47,11 @@ class Request:
     def pending(self) -> int:
         """Tokens that the cache does not hold yet."""
         return len(self.tokens) - self.held
+
+    def part(self, count: int) -> Part:
+        """The next `count` of its tokens, for a pass."""
+        ids = self.tokens[self.held : self.held + count]
+        return Part(self.place, self.held, ids, count == self.pending)
 
 
 class Server:
@@ -100,7 +102,7 @@ class Server:
         self.cells = self.cache.cells
         self.passes = 0
         self._bounded = window is not None and window < per_sequence
-        self._pass = _Pass(model, self.cache, dtype)
+        self._pass = PooledPass(model, self.cache, dtype)
         self._max_batch, self._keep, self._eos = max_batch, keep, eos_id
         self._context_shift, self._note = context_shift, note or (lambda _: None)
         self._places = list(range(max_sequences))
@@ -140,11 +142,11 @@ class Server:
             self._limit(request)
         if not self._running:
             return []
-        parts, found = self._forward()
+        turns, found = self._forward()
         self.passes += 1
-        for request, count in parts:
+        for request, count in turns:
             request.held += count
-        ready = [request for request, _ in parts if not request.pending]
+        ready = [request for request, _ in turns if not request.pending]
         return [pair for pair in zip(ready, found, strict=True) if self._accept(*pair)]
 
     def _admit(self) -> None:
@@ -174,9 +176,9 @@ class Server:
 
     def _forward(self) -> tuple[list[tuple[Request, int]], list[int]]:
         while True:
-            parts = self._compose()
+            turns = self._compose()
             try:
-                return parts, self._pass(parts)
+                return turns, self._pass([each.part(count) for each, count in turns])
             except CacheFullError:
                 if len(self._running) == 1:
                     raise
@@ -184,13 +186,13 @@ class Server:
 
     def _compose(self) -> list[tuple[Request, int]]:
         """Who is in the next pass, with how many tokens: those first that need just one."""
-        left, parts = self._max_batch, []
+        left, turns = self._max_batch, []
         for request in sorted(self._running, key=lambda request: request.pending > 1):
             count = min(left, request.pending)
             if count:
-                parts.append((request, count))
+                turns.append((request, count))
                 left -= count
-        return parts
+        return turns
 
     def _push_back(self, request: Request) -> None:
         self.cache.remove(request.place, 0)
@@ -221,87 +223,3 @@ class Server:
         self._places.append(request.place)
         request.sequence, request.held, request.finish = None, 0, why
         self._full = False
-
-
-class _Pass:
-    """A forward pass of the model over a pool."""
-
-    def __init__(self, model: Llama, cache: CausalCache, dtype: str) -> None:
-        self.model, self.cache, self._dtype = model, cache, dtype
-        config = model.config
-        cache.allocate(range(config.layers), config.kv_heads, config.head_dim)
-        # Where each shape is a program of its own there are to be few of them.
-        self._rounds = model.backend.config.padding > 1
-        self._step = model.backend.compile(self._apply, donate=[0])
-        weights = model.weights
-        self._weights = weights.embedding, weights.layers, weights.norm, weights.head
-
-    def __call__(self, parts: Sequence[tuple[Request, int]]) -> list[int]:
-        """Feed tokens of requests; return the next token of those with none left to feed.
-
-        Raises: CacheFullError; nothing has changed then.
-        """
-        ids: list[int] = []
-        positions: list[int] = []
-        sequences: list[int] = []
-        for request, count in parts:
-            span = range(request.held, request.held + count)
-            ids += [request.tokens[i] for i in span]
-            positions += span
-            sequences += [request.place] * count
-        ends = np.cumsum([count for _, count in parts]) - 1
-        rows = [end for end, (each, n) in zip(ends, parts, strict=True) if n == each.pending]
-        batch, width = Batch(positions, sequences), self._rounded(len(ids))
-        plan = self.cache.plan(batch, tokens=width)
-        arguments = self._arguments(ids, positions, rows, width)
-        self.cache.state, best = self._step(self.cache.state, plan, self._weights, *arguments)
-        found: list[int] = self.model.backend.to_host(best)[: len(rows)].tolist()
-        return found
-
-    def _rounded(self, count: int) -> int:
-        return 1 << (count - 1).bit_length() if self._rounds else count
-
-    def _arguments(
-        self, ids: list[int], positions: list[int], rows: list[int], width: int
-    ) -> list[Array]:
-        """On the device, the last of each repeated as the plan repeats its last token."""
-
-        def padded(numbers: list[int], length: int) -> Any:
-            return np.pad(np.asarray(numbers, np.int32), (0, length - len(numbers)), "edge")
-
-        put = self.model.backend.from_host
-        cos, sin = self.model.angles(padded(positions, width))
-        wanted = padded(rows or [0], self._rounded(len(rows) or 1))
-        return [put(padded(ids, width)[None]), cos, sin, put(wanted)]
-
-    def _apply(
-        self,
-        state: PoolState,
-        plan: ForwardPlan,
-        weights: Any,
-        ids: Array,
-        cos: Array,
-        sin: Array,
-        rows: Array,
-    ) -> tuple[PoolState, Array]:
-        """The pure function: new state, and the likeliest tokens after `rows` of the batch."""
-        blocks, xp = self.model.blocks, self.model.backend.xp
-        embedding, layers, norm, head = weights
-        x, bias = blocks.embed(embedding, ids), blocks.bias(plan.mask)
-        for i, layer in enumerate(layers):
-            q, k, v = blocks.project(layer, x, cos, sin)
-            state = functional.put(state, plan, i, *map(self._stored, (k, v)))
-            keys, values, _ = functional.get(state, plan, i)
-            attended = blocks.attend(q, self._computed(keys), self._computed(values), bias)
-            x = blocks.finish(layer, x, attended)
-        logits = blocks.logits(norm, head, xp.take(x, rows, axis=1))
-        best = xp.argmax(logits[0, :, :], axis=-1)
-        return state, xp.astype(best, self.model.backend.dtype("int32"))
-
-    def _stored(self, array: Array) -> Array:
-        backend = self.model.backend
-        return backend.xp.astype(array[0, :, :, :], backend.dtype(self._dtype))
-
-    def _computed(self, array: Array) -> Array:
-        backend = self.model.backend
-        return backend.xp.astype(array, backend.dtype("float32"))[None, :, :, :]

@@ -11,6 +11,7 @@ from kvcache import (
     KVCacheError,
     NotSupportedError,
     ShapeError,
+    WrapperCache,
     functional,
     get_backend,
 )
@@ -187,6 +188,16 @@ def test_plan_of_a_pass_begun_before(backend):
     cache.set_causal(except_=[0])
     mask = backend.to_host(cache.plan().mask)
     assert mask[:, :3].tolist() == [[True] * 3, [True, True, False], [True] * 3]
+
+
+def test_plans_of_a_wrapper(backend):
+    """It begins the pass in all of its caches; each of those has the plan of its own layers."""
+    wrapper = WrapperCache(CausalCache(window=2), CausalCache())
+    wrapper.init(backend, max_sequences=1, capacity=16, max_batch=8)
+    wrapper.start_forward(Batch(range(4), [0] * 4))
+    narrow, full = (backend.to_host(part.plan().mask) for part in wrapper.caches)
+    assert narrow.sum(-1).tolist() == [1, 2, 2, 2]
+    assert full.sum(-1).tolist() == [1, 2, 3, 4]
 
 
 # What is refused.
