@@ -161,6 +161,11 @@ class TokenBuffers:
         """The buffers, as compiled programs take them; :meth:`take_back` ends that."""
         return self.backend.traced_form(self.keys), self.backend.traced_form(self.values)
 
+    def empty(self) -> Array:
+        """An array of no elements, in the dtype held."""
+        geometry: Any = self.geometry
+        return self.backend.alloc((0,), geometry.dtype)
+
     def take_back(self, keys: Array, values: Array) -> None:
         """Go on with what programs made of the buffers that were lent.
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 from kvcache.backends import backend_type
 from kvcache.backends.base import Array
 from kvcache.buffers import TOKENS
-from kvcache.errors import KVCacheError, ShapeError
+from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.plan import ForwardPlan, PoolState
 
 __all__ = ["LayerState", "PoolState", "RingState", "append", "get", "mask", "put"]
@@ -45,6 +45,8 @@ class LayerState(NamedTuple):
     """int32 []: tokens seen, which is the position of the next one."""
     positions: Array
     """int32 [slots]: position of the token that a slot holds, or will hold."""
+    like: Array
+    """No keys at all, in the dtype of the cache, which the buffers may carry as bits."""
 
 
 class RingState(NamedTuple):
@@ -57,6 +59,8 @@ class RingState(NamedTuple):
     """int32 []: tokens seen, which is the position of the next one."""
     positions: Array
     """int32 [slots]: position of the token that a slot holds, -1 where there is none yet."""
+    like: Array
+    """No keys at all, in the dtype of the cache, which the buffers may carry as bits."""
     slot: Array
     """int32 []: where the next token goes."""
     sinks: Array
@@ -74,14 +78,14 @@ def put(
     """`state` with the keys and values of the pass's tokens, as :meth:`Cache.put` takes them.
 
     Consumes the buffers of `state`. Raises, while it is traced: KVCacheError for a layer that was
-    not allocated; ShapeError for a wrong number of tokens, heads or dimensions.
+    not allocated; ShapeError for a wrong number of tokens, heads or dimensions; DTypeError.
     """
     news = (keys,) if values is None else (keys, values)
     buffers = _layer(state, layer)
     if len(buffers) != len(news):
         raise ShapeError(f"layer {layer} has values in every pass or in none.")
     written = tuple(
-        _write(buffer, new, plan.cells, _token_axis(like))
+        _write(buffer, new, plan.cells, like)
         for buffer, new, like in zip(buffers, news, plan[-2:], strict=False)
     )
     return {**state, layer: written}
@@ -106,8 +110,11 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     hides those that no token is in. Consumes the buffers of `state`.
 
     A growing cache that is full stays as it is, but counts on, and :meth:`KVCache.give_back` tells
-    of it. Raises, while it is traced: ShapeError for several tokens at once on a ring.
+    of it. Raises, while it is traced: ShapeError for several tokens at once on a ring, or for
+    other heads or dimensions; DTypeError.
     """
+    _check(state.keys, keys, state.like, TOKENS)
+    _check(state.values, values, state.like, TOKENS)
     ring = _ring(state)
     if ring is not None and keys.shape[TOKENS] != 1:
         raise ShapeError(
@@ -167,12 +174,26 @@ def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:
     return state[layer]
 
 
-def _write(buffer: Array, rows: Array, cells: Array, axis: int) -> Array:
-    want, got = list(buffer.shape), list(rows.shape)
-    want[axis] = cells.shape[0]
-    if got != want:
-        raise ShapeError(f"keys and values of a pass are {want} here; got {got}.")
+def _write(buffer: Array, rows: Array, cells: Array, like: Array) -> Array:
+    axis = _token_axis(like)
+    _check(buffer, rows, like, axis)
+    if rows.shape[axis] != cells.shape[0]:
+        raise ShapeError(
+            f"a pass puts as many tokens as it has, {cells.shape[0]}; got {rows.shape[axis]}."
+        )
     return backend_type(rows).traced_write(buffer, rows, cells, axis)
+
+
+def _check(buffer: Array, rows: Array, like: Array, axis: int) -> None:
+    want, got = list(buffer.shape), list(rows.shape)
+    want[axis] = got[axis] if len(got) > axis else 0
+    if got != want:
+        raise ShapeError(
+            f"keys and values match their buffer on every axis but {axis}; got {got} for "
+            f"{list(buffer.shape)}."
+        )
+    if rows.dtype != like.dtype:
+        raise DTypeError(f"this cache holds {like.dtype}; got {rows.dtype}. Cast keys and values.")
 
 
 def _token_axis(like: Array) -> int:

@@ -63,7 +63,9 @@ class PlannedCache(Cache):
         value_dim: head_dim of the values, if it differs from that of the keys; 0: keys only.
         """
         width = head_dim if value_dim is None else value_dim
-        check_sizes(kv_heads=kv_heads, head_dim=head_dim, value_dim=width + 1)
+        check_sizes(kv_heads=kv_heads, head_dim=head_dim)
+        if width < 0:
+            raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
         for layer in layers:
             self._buffers.allocate(layer, kv_heads, head_dim, width)
 
@@ -111,13 +113,13 @@ class PlannedCache(Cache):
         check_sizes(steps=steps)
         self._check_steps(batch)
         fits = self._table.free >= steps * len(batch)
-        before = None if fits else (deepcopy(self._table), set(self._untrimmed), self._pass)
+        before = None if fits else (vars(deepcopy(self._table)), self._untrimmed, self._pass)
         try:
             return self._planned(batch, steps)
         except CacheFullError:
             if before is not None:
                 table, self._untrimmed, self._pass = before
-                self._state = table, self._buffers
+                vars(self._table).update(table)  # the pass refers to this one
             raise
 
     def _check_steps(self, batch: Batch) -> None:

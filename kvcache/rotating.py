@@ -152,7 +152,12 @@ class RotatingKVCache(KVCache):
         slot = self._offset if self._offset < self.max_size else self._turn(self._offset)
         numbers = slot, self.keep, min(self.max_size, self._buffers.capacity)
         return RingState(
-            keys, values, offset, self._on_device(positions), *map(self._on_device, numbers)
+            keys,
+            values,
+            offset,
+            self._on_device(positions),
+            self._buffers.empty(),
+            *map(self._on_device, numbers),
         )
 
     def can_trim(self, tokens: int) -> bool:

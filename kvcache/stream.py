@@ -244,8 +244,8 @@ class KVCache:
         return offset
 
     def _lent(self, keys: Array, values: Array, offset: Array) -> LayerState | RingState:
-        slots = np.arange(self._buffers.capacity)
-        return LayerState(keys, values, offset, self._on_device(slots))
+        slots = self._on_device(np.arange(self._buffers.capacity))
+        return LayerState(keys, values, offset, slots, self._buffers.empty())
 
     def _on_device(self, numbers: npt.ArrayLike) -> Array:
         return self._buffers.backend.from_host(np.asarray(numbers), "int32")

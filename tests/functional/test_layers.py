@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from kvcache import BoundsError, KVCache, KVCacheError, RotatingKVCache, ShapeError, functional
+from kvcache import (
+    BoundsError,
+    DTypeError,
+    KVCache,
+    KVCacheError,
+    RotatingKVCache,
+    ShapeError,
+    functional,
+)
 
 # What the compiler of torch imports warns.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -95,6 +103,11 @@ def test_refusals(backend):
     news = tokens(backend, "float32", 2, rng)
     cache.update(*news)
     state = cache.lend(4)
+    one = [backend.slice(array, 0, 1, 2) for array in news]
+    with pytest.raises(ShapeError, match=r"on every axis but 2; got \[2, 3, 1, 4\] for \[2, 3"):
+        functional.append(state._replace(values=state.values[:, :, :, :3]), *one)
+    with pytest.raises(DTypeError, match=r"this cache holds .*float32; got .*int32"):
+        functional.append(state, one[0], backend.from_host(np.ones((2, 3, 1, 4)), "int32"))
     with pytest.raises(ShapeError, match="a ring takes one token at a time; got 2"):
         functional.append(state, *news)
     with pytest.raises(ShapeError, match="has the shape of what was lent"):

@@ -8,6 +8,7 @@ from kvcache import (
     CacheConfig,
     CacheFullError,
     CausalCache,
+    DTypeError,
     KVCacheError,
     NotSupportedError,
     ShapeError,
@@ -218,9 +219,11 @@ def test_steps_that_do_not_fit_change_nothing():
     cache = CausalCache()
     cache.init(NUMPY, max_sequences=2, capacity=8, max_batch=8)
     cache.start_forward(Batch([0, 1, 2, 0], [0, 0, 0, 1]))
+    cache.put(*(np.ones((HEADS, 4, DIM), np.float32) for _ in range(2)))
     before = [cache._table.row(sequence).tolist() for sequence in range(2)]
     with pytest.raises(CacheFullError, match="2 needed, 0 of 16 free"):
         cache.plan_steps(Batch([3, 1], [0, 1]), 7)
+    assert cache.get()[2].sum(-1).tolist() == [1, 2, 3, 1]  # the pass before goes on
     assert [cache._table.row(sequence).tolist() for sequence in range(2)] == before
     assert cache._table.free == 12
     assert cache.plan_steps(Batch([3, 1], [0, 1]), 6).cells.shape == (6, 2)
@@ -264,8 +267,13 @@ def test_layers_and_shapes_are_checked_while_tracing(backend, program):
     cache = allocated(backend)
     plan = cache.plan(Batch([0, 1], [0, 0]))
     keys, values = tokens(backend, "float32", 3, np.random.default_rng(0))
-    with pytest.raises(ShapeError, match=r"are \[2, 2, 4\] here; got \[2, 3, 4\]"):
+    with pytest.raises(ShapeError, match="as many tokens as it has, 2; got 3"):
         functional.put(cache.state, plan, 0, keys, values)
+    with pytest.raises(ShapeError, match=r"every axis but 1; got \[2, 3, 3\] for \[2, "):
+        functional.put(cache.state, plan, 0, values, keys)
+    other = backend.from_host(np.ones((HEADS, 2, DIM)), "int32")
+    with pytest.raises(DTypeError, match=r"this cache holds .*float32; got .*int32"):
+        functional.put(cache.state, plan, 0, other, other[:, :, :VALUE_DIM])
     with pytest.raises(KVCacheError, match=r"layer 5 has no buffers; there are \[0, 1\]"):
         functional.put(cache.state, plan, 5, keys, values)
     with pytest.raises(KVCacheError, match="layer 5 has no buffers"):
@@ -284,5 +292,7 @@ def test_layers_are_allocated_once(backend):
     np.testing.assert_array_equal(backend.to_host(cache.state[0][0]), before)
     with pytest.raises(ShapeError, match="keep their heads and head_dim"):
         cache.allocate([1], HEADS + 1, DIM, VALUE_DIM)
+    with pytest.raises(ValueError, match="value_dim must be >= 0, 0 for keys only; got -1"):
+        cache.allocate([1], HEADS, DIM, -1)
     with pytest.raises(ValueError, match="kv_heads must be >= 1; got 0"):
         cache.allocate([1], 0, DIM)
