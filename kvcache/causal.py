@@ -98,7 +98,7 @@ class CausalCache(PlannedCache):
 
     # Passes.
 
-    def prepare_forward(self, batch: Batch, reserve: bool = False) -> Commit:
+    def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         self._initialised()
         positions, sequences = batch.positions, batch.sequences
         if reserve:
@@ -215,7 +215,7 @@ class CausalCache(PlannedCache):
         self._untrimmed.add(target)
         self._pass = None
 
-    def prepare_remove(self, sequence: int, begin: int, end: int | None = None) -> Commit:
+    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
         table = self._table
         check_ids(table.max_sequences, sequence)
         check_range(begin, end)

@@ -88,10 +88,6 @@ class CellTable:
         """Cells of a sequence, ordered by position: a view."""
         return self._rows[sequence, self._first[sequence] : self._last[sequence]]
 
-    def lengths(self, ids: Int32s) -> Indices:
-        """Cells held by each of `ids`."""
-        return self._last[ids] - self._first[ids]
-
     def next_position(self, sequence: int) -> int:
         """One past the last position stored, 0 for an empty sequence."""
         row = self.row(sequence)

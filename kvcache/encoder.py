@@ -65,7 +65,7 @@ class EncoderCache(Cache):
 
     # Passes.
 
-    def prepare_forward(self, batch: Batch, reserve: bool = False) -> Commit:
+    def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         if self._backend is None:
             raise KVCacheError("a cache is sized first. Call init.")
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
@@ -182,7 +182,7 @@ class EncoderCache(Cache):
 
         return commit
 
-    def prepare_remove(self, sequence: int, begin: int, end: int | None = None) -> Commit:
+    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
         check_ids(self._max_sequences, sequence)
         check_range(begin, end)
         entry = self._entries.get(sequence)

@@ -221,7 +221,6 @@ class KVCache:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then lend.")
         if self._slots(self._offset + tokens) > buffers.capacity:
             buffers.grow(self._slots(self._offset + tokens))
-        self._checkpoint = None
         return self._lent(*buffers.lend(), self._on_device(self._offset))
 
     def give_back(self, state: LayerState | RingState) -> None:

@@ -59,13 +59,13 @@ class WrapperCache(Cache):
             self.close()  # none of them has begun
             raise
 
-    def prepare_forward(self, batch: Batch, reserve: bool = False) -> Commit:
+    def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         return self._all(lambda cache: cache.prepare_forward(batch, reserve))
 
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         return self._all(lambda cache: cache.prepare_copy_prefix(source, target, length))
 
-    def prepare_remove(self, sequence: int, begin: int, end: int | None = None) -> Commit:
+    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
         return self._all(lambda cache: cache.prepare_remove(sequence, begin, end))
 
     def _all(self, prepare: Callable[[Cache], Commit]) -> Commit:

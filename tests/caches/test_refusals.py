@@ -233,7 +233,9 @@ def test_trim_after_displacement() -> None:
 def test_rollback_without_checkpoint(cache: KVCache) -> None:
     cache, oracle = used(cache)
     before = fingerprint(cache)
-    with pytest.raises(TrimError, match=r"needs an open checkpoint. Call checkpoint\(\) first"):
+    with pytest.raises(
+        TrimError, match=r"^rollback needs an open checkpoint\. Call checkpoint\(\) first\.$"
+    ):
         cache.rollback()
     assert fingerprint(cache) == before
     check_whole(cache, oracle)

@@ -57,6 +57,24 @@ def test_growth_is_amortised(backend: Backend, step: int) -> None:
     assert step < tokens or cache.growths == 0
 
 
+def test_buffers_are_filled_before_they_grow(backend: Backend) -> None:
+    step = 4 * backend.config.padding
+    cache, oracle = KVCache(backend, step=step), Oracle()
+    for _ in range(step):
+        push(cache, oracle, 1)
+    assert cache.growths == 0
+    full = cache.nbytes
+    cache.trim(1)
+    cache.lend(1)
+    assert cache.nbytes == full, "there was room for the token that was lent for"
+
+
+def test_the_default_step() -> None:
+    cache = KVCache("numpy")
+    push(cache, Oracle(), 1, Shape(1, 1, 1, 1, "int8"))
+    assert cache.nbytes == 2 * 256
+
+
 def test_growth_keeps_every_token(backend: Backend) -> None:
     for cache in (KVCache(backend, step=1), RotatingKVCache(300, 2, backend, step=1)):
         oracle = oracle_for(cache)

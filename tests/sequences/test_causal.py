@@ -58,6 +58,14 @@ def test_sizes_are_at_least_one(name):
         make(**{name: 0})
 
 
+def test_one_sequence_is_the_default():
+    cache = CausalCache()
+    cache.init("numpy", capacity=4, max_batch=4)
+    assert cache.cells == 4
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        cache.can_resume(1, 0)
+
+
 def test_memory_is_at_least_the_window():
     with pytest.raises(ValueError, match="memory must be at least the window; got 3 for 4"):
         make(window=4, memory=3)
@@ -232,7 +240,7 @@ def test_calls_out_of_turn():
     for call in (cache.get, cache.set_causal, lambda: cache.put(rows([1], [0])[0])):
         with pytest.raises(KVCacheError, match="Call start_forward first"):
             call()
-    with pytest.raises(KVCacheError, match=r"set_config comes before init\. Make a new cache"):
+    with pytest.raises(KVCacheError, match=r"^set_config comes before init\. Make a new cache\.$"):
         cache.set_config(CacheConfig())
     cache.start_forward(Batch([0], [0]))
     with pytest.raises(KVCacheError, match=r"layer 0 was never put\. Put it before you get it"):
@@ -341,6 +349,7 @@ def test_reserve_allocates_everything_and_stores_nothing():
     cache.start_forward(Batch(range(5), [1] * 5), reserve=True)
     put_tokens(NUMPY, cache, [9] * 5, range(5))
     keys, _, mask = cache.get()
+    assert cache._pass.cells.dtype == np.int32  # as in every pass: the same programs serve both
     assert keys.shape[1] == mask.shape[1] == 16
     assert not mask.any()
     assert fingerprint(cache)[:5] == before[:5]
@@ -403,7 +412,11 @@ def test_what_copy_prefix_and_remove_refuse():
 def test_without_a_shift_only_tails_go():
     cache = make()
     store(cache, range(6))
-    with pytest.raises(NotSupportedError, match=r"Make it with CausalCache\(shift=...\)"):
+    message = (
+        r"^removing from the middle moves later tokens, and this cache has no shift\. "
+        r"Make it with CausalCache\(shift=\.\.\.\)\.$"
+    )
+    with pytest.raises(NotSupportedError, match=message):
         cache.remove(0, 1, 5)
     cache.remove(0, 2, 2)
     cache.remove(0, 4, 6)

@@ -21,6 +21,11 @@ def insert(table, positions, sequences):
     return cells.tolist()
 
 
+def test_a_table_is_made_of_integers():
+    arrays = [each for each in vars(CellTable(20, 2)).values() if isinstance(each, np.ndarray)]
+    assert {each.dtype.name for each in arrays} == {"int32", "int64", "bool"}
+
+
 def test_a_sequence_takes_the_cell_after_its_last_one():
     table = CellTable(20, 2)
     assert insert(table, [0, 1, 2], [0, 0, 0]) == [0, 1, 2]
@@ -52,6 +57,14 @@ def test_positions_may_come_late():
     assert table.positions[table.row(0)].tolist() == [0, 4, 5, 6, 9, 12]
     assert table.next_position(0) == 13
     assert [table.find(0, p) for p in (0, 1, 4, 5, 6, 7, 12, 13, 99)] == [0, 1, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_only_rows_that_a_token_is_late_for_are_sorted():
+    table = CellTable(16, 2)
+    assert not table.group(int32s(0), int32s(1)).inserts
+    insert(table, [0, 9], [0, 0])
+    assert not table.group(int32s(0, 10), int32s(1, 0)).inserts
+    assert table.group(int32s(0, 8), int32s(1, 0)).inserts
 
 
 def test_a_taken_cell_is_passed_over():
@@ -128,12 +141,12 @@ def test_never_full_while_cells_are_free(seed):
 
 
 def test_freed_cells_come_back_as_neighbours():
-    table = CellTable(40, 1)
-    insert(table, range(40), [0] * 40)
+    table = CellTable(40, 2)
+    insert(table, range(30), [0] * 30)
+    insert(table, range(10), [1] * 10)  # its part is taken: it has to look for cells
+    assert table._top == 0
     table.truncate(0, 10)
-    table._homes[:] = 0
-    cells = table._pop(5)
-    assert np.diff(cells).tolist() == [1, 1, 1, 1]
+    assert table._pop(5).tolist() == [10, 11, 12, 13, 14]
 
 
 def test_sharing_takes_no_cell_and_the_last_holder_frees():
@@ -217,6 +230,20 @@ def test_the_range_follows_evictions():
         check_table(table)
 
 
+def test_the_usual_step_of_a_window_looks_at_two_cells(monkeypatch):
+    """The oldest cell is the lowest, and the next one follows it: no row is read whole."""
+    table = CellTable(20, 3)
+    insert(table, [3, 4, 5], [0] * 3)
+    insert(table, [0, 1, 2], [1] * 3)
+    for name in ("_measure", "find"):
+        monkeypatch.setattr(table, name, lambda *args, name=name: pytest.fail(name))
+    eviction = table.expired(int32s(0, 1, 2), np.array([4, 1, 9]))
+    assert eviction.counts.tolist() == [1, 1]
+    table.evict(eviction)
+    monkeypatch.undo()
+    check_table(table)
+
+
 def test_the_range_of_several_sequences_covers_them_all():
     table = CellTable(30, 3)
     insert(table, [0, 1], [0, 0])
@@ -225,6 +252,16 @@ def test_the_range_of_several_sequences_covers_them_all():
     assert table.span(int32s(0, 1)) == (0, 11)
     assert table.span(int32s(1, 2)) == (10, 22)
     assert table.span(int32s(2)) == (20, 22)
+
+
+def test_a_row_that_has_room_stays_as_it_is():
+    table = CellTable(200, 2)
+    insert(table, range(64), [0] * 64)
+    table.share(0, 1, 60)
+    insert(table, range(60, 64), [1] * 4)
+    assert table._rows.shape == (2, 64)
+    insert(table, [64], [1])
+    assert table._rows.shape == (2, 130)
 
 
 def test_rows_grow_and_start_anew():
@@ -247,6 +284,7 @@ def test_rows_grow_and_start_anew():
         ([0, 0], [0, -1], r"got -1 to 0"),
         ([-1], [0], r"positions must be >= 0; got -1"),
         ([5, 6, 5], [1, 1, 1], "position 5 of sequence 1 occurs twice"),
+        ([7, 6, 7], [1, 1, 1], "position 7 of sequence 1 occurs twice"),
         ([2], [0], "sequence 0 holds position 2 already. Remove it first"),
         ([9, 0], [0, 0], "sequence 0 holds position 0 already"),
         ([4, 3, 7], [0, 1, 0], "sequence 0 holds position 4 already"),
@@ -297,6 +335,29 @@ def test_foresee_leaves_the_rest_to_the_long_way(sequence, position, oldest):
     table = CellTable(20, 2)
     insert(table, [0, 1, 2], [0] * 3)
     assert table.foresee(sequence, position, oldest) is None
+
+
+def test_foresee_turns_like_a_ring():
+    """Where the pool ends, the token takes the cell that it drops, wherever that lies."""
+    table = CellTable(6, 1)
+    insert(table, range(6), [0] * 6)
+    for position, cell in ((6, 0), (7, 1)):
+        step = table.foresee(0, position, position - 5)
+        assert step == (0, position, cell, cell, 0, 5)
+        table.take(step)
+        check_table(table)
+    table.evict(Eviction(int32s(0), np.array([1])))
+    assert table.foresee(0, 8, 4) == (0, 8, 2, 3, 0, 5)  # the free cell 2, cell 3 in the middle
+    assert table.foresee(0, 8, 5) is None
+
+
+def test_foresee_needs_two_cells():
+    table = CellTable(20, 1)
+    insert(table, range(4), [0] * 4)
+    table.evict(Eviction(int32s(0), np.array([3])))
+    assert table.foresee(0, 4, 0) is None
+    insert(table, [4], [0])
+    assert table.foresee(0, 5, 0) == (0, 5, 5, None, 3, 5)
 
 
 def test_foresee_takes_no_cell_of_others():

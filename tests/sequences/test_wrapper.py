@@ -51,7 +51,7 @@ def test_types_and_layers():
     for index in (-1, 2):
         with pytest.raises(ValueError, match=f"layer types here are 0 to 1; got {index}"):
             wrapper.set_layer_type(index)
-    with pytest.raises(ValueError, match="at least one cache; got none"):
+    with pytest.raises(ValueError, match=r"^a wrapper needs at least one cache; got none\.$"):
         WrapperCache()
 
 
@@ -105,8 +105,9 @@ def test_a_copy_happens_in_all_or_none():
 def test_config_and_init_reach_all():
     wrapper = WrapperCache(CausalCache(), CausalCache(window=2))
     wrapper.set_config(CacheConfig(padding=4))
-    wrapper.init("numpy", max_sequences=1, capacity=10, max_batch=3)
+    wrapper.init("numpy", "float16", capacity=10, max_batch=3)  # one sequence
     assert [cache._table.size for cache in wrapper.caches] == [12, 4]
+    assert [cache._buffers.dtype for cache in wrapper.caches] == ["float16"] * 2
     with pytest.raises(KVCacheError, match="set_config comes before init"):
         wrapper.set_config(CacheConfig())
 
