@@ -342,6 +342,24 @@ class Backend(ABC):
         return device or usable[0]
 
 
+def carried_over(array: Array, source: Backend, target: Backend) -> Array:
+    """`array` of `source` as one of `target`, bit for bit; shares memory where the two can.
+
+    Where they cannot it goes through the host. Who wants to write to either copies this first,
+    and syncs that copy: it may still be reading.
+
+    Raises: DTypeError if the target lacks the dtype.
+    """
+    target.dtype(source.dtype_name(array))
+    source.sync(array)
+    try:
+        carried = target.from_dlpack(array)
+    except DTypeError:
+        return target.from_host(source.to_host(array))
+    # DLPack may have left it on the device that it came from.
+    return carried if target.owns(carried) else target.from_host(source.to_host(array))
+
+
 def nbytes(shape: Sequence[int], dtype: str) -> int:
     """Bytes of an array of this shape and dtype name."""
     return math.prod(shape) * HOST_DTYPES[dtype].itemsize

@@ -28,13 +28,15 @@ from kvcache.errors import (
     NotSupportedError,
     ShapeError,
     SharedCellsError,
+    SnapshotMismatchError,
     TrimError,
     UnknownBackendError,
     UnsupportedModelError,
 )
 from kvcache.rope import RoPEShift
 from kvcache.rotating import RotatingKVCache
-from kvcache.stream import KVCache, load, save, trim
+from kvcache.snapshots import Snapshot
+from kvcache.stream import KVCache, load, restore, save, snapshot, trim
 from kvcache.wrapper import WrapperCache
 
 __all__ = [
@@ -62,6 +64,8 @@ __all__ = [
     "RotatingKVCache",
     "ShapeError",
     "SharedCellsError",
+    "Snapshot",
+    "SnapshotMismatchError",
     "TrimError",
     "UnknownBackendError",
     "UnsupportedModelError",
@@ -71,6 +75,8 @@ __all__ = [
     "get_backend",
     "load",
     "register_backend",
+    "restore",
     "save",
+    "snapshot",
     "trim",
 ]

@@ -11,7 +11,7 @@ import operator
 from typing import Any, NamedTuple
 
 from kvcache.backends import Backend, backend_of, get_backend
-from kvcache.backends.base import HOST_DTYPES, Array, HostArray, nbytes
+from kvcache.backends.base import HOST_DTYPES, Array, HostArray, carried_over, nbytes
 from kvcache.errors import DTypeError, ShapeError
 
 TOKENS = 2
@@ -256,6 +256,24 @@ class TokenBuffers:
         slots = self.admit(keys, values)
         self.grow(slots)
         self.write(keys, values, 0, slots)
+
+    def fill_from(self, other: TokenBuffers, held: int) -> None:
+        """Copy the first `held` slots of `other`, on any backend, as :meth:`fill` does.
+
+        Nobody reads the memory of `other` any more on return.
+        """
+        # In lengths that this backend likes, if that many are there: programs for few shapes.
+        width = min(other.capacity, self.padded(held))
+        parts = (self._first(part, other.backend, width) for part in (other.keys, other.values))
+        self.fill(*parts)
+        self.backend.sync(self.keys, self.values)
+
+    def _first(self, buffer: Array, source: Backend, width: int) -> Array:
+        """The first slots of a buffer of `source` here, if possible without copying any."""
+        whole = carried_over(buffer, source, self.backend)
+        if whole.shape[TOKENS] == width:
+            return whole
+        return self.backend.read_slice(whole, 0, width, TOKENS)
 
 
 def _check_framework(backend: Backend, keys: Array, values: Array) -> None:

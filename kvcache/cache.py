@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -11,6 +13,7 @@ from kvcache.backends import Backend, CacheConfig
 from kvcache.backends.base import Array
 from kvcache.batch import Batch
 from kvcache.errors import NotSupportedError
+from kvcache.snapshots import Outline, Part, Snapshot, check_chain
 
 Commit: TypeAlias = Callable[[], None]
 """A change that has been checked and cannot fail any more."""
@@ -51,7 +54,8 @@ class Cache(ABC):
 
         Raises: CacheFullError, ValueError; nothing has changed then.
         """
-        self.prepare_forward(batch, reserve)()
+        with self.lock:
+            self.prepare_forward(batch, reserve)()
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Make `target` hold the first positions of `source`, those below `length`, only.
@@ -60,7 +64,8 @@ class Cache(ABC):
 
         Raises: ValueError for a source that holds nothing; nothing has changed then.
         """
-        self.prepare_copy_prefix(source, target, length)()
+        with self.lock:
+            self.prepare_copy_prefix(source, target, length)()
 
     def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
         """Forget positions ``[begin, end)`` of a sequence, to its end if `end` is None.
@@ -70,7 +75,77 @@ class Cache(ABC):
         Raises: ValueError, NotSupportedError without a shift, SharedCellsError where a cell
             that would move belongs to another sequence too; nothing has changed then.
         """
-        self.prepare_remove(sequence, begin, end)()
+        with self.lock:
+            self.prepare_remove(sequence, begin, end)()
+
+    # Snapshots.
+
+    @cached_property
+    def lock(self) -> threading.RLock:
+        """Held while the cache changes: sequences may come and go while a pass runs elsewhere."""
+        return threading.RLock()
+
+    def share_lock(self, lock: threading.RLock) -> None:
+        """Use `lock` instead, that of a cache which this one is a part of."""
+        vars(self)["lock"] = lock
+
+    def snapshot(self, sequence: int, start: int = 0, stop: int | None = None) -> Snapshot:
+        """What is held of positions ``[start, stop)`` of a sequence, resident if it can be.
+
+        stop: None for all. Between passes; nothing is copied.
+
+        Raises: ValueError, NotSupportedError for a cache that cannot.
+        """
+        with self.lock:
+            check_ids(self.max_sequences, sequence)
+            stop = self.next_position(sequence) if stop is None else stop
+            check_range(start, stop)
+            return Snapshot(start, stop, self.capture(sequence, start, stop))
+
+    def restore(self, sequence: int, *snapshots: Snapshot) -> None:
+        """Let an empty sequence hold what `snapshots` do, to go on where the last one stops.
+
+        Resident ones of this cache share their cells with it. The snapshots stay as they are.
+
+        Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError where it could not
+            go on there; nothing has changed then.
+        """
+        with self.lock:
+            check_ids(self.max_sequences, sequence)
+            stop = check_chain(snapshots, self.outline)
+            self.prepare_restore(sequence, [each.parts for each in snapshots], stop)()
+
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        """Let snapshots of a sequence hold what going on at `positions` needs, too.
+
+        It is kept when the passes that write there are over, even where a sliding window moves on
+        then; batches need not end there. Positions that are written already may be too late.
+        """
+        raise _cannot_snapshot(self)
+
+    @property
+    def max_sequences(self) -> int:
+        """Number of sequences it was sized for."""
+        raise _cannot_snapshot(self)
+
+    @property
+    def outline(self) -> Outline:
+        """Of its part of a snapshot: kind, what it needs to go on, dtype."""
+        raise _cannot_snapshot(self)
+
+    def next_position(self, sequence: int) -> int:
+        """One past the last position of a sequence, 0 if it is empty."""
+        raise _cannot_snapshot(self)
+
+    def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
+        """The parts of :meth:`snapshot`."""
+        raise _cannot_snapshot(self)
+
+    def prepare_restore(
+        self, sequence: int, parts: Sequence[Sequence[Part]], position: int
+    ) -> Commit:
+        """Check :meth:`restore` and return what carries it out. parts: of each snapshot."""
+        raise _cannot_snapshot(self)
 
     @abstractmethod
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
@@ -109,6 +184,18 @@ class Cache(ABC):
         """Whether all that a token at `position` may see is still stored."""
 
     @abstractmethod
+    def to_backend(self, backend: str | Backend) -> Self:
+        """An independent cache on `backend` with the same options, sequences and tokens.
+
+        Bit for bit, laid out as :meth:`init` would there. This cache stays as it is. A pass does
+        not come along: start the next one. Before :meth:`init`, which names the backend, the
+        result is as uninitialised as this.
+
+        Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
+            BackendNotAvailableError.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Free all memory. The cache is of no further use."""
 
@@ -122,6 +209,10 @@ class Cache(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _cannot_snapshot(cache: Cache) -> NotSupportedError:
+    return NotSupportedError(f"{type(cache).__name__} offers no snapshots.")
 
 
 def check_ids(max_sequences: int, *ids: int) -> None:

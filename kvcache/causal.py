@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from typing import Self, TypeAlias
 
 import numpy as np
 
@@ -12,10 +14,13 @@ from kvcache.backends.base import Array
 from kvcache.batch import Batch, Int32s
 from kvcache.cache import Commit, check_ids, check_range, check_sizes
 from kvcache.cells import CellTable, Eviction, Groups, Step
-from kvcache.errors import KVCacheError, NotSupportedError, SharedCellsError
+from kvcache.errors import CacheFullError, KVCacheError, NotSupportedError, SharedCellsError
 from kvcache.layers import LayerBuffers
 from kvcache.plan import Pass, device_mask
 from kvcache.planned import PlannedCache
+from kvcache.residents import Residents
+from kvcache.rows import Sight
+from kvcache.snapshots import Outline, Part
 
 Shift: TypeAlias = Callable[[int, Array, Array], Array]
 """``shift(layer, keys, offsets) -> keys``: move keys by `offsets` positions, int32 [tokens]."""
@@ -75,12 +80,17 @@ class CausalCache(PlannedCache):
         if self._kept is not None:
             cells = max_sequences * (self._kept - 1) + max_batch
         cells = -(-cells // config.padding) * config.padding
-        self._state = (
-            CellTable(cells, max_sequences),
-            LayerBuffers(where, config, dtype, cells),
-        )
+        self._begin_with(CellTable(cells, max_sequences), LayerBuffers(where, config, dtype, cells))
         # Sequences that were stored since they were last trimmed to what is kept.
         self._untrimmed: set[int] = set()
+
+    def _begin_with(self, table: CellTable, buffers: LayerBuffers) -> None:
+        self._state = table, buffers
+        self._residents = Residents(table, buffers, self._sight, self.lock)
+
+    @property
+    def _sight(self) -> Sight:
+        return Sight(None if self.window is None else self.window - 1, self.chunk)
 
     def _tokens_kept(self, max_sequences: int, capacity: int) -> int | None:
         """Tokens that a sequence keeps, the newest included; None for all."""
@@ -103,12 +113,23 @@ class CausalCache(PlannedCache):
         positions, sequences = batch.positions, batch.sequences
         if reserve:
             return lambda: self._reserve(positions, sequences)
+        if self._residents.scheduled:
+            self._residents.collect()
         if len(batch) == 1 and (step := self._foreseen(int(sequences[0]), int(positions[0]))):
             return lambda: self._take(step, positions, sequences)
         groups = self._table.group(positions, sequences)
         eviction = None if self._kept is None else self._expired(groups, self._kept)
-        self._table.check_room(len(batch), eviction)
+        self._check_room(len(batch), eviction)
         return lambda: self._place(positions, sequences, groups, eviction)
+
+    def _check_room(self, tokens: int, eviction: Eviction | None) -> None:
+        """Let snapshots leave until there is room, or raise CacheFullError."""
+        while True:
+            try:
+                return self._table.check_room(tokens, eviction)
+            except CacheFullError:
+                if not self._residents.make_room(eviction):
+                    raise
 
     def _reserve(self, positions: Int32s, sequences: Int32s) -> None:
         """The largest pass there can be: it reads the whole pool, and stores nothing."""
@@ -179,13 +200,19 @@ class CausalCache(PlannedCache):
         plan, buffers = self._current(), self._buffers
         keys, values = buffers.get(self._layer, plan)
         if self._mask is None:
-            self._mask = device_mask(buffers.backend, buffers.config, plan.mask())
+            with self.lock:  # sequences of others may be moved about in the table
+                visible = plan.mask()
+            self._mask = device_mask(buffers.backend, buffers.config, visible)
         return keys, values, self._mask
 
     # Sequences.
 
     def can_resume(self, sequence: int, position: int) -> bool:
         check_ids(self._table.max_sequences, sequence)
+        with self.lock:
+            return self._can_resume(sequence, position)
+
+    def _can_resume(self, sequence: int, position: int) -> bool:
         lowest = 0
         if self.window is not None:
             lowest = max(lowest, position - (self.window - 1))
@@ -208,12 +235,19 @@ class CausalCache(PlannedCache):
 
     def _truncate(self, sequence: int, length: int) -> None:
         self._table.truncate(sequence, length)
-        self._pass = None  # it speaks of cells that may be others' by now
+        self._changed(sequence)
+
+    def _changed(self, sequence: int) -> None:
+        """What was said of a sequence, from its end on, is not true any more."""
+        self._residents.forget(sequence, self._table.next_position(sequence))
+        if self._pass is not None and sequence in self._pass.sequences:
+            self._pass = None  # it speaks of cells that may be others' by now
 
     def _share(self, source: int, target: int, length: int) -> None:
+        self._residents.forget(target, 0)  # what it was: the source had none of it
         self._table.share(source, target, length)
         self._untrimmed.add(target)
-        self._pass = None
+        self._changed(target)
 
     def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
         table = self._table
@@ -227,10 +261,11 @@ class CausalCache(PlannedCache):
         if begin == end:
             return lambda: None
         keys = self._shifted(sequence, moving, end, begin - end)
-        return lambda: self._cut(sequence, start, stop, begin - end, keys)
+        return lambda: self._cut(sequence, begin, range(start, stop), begin - end, keys)
 
     def _shifted(self, sequence: int, cells: Int32s, end: int, offset: int) -> dict[int, Array]:
         """Keys that the shift makes of those in `cells`, by layer; nothing is stored yet."""
+        self._residents.leave(cells)
         if self._table.shared(cells):
             raise SharedCellsError(
                 f"cells that move must belong to one sequence; some at or behind position {end} "
@@ -246,13 +281,71 @@ class CausalCache(PlannedCache):
         return buffers.changed_keys(cells, lambda layer, keys: shift(layer, keys, offsets))
 
     def _cut(
-        self, sequence: int, start: int, stop: int, offset: int, keys: dict[int, Array]
+        self, sequence: int, begin: int, which: range, offset: int, keys: dict[int, Array]
     ) -> None:
-        moved = self._table.cut(sequence, start, stop, offset)
+        self._residents.forget(sequence, begin)
+        moved = self._table.cut(sequence, which.start, which.stop, offset)
         self._buffers.set_keys(moved, keys)
-        self._pass = None
+        self._changed(sequence)
+
+    # Snapshots.
+
+    def share_lock(self, lock: threading.RLock) -> None:
+        super().share_lock(lock)
+        if self._state is not None:
+            self._residents.lock = lock
+
+    @property
+    def max_sequences(self) -> int:
+        return self._table.max_sequences
+
+    @property
+    def outline(self) -> Outline:
+        return [("causal", self._sight, self._buffers.dtype)]
+
+    def next_position(self, sequence: int) -> int:
+        with self.lock:
+            return self._table.next_position(sequence)
+
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        check_ids(self._table.max_sequences, sequence)
+        if self._kept is not None:  # else nothing is ever let go of
+            with self.lock:
+                self._residents.schedule(sequence, positions)
+
+    def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
+        [(kind, sight, dtype)] = self.outline
+        return [Part(kind, sight, self._residents.capture(sequence, start, stop), dtype)]
+
+    def prepare_restore(
+        self, sequence: int, parts: Sequence[Sequence[Part]], position: int
+    ) -> Commit:
+        rows = [part.rows for [part] in parts]
+        seat = self._residents.prepare_seat(sequence, rows, position)
+
+        def commit() -> None:
+            seat()
+            self._untrimmed.add(sequence)
+
+        return commit
+
+    def to_backend(self, backend: str | Backend) -> Self:
+        where, twin = get_backend(backend), copy(self)
+        vars(twin).pop("lock", None)
+        twin._pass = twin._mask = None
+        if self._state is not None:
+            table, buffers = self._state
+            config = self._config or where.config
+            cells = -(-table.size // config.padding) * config.padding
+            there = table.copy(cells)
+            self._residents.leave_out_of(there)
+            twin._begin_with(there, buffers.to_backend(where, config, cells))
+            twin._untrimmed = set(self._untrimmed)
+        return twin
 
     def close(self) -> None:
-        if self._state is not None:
-            self._buffers.free()
-        self._state = self._pass = None
+        with self.lock:
+            if self._state is not None:
+                self._residents.leave()
+                self._buffers.free()
+            self._state = self._pass = None

@@ -248,10 +248,56 @@ class CellTable:
         cells = self.row(source)[:length].copy()
         self._holders[cells] += 1
         self.truncate(target, 0)
-        self._widen(np.array([target]), np.array([length]))
-        self._first[target], self._last[target] = 0, length
-        self._rows[target, :length] = cells
-        self._measure(target)
+        self._fill(target, cells)
+
+    def copy(self, size: int) -> CellTable:
+        """An independent table with the same content, of `size` cells: no fewer than here."""
+        twin, more = CellTable(size, self.max_sequences), size - self.size
+        twin.free += self.free - self.size
+        for name in ("positions", "_holders", "_stacked"):
+            getattr(twin, name)[: self.size] = getattr(self, name)
+        for name in ("_rows", "_first", "_last", "_low", "_high"):
+            setattr(twin, name, getattr(self, name).copy())
+        # The new cells, with the highest numbers, are stacked below: they are taken last.
+        twin._top = more + self._top
+        twin._stack[more : twin._top] = self._stack[: self._top]
+        return twin
+
+    # Others than sequences may hold cells, and give a sequence those it is to begin with.
+
+    def hold(self, cells: Indices) -> None:
+        """Let one more hold each of `cells`, which are not free."""
+        self._holders[cells] += 1
+
+    def release(self, cells: Indices) -> None:
+        """The end of :meth:`hold`."""
+        self._release(cells.astype(np.int32))
+
+    def held_besides(self, pins: Int32s, going: Eviction | None) -> npt.NDArray[np.bool_]:
+        """Which cells have holders apart from `pins`, a number for each, when `going` is gone."""
+        besides = self._holders - pins
+        if going is not None:
+            np.subtract.at(besides, self._oldest(going), 1)
+        held: npt.NDArray[np.bool_] = besides > 0
+        return held
+
+    def seat(self, sequence: int, positions: Int32s, cells: Indices) -> Indices:
+        """Let an empty sequence hold `positions`, ascending, in `cells`; free ones where -1."""
+        missing = cells < 0
+        cells = cells.copy()
+        cells[missing] = new = self._pop(int(np.count_nonzero(missing)))
+        self.free -= new.size
+        self.positions[new] = positions[missing]
+        self._holders[cells] += 1
+        self._fill(sequence, cells.astype(np.int32))
+        return cells
+
+    def _fill(self, sequence: int, cells: Int32s) -> None:
+        """Let an empty sequence consist of `cells`, which count it as a holder already."""
+        self._widen(np.array([sequence]), np.array([cells.size]))
+        self._first[sequence], self._last[sequence] = 0, cells.size
+        self._rows[sequence, : cells.size] = cells
+        self._measure(sequence)
 
     # The commonest pass by far, one token after the last of one sequence, needs no arrays.
 
@@ -366,7 +412,7 @@ class CellTable:
 
     def _pop(self, count: int) -> Int32s:
         """Any free cells, neighbours if possible."""
-        found: list[Int32s] = []
+        found: list[Int32s] = [np.empty(0, np.int32)]
         while count and self._top:
             # Many at a time, because most may have been taken since they were stacked.
             cells = self._stack[max(0, self._top - max(count, 256)) : self._top][::-1]

@@ -1,4 +1,4 @@
-"""The command line: ``kvcache generate | backends | conformance | bench``.
+"""The command line: ``kvcache generate | chat | backends | conformance | simulate | bench``.
 
 Text that a model generates goes to standard output, everything else to standard error, so
 that output can be piped. Frameworks are imported by the commands that need them.
@@ -21,7 +21,9 @@ from rich.table import Table
 from kvcache.backends import Backend
 from kvcache.backends.base import HOST_DTYPES
 from kvcache.bench.cli import bench_app
+from kvcache.chat import chat
 from kvcache.generate import generate
+from kvcache.simulate import simulate
 
 if TYPE_CHECKING:
     from kvcache.testing import Result
@@ -34,6 +36,8 @@ app = typer.Typer(
     help="One key/value cache for every array framework: try it, check it, measure it.",
 )
 app.command()(generate)
+app.command()(chat)
+app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 
 _SHORT = {

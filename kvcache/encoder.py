@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from kvcache.backends import Backend, CacheConfig, get_backend
-from kvcache.backends.base import Array
+from kvcache.backends.base import Array, HostArray, carried_over
 from kvcache.batch import Batch
 from kvcache.cache import Cache, Commit, check_ids, check_range, check_sizes
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.plan import TOKEN_AXIS, device_mask
+from kvcache.rows import Layers, Rows, Sight
+from kvcache.snapshots import Outline, Part
 
 
 @dataclass
@@ -200,6 +204,91 @@ class EncoderCache(Cache):
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return True
+
+    # Snapshots.
+
+    @property
+    def max_sequences(self) -> int:
+        return self._max_sequences
+
+    @property
+    def outline(self) -> Outline:
+        return [("encoder", Sight(window=0), self._dtype)]
+
+    def next_position(self, sequence: int) -> int:
+        entry = self._entries.get(sequence)
+        return 0 if entry is None else entry.position + 1
+
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        """Nothing: what an encoder has put out stays."""
+
+    def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
+        """The encoder's output as one row at its position, copied to the host."""
+        [(kind, sight, dtype)] = self.outline
+        entry, rows = self._entries.get(sequence), Rows(np.empty(0, np.int32))
+        if entry is not None and start <= entry.position < stop:
+            layers: Layers = {
+                layer: (self._row(keys, "key_layout"), self._row(values, "value_layout"))
+                for layer, (keys, values) in entry.layers.items()
+            }
+            rows = Rows(np.array([entry.position], np.int32), layers)
+        return [Part(kind, sight, rows, dtype)]
+
+    def _row(self, array: Array, layout: str) -> HostArray:
+        """``[frames, kv_heads, 1, head_dim]``: one row of all frames."""
+        axes = [getattr(self._config, layout).index(axis) for axis in "thd"]
+        host: HostArray = self._backend.to_host(array).transpose(axes)
+        return np.array(host[:, :, None], order="C")
+
+    def prepare_restore(
+        self, sequence: int, parts: Sequence[Sequence[Part]], position: int
+    ) -> Commit:
+        if sequence in self._entries:
+            raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
+        latest = [part.rows for [part] in parts if part.rows.positions.size][-1:]
+        entries = [self._entry_of(rows) for rows in latest]
+
+        def commit() -> None:
+            for entry in entries:
+                self._entries[sequence] = entry
+
+        return commit
+
+    def _entry_of(self, rows: Rows) -> _Entry:
+        layers = {
+            layer: (self._frames(keys, "key_layout"), self._frames(values, "value_layout"))
+            for layer, (keys, values) in rows.read(np.array([rows.positions.size - 1])).items()
+        }
+        return _Entry(int(rows.positions[-1]), layers)
+
+    def _frames(self, row: HostArray | None, layout: str) -> Array:
+        if row is None:
+            raise ShapeError("an encoder's output has values in every layer.")
+        axes = ["thd".index(axis) for axis in getattr(self._config, layout)]
+        return self._backend.from_host(row[:, :, 0].transpose(axes))
+
+    def to_backend(self, backend: str | Backend) -> Self:
+        where, twin = get_backend(backend), copy(self)
+        vars(twin).pop("lock", None)
+        twin._batch = None
+        if self._backend is not None:
+            where.dtype(self._dtype)
+            twin._backend = where
+        twin._passing = twin._entries = self._carried_over(where)
+        return twin
+
+    def _carried_over(self, where: Backend) -> dict[int, _Entry]:
+        """All entries there, in the same memory if it can be: nobody ever writes to it."""
+        pairs = [pair for entry in self._entries.values() for pair in entry.layers.values()]
+        once = {id(part): part for pair in pairs for part in pair}  # sequences may share them
+        there = {key: carried_over(part, self._backend, where) for key, part in once.items()}
+        return {
+            sequence: _Entry(
+                entry.position,
+                {layer: (there[id(k)], there[id(v)]) for layer, (k, v) in entry.layers.items()},
+            )
+            for sequence, entry in self._entries.items()
+        }
 
     def close(self) -> None:
         self._entries.clear()

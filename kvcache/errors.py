@@ -12,6 +12,7 @@
     ├── CacheFullError             (RuntimeError)  not enough free cells for a pass
     ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
     ├── SharedCellsError           (RuntimeError)  cells to be changed belong to others too
+    ├── SnapshotMismatchError      (ValueError)    a snapshot of other caches, tokens or model
     ├── CacheFileError             (OSError)
     │   ├── DamagedFileError                       truncated, or a checksum does not match
     │   ├── ForeignFileError                       not written by kvcache
@@ -63,6 +64,10 @@ class NotSupportedError(KVCacheError, NotImplementedError):
 
 class SharedCellsError(KVCacheError, RuntimeError):
     """Cells that would have to change belong to several sequences."""
+
+
+class SnapshotMismatchError(KVCacheError, ValueError):
+    """A snapshot that belongs to caches of another kind, or to other tokens or another model."""
 
 
 class CacheFileError(KVCacheError, OSError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +47,7 @@ class Pool:
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="Text to go on from.")] = None,
     more: Annotated[
         list[str] | None,
@@ -83,6 +84,17 @@ def generate(
     prefill_chunk: Annotated[
         int | None, typer.Option(help="Feed the prompt in pieces of so many tokens.")
     ] = None,
+    relay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Instead of --backend: begin on the first of these backends and hand the caches "
+            "to the next one every few tokens, in turn. The text stays the same.",
+        ),
+    ] = None,
+    relay_every: Annotated[
+        int, typer.Option(min=1, help="Relay: tokens until the next hand-over.")
+    ] = 4,
     max_sequences: Annotated[
         int, typer.Option(help="Pool: prompts decoded at once; others wait.")
     ] = 8,
@@ -110,32 +122,45 @@ def generate(
     Example: [bold]kvcache generate --backend jax --cache rotating "The capital of France is"[/]
 
     Many at once: [bold]kvcache generate "Once upon a time" -p "A recipe for bread" -n 40[/]
+
+    From framework to framework: [bold]kvcache generate --relay numpy,torch "Once upon a time"[/]
     """
     prompts = [text for text in (prompt, *(more or [])) if text is not None]
     if not prompts:
         raise typer.BadParameter("a prompt is needed. kvcache generate 'Once upon a time'")
-    where = kvcache.get_backend(backend)
-    where.dtype(dtype)
     pooled = cache is CacheKind.pool or len(prompts) > 1
+    stations = _stations(context, relay, cache, pooled)
+    backends = [kvcache.get_backend(name) for name in stations or [backend]]
+    for where in backends:
+        where.dtype(dtype)
     pool = Pool(max_sequences, capacity, cells, window, context_shift, keep)
     _refuse_mixtures(cache, prefill_chunk, pool, pooled)
-    llama, tokenizer = _load(model, where)
+    llamas, tokenizer = _load(model, backends)
+    llama = llamas[0]
     encode = tokenizer.apply_chat if chat else lambda text: tokenizer.encode(text, bos=True)
     ids = [encode(text) for text in prompts]
     eos = None if ignore_eos else tokenizer.eos_id
     if pooled:
         _many(llama, tokenizer, ids, pool, dtype, max_tokens, eos)
         return
-    from kvcache.reference.runner import generate as run
-    from kvcache.reference.runner import make_caches
+    from kvcache.reference import runner
 
     kind: Any = cache.value
-    caches = make_caches(where, llama.config, kind, max_size=max_size, keep=keep, dtype=dtype)
-    tokens = run(llama, ids[0], caches, max_tokens, eos_id=eos, prefill_chunk=prefill_chunk)
+    layers = runner.make_caches(
+        llama.backend, llama.config, kind, max_size=max_size, keep=keep, dtype=dtype
+    )
+    ends: Any = {"eos_id": eos, "prefill_chunk": prefill_chunk}
+    if layers and stations:
+        note = _hand_over_note(layers)
+        tokens = runner.relay(
+            llamas, ids[0], layers, max_tokens, every=relay_every, note=note, **ends
+        )
+    else:
+        tokens = runner.generate(llama, ids[0], layers, max_tokens, **ends)
     watch = _Stopwatch(tokens)
     notes.print(prompts[0], style="dim", end="\n" if chat else "", markup=False, highlight=False)
     _stream(watch, tokenizer)
-    notes.print(_generation_table(where, cache, caches, len(ids[0]), watch))
+    notes.print(_generation_table(backends, cache, layers, len(ids[0]), watch))
 
 
 def _refuse_mixtures(cache: CacheKind, prefill_chunk: int | None, pool: Pool, pooled: bool) -> None:
@@ -150,6 +175,36 @@ def _refuse_mixtures(cache: CacheKind, prefill_chunk: int | None, pool: Pool, po
         raise typer.BadParameter(
             "--window, --cells and --context-shift are those of a pool. Add --cache pool."
         )
+
+
+def _stations(
+    context: typer.Context, relay: str | None, cache: CacheKind, pooled: bool
+) -> list[str]:
+    """The backends of a relay, by name; none without one. Refuses what it would ignore."""
+
+    def given(option: str) -> bool:
+        source = context.get_parameter_source(option)
+        return source is not None and source.name == "COMMANDLINE"
+
+    if relay is None:
+        if given("relay_every"):
+            raise typer.BadParameter("--relay-every is that of a relay. Add --relay numpy,torch.")
+        return []
+    names = [name.strip() for name in relay.split(",")]
+    if len(names) < 2 or not all(names):
+        raise typer.BadParameter(
+            f"--relay names two backends or more, with commas between them; got {relay!r}. "
+            "For example --relay numpy,torch,jax,mlx."
+        )
+    if given("backend"):
+        raise typer.BadParameter("--relay names the backends, the first one too. Drop --backend.")
+    if pooled or cache is CacheKind.none:
+        raise typer.BadParameter(
+            f"--relay hands over the caches of one prompt; got --cache {cache.value}"
+            f"{' with several prompts' if pooled and cache is not CacheKind.pool else ''}. "
+            "Give one prompt, and --cache kv or rotating."
+        )
+    return names
 
 
 class _Stopwatch:
@@ -177,25 +232,33 @@ class _Stopwatch:
         return f"{(self.count - 1) / (self.last - self.first):.1f}"
 
 
-def _load(path: Path | None, backend: Backend) -> tuple[Llama, Tokenizer]:
+def _load(path: Path | None, backends: Sequence[Backend]) -> tuple[list[Llama], Tokenizer]:
+    """The model on each of `backends`, loaded once where one occurs twice."""
     try:
         from kvcache.reference.gguf import default_model_path, open_gguf
         from kvcache.reference.tokenizer import Tokenizer
     except ImportError as missing:
         raise kvcache.BackendNotAvailableError(
-            f"generate needs {missing.name}. Install it: pip install 'kvcache[demo]'"
+            f"a model needs {missing.name}. Install it: pip install 'kvcache[demo]'"
         ) from missing
     with notes.status("Opening the model"):
         file = open_gguf(path or default_model_path())
         tokenizer = Tokenizer.from_gguf(file)
-    return _load_weights(file, backend), tokenizer
+    models = {backend: _load_weights(file, backend) for backend in dict.fromkeys(backends)}
+    return [models[backend] for backend in backends], tokenizer
+
+
+def load_model(path: Path | None, backend: Backend) -> tuple[Llama, Tokenizer]:
+    """The model in `path`, by default SmolLM2, on `backend`. Needs the extra ``demo``."""
+    [model], tokenizer = _load(path, [backend])
+    return model, tokenizer
 
 
 def _load_weights(file: GGUFFile, backend: Backend) -> Llama:
     from kvcache.reference.llama import Llama
 
     with progress() as bar:
-        task = bar.add_task("Loading weights", total=None)
+        task = bar.add_task(f"Loading weights onto {backend.spec}", total=None)
         return Llama.from_gguf(
             file, backend, lambda done, total: bar.update(task, completed=done, total=total)
         )
@@ -208,13 +271,27 @@ def _stream(tokens: _Stopwatch, tokenizer: Tokenizer) -> None:
     print(flush=True)
 
 
+def _hand_over_note(caches: Sequence[kvcache.KVCache]) -> Callable[[Llama], None]:
+    def note(model: Llama) -> None:
+        # On a terminal the text is on the same screen, in the middle of a line.
+        line = "\n" if notes.is_terminal else ""
+        line += f"[{len(caches)} caches of {caches[0].len} tokens handed to {model.backend.spec}]"
+        notes.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    return note
+
+
 def _generation_table(
-    backend: Backend, kind: CacheKind, caches: list[Any] | None, prompt: int, watch: _Stopwatch
+    backends: Sequence[Backend],
+    kind: CacheKind,
+    caches: list[kvcache.KVCache] | None,
+    prompt: int,
+    watch: _Stopwatch,
 ) -> Table:
     layers = caches or []
     table = Table.grid(padding=(0, 2))
-    table.add_row("backend", backend.spec)
-    table.add_row("cache", ", ".join([kind.value, *{cache.dtype for cache in layers}]))
+    table.add_row("backend", ", ".join(backend.spec for backend in backends))
+    table.add_row("cache", ", ".join([kind.value, *{str(cache.dtype) for cache in layers}]))
     table.add_row("prompt", f"{prompt} tokens, {watch.first - watch.started:.2f} s")
     table.add_row("generated", f"{watch.count} tokens, {watch.rate} tokens/s")
     if layers:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcache.backends import Backend, CacheConfig
-from kvcache.backends.base import Array
+from kvcache.backends.base import Array, HostArray, carried_over, nbytes
 from kvcache.batch import Int32s
-from kvcache.errors import DTypeError, KVCacheError, ShapeError
+from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.plan import TOKEN_AXIS, ForwardPlan, Pass, PoolState, device_mask
+from kvcache.rows import Layers
+
+Indices: TypeAlias = npt.NDArray[np.int64]
 
 
 class LayerBuffers:
@@ -29,13 +34,25 @@ class LayerBuffers:
         self.size = size
         self._buffers: dict[int, tuple[Array, Array | None]] = {}
         self._lent: PoolState | None = None
+        # Rows to be written before anything is read or written: threads other than that of the
+        # passes may bring some, and must not touch the buffers.
+        self._arrivals: deque[tuple[Indices, Layers]] = deque()
+        self._arriving = threading.Lock()
 
     @property
     def _layers(self) -> dict[int, tuple[Array, Array | None]]:
         if self._lent is not None:
             self._buffers = {layer: self._recalled(held) for layer, held in self._lent.items()}
             self._lent = None
+        if self._arrivals:
+            self._write_arrivals()
         return self._buffers
+
+    def _write_arrivals(self) -> None:
+        with self._arriving:
+            while self._arrivals:
+                self._write_rows(*self._arrivals[0])
+                self._arrivals.popleft()  # after it is there: others wait for that
 
     def _recalled(self, held: tuple[Array, ...]) -> tuple[Array, Array | None]:
         keys, *values = (self.backend.from_traced(buffer, self.dtype) for buffer in held)
@@ -43,10 +60,10 @@ class LayerBuffers:
 
     def lend(self) -> PoolState:
         """All buffers, as :mod:`kvcache.functional` takes them."""
-        if self._lent is None:
+        if self._lent is None or self._arrivals:
             self._lent = {
                 layer: tuple(self.backend.traced_form(each) for each in pair if each is not None)
-                for layer, pair in self._buffers.items()
+                for layer, pair in self._layers.items()
             }
         return self._lent
 
@@ -55,7 +72,8 @@ class LayerBuffers:
 
         Raises: ShapeError where those are others; nothing has changed then.
         """
-        have, got = _outline(self.lend()), _outline(state)
+        # Not what arrived while programs ran: that is written to what they made.
+        have, got = _outline(self.lend() if self._lent is None else self._lent), _outline(state)
         if have != got:
             layers = sorted(layer for layer in {*have, *got} if have.get(layer) != got.get(layer))
             raise ShapeError(
@@ -151,12 +169,123 @@ class LayerBuffers:
             keys, values = self._layers[layer]
             self._layers[layer] = self.backend.write_rows(keys, rows, cells, axis), values
 
+    def to_backend(self, backend: Backend, config: CacheConfig, size: int) -> LayerBuffers:
+        """Copies of all layers on `backend`, of `size` cells: no fewer than here."""
+        there = LayerBuffers(backend, config, self.dtype, size)
+        for layer in self._layers:
+            there._buffers[layer] = there._layer_of(self, layer)
+        return there
+
+    def _layer_of(self, source: LayerBuffers, layer: int) -> tuple[Array, Array | None]:
+        keys, values = source._layers[layer]
+        old, new = source.config, self.config
+        keys = self._copied(keys, source, old.key_layout, new.key_layout)
+        if values is not None:
+            values = self._copied(values, source, old.value_layout, new.value_layout)
+        return keys, values
+
+    def _copied(self, buffer: Array, source: LayerBuffers, old: str, new: str) -> Array:
+        """A buffer of `source`, laid out as `old`, here as `new`; nobody reads its any more."""
+        rows = carried_over(buffer, source.backend, self.backend)
+        if new != old:  # on the host, which moves bits and computes nothing
+            axes = [old.index(name) for name in new]
+            rows = self.backend.from_host(self.backend.to_host(rows).transpose(axes))
+        whole = self._buffer(rows, new)
+        whole = self.backend.write_slice(whole, rows, 0, source.size, TOKEN_AXIS[new])
+        self.backend.sync(whole)
+        return whole
+
+    # Rows, in the layout of snapshots: kv_heads, tokens, head_dim.
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one cell in all layers allocated."""
+        held = self._lent if self._lent is not None else self._buffers
+        pairs = list(held.values())  # at once, in case that a pass brings a layer
+        shapes = [tuple(each.shape) for pair in pairs for each in pair if each is not None]
+        return sum(nbytes(shape, self.dtype) for shape in shapes) // self.size
+
+    def read(self, cells: Indices) -> Layers:
+        """Copies of what is in `cells`, in host memory."""
+        found: Layers = {}
+        for layer, (keys, values) in list(self._layers.items()):
+            host = self._read_rows(keys, self.config.key_layout, cells)
+            if values is None:
+                found[layer] = host, None
+            else:
+                found[layer] = host, self._read_rows(values, self.config.value_layout, cells)
+        return found
+
+    def _read_rows(self, buffer: Array, layout: str, cells: Indices) -> HostArray:
+        rows = self.backend.gather(buffer, self._rounded(cells), TOKEN_AXIS[layout])
+        axes = [layout.index(axis) for axis in "htd"]
+        whole: HostArray = self.backend.to_host(rows).transpose(axes)[:, : cells.size]
+        return np.array(whole, order="C")
+
+    def _rounded(self, cells: Indices) -> Indices:
+        """`cells`, the last repeated up to few lengths where each is a program of its own."""
+        if self.backend.views or not cells.size:
+            return cells
+        return np.pad(cells, (0, (1 << (cells.size - 1).bit_length()) - cells.size), "edge")
+
+    def check_rows(self, layers: Layers) -> None:
+        """Raise SnapshotMismatchError unless rows of `layers` fit all that is allocated."""
+        held = self._lent if self._lent is not None else self._buffers
+        for layer, buffers in list(held.items()):
+            have = [self._form(*each) for each in zip(buffers, self._layouts, strict=False)]
+            rows = layers.get(layer, ())
+            got = [None if each is None else (each.shape[0], each.shape[2]) for each in rows]
+            if [form for form in have if form] != [form for form in got if form]:
+                raise SnapshotMismatchError(
+                    "a snapshot goes back to layers of the same heads and head_dim; "
+                    f"layer {layer} has {have}, got {got}."
+                )
+
+    def _form(self, buffer: Array | None, layout: str) -> tuple[int, int] | None:
+        if buffer is None:
+            return None
+        return buffer.shape[layout.index("h")], buffer.shape[layout.index("d")]
+
+    @property
+    def _layouts(self) -> tuple[str, str]:
+        return self.config.key_layout, self.config.value_layout
+
+    def arrive(self, cells: Indices, layers: Layers) -> None:
+        """Write `layers` to `cells` before anything is read; from any thread."""
+        if layers:
+            self._arrivals.append((cells, layers))
+
+    def _write_rows(self, cells: Indices, layers: Layers) -> None:
+        places = self._rounded(cells).astype(np.int32)
+        for layer, (keys, values) in layers.items():
+            if layer not in self._buffers:
+                self._buffers[layer] = self._alloc_for(keys, values)
+            pair = self._buffers[layer]
+            held = self._written(pair[0], keys, self.config.key_layout, places), pair[1]
+            if values is not None:
+                layout = self.config.value_layout
+                held = held[0], self._written(pair[1], values, layout, places)
+            self._buffers[layer] = held
+
+    def _alloc_for(self, keys: HostArray, values: HostArray | None) -> tuple[Array, Array | None]:
+        layouts = self._layouts
+        empty = self._empty(layouts[0], keys.shape[0], keys.shape[2])
+        if values is None:
+            return self._alloc(empty, None)
+        return self._alloc(empty, self._empty(layouts[1], values.shape[0], values.shape[2]))
+
+    def _written(self, buffer: Array, rows: HostArray, layout: str, cells: Int32s) -> Array:
+        rows = np.pad(rows, ((0, 0), (0, cells.size - rows.shape[1]), (0, 0)), "edge")
+        moved = self.backend.from_host(rows.transpose(["htd".index(axis) for axis in layout]))
+        return self.backend.write_rows(buffer, moved, cells, TOKEN_AXIS[layout])
+
     def free(self) -> None:
         """Give all memory back."""
         held: Any = self._lent or self._buffers
         for buffer in (each for pair in held.values() for each in pair if each is not None):
             self.backend.free(buffer)
         self._buffers, self._lent = {}, None
+        self._arrivals.clear()
 
     def _check(self, layer: int, keys: Array, values: Array | None, tokens: int) -> None:
         self._check_dtype("keys", keys)

@@ -13,6 +13,7 @@ from kvcache.cells import CellTable
 from kvcache.errors import CacheFullError, KVCacheError, NotSupportedError
 from kvcache.layers import LayerBuffers
 from kvcache.plan import ForwardPlan, Pass, PoolState
+from kvcache.residents import Residents
 
 
 class PlannedCache(Cache):
@@ -29,6 +30,7 @@ class PlannedCache(Cache):
     """
 
     _state: tuple[CellTable, LayerBuffers] | None
+    _residents: Residents
     _pass: Pass | None
     _untrimmed: set[int]
 
@@ -99,7 +101,8 @@ class PlannedCache(Cache):
         if not which.stores:
             raise NotSupportedError("a reserve pass has no plan: it stores nothing. Use allocate.")
         extra = (0, (tokens or count) - count)
-        cells, visible = np.pad(which.cells, extra, "edge"), which.mask()
+        with self.lock:
+            cells, visible = np.pad(which.cells, extra, "edge"), which.mask()
         return self._buffers.plan(cells, which.start, np.pad(visible, (extra, (0, 0)), "edge"))
 
     def plan_steps(self, batch: Batch, steps: int) -> ForwardPlan:
@@ -111,16 +114,27 @@ class PlannedCache(Cache):
             of one sequence, or one that does not go on behind its last. Nothing has changed then.
         """
         check_sizes(steps=steps)
-        self._check_steps(batch)
-        fits = self._table.free >= steps * len(batch)
-        before = None if fits else (vars(deepcopy(self._table)), self._untrimmed, self._pass)
+        with self.lock:
+            self._check_steps(batch)
+            if self._table.free >= steps * len(batch):
+                return self._planned(batch, steps)
+            return self._planned_or_undone(batch, steps)
+
+    def _planned_or_undone(self, batch: Batch, steps: int) -> ForwardPlan:
+        residents = self._residents
+        residents.collect()
+        # Nothing is kept on schedule on the way: it could have to leave before it is written.
+        residents.resting, mark = True, residents.mark()
+        before = vars(deepcopy(self._table)), self._untrimmed, self._pass
         try:
             return self._planned(batch, steps)
         except CacheFullError:
-            if before is not None:
-                table, self._untrimmed, self._pass = before
-                vars(self._table).update(table)  # the pass refers to this one
+            table, self._untrimmed, self._pass = before
+            vars(self._table).update(table)  # the pass refers to this one
+            residents.return_to(mark)
             raise
+        finally:
+            residents.resting = False
 
     def _check_steps(self, batch: Batch) -> None:
         sequences = batch.sequences.tolist()

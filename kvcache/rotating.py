@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from kvcache.backends import Backend
 from kvcache.backends.base import Array, HostArray
 from kvcache.buffers import TOKENS
 from kvcache.functional import RingState
+from kvcache.rows import Places, Rows, Sight
+from kvcache.spans import picked
 from kvcache.stream import Checkpoint, KVCache, Positions, padded
 
 
@@ -98,6 +101,7 @@ class RotatingKVCache(KVCache):
             self._extra = 0
             buffers.write(keys, values, start, stop)
         elif tokens == 1:
+            self._before_displacing()
             self._extra = 0
             slot = self._turn(start)
             buffers.write(keys, values, slot, slot + 1)
@@ -108,11 +112,46 @@ class RotatingKVCache(KVCache):
 
     def _update_beyond(self, keys: Array, values: Array, tokens: int) -> tuple[Array, Array]:
         """Several tokens, some of which displace others that the first queries still see."""
+        self._before_displacing()
         columns = self._buffers.joined(keys, values, self.len)
         self._store(keys, values)
         self._extra = tokens
         self._offset += tokens
+        if self._spans.due:
+            self._keep_from(columns)
         return columns
+
+    def _before_displacing(self) -> None:
+        """Save what snapshots need of the slots that the next update writes to."""
+        if self._spans.due:
+            self._spans.collect(*self._held(), self.sight, self._offset)
+        if self._spans.rows:
+            self._spans.leave()
+
+    def _keep_from(self, columns: tuple[Array, Array]) -> None:
+        """Keep what is due inside the last update, some of which no slot holds any more."""
+        positions = self.positions
+        order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
+        for place in sorted(each for each in self._spans.due if each < self._offset):
+            wanted = order[self.sight.needed(positions[order], place)]
+            backend: Any = self.backend
+            self._spans.keep(Rows(positions[wanted], picked(backend, *columns, wanted)))
+            self._spans.due.remove(place)
+
+    @property
+    def sight(self) -> Sight:
+        return Sight(self._window, sinks=self.keep)
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        self._spans.due.update(each for each in positions if each >= self._offset)
+
+    def _held(self) -> tuple[Positions, Places]:
+        positions = self._ring_positions(self._offset)[: self.len]
+        slots = np.argsort(positions)
+        return positions[slots], slots
+
+    def _places(self, positions: Positions) -> Places:
+        return np.where(positions < self.max_size, positions, self._turn(positions)).astype(int)
 
     def _store(self, keys: Array, values: Array) -> None:
         """Write those tokens of an update that will be held after it."""
@@ -145,6 +184,7 @@ class RotatingKVCache(KVCache):
         return min(offset, self.max_size)
 
     def _lent(self, keys: Array, values: Array, offset: Array) -> RingState:
+        self._before_displacing()
         self._extra = 0
         ring = self._ring_positions(self._offset)
         positions = np.full(self._buffers.capacity, -1)
@@ -192,10 +232,12 @@ class RotatingKVCache(KVCache):
         mark.updates.append(Update(*kept, slots, self._buffers.read_rows(slots)))
 
     def _return_to(self, mark: Checkpoint, accepted: int) -> None:
+        self._spans.leave()
         for update in reversed(mark.updates):
             keys, values = update.displaced
             self._buffers.write_rows(keys, values, update.slots)
         self._rewind(mark.offset)
+        self._spans.due |= {place for place in mark.due if place > mark.offset}
         for update in mark.updates:
             tokens = min(accepted, update.keys.shape[TOKENS])
             if tokens:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -22,16 +22,20 @@ from kvcache.buffers import TokenBuffers
 from kvcache.errors import BoundsError, ForeignFileError, KVCacheError, TrimError
 from kvcache.files import read_file, write_file
 from kvcache.functional import LayerState, RingState
+from kvcache.rows import Places, Rows, Sight
+from kvcache.snapshots import Part, Snapshot, check_chain
+from kvcache.spans import Spans, arranged
 
 Positions = npt.NDArray[np.int32]
 
 
 @dataclass
 class Checkpoint:
-    """Where a rollback returns to. updates: what a cache that displaces tokens needs besides."""
+    """Where a rollback returns to. updates, due: what a cache that displaces needs besides."""
 
     offset: int
     updates: list[Any] = field(default_factory=list)
+    due: set[int] = field(default_factory=set)
 
 
 # Every kind of per-layer cache by the name that files give it.
@@ -73,6 +77,7 @@ class KVCache:
         )
         self._offset = 0
         self._checkpoint: Checkpoint | None = None
+        self._spans = Spans(self._buffers)
 
     def __repr__(self) -> str:
         where = self.backend.spec if self.backend else "the backend of its first array"
@@ -183,7 +188,7 @@ class KVCache:
 
     def checkpoint(self) -> None:
         """Open a checkpoint for :meth:`rollback`; replaces an open one."""
-        self._checkpoint = Checkpoint(self._offset)
+        self._checkpoint = Checkpoint(self._offset, due=set(self._spans.due))
 
     def rollback(self, accepted: int = 0) -> None:
         """Return to the checkpoint plus the first `accepted` tokens since, and close it.
@@ -204,6 +209,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything and free the memory: the cache is as it was constructed."""
+        self._spans.leave()
         self._buffers.free()
         self._start()
 
@@ -249,6 +255,44 @@ class KVCache:
     def _on_device(self, numbers: npt.ArrayLike) -> Array:
         return self._buffers.backend.from_host(np.asarray(numbers), "int32")
 
+    # Snapshots.
+
+    @property
+    def sight(self) -> Sight:
+        """What it needs of the past to go on somewhere."""
+        return Sight()
+
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
+        """What is held of positions ``[start, stop)``; see :func:`snapshot`."""
+        return snapshot([self], start, stop)
+
+    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+        """Hold what `snapshots` do, see :func:`restore`."""
+        restore([self], *snapshots, backend=backend)
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        """Let snapshots hold what going on at `positions`, not reached yet, needs.
+
+        It is kept when it would be displaced; updates need not end there.
+        """
+
+    def _held(self) -> tuple[Positions, Places]:
+        """Positions held, ascending, and their slots."""
+        return np.arange(self._offset, dtype=np.int32), np.arange(self._offset)
+
+    def _fill(self, rows: Sequence[Rows], offset: int, where: Backend) -> None:
+        """Hold what it needs of `rows`, which have all of it, to go on at `offset`."""
+        chosen = [np.flatnonzero(self.sight.needed(each.positions, offset)) for each in rows]
+        found = [(each, which) for each, which in zip(rows, chosen, strict=True) if which.size]
+        slots = self._places(np.concatenate([each.positions[which] for each, which in found]))
+        parts = arranged([each.read(which) for each, which in found], slots, self._slots(offset))
+        self._buffers.fill(*(where.from_host(part) for part in parts))
+        self._offset, self._checkpoint = offset, None
+
+    def _places(self, positions: Positions) -> Places:
+        """Slots of `positions` that are held."""
+        return positions.astype(np.int64)
+
     # Copies.
 
     def copy(self) -> Self:
@@ -256,6 +300,21 @@ class KVCache:
         twin = type(self)(**self._options)
         if self._offset:
             twin._buffers.fill(*self._buffers.live(self.len))
+            twin._offset = self._offset
+        return twin
+
+    def to_backend(self, backend: str | Backend) -> Self:
+        """An independent cache on `backend` with the same tokens, bit for bit; no checkpoint.
+
+        Each token is copied once, straight from this memory where the two frameworks can share
+        it, else through the host. This cache stays as it is.
+
+        Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
+            BackendNotAvailableError.
+        """
+        twin = type(self)(**self._options | {"backend": get_backend(backend)})
+        if self._offset:
+            twin._buffers.fill_from(self._buffers, self.len)
             twin._offset = self._offset
         return twin
 
@@ -296,6 +355,9 @@ class KVCache:
         return f"trim takes back 0 to {self._offset} tokens, those seen; got {tokens}."
 
     def _rewind(self, offset: int) -> None:
+        if self._spans.rows:
+            self._spans.leave(offset)
+        self._spans.forget(offset)
         self._offset = offset
         self._checkpoint = None
 
@@ -342,6 +404,8 @@ def load(path: str | os.PathLike[str], backend: str | Backend = "numpy") -> list
     where the backend lacks the dtype.
     """
     header, tensors = read_file(path)
+    if "caches" not in header:
+        raise ForeignFileError(f"{path} holds a snapshot, no caches. Use kvcache.Snapshot.load.")
     where = get_backend(backend)
     caches = []
     for layer, record in enumerate(header["caches"]):
@@ -363,6 +427,61 @@ def padded(positions: Positions, width: int) -> Positions:
     """`positions` with -1 behind them, `width` in all."""
     padding = np.full(width - positions.size, -1, dtype=np.int32)
     return np.concatenate([positions, padding])
+
+
+def snapshot(caches: Sequence[KVCache], start: int = 0, stop: int | None = None) -> Snapshot:
+    """What the caches of all layers hold of positions ``[start, stop)``; stop None: of all.
+
+    Nothing is copied until a cache changes the slots. Raises: ValueError for caches that have
+    seen different numbers of tokens, or none.
+    """
+    offsets = sorted({cache.offset for cache in caches})
+    stop = offsets[-1] if stop is None and offsets else stop
+    if len(offsets) != 1 or stop is None or not 0 <= start < stop <= offsets[0]:
+        raise ValueError(
+            "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
+            f"[{start}, {stop}) of {len(caches)} caches at {offsets}."
+        )
+    rows = [cache._spans.capture(*cache._held(), start, stop) for cache in caches]
+    parts = [
+        Part(cache.kind, cache.sight, each, str(cache.dtype))
+        for cache, each in zip(caches, rows, strict=True)
+    ]
+    return Snapshot(start, stop, parts)
+
+
+def restore(
+    caches: Sequence[KVCache], *snapshots: Snapshot, backend: str | Backend | None = None
+) -> None:
+    """Let empty caches of all layers hold what `snapshots` do, to go on where the last one stops.
+
+    backend: for caches that name none. The snapshots stay as they are, and may be of any backend.
+
+    Raises: SnapshotMismatchError, ValueError (not empty, no backend, a gap), KVCacheError where
+        they could not go on there, DTypeError; nothing has changed then.
+    """
+    named = None if backend is None else get_backend(backend)
+    places = [where for cache in caches if (where := cache.backend or named) is not None]
+    if any(cache.offset for cache in caches) or len(places) < len(caches):
+        raise ValueError(
+            "what is restored goes to empty caches, on a backend that they or the call name; got "
+            f"{', '.join(map(repr, caches)) or 'none'}. Use new ones."
+        )
+    dtypes = [part.dtype for part in snapshots[0].parts] if snapshots else []
+    dtypes = dtypes if len(dtypes) == len(caches) else ["" for _ in caches]
+    stop = check_chain(
+        snapshots,
+        [(c.kind, c.sight, c.dtype or dtype) for c, dtype in zip(caches, dtypes, strict=True)],
+    )
+    try:
+        for layer, (cache, where) in enumerate(zip(caches, places, strict=True)):
+            rows = [each.parts[layer].rows for each in snapshots]
+            cache._fill(rows, stop, where)
+    except BaseException:
+        for cache in caches:
+            if cache.offset:
+                cache.reset()
+        raise
 
 
 _KINDS[KVCache.kind] = KVCache

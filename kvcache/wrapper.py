@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from typing import Self
 
 from kvcache.backends import Backend, CacheConfig
 from kvcache.backends.base import Array
 from kvcache.batch import Batch
 from kvcache.cache import Cache, Commit
+from kvcache.snapshots import Outline, Part
 
 
 class WrapperCache(Cache):
@@ -26,6 +29,12 @@ class WrapperCache(Cache):
             raise ValueError("a wrapper needs at least one cache; got none.")
         self.caches = caches
         self._type = 0
+        self._share_lock()
+
+    def _share_lock(self) -> None:
+        """What changes one of the caches changes this one."""
+        for cache in self.caches:
+            cache.share_lock(self.lock)
 
     def set_layer_type(self, index: int) -> None:
         """Choose the cache that `set_layer`, `put`, `get` and `set_causal` are about."""
@@ -69,13 +78,7 @@ class WrapperCache(Cache):
         return self._all(lambda cache: cache.prepare_remove(sequence, begin, end))
 
     def _all(self, prepare: Callable[[Cache], Commit]) -> Commit:
-        commits = [prepare(cache) for cache in self.caches]
-
-        def commit() -> None:
-            for each in commits:
-                each()
-
-        return commit
+        return _together([prepare(cache) for cache in self.caches])
 
     def set_layer(self, layer: int) -> None:
         self.underlying_cache.set_layer(layer)
@@ -92,6 +95,53 @@ class WrapperCache(Cache):
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache.can_resume(sequence, position) for cache in self.caches)
 
+    # Snapshots.
+
+    @property
+    def max_sequences(self) -> int:
+        return self.caches[0].max_sequences
+
+    @property
+    def outline(self) -> Outline:
+        return [each for cache in self.caches for each in cache.outline]
+
+    def next_position(self, sequence: int) -> int:
+        return max(cache.next_position(sequence) for cache in self.caches)
+
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        places = list(positions)
+        for cache in self.caches:
+            cache.schedule(sequence, places)
+
+    def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
+        return [part for cache in self.caches for part in cache.capture(sequence, start, stop)]
+
+    def prepare_restore(
+        self, sequence: int, parts: Sequence[Sequence[Part]], position: int
+    ) -> Commit:
+        commits, first = [], 0
+        for cache in self.caches:
+            last = first + len(cache.outline)
+            mine = [each[first:last] for each in parts]
+            commits.append(cache.prepare_restore(sequence, mine, position))
+            first = last
+        return _together(commits)
+
+    def to_backend(self, backend: str | Backend) -> Self:
+        twin = copy(self)
+        vars(twin).pop("lock", None)
+        twin.caches = tuple(cache.to_backend(backend) for cache in self.caches)
+        twin._share_lock()
+        return twin
+
     def close(self) -> None:
         for cache in self.caches:
             cache.close()
+
+
+def _together(commits: Sequence[Commit]) -> Commit:
+    def commit() -> None:
+        for each in commits:
+            each()
+
+    return commit

@@ -4,9 +4,11 @@ Frameworks are imported when they are measured, rich and matplotlib when they ar
 """
 
 from ._plan_report import LOADS, Load, PlanReport, PlanTiming, PlanVerdict
+from ._prefix_report import PrefixReport, PrefixTiming, PrefixVerdict
 from ._step_report import StepReport, StepTiming
 from .append import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
 from .plan import run_plan
+from .prefix import run_prefix
 from .record import Skipped
 from .report import AppendReport, Timing
 from .step import run_step
@@ -22,6 +24,9 @@ __all__ = [
     "PlanReport",
     "PlanTiming",
     "PlanVerdict",
+    "PrefixReport",
+    "PrefixTiming",
+    "PrefixVerdict",
     "Skipped",
     "StepReport",
     "StepTiming",
@@ -30,5 +35,6 @@ __all__ = [
     "installed_backends",
     "run_append",
     "run_plan",
+    "run_prefix",
     "run_step",
 ]

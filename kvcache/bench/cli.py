@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: ``kvcache bench append | plan | step``. Needs typer, rich."""
+"""The command line of the benchmarks: ``kvcache bench append | plan | prefix | step``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import installed_backends, run_append, run_plan, run_step, timing
+from . import installed_backends, run_append, run_plan, run_prefix, run_step, timing
 from .record import Report
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure ours against others, in one run.")
@@ -83,6 +83,26 @@ def plan(
     """
     with _bar() as progress:
         report = run_plan(window=window, rounds=rounds, progress=progress)
+    _show(report, json)
+
+
+@bench_app.command()
+def prefix(
+    users: Annotated[int, typer.Option(help="Sequences for each of 20 shared prompts.")] = 100,
+    spans: Annotated[int, typer.Option(help="Spans of which half are evicted.")] = 100_000,
+    rounds: Rounds = 101,
+    json: Json = None,
+) -> None:
+    """Measure what it costs to find what a request has in common with others, and to evict.
+
+    Sequences of 2,048 tokens, half of which are a prompt that others begin with, too: found in
+    and added to a radix tree, and the index of spans on it. A query that leaves the tree early
+    must not cost more if it is longer, and no policy may pause for 5 ms. Example:
+
+    [bold]kvcache bench prefix --rounds 31 --json prefix.json[/]
+    """
+    with _bar() as progress:
+        report = run_prefix(users=users, spans=spans, rounds=rounds, progress=progress)
     _show(report, json)
 
 

@@ -16,6 +16,7 @@ from .contest import MEMMOVE, OURS, RAW
 
 if TYPE_CHECKING:
     from ._plan_report import Load, PlanReport
+    from ._prefix_report import PrefixReport
     from ._step_report import StepReport, StepTiming
     from .record import Judged, Report, Skipped
     from .report import AppendReport, Timing
@@ -30,6 +31,11 @@ def append_tables(report: AppendReport) -> RenderableType:
 def plan_tables(report: PlanReport) -> RenderableType:
     """Timings and targets."""
     return _page(report, _plans(report))
+
+
+def prefix_tables(report: PrefixReport) -> RenderableType:
+    """Lookups, evictions and targets."""
+    return Group(_evictions(report), "", _page(report, _lookups(report)))
 
 
 def step_tables(report: StepReport) -> RenderableType:
@@ -106,6 +112,22 @@ def _plan_row(report: PlanReport, load: Load, window: int | None) -> Iterator[st
     for timing in sorted(timings, key=lambda timing: (timing.mask, timing.pool)):
         yield figure(timing.us)
     yield figure(BOUNDS[load].go) if load in BOUNDS and window is None else ""
+
+
+def _lookups(report: PrefixReport) -> Table:
+    title = f"us per query or sequence, among {report.sequences:,} sequences"
+    table = _table(title, "", "tokens", "us", "M tokens/s")
+    for timing in report.lookups:
+        table.add_row(timing.name, f"{timing.tokens:,}", figure(timing.us), figure(timing.rate))
+    return table
+
+
+def _evictions(report: PrefixReport) -> Table:
+    title = f"us to evict one of {report.spans:,} spans, until half are left"
+    table = _table(title, "", "mean", "longest")
+    for timing in report.evictions:
+        table.add_row(timing.name, figure(timing.us), figure(timing.longest_us or 0.0))
+    return table
 
 
 def _steps(report: StepReport) -> Table:

@@ -101,7 +101,7 @@ def interleave(
     tick()
     shuffle = random.Random(0).shuffle  # noqa: S311 - an order of turns, no secret
     turns = list(blocks)
-    with _no_collection():
+    with no_collection():
         for number in range(rounds):
             shuffle(turns)
             for entry in turns:
@@ -111,7 +111,7 @@ def interleave(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Without the garbage collector, which would run in whichever block fills its quota."""
     was_on = gc.isenabled()
     gc.collect()

@@ -89,22 +89,24 @@ class RadixTree(Generic[V]):
         """The node at the end of `tokens`, made if there is none."""
         length, node, inside = self.match(tokens)
         if inside is not None:
-            node = self._split(inside, length - node.depth)
+            node = self.split(inside, length - node.depth)
         if length < tokens.size:
             edge = tokens[length:].astype(_ID, copy=False).tobytes()
             node.children[tokens.item(length)] = node = Node(edge, node)
         return node
 
-    def remove(self, node: Node[V]) -> None:
+    @staticmethod
+    def remove(node: Node[V]) -> None:
         """Forget the value of `node`; edges that no longer part are joined."""
         node.value = None
         while node.parent is not None and node.idle and not node.children:
             del node.parent.children[node.first]
             node = node.parent
         if node.parent is not None and node.idle and len(node.children) == 1:
-            self._join(node)
+            _join(node)
 
-    def _split(self, node: Node[V], length: int) -> Node[V]:
+    @staticmethod
+    def split(node: Node[V], length: int) -> Node[V]:
         """A new node `length` tokens down the edge of `node`, which hangs below it then."""
         at, parent = length * _ID.itemsize, node.parent
         upper: Node[V] = Node(node.edge[:at], parent)
@@ -113,13 +115,6 @@ class RadixTree(Generic[V]):
         node.edge, node.parent = node.edge[at:], upper
         upper.children[node.first] = node
         return upper
-
-    def _join(self, node: Node[V]) -> None:
-        """Let the only child of `node` stand in its place."""
-        [child] = node.children.values()
-        parent: Any = node.parent
-        parent.children[node.first] = child
-        child.edge, child.parent = node.edge + child.edge, parent
 
 
 def as_tokens(tokens: npt.ArrayLike | Sequence[int]) -> Tokens:
@@ -143,3 +138,11 @@ def _in_common(tokens: Tokens, edge: bytes) -> int:
     ids = np.frombuffer(edge, _ID)[: tokens.size]
     differ = tokens != ids
     return int(differ.argmax()) if differ.any() else ids.size
+
+
+def _join(node: Node[V]) -> None:
+    """Let the only child of `node` stand in its place."""
+    [child] = node.children.values()
+    parent: Any = node.parent
+    parent.children[node.first] = child
+    child.edge, child.parent = node.edge + child.edge, parent

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from itertools import cycle
 from typing import Literal, TypeAlias
 
 from kvcache import KVCache, RotatingKVCache
@@ -11,7 +12,7 @@ from kvcache.backends.base import Array, Backend
 from .gguf import LlamaConfig
 from .llama import LayerCache, Llama
 
-__all__ = ["CacheKind", "generate", "make_caches"]
+__all__ = ["CacheKind", "generate", "make_caches", "relay"]
 
 CacheKind: TypeAlias = Literal["kv", "rotating", "none"]
 
@@ -75,6 +76,45 @@ def generate(
         raise ValueError(f"prefill_chunk must be >= 1 token; got {prefill_chunk}.")
     tokens = _tokens(model, list(prompt_ids), caches, prefill_chunk, window)
     return _until(tokens, max_tokens, eos_id)
+
+
+def relay(
+    models: Sequence[Llama],
+    prompt_ids: Sequence[int],
+    caches: MutableSequence[KVCache],
+    max_tokens: int = 64,
+    *,
+    every: int = 4,
+    eos_id: int | None = None,
+    prefill_chunk: int | None = None,
+    note: Callable[[Llama], None] | None = None,
+) -> Iterator[int]:
+    """As :func:`generate`, going on with the next of `models` after `every` tokens, in turn.
+
+    models: the same model on several backends. The caches go from one to the next with
+        :meth:`KVCache.to_backend`, and nothing is computed again.
+    caches: as for `generate`, on the backend of the first model; a hand-over puts those of the
+        next in their places.
+    note: called with the model that goes on, when it has the caches.
+
+    Raises: with the first token, ValueError for no model or `every` below 1, and as `generate`.
+    """
+    if not models or every < 1:
+        raise ValueError(
+            f"a relay has models, and an `every` >= 1 token; got {len(models)} and {every}."
+        )
+    ids, left = list(prompt_ids), max_tokens
+    for turn, model in enumerate(cycle(models)):
+        if turn:
+            caches[:] = [cache.to_backend(model.backend) for cache in caches]
+            (note or (lambda _: None))(model)
+        leg = min(every, left)
+        chunk, goal = prefill_chunk, left - leg
+        for token in generate(model, ids, caches, leg, eos_id=eos_id, prefill_chunk=chunk):
+            yield token
+            ids, left = [token], left - 1
+        if left > goal or not left:  # the end token came, or enough others
+            return
 
 
 def _until(tokens: Iterator[int], count: int, eos_id: int | None) -> Iterator[int]:

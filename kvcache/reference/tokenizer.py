@@ -77,9 +77,13 @@ class Tokenizer:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.encode(self._render(messages), special=True)
+        return self.encode(self.render_chat(messages), special=True)
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Text of a conversation in the file's own chat template, as :meth:`apply_chat` reads it.
+
+        Raises: as :meth:`apply_chat`.
+        """
         if self._template is None:
             raise UnsupportedModelError(
                 "a chat needs a GGUF file with tokenizer.chat_template; this one has none. "
@@ -155,11 +159,6 @@ class _Vocabulary:
                 f"the model file has no vocabulary: tokenizer.ggml.{key} is missing."
             )
         return found
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
 
 
 def _splitter(pre: str) -> pre_tokenizers.PreTokenizer:

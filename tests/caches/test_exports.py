@@ -36,6 +36,8 @@ PUBLIC = [
     "RotatingKVCache",
     "ShapeError",
     "SharedCellsError",
+    "Snapshot",
+    "SnapshotMismatchError",
     "TrimError",
     "UnknownBackendError",
     "UnsupportedModelError",
@@ -45,12 +47,15 @@ PUBLIC = [
     "get_backend",
     "load",
     "register_backend",
+    "restore",
     "save",
+    "snapshot",
     "trim",
 ]
 # What models, runners and caches of other packages may use of a cache.
 CACHE = """backend can_trim checkpoint copy dtype give_back growths kind lend len load mask nbytes
-offset positions reset rollback save state trim update""".split()
+offset positions reset restore rollback save schedule sight snapshot state to_backend trim
+update""".split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """adopt alloc array_types compile concat config device device_of devices dtype dtype_name
 dtypes free from_dlpack from_host from_traced gather modules name owns read_rows read_slice scatter
@@ -142,6 +147,7 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.CacheFullError, RuntimeError),
         (kvcache.NotSupportedError, NotImplementedError),
         (kvcache.SharedCellsError, RuntimeError),
+        (kvcache.SnapshotMismatchError, ValueError),
         (kvcache.CacheFileError, OSError),
         (kvcache.ModelFileError, OSError),
         (kvcache.UnsupportedModelError, ValueError),

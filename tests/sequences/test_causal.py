@@ -253,7 +253,6 @@ def test_calls_out_of_turn():
         lambda cache: cache.copy_prefix(1, 0, 3),
         lambda cache: cache.copy_prefix(0, 0, 1),
         lambda cache: cache.remove(0, 1),
-        lambda cache: cache.remove(1, 0, 2),
     ],
 )
 def test_a_change_of_sequences_ends_the_pass(change):
@@ -265,6 +264,24 @@ def test_a_change_of_sequences_ends_the_pass(change):
     for call in (cache.get, lambda: cache.put(*rows([1, 2], [0, 1]))):
         with pytest.raises(KVCacheError, match="Call start_forward first"):
             call()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.remove(1, 0),
+        lambda cache: cache.remove(1, 0, 2),
+        lambda cache: cache.copy_prefix(1, 2, 3),
+        lambda cache: cache.restore(2, cache.snapshot(1)),
+    ],
+)
+def test_a_pass_goes_on_while_other_sequences_come_and_go(change):
+    cache = make(max_sequences=3, shift=add_positions(NUMPY))
+    store(cache, range(4), 1)
+    store(cache, range(2), 0)
+    before = seen(cache)
+    change(cache)
+    assert seen(cache) == before
 
 
 def test_close_frees_and_ends():

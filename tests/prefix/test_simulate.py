@@ -1,0 +1,243 @@
+"""Replayed traces: what is counted, the optimum against trying everything, and the command."""
+
+import gzip
+import json
+import random
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache.prefix.policies import POLICIES, policy
+from kvcache.simulate_replay import Request, ever, optimum, read_trace, replay
+from kvcache.simulate_report import in_short, run_simulation
+
+GOOD = '{"timestamp": 5, "input_length": 9, "output_length": 1, "hash_ids": [7, 8]}'
+
+
+def requests_for(*prompts):
+    """One per second."""
+    return [Request(float(now), np.array(blocks, np.int32)) for now, blocks in enumerate(prompts)]
+
+
+def conversations(seed=0, users=60):
+    """Prompts that go on from what they were before, and some that come only once."""
+    chance, prompts, new = random.Random(seed), [], iter(range(1, 10**9))
+    talks = [[0, *(next(new) for _ in range(4))] for _ in range(users)]
+    for _ in range(users * 5):
+        at = chance.randrange(users)
+        prompts.append(list(talks[at]))
+        talks[at] += [next(new) for _ in range(chance.randrange(1, 4))]
+        if chance.random() < 0.4:
+            prompts.append([0, *(next(new) for _ in range(chance.randrange(1, 20)))])
+    return requests_for(*prompts)
+
+
+def by_trying(requests, budget):
+    """The most blocks that can be found, by trying all that may be kept after each request."""
+
+    def closed(blocks):
+        return all(parent[block] in {None, *blocks} for block in blocks)
+
+    parent = {}
+    for request in requests:
+        ids = request.blocks.tolist()
+        parent.update(zip(ids, [None, *ids], strict=False))
+    best = {frozenset(): 0}
+    for request in requests:
+        ids = request.blocks.tolist()
+        after: dict[frozenset[int], int] = {}
+        for kept, found in best.items():
+            at_hand = kept.union(ids)
+            for size in range(min(budget, len(at_hand)) + 1):
+                for some in map(frozenset, combinations(at_hand, size)):
+                    if closed(some):
+                        gain = found + sum(each in kept for each in ids)
+                        after[some] = max(after.get(some, 0), gain)
+        best = after
+    return max(best.values())
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=3), min_size=1, max_size=6),
+    st.integers(1, 4),
+)
+def test_nobody_finds_more_than_the_optimum_and_somebody_does_find_that(prompts, budget):
+    numbers: dict[tuple[int, ...], int] = {}
+    requests = requests_for(
+        *(
+            [numbers.setdefault(tuple(ids[: at + 1]), len(numbers)) for at in range(len(ids))]
+            for ids in prompts
+        )
+    )
+    most = optimum(requests, budget)
+    assert most == by_trying(requests, budget)
+    for name in POLICIES:
+        assert replay(requests, policy(name), budget)[0] <= most
+
+
+def test_what_is_found():
+    requests = requests_for([0, 1, 2], [0, 1, 3], [0, 1, 2, 4], [9], [0, 1, 3])
+    assert replay(requests, policy("lru"), None)[0] == ever(requests) == 0 + 2 + 3 + 0 + 3
+    found, index = replay(requests, policy("lru"), 4)
+    assert found == 0 + 2 + 3 + 0 + 2
+    assert index.size <= 4
+    assert optimum(requests, 4) == 8
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_more_room_finds_more_up_to_all_there_is(name):
+    requests = conversations()
+    found = [replay(requests, policy(name), budget)[0] for budget in (20, 200, 100_000)]
+    assert found == sorted(found)
+    assert found[-1] == optimum(requests, 100_000) == ever(requests)
+    assert found[0] < optimum(requests, 20)
+
+
+def test_a_policy_that_learns_beats_one_that_does_not():
+    """Where half of all prompts never come back, and the others after 200 seconds."""
+    prompts = []
+    for step in range(2_000):
+        prompts.append([1_000 + step % 100 * 50 + place for place in range(5)])
+        prompts.append([10**6 + step * 10 + place for place in range(10)])
+    requests = requests_for(*prompts)
+    found = {name: replay(requests, policy(name), 700)[0] for name in POLICIES}
+    assert found["lru"] == 0
+    assert found["gittins"] > 0.8 * optimum(requests, 700)
+
+
+def write(path, *lines):
+    text = "\n".join(lines) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
+def test_reading_a_trace(tmp_path, name):
+    lines = [{"timestamp": 0, "hash_ids": [2**60, 5]}, {"timestamp": 1500, "hash_ids": [6, 5]}]
+    first, second = read_trace(write(tmp_path / name, *map(json.dumps, lines)))
+    assert (first.now, second.now) == (0.0, 1.5)
+    assert first.blocks.dtype == np.int32
+    assert not {*first.blocks.tolist()} & {*second.blocks.tolist()}, "5 has another history"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("", "{", "[]", "5", '{"timestamp": 7}', '{"hash_ids": []}', "\udcff"),
+        *('{"timestamp": "7", "hash_ids": []}', '{"timestamp": 7, "hash_ids": [1.5]}'),
+        *('{"timestamp": 7, "hash_ids": 3}', '{"timestamp": 7, "hash_ids": [true]}'),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, bad):
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(f"{GOOD}\n{bad}\n{GOOD}\n".encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"trace\.jsonl, line 2: a request is a JSON object"):
+        read_trace(path)
+
+
+def test_other_broken_traces(tmp_path):
+    path = write(tmp_path / "trace.jsonl", GOOD, GOOD, '{"timestamp": 4, "hash_ids": []}')
+    with pytest.raises(ValueError, match=r"line 3: .* order of their timestamps; got 4 after 5"):
+        read_trace(path)
+    whole = gzip.compress(f"{GOOD}\n".encode() * 500)
+    (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.gz ends too early"):
+        read_trace(tmp_path / "cut.gz")
+
+
+def test_senseless_simulations_are_refused_before_they_begin():
+    def no_tick():
+        pytest.fail("it has begun")
+
+    requests = requests_for([1])
+    for policies, capacities, block_size, message in (
+        (["lru", "lfu"], [1024], 512, "no policy 'lfu'"),
+        (["lru"], [1024, 511], 512, "at least a block of 512 tokens; got 511"),
+        (["lru"], [1024], 0, "block_size must be >= 1 token; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_simulation("t", requests, policies, capacities, block_size, no_tick)
+
+
+def test_units():
+    shown = [in_short(tokens) for tokens in (512, 300_000, 2_500_000, 10**7, 2 * 10**9)]
+    assert shown == ["512", "300k", "2.5M", "10M", "2G"]
+
+
+# the command
+
+
+def invoke(*arguments: Any) -> Any:
+    testing = pytest.importorskip("typer.testing")
+    from kvcache.cli import app
+
+    return testing.CliRunner().invoke(app, ["simulate", *map(str, arguments)])
+
+
+@pytest.fixture
+def trace(tmp_path):
+    records = (
+        {"timestamp": round(1000 * each.now), "hash_ids": each.blocks.tolist()}
+        for each in conversations(users=20)
+    )
+    return write(tmp_path / "trace.jsonl.gz", *map(json.dumps, records))
+
+
+def test_command(trace, tmp_path):
+    path = tmp_path / "found.json"
+    options = "--capacity 1k,0.01M --policy gittins,lru --block-size 10 --json".split()
+    result = invoke(trace, *options, path)
+    assert result.exit_code == 0, result.output
+    requests = read_trace(trace)
+    blocks = sum(each.blocks.size for each in requests)
+    best = f"{100 * optimum(requests, 100) / blocks:.2f}"
+    lru = f"{100 * replay(requests, policy('lru'), 100)[0] / blocks:.2f}"
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["gittins", "lru", "optimum"] in rows
+    assert ("1k", lru, best) in [(row[0], *row[2:]) for row in rows if len(row) == 4]
+    assert f"{len(requests):,} requests for {blocks:,} blocks of 10 tokens" in result.stdout
+    record = json.loads(path.read_text())
+    assert (record["format"], record["trace"]) == ("kvcache.simulate/1", "trace.jsonl.gz")
+    found = {(each["policy"], each["capacity"]): each for each in record["outcomes"]}
+    assert len(found) == 6
+    assert found["optimum", 1000]["found"] == optimum(requests, 100)
+    assert f"{found['lru', 1000]['percent']:.2f}" == lru
+    assert found["lru", 1000]["evictions"] > 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot(trace, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.{suffix}"
+        result = invoke(trace, "--capacity", "20k,100k", "--policy", "lru", "--plot", path)
+        assert result.exit_code == 0, result.output
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") if suffix == "png" else b"<svg" in content
+    if suffix == "svg":
+        assert b">optimum</text>" in content, "text stays text"
+        assert content == (tmp_path / "one.svg").read_bytes(), "the same figure, the same file"
+
+
+def test_a_plot_without_matplotlib_is_refused_first(trace, monkeypatch):
+    monkeypatch.setattr("kvcache.simulate.find_spec", lambda name: None)
+    result = invoke(trace, "--plot", "figure.png")
+    assert result.exit_code == 2
+    assert "matplotlib" in result.output
+
+
+@pytest.mark.parametrize("bad", ["3Q", "M", "-1", "1e6"])
+def test_capacities(trace, bad):
+    result = invoke(trace, f"--capacity={bad}")
+    assert result.exit_code == 2
+    assert "300k, 3M or 2.5M" in " ".join(result.output.split())
+
+
+def test_help_teaches_by_an_example():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "kvcache simulate trace.jsonl.gz" in result.stdout
