@@ -90,7 +90,7 @@ class CausalCache(PlannedCache):
 
     @property
     def _sight(self) -> Sight:
-        return Sight(None if self.window is None else self.window - 1, self.chunk)
+        return Sight(None if self.window is None else max(1, self.window - 1), self.chunk)
 
     def _tokens_kept(self, max_sequences: int, capacity: int) -> int | None:
         """Tokens that a sequence keeps, the newest included; None for all."""

@@ -155,7 +155,8 @@ class Rows:
 class Sight(NamedTuple):
     """What a cache needs of the past to go on somewhere.
 
-    window: tokens right before, None for all. chunk: none of earlier chunks of so many.
+    window: tokens right before, None for all, 0 for none. chunk: none of earlier chunks of so
+    many, but for the last token, from which a sequence knows where it stands.
     sinks: the first so many as well.
     """
 
@@ -165,12 +166,14 @@ class Sight(NamedTuple):
 
     def lowest(self, position: int) -> int:
         """Lowest position needed to go on at `position`, sinks apart."""
+        if self.window is None and self.chunk is None:
+            return 0
         low = min(self.sinks, position)
         if self.window is not None:
             low = max(low, position - self.window)
         if self.chunk is not None:
-            low = max(low, position - position % self.chunk)
-        return low if self.window is not None or self.chunk is not None else 0
+            low = max(low, min(position - position % self.chunk, position - 1))
+        return low
 
     def needed(self, positions: Int32s, position: int) -> npt.NDArray[np.bool_]:
         """Which of `positions` it needs to go on at `position`."""
@@ -182,10 +185,8 @@ class Sight(NamedTuple):
         held = positions[: int(np.searchsorted(positions, limit))]
         if self.window == 0:
             return limit
-        # Where a chunk begins nothing before it is needed.
-        edge = 0 if self.chunk is None else limit - limit % self.chunk
         if not held.size:
-            return edge
+            return 0
         breaks = np.flatnonzero(np.diff(held) != 1)
         starts = held[np.concatenate([[0], breaks + 1])].tolist()
         stops = (held[np.concatenate([breaks, [held.size - 1]])] + 1).tolist()
@@ -193,8 +194,8 @@ class Sight(NamedTuple):
         for start, stop in zip(reversed(starts), reversed(stops), strict=True):
             # What is needed moves on with the position, so that the end of a run is decisive.
             if self.lowest(stop) >= start and sunk >= min(self.sinks, stop):
-                return max(int(stop), edge)
-        return edge
+                return int(stop)
+        return 0
 
 
 def _taken(array: HostArray, which: npt.NDArray[np.intp] | slice) -> HostArray:

@@ -48,7 +48,7 @@ class Snapshot:
 
     Where every token stays (no window) a snapshot can be split anywhere, and each part of it is of
     use. Where old ones are dropped it can be split as well, but a sequence can go on only at
-    places for which the tokens before are there: see :meth:`reach`.
+    places for which the tokens before are there: see :func:`reach`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
