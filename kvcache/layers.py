@@ -37,19 +37,23 @@ class LayerBuffers:
         # Rows to be written before anything is read or written: threads other than that of the
         # passes may bring some, and must not touch the buffers.
         self._arrivals: deque[tuple[Indices, Layers]] = deque()
-        self._arriving = threading.Lock()
+        # Held while buffers are replaced, and by who reads rows of them in another thread.
+        self._replacing = threading.RLock()
 
     @property
     def _layers(self) -> dict[int, tuple[Array, Array | None]]:
-        if self._lent is not None:
-            self._buffers = {layer: self._recalled(held) for layer, held in self._lent.items()}
-            self._lent = None
+        self._recall()
         if self._arrivals:
             self._write_arrivals()
         return self._buffers
 
+    def _recall(self) -> None:
+        if self._lent is not None:
+            self._buffers = {layer: self._recalled(held) for layer, held in self._lent.items()}
+            self._lent = None
+
     def _write_arrivals(self) -> None:
-        with self._arriving:
+        with self._replacing:
             while self._arrivals:
                 self._write_rows(*self._arrivals[0])
                 self._arrivals.popleft()  # after it is there: others wait for that
@@ -116,7 +120,7 @@ class LayerBuffers:
         values = self._empty(self.config.value_layout, kv_heads, value_dim) if value_dim else None
         self._check(layer, keys, values, 0)
         if layer not in self._layers:
-            self._layers[layer] = self._alloc(keys, values)
+            self._buffers[layer] = self._alloc(keys, values)
 
     def _empty(self, layout: str, heads: int, dim: int, lead: tuple[int, ...] = ()) -> Array:
         """Keys or values of no token."""
@@ -127,15 +131,19 @@ class LayerBuffers:
         """Store the tokens of a pass in its cells; raises before anything is written."""
         self._check(layer, keys, values, which.cells.size)
         if layer not in self._layers:
-            self._layers[layer] = self._alloc(keys, values)
-        if not which.stores:
-            return
+            self._buffers[layer] = self._alloc(keys, values)
+        if which.stores:
+            with self._replacing:
+                self._store(layer, keys, values, which)
+
+    def _store(self, layer: int, keys: Array, values: Array | None, which: Pass) -> None:
         key_buffer, value_buffer = self._layers[layer]
         key_buffer = self._write(key_buffer, keys, which, TOKEN_AXIS[self.config.key_layout])
         if values is not None:
             axis = TOKEN_AXIS[self.config.value_layout]
             value_buffer = self._write(value_buffer, values, which, axis)
-        self._layers[layer] = key_buffer, value_buffer
+        # Not through `_layers`: what has arrived since would go to buffers that are consumed.
+        self._buffers[layer] = key_buffer, value_buffer
 
     def get(self, layer: int, which: Pass) -> tuple[Array, Array | None]:
         """Keys and values of the pass's range."""
@@ -206,15 +214,25 @@ class LayerBuffers:
         return sum(nbytes(shape, self.dtype) for shape in shapes) // self.size
 
     def read(self, cells: Indices) -> Layers:
-        """Copies of what is in `cells`, in host memory."""
-        found: Layers = {}
-        for layer, (keys, values) in list(self._layers.items()):
-            host = self._read_rows(keys, self.config.key_layout, cells)
-            if values is None:
-                found[layer] = host, None
-            else:
-                found[layer] = host, self._read_rows(values, self.config.value_layout, cells)
+        """Copies of what is in `cells`, in host memory; from any thread.
+
+        What has arrived is not written for it: a pass may be using the buffers, which on some
+        backends are consumed then.
+        """
+        with self._replacing:
+            self._recall()
+            found = {layer: self._rows_of(*pair, cells) for layer, pair in self._buffers.items()}
+            for places, layers in self._arrivals:
+                _overlay(found, cells, places, layers)
         return found
+
+    def _rows_of(
+        self, keys: Array, values: Array | None, cells: Indices
+    ) -> tuple[HostArray, HostArray | None]:
+        host = self._read_rows(keys, self.config.key_layout, cells)
+        if values is None:
+            return host, None
+        return host, self._read_rows(values, self.config.value_layout, cells)
 
     def _read_rows(self, buffer: Array, layout: str, cells: Indices) -> HostArray:
         rows = self.backend.gather(buffer, self._rounded(cells), TOKEN_AXIS[layout])
@@ -355,3 +373,19 @@ def _check_heads(name: str, array: Array, buffer: Array, layout: str) -> None:
     have[TOKEN_AXIS[layout]] = got[TOKEN_AXIS[layout]]
     if have != got:
         raise ShapeError(f"{name} of a layer keep their heads and head_dim; got {got} for {have}.")
+
+
+def _overlay(found: Layers, cells: Indices, places: Indices, layers: Layers) -> None:
+    """Put what has arrived for `places`, and is not written yet, over what was read of `cells`."""
+    _, to, which = np.intersect1d(cells, places, return_indices=True)
+    for layer, arrived in layers.items() if to.size else ():
+        if layer not in found:  # nothing was put to it yet
+            found[layer] = _zeros(arrived[0], cells.size), _zeros(arrived[1], cells.size)
+        for rows, new in zip(found[layer], arrived, strict=True):
+            if rows is not None and new is not None:
+                rows[:, to] = new[:, which]
+
+
+def _zeros(like: Any, tokens: int) -> Any:
+    """Rows of 0 for so many tokens, of the heads and head_dim of `like`."""
+    return None if like is None else np.zeros((like.shape[0], tokens, like.shape[2]), like.dtype)

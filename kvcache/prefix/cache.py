@@ -156,7 +156,8 @@ class PrefixCache:
     clock: seconds, for policies.
 
     A hit goes as deep as every layer's cache can go on from. Sessions may begin and end in any
-    thread, while one thread runs passes.
+    thread, while one thread runs passes (MLX: in that thread). A sequence holds the output of one
+    encoder run; of several images of a request only the last is found again.
     """
 
     def __init__(
@@ -311,7 +312,7 @@ class PrefixCache:
     def stats(self) -> PrefixStats:
         """What it has done, and holds now."""
         with self.lock:
-            spans = [span for span in self._spans() if span.payload is not None]
+            spans = self._index.kept
             return PrefixStats(
                 sessions=self._sessions,
                 active=len(self._active),
@@ -343,13 +344,13 @@ class PrefixCache:
         """Give up all that no session uses."""
         with self.lock:
             now = self._clock()
-            for span in sorted(self._spans(), key=lambda span: -span.stop):
+            for span in sorted(self._index.kept, key=lambda span: -span.stop):
                 if not span.pins:
                     self._index.evict(span, now)
             if not self._active:
                 self._index.drop_ghosts()
                 self._trees, self._salts, self._media = {}, {}, {}
-            if not any(span.payload is not None for span in self._spans()):
+            if not self._index.kept:
                 self.events.cleared()
 
     def _spans(self) -> Iterable[HeldSpan]:

@@ -110,6 +110,8 @@ class SpanIndex(Generic[P]):
         """What all payloads take together."""
         self.evictions = 0
         """Spans evicted so far."""
+        self.kept: dict[Span[P], None] = {}
+        """The spans with a payload, which may be few among the ghosts."""
         self._grain, self._most_ghosts, self._gone = grain, ghosts, gone
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
 
@@ -146,6 +148,7 @@ class SpanIndex(Generic[P]):
         span.payload = payload
         if before is None:
             self._ghosts.pop(span, None)
+            self.kept[span] = None
             self._reconsider(span)
             self._count(span.parent, 1)
 
@@ -181,6 +184,7 @@ class SpanIndex(Generic[P]):
         self.evictions += 1
         span.payload, span.offered = None, False
         payload.close()
+        del self.kept[span]
         self._ghosts[span] = None
         self._count(span.parent, -1)
 
@@ -209,6 +213,7 @@ class SpanIndex(Generic[P]):
         else:
             upper.payload, lower.payload = lower.payload.split(tokens)
             upper.children = 1
+            self.kept[upper] = None
         return node
 
     def _count(self, span: Span[P] | None, children: int) -> None:

@@ -99,6 +99,7 @@ class World:
         ghosts = {span for span in spans if span.payload is None}
         assert self.index.size == sum(span.size for span in spans)
         assert set(self.index._ghosts) == ghosts
+        assert set(self.index.kept) == set(spans) - ghosts
         known = set()
         for span in spans:
             self.check_span(span)

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
-typer = pytest.importorskip("typer", reason="needs pip install 'kvcache[demo]'")
+pytest.importorskip("typer", reason="needs pip install 'kvcache[demo]'")
 
 from typer.testing import CliRunner
 

@@ -18,14 +18,14 @@ from kvcache.prefix import PrefixCache
 from kvcache.reference.llama import Llama
 
 CAUSAL = {
-    "full": lambda: CausalCache(),
+    "full": CausalCache,
     "window": lambda: CausalCache(window=6),
     "memory": lambda: CausalCache(window=4, memory=9),
     "chunk": lambda: CausalCache(chunk=8),
     "wrapped": lambda: WrapperCache(CausalCache(window=5), CausalCache()),
 }
 LAYERS = {
-    "kv": lambda backend: KVCache(backend),
+    "kv": KVCache,
     "ring": lambda backend: RotatingKVCache(8, 0, backend),
     "sinks": lambda backend: RotatingKVCache(9, 2, backend),
 }

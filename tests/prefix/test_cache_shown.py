@@ -1,0 +1,287 @@
+"""What a prefix cache tells others: events, drawings, metrics."""
+
+import hashlib
+import random
+import sys
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvcache
+from kvcache import BackendNotAvailableError
+from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
+
+from .served import Pool, Server
+
+NUMPY = kvcache.get_backend("numpy")
+LONG = list(range(100, 140))
+
+
+def server_of(*parts, namespace="", **options):
+    model = Pool(NUMPY, *(parts or [{}]), capacity=90, max_batch=90)
+    return Server(model, namespace=namespace, **options)
+
+
+def run(server, ids, salt=""):
+    """A session in one pass, which nobody looks at."""
+    with server.prefix.session(ids, salt=salt) as session:
+        part = session.seq, ids, session.matched, len(ids)
+        server.model.run_all([part], check=False)
+    return session.matched
+
+
+class Follower:
+    """The hashes of the blocks that are stored, as a router knows them."""
+
+    def __init__(self, prefix):
+        self.blocks, self.events = set(), []
+        self.leave = prefix.events.subscribe(self.take)
+
+    def take(self, event):
+        self.events.append(event)
+        if isinstance(event, BlockStored):
+            assert not self.blocks.intersection(event.block_hashes)
+            self.blocks.update(event.block_hashes)
+        elif isinstance(event, BlockRemoved):
+            assert self.blocks.issuperset(event.block_hashes)
+            self.blocks.difference_update(event.block_hashes)
+        else:
+            self.blocks = set()
+
+
+def hashes(ids, salt="", namespace="", size=16):
+    """Of all blocks of a sequence."""
+    seed, found = hashlib.sha256(repr((namespace, salt)).encode()).digest(), [b""]
+    for at in range(0, len(ids) - size + 1, size):
+        block = np.array(ids[at : at + size], "<i4").tobytes()
+        found.append(hashlib.sha256(seed + found[-1] + block).digest())
+    return found[1:]
+
+
+def blocks_in(prefix):
+    """Blocks whose last token is in a span that is stored."""
+    found = set()
+    for salt, tree in prefix._trees.items():
+        for node in tree.root.below():
+            if node.value is not None and node.value.payload is not None:
+                ids = np.concatenate([np.frombuffer(s.node.edge, "<i4") for s in node.value.path])
+                for number, name in enumerate(hashes(ids, salt)):
+                    if node.value.start < 16 * (number + 1) <= node.value.stop:
+                        found.add(name)
+    return found
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from([[{}], [{"window": 3}], [{"window": 3}, {}]]),
+    st.sampled_from([None, 0, 1_000, 2_500]),
+    st.lists(
+        st.tuples(
+            st.integers(0, 7),
+            st.integers(0, 80),
+            st.integers(0, 40),
+            st.sampled_from(["", "", "me"]),
+            st.sampled_from(["", "", "", "open", "clear"]),
+        ),
+        max_size=14,
+    ),
+)
+def test_who_replays_the_events_knows_what_is_stored(parts, budget, turns):
+    server, asked = server_of(*parts, budget=budget), [[]]
+    follower, waiting = Follower(server.prefix), []
+    for number, (base, cut, new, salt, then) in enumerate(turns):
+        ids = [*asked[base % len(asked)][:cut], *range(number * 100, number * 100 + new)][:88] or [
+            1
+        ]
+        asked.append(ids)
+        run(server, ids, salt)
+        if then == "open" and not waiting:
+            waiting.append(server.prefix.session(ids, salt=salt))
+        elif then == "clear":
+            server.prefix.clear()
+        assert follower.blocks == blocks_in(server.prefix)
+    for session in waiting:
+        session.__exit__(None, None, None)
+    server.prefix.clear()
+    assert follower.blocks == blocks_in(server.prefix) == set()
+
+
+def test_events_are_as_vllm_tells_them():
+    server = server_of()
+    follower = Follower(server.prefix)
+    run(server, LONG)
+    run(server, [*LONG[:20], *range(30)])
+    run(server, LONG[:15])
+    run(server, [*LONG[:37], *range(20)])
+    first, second, third = follower.events
+    mine, others = hashes(LONG), hashes([*LONG[:20], *range(30)])
+    assert first == BlockStored(mine, None, LONG[:32], 16, lora_id=None, medium="GPU")
+    assert second == BlockStored(others[1:], mine[0], [*LONG[16:20], *range(28)], 16)
+    fourth = hashes([*LONG[:37], *range(20)])[2:]
+    assert third == BlockStored(fourth, mine[1], [*LONG[32:37], *range(11)], 16)
+    server.prefix.clear()
+    *removed, cleared = follower.events[3:]
+    assert sorted(name for event in removed for name in event.block_hashes) == sorted(
+        {*mine, *others, *fourth}
+    )
+    assert cleared == AllBlocksCleared()
+    for event in (first, second, third):
+        assert len(event.token_ids) == event.block_size * len(event.block_hashes)
+
+
+def test_models_and_tenants_have_other_hashes():
+    names = set()
+    for namespace in ("", "llama"):
+        for salt in ("", "me"):
+            server = server_of(namespace=namespace)
+            follower = Follower(server.prefix)
+            run(server, LONG, salt)
+            assert follower.blocks == set(hashes(LONG, salt, namespace))
+            names |= follower.blocks
+    assert len(names) == 8
+
+
+def test_what_a_session_uses_is_not_said_to_be_cleared():
+    server = server_of()
+    follower = Follower(server.prefix)
+    run(server, LONG)
+    with server.prefix.session([*LONG[:33], 7]) as session:
+        server.prefix.clear()
+        assert session.matched == 33
+        assert follower.blocks == set(hashes(LONG))
+        server.model.run_all([(session.seq, [*LONG[:33], 7], 33, 34)], check=False)
+    assert follower.blocks == blocks_in(server.prefix)
+
+
+def test_who_leaves_hears_no_more():
+    server = server_of()
+    one, two = Follower(server.prefix), Follower(server.prefix)
+    one.leave()
+    run(server, LONG)
+    assert not one.events
+    assert two.events
+
+
+def test_a_subscriber_that_fails_leaves_everything_in_order():
+    server = server_of()
+    leave = server.prefix.events.subscribe(lambda event: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(server, LONG)
+    assert server.prefix.stats.active == server.prefix.stats.pinned == 0
+    leave()
+    server.prefix.clear()
+    follower = Follower(server.prefix)
+    run(server, LONG)
+    assert follower.blocks == set(hashes(LONG))
+
+
+# Drawings.
+
+
+@pytest.fixture
+def drawn():
+    pytest.importorskip("rich")
+    server = server_of()
+    run(server, LONG)
+    run(server, [*LONG[:30], 1, 2, 3], salt="")
+    run(server, [5, 6, 7], salt="me")
+    server.prefix.session([*LONG[:30], 1, 2, 3])
+    return server
+
+
+def test_a_tree_as_text(drawn):
+    text = drawn.prefix.render()
+    spans = drawn.prefix._index.kept
+    assert len(spans) == 5
+    for span in spans:
+        assert f"[{span.start}, {span.stop})" in text
+    assert "salt 'me'" in text
+    assert "5 6 7" in text
+    assert "100 101 102 103 104 … 128 129" in text
+    assert f"{drawn.prefix.stats.nbytes} B stored" in text
+    assert "[0, 30)  100 101 102 103 104 … 128 129  480 B resident, used 3x, in use by 1" in text
+    assert "forgotten" not in text
+    drawn.prefix._index.budget = 0
+    run(drawn, [9])
+    text = drawn.prefix.render(width=70)
+    assert text.count("forgotten") == 4
+    assert max(map(len, text.splitlines())) <= 70
+
+
+def test_what_is_in_host_memory_is_drawn_as_such(drawn):
+    for span in drawn.prefix._index.kept:
+        span.payload.snapshot.to_host()
+    assert "resident" not in drawn.prefix.render()
+    assert "480 B host" in drawn.prefix.render()
+
+
+def test_a_tree_with_text_instead_of_ids(drawn):
+    def decode(ids):
+        return "".join(chr(each) for each in ids)
+
+    assert repr(decode([105, 106])[:1])[1] in drawn.prefix.render(decode=decode)
+    assert "'defgh" in drawn.prefix.render(decode=decode)
+    ids = [1, 2, 3, 4, 5, 6]
+    with drawn.prefix.session(ids, media={(0, 2): "a cat"}) as session:
+        drawn.model.run_all([(session.seq, ids, 0, 6)], check=False)
+    assert "-1 -1 3 4 5 6" in drawn.prefix.render(decode=decode)
+
+
+def test_a_tree_as_a_picture(drawn):
+    root = ET.fromstring(drawn.prefix.render(svg=True))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    words = "".join(root.itertext()).replace("\xa0", " ")
+    assert "[0, 30)" in words
+    assert "kvcache.PrefixCache" in words
+
+
+def test_an_empty_tree():
+    pytest.importorskip("rich")
+    assert server_of().prefix.render().strip() == "prefix cache, 0 B stored"
+
+
+def test_without_rich(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(BackendNotAvailableError, match=r"needs rich.*pip install 'kvcache\[cli\]'"):
+        server_of().prefix.render()
+
+
+# Metrics.
+
+
+def test_metrics_are_the_statistics():
+    client = pytest.importorskip("prometheus_client")
+    server, registry, chance = server_of(budget=1_500), client.CollectorRegistry(), random.Random(1)
+    collector = register_metrics(server.prefix, registry, "mine")
+    for _ in range(20):
+        run(server, [chance.randrange(3) for _ in range(chance.randrange(1, 60))])
+    server.prefix.session(LONG)
+    text, stats = client.generate_latest(registry).decode(), server.prefix.stats
+    assert stats.evictions
+    assert stats.active == 1
+    for field in ("sessions", "tokens", "matched", "evictions"):
+        assert f"\nmine_{field}_total {float(getattr(stats, field))}\n" in text
+        assert f"# TYPE mine_{field}_total counter" in text
+    for field in ("active", "nbytes", "pinned", "resident", "spans"):
+        assert f"\nmine_{field} {float(getattr(stats, field))}\n" in text
+        assert f"# TYPE mine_{field} gauge" in text
+    registry.unregister(collector)
+    assert not client.generate_latest(registry)
+
+
+def test_metrics_in_the_default_registry():
+    client = pytest.importorskip("prometheus_client")
+    collector = register_metrics(server_of().prefix)
+    assert b"kvcache_prefix_sessions_total 0.0" in client.generate_latest()
+    with pytest.raises(ValueError, match="Duplicated"):
+        register_metrics(server_of().prefix)
+    client.REGISTRY.unregister(collector)
+
+
+def test_without_prometheus(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(BackendNotAvailableError, match=r"pip install 'kvcache\[metrics\]'"):
+        register_metrics(server_of().prefix)
