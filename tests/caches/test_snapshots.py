@@ -402,3 +402,39 @@ def test_a_split_lies_inside_and_what_merges_meets() -> None:
     ):
         other.merge(two)
     assert "resident" in repr(one.merge(two))
+
+
+def filled(count: int = 3, **options: Any) -> KVCache:
+    cache = make("kv", **options)
+    push(cache, Oracle(), count)
+    return cache
+
+
+def test_what_snapshot_refuses() -> None:
+    one, two = filled(), filled(4)
+    rule = r"^a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
+    with pytest.raises(ValueError, match=rule + r"\[0, 4\) of 2 caches at \[3, 4\]\.$"):
+        kvcache.snapshot([one, two])
+    with pytest.raises(ValueError, match=rule + r"\[0, 3\) of 2 caches at \[3, 4\]\.$"):
+        kvcache.snapshot([one, two], 0, 3)
+    with pytest.raises(ValueError, match=rule + r"\[2, 2\) of 1 caches at \[3\]\.$"):
+        one.snapshot(2, 2)
+    with pytest.raises(ValueError, match=rule + r"\[0, None\) of 0 caches at \[\]\.$"):
+        kvcache.snapshot([])
+
+
+def test_what_restore_refuses() -> None:
+    taken = kvcache.snapshot([filled(), filled()])
+    rule = r"^what is restored goes to empty caches, on a backend that they or the call name; got "
+    one = r"<KVCache offset=3 len=3 on numpy:cpu>"
+    with pytest.raises(ValueError, match=rule + rf"{one}, {one}\. Use new ones\.$"):
+        kvcache.restore([filled(), filled()], taken)
+    with pytest.raises(ValueError, match=rule + r"<KVCache .* on the backend of its first array>"):
+        kvcache.restore([KVCache()], taken)
+    with pytest.raises(ValueError, match=r"follow each other from position 0; got \[\]\.$"):
+        kvcache.restore([make("kv")])
+    with pytest.raises(kvcache.SnapshotMismatchError, match="of the same kinds"):
+        kvcache.restore([make("kv")], taken)
+    assert [part.dtype for part in taken.parts] == ["float32", "float32"]
+    with pytest.raises(kvcache.SnapshotMismatchError, match="float16"):
+        kvcache.restore([make("kv", dtype="float16"), make("kv")], taken)

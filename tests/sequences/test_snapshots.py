@@ -1006,3 +1006,24 @@ def decode_both(backend, cache, position):
     tokens = [[1000 * s + p for p in range(position + 1)] for s in (0, 1)]
     for layer in range(LAYERS):
         assert seen(backend, cache, layer) == [visible(cache, each, position) for each in tokens]
+
+
+def test_schedules_are_of_sequences_there_are():
+    cache = make(4, max_sequences=2)
+    for sequence in (-1, 2):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 2\)"):
+            cache.schedule(sequence, [1])
+
+
+def test_one_lock_for_all_that_changes_together():
+    """Snapshots of a part are released under the lock of the whole; a twin has its own."""
+    wrapper = kvcache.WrapperCache(CausalCache(window=4), CausalCache())
+    wrapper.init(NUMPY, capacity=16, max_batch=4)
+    twin = wrapper.to_backend(NUMPY)
+    for whole in (wrapper, twin):
+        for part in whole.caches:
+            assert part.lock is whole.lock
+            assert part._residents.lock is whole.lock
+    assert twin.lock is not wrapper.lock
+    alone = make()
+    assert alone.to_backend(NUMPY).lock is not alone.lock
