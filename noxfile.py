@@ -123,6 +123,8 @@ def tests_alone(session: nox.Session, *frameworks: str, extra: str) -> None:
     env = own(session)
     env.install_project(extra, "test")
     env.run("python", "-c", ONLY, *frameworks)
+    if frameworks:  # random operations are tried at length with NumPy alone, and with all
+        session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
     apart = ("--ignore", "tests/docs", "--ignore", "tests/packaging", "-m", "not model")
     env.run("pytest", *apart, *session.posargs)
 

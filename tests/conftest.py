@@ -21,6 +21,8 @@ settings.register_profile("ci", derandomize=True, deadline=None, suppress_health
 settings.register_profile(
     "thorough", max_examples=3000, deadline=None, print_blob=True, suppress_health_check=SLOW
 )
+# For what other sessions test as well: enough to see that the machinery runs.
+settings.register_profile("brief", settings.get_profile("ci"), max_examples=20)
 settings.register_profile(  # whether a test fails is all that counts: nothing is shrunk
     "mutation",
     settings.get_profile("ci"),

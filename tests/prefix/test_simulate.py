@@ -224,6 +224,7 @@ def test_plot(trace, tmp_path, suffix):
 
 
 def test_a_plot_without_matplotlib_is_refused_first(trace, monkeypatch):
+    pytest.importorskip("typer")
     monkeypatch.setattr("kvcache.simulate.find_spec", lambda name: None)
     result = invoke(trace, "--plot", "figure.png")
     assert result.exit_code == 2
