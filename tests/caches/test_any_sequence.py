@@ -308,7 +308,7 @@ def test_any_sequence(backend: Backend, kind: type[KVCache]) -> None:
 
     Machine.backend, Machine.kind = backend, kind
     Machine.shapes, Machine.options = shapes(backend), options(backend, kind)
-    count = settings().max_examples * SHARE[backend.name] // 100
+    count = max(1, settings().max_examples * SHARE[backend.name] // 100)
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=count, stateful_step_count=40)
     )

@@ -171,6 +171,8 @@ def test_bit_for_bit_on_numpy(exact, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_every_backend(tiny, kind):
     """To what a matmul of another shape rounds otherwise."""
+    if not tiny.backend.views and kind not in {"full", "wrapped", "sinks"}:
+        pytest.skip("every length is compiled by itself, and three kinds have all there is")
     model = ByLayer(tiny.config, tiny.weights, tiny.backend)
     rng = np.random.default_rng(5)
     requests = [(0, 0, rng.integers(0, 64, 12).tolist(), [5, 6])]
