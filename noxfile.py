@@ -157,8 +157,14 @@ def tests_mlx(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests_all(session: nox.Session) -> None:
-    """All tests, all frameworks in one process, the real model included; `-- --cov` measures."""
-    everything(session).run("pytest", "--ignore", "tests/docs", *session.posargs)
+    """All frameworks in one process, the real models included; `-- --cov` measures.
+
+    Without what each backend has passed alone, and does not depend on the others.
+    """
+    alone = ("tests/backends/test_conformance.py", "tests/caches/test_golden.py")
+    apart = ("tests/docs", *alone, "tests/sequences/test_golden.py")
+    ignored = [argument for path in apart for argument in ("--ignore", path)]
+    everything(session).run("pytest", *ignored, *session.posargs)
 
 
 @nox.session(venv_backend="none")
