@@ -143,6 +143,16 @@ class JaxBackend(Backend):
             buffer = lax.dynamic_slice_in_dim(buffer, start, length, axis)
         return _as_bits(buffer, jnp.empty(0, dtype))
 
+    @classmethod
+    def traced_cond(
+        cls,
+        condition: Any,
+        yes: Callable[..., Any],
+        no: Callable[..., Any],
+        *operands: Any,
+    ) -> Any:
+        return lax.cond(condition, yes, no, *operands)
+
     def sync(self, *arrays: Array) -> None:
         jax.block_until_ready(arrays)
 

@@ -324,6 +324,17 @@ class Backend(ABC):
         """`length` positions of `axis` from `start` on, as an array of the framework's `dtype`."""
         return buffer[(*WHOLE[axis], slice(start, start + length))]
 
+    @classmethod
+    def traced_cond(
+        cls,
+        condition: Any,
+        yes: Callable[..., Any],
+        no: Callable[..., Any],
+        *operands: Any,
+    ) -> Any:
+        """``yes(*operands)`` or ``no(*operands)``, which give the same structure; runs only one."""
+        return yes(*operands) if condition else no(*operands)
+
     # For the adapters.
 
     def _host(self, array: npt.ArrayLike, dtype: str | None) -> HostArray:

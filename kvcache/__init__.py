@@ -29,8 +29,10 @@ from kvcache.errors import (
     ShapeError,
     SharedCellsError,
     SnapshotMismatchError,
+    StepOrderError,
     TrimError,
     UnknownBackendError,
+    UnknownStreamError,
     UnsupportedModelError,
 )
 from kvcache.rope import RoPEShift
@@ -66,8 +68,10 @@ __all__ = [
     "SharedCellsError",
     "Snapshot",
     "SnapshotMismatchError",
+    "StepOrderError",
     "TrimError",
     "UnknownBackendError",
+    "UnknownStreamError",
     "UnsupportedModelError",
     "WrapperCache",
     "available_backends",

@@ -6,6 +6,8 @@
     ├── BackendNotAvailableError   (ImportError)   framework or device is missing
     ├── UnknownBackendError        (ValueError)    no backend of that name, or for that array
     ├── BoundsError                (IndexError)    a write or read outside a buffer
+    ├── UnknownStreamError         (LookupError)   a stream that a step cache does not have
+    ├── StepOrderError             (ValueError)    a denoising step, or a part of it, a second time
     ├── ShapeError                 (ValueError)    wrong rank, batch, heads, tokens or head_dim
     ├── DTypeError                 (TypeError)     wrong dtype, or one the framework lacks
     ├── TrimError                  (ValueError)    tokens that cannot be taken back exactly
@@ -40,6 +42,14 @@ class UnknownBackendError(KVCacheError, ValueError):
 
 class BoundsError(KVCacheError, IndexError):
     """A read or write reaches outside its buffer."""
+
+
+class UnknownStreamError(KVCacheError, LookupError):
+    """A step cache has no stream of this name or number."""
+
+
+class StepOrderError(KVCacheError, ValueError):
+    """A denoising step, or a site within one, comes a second time."""
 
 
 class ShapeError(KVCacheError, ValueError):

@@ -38,8 +38,10 @@ PUBLIC = [
     "SharedCellsError",
     "Snapshot",
     "SnapshotMismatchError",
+    "StepOrderError",
     "TrimError",
     "UnknownBackendError",
+    "UnknownStreamError",
     "UnsupportedModelError",
     "WrapperCache",
     "available_backends",
@@ -59,8 +61,8 @@ update""".split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """adopt alloc array_types compile concat config device device_of devices dtype dtype_name
 dtypes free from_dlpack from_host from_traced gather modules name owns read_rows read_slice scatter
-signature slice slice_update spec sync to_host traced_append traced_form traced_index traced_read
-traced_write views write_rows write_slice xp""".split()
+signature slice slice_update spec sync to_host traced_append traced_cond traced_form traced_index
+traced_read traced_write views write_rows write_slice xp""".split()
 
 
 def test_names() -> None:
@@ -141,6 +143,8 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.BackendNotAvailableError, ImportError),
         (kvcache.UnknownBackendError, ValueError),
         (kvcache.BoundsError, IndexError),
+        (kvcache.UnknownStreamError, LookupError),
+        (kvcache.StepOrderError, ValueError),
         (kvcache.ShapeError, ValueError),
         (kvcache.DTypeError, TypeError),
         (kvcache.TrimError, ValueError),

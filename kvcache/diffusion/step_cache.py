@@ -1,0 +1,167 @@
+"""Features of layers, kept from one denoising step to the next."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple, Self
+
+from kvcache.backends.base import Array
+from kvcache.errors import BoundsError
+
+from .streams import Stream, Streams, bytes_of, distinct
+
+
+class StepStats(NamedTuple):
+    """How often :meth:`StepCache.get` found an array (hits), and an empty slot (misses)."""
+
+    hits: int
+    misses: int
+
+
+class StepCache:
+    """What DeepCache (Ma et al., 2023) keeps between steps; shallow layers are always computed.
+
+    ::
+
+        with StepCache(num_layers, streams=("cond", "uncond")) as cache:
+            for step in range(steps):
+                for layer in deep:
+                    if cache.should_refresh(step, interval=3):
+                        cache.set(layer, compute(layer, x), "cond")
+                    features = cache.get(layer, "cond")
+
+    num_layers: layers are 0 .. num_layers - 1, each with one slot per stream.
+    streams: how many slots a layer has, or their names. The two passes of classifier-free guidance
+        are two streams.
+
+    Arrays are of any framework and shape; the cache looks at them only for :attr:`nbytes`. It holds
+    a reference to each and never deletes one: what it lets go of is freed at once, unless somebody
+    else holds it too, or another slot does.
+
+    Raises: ValueError for a negative num_layers, no stream, or two of one name; TypeError for a
+    string as streams.
+    """
+
+    _constant: Array | None
+    _slots: list[list[Array | None]]
+    """By stream, then by layer."""
+
+    def __init__(self, num_layers: int, streams: int | Sequence[str] = 2) -> None:
+        self._num_layers = operator.index(num_layers)
+        if self._num_layers < 0:
+            raise ValueError(f"num_layers must be >= 0; got {num_layers}.")
+        self._streams = Streams(streams)
+        self._hits = self._misses = 0
+        self.free()
+
+    def __repr__(self) -> str:
+        return (
+            f"<StepCache num_layers={self.num_layers} streams={self.streams} "
+            f"holds {len(self.arrays())} arrays>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.free()
+
+    # What there is.
+
+    @property
+    def num_layers(self) -> int:
+        """Layers there are slots for."""
+        return self._num_layers
+
+    @property
+    def streams(self) -> tuple[int, ...] | tuple[str, ...]:
+        """Names of the streams, or their numbers where they have none, in the order of slots."""
+        return self._streams.names
+
+    @property
+    def stats(self) -> StepStats:
+        """Reads since the cache was made; :meth:`free` does not reset them."""
+        return StepStats(self._hits, self._misses)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays held, each counted once. Views count what they show.
+
+        Raises: UnknownBackendError, DTypeError for an array that neither has ``nbytes`` nor is of a
+        framework and dtype that kvcache knows.
+        """
+        return sum(map(bytes_of, self.arrays()))
+
+    def arrays(self) -> list[Array]:
+        """Every array held, each once: :attr:`constant`, then stream by stream, layers in order.
+
+        A lazy framework should compute these at the end of a step, for example with
+        ``mlx.core.eval(cache.arrays())``: until then they hold whatever they are computed from.
+        """
+        return distinct([self._constant, *chain(*self._slots)])
+
+    # Reading and writing.
+
+    @staticmethod
+    def should_refresh(step: int, interval: int) -> bool:
+        """Whether `step`, counted from 0, computes every layer: the first of each `interval` does.
+
+        Raises: ValueError for a negative step, or an interval below 1.
+        """
+        number, every = operator.index(step), operator.index(interval)
+        if number < 0 or every < 1:
+            raise ValueError(
+                "steps count from 0, and an interval is at least 1 (all layers at each step); "
+                f"got step {number} and interval {every}."
+            )
+        return number % every == 0
+
+    def get(self, layer: int, stream: Stream = 0) -> Array | None:
+        """The array itself, no copy, that was last set for `layer` and `stream`; None if none was.
+
+        Raises: BoundsError, UnknownStreamError.
+        """
+        array = self._slots[self._streams.number(stream)][self._layer(layer)]
+        if array is None:
+            self._misses += 1
+        else:
+            self._hits += 1
+        return array
+
+    def set(self, layer: int, array: Array | None, stream: Stream = 0) -> None:
+        """Hold `array` for `layer` and `stream`, and let go of the one before; None empties it.
+
+        Raises: BoundsError, UnknownStreamError; the cache is unchanged then.
+        """
+        self._slots[self._streams.number(stream)][self._layer(layer)] = array
+
+    @property
+    def constant(self) -> Array | None:
+        """An array for the whole run, for example text embeddings; None if there is none.
+
+        Setting it lets go of the one before. Reading it does not count in :attr:`stats`.
+        """
+        return self._constant
+
+    @constant.setter
+    def constant(self, array: Array | None) -> None:
+        self._constant = array
+
+    def free(self) -> None:
+        """Let go of every array, :attr:`constant` too. The cache can be used again afterwards."""
+        self._constant = None
+        self._slots = [[None] * self._num_layers for _ in self._streams.names]
+
+    # Addresses.
+
+    def _layer(self, layer: int) -> int:
+        number = operator.index(layer)
+        if not 0 <= number < self._num_layers:
+            raise BoundsError(
+                f"a layer must satisfy 0 <= layer < num_layers; got {number} with "
+                f"{self._num_layers} layers. Count layers from 0, or make the cache for more: "
+                f"StepCache({max(number, 0) + 1}). Nothing was changed."
+            )
+        return number
