@@ -8,6 +8,7 @@ Nothing here knows a framework or a model.
 """
 
 from .cache import DiffusionCache, DiffusionStats, StepRecord
+from .calibration import Calibration, Recorder
 from .policies import TIMESTEP, Accumulated, Interval, Magnitude, Policy, StepMask, Threshold
 from .predictors import HoldOutput, HoldResidual, Predictor, Taylor
 from .recipe import Limits, Recipe
@@ -22,6 +23,7 @@ __all__ = [
     "TIMESTEP",
     "Accumulated",
     "BlockRange",
+    "Calibration",
     "DiffusionCache",
     "DiffusionStats",
     "HoldOutput",
@@ -32,6 +34,7 @@ __all__ = [
     "Policy",
     "Predictor",
     "Recipe",
+    "Recorder",
     "RelativeChange",
     "Signal",
     "Step",

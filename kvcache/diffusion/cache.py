@@ -7,16 +7,16 @@ decision, and none if the policy goes by the step or its time.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from kvcache.backends import backend_of
-from kvcache.backends.base import Array
+from kvcache.backends.base import Array, Backend
 from kvcache.errors import StepOrderError
 
 from .histories import Compute, check_unchanged, shapes
@@ -186,7 +186,8 @@ class DiffusionCache:
             ShapeError; ValueError for a negative step, or a signal that is missing.
         """
         number, here = operator.index(step), self._streams.number(stream)
-        when = np.float32(number if time is None else time)
+        with np.errstate(over="ignore"):
+            when = np.float32(number if time is None else time)
         if not np.isfinite(when):
             raise ValueError(f"a time must be finite; got {time}.")
         run, sites = self._runs[self._run_of(here)], self._sites[here]
@@ -251,4 +252,10 @@ def _change(measure: Signal, value: Any, reference: Any) -> Any:
         return measure.change(np, value, reference)
     check_unchanged("a signal", shapes([reference]), shapes([value]))
     backend = backend_of(value)
-    return np.float32(backend.to_host(measure.change(backend.xp, value, reference)))
+    return np.float32(backend.to_host(_measurement(backend, measure)(value, reference)))
+
+
+@lru_cache(maxsize=64)
+def _measurement(backend: Backend, measure: Signal) -> Callable[[Array, Array], Array]:
+    """The change that `measure` finds, as `backend` computes it fastest."""
+    return backend.compile(partial(measure.change, backend.xp))

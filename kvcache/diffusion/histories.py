@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple, TypeAlias
 
-from kvcache.backends.base import Array
+from kvcache.backends.base import Array, Backend
 from kvcache.errors import DTypeError, ShapeError
 
 from .predictors import Predictor
@@ -64,22 +66,30 @@ def extended(predictor: Predictor, history: History, time: Any, target: Bundle) 
 
 
 def predicted(
-    xp: Any, predictor: Predictor, history: History, weights: Sequence[Any], inputs: Bundle
+    xp: Any,
+    residual: bool,
+    kept: Sequence[Bundle],
+    weights: Sequence[Any],
+    inputs: Bundle,
 ) -> Bundle:
-    """The outputs that `weights` make of what was kept: may be the very arrays of the history."""
-    found = tuple(_combined(xp, arrays, weights) for arrays in zip(*history.kept, strict=True))
-    if not predictor.residual:
+    """The outputs that `weights` make of what was kept, added up in float32 at least."""
+    found = tuple(_combined(xp, arrays, weights) for arrays in zip(*kept, strict=True))
+    if not residual:
         return found
-    return tuple(x + residual for x, residual in zip(inputs, found, strict=True))
+    return tuple(x + added for x, added in zip(inputs, found, strict=True))
+
+
+@lru_cache(maxsize=64)
+def predictions(backend: Backend, residual: bool) -> Callable[..., Bundle]:
+    """:func:`predicted` as `backend` runs it fastest, from its third argument on."""
+    return backend.compile(partial(predicted, backend.xp, residual))
 
 
 def _combined(xp: Any, arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
-    if len(arrays) == 1:
-        return arrays[0]
-    total = xp.astype(arrays[0], xp.float32) * weights[0]
-    for array, weight in zip(arrays[1:], weights[1:], strict=True):
-        total = total + xp.astype(array, xp.float32) * weight
-    return xp.astype(total, arrays[0].dtype)
+    narrow = arrays[0].dtype
+    wide = xp.result_type(narrow, xp.float32)
+    terms = (xp.astype(array, wide) * weight for array, weight in zip(arrays, weights, strict=True))
+    return xp.astype(reduce(operator.add, terms), narrow)
 
 
 def shapes(arrays: Sequence[Array]) -> Shapes:

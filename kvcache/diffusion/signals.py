@@ -20,7 +20,7 @@ Measured: TypeAlias = Array | Callable[[], Array] | None
 
 @dataclass(frozen=True)
 class Signal(ABC):
-    """What a policy looks at.
+    """What a policy looks at. Has to be hashable: a frozen dataclass, as those below.
 
     since: what a value is compared with: that of the step before ("previous"), for policies that
         add up what they see, or of the last step that was computed ("computed").

@@ -88,11 +88,7 @@ class Step:
 
         Raises: StepOrderError.
         """
-        if site in self._after:
-            raise StepOrderError(
-                f"a step passes a site once; it has passed {site!r} before. "
-                "Give the places of a network different names."
-            )
+        self._check_new(site)
         return self.computes or site not in self._before
 
     def predict(self, x: Any, *, site: Place = "network") -> Any:
@@ -100,6 +96,7 @@ class Step:
 
         Raises: as :meth:`apply`; KeyError where :meth:`computes_at` says to compute.
         """
+        self._check_new(site)
         known, inputs = self._before[site], bundle(x)
         check_unchanged("what goes into a site", known.inputs, shapes(inputs))
         found = self._predicted(known.history, inputs)
@@ -111,6 +108,7 @@ class Step:
 
         Raises: as :meth:`apply`.
         """
+        self._check_new(site)
         known, inputs = self._before.get(site, Site()), bundle(x)
         check_unchanged("what goes into a site", known.inputs, shapes(inputs))
         history = self._extended(known.history, inputs, bundle(outputs))
@@ -128,6 +126,13 @@ class Step:
         if kind is None:
             self.commit()
 
+    def _check_new(self, site: Place) -> None:
+        if site in self._after:
+            raise StepOrderError(
+                f"a step passes a site once; it has passed {site!r} before. "
+                "Give the places of a network different names."
+            )
+
     def _extended(self, history: History, inputs: Bundle, outputs: Bundle) -> History:
         predictor = self._predictor
         target = histories.targets(predictor, inputs, outputs)
@@ -140,17 +145,15 @@ class Step:
         return histories.extended(predictor, history, self._time, target)
 
     def _predicted(self, history: History, inputs: Bundle) -> Bundle:
-        predictor, latest = self._predictor, history.kept[0]
+        predictor = self._predictor
         with np.errstate(all="ignore"):
-            weights = predictor.weights(np, history.times, history.count, self._time)
-        xp = backend_of(latest[0]).xp
-        found = histories.predicted(xp, predictor, history, [*map(float, weights)], inputs)
-        # The caller may write to these as well.
-        return tuple(copied(a) if a is b else a for a, b in zip(found, latest, strict=True))
+            exact = predictor.weights(np, history.times, history.count, self._time)
+        program = histories.predictions(backend_of(history.kept[0][0]), predictor.residual)
+        return program(history.kept, [*map(float, exact)], inputs)
 
 
 def _check_time(predictor: Predictor, history: History, time: Any) -> None:
-    if predictor.keeps > 1 and time == history.times[0]:
+    if time in history.times[: predictor.keeps - 1]:
         raise ValueError(
             f"to extrapolate, computed steps need different times; got {time} twice. "
             "Leave time out, or hold what the last step gave."

@@ -108,11 +108,12 @@ class TeaCache:
 
         Raises: ValueError for a negative step; StepOrderError for the same step again.
         """
-        number, time = operator.index(step), np.float32(timestep)
+        number = operator.index(step)
         check_step(number, int(self._past.step), "This cache")
         fresh = number < self._past.step or not self.arrays()
         past = self._recipe.start() if fresh else self._past
         with np.errstate(all="ignore"):
+            time = np.float32(timestep)
             change = TIMESTEP.change(np, time, self._time)
             computes, self._past = self._recipe.decide(np, past, np.int32(number), change)
         self._time = time

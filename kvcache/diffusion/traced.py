@@ -122,8 +122,8 @@ class TracedCache:
         value = measure.pick(signal, when)
         with np.errstate(all="ignore"):
             change = measure.change(xp, value, self.state.reference)
-        change = xp.where(past.computed == 0, math.nan, change)
-        computes, past = self.recipe.decide(xp, past, number, change)
+            change = xp.where(past.computed == 0, math.nan, change)
+            computes, past = self.recipe.decide(xp, past, number, change)
         keeps = computes if measure.since == "computed" else xp.asarray(True)
         reference = xp.where(keeps, value, self.state.reference)
         return TracedStep(self, computes, when, TracedState(past, reference, sites))
@@ -147,7 +147,8 @@ class TracedStep:
         if site in self._after:
             raise StepOrderError(f"a step passes a site once; it has passed {site!r} before.")
         backend, history = self._cache.backend, self._state.sites[site]
-        predictor, several = self._cache.recipe.predictor, False
+        # Where only one branch runs, the arrays that are kept have to tell.
+        predictor, several = self._cache.recipe.predictor, len(history.kept[0]) > 1
 
         def computed(inputs: Bundle, history: History) -> tuple[Bundle, History]:
             nonlocal several
@@ -180,14 +181,14 @@ class TracedStep:
 
     def _predicted(self, xp: Any, inputs: Bundle, history: History) -> Bundle:
         predictor, count = self._cache.recipe.predictor, history.count
-        weights = predictor.weights(xp, history.times, count, self._time)
+        with np.errstate(all="ignore"):
+            weights = predictor.weights(xp, history.times, count, self._time)
         # A weight of 0 would not hide what an earlier run has left, if that is not finite.
         kept = tuple(
             tuple(xp.where(i < count, array, xp.zeros_like(array)) for array in arrays)
             for i, arrays in enumerate(history.kept)
         )
-        known = history._replace(kept=kept)
-        return histories.predicted(xp, predictor, known, weights, inputs)
+        return histories.predicted(xp, predictor.residual, kept, weights, inputs)
 
 
 def _either(xp: Any, condition: Any, a: Any, b: Any) -> Any:
