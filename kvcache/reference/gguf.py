@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
-from gguf.quants import dequantize
 
 from kvcache.backends.base import HostArray
 from kvcache.errors import ModelFileError, UnsupportedModelError
+
+try:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+except ImportError as error:
+    raise ImportError(
+        f"model files need {error.name}. pip install 'kvcache[demo]'", name=error.name
+    ) from error
 
 __all__ = ["GGUFFile", "LlamaConfig", "default_model_path", "open_gguf"]
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-
 from kvcache.errors import ModelFileError, UnsupportedModelError
 
 from .gguf import GGUFFile
+
+try:
+    import jinja2
+    import tokenizers
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+except ImportError as error:
+    raise ImportError(
+        f"tokenizing needs {error.name}. pip install 'kvcache[demo]'", name=error.name
+    ) from error
 
 __all__ = ["TextStream", "Tokenizer"]
 
