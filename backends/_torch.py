@@ -91,6 +91,9 @@ class TorchBackend(Backend):
         # Empties this handle. Resizing the storage would free more, and leave views dangling.
         buffer.set_()
 
+    def detached(self, array: Array) -> Array:
+        return array.detach()
+
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
         host = self._host(array, dtype)
         kind = self.dtype(host.dtype.name)

@@ -238,6 +238,10 @@ class Backend(ABC):
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """:meth:`slice` without checks, for callers that have made them."""
 
+    def detached(self, array: Array) -> Array:
+        """`array` without what its framework would need to differentiate through it (torch)."""
+        return array
+
     # To and from the host, and other frameworks.
 
     @abstractmethod

@@ -7,7 +7,8 @@
     ├── UnknownBackendError        (ValueError)    no backend of that name, or for that array
     ├── BoundsError                (IndexError)    a write or read outside a buffer
     ├── UnknownStreamError         (LookupError)   a stream that a step cache does not have
-    ├── StepOrderError             (ValueError)    a denoising step, or a part of it, a second time
+    ├── DiffusionCacheError        (ValueError)    a step or setting that makes no sense: interval 0
+    │   └── StepOrderError                         a denoising step, or a part of it, a second time
     ├── ShapeError                 (ValueError)    wrong rank, batch, heads, tokens or head_dim
     ├── DTypeError                 (TypeError)     wrong dtype, or one the framework lacks
     ├── TrimError                  (ValueError)    tokens that cannot be taken back exactly
@@ -48,7 +49,11 @@ class UnknownStreamError(KVCacheError, LookupError):
     """A step cache has no stream of this name or number."""
 
 
-class StepOrderError(KVCacheError, ValueError):
+class DiffusionCacheError(KVCacheError, ValueError):
+    """A step, time or setting that a cache across denoising steps can do nothing with."""
+
+
+class StepOrderError(DiffusionCacheError):
     """A denoising step, or a site within one, comes a second time."""
 
 

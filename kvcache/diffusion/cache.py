@@ -17,7 +17,7 @@ import numpy as np
 
 from kvcache.backends import backend_of
 from kvcache.backends.base import Array, Backend
-from kvcache.errors import StepOrderError
+from kvcache.errors import DiffusionCacheError, ShapeError, StepOrderError
 
 from .histories import Compute, check_unchanged, shapes
 from .recipe import Past, Recipe, check_step
@@ -29,6 +29,7 @@ from .streams import Stream, Streams, bytes_of, distinct
 class StepRecord(NamedTuple):
     """What became of one step.
 
+    computed: whether any of it was; in a skipped step, what has nothing to go by is.
     change: what the signal measured; NaN in the first step of a run, 0 if nothing is measured.
     """
 
@@ -183,13 +184,13 @@ class DiffusionCache:
             default: its number. Predictions go by it.
 
         Raises: StepOrderError for a step that this stream has been through; UnknownStreamError;
-            ShapeError; ValueError for a negative step, or a signal that is missing.
+            ShapeError; DiffusionCacheError for a negative step, or a signal that is missing.
         """
         number, here = operator.index(step), self._streams.number(stream)
         with np.errstate(over="ignore"):
             when = np.float32(number if time is None else time)
         if not np.isfinite(when):
-            raise ValueError(f"a time must be finite; got {time}.")
+            raise DiffusionCacheError(f"a time must be finite; got {time}.")
         run, sites = self._runs[self._run_of(here)], self._sites[here]
         if number == run.past.step and here not in run.seen:
             after = replace(run, seen=run.seen | {here})
@@ -222,7 +223,7 @@ class DiffusionCache:
         decision = Decision(bool(computes), float(change))
         return _Run(past, reference, decision, frozenset({stream}))
 
-    def _commit(self, stream: int, before: _Run, after: _Run, sites: Sites) -> None:
+    def _commit(self, stream: int, before: _Run, after: _Run, sites: Sites, computed: bool) -> None:
         mine = self._run_of(stream)
         if self._runs[mine] is not before:
             raise StepOrderError(
@@ -232,8 +233,9 @@ class DiffusionCache:
         if after.past.step < before.past.step:
             self._begin_anew(mine)
         self._runs[mine], self._sites[stream] = after, sites
-        name, decision = self.streams[stream], after.decision
-        self._records.append(StepRecord(int(after.past.step), name, *decision))
+        change = after.decision.change
+        record = StepRecord(int(after.past.step), self.streams[stream], computed, change)
+        self._records.append(record)
 
     def _begin_anew(self, run: int) -> None:
         """Forget the steps of all streams that decide together."""
@@ -246,6 +248,8 @@ class DiffusionCache:
 
 def _change(measure: Signal, value: Any, reference: Any) -> Any:
     """float32 scalar on the host: the one number that a decision waits for."""
+    if measure.array and not value.shape:
+        raise ShapeError("a signal has at least one axis, such as [B, tokens, width]; got none.")
     if reference is None:
         return np.float32(np.nan)
     if not measure.array:

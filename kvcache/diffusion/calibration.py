@@ -16,7 +16,7 @@ import numpy as np
 
 from kvcache.backends import backend_of
 from kvcache.backends.base import Array
-from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
+from kvcache.errors import DamagedFileError, DiffusionCacheError, ForeignFileError, NewerFileError
 
 from .histories import Compute, bundle
 from .signals import Measured, RelativeChange
@@ -53,10 +53,10 @@ class Calibration:
 
         Magnitudes are interpolated, not their ratios: over the whole run they change as much.
 
-        Raises: ValueError for less than one step, or if there are no ratios.
+        Raises: DiffusionCacheError for less than one step, or if there are no ratios.
         """
         if steps < 1 or not self.ratios:
-            raise ValueError(
+            raise DiffusionCacheError(
                 f"ratios are resampled to >= 1 steps from some; got {steps} from "
                 f"{len(self.ratios)}."
             )
@@ -149,17 +149,17 @@ class Recorder:
 
         provenance: goes into the calibration and its file, beside the date and version.
 
-        Raises: ValueError if nothing was recorded, or too little for the degree.
+        Raises: DiffusionCacheError if nothing was recorded, or too little for the degree.
         """
         if not self._changes and not self._ratios:
-            raise ValueError("a calibration needs a run of at least two steps; got none.")
+            raise DiffusionCacheError("a calibration needs a run of at least two steps; got none.")
         origin = {"kvcache": version("kvcache"), "created": _today(), **provenance}
         ratios = tuple(float(np.mean(self._ratios.get(i, [1.0]))) for i in range(self._length))
         if not self._changes:
             return Calibration(ratios=ratios, provenance=origin)
         signal, output = np.array(self._changes, np.float64).T
         if degree < 0 or len(signal) <= degree:
-            raise ValueError(
+            raise DiffusionCacheError(
                 f"a polynomial of degree {degree} is fitted to more than {max(degree, 0)} changes; "
                 f"got {len(signal)}. Record more steps, or fit a lower degree."
             )

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from kvcache.errors import DiffusionCacheError
+
 from .signals import RelativeChange, Signal, TimestepChange
 
 Memory: TypeAlias = tuple[Any, ...]
@@ -61,7 +63,7 @@ class Interval(Policy):
 
     def __post_init__(self) -> None:
         if self.every < 1:
-            raise ValueError(f"an interval must be >= 1 step; got {self.every}.")
+            raise DiffusionCacheError(f"an interval must be >= 1 step; got {self.every}.")
 
     def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
         return facts.skips >= self.every - 1, memory
@@ -78,7 +80,7 @@ class StepMask(Policy):
 
     def __post_init__(self) -> None:
         if not len(self.mask):
-            raise ValueError("a step mask must have an entry per step; got none.")
+            raise DiffusionCacheError("a step mask must have an entry per step; got none.")
         object.__setattr__(self, "mask", tuple(map(bool, self.mask)))
 
     def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
@@ -127,7 +129,7 @@ class Accumulated(Policy):
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         if not len(self.rescale) or not np.isfinite(self.rescale).all():
-            raise ValueError(f"rescale must be finite coefficients; got {self.rescale}.")
+            raise DiffusionCacheError(f"rescale must be finite coefficients; got {self.rescale}.")
         object.__setattr__(self, "rescale", tuple(map(float, self.rescale)))
 
     @property
@@ -167,7 +169,7 @@ class Magnitude(Policy):
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
         if not len(self.ratios):
-            raise ValueError("magnitude ratios must have an entry per step; got none.")
+            raise DiffusionCacheError("magnitude ratios must have an entry per step; got none.")
         object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))
 
     def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
@@ -183,9 +185,11 @@ TIMESTEP = TimestepChange()
 
 
 def check_threshold(threshold: float) -> None:
-    """Raises ValueError if it is none."""
+    """Raises DiffusionCacheError if it is none."""
     if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"a threshold must be finite and >= 0 (0 skips nothing); got {threshold}.")
+        raise DiffusionCacheError(
+            f"a threshold must be finite and >= 0 (0 skips nothing); got {threshold}."
+        )
 
 
 def _entry(xp: Any, table: Sequence[Any], step: Any, beyond: Any, dtype: Any) -> Any:

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from kvcache.errors import DiffusionCacheError
+
 
 class Predictor(ABC):
     """Weighs the computed steps that are kept."""
@@ -50,7 +52,9 @@ class Taylor(Predictor):
 
     def __post_init__(self) -> None:
         if not 0 <= self.order <= 4:
-            raise ValueError(f"order must be 0 to 4, higher ones amplify noise; got {self.order}.")
+            raise DiffusionCacheError(
+                f"order must be 0 to 4, higher ones amplify noise; got {self.order}."
+            )
 
     @property
     def keeps(self) -> int:

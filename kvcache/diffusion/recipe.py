@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcache.errors import StepOrderError
+from kvcache.errors import DiffusionCacheError, StepOrderError
 
 from .policies import Facts, Memory, Policy
 from .predictors import HoldResidual, Predictor
@@ -37,11 +37,11 @@ class Limits:
         for name in ("warmup", "tail", "longest_run", "budget"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"{name} must be >= 0 steps; got {value}.")
+                raise DiffusionCacheError(f"{name} must be >= 0 steps; got {value}.")
         if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be >= 1; got {self.steps}.")
+            raise DiffusionCacheError(f"steps must be >= 1; got {self.steps}.")
         if self.tail and self.steps is None:
-            raise ValueError(
+            raise DiffusionCacheError(
                 f"a tail of {self.tail} steps ends where the run does: give steps, too."
             )
 
@@ -111,9 +111,9 @@ class Recipe:
 
 
 def check_step(step: int, last: int, who: str) -> None:
-    """Raises ValueError for a negative step, StepOrderError for the `last` one again."""
+    """Raises DiffusionCacheError for a negative step, StepOrderError for the `last` one again."""
     if step < 0:
-        raise ValueError(f"steps count from 0; got {step}.")
+        raise DiffusionCacheError(f"steps count from 0; got {step}.")
     if step == last:
         raise StepOrderError(
             f"a step is passed once; {who} has passed step {step}. Number the calls of the "

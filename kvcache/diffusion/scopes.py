@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from kvcache.errors import DiffusionCacheError
+
 from .cache import DiffusionCache
 from .histories import bundle
 from .traced import TracedCache
@@ -33,7 +35,9 @@ class BlockRange:
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0:
-            raise ValueError(f"blocks count from 0; got first {self.first}, last {self.last}.")
+            raise DiffusionCacheError(
+                f"blocks count from 0; got first {self.first}, last {self.last}."
+            )
 
     def run(
         self,
@@ -48,11 +52,11 @@ class BlockRange:
         x: an array or a tuple of them, [B, tokens, width]; every block takes and gives the like.
         options: those of :meth:`DiffusionCache.run`.
 
-        Raises: ValueError if no block is left to skip; what ``run`` raises.
+        Raises: DiffusionCacheError if no block is left to skip; what ``run`` raises.
         """
         end = len(blocks) - self.last
         if self.first >= end:
-            raise ValueError(
+            raise DiffusionCacheError(
                 f"{self.first} first and {self.last} last of {len(blocks)} blocks leave none "
                 "to skip. Make the scope smaller."
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from kvcache.backends.base import Array
+from kvcache.errors import DiffusionCacheError
 
 Since: TypeAlias = Literal["previous", "computed"]
 Measured: TypeAlias = Array | Callable[[], Array] | None
@@ -32,18 +33,18 @@ class Signal(ABC):
 
     def __post_init__(self) -> None:
         if self.since not in get_args(Since):
-            raise ValueError(f"since is one of {get_args(Since)}; got {self.since!r}.")
+            raise DiffusionCacheError(f"since is one of {get_args(Since)}; got {self.since!r}.")
 
     def pick(self, signal: Measured, time: Any) -> Any:
         """What of a step it compares: what the caller gave as `signal`, or the time.
 
-        Raises: ValueError if there is none.
+        Raises: DiffusionCacheError if there is none.
         """
         if not self.array:
             return time
         value = signal() if callable(signal) else signal
         if value is None:
-            raise ValueError(
+            raise DiffusionCacheError(
                 f"{type(self).__name__} measures an array, for example the modulated input of the "
                 "first block; got none. Pass signal=..."
             )

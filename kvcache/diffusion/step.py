@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcache.backends import backend_of
 from kvcache.backends.base import Array
-from kvcache.errors import StepOrderError
+from kvcache.errors import DiffusionCacheError, StepOrderError
 
 from . import histories
 from .histories import (
@@ -58,11 +58,15 @@ class Step:
         decision: Decision,
         time: Any,
         sites: Sites,
-        keep: Callable[[Sites], None],
+        keep: Callable[[Sites, bool], None],
     ) -> None:
-        """`sites`: what is known of them. keep: called with what is known after this step."""
+        """`sites`: what is known of them.
+
+        keep: called with what is known after this step, and whether anything was computed in it.
+        """
         self._predictor, self._time, self._before, self._keep = predictor, time, sites, keep
         self._after: dict[Place, Site] = {}
+        self._ran = decision.computes
         self.computes = decision.computes
         """Whether this step is computed; if not, a site that has nothing to go by still is."""
         self.change = decision.change
@@ -79,6 +83,7 @@ class Step:
         """
         if not self.computes_at(site):
             return self.predict(x, site=site)
+        self._known(site, x)  # raises before the network runs, not after
         outputs = compute(x)
         self.record(x, outputs, site=site)
         return outputs
@@ -94,12 +99,12 @@ class Step:
     def predict(self, x: Any, *, site: Place = "network") -> Any:
         """What `site` would have made of `x`. For callers that cannot pass a function to apply.
 
-        Raises: as :meth:`apply`; KeyError where :meth:`computes_at` says to compute.
+        Raises: as :meth:`apply`; StepOrderError where :meth:`computes_at` says to compute.
         """
-        self._check_new(site)
-        known, inputs = self._before[site], bundle(x)
-        check_unchanged("what goes into a site", known.inputs, shapes(inputs))
-        found = self._predicted(known.history, inputs)
+        known = self._known(site, x)
+        if not known.history.count:
+            raise StepOrderError(f"{site!r} has not been computed yet, so record it first.")
+        found = self._predicted(known.history, bundle(x))
         self._after[site] = known
         return found if known.several else found[0]
 
@@ -108,16 +113,15 @@ class Step:
 
         Raises: as :meth:`apply`.
         """
-        self._check_new(site)
-        known, inputs = self._before.get(site, Site()), bundle(x)
-        check_unchanged("what goes into a site", known.inputs, shapes(inputs))
-        history = self._extended(known.history, inputs, bundle(outputs))
+        known = self._known(site, x)
+        history = self._extended(known.history, bundle(x), bundle(outputs))
         several = isinstance(outputs, (tuple, list))
-        self._after[site] = Site(history, several, shapes(inputs))
+        self._after[site] = Site(history, several, shapes(bundle(x)))
+        self._ran = True
 
     def commit(self) -> None:
         """Keep what happened; leaving the context without an exception does it."""
-        self._keep({**self._before, **self._after})
+        self._keep({**self._before, **self._after}, self._ran)
 
     def __enter__(self) -> Self:
         return self
@@ -133,13 +137,22 @@ class Step:
                 "Give the places of a network different names."
             )
 
+    def _known(self, site: Place, x: Any) -> Site:
+        """What is known of `site`, which is to be passed with `x`."""
+        self._check_new(site)
+        known = self._before.get(site, Site())
+        check_unchanged("what goes into a site", known.inputs, shapes(bundle(x)))
+        return known
+
     def _extended(self, history: History, inputs: Bundle, outputs: Bundle) -> History:
         predictor = self._predictor
         target = histories.targets(predictor, inputs, outputs)
         if history.count:
             check_unchanged("what a site gives", shapes(history.kept[0]), shapes(target))
             _check_time(predictor, history, self._time)
-        if not predictor.residual:
+        if predictor.residual:
+            target = tuple(backend_of(array).detached(array) for array in target)
+        else:
             # The caller has these arrays, too, and may write to them.
             target = tuple(map(copied, target))
         return histories.extended(predictor, history, self._time, target)
@@ -147,14 +160,17 @@ class Step:
     def _predicted(self, history: History, inputs: Bundle) -> Bundle:
         predictor = self._predictor
         with np.errstate(all="ignore"):
-            exact = predictor.weights(np, history.times, history.count, self._time)
+            found = predictor.weights(np, history.times, history.count, self._time)
+        weights = [float(weight) for weight in found]
+        if weights == [1.0] and not predictor.residual:
+            return tuple(map(copied, history.kept[0]))  # exact in every dtype
         program = histories.predictions(backend_of(history.kept[0][0]), predictor.residual)
-        return program(history.kept, [*map(float, exact)], inputs)
+        return program(history.kept, weights, inputs)
 
 
 def _check_time(predictor: Predictor, history: History, time: Any) -> None:
     if time in history.times[: predictor.keeps - 1]:
-        raise ValueError(
+        raise DiffusionCacheError(
             f"to extrapolate, computed steps need different times; got {time} twice. "
             "Leave time out, or hold what the last step gave."
         )

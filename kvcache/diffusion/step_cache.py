@@ -8,7 +8,7 @@ from itertools import chain
 from typing import NamedTuple, Self
 
 from kvcache.backends.base import Array
-from kvcache.errors import BoundsError
+from kvcache.errors import BoundsError, DiffusionCacheError
 
 from .streams import Stream, Streams, bytes_of, distinct
 
@@ -40,8 +40,8 @@ class StepCache:
     a reference to each and never deletes one: what it lets go of is freed at once, unless somebody
     else holds it too, or another slot does.
 
-    Raises: ValueError for a negative num_layers, no stream, or two of one name; TypeError for a
-    string as streams.
+    Raises: DiffusionCacheError for a negative num_layers, no stream, or two of one name; TypeError
+    for a string as streams.
     """
 
     _constant: Array | None
@@ -51,7 +51,7 @@ class StepCache:
     def __init__(self, num_layers: int, streams: int | Sequence[str] = 2) -> None:
         self._num_layers = operator.index(num_layers)
         if self._num_layers < 0:
-            raise ValueError(f"num_layers must be >= 0; got {num_layers}.")
+            raise DiffusionCacheError(f"num_layers must be >= 0; got {num_layers}.")
         self._streams = Streams(streams)
         self._hits = self._misses = 0
         self.free()
@@ -108,11 +108,11 @@ class StepCache:
     def should_refresh(step: int, interval: int) -> bool:
         """Whether `step`, counted from 0, computes every layer: the first of each `interval` does.
 
-        Raises: ValueError for a negative step, or an interval below 1.
+        Raises: DiffusionCacheError for a negative step, or an interval below 1.
         """
         number, every = operator.index(step), operator.index(interval)
         if number < 0 or every < 1:
-            raise ValueError(
+            raise DiffusionCacheError(
                 "steps count from 0, and an interval is at least 1 (all layers at each step); "
                 f"got step {number} and interval {every}."
             )

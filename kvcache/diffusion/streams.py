@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from kvcache.backends import backend_of
 from kvcache.backends.base import Array, nbytes
-from kvcache.errors import UnknownStreamError
+from kvcache.errors import DiffusionCacheError, UnknownStreamError
 
 Stream: TypeAlias = int | str
 
@@ -16,7 +16,7 @@ Stream: TypeAlias = int | str
 class Streams:
     """Names as they are given, or the numbers below a count.
 
-    Raises: ValueError for no stream, or two of one name; TypeError for a string.
+    Raises: DiffusionCacheError for no stream, or two of one name; TypeError for a string.
     """
 
     def __init__(self, streams: int | Sequence[str]) -> None:
@@ -29,7 +29,7 @@ class Streams:
         else:
             self.names = tuple(range(operator.index(streams)))
         if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(
+            raise DiffusionCacheError(
                 f"there is at least one stream, each of another name; got {streams!r}."
             )
         self._numbers = {name: number for number, name in enumerate(self.names)}

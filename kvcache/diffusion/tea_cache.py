@@ -44,9 +44,9 @@ class TeaCache:
     It holds references and never deletes an array, as :class:`StepCache`. A policy that looks at
     the model's activations, or another prediction than the last output: :class:`DiffusionCache`.
 
-    Raises: ValueError for a threshold below 0 or not finite, rescale that is not finite, a negative
-    number of steps, or streams that are none or of the same name; TypeError for a string as
-    streams.
+    Raises: DiffusionCacheError for a threshold below 0 or not finite, rescale that is not finite, a
+    negative number of steps, or streams that are none or of the same name; TypeError for a string
+    as streams.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TeaCache:
         streams: int | Sequence[str] = 1,
         longest_run: int = 4,
     ) -> None:
-        polynomial = rescale if isinstance(rescale, Sequence) else (rescale, 0.0)
+        polynomial = tuple(np.atleast_1d(rescale)) if np.ndim(rescale) else (rescale, 0.0)
         limits = Limits(warmup=skip_early_steps, longest_run=longest_run)
         self._recipe = Recipe(Accumulated(threshold, polynomial, TIMESTEP), limits=limits)
         self._streams = Streams(streams)
@@ -106,7 +106,7 @@ class TeaCache:
         A step below the one before begins a new run, of which the first step is computed. So is
         one with a timestep that is not a finite number, and every one as long as nothing is held.
 
-        Raises: ValueError for a negative step; StepOrderError for the same step again.
+        Raises: DiffusionCacheError for a negative step; StepOrderError for the same step again.
         """
         number = operator.index(step)
         check_step(number, int(self._past.step), "This cache")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import numpy as np
 
 from kvcache.backends.base import Backend
-from kvcache.errors import StepOrderError
+from kvcache.errors import DiffusionCacheError, StepOrderError
 
 from . import histories
 from .histories import Bundle, Compute, History, bundle
@@ -49,8 +49,9 @@ class TracedCache:
 
     What differs from DiffusionCache: a program cannot raise for a value, so a step that comes a
     second time begins a new run, as one that goes backwards does, and times that are equal give
-    NaN where a predictor extrapolates. Shapes are checked while it is traced, by the framework.
-    Passes that decide together are sites of one step, others have a state each.
+    no finite prediction where a predictor extrapolates. Shapes are checked while it is traced, by
+    the framework. Passes that decide together are sites of one step, others have a state each. Off
+    JAX the arrays that it returns may be those that it keeps: do not write to them.
     """
 
     def __init__(self, recipe: Recipe, backend: Backend, state: TracedState) -> None:
@@ -70,7 +71,7 @@ class TracedCache:
             a step passes several. Only shapes and dtypes are looked at: ``jax.eval_shape`` will do.
         signal: likewise what the policy will measure, if it measures an array.
 
-        Raises: ValueError for a signal that is missing.
+        Raises: DiffusionCacheError for a signal that is missing.
         """
         sites = outputs if isinstance(outputs, Mapping) else {"network": outputs}
         keeps = recipe.predictor.keeps
@@ -204,7 +205,7 @@ def _first_reference(measure: Signal | None, backend: Backend, signal: Any) -> A
     if not measure.array:
         return _on_device(backend, np.float32(0))
     if signal is None:
-        raise ValueError(
+        raise DiffusionCacheError(
             f"{type(measure).__name__} measures an array: give one like it as signal=..."
         )
     return _zeros(backend, (signal,))[0]

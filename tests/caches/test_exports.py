@@ -25,6 +25,7 @@ PUBLIC = [
     "CausalCache",
     "DTypeError",
     "DamagedFileError",
+    "DiffusionCacheError",
     "EncoderCache",
     "ForeignFileError",
     "KVCache",
@@ -59,10 +60,10 @@ CACHE = """backend can_trim checkpoint copy dtype give_back growths kind lend le
 offset positions reset restore rollback save schedule sight snapshot state to_backend trim
 update""".split()
 ROTATING = ["keep", "max_size"]
-BACKEND = """adopt alloc array_types compile concat config device device_of devices dtype dtype_name
-dtypes free from_dlpack from_host from_traced gather modules name owns read_rows read_slice scatter
-signature slice slice_update spec sync to_host traced_append traced_cond traced_form traced_index
-traced_read traced_write views write_rows write_slice xp""".split()
+BACKEND = """adopt alloc array_types compile concat config detached device device_of devices dtype
+dtype_name dtypes free from_dlpack from_host from_traced gather modules name owns read_rows
+read_slice scatter signature slice slice_update spec sync to_host traced_append traced_cond
+traced_form traced_index traced_read traced_write views write_rows write_slice xp""".split()
 
 
 def test_names() -> None:
@@ -144,7 +145,7 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.UnknownBackendError, ValueError),
         (kvcache.BoundsError, IndexError),
         (kvcache.UnknownStreamError, LookupError),
-        (kvcache.StepOrderError, ValueError),
+        (kvcache.DiffusionCacheError, ValueError),
         (kvcache.ShapeError, ValueError),
         (kvcache.DTypeError, TypeError),
         (kvcache.TrimError, ValueError),
