@@ -3,10 +3,12 @@
 Frameworks are imported when they are measured, rich and matplotlib when they are asked for.
 """
 
+from ._diffusion_report import DiffusionReport, DiffusionTiming, DiffusionVerdict
 from ._plan_report import LOADS, Load, PlanReport, PlanTiming, PlanVerdict
 from ._prefix_report import PrefixReport, PrefixTiming, PrefixVerdict
 from ._step_report import StepReport, StepTiming
 from .append import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
+from .diffusion import run_diffusion, toy_model
 from .plan import run_plan
 from .prefix import run_prefix
 from .record import Skipped
@@ -20,6 +22,9 @@ __all__ = [
     "LOADS",
     "ROUNDS",
     "AppendReport",
+    "DiffusionReport",
+    "DiffusionTiming",
+    "DiffusionVerdict",
     "Load",
     "PlanReport",
     "PlanTiming",
@@ -34,7 +39,9 @@ __all__ = [
     "Verdict",
     "installed_backends",
     "run_append",
+    "run_diffusion",
     "run_plan",
     "run_prefix",
     "run_step",
+    "toy_model",
 ]

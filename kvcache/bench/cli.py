@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: ``kvcache bench append | plan | prefix | step``."""
+"""The command line of the benchmarks: ``kvcache bench append | diffusion | plan | ...``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import installed_backends, run_append, run_plan, run_prefix, run_step, timing
+from . import (
+    installed_backends,
+    run_append,
+    run_diffusion,
+    run_plan,
+    run_prefix,
+    run_step,
+    timing,
+    toy_model,
+)
+from .diffusion import FEWEST_STEPS, SAMPLES, STEPS
+from .diffusion import ROUNDS as DIFFUSION_ROUNDS
 from .record import Report
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure ours against others, in one run.")
@@ -61,6 +72,49 @@ def append(
             head_dim,
             rounds,
             progress,
+        )
+    _show(report, json)
+    if plot is not None:
+        report.plot(plot)
+
+
+@bench_app.command()
+def diffusion(
+    backends: Backends = "",
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=FEWEST_STEPS)] = STEPS,
+    samples: Annotated[int, typer.Option(help="Drawn together.")] = SAMPLES,
+    rounds: Annotated[int, typer.Option(help="How often all take turns.")] = DIFFUSION_ROUNDS,
+    model: Annotated[
+        Path | None, typer.Option(help="Read the model from here if it is there, else keep it.")
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Beside the caches of diffusers, on a FLUX.")] = True,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw error over time saved here.")] = None,
+) -> None:
+    """Measure what caches across denoising steps save, and how far the samples are off.
+
+    Every policy and predictor, from careful to careless, on a small diffusion transformer that
+    torch trains on toy shapes first, for half a minute; and beside the caches of diffusers on a
+    small FLUX of random weights, if diffusers is installed. Example:
+
+    [bold]kvcache bench diffusion --backends torch,jax --model toy.safetensors --plot it.png[/]
+    """
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
+    if find_spec("torch") is None and not (model and model.exists()):
+        raise typer.BadParameter(
+            "training the model needs torch. pip install 'kvcache[torch]', or give a --model "
+            "that was kept elsewhere"
+        )
+    with _bar() as progress:
+        report = run_diffusion(
+            toy_model(model, progress),
+            _list(backends) or installed_backends(),
+            steps,
+            samples,
+            rounds,
+            peers=peers,
+            progress=progress,
         )
     _show(report, json)
     if plot is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .contest import MEMMOVE, OURS, RAW
 
 if TYPE_CHECKING:
+    from ._diffusion_report import DiffusionReport, DiffusionTiming
     from .report import AppendReport
 
 # Okabe and Ito's palette, which any kind of sight can tell apart. Ours are the blues and green.
@@ -23,12 +24,7 @@ def draw(report: AppendReport, path: str | os.PathLike[str]) -> None:
     """Write cost over capacity to `path`: a column per backend, a row per dtype."""
     if not report.timings:
         raise ValueError("a plot needs timings; this report has none.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"a plot needs matplotlib ({error}). pip install 'kvcache[bench]'"
-        ) from error
+    Figure = _matplotlib()
     backends, dtypes = (list(dict.fromkeys(names)) for names in zip(*report.groups, strict=True))
     figure = Figure(
         figsize=(3.1 * len(backends) + 1.6, 3.9 * len(dtypes) + 1.2), layout="constrained"
@@ -46,6 +42,56 @@ def draw(report: AppendReport, path: str | os.PathLike[str]) -> None:
     )
     _legend(figure, colors, columns=min(5, 1 + len(backends)))
     figure.savefig(path, dpi=150)
+
+
+def draw_diffusion(report: DiffusionReport, path: str | os.PathLike[str]) -> None:
+    """Write error over time saved to `path`: a panel per place, a line per family of recipes."""
+    if not report.timings:
+        raise ValueError("a plot needs timings; this report has none.")
+    Figure = _matplotlib()
+    columns = min(2, len(report.places))
+    rows = -(-len(report.places) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.9 * rows + 1.1), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    families = [*dict.fromkeys(t.family for t in report.timings if t.skipped)]
+    palette = ("#56b4e9", "#0072b2", "#009e73", "#000000", "#999999", *_OTHERS)
+    colors = {name: palette[i % len(palette)] for i, name in enumerate(families)}
+    for place, panel in zip(report.places, panels.flat, strict=False):
+        for name in families:
+            line = [t for t in report.at(place) if t.family == name and t.skipped]
+            _saving_line(panel, report, line, colors[name], families.index(name))
+        panel.set(yscale="log", title=place, xlabel="time saved, %", ylabel="relative error")
+        panel.grid(visible=True, color="#dddddd", linewidth=0.6)
+    for panel in panels.flat[len(report.places) :]:
+        panel.set_visible(False)
+    _legend(figure, colors, columns=2 * columns)
+    figure.savefig(path, dpi=150)
+
+
+def _saving_line(
+    panel: Any, report: DiffusionReport, line: list[DiffusionTiming], color: str, number: int
+) -> None:
+    ordered = sorted(line, key=report.saved)
+    panel.plot(
+        [100 * report.saved(timing) for timing in ordered],
+        [timing.error for timing in ordered],
+        color=color,
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4,
+        linewidth=1.3,
+        linestyle="-" if all(timing.ours for timing in line) else "--",
+    )
+
+
+def _matplotlib() -> Any:
+    """Its figures."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"a plot needs matplotlib ({error}). pip install 'kvcache[bench]'"
+        ) from error
+    return Figure
 
 
 def _colors(report: AppendReport) -> dict[str, str]:

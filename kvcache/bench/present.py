@@ -15,6 +15,7 @@ from ._plan_report import BOUNDS
 from .contest import MEMMOVE, OURS, RAW
 
 if TYPE_CHECKING:
+    from ._diffusion_report import DiffusionReport
     from ._plan_report import Load, PlanReport
     from ._prefix_report import PrefixReport
     from ._step_report import StepReport, StepTiming
@@ -41,6 +42,11 @@ def prefix_tables(report: PrefixReport) -> RenderableType:
 def step_tables(report: StepReport) -> RenderableType:
     """Timings, and whoever was skipped."""
     return _page(report, _steps(report), skipped=report.skipped)
+
+
+def diffusion_tables(report: DiffusionReport) -> RenderableType:
+    """Every recipe, targets, and whoever was skipped."""
+    return _page(report, _recipes(report), skipped=report.skipped)
 
 
 def _page(
@@ -161,6 +167,27 @@ def _step_row(report: StepReport, name: str, timings: list[StepTiming]) -> Itera
         yield figure(at[place].us) if place in at else ""
         ratio = report.ratio(at[place], base) if place in at and name != base else None
         yield "" if ratio is None else figure(ratio)
+
+
+def _recipes(report: DiffusionReport) -> Table:
+    title = f"Sampling {report.samples} at once in {report.steps} steps, with and without a cache"
+    table = _table(title, "", "", "skipped", "time saved", "error", "off the shape", "ms")
+    for place in report.places:
+        table.add_row(Text(place, style="bold"))
+        for timing in report.at(place):
+            quality = "" if timing.quality is None else f"{timing.quality:.3f}"
+            table.add_row(
+                f" {timing.family}",
+                timing.setting,
+                f"{timing.skipped:.0%}",
+                f"{report.saved(timing):.0%}",
+                f"{timing.error:.2g}",
+                quality,
+                figure(timing.us / 1000),
+                style="" if timing.ours else "dim",
+            )
+        table.add_section()
+    return table
 
 
 def _range(ratios: list[float]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_LIBRARIES = ("jax", "mlx", "mlx_lm", "numpy", "torch", "transformers")
+_LIBRARIES = ("diffusers", "jax", "mlx", "mlx_lm", "numpy", "torch", "transformers")
 
 
 class Measured:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 import kvcache.bench
-from kvcache.bench import AppendReport, Load, PlanReport, StepReport
+from kvcache.bench import AppendReport, DiffusionReport, Load, PlanReport, StepReport
+from kvcache.reference.dit import DiT, DiTConfig
 
 pytest.importorskip("typer")
 testing = pytest.importorskip("typer.testing")
@@ -67,6 +68,24 @@ def test_step(tmp_path: Path) -> None:
     assert (report.layers, report.heads, report.head_dim, report.rounds) == (2, 2, 4, 2)
 
 
+def test_diffusion(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    tiny = DiTConfig(tokens=8, width=8, heads=2, blocks=3)
+    DiT.random(tiny, kvcache.get_backend("numpy")).save(model)
+    small = "--backends numpy --steps 6 --samples 1 --rounds 1 --no-peers"
+    result = invoke(f"diffusion {small} --model", str(model), "--json", str(tmp_path / "it.json"))
+    assert result.exit_code == 0, result.output
+    assert "TeaCache" in result.stdout
+    assert DiffusionReport.from_json(tmp_path / "it.json").places == ["numpy"]
+
+
+def test_diffusion_without_torch_wants_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcache.bench.cli.find_spec", lambda name: None)
+    result = invoke("diffusion --backends numpy")
+    assert result.exit_code == 2
+    assert "training the model needs torch" in " ".join(result.output.split())
+
+
 def test_without_backends_all_installed_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvcache.bench.cli.installed_backends", lambda: ["numpy"])
     result = invoke("step --dtypes float32 --batches 1 --tokens 8 --layers 1 --rounds 1")
@@ -74,7 +93,7 @@ def test_without_backends_all_installed_are_measured(monkeypatch: pytest.MonkeyP
     assert "numpy:cpu float32" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["append", "plan", "step"])
+@pytest.mark.parametrize("command", ["append", "diffusion", "plan", "step"])
 def test_help_teaches_by_an_example(command: str) -> None:
     result = invoke(f"{command} --help")
     assert result.exit_code == 0
