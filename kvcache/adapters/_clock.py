@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvcache.diffusion.streams import Stream
 
 
@@ -21,6 +23,11 @@ class Clock:
         """Begin at 0."""
         self._last: dict[Stream | None, int] = {}
         self._seen: dict[Stream | None, set[Stream]] = {}
+        self._timesteps: dict[Stream | None, Any] = {}
+
+    def timestep(self, stream: Stream) -> Any:
+        """That of the latest step of `stream`, or of those it decides with; None before."""
+        return self._timesteps.get(self._group(stream))
 
     def next(self, stream: Stream) -> int:
         """The number of the step that a call for `stream` belongs to; nothing changes."""
@@ -29,13 +36,14 @@ class Clock:
         number = last + (stream in self._seen.get(group, ()))
         return 0 if number == self._steps else number
 
-    def tick(self, stream: Stream, number: int) -> None:
-        """`stream` has been through step `number`."""
+    def tick(self, stream: Stream, number: int, timestep: Any) -> None:
+        """`stream` has been through step `number`, at `timestep`, as it was given."""
         group = self._group(stream)
         if self._last.get(group) != number:
             self._seen[group] = set()
         self._last[group] = number
         self._seen[group].add(stream)
+        self._timesteps[group] = timestep
 
     def _group(self, stream: Stream) -> Stream | None:
         return None if self._shared else stream

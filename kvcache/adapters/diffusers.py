@@ -13,6 +13,7 @@ pass they make (``transformer.cache_context("cond")``) and when they are done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Self, TypeAlias, get_args
@@ -81,9 +82,8 @@ class Attached:
     """A recipe at work in a transformer, made by :func:`attach`.
 
     A run is over when a pipeline says so at its end, after ``Limits.steps`` steps, at
-    :meth:`reset`, and where a ``step_index`` that the pipeline tells goes backwards. Loops of your
-    own that have none of these, or were interrupted, call :meth:`reset`. So do users of
-    transformers that are no ``CacheMixin``, Stable Diffusion 3 for one: no pipeline tells them.
+    :meth:`reset`, where a ``step_index`` that the pipeline tells goes backwards, and, if it tells
+    none, where the `timestep` that the transformer is given rises.
 
     A forward that raises leaves the cache as it was. No autograd graph is kept. Not for several
     threads at once.
@@ -107,12 +107,13 @@ class Attached:
         self._clock = Clock(shared=shared, steps=recipe.limits.steps)
         self._transformer, self._arguments = transformer, Arguments.of(transformer)
         self._now: Pass | None = None
-        measures = measure is not None and measure.array
+        self._measures = measure is not None and measure.array
+        self._number = 0
         self._site: Site
         if scope is None:
-            self._site = WholeSite(transformer, signal, measures)
+            self._site = WholeSite(transformer, signal, self._measures)
         else:
-            self._site = BlockSite(transformer, scope, signal, measures)
+            self._site = BlockSite(transformer, scope, signal, self._measures)
         self._hooked: list[Module] = []
         self._hook()
 
@@ -150,9 +151,10 @@ class Attached:
     def _whole(self, forward: Forward, args: Any, kwargs: Any) -> Any:
         """In place of the forward of the transformer."""
         _hooks.check_no_other(self._transformer)
-        stream, number = self._place()
-        time = self._time(args, kwargs)
-        begin = partial(self._begin, number, stream, time)
+        context = self._context
+        timestep = self._timestep(context.step is not None, args, kwargs)
+        stream = self.cache.streams[0] if context.name is None else context.name
+        begin = partial(self._begin, stream, context.step, timestep)
         self._now = now = Pass(stream, begin)
         try:
             outputs = self._site.whole(now, forward, args, kwargs)
@@ -160,7 +162,7 @@ class Attached:
             self._now = None
         if now.step is not None:
             now.step.commit()
-            self._clock.tick(stream, number)
+            self._clock.tick(stream, self._number, timestep)
         return outputs
 
     def _block(self, position: int, forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -169,22 +171,50 @@ class Attached:
             return forward(*args, **kwargs)
         return self._site.block(self._now, position, forward, args, kwargs)
 
-    def _begin(self, number: int, stream: Stream, time: float | None, signal: Measured) -> Step:
+    def _begin(self, stream: Stream, told: int | None, timestep: Any, signal: Measured) -> Step:
+        """The step that a call for `stream` is part of.
+
+        told: its number, if a pipeline tells it. timestep: a number, or a tensor on the device.
+        """
+        number = self._clock.next(stream) if told is None else told
+        before = self._clock.timestep(stream) if told is None and number else None
+        time = timestep if self._reads_time else None
+        if before is None or timestep is None:
+            return self._step(number, stream, time, signal)
+        if isinstance(timestep, float):
+            return self._step(self._unless_over(number, timestep, before), stream, time, signal)
+        value: Any = signal() if callable(signal) else signal
+        # Comparing on the device makes the one scalar that a decision waits for tell this, too.
+        marked = value + torch.where(timestep > before, torch.nan, 0.0).to(value)
+        step = self._step(number, stream, time, marked)
+        if not math.isnan(step.change) or self._unless_over(number, timestep, before):
+            return step
+        return self._step(0, stream, time, value)
+
+    def _unless_over(self, number: int, timestep: Any, before: Any) -> int:
+        """`number`, or 0 where timesteps rise: another run has begun."""
+        if timestep > before:
+            self.reset()
+            return 0
+        return number
+
+    def _step(self, number: int, stream: Stream, time: float | None, signal: Measured) -> Step:
+        self._number = number
         return self.cache.begin(number, signal=signal, time=time, stream=stream)
 
-    def _place(self) -> tuple[Stream, int]:
-        """The stream and number of the step that a call is part of."""
-        stream = self.cache.streams[0] if self._context.name is None else self._context.name
-        told = self._context.step
-        return stream, self._clock.next(stream) if told is None else told
+    def _timestep(self, told: bool, args: Any, kwargs: Any) -> Any:
+        """The first of the timesteps that the transformer is given; None without.
 
-    def _time(self, args: Any, kwargs: Any) -> float | None:
-        if not self._reads_time:
-            return None
-        timestep = self._arguments.get("timestep", args, kwargs)
-        if timestep is None:
+        A number, which has to come to the host, where nothing else of the decision does.
+        """
+        given = self._arguments.get("timestep", args, kwargs)
+        if given is not None:
+            first = torch.as_tensor(given).flatten()[0]
+            needed = self._reads_time or not (self._measures or told)
+            return float(first) if needed else first
+        if self._reads_time:
             raise NotSupportedError(
                 "this recipe goes by the timestep, which the transformer is to be given as "
                 "timestep=...; it got none. Use a recipe and time that go by the step."
             )
-        return float(torch.as_tensor(timestep).flatten()[0])
+        return None

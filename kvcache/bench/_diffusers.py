@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import io
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
@@ -42,7 +41,6 @@ from ._diffusion_report import UNCACHED, DiffusionTiming
 from .timing import Progress, no_collection
 
 PLACE = "FLUX of diffusers"
-_NUMBER = re.compile(r" ([\d.]+)")
 
 Enter: TypeAlias = Callable[[Module], AbstractContextManager[object]]
 
@@ -51,7 +49,8 @@ Enter: TypeAlias = Callable[[Module], AbstractContextManager[object]]
 class Contender:
     """A way of caching, and what came of it. enter: switches it on."""
 
-    name: str
+    family: str
+    setting: float | None
     ours: bool
     enter: Enter
     saved: float = 0.0
@@ -59,18 +58,11 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
 
     def timing(self, place: str) -> DiffusionTiming:
-        """The outcome. The first number of the name is what its family varies."""
-        setting = _NUMBER.search(self.name)
+        """The outcome."""
+        setting = "" if self.setting is None else f"{self.setting:g}"
         us = tuple(float(f"{1e6 * seconds:.4g}") for seconds in self.seconds)
         return DiffusionTiming(
-            place,
-            _NUMBER.sub("", self.name, count=1),
-            setting[1] if setting else "",
-            self.saved,
-            self.error,
-            None,
-            us,
-            self.ours,
+            place, self.family, setting, self.saved, self.error, None, us, self.ours
         )
 
 
@@ -107,7 +99,7 @@ def compare(
                         contender.seconds.append(_timed(denoiser))
                 done += 1
                 if progress:
-                    progress(done, total, contender.name)
+                    progress(done, total, contender.family)
     return [contender.timing(PLACE) for contender in everyone]
 
 
@@ -146,22 +138,25 @@ def _enabled(model: Any, config: Any) -> Iterator[None]:
 
 
 def contenders(ratios: Sequence[float]) -> list[Contender]:
-    """Nobody, diffusers' caches, the same rules of ours, and what we recommend."""
-    none = Contender(UNCACHED, True, lambda _: nullcontext())
+    """Nobody, diffusers' caches, the same rules of ours, and what we recommend.
+
+    Bn are the blocks but n first ones; without it a recipe stands in for the whole network.
+    """
+    none = Contender(UNCACHED, None, True, lambda _: nullcontext())
     return [none, *_theirs(ratios), *_same_rules(ratios), *_recommended()]
 
 
 def _theirs(ratios: Sequence[float]) -> Iterator[Contender]:
-    def contender(name: str, config: Any) -> Contender:
-        return Contender(name, False, lambda model: _enabled(model, config))
+    def contender(family: str, setting: float, config: Any) -> Contender:
+        return Contender(family, setting, False, lambda model: _enabled(model, config))
 
     for threshold in (0.05, 0.1, 0.2, 0.4):
         config = FirstBlockCacheConfig(threshold=threshold)
-        yield contender(f"FirstBlockCache {threshold}", config)
+        yield contender("FirstBlockCache", threshold, config)
     for threshold in (0.06, 0.12, 0.24):
         values = torch.tensor(ratios)
         mag = MagCacheConfig(threshold, num_inference_steps=len(ratios), mag_ratios=values)
-        yield contender(f"MagCache {threshold}", mag)
+        yield contender("MagCache", threshold, mag)
     for every in (2, 3, 5):
         for order in (1, 2):
             for lite in (False, True):
@@ -172,36 +167,36 @@ def _theirs(ratios: Sequence[float]) -> Iterator[Contender]:
                     use_lite_mode=lite,
                 )
                 mode = "lite" if lite else "attention"
-                yield contender(f"TaylorSeer {mode} every {every} order {order}", taylor)
+                yield contender(f"TaylorSeer {order}, {mode}", every, taylor)
 
 
-def _ours(name: str, recipe: Recipe, scope: BlockRange | None) -> Contender:
-    return Contender(name, True, lambda model: attach(model, recipe, scope=scope))
+def _ours(family: str, setting: float, recipe: Recipe, scope: BlockRange | None) -> Contender:
+    return Contender(family, setting, True, lambda model: attach(model, recipe, scope=scope))
 
 
 def _same_rules(ratios: Sequence[float]) -> Iterator[Contender]:
     free = Limits(longest_run=len(ratios))
     for threshold in (0.05, 0.1, 0.2, 0.4):
         recipe = Recipe(Threshold(threshold), HoldResidual(), free)
-        yield _ours(f"Threshold {threshold}, blocks but 1, hold", recipe, BlockRange(1))
+        yield _ours("Threshold B1, hold", threshold, recipe, BlockRange(1))
     warm = Limits(warmup=int(0.2 * len(ratios) + 0.5), longest_run=3)
     for threshold in (0.06, 0.12, 0.24):
         recipe = Recipe(Magnitude(ratios, threshold), HoldResidual(), warm)
-        yield _ours(f"Magnitude {threshold}, blocks, hold", recipe, BlockRange(0))
+        yield _ours("Magnitude B0, hold", threshold, recipe, BlockRange(0))
     for every in (2, 3, 5):
         for order in (1, 2):
             recipe = Recipe(Interval(every), Taylor(order), Limits(warmup=3))
-            yield _ours(f"Interval {every}, whole, order {order}", recipe, None)
+            yield _ours(f"Interval, Taylor {order}", every, recipe, None)
 
 
 def _recommended() -> Iterator[Contender]:
     line: Predictor = Taylor(1, residual=True)
     for threshold in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
         recipe = Recipe(Threshold(threshold), line, Limits(longest_run=8))
-        yield _ours(f"Threshold {threshold}, blocks but 1, line", recipe, BlockRange(1))
+        yield _ours("Threshold B1, Taylor 1", threshold, recipe, BlockRange(1))
     limits = Limits(warmup=3, longest_run=8)
     for threshold in (0.015, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.3):
         recipe = Recipe(Accumulated(threshold), Taylor(1), limits)
-        yield _ours(f"Accumulated {threshold}, whole, line", recipe, None)
+        yield _ours("Accumulated, Taylor 1", threshold, recipe, None)
         recipe = Recipe(Accumulated(threshold), line, limits)
-        yield _ours(f"Accumulated {threshold}, blocks, line", recipe, BlockRange(0))
+        yield _ours("Accumulated B0, Taylor 1", threshold, recipe, BlockRange(0))

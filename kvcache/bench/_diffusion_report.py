@@ -101,18 +101,15 @@ class DiffusionReport(Report):
             and timing.family != UNCACHED
             and timing.error <= other.error * (1 + ROUNDING)
         ]
-        at = f"{other.family} {other.setting}, error {other.error:.2g}"
+        at = f"{other.family} {other.setting}"
         found = []
         for rule, of, slack in (
-            ("work saved", lambda timing: timing.skipped, ROUNDING),
-            ("time saved", self.saved, NOISE),
+            ("% of work saved", lambda timing: timing.skipped, ROUNDING),
+            ("% of time saved", self.saved, NOISE),
         ):
-            theirs = of(other)
-            best = max(map(of, ours), default=0.0)
-            bound = f">= {theirs:.0%}"
-            found.append(
-                DiffusionVerdict(other.place, rule, at, best, bound, best >= theirs - slack)
-            )
+            theirs, best = of(other), max(map(of, ours), default=0.0)
+            passed, bound = best >= theirs - slack, f">= {100 * theirs:.1f}"
+            found.append(DiffusionVerdict(other.place, rule, at, 100 * best, bound, passed))
         return found
 
     def to_table(self) -> RenderableType:

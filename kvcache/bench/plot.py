@@ -18,6 +18,8 @@ _FIXED = dict(
 )
 _OTHERS = ("#d55e00", "#e69f00", "#cc79a7", "#a6761d", "#b2a800")
 _MARKERS = "osvD^P"
+SOME = 0.005
+"""Share of the work from which on there is something to draw."""
 
 
 def draw(report: AppendReport, path: str | os.PathLike[str]) -> None:
@@ -53,12 +55,12 @@ def draw_diffusion(report: DiffusionReport, path: str | os.PathLike[str]) -> Non
     rows = -(-len(report.places) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.9 * rows + 1.1), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
-    families = [*dict.fromkeys(t.family for t in report.timings if t.skipped)]
+    families = [*dict.fromkeys(t.family for t in report.timings if t.skipped > SOME)]
     palette = ("#56b4e9", "#0072b2", "#009e73", "#000000", "#999999", *_OTHERS)
     colors = {name: palette[i % len(palette)] for i, name in enumerate(families)}
     for place, panel in zip(report.places, panels.flat, strict=False):
         for name in families:
-            line = [t for t in report.at(place) if t.family == name and t.skipped]
+            line = [t for t in report.at(place) if t.family == name and t.skipped > SOME]
             _saving_line(panel, report, line, colors[name], families.index(name))
         panel.set(yscale="log", title=place, xlabel="time saved, %", ylabel="relative error")
         panel.grid(visible=True, color="#dddddd", linewidth=0.6)

@@ -170,8 +170,11 @@ def _step_row(report: StepReport, name: str, timings: list[StepTiming]) -> Itera
 
 
 def _recipes(report: DiffusionReport) -> Table:
-    title = f"Sampling {report.samples} at once in {report.steps} steps, with and without a cache"
-    table = _table(title, "", "", "skipped", "time saved", "error", "off the shape", "ms")
+    title = (
+        f"Sampling {report.samples} at once in {report.steps} steps: work skipped, time saved,\n"
+        "error against no cache, how far samples are off what they should show"
+    )
+    table = _table(title, "", "", "skip %", "saved %", "error", "off", "ms")
     for place in report.places:
         table.add_row(Text(place, style="bold"))
         for timing in report.at(place):
@@ -179,8 +182,8 @@ def _recipes(report: DiffusionReport) -> Table:
             table.add_row(
                 f" {timing.family}",
                 timing.setting,
-                f"{timing.skipped:.0%}",
-                f"{report.saved(timing):.0%}",
+                str(round(100 * timing.skipped)),
+                str(round(100 * report.saved(timing))),
                 f"{timing.error:.2g}",
                 quality,
                 figure(timing.us / 1000),

@@ -155,7 +155,7 @@ def denoise(net, steps=STEPS, contexts=(None,), context=lambda step: {}, **input
     """Every velocity of an Euler loop from the same noise, and where it ends; by context."""
     times = torch.linspace(1, 0, steps + 1)
     noise = torch.randn(net.shape, generator=torch.Generator().manual_seed(1))
-    found = {name: [] for name in contexts}
+    found = {name: [torch.empty(0)] * (not steps) for name in contexts}
     x = noise
     with torch.no_grad():
         for step in range(steps):
@@ -412,11 +412,37 @@ def test_nothing_is_left_of_the_run_before(flux, scope, end):
     assert all(map(torch.equal, first, again))
 
 
-def test_a_run_nobody_ended_goes_on(flux):
-    with attach(flux.model, Recipe(StepMask([True]))) as caching:
-        denoise(flux)
-        denoise(flux)
-        assert caching.cache.stats.steps[-1].step == 2 * STEPS - 1
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "policy", [Interval(3), Threshold(0.4), Threshold(9), Accumulated(0.2, measure=TIMESTEP)]
+)
+def test_a_run_that_nobody_ended_ends_where_timesteps_rise(flux, policy, shared):
+    """Also in the middle, or after two steps; after one, the next begins where that one was."""
+    told = {"contexts": ["cond", "uncond"]}
+    recipe = Recipe(policy, Taylor(1))
+    with attach(flux.model, recipe, shared=shared) as caching:
+        first = denoise(flux, **told)
+        assert caching.cache.stats.skipped > 0
+        numbers = [record.step for record in caching.cache.stats.steps]
+        for steps in (0, 2, STEPS // 2 + 1, STEPS):
+            denoise(flux, steps=steps, **told)
+            if not steps:  # a run that begins late, and ends after one step
+                caching.reset()
+                with torch.no_grad(), flux.model.cache_context("cond"):
+                    flux(torch.ones(flux.shape), 0.5)
+            again = denoise(flux, **told)
+            assert [record.step for record in caching.cache.stats.steps] == numbers
+            assert all(map(torch.equal, first, again))
+
+
+def test_nan_in_the_middle_does_not_end_a_run(flux):
+    with attach(flux.model, Recipe(Threshold(0.4))) as caching, torch.no_grad():
+        for number, time in enumerate((1.0, 0.9, 0.8, 0.7)):
+            x = torch.full(flux.shape, torch.nan if number == 2 else 1.0)
+            flux(x, time)
+        records = caching.cache.stats.steps
+        assert [record.step for record in records] == [0, 1, 2, 3]
+        assert records[2].computed
 
 
 def test_another_size_without_a_reset_is_refused(net):
@@ -558,7 +584,7 @@ class Scalars(TorchDispatchMode):
     [
         (Threshold(0.4), "step", 0, 1),
         (Accumulated(0.5), "step", 0, 1),
-        (Interval(2), "step", 0, 0),
+        (Interval(2), "step", 1, 0),
         (Interval(2), "timestep", 1, 0),
         (Accumulated(0.2, (1, 0), TIMESTEP), "timestep", 1, 0),
     ],
@@ -581,6 +607,15 @@ def test_a_decision_waits_for_one_scalar_at_most(
     assert cached.count - alone.count <= scalars * STEPS
     assert len(brought) == copies * (STEPS - 1)
     assert all(array.numel() == 1 for array in brought)
+
+
+def test_a_schedule_waits_for_nothing_where_the_step_is_told(flux):
+    told = {"contexts": ["cond"], "context": lambda step: {"step_index": step}}
+    with Scalars() as alone:
+        denoise(flux, **told)
+    with attach(flux.model, Recipe(Interval(2), Taylor(1)), scope=None), Scalars() as cached:
+        denoise(flux, **told)
+    assert cached.count <= alone.count
 
 
 def test_the_timestep_is_read_only_where_it_counts(flux):

@@ -123,13 +123,13 @@ def test_others_are_met_by_ours_at_no_greater_error() -> None:
     careful = timing("careful", 55.0, skipped=0.4, error=0.01)
     met = reported(theirs, good, careless, careful).verdicts
     assert [(v.rule, v.measured, v.passed) for v in met] == [
-        ("work saved", 0.5, True),
-        ("time saved", 0.5, True),
+        ("% of work saved", 50, True),
+        ("% of time saved", 50, True),
     ]
     missed = reported(theirs, careless, careful).verdicts
     assert [(v.measured, v.passed) for v in missed] == [
-        (0.4, False),
-        (pytest.approx(0.45), True),
+        (40, False),
+        (pytest.approx(45), True),
     ]
     assert [v.passed for v in reported(theirs).verdicts] == [False, False]
     assert not reported(good).verdicts
@@ -168,10 +168,10 @@ def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None
     from kvcache.bench import _diffusers
 
     everyone = _diffusers.contenders
-    chosen = (UNCACHED, "FirstBlock", "Threshold", "MagCache 0.2", "TaylorSeer lite every 3")
+    chosen = (UNCACHED, "FirstBlockCache", "Threshold B1, hold", "MagCache", "TaylorSeer 1, lite")
 
     def some(ratios):
-        return [c for c in everyone(ratios) if c.name.startswith(chosen) and "line" not in c.name]
+        return [contender for contender in everyone(ratios) if contender.family in chosen]
 
     monkeypatch.setattr(_diffusers, "contenders", some)
     timings = tuple(_diffusers.compare(rounds=1, side=2, steps=10))
@@ -179,11 +179,11 @@ def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None
     found = {f"{t.family} {t.setting}": t for t in timings}
     for setting in (0.1, 0.2, 0.4):
         theirs = found[f"FirstBlockCache {setting}"]
-        same = found[f"Threshold, blocks but 1, hold {setting}"]
+        same = found[f"Threshold B1, hold {setting}"]
         assert same.skipped == pytest.approx(theirs.skipped, abs=1e-3)
         assert same.error == pytest.approx(theirs.error, rel=1e-3)
     assert any(t.skipped > 0.3 for t in timings if not t.ours)
-    work = [v for v in report.verdicts if v.rule == "work saved"]
+    work = [v for v in report.verdicts if v.rule == "% of work saved"]
     assert len(work) == sum(not t.ours for t in timings)
 
 
