@@ -3,15 +3,15 @@
 Frameworks are imported when they are measured, rich and matplotlib when they are asked for.
 """
 
-from ._diffusion_report import DiffusionReport, DiffusionTiming, DiffusionVerdict
+from ._diffusion_report import DiffusionReport, DiffusionTiming
 from ._plan_report import LOADS, Load, PlanReport, PlanTiming, PlanVerdict
-from ._prefix_report import PrefixReport, PrefixTiming, PrefixVerdict
+from ._prefix_report import PrefixReport, PrefixTiming
 from ._step_report import StepReport, StepTiming
 from .append import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
 from .diffusion import run_diffusion, toy_model
 from .plan import run_plan
 from .prefix import run_prefix
-from .record import Skipped
+from .record import Judgement, Skipped
 from .report import AppendReport, Timing
 from .step import run_step
 from .targets import Verdict
@@ -24,14 +24,13 @@ __all__ = [
     "AppendReport",
     "DiffusionReport",
     "DiffusionTiming",
-    "DiffusionVerdict",
+    "Judgement",
     "Load",
     "PlanReport",
     "PlanTiming",
     "PlanVerdict",
     "PrefixReport",
     "PrefixTiming",
-    "PrefixVerdict",
     "Skipped",
     "StepReport",
     "StepTiming",

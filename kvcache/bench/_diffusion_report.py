@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from .record import Measured, Report, Skipped
+from .record import Judgement, Measured, Report, Skipped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,18 +34,6 @@ class DiffusionTiming(Measured):
     quality: float | None
     rounds_us: tuple[float, ...]
     ours: bool = True
-
-
-@dataclass(frozen=True)
-class DiffusionVerdict:
-    """A bound, and what was measured."""
-
-    heading: str
-    rule: str
-    at: str
-    measured: float
-    bound: str
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class DiffusionReport(Report):
         return [timing for timing in self.timings if timing.place == place]
 
     @property
-    def verdicts(self) -> Sequence[DiffusionVerdict]:
+    def verdicts(self) -> Sequence[Judgement]:
         """For each cache of somebody else: what the best of ours saves at no greater error."""
         return [
             verdict
@@ -93,7 +81,7 @@ class DiffusionReport(Report):
             for verdict in self._judged(timing)
         ]
 
-    def _judged(self, other: DiffusionTiming) -> list[DiffusionVerdict]:
+    def _judged(self, other: DiffusionTiming) -> list[Judgement]:
         ours = [
             timing
             for timing in self.at(other.place)
@@ -109,7 +97,7 @@ class DiffusionReport(Report):
         ):
             theirs, best = of(other), max(map(of, ours), default=0.0)
             passed, bound = best >= theirs - slack, f">= {100 * theirs:.1f}"
-            found.append(DiffusionVerdict(other.place, rule, at, 100 * best, bound, passed))
+            found.append(Judgement(other.place, rule, at, 100 * best, bound, passed))
         return found
 
     def to_table(self) -> RenderableType:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .record import Measured, Report
+from .record import Judgement, Measured, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,18 +46,6 @@ class PrefixTiming(Measured):
 
 
 @dataclass(frozen=True)
-class PrefixVerdict:
-    """A bound, and what was measured."""
-
-    heading: str
-    rule: str
-    at: str
-    measured: float
-    bound: str
-    passed: bool
-
-
-@dataclass(frozen=True)
 class PrefixReport(Report):
     """Costs of a radix tree, of the index of spans on it, and of evictions by every policy.
 
@@ -85,31 +73,31 @@ class PrefixReport(Report):
         return [timing for timing in self.timings if not timing.tokens]
 
     @property
-    def verdicts(self) -> list[PrefixVerdict]:
+    def verdicts(self) -> list[Judgement]:
         return [*self._fast(), *self._independent_of_length(), *self._without_pause()]
 
-    def _fast(self) -> Iterator[PrefixVerdict]:
+    def _fast(self) -> Iterator[Judgement]:
         for timing in self.lookups:
             limit = AT_LEAST.get(timing.name)
             if limit is not None:
                 at, bound = f"{timing.tokens:,} tokens", f">= {limit:g}M/s"
-                yield PrefixVerdict(
+                yield Judgement(
                     "tokens per second", timing.name, at, timing.rate, bound, timing.rate >= limit
                 )
 
-    def _independent_of_length(self) -> Iterator[PrefixVerdict]:
+    def _independent_of_length(self) -> Iterator[Judgement]:
         found = {timing.name: timing for timing in self.lookups}
         if SHORT in found and LONG in found:
             figure = found[LONG].us / found[SHORT].us
             at, bound = f"{found[LONG].tokens:,} tokens", f"<= {LONGER_LIMIT:g}x"
             rule = "a longer query that leaves early"
-            yield PrefixVerdict("length", rule, at, figure, bound, figure <= LONGER_LIMIT)
+            yield Judgement("length", rule, at, figure, bound, figure <= LONGER_LIMIT)
 
-    def _without_pause(self) -> Iterator[PrefixVerdict]:
+    def _without_pause(self) -> Iterator[Judgement]:
         for timing in self.evictions:
             longest, bound = timing.longest_us or 0.0, f"<= {PAUSE_LIMIT:,g}us"
             at, passed = f"{self.spans:,} spans", longest <= PAUSE_LIMIT
-            yield PrefixVerdict("longest eviction", timing.name, at, longest, bound, passed)
+            yield Judgement("longest eviction", timing.name, at, longest, bound, passed)
 
     def to_table(self) -> RenderableType:
         from .present import prefix_tables

@@ -27,7 +27,7 @@ from kvcache.reference.toy_shapes import FAMILIES, distance
 from ._diffusion_report import UNCACHED, DiffusionReport, DiffusionTiming
 from ._diffusion_trials import WHOLE, Sampler, Trial, Uncached, trials
 from .record import Skipped, library_versions, this_machine
-from .timing import Progress, no_collection
+from .timing import Progress, no_collection, ticks
 
 STEPS, SAMPLES, ROUNDS = 28, 7, 5
 FEWEST_STEPS = 6
@@ -79,7 +79,7 @@ def run_diffusion(
     for number, spec in enumerate(backends):
         sampler = Sampler(model, get_backend(spec), prompts, steps)
         entries = list(_entries(sampler))
-        tick = _ticks(progress, (number, len(backends)), len(entries) + rounds, spec)
+        tick = ticks(progress, number, len(backends), len(entries) + rounds - 1, spec)
         timings += _measured(entries, prompts, rounds, tick)
     skipped: tuple[Skipped, ...] = ()
     if peers and find_spec("diffusers") is None:
@@ -205,19 +205,3 @@ def _measured(
 def relative_error(found: HostArray, exact: HostArray) -> float:
     """Length of the difference over that of the exact samples."""
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-
-
-def _ticks(
-    progress: Progress | None, part: tuple[int, int], each: int, label: str
-) -> Callable[[], None]:
-    """What is called `each` times in every part: one backend of several."""
-    number, parts = part
-    done = number * each
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, parts * each, label)
-
-    return tick

@@ -91,6 +91,18 @@ class Judged(Protocol):
         """Whether it does."""
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """A bound, and what was measured."""
+
+    heading: str
+    rule: str
+    at: str
+    measured: float
+    bound: str
+    passed: bool
+
+
 class Report:
     """Timings with the circumstances; a subclass is a frozen dataclass.
 
