@@ -22,9 +22,10 @@ SHAPE = (2, 3, 10, 4)
 AXES = range(len(SHAPE))
 # What the reference models and users' code above the caches may count on in `xp`.
 NAMESPACE = (
-    "abs add arange argmax astype bool broadcast_to concat cos divide equal exp expand_dims "
-    "float32 full greater int32 less log matmul max maximum mean min minimum multiply negative "
-    "ones permute_dims pow reshape sin sqrt squeeze stack subtract sum take tanh where zeros"
+    "abs add arange argmax asarray astype bool broadcast_to concat cos divide equal exp "
+    "expand_dims float32 full greater int32 isfinite less log matmul max maximum mean min minimum "
+    "multiply negative ones permute_dims pow reshape result_type sin sqrt squeeze stack subtract "
+    "sum take tanh where zeros zeros_like"
 ).split()
 
 
@@ -305,6 +306,26 @@ def free_spares_others(backend: Backend, dtype: str) -> None:
     backend.sync(copy, other)
     same(backend.to_host(copy), coded(SHAPE, dtype))
     same(backend.to_host(other), coded(SHAPE, dtype))
+
+
+# In programs.
+
+
+@check
+def conditions_choose(backend: Backend, dtype: str) -> None:
+    """traced_cond gives what the branch that a scalar chooses makes of its operands."""
+    first, second = (coded(SHAPE, dtype, first=start) for start in (0, 100))
+    given = backend.from_host(first), backend.from_host(second)
+    for chosen, expected in ((True, first), (False, second)):
+        condition = backend.from_host(np.asarray(chosen))
+        found, _ = backend.traced_cond(condition, lambda a, b: (a, b), lambda a, b: (b, a), *given)
+        same(backend.to_host(found), expected)
+
+
+@check
+def detached_is_the_same(backend: Backend, dtype: str) -> None:
+    """Without a graph of operations, an array has the values that it had."""
+    same(backend.to_host(backend.detached(_filled(backend, dtype))), coded(SHAPE, dtype))
 
 
 # Exchange and namespace.

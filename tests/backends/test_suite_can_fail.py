@@ -331,6 +331,21 @@ class ItsOwnArraysComeBackFlat(Faulty):
         return array.reshape(-1)
 
 
+class OneBranchOnly(Faulty):
+    finds = "conditions_choose"
+
+    @classmethod
+    def traced_cond(cls, condition, yes, no, *operands):
+        return yes(*operands)
+
+
+class DetachesFromItsValues(Faulty):
+    finds = "detached_is_the_same"
+
+    def detached(self, array):
+        return array * 0
+
+
 class NamespaceWithHoles(Faulty):
     finds = "namespace_has_the_standard_names"
     xp = math
