@@ -123,12 +123,24 @@ def tests_alone(session: nox.Session, *frameworks: str, extra: str) -> None:
     env = own(session)
     env.install_project(extra, "test")
     env.run("python", "-c", ONLY, *frameworks)
-    # Random operations are tried at length where all frameworks are together.
-    session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
-    apart = ["--ignore", "tests/docs", "--ignore", "tests/packaging", "-m", "not model"]
-    if frameworks:  # what is about NumPy passes, or not, with NumPy alone
+    # Requests that a model serves take long, above all where lengths are compiled: `tests_all`.
+    served = ("chatting", "reuse", "serving", "whisper")
+    apart = without("tests/docs", "tests/packaging", *files("reference", *served))
+    apart += ["-m", "not model"]
+    if frameworks:  # what is about NumPy passes, or not, with NumPy alone, at length
         apart += ["-k", "not numpy and not array_api"]
+        session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
     env.run("pytest", *apart, *session.posargs)
+
+
+def files(folder: str, *names: str) -> list[str]:
+    """Where these tests are."""
+    return [f"tests/{folder}/test_{name}.py" for name in names]
+
+
+def without(*paths: str) -> list[str]:
+    """What tells pytest to leave these out."""
+    return [argument for path in paths for argument in ("--ignore", path)]
 
 
 @nox.session
@@ -161,10 +173,10 @@ def tests_all(session: nox.Session) -> None:
 
     Without what each backend has passed alone, and does not depend on the others.
     """
-    alone = ("tests/backends/test_conformance.py", "tests/caches/test_golden.py")
-    apart = ("tests/docs", *alone, "tests/sequences/test_golden.py")
-    ignored = [argument for path in apart for argument in ("--ignore", path)]
-    everything(session).run("pytest", *ignored, *session.posargs)
+    alone = ["tests/diffusion", "tests/functional", *files("backends", "conformance")]
+    for folder in ("caches", "sequences"):
+        alone += files(folder, "any_sequence", "golden")
+    everything(session).run("pytest", *without("tests/docs", *alone), *session.posargs)
 
 
 @nox.session(venv_backend="none")
