@@ -123,11 +123,10 @@ def tests_alone(session: nox.Session, *frameworks: str, extra: str) -> None:
     env = own(session)
     env.install_project(extra, "test")
     env.run("python", "-c", ONLY, *frameworks)
-    # Requests that a model serves take long, above all where lengths are compiled: `tests_all`.
-    served = ("chatting", "reuse", "serving", "whisper")
-    apart = without("tests/docs", "tests/packaging", *files("reference", *served))
+    apart = without("tests/docs", "tests/packaging")
     apart += ["-m", "not model"]
     if frameworks:  # what is about NumPy passes, or not, with NumPy alone, at length
+        apart += without("tests/bench", "tests/reference")  # and models where all are together
         apart += ["-k", "not numpy and not array_api"]
         session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
     env.run("pytest", *apart, *session.posargs)
@@ -174,8 +173,8 @@ def tests_all(session: nox.Session) -> None:
     Without what each backend has passed alone, and does not depend on the others.
     """
     alone = ["tests/diffusion", "tests/functional", *files("backends", "conformance")]
-    for folder in ("caches", "sequences"):
-        alone += files(folder, "any_sequence", "golden")
+    alone += files("caches", "any_sequence", "golden", "jax", "refusals", "rotating", "stream")
+    alone += files("sequences", "any_sequence", "causal", "cells", "encoder", "golden", "wrapper")
     everything(session).run("pytest", *without("tests/docs", *alone), *session.posargs)
 
 
