@@ -173,6 +173,7 @@ def tests_all(session: nox.Session) -> None:
     Without what each backend has passed alone, and does not depend on the others.
     """
     alone = ["tests/diffusion", "tests/functional", *files("backends", "conformance")]
+    alone += files("prefix", "cache", "cache_failures", "cache_load", "index", "policies", "trie")
     alone += files("caches", "any_sequence", "golden", "jax", "refusals", "rotating", "stream")
     alone += files("sequences", "any_sequence", "causal", "cells", "encoder", "golden", "wrapper")
     everything(session).run("pytest", *without("tests/docs", *alone), *session.posargs)
