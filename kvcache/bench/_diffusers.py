@@ -38,7 +38,7 @@ from kvcache.diffusion import (
 
 from ._diffusers_net import SIDE, STEPS, Denoiser
 from ._diffusion_report import UNCACHED, DiffusionTiming
-from .timing import Progress, no_collection
+from .timing import Progress, four_digits, no_collection
 
 PLACE = "FLUX of diffusers"
 
@@ -60,7 +60,7 @@ class Contender:
     def timing(self, place: str) -> DiffusionTiming:
         """The outcome."""
         setting = "" if self.setting is None else f"{self.setting:g}"
-        us = tuple(float(f"{1e6 * seconds:.4g}") for seconds in self.seconds)
+        us = four_digits([1e6 * seconds for seconds in self.seconds])
         return DiffusionTiming(
             place, self.family, setting, self.saved, self.error, None, us, self.ours
         )

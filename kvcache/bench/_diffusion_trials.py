@@ -32,7 +32,6 @@ from kvcache.reference.dit import DiT, euler, guided, schedule
 from kvcache.reference.toy_shapes import prompt_tokens
 
 GUIDANCE = 2.0
-UNCACHED = "uncached"
 WHOLE = BlockRange(0)
 """All blocks: what is around them, embedding and projection, is computed in every step."""
 

@@ -27,7 +27,7 @@ from kvcache.reference.toy_shapes import FAMILIES, distance
 from ._diffusion_report import UNCACHED, DiffusionReport, DiffusionTiming
 from ._diffusion_trials import WHOLE, Sampler, Trial, Uncached, trials
 from .record import Skipped, library_versions, this_machine
-from .timing import Progress, no_collection, ticks
+from .timing import Progress, four_digits, no_collection, ticks
 
 STEPS, SAMPLES, ROUNDS = 28, 7, 5
 FEWEST_STEPS = 6
@@ -198,7 +198,7 @@ def _measured(
             skipped,
             error=relative_error(x, exact[entry.place]),
             quality=float(np.mean(distance(x, prompts))),
-            rounds_us=tuple(float(f"{us:.4g}") for us in entry.us),
+            rounds_us=four_digits(entry.us),
         )
 
 

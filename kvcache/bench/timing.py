@@ -65,7 +65,12 @@ class Blocks:
     @property
     def rounds_us(self) -> tuple[float, ...]:
         """Microseconds per step of each block, to four digits."""
-        return tuple(float(f"{us:.4g}") for us in self.us)
+        return four_digits(self.us)
+
+
+def four_digits(us: Sequence[float]) -> tuple[float, ...]:
+    """Microseconds as reports keep them: more digits than that are noise."""
+    return tuple(float(f"{value:.4g}") for value in us)
 
 
 def ticks(
