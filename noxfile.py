@@ -174,8 +174,8 @@ def tests_all(session: nox.Session) -> None:
     """
     alone = ["tests/diffusion", "tests/functional", *files("backends", "conformance")]
     alone += files("prefix", "cache", "cache_failures", "cache_load", "index", "policies", "trie")
-    alone += files("caches", "any_sequence", "golden", "jax", "refusals", "rotating", "stream")
-    alone += files("sequences", "any_sequence", "causal", "cells", "encoder", "golden", "wrapper")
+    alone += files("layers", "any_sequence", "golden", "jax", "refusals", "rotating", "stream")
+    alone += files("pool", "any_sequence", "causal", "cells", "encoder", "golden", "wrapper")
     everything(session).run("pytest", *without("tests/docs", *alone), *session.posargs)
 
 
@@ -202,7 +202,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mutation(session: nox.Session) -> None:
-    """Changes the code in small ways and counts what the tests notice: see docs/mutation.md."""
+    """Change the code in small ways and count what tests notice: tests/mutation/README.md."""
     env = own(session)
     env.install_project("", "test", "mutation")
     tree = WORK / "mutants"  # the content of the wheel, for only there the package is whole
@@ -215,7 +215,7 @@ def mutation(session: nox.Session) -> None:
         env.run("mutmut", "run", *session.posargs)
         env.run("mutmut", "results")
     total: Counter[str] = Counter()
-    for path in sorted((tree / "mutants" / "kvcache").glob("*.py.meta")):
+    for path in sorted((tree / "mutants" / "kvcache").rglob("*.py.meta")):
         statuses = json.loads(path.read_text())["exit_code_by_key"].values()
         ran = [status for status in statuses if status is not None]
         verdicts = Counter(VERDICTS.get(status, "timeout") for status in ran)

@@ -9,10 +9,6 @@ from kvcache.backends import (
     get_backend,
     register_backend,
 )
-from kvcache.batch import Batch
-from kvcache.cache import Cache
-from kvcache.causal import CausalCache
-from kvcache.encoder import EncoderCache
 from kvcache.errors import (
     AudioFileError,
     BackendNotAvailableError,
@@ -36,11 +32,15 @@ from kvcache.errors import (
     UnknownStreamError,
     UnsupportedModelError,
 )
-from kvcache.rope import RoPEShift
-from kvcache.rotating import RotatingKVCache
-from kvcache.snapshots import Snapshot
-from kvcache.stream import KVCache, load, restore, save, snapshot, trim
-from kvcache.wrapper import WrapperCache
+from kvcache.layers.growing import KVCache, load, restore, save, snapshot, trim
+from kvcache.layers.rotating import RotatingKVCache
+from kvcache.pool.base import Cache
+from kvcache.pool.batch import Batch
+from kvcache.pool.causal import CausalCache
+from kvcache.pool.encoder import EncoderCache
+from kvcache.pool.rope import RoPEShift
+from kvcache.pool.wrapper import WrapperCache
+from kvcache.snapshots.snapshot import Snapshot
 
 __all__ = [
     "AudioFileError",

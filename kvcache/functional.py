@@ -28,9 +28,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvcache.backends import backend_type
 from kvcache.backends.base import Array
-from kvcache.buffers import TOKENS
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
-from kvcache.plan import ForwardPlan, PoolState
+from kvcache.layers.buffers import TOKENS
+from kvcache.pool.plan import ForwardPlan, PoolState
 
 __all__ = ["LayerState", "PoolState", "RingState", "append", "get", "mask", "put"]
 

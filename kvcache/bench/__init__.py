@@ -3,18 +3,18 @@
 Frameworks are imported when they are measured, rich and matplotlib when they are asked for.
 """
 
-from ._diffusion_report import DiffusionReport, DiffusionTiming
-from ._plan_report import LOADS, Load, PlanReport, PlanTiming, PlanVerdict
-from ._prefix_report import PrefixReport, PrefixTiming
-from ._step_report import StepReport, StepTiming
-from .append import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
-from .diffusion import run_diffusion, toy_model
-from .plan import run_plan
-from .prefix import run_prefix
-from .record import Judgement, Skipped
-from .report import AppendReport, Timing
-from .step import run_step
-from .targets import Verdict
+from kvcache.bench.append.report import AppendReport, Timing
+from kvcache.bench.append.run import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
+from kvcache.bench.append.targets import Verdict
+from kvcache.bench.diffusion.report import DiffusionReport, DiffusionTiming
+from kvcache.bench.diffusion.run import run_diffusion, toy_model
+from kvcache.bench.harness.report import Judgement, Skipped
+from kvcache.bench.plan.report import LOADS, Load, PlanReport, PlanTiming, PlanVerdict
+from kvcache.bench.plan.run import run_plan
+from kvcache.bench.prefix.report import PrefixReport, PrefixTiming
+from kvcache.bench.prefix.run import run_prefix
+from kvcache.bench.step.report import StepReport, StepTiming
+from kvcache.bench.step.run import run_step
 
 __all__ = [
     "CAPACITIES",

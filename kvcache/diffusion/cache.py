@@ -19,7 +19,7 @@ from kvcache.backends import backend_of
 from kvcache.backends.base import Array, Backend
 from kvcache.errors import DiffusionCacheError, ShapeError, StepOrderError
 
-from .histories import Compute, check_unchanged, shapes
+from .history import Compute, check_unchanged, shapes
 from .recipe import Past, Recipe, check_step
 from .signals import Measured, Signal
 from .step import Decision, Sites, Step, copied

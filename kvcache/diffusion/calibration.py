@@ -18,7 +18,7 @@ from kvcache.backends import backend_of
 from kvcache.backends.base import Array
 from kvcache.errors import DamagedFileError, DiffusionCacheError, ForeignFileError, NewerFileError
 
-from .histories import Compute, bundle
+from .history import Compute, bundle
 from .signals import Measured, RelativeChange
 from .step import copied
 from .streams import Stream

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from kvcache.errors import DiffusionCacheError
 
 from .cache import DiffusionCache
-from .histories import bundle
+from .history import bundle
 from .traced import TracedCache
 
 Block: TypeAlias = Callable[[Any], Any]

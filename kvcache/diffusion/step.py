@@ -9,10 +9,10 @@ import numpy as np
 
 from kvcache.backends import backend_of
 from kvcache.backends.base import Array
+from kvcache.diffusion import history as histories
 from kvcache.errors import DiffusionCacheError, StepOrderError
 
-from . import histories
-from .histories import (
+from .history import (
     EMPTY,
     Bundle,
     Compute,

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import numpy as np
 
 from kvcache.backends.base import Backend
+from kvcache.diffusion import history as histories
 from kvcache.errors import DiffusionCacheError, StepOrderError
 
-from . import histories
-from .histories import Bundle, Compute, History, bundle
+from .history import Bundle, Compute, History, bundle
 from .recipe import Past, Recipe
 from .signals import Measured, Signal
 

@@ -10,17 +10,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvcache.cache import Cache
 from kvcache.errors import KVCacheError
-from kvcache.snapshots import Snapshot, reach
-from kvcache.stream import KVCache
+from kvcache.layers.growing import KVCache
+from kvcache.pool.base import Cache
+from kvcache.snapshots.snapshot import Snapshot, reach
 
 from .events import Events
-from .hosts import Host, LayersHost, PoolHost, nothing
 from .index import Span, SpanIndex
 from .policies import Policy, policy
 from .radix import RadixTree, Tokens, as_tokens
 from .render import render
+from .sequences import Host, LayersHost, PoolHost, nothing
 
 Media = Mapping[tuple[int, int], bytes | str]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from kvcache.stream import KVCache, trim
+from kvcache.layers.growing import KVCache, trim
 
 from .radix import Match, Node, RadixTree, as_tokens
 

@@ -10,7 +10,7 @@ With pytest::
 Without: ``kvcache conformance --backend mine``.
 """
 
-from kvcache.testing.report import Result, run_suite
+from .run import Result, run_suite
 
 __all__ = ["BackendSuite", "Result", "run_suite"]
 
@@ -18,7 +18,7 @@ __all__ = ["BackendSuite", "Result", "run_suite"]
 def __getattr__(name: str) -> object:
     # pytest is needed for this one only.
     if name == "BackendSuite":
-        from kvcache.testing.suite import BackendSuite
+        from .suite import BackendSuite
 
         return BackendSuite
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from kvcache.backends.base import Backend
-from kvcache.rotating import RotatingKVCache
-from kvcache.stream import KVCache
-from kvcache.testing.checks import check
-from kvcache.testing.data import TOKENS, coded, same
+from kvcache.layers.growing import KVCache
+from kvcache.layers.rotating import RotatingKVCache
+
+from .backend_checks import check
+from .coded import TOKENS, coded, same
 
 KEYS, VALUES = (2, 3, 1, 4), (2, 3, 1, 5)
 CHUNKS = (1, 6, 1, 1, 9, 2, 1, 1, 1, 4, 20, 1)

@@ -9,8 +9,9 @@ import pytest
 from kvcache.backends import get_backend
 from kvcache.backends.base import HOST_DTYPES, Backend
 from kvcache.errors import DTypeError
-from kvcache.testing.checks import Check, refuses
-from kvcache.testing.report import suite
+
+from .backend_checks import Check, refuses
+from .run import suite
 
 
 class BackendSuite:

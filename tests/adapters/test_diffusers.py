@@ -13,8 +13,8 @@ from kvcache.backends import get_backend  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kvcache import NotSupportedError, ShapeError, StepOrderError, UnknownStreamError  # noqa: E402
-from kvcache.adapters._blocks import aligned  # noqa: E402
-from kvcache.adapters.diffusers import attach  # noqa: E402
+from kvcache.adapters.diffusers.attach import attach  # noqa: E402
+from kvcache.adapters.diffusers.blocks import aligned  # noqa: E402
 from kvcache.diffusion import (  # noqa: E402
     TIMESTEP,
     Accumulated,

@@ -8,7 +8,7 @@ from kvcache.backends.base import HOST_DTYPES
 
 from kvcache import Backend, DTypeError, get_backend
 from kvcache.testing import BackendSuite, run_suite
-from kvcache.testing.checks import all_checks
+from kvcache.testing.backend_checks import all_checks
 
 
 class TestNumpy(BackendSuite):

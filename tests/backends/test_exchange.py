@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvcache import Backend, KVCache, KVCacheError, get_backend
-from kvcache.testing.data import coded, same
+from kvcache.testing.coded import coded, same
 
 SHAPE = (1, 2, 16, 8)
 ALL = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict")

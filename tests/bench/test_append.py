@@ -12,7 +12,7 @@ import pytest
 import kvcache
 from kvcache import Backend
 from kvcache.bench import AppendReport, installed_backends, run_append
-from kvcache.bench.contest import (
+from kvcache.bench.harness.contest import (
     MEMMOVE,
     OURS,
     RAW,
@@ -40,7 +40,7 @@ def contestants(backend: Backend, dtype: str = "float32", capacity: int = 16) ->
         for make in framework.factories().values():
             try:
                 found.append(make(cell))
-            except kvcache.bench.contest.UnavailableError:
+            except kvcache.bench.harness.contest.UnavailableError:
                 continue
     return found
 
@@ -237,7 +237,7 @@ def test_memmove_moves_the_bytes_of_one_token_per_step(monkeypatch: pytest.Monke
             super().__init__(b"\xff" * size)
             made.append(self)
 
-    monkeypatch.setattr(kvcache.bench.contest, "bytearray", Remembered, raising=False)
+    monkeypatch.setattr(kvcache.bench.harness.contest, "bytearray", Remembered, raising=False)
     (memmove,) = (c for c in contestants(kvcache.get_backend("numpy")) if c.name == MEMMOVE)
     memmove.run(3)
     token = 1 * 2 * 4 * 4

@@ -7,7 +7,7 @@ import pytest
 
 import kvcache.bench
 from kvcache.bench import AppendReport, DiffusionReport, Load, PlanReport, StepReport
-from kvcache.reference.dit import DiT, DiTConfig
+from kvcache.reference.dit.model import DiT, DiTConfig
 
 pytest.importorskip("typer")
 testing = pytest.importorskip("typer.testing")
@@ -80,14 +80,14 @@ def test_diffusion(tmp_path: Path) -> None:
 
 
 def test_diffusion_without_torch_wants_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcache.bench.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("kvcache.cli.bench.find_spec", lambda name: None)
     result = invoke("diffusion --backends numpy")
     assert result.exit_code == 2
     assert "training the model needs torch" in " ".join(result.output.split())
 
 
 def test_without_backends_all_installed_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcache.bench.cli.installed_backends", lambda: ["numpy"])
+    monkeypatch.setattr("kvcache.cli.bench.installed_backends", lambda: ["numpy"])
     result = invoke("step --dtypes float32 --batches 1 --tokens 8 --layers 1 --rounds 1")
     assert result.exit_code == 0, result.output
     assert "numpy:cpu float32" in result.stdout
@@ -105,7 +105,7 @@ def test_help_teaches_by_an_example(command: str) -> None:
 def test_a_plot_without_matplotlib_is_refused_before_measuring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvcache.bench.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("kvcache.cli.bench.find_spec", lambda name: None)
     result = invoke("append --plot append.png")
     assert result.exit_code == 2
     assert "matplotlib" in result.output

@@ -8,11 +8,11 @@ import pytest
 
 import kvcache
 from kvcache.bench import DiffusionReport, DiffusionTiming, run_diffusion, toy_model
-from kvcache.bench._diffusion_report import UNCACHED
-from kvcache.bench._diffusion_trials import Sampler, Uncached, trials
-from kvcache.bench.diffusion import ONE_PROGRAM, calibrated, relative_error
+from kvcache.bench.diffusion.recipes import Sampler, Uncached, trials
+from kvcache.bench.diffusion.report import UNCACHED
+from kvcache.bench.diffusion.run import ONE_PROGRAM, calibrated, relative_error
 from kvcache.diffusion import DiffusionCache, Interval, Recipe
-from kvcache.reference.dit import DiT, DiTConfig
+from kvcache.reference.dit.model import DiT, DiTConfig
 
 TINY = DiTConfig(tokens=8, width=16, heads=2, blocks=3)
 STEPS = 8
@@ -92,7 +92,7 @@ def test_samplers_agree_with_and_without_an_idle_cache(model: DiT) -> None:
 
 def test_one_program_skips_as_many(model: DiT) -> None:
     pytest.importorskip("jax")
-    from kvcache.bench._diffusion_traced import program
+    from kvcache.bench.diffusion.program import program
 
     shot = sampler(model, "jax")
     exact, none = program(shot, None)()
@@ -165,7 +165,7 @@ def test_a_model_is_read_where_it_was_kept(model: DiT, tmp_path: Path) -> None:
 def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the rule is the same, so are work and error."""
     pytest.importorskip("diffusers")
-    from kvcache.bench import _diffusers
+    from kvcache.bench.diffusion import peers as _diffusers
 
     everyone = _diffusers.contenders
     chosen = (UNCACHED, "FirstBlockCache", "Threshold B1, hold", "MagCache", "TaylorSeer 1, lite")
@@ -188,6 +188,6 @@ def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_without_diffusers_it_says_so(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcache.bench.diffusion.find_spec", lambda name: None)
+    monkeypatch.setattr("kvcache.bench.diffusion.run.find_spec", lambda name: None)
     report = run_diffusion(model, ["numpy"], steps=STEPS, samples=1, rounds=1)
     assert [skip.reason for skip in report.skipped] == ["it needs pip install 'kvcache[diffusers]'"]

@@ -10,9 +10,9 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 import torch
 
 import kvcache
-from kvcache.bench import _diffusion_training as training
-from kvcache.reference.dit import DiT, DiTConfig
-from kvcache.reference.toy_shapes import distance
+from kvcache.bench.diffusion import training
+from kvcache.reference.dit.model import DiT, DiTConfig
+from kvcache.reference.dit.toy_shapes import distance
 
 SMALL = DiTConfig(tokens=12, width=16, heads=2, blocks=2)
 TORCH = kvcache.get_backend("torch:cpu")

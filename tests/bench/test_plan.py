@@ -8,8 +8,8 @@ import pytest
 
 import kvcache
 from kvcache.bench import LOADS, Load, PlanReport, PlanTiming, run_plan
-from kvcache.bench import plan as planning
-from kvcache.bench.plan import Server
+from kvcache.bench.plan import run as planning
+from kvcache.bench.plan.run import Server
 
 SMALL = (Load(1, 32, 30), Load(3, 16, 12))
 WINDOW = 4

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from kvcache.bench import PrefixReport, PrefixTiming, run_prefix
-from kvcache.bench import _prefix_report as promised
-from kvcache.bench.prefix import Readers, Writers, empty_tree, full_index, make_sequences, query_of
+from kvcache.bench.prefix import report as promised
+from kvcache.bench.prefix.run import (
+    Readers,
+    Writers,
+    empty_tree,
+    full_index,
+    make_sequences,
+    query_of,
+)
 from kvcache.prefix.policies import POLICIES
 
 

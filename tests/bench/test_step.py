@@ -11,9 +11,9 @@ import pytest
 import kvcache
 from kvcache import Backend
 from kvcache.bench import StepReport, StepTiming, run_step
-from kvcache.bench.contest import RAW, Contestant, framework_of
-from kvcache.bench.decoding import Decoding
-from kvcache.bench.step import ATTEND, CAUSAL, PROGRAM, Causal, Program, _factories
+from kvcache.bench.harness.contest import RAW, Contestant, framework_of
+from kvcache.bench.step.case import Decoding
+from kvcache.bench.step.run import ATTEND, CAUSAL, PROGRAM, Causal, Program, _factories
 
 TINY: dict[str, Any] = {"tokens": 16, "layers": 2, "heads": 2, "head_dim": 4}
 

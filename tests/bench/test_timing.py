@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from kvcache.bench import timing
-from kvcache.bench.contest import Contestant
-from kvcache.bench.timing import BLOCK_MICROSECONDS, Blocks, interleave
+from kvcache.bench.harness import timing
+from kvcache.bench.harness.contest import Contestant
+from kvcache.bench.harness.timing import BLOCK_MICROSECONDS, Blocks, interleave
 
 
 class Clock:

@@ -20,10 +20,10 @@ from kvcache.prefix.policies import (
     policy,
     recompute_cost,
 )
-from kvcache.prefix.policies import _gittins as learning
-from kvcache.prefix.policies._gittins import gittins_index
+from kvcache.prefix.policies import gittins as learning
+from kvcache.prefix.policies.gittins import gittins_index
 from kvcache.prefix.radix import RadixTree
-from kvcache.simulate_replay import Blocks
+from kvcache.prefix.simulation.replay import Blocks
 
 
 class Shelf:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache.prefix.policies import POLICIES, policy
-from kvcache.simulate_replay import Request, ever, optimum, read_trace, replay
-from kvcache.simulate_report import in_short, run_simulation
+from kvcache.prefix.simulation.replay import Request, ever, optimum, read_trace, replay
+from kvcache.prefix.simulation.report import in_short, run_simulation
 
 GOOD = '{"timestamp": 5, "input_length": 9, "output_length": 1, "hash_ids": [7, 8]}'
 
@@ -225,7 +225,7 @@ def test_plot(trace, tmp_path, suffix):
 
 def test_a_plot_without_matplotlib_is_refused_first(trace, monkeypatch):
     pytest.importorskip("typer")
-    monkeypatch.setattr("kvcache.simulate.find_spec", lambda name: None)
+    monkeypatch.setattr("kvcache.cli.simulate.find_spec", lambda name: None)
     result = invoke(trace, "--plot", "figure.png")
     assert result.exit_code == 2
     assert "matplotlib" in result.output

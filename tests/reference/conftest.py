@@ -91,7 +91,7 @@ def _add(writer, key, value):
 @pytest.fixture(scope="session")
 def tiny_file(write_gguf):
     """A tiny llama model with tied embeddings."""
-    from kvcache.reference.gguf import open_gguf
+    from kvcache.reference.llama.gguf import open_gguf
 
     return open_gguf(write_gguf())
 
@@ -99,7 +99,7 @@ def tiny_file(write_gguf):
 @pytest.fixture(scope="session")
 def tiny(tiny_file, backend):
     """The tiny model on every backend."""
-    from kvcache.reference.llama import Llama
+    from kvcache.reference.llama.model import Llama
 
     return Llama.from_gguf(tiny_file, backend)
 
@@ -107,7 +107,7 @@ def tiny(tiny_file, backend):
 @pytest.fixture(scope="session")
 def smollm2_file():
     """SmolLM2-135M-Instruct, opened."""
-    from kvcache.reference.gguf import default_model_path, open_gguf
+    from kvcache.reference.llama.gguf import default_model_path, open_gguf
 
     try:
         return open_gguf(default_model_path())
@@ -118,7 +118,7 @@ def smollm2_file():
 @pytest.fixture(scope="session")
 def smollm2_weights(smollm2_file):
     """Its weights as NumPy arrays: dequantised once, whatever the number of backends."""
-    from kvcache.reference._weights import load_weights
+    from kvcache.reference.llama.weights import load_weights
 
     return load_weights(smollm2_file, np.asarray)
 
@@ -126,7 +126,7 @@ def smollm2_weights(smollm2_file):
 @pytest.fixture(scope="session")
 def smollm2(smollm2_file, smollm2_weights, backend):
     """The real model on every backend."""
-    from kvcache.reference.llama import Llama
+    from kvcache.reference.llama.model import Llama
 
     put = backend.from_host
     embedding, layers, norm, head, frequencies = smollm2_weights

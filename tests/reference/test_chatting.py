@@ -9,9 +9,9 @@ pytest.importorskip("typer", reason="needs pip install 'kvcache[demo]'")
 
 from typer.testing import CliRunner
 
-from kvcache.reference.chatting import Chat, Conversation, Turn, pieces
-from kvcache.reference.runner import generate, make_caches
-from kvcache.reference.tokenizer import Tokenizer
+from kvcache.reference.llama.chat import Chat, Conversation, Turn, pieces
+from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.llama.tokenizer import Tokenizer
 
 KINDS = ["kv", "rotating", "pool"]
 SIZES = {"max_size": 14, "keep": 2, "capacity": 160}

@@ -10,7 +10,7 @@ pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 from kvcache.errors import ModelFileError
-from kvcache.reference._ctranslate2 import CTranslate2File
+from kvcache.reference.whisper.ctranslate2 import CTranslate2File
 
 ARRAYS = {
     "a/floats": np.array([[1.5, -2.0, 0.25]], np.float32),

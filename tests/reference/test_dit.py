@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import kvcache
 from kvcache.errors import ModelFileError, ShapeError
-from kvcache.reference.dit import DiT, DiTConfig, euler, guided, schedule
+from kvcache.reference.dit.model import DiT, DiTConfig, euler, guided, schedule
 
 CONFIG = DiTConfig(
     channels=3, tokens=10, vocabulary=5, text_tokens=2, width=12, heads=3, blocks=3, mlp_ratio=2

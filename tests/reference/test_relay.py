@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import kvcache
 from kvcache.cli import app
-from kvcache.reference.llama import Llama
-from kvcache.reference.runner import generate, make_caches, relay
+from kvcache.reference.llama.generate import generate, make_caches, relay
+from kvcache.reference.llama.model import Llama
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 KINDS = {"kv": {}, "rotating": {"kind": "rotating", "max_size": 9, "keep": 2}}
@@ -138,7 +138,7 @@ def test_a_real_model_on_the_command_line(smollm2_file, smollm2_weights, monkeyp
         weights = type(smollm2_weights)(head, layers, put(norm), head, frequencies)
         return Llama(file.config, weights, backend)
 
-    monkeypatch.setattr("kvcache.generate._load_weights", load)
+    monkeypatch.setattr("kvcache.cli.generate._load_weights", load)
     prompt = ["The capital of France is", "-n", "12", "--cache", "rotating", "--max-size", "8"]
     one = run(*prompt)
     loaded.clear()

@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 import kvcache
 from kvcache import Batch, CausalCache, KVCache, RotatingKVCache, WrapperCache
 from kvcache.prefix import PrefixCache
-from kvcache.reference.llama import Llama
+from kvcache.reference.llama.model import Llama
 
 CAUSAL = {
     "full": CausalCache,

@@ -8,8 +8,8 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
 from kvcache.errors import DTypeError
-from kvcache.reference.llama import Llama
-from kvcache.reference.runner import generate, make_caches
+from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.llama.model import Llama
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 

@@ -8,9 +8,9 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
 from kvcache import RoPEShift
-from kvcache.reference.llama import Llama
-from kvcache.reference.runner import generate, make_caches
-from kvcache.reference.serving import Server
+from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.llama.model import Llama
+from kvcache.reference.llama.server import Server
 
 LENGTHS = [3, 11, 1, 6, 17, 2, 9, 5]
 PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in LENGTHS]

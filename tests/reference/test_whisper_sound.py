@@ -14,8 +14,8 @@ pytest.importorskip("soxr", reason="needs pip install 'kvcache[audio]'")
 import soundfile
 
 from kvcache.errors import AudioFileError
-from kvcache.reference._audio import read_recording
-from kvcache.reference._mel import BINS, FRAMES, SAMPLES, log_mel, mel_filters
+from kvcache.reference.whisper.audio import read_recording
+from kvcache.reference.whisper.mel import BINS, FRAMES, SAMPLES, log_mel, mel_filters
 
 NOISE = np.random.default_rng(0).normal(scale=0.1, size=SAMPLES - 5000).astype(np.float32)
 
@@ -117,7 +117,7 @@ def test_what_is_no_sound(tmp_path, bad):
 
 @pytest.mark.parametrize("name", ["soundfile", "soxr"])
 def test_a_missing_library_is_named_with_what_installs_it(name):
-    program = f"import sys; sys.modules[{name!r}] = None; import kvcache.reference._audio"
+    program = f"import sys; sys.modules[{name!r}] = None; import kvcache.reference.whisper.audio"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1

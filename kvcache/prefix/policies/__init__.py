@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._base import Policy
-from ._gittins import Gittins
-from ._queues import LRU, S3FIFO, Cost, recompute_cost
+from .base import Policy
+from .gittins import Gittins
+from .queues import LRU, S3FIFO, Cost, recompute_cost
 
 __all__ = ["LRU", "POLICIES", "S3FIFO", "Cost", "Gittins", "Policy", "policy", "recompute_cost"]
 

@@ -1,0 +1,80 @@
+"""What it costs to append one token: our caches, the raw framework call, peers, memmove."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+from kvcache.backends import available_backends, get_backend
+from kvcache.bench.harness.compare import check_dtypes, compare
+from kvcache.bench.harness.contest import Cell, Factory, Framework
+from kvcache.bench.harness.report import Skipped, library_versions, this_machine
+from kvcache.bench.harness.timing import Blocks, Progress, ticks
+from kvcache.pool.base import check_sizes
+
+from .report import AppendReport, Timing
+
+DTYPES = ("float32", "bfloat16")
+CAPACITIES = (1024, 8192, 32768)
+ROUNDS = 101
+MIN_CAPACITY = 4
+
+
+def installed_backends() -> list[str]:
+    """Names of the backends that can be measured here. Imports every framework installed."""
+    found = available_backends()
+    return [name for name, info in found.items() if info.installed and name != "array_api"]
+
+
+def run_append(
+    backends: Sequence[str],
+    dtypes: Sequence[str] = DTYPES,
+    capacities: Sequence[int] = CAPACITIES,
+    batch: int = 1,
+    heads: int = 8,
+    head_dim: int = 128,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> AppendReport:
+    """Measure one-token appends to keys and values ``[batch, heads, capacity, head_dim]``.
+
+    backends: names, with a device if need be: ``"numpy"``, ``"torch:cuda"``. capacities: tokens
+    held, 4 or more. rounds: blocks of steps per contestant, whose median counts. All contestants
+    of one backend and dtype, at all capacities, take turns in every round.
+
+    Raises: ValueError, DTypeError, UnknownBackendError, BackendNotAvailableError; nothing was
+    measured then.
+    """
+    shape = {"batch": batch, "heads": heads, "head_dim": head_dim}
+    check_sizes(**shape, rounds=rounds)
+    check_dtypes(dtypes)
+    if min(capacities, default=0) < MIN_CAPACITY:
+        raise ValueError(f"capacities must be >= {MIN_CAPACITY} tokens; got {list(capacities)}.")
+    found = {backend.spec: backend for backend in map(get_backend, backends)}
+    contests = list(product(found.values(), dict.fromkeys(dtypes)))
+    timings: list[Timing] = []
+    skipped: list[Skipped] = []
+    for done, (backend, dtype) in enumerate(contests):
+        cells = [Cell(backend, dtype, capacity, **shape) for capacity in sorted(set(capacities))]
+        tick = ticks(progress, done, len(contests), rounds, f"{backend.spec} {dtype}")
+        measured, missing = compare(cells, _factories, _timing, rounds, tick)
+        timings += measured
+        skipped += missing
+    return AppendReport(
+        **shape,
+        rounds=rounds,
+        machine=this_machine(),
+        versions=library_versions(),
+        timings=tuple(timings),
+        skipped=tuple(skipped),
+    )
+
+
+def _factories(framework: Framework) -> dict[str, Factory]:
+    return framework.factories()
+
+
+def _timing(cell: Cell, name: str, blocks: Blocks) -> Timing:
+    return Timing(
+        cell.backend.spec, cell.dtype, cell.capacity, name, blocks.steps, blocks.rounds_us
+    )

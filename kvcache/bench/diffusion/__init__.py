@@ -1,0 +1,1 @@
+"""Time saved, and error made, by caches across denoising steps."""

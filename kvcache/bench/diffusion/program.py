@@ -1,0 +1,69 @@
+"""The sampler of the diffusion benchmark as one JAX program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvcache.backends.base import Array
+from kvcache.diffusion import BlockRange, Recipe, TracedCache
+
+from .recipes import Sampler, Trial, Uncached
+
+
+def program(sampler: Sampler, trial: Trial | None) -> Callable[[], tuple[Array, float]]:
+    """What draws the samples and tells the share of steps that were skipped; None: no cache."""
+    times = jnp.asarray(sampler.times, jnp.float32)
+    begin, resume = _cache(sampler, trial)
+    scope = trial.scope if trial else None
+
+    def denoise(carry: tuple[Array, Any], step: Array) -> tuple[tuple[Array, Any], None]:
+        x, state = carry
+        cache = resume(state)
+        drift = sampler.velocity(cache, scope, step, times[step], x, times[step])
+        return (x + (times[step + 1] - times[step]) * drift, cache.state), None
+
+    @jax.jit
+    def draw(noise: Array, state: Any) -> tuple[Array, Any]:
+        carry, _ = jax.lax.scan(denoise, (noise, state), jnp.arange(sampler.steps))
+        return carry
+
+    def run() -> tuple[Array, float]:
+        x, state = jax.block_until_ready(draw(sampler.noise, begin()))
+        return x, float(state.past.skipped) / sampler.steps if trial else 0.0
+
+    return run
+
+
+def _cache(sampler: Sampler, trial: Trial | None) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """What makes a state, and what makes a cache of one."""
+    if trial is None:
+        return tuple, _Computes
+    recipe: Recipe = trial.recipe
+    outputs, signal = _examples(sampler, trial.scope)
+    backend = sampler.backend
+    return (
+        lambda: TracedCache.start(recipe, backend, outputs, signal),
+        lambda state: TracedCache(recipe, backend, state),
+    )
+
+
+class _Computes(Uncached):
+    def __init__(self, state: tuple[()]) -> None:
+        self.state = state
+
+
+def _examples(sampler: Sampler, scope: BlockRange | None) -> tuple[Any, Any]:
+    """Shapes of what the scope gives, and of what is measured."""
+
+    def shapes(noise: Array) -> tuple[Any, Any]:
+        both = jnp.concatenate([noise, noise])
+        if scope is None:
+            return sampler.network(both, jnp.float32(1)), None
+        streams, _, modulated = sampler.front(both, jnp.float32(1))
+        return streams, modulated
+
+    return jax.eval_shape(shapes, sampler.noise)  # type: ignore[no-any-return]

@@ -1,0 +1,189 @@
+"""The recipes that ``kvcache bench diffusion`` compares, and the sampler that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvcache.backends.base import Array, Backend, HostArray
+from kvcache.diffusion import (
+    TIMESTEP,
+    Accumulated,
+    BlockRange,
+    Calibration,
+    DiffusionCache,
+    HoldOutput,
+    HoldResidual,
+    Interval,
+    Limits,
+    Magnitude,
+    Policy,
+    Predictor,
+    Recipe,
+    StepMask,
+    Taylor,
+    Threshold,
+)
+from kvcache.reference.dit.model import DiT, euler, guided, schedule
+from kvcache.reference.dit.toy_shapes import prompt_tokens
+
+GUIDANCE = 2.0
+WHOLE = BlockRange(0)
+"""All blocks: what is around them, embedding and projection, is computed in every step."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe. family: what it varies; setting: where it stands in it.
+
+    scope: the blocks that it may skip; None: the whole network at once.
+    """
+
+    family: str
+    setting: str
+    recipe: Recipe
+    scope: BlockRange | None = None
+
+
+def trials(steps: int, calibration: Calibration) -> list[Trial]:
+    """What is compared, family by family, from careful to careless."""
+    limits = Limits(warmup=3, tail=1, steps=steps, longest_run=8)
+
+    def family(
+        name: str,
+        settings: Sequence[Any],
+        policy: Callable[[Any], Policy],
+        predictor: Predictor,
+        scope: BlockRange | None = None,
+    ) -> list[Trial]:
+        return [
+            Trial(name, f"{setting:g}", Recipe(policy(setting), predictor, limits), scope)
+            for setting in settings
+        ]
+
+    intervals, ratios, polynomial = (2, 3, 4, 6), calibration.ratios, calibration.polynomial
+    thresholds = (0.1, 0.2, 0.3, 0.4, 0.6)
+    return [
+        *family("interval, output held", intervals, Interval, HoldOutput()),
+        *family("interval, Taylor 1", intervals, Interval, Taylor(1)),
+        *family("interval, Taylor 2", intervals, Interval, Taylor(2)),
+        *family("step mask, Taylor 2", (14, 10, 8, 7), lambda n: _thinned(steps, n), Taylor(2)),
+        *family(
+            "timestep",
+            (0.05, 0.1, 0.15, 0.2),
+            lambda threshold: Accumulated(threshold, measure=TIMESTEP),
+            HoldOutput(),
+        ),
+        *family(
+            "TeaCache",
+            thresholds,
+            lambda threshold: Accumulated(threshold, polynomial),
+            HoldResidual(),
+            WHOLE,
+        ),
+        *family("first block", thresholds, Threshold, HoldResidual(), BlockRange(1)),
+        *family(
+            "F1B1, Taylor 1", thresholds, Threshold, Taylor(1, residual=True), BlockRange(1, 1)
+        ),
+        *family(
+            "magnitude",
+            thresholds,
+            lambda threshold: Magnitude(ratios, threshold),
+            HoldResidual(),
+            WHOLE,
+        ),
+    ]
+
+
+class Uncached:
+    """Computes every step."""
+
+    def run(self, step: int, x: Any, compute: Any, **options: Any) -> Any:
+        """``compute(x)``."""
+        return compute(x)
+
+    def arrays(self) -> list[Array]:
+        """Nothing."""
+        return []
+
+
+def _thinned(steps: int, computed: int) -> StepMask:
+    """Computes so many steps, ever closer together: the velocity turns most towards the end."""
+    rank = np.linspace(0, 1, computed) ** 0.8 * (steps - 1)
+    chosen = set(np.round(rank).astype(int).tolist())
+    return StepMask([step in chosen for step in range(steps)])
+
+
+class Sampler:
+    """Draws samples on one backend: both passes of classifier-free guidance as one batch."""
+
+    def __init__(
+        self, model: DiT, backend: Backend, prompts: HostArray, steps: int, seed: int = 0
+    ) -> None:
+        """`prompts`: ids of toy shapes, [B]."""
+        self.backend, self.steps = backend, steps
+        self.model = model.to_backend(backend)
+        self.times = schedule(steps)
+        size = model.config.text_tokens
+        both = np.concatenate([prompts, np.zeros_like(prompts)])
+        self._prompt = backend.from_host(prompt_tokens(both, size))
+        self._batch = len(prompts)
+        shape = (self._batch, model.config.tokens, model.config.channels)
+        noise = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        self.noise = backend.from_host(noise)
+        compiled = backend.compile
+        self._front, self._back = compiled(self.front), compiled(self.model.finish)
+        self._network, self._guide = compiled(self.network), compiled(self.guide)
+        self._blocks = [compiled(partial(self.model.block, i)) for i in range(model.config.blocks)]
+
+    def front(self, x: Array, time: Array) -> tuple[Any, Array, Array]:
+        """Both streams before the first block, what modulates, and TeaCache's signal."""
+        condition = self.model.condition(time, self._prompt)
+        streams = self.model.embed(x, self._prompt)
+        return streams, condition, self.model.modulated_input(streams, condition)
+
+    def network(self, x: Array, time: Array) -> Array:
+        """The velocity of both passes, [2 B, tokens, channels]."""
+        return self.model(x, time, self._prompt)
+
+    def guide(self, both: Array) -> Array:
+        """The velocity that guidance makes of both passes."""
+        return guided(both[: self._batch], both[self._batch :], GUIDANCE)
+
+    def run(self, cache: DiffusionCache | Uncached, scope: BlockRange | None) -> Array:
+        """The samples, [B, tokens, channels], drawn step by step from the host."""
+
+        def velocity(step: int, time: float, x: Array) -> Array:
+            when = self.backend.from_host(np.float32(time))
+            drift = self.velocity(cache, scope, step, when, x, time)
+            self.backend.sync(drift, *cache.arrays())
+            return drift
+
+        return euler(self.noise, self.times, velocity)
+
+    def velocity(
+        self, cache: Any, scope: BlockRange | None, step: Any, when: Array, x: Array, time: Any
+    ) -> Array:
+        """Where to go from `x`. when: the time, as an array. time: as the cache takes it."""
+        both = self.backend.xp.concat([x, x], axis=0)
+        if scope is None:
+            passes = cache.run(step, both, lambda x: self._network(x, when), time=time)
+            return self._guide(passes)
+        streams, condition, modulated = self._front(both, when)
+        streams = scope.run(
+            cache,
+            step,
+            streams,
+            [partial(_swapped, block, condition) for block in self._blocks],
+            signal=modulated if scope.first == 0 else None,
+            time=time,
+        )
+        return self._guide(self._back(streams[0], condition))
+
+
+def _swapped(block: Callable[[Any, Array], Any], condition: Array, streams: Any) -> Any:
+    return block(streams, condition)

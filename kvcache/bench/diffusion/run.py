@@ -1,0 +1,207 @@
+"""Measures what caches across denoising steps save, and how far their samples are off.
+
+On a small diffusion transformer trained on toy shapes, so that "off" means something: samples are
+compared with those without a cache, and with what they should show.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from kvcache.backends import get_backend
+from kvcache.backends.base import Array, HostArray
+from kvcache.bench.harness.report import Skipped, library_versions, this_machine
+from kvcache.bench.harness.timing import Progress, four_digits, no_collection, ticks
+from kvcache.diffusion import Calibration, DiffusionCache, Recorder
+from kvcache.pool.base import check_sizes
+from kvcache.reference.dit.model import DiT
+from kvcache.reference.dit.toy_shapes import FAMILIES, distance
+
+from .recipes import WHOLE, Sampler, Trial, Uncached, trials
+from .report import UNCACHED, DiffusionReport, DiffusionTiming
+
+STEPS, SAMPLES, ROUNDS = 28, 7, 5
+FEWEST_STEPS = 6
+ONE_PROGRAM = ("interval, Taylor 2", "TeaCache", "first block")
+"""Families that run as one program of JAX, too: each of their settings is compiled."""
+
+
+@dataclass
+class Entry:
+    """One recipe that takes part. run: draws the samples, and tells the share it skipped."""
+
+    place: str
+    family: str
+    setting: str
+    run: Callable[[], tuple[HostArray, float]]
+    us: list[float] = field(default_factory=list)
+
+    def turn(self) -> None:
+        """Take part in a round."""
+        start = perf_counter()
+        self.run()
+        self.us.append((perf_counter() - start) * 1e6)
+
+
+def run_diffusion(
+    model: DiT,
+    backends: Sequence[str],
+    steps: int = STEPS,
+    samples: int = SAMPLES,
+    rounds: int = ROUNDS,
+    *,
+    peers: bool = True,
+    progress: Progress | None = None,
+) -> DiffusionReport:
+    """Measure every recipe with `model` on each of `backends`.
+
+    samples: are drawn together; their prompts go round the toy shapes. peers: also compare with the
+        caches of diffusers, if it is there, in a FLUX with random weights.
+
+    Raises: ValueError; nothing was measured then.
+    """
+    check_sizes(steps=steps, samples=samples, rounds=rounds)
+    if steps < FEWEST_STEPS:
+        raise ValueError(
+            f"some recipes need steps >= {FEWEST_STEPS} to be calibrated and to skip; got {steps}."
+        )
+    prompts = 1 + np.arange(samples) % len(FAMILIES)
+    timings: list[DiffusionTiming] = []
+    for number, spec in enumerate(backends):
+        sampler = Sampler(model, get_backend(spec), prompts, steps)
+        entries = list(_entries(sampler))
+        tick = ticks(progress, number, len(backends), len(entries) + rounds - 1, spec)
+        timings += _measured(entries, prompts, rounds, tick)
+    skipped: tuple[Skipped, ...] = ()
+    if peers and find_spec("diffusers") is None:
+        skipped = (Skipped("torch", "", "diffusers", "it needs pip install 'kvcache[diffusers]'"),)
+    elif peers:
+        from .peers import compare
+
+        timings += compare(rounds, steps=steps, progress=progress)
+    return DiffusionReport(
+        steps, samples, rounds, this_machine(), library_versions(), tuple(timings), skipped
+    )
+
+
+def toy_model(path: Path | None = None, progress: Progress | None = None) -> DiT:
+    """The model in `path`; one that is trained now, with torch, and kept there, if it is not there.
+
+    Raises: ModelFileError if `path` holds something else.
+    """
+    if path is not None and path.exists():
+        return DiT.load(path, get_backend("numpy"))
+    from .training import train
+
+    model = train(progress=progress)
+    if path is not None:
+        model.save(path)
+    return model
+
+
+def calibrated(sampler: Sampler) -> Calibration:
+    """What policies have to know about the model of `sampler`, from one run without a cache."""
+    recorder = Recorder()
+    sampler.run(_Recording(recorder), WHOLE)
+    return recorder.calibrate(model="toy shapes", sampler="euler", steps=sampler.steps)
+
+
+class _Recording(Uncached):
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def run(self, step: int, x: Any, compute: Any, **options: Any) -> Any:
+        return self.recorder.run(step, x, compute, **options)
+
+
+def _entries(sampler: Sampler) -> Iterator[Entry]:
+    """Everything that runs on the backend of `sampler`, the uncached run first."""
+    found = trials(sampler.steps, calibrated(sampler))
+    name = sampler.backend.name
+    yield Entry(name, UNCACHED, "", lambda: (_host(sampler, sampler.run(Uncached(), None)), 0.0))
+    for trial in found:
+        yield Entry(name, trial.family, trial.setting, _eager(sampler, trial))
+    if name == "jax":
+        yield from _programs(sampler, [trial for trial in found if trial.family in ONE_PROGRAM])
+
+
+def _eager(sampler: Sampler, trial: Trial) -> Callable[[], tuple[HostArray, float]]:
+    def run() -> tuple[HostArray, float]:
+        with DiffusionCache(trial.recipe) as cache:
+            x = sampler.run(cache, trial.scope)
+            skipped = cache.stats.skip_rate
+        return _host(sampler, x), skipped * _share(sampler, trial)
+
+    return run
+
+
+def _share(sampler: Sampler, trial: Trial) -> float:
+    """Of the blocks, those that `trial` may skip."""
+    if trial.scope is None:
+        return 1.0
+    blocks = sampler.model.config.blocks
+    return (blocks - trial.scope.first - trial.scope.last) / blocks
+
+
+def _programs(sampler: Sampler, found: Sequence[Trial]) -> Iterator[Entry]:
+    from .program import program
+
+    place = f"{sampler.backend.name}, one program"
+    for trial in (None, *found):
+        draw = program(sampler, trial)
+        share = _share(sampler, trial) if trial else 0.0
+        family, setting = (trial.family, trial.setting) if trial else (UNCACHED, "")
+        yield Entry(place, family, setting, partial(_drawn, sampler, draw, share))
+
+
+def _drawn(
+    sampler: Sampler, draw: Callable[[], tuple[Array, float]], share: float
+) -> tuple[HostArray, float]:
+    x, skipped = draw()
+    return _host(sampler, x), skipped * share
+
+
+def _host(sampler: Sampler, x: Array) -> HostArray:
+    return sampler.backend.to_host(x)
+
+
+def _measured(
+    entries: Sequence[Entry], prompts: HostArray, rounds: int, tick: Callable[[], None]
+) -> Iterator[DiffusionTiming]:
+    results = []
+    for entry in entries:
+        results.append(entry.run())  # compiles, too
+        tick()
+    order = list(entries)
+    shuffle = random.Random(0).shuffle  # noqa: S311 - an order of turns, no secret
+    with no_collection():
+        for _ in range(rounds):
+            shuffle(order)
+            for entry in order:
+                entry.turn()
+            tick()
+    exact = {e.place: x for e, (x, _) in zip(entries, results, strict=True) if e.family == UNCACHED}
+    for entry, (x, skipped) in zip(entries, results, strict=True):
+        yield DiffusionTiming(
+            entry.place,
+            entry.family,
+            entry.setting,
+            skipped,
+            error=relative_error(x, exact[entry.place]),
+            quality=float(np.mean(distance(x, prompts))),
+            rounds_us=four_digits(entry.us),
+        )
+
+
+def relative_error(found: HostArray, exact: HostArray) -> float:
+    """Length of the difference over that of the exact samples."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))

@@ -1,0 +1,1 @@
+"""The raw calls of each framework that the caches are measured against."""

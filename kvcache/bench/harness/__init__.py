@@ -1,0 +1,1 @@
+"""Parts of every benchmark: contestants, interleaved timing, reports, tables, figures."""

@@ -1,0 +1,1 @@
+"""The cost of planning a pass on the host."""

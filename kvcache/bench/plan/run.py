@@ -1,0 +1,138 @@
+"""What it costs on the host to plan a pass: which cells it writes and reads, who sees what.
+
+The cache is on NumPy and has no layers to speak of, so that nothing but planning is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import numpy as np
+
+from kvcache.bench.harness.contest import Contestant
+from kvcache.bench.harness.report import library_versions, this_machine
+from kvcache.bench.harness.timing import Blocks, Progress, interleave, ticks
+from kvcache.pool.base import check_sizes
+from kvcache.pool.batch import Batch
+from kvcache.pool.causal import CausalCache
+
+from .report import LOADS, Load, PlanReport, PlanTiming
+
+ROUNDS = 101
+WINDOW = 1024
+LARGER = 10
+"""How many times as many cells the large pools have."""
+MAX_STEPS = 64
+_PROMPT = 2048
+"""Tokens of one pass while a pool is filled."""
+
+
+def run_plan(
+    loads: Sequence[Load] = LOADS,
+    window: int = WINDOW,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> PlanReport:
+    """Measure ``Batch`` and ``start_forward`` of passes that decode a token of every sequence.
+
+    Each load is planned with and without a sliding window, with and without the dense mask, and
+    in a pool of ten times as many cells. All of one load take turns in every round.
+
+    Raises: ValueError; nothing was measured then.
+    """
+    check_sizes(window=window, rounds=rounds)
+    for load in loads:
+        check_sizes(sequences=load.sequences, used=load.used)
+        if not load.used <= load.capacity:
+            raise ValueError(f"used must be <= capacity; got {load.used} > {load.capacity}.")
+        if not window < load.used:
+            raise ValueError(
+                "a window must be shorter than what is used, so that every token drops another; "
+                f"got {window} for {load.used}."
+            )
+    timings: list[PlanTiming] = []
+    for done, load in enumerate(loads):
+        tick = ticks(progress, done, len(loads), rounds, load.label)
+        timings += _measured(load, window, rounds, tick)
+    return PlanReport(rounds, this_machine(), library_versions(), tuple(timings))
+
+
+def _measured(
+    load: Load, window: int, rounds: int, tick: Callable[[], None]
+) -> Iterator[PlanTiming]:
+    servers = [Server(load, *how) for how in product((None, window), (1, LARGER))]
+    planners = list(product(servers, (False, True)))
+    limit = max(1, min(MAX_STEPS, load.used // 2))
+    contestants = [(server.contestant(mask), limit) for server, mask in planners]
+    found = interleave(contestants, rounds, lambda: None, tick)
+    for (server, mask), blocks in zip(planners, found, strict=True):
+        yield server.timing(mask, blocks)
+
+
+class Server:
+    """Sequences of a cache that are decoded together; the rest of a larger pool stays empty.
+
+    Without a window, rewinding removes what a block has added. With one, the sequences are longer
+    than it, so that every token drops another, and they just go on.
+    """
+
+    def __init__(self, load: Load, window: int | None, pool: int) -> None:
+        self.load, self.window, self.pool = load, window, pool
+        self.cache = CausalCache(window)
+        self.cache.init(
+            "numpy",
+            "int8",
+            max_sequences=load.sequences * pool,
+            capacity=load.capacity,
+            max_batch=max(_PROMPT, load.sequences),
+        )
+        self.sequences = list(range(load.sequences))
+        self.position = load.used
+        self._fill()
+
+    def _fill(self) -> None:
+        for sequence, start in product(self.sequences, range(0, self.load.used, _PROMPT)):
+            positions = range(start, min(self.load.used, start + _PROMPT))
+            self.cache.start_forward(Batch(positions, [sequence] * len(positions)))
+        # One layer, one head, one dimension: `get` makes masks only where something was put.
+        self.cache.put(np.zeros((1, len(positions), 1), np.int8))
+
+    def contestant(self, mask: bool) -> Contestant:
+        """Steps of this server, as a contest wants them."""
+        name = "with mask" if mask else "without mask"
+        return Contestant(name, self.plan_and_mask if mask else self.plan, self.rewind)
+
+    def plan(self, steps: int) -> None:
+        """Plan so many passes."""
+        start_forward, sequences = self.cache.start_forward, self.sequences
+        for position in range(self.position, self.position + steps):
+            start_forward(Batch([position] * len(sequences), sequences))
+        self.position += steps
+
+    def plan_and_mask(self, steps: int) -> None:
+        """The same, and make the mask that the layers of each pass share."""
+        for _ in range(steps):
+            self.plan(1)
+            self.cache.get()
+
+    def rewind(self, steps: int) -> None:
+        """Go back, where that is possible."""
+        if self.window is None:
+            self.position -= steps
+            for sequence in self.sequences:
+                self.cache.remove(sequence, self.position)
+
+    def timing(self, mask: bool, blocks: Blocks) -> PlanTiming:
+        """What was measured of the planner with or without mask."""
+        load = self.load
+        return PlanTiming(
+            load.sequences,
+            load.capacity,
+            load.used,
+            self.window,
+            self.pool,
+            mask,
+            blocks.steps,
+            blocks.rounds_us,
+        )

@@ -1,0 +1,1 @@
+"""The cost of the cache in a decode step of all layers."""

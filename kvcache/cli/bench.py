@@ -1,0 +1,235 @@
+"""The command line of the benchmarks: ``kvcache bench append | diffusion | plan | ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvcache.bench import (
+    installed_backends,
+    run_append,
+    run_diffusion,
+    run_plan,
+    run_prefix,
+    run_step,
+    toy_model,
+)
+from kvcache.bench.diffusion.run import FEWEST_STEPS, SAMPLES, STEPS
+from kvcache.bench.diffusion.run import ROUNDS as DIFFUSION_ROUNDS
+from kvcache.bench.harness import timing
+from kvcache.bench.harness.report import Report
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure ours against others, in one run.")
+
+Backends = Annotated[
+    str, typer.Option(help="Comma-separated, devices too; default: all installed.")
+]
+Dtypes = Annotated[str, typer.Option(help="Comma-separated.")]
+Heads = Annotated[int, typer.Option(help="Key and value heads.")]
+HeadDim = Annotated[int, typer.Option(help="Dimensions of a head.")]
+Rounds = Annotated[int, typer.Option(help="How often all take turns.")]
+Json = Annotated[Path | None, typer.Option(help="Write everything measured here.")]
+
+
+@bench_app.command()
+def append(
+    backends: Backends = "",
+    dtypes: Dtypes = "float32,bfloat16",
+    capacities: Annotated[
+        str, typer.Option(help="Tokens held, comma-separated.")
+    ] = "1024,8192,32768",
+    batch: Annotated[int, typer.Option(help="Streams per layer.")] = 1,
+    heads: Heads = 8,
+    head_dim: HeadDim = 128,
+    rounds: Rounds = 101,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw cost over capacity here.")] = None,
+) -> None:
+    """Measure what appending one token to K and V costs, at several capacities.
+
+    Ours (a backend's slice_update, KVCache.update, RotatingKVCache.update), the raw framework
+    call, memmove of the same bytes, and, if installed, the caches of transformers and mlx-lm:
+    interleaved in one run, medians. Example:
+
+    [bold]kvcache bench append --backends torch,jax --plot append.png[/]
+    """
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
+    with _bar() as progress:
+        report = run_append(
+            _list(backends) or installed_backends(),
+            _list(dtypes),
+            _numbers(capacities),
+            batch,
+            heads,
+            head_dim,
+            rounds,
+            progress,
+        )
+    _show(report, json)
+    if plot is not None:
+        report.plot(plot)
+
+
+@bench_app.command()
+def diffusion(
+    backends: Backends = "",
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=FEWEST_STEPS)] = STEPS,
+    samples: Annotated[int, typer.Option(help="Drawn together.")] = SAMPLES,
+    rounds: Annotated[int, typer.Option(help="How often all take turns.")] = DIFFUSION_ROUNDS,
+    model: Annotated[
+        Path | None, typer.Option(help="Read the model from here if it is there, else keep it.")
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Beside the caches of diffusers, on a FLUX.")] = True,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw error over time saved here.")] = None,
+) -> None:
+    """Measure what caches across denoising steps save, and how far the samples are off.
+
+    Every policy and predictor, from careful to careless, on a small diffusion transformer that
+    torch trains on toy shapes first, for half a minute; and beside the caches of diffusers on a
+    small FLUX of random weights, if diffusers is installed. Example:
+
+    [bold]kvcache bench diffusion --backends torch,jax --model toy.safetensors --plot it.png[/]
+    """
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
+    if find_spec("torch") is None and not (model and model.exists()):
+        raise typer.BadParameter(
+            "training the model needs torch. pip install 'kvcache[torch]', or give a --model "
+            "that was kept elsewhere"
+        )
+    with _bar() as progress:
+        report = run_diffusion(
+            toy_model(model, progress),
+            _list(backends) or installed_backends(),
+            steps,
+            samples,
+            rounds,
+            peers=peers,
+            progress=progress,
+        )
+    _show(report, json)
+    if plot is not None:
+        report.plot(plot)
+
+
+@bench_app.command()
+def plan(
+    window: Annotated[int, typer.Option(help="Tokens of the sliding window, under 1,500.")] = 1024,
+    rounds: Rounds = 101,
+    json: Json = None,
+) -> None:
+    """Measure what it costs on the host to plan a decode step of 1, 64 and 256 sequences.
+
+    Which cells the new tokens get, which old ones a window drops, and, in the columns with mask,
+    who sees what: everything that happens before the first layer. It must not cost more in a pool
+    of ten times as many cells. No framework takes part. Example:
+
+    [bold]kvcache bench plan --window 512 --json plan.json[/]
+    """
+    with _bar() as progress:
+        report = run_plan(window=window, rounds=rounds, progress=progress)
+    _show(report, json)
+
+
+@bench_app.command()
+def prefix(
+    users: Annotated[int, typer.Option(help="Sequences for each of 20 shared prompts.")] = 100,
+    spans: Annotated[int, typer.Option(help="Spans of which half are evicted.")] = 100_000,
+    rounds: Rounds = 101,
+    json: Json = None,
+) -> None:
+    """Measure what it costs to find what a request has in common with others, and to evict.
+
+    Sequences of 2,048 tokens, half of which are a prompt that others begin with, too: found in
+    and added to a radix tree, and the index of spans on it. A query that leaves the tree early
+    must not cost more if it is longer, and no policy may pause for 5 ms. Example:
+
+    [bold]kvcache bench prefix --rounds 31 --json prefix.json[/]
+    """
+    with _bar() as progress:
+        report = run_prefix(users=users, spans=spans, rounds=rounds, progress=progress)
+    _show(report, json)
+
+
+@bench_app.command()
+def step(
+    backends: Backends = "",
+    dtypes: Dtypes = "float32,bfloat16",
+    batches: Annotated[
+        str, typer.Option(help="Sequences that decode together, comma-separated.")
+    ] = "1,8",
+    tokens: Annotated[int, typer.Option(help="Tokens that they hold in all.")] = 8192,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 32,
+    heads: Heads = 8,
+    head_dim: HeadDim = 128,
+    rounds: Rounds = 101,
+    program: Annotated[
+        bool,
+        typer.Option("--program", help="With attention, compiled: with and without the write."),
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Measure what a CausalCache costs in one decode step of a whole model.
+
+    start_forward, then put and get in all layers, mask included, beside the raw framework calls:
+    a slice of K and of V written and a view of each taken per layer. Raw plans nothing and has no
+    mask; its sequences are of equal length. Each of them holds 2 GiB of float32. Example:
+
+    [bold]kvcache bench step --backends torch --batches 1,4,16 --layers 16[/]
+    """
+    with _bar() as progress:
+        report = run_step(
+            _list(backends) or installed_backends(),
+            _list(dtypes),
+            _numbers(batches),
+            tokens,
+            layers,
+            heads,
+            head_dim,
+            rounds,
+            progress,
+            program,
+        )
+    _show(report, json)
+
+
+@contextmanager
+def _bar() -> Iterator[timing.Progress]:
+    """A bar on standard error, and what moves it."""
+    notes = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # A thread that refreshes the bar would take its time from what is measured.
+    with Progress(
+        *columns,
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+        auto_refresh=False,
+    ) as bar:
+        task = bar.add_task("Preparing", total=None)
+        yield lambda done, total, label: bar.update(
+            task, completed=done, total=total, description=label, refresh=True
+        )
+
+
+def _show(report: Report, json: Path | None) -> None:
+    Console().print(report.to_table())
+    if json is not None:
+        report.to_json(json)
+
+
+def _list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(item) for item in _list(text)]

@@ -1,0 +1,146 @@
+"""``kvcache chat``: a conversation in which nothing is computed twice."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+import kvcache
+
+from .console import BackendName, notes
+from .generate import load_model
+
+if TYPE_CHECKING:
+    from kvcache.reference.llama.chat import Chat, Conversation, Turn
+    from kvcache.reference.llama.tokenizer import Tokenizer
+
+
+class ChatCache(StrEnum):
+    """Which cache a chat uses."""
+
+    kv = "kv"
+    rotating = "rotating"
+    pool = "pool"
+
+
+def chat(
+    backend: BackendName = "numpy",
+    cache: Annotated[
+        ChatCache,
+        typer.Option(
+            help="kv: every token, layer by layer. rotating: a bounded number. "
+            "pool: one cache for all sequences, where a hit copies nothing."
+        ),
+    ] = ChatCache.kv,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer, at most.")
+    ] = 128,
+    system: Annotated[str | None, typer.Option(help="What the model is told before all.")] = None,
+    max_size: Annotated[int, typer.Option(help="Rotating: tokens held, sinks included.")] = 1024,
+    keep: Annotated[int, typer.Option(help="Rotating: first tokens never dropped (sinks).")] = 4,
+    capacity: Annotated[int, typer.Option(help="Pool: tokens of the conversation.")] = 4096,
+    dtype: Annotated[
+        str, typer.Option(help="What the cache holds; the model computes in float32.")
+    ] = "float32",
+    budget: Annotated[
+        int, typer.Option(min=0, help="MiB that what was said may take, all turns together.")
+    ] = 1024,
+    policy: Annotated[
+        str, typer.Option(help="What goes first: lru, s3fifo, cost, gittins.")
+    ] = "lru",
+    compare: Annotated[
+        bool,
+        typer.Option(help="Measure the time to the first token without reuse, too."),
+    ] = True,
+    tree: Annotated[
+        Path | None, typer.Option(help="Draw the tree of what is stored to this SVG at the end.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A GGUF file of llama architecture; default: SmolLM2-135M-Instruct."),
+    ] = None,
+) -> None:
+    """Talk to a real model; every turn goes on from what the turns before have computed.
+
+    After each answer a line says how many tokens were reused, and how long the first token took
+    with and without that. One line of input is one turn; the end of the input, or /quit, ends it.
+
+    Many turns from a file: [bold]kvcache chat --backend torch --cache rotating < turns.txt[/]
+    """
+    where = kvcache.get_backend(backend)
+    where.dtype(dtype)
+    llama, tokenizer = load_model(model, where)
+    from kvcache.reference.llama.chat import Chat, Conversation
+
+    talk = Chat(
+        llama,
+        cache.value,
+        max_size=max_size,
+        keep=keep,
+        capacity=capacity,
+        dtype=dtype,
+        budget=budget << 20,
+        policy=policy,
+        eos_id=tokenizer.eos_id,
+        compare=compare,
+    )
+    conversation = Conversation(tokenizer, system)
+    turns = [_turn(talk, conversation, tokenizer, text, max_tokens) for text in _lines()]
+    notes.print(_summary(turns))
+    if tree is not None:
+        tree.write_text(talk.prefix.render(svg=True, decode=tokenizer.decode), encoding="utf-8")
+        notes.print(f"The tree is in {tree}.", highlight=False)
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, a line each, until there is no more or it is /quit."""
+    while True:
+        if sys.stdin.isatty():
+            notes.print("[bold]you>[/] ", end="")
+        line = sys.stdin.readline()
+        text = line.strip()
+        if not line or text == "/quit":
+            return
+        if text:
+            if not sys.stdin.isatty():
+                notes.print(f"[bold]you>[/] {text}", highlight=False)
+            yield text
+
+
+def _turn(
+    talk: Chat, conversation: Conversation, tokenizer: Tokenizer, text: str, max_tokens: int
+) -> Turn:
+    from kvcache.reference.llama.chat import Turn
+
+    turn, stream = Turn(conversation.ask(text)), tokenizer.stream()
+    for token in talk.reply(turn, max_tokens):
+        print(stream.push(token), end="", flush=True)
+    print(flush=True)
+    conversation.answer(turn.tokens)
+    notes.print(_described(turn), style="yellow", highlight=False, soft_wrap=True)
+    return turn
+
+
+def _described(turn: Turn) -> str:
+    line = (
+        f"{turn.reused} of {len(turn.prompt)} tokens reused, first token after {turn.seconds:.3f} s"
+    )
+    if turn.cold_seconds is not None:
+        ratio = turn.cold_seconds / turn.seconds
+        line += f"; without reuse {turn.cold_seconds:.3f} s, {ratio:.1f} times as long"
+    return line
+
+
+def _summary(turns: list[Turn]) -> Table:
+    table = Table("turn", "prompt", "reused", "first token", "without reuse", box=None)
+    for number, turn in enumerate(turns, 1):
+        cold = "" if turn.cold_seconds is None else f"{turn.cold_seconds:.3f} s"
+        row = [number, len(turn.prompt), turn.reused, f"{turn.seconds:.3f} s", cold]
+        table.add_row(*map(str, row))
+    return table

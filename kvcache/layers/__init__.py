@@ -1,0 +1,1 @@
+"""Per-layer caches: one stream of tokens, or a batch of equally long ones, per layer."""

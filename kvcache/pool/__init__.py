@@ -1,0 +1,1 @@
+"""Multi-sequence caches: the tokens of many sequences in one pool of cells."""

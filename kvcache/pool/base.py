@@ -1,0 +1,238 @@
+"""The contract between models, which put and get, and runners, which say what a pass holds."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from kvcache.backends import Backend, CacheConfig
+from kvcache.backends.base import Array
+from kvcache.errors import NotSupportedError
+from kvcache.snapshots.snapshot import Outline, Part, Snapshot, check_chain
+
+from .batch import Batch
+
+Commit: TypeAlias = Callable[[], None]
+"""A change that has been checked and cannot fail any more."""
+
+
+class Cache(ABC):
+    """Keys and values of many sequences, for all layers of a model.
+
+    The model says at construction what it needs and calls :meth:`set_layer`, :meth:`put` and
+    :meth:`get` for each layer. The runner calls the rest. Every change happens as a whole or
+    raises and changes nothing; a wrapper of several caches can promise that because each first
+    checks (the ``prepare_`` methods) and then commits.
+    """
+
+    @abstractmethod
+    def set_config(self, config: CacheConfig) -> None:
+        """Override what the backend would choose. By the model, before :meth:`init`."""
+
+    @abstractmethod
+    def init(
+        self,
+        backend: str | Backend,
+        dtype: str = "float32",
+        *,
+        max_sequences: int = 1,
+        capacity: int,
+        max_batch: int,
+    ) -> None:
+        """Size the cache. Memory is allocated when layers are first put.
+
+        capacity: tokens per sequence. max_batch: tokens of one forward pass, at most.
+        """
+
+    def start_forward(self, batch: Batch, reserve: bool = False) -> None:
+        """Find cells for the tokens of a pass; :meth:`put` and :meth:`get` then serve it.
+
+        reserve: lay out the largest pass instead, to allocate what it needs; stores nothing.
+
+        Raises: CacheFullError, ValueError; nothing has changed then.
+        """
+        with self.lock:
+            self.prepare_forward(batch, reserve)()
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Make `target` hold the first positions of `source`, those below `length`, only.
+
+        Cells are shared, not copied. ``source == target`` truncates.
+
+        Raises: ValueError for a source that holds nothing; nothing has changed then.
+        """
+        with self.lock:
+            self.prepare_copy_prefix(source, target, length)()
+
+    def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
+        """Forget positions ``[begin, end)`` of a sequence, to its end if `end` is None.
+
+        Later positions move down by ``end - begin``, and their keys are shifted.
+
+        Raises: ValueError, NotSupportedError without a shift, SharedCellsError where a cell
+            that would move belongs to another sequence too; nothing has changed then.
+        """
+        with self.lock:
+            self.prepare_remove(sequence, begin, end)()
+
+    # Snapshots.
+
+    @cached_property
+    def lock(self) -> threading.RLock:
+        """Held while the cache changes: sequences may come and go while a pass runs elsewhere."""
+        return threading.RLock()
+
+    def share_lock(self, lock: threading.RLock) -> None:
+        """Use `lock` instead, that of a cache which this one is a part of."""
+        vars(self)["lock"] = lock
+
+    def snapshot(self, sequence: int, start: int = 0, stop: int | None = None) -> Snapshot:
+        """What is held of positions ``[start, stop)`` of a sequence, resident if it can be.
+
+        stop: None for all. Between passes; nothing is copied.
+
+        Raises: ValueError, NotSupportedError for a cache that cannot.
+        """
+        with self.lock:
+            check_ids(self.max_sequences, sequence)
+            stop = self.next_position(sequence) if stop is None else stop
+            check_range(start, stop)
+            return Snapshot(start, stop, self.capture(sequence, start, stop))
+
+    def restore(self, sequence: int, *snapshots: Snapshot) -> None:
+        """Let an empty sequence hold what `snapshots` do, to go on where the last one stops.
+
+        Resident ones of this cache share their cells with it. The snapshots stay as they are.
+
+        Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError where it could not
+            go on there; nothing has changed then.
+        """
+        with self.lock:
+            check_ids(self.max_sequences, sequence)
+            stop = check_chain(snapshots, self.outline)
+            self.prepare_restore(sequence, [each.parts for each in snapshots], stop)()
+
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        """Let snapshots of a sequence hold what going on at `positions` needs, too.
+
+        It is kept when the passes that write there are over, even where a sliding window moves on
+        then; batches need not end there. Positions that are written already may be too late.
+        """
+        raise _cannot_snapshot(self)
+
+    @property
+    def max_sequences(self) -> int:
+        """Number of sequences it was sized for."""
+        raise _cannot_snapshot(self)
+
+    @property
+    def outline(self) -> Outline:
+        """Of its part of a snapshot: kind, what it needs to go on, dtype."""
+        raise _cannot_snapshot(self)
+
+    def next_position(self, sequence: int) -> int:
+        """One past the last position of a sequence, 0 if it is empty."""
+        raise _cannot_snapshot(self)
+
+    def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
+        """The parts of :meth:`snapshot`."""
+        raise _cannot_snapshot(self)
+
+    def prepare_restore(
+        self, sequence: int, parts: Sequence[Sequence[Part]], position: int
+    ) -> Commit:
+        """Check :meth:`restore` and return what carries it out. parts: of each snapshot."""
+        raise _cannot_snapshot(self)
+
+    @abstractmethod
+    def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
+        """Check :meth:`start_forward` and return what carries it out."""
+
+    @abstractmethod
+    def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
+        """Check :meth:`copy_prefix` and return what carries it out."""
+
+    @abstractmethod
+    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
+        """Check :meth:`remove` and return what carries it out."""
+
+    @abstractmethod
+    def set_layer(self, layer: int) -> None:
+        """Choose the layer that :meth:`put` and :meth:`get` are about."""
+
+    @abstractmethod
+    def put(self, keys: Array, values: Array | None = None) -> None:
+        """Store the keys and values of the pass's tokens, ``[kv_heads, tokens, head_dim]``."""
+
+    @abstractmethod
+    def get(self) -> tuple[Array, Array | None, Array | None]:
+        """Keys, values and mask of the history.
+
+        Keys and values are ``[kv_heads, history, head_dim]`` (layout ``"htd"``), valid until the
+        next put; the mask is ``[tokens, history]``.
+        """
+
+    def set_causal(self, except_: Sequence[int] = ()) -> None:
+        """Let these batch indices see tokens ahead of them (image tokens), for this pass."""
+        raise NotSupportedError(f"{type(self).__name__} knows no order of tokens to lift.")
+
+    @abstractmethod
+    def can_resume(self, sequence: int, position: int) -> bool:
+        """Whether all that a token at `position` may see is still stored."""
+
+    @abstractmethod
+    def to_backend(self, backend: str | Backend) -> Self:
+        """An independent cache on `backend` with the same options, sequences and tokens.
+
+        Bit for bit, laid out as :meth:`init` would there. This cache stays as it is. A pass does
+        not come along: start the next one. Before :meth:`init`, which names the backend, the
+        result is as uninitialised as this.
+
+        Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
+            BackendNotAvailableError.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free all memory. The cache is of no further use."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _cannot_snapshot(cache: Cache) -> NotSupportedError:
+    return NotSupportedError(f"{type(cache).__name__} offers no snapshots.")
+
+
+def check_ids(max_sequences: int, *ids: int) -> None:
+    """Raise ValueError unless every one of `ids` is that of a sequence."""
+    if not all(0 <= sequence < max_sequences for sequence in ids):
+        raise ValueError(
+            f"sequence ids must lie in [0, {max_sequences}), as many as max_sequences; "
+            f"got {', '.join(map(str, ids))}."
+        )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError unless all of these are at least one."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1; got {value}.")
+
+
+def check_range(begin: int, end: int | None) -> None:
+    """Raise ValueError unless ``[begin, end)`` is a range of positions."""
+    if begin < 0 or (end is not None and end < begin):
+        raise ValueError(f"a range must satisfy 0 <= begin <= end; got [{begin}, {end}).")

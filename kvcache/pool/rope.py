@@ -1,0 +1,85 @@
+"""Rotary positions of stored keys: what moves when the middle of a sequence is removed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.backends import backend_of
+from kvcache.backends.base import Array, Layout
+from kvcache.errors import ShapeError
+
+from .plan import TOKEN_AXIS
+
+Style: TypeAlias = Literal["half", "interleaved"]
+
+
+class RoPEShift:
+    """Rotates keys to new positions: the `shift` of a :class:`CausalCache` (RoFormer, 2104.09864).
+
+    ::
+
+        theta = 10_000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
+        cache = CausalCache(shift=RoPEShift(theta))
+
+    inverse_frequencies: radians per position of each pair of dimensions, as the model uses them
+        (scaled, where it scales: linear, NTK, Llama 3, YaRN). n of them rotate the first 2 n
+        dimensions of a head; others stay.
+    style: which dimensions are a pair: ``"half"``, i and i + n (Hugging Face, GPT-NeoX), or
+        ``"interleaved"``, 2 i and 2 i + 1 (GPT-J, GGUF).
+    layout: that of the cache's keys.
+
+    Computed in float32, whatever the keys are; angles on the host, in float64.
+    """
+
+    def __init__(
+        self,
+        inverse_frequencies: npt.ArrayLike,
+        style: Style = "half",
+        layout: Layout = "htd",
+    ) -> None:
+        self.inverse_frequencies = np.asarray(inverse_frequencies, np.float64)
+        if self.inverse_frequencies.ndim != 1 or not self.inverse_frequencies.size:
+            raise ShapeError(
+                "there is one inverse frequency for each pair of dimensions; got shape "
+                f"{self.inverse_frequencies.shape}."
+            )
+        if style not in get_args(Style):
+            raise ValueError(f"a style is one of {get_args(Style)}; got {style!r}.")
+        if layout not in TOKEN_AXIS:
+            raise ValueError(f"a layout is one of {tuple(TOKEN_AXIS)}; got {layout!r}.")
+        self.style = style
+        self.layout = layout
+
+    def __call__(self, layer: int, keys: Array, offsets: Array) -> Array:
+        """`keys`, of any layer, moved by `offsets` positions, int32 [tokens]."""
+        backend = backend_of(keys)
+        xp, rotated = backend.xp, 2 * self.inverse_frequencies.size
+        axes = [self.layout.index(name) for name in "htd"]
+        head_dim = keys.shape[axes[2]]
+        if rotated > head_dim:
+            raise ShapeError(
+                f"{rotated} dimensions rotate, but keys have a head_dim of {head_dim}."
+            )
+        angles = np.outer(backend.to_host(offsets), self.inverse_frequencies)
+        cos, sin = (backend.from_host(part(angles), "float32") for part in (np.cos, np.sin))
+        x = xp.astype(xp.permute_dims(keys, tuple(axes)), backend.dtype("float32"))
+        moved = self._rotated(xp, x[:, :, :rotated], cos, sin)
+        moved = xp.concat([moved, x[:, :, rotated:]], axis=-1) if rotated < head_dim else moved
+        back = tuple(int(axis) for axis in np.argsort(axes))
+        return xp.permute_dims(xp.astype(moved, keys.dtype), back)
+
+    def _rotated(self, xp: Any, x: Array, cos: Array, sin: Array) -> Array:
+        """`x` [heads, tokens, 2 n], each pair of it by its angle."""
+        n = cos.shape[-1]
+        if self.style == "half":
+            a, b = x[:, :, :n], x[:, :, n:]
+        else:
+            pairs = xp.reshape(x, (*x.shape[:2], n, 2))
+            a, b = pairs[:, :, :, 0], pairs[:, :, :, 1]
+        turned = [a * cos - b * sin, b * cos + a * sin]
+        if self.style == "half":
+            return xp.concat(turned, axis=-1)
+        return xp.reshape(xp.stack(turned, axis=-1), x.shape)

@@ -1,0 +1,1 @@
+"""Recorded requests replayed against a prefix cache, with any eviction policy."""

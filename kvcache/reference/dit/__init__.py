@@ -1,0 +1,1 @@
+"""A small diffusion transformer and the toy shapes that it draws."""

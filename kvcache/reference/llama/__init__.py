@@ -1,0 +1,1 @@
+"""A decoder of llama architecture: model, weights, tokenizer, generation, serving."""

@@ -1,0 +1,173 @@
+"""The llama decoder, written once over the array API.
+
+Everything that a framework computes goes through ``backend.xp``; what depends on positions
+(angles of rotation, masks without a cache) is computed on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.backends.base import Array, Backend, HostArray
+from kvcache.errors import BoundsError, ShapeError
+
+from .blocks import Blocks
+from .gguf import GGUFFile, LlamaConfig
+from .weights import Progress, Weights, load_weights
+
+__all__ = ["LayerCache", "Llama"]
+
+# Without a cache the sequence is padded to a multiple of this: its shapes then repeat, and a
+# framework that compiles for each shape does so once per block instead of once per token.
+BLOCK = 32
+
+
+class LayerCache(Protocol):
+    """What the decoder asks of the cache of one layer."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen so far, which is the absolute position of the next one."""
+
+    @property
+    def dtype(self) -> str | None:
+        """Name of the dtype it holds; None takes that of the first update."""
+
+    def update(self, keys: Array, values: Array, /) -> tuple[Array, Array]:
+        """Add [B, kv_heads, L, head_dim]; return all that is held, [B, kv_heads, n, head_dim]."""
+
+    def mask(self, tokens: int, window: int | None = None, /) -> Array | None:
+        """Which of the n columns the last `tokens` see: bool [tokens, n]; None for all of them."""
+
+
+class Llama:
+    """A llama decoder on one backend, computing in float32 whatever the caches hold."""
+
+    def __init__(self, config: LlamaConfig, weights: Weights, backend: Backend) -> None:
+        """`weights`: arrays of `backend`, as :func:`load_weights` makes them."""
+        self.config = config
+        self.weights = weights
+        self.backend = backend
+        self.blocks = blocks = Blocks(backend, config)
+        self._embed = backend.compile(blocks.embed)
+        self._project = backend.compile(blocks.project)
+        self._bias = backend.compile(blocks.bias)
+        self._attend = backend.compile(blocks.attend)
+        self._finish = backend.compile(blocks.finish)
+        self._logits = backend.compile(blocks.logits)
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile, backend: Backend, progress: Progress | None = None) -> Llama:
+        """Load the model in `file` onto `backend`.
+
+        progress: called with ``(bytes done, bytes in all)`` of the file after each tensor.
+
+        Raises: UnsupportedModelError, ModelFileError.
+        """
+        return cls(file.config, load_weights(file, backend.from_host, progress), backend)
+
+    def __call__(
+        self,
+        tokens: npt.ArrayLike,
+        caches: Sequence[LayerCache] | None = None,
+        *,
+        window: int | None = None,
+        last_only: bool = True,
+    ) -> Array:
+        """Logits after `tokens`: float32 [B, vocab] for the last one of each sequence.
+
+        tokens: host integers [B, L]. They continue what `caches` hold.
+        caches: one per layer, updated by this call; None computes from these tokens alone.
+        window: attend to so many tokens at most, the token itself included.
+        last_only: False returns the logits after every token, [B, L, vocab].
+
+        Raises: ShapeError, BoundsError, ValueError; the caches are untouched then.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"window must be >= 1 token; got {window}.")
+        if caches is not None:
+            self._check_caches(caches)
+        ids = self._checked(tokens)
+        length = ids.shape[1]
+        if caches is None:
+            caches = [_NoCache(self.backend)] * self.config.layers
+            ids = np.pad(ids, ((0, 0), (0, -length % BLOCK)))
+        x = self._run(ids, caches, window)
+        wanted = np.arange(length - 1 if last_only else 0, length, dtype=np.int32)
+        last = self.backend.xp.take(x, self.backend.from_host(wanted), axis=1)
+        logits = self._logits(self.weights.norm, self.weights.head, last)
+        return logits[:, 0, :] if last_only else logits
+
+    def _run(self, ids: HostArray, caches: Sequence[LayerCache], window: int | None) -> Array:
+        length = ids.shape[1]
+        start = caches[0].offset
+        cos, sin = self.angles(np.arange(start, start + length))
+        x = self._embed(self.weights.embedding, self.backend.from_host(ids))
+        bias = None
+        for i, (layer, cache) in enumerate(zip(self.weights.layers, caches, strict=True)):
+            q, k, v = self._project(layer, x, cos, sin)
+            k, v = self._through(cache, k, v)
+            if i == 0:
+                mask = cache.mask(length, window)
+                bias = None if mask is None else self._bias(mask)
+            x = self._finish(layer, x, self._attend(q, k, v, bias))
+        return x
+
+    def _checked(self, tokens: npt.ArrayLike) -> HostArray:
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise ShapeError(
+                "tokens must be integers of shape [batch, tokens], at least one each; "
+                f"got {ids.dtype} {ids.shape}."
+            )
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise BoundsError(
+                f"token ids must lie in [0, {self.config.vocab_size}); "
+                f"got {ids.min()} to {ids.max()}. Use the tokenizer of the same file."
+            )
+        return ids.astype(np.int32)
+
+    def _check_caches(self, caches: Sequence[LayerCache]) -> None:
+        # Positions and the mask are computed once, for all layers.
+        offsets = {cache.offset for cache in caches}
+        if len(caches) != self.config.layers or len(offsets) != 1:
+            raise ShapeError(
+                f"there must be one cache per layer, {self.config.layers}, all at one offset; "
+                f"got {len(caches)} at {sorted(offsets)}. Make them with make_caches."
+            )
+
+    def angles(self, positions: npt.ArrayLike) -> tuple[Array, Array]:
+        """Cosines and sines of absolute positions [L]: float32 [L, head_dim / 2] each."""
+        # In float64: a float32 angle is off by 1e-3 at position 10,000 already.
+        angles = np.outer(np.asarray(positions), self.weights.inverse_frequencies)
+        put = self.backend.from_host
+        return put(np.cos(angles), "float32"), put(np.sin(angles), "float32")
+
+    def _through(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
+        if cache.dtype in (None, "float32"):
+            return cache.update(k, v)
+        cast = self.backend.xp.astype
+        stored, computed = self.backend.dtype(cache.dtype), self.backend.dtype("float32")
+        k, v = cache.update(cast(k, stored), cast(v, stored))
+        return cast(k, computed), cast(v, computed)
+
+
+class _NoCache:
+    """Stands where a cache would: keeps nothing, sees what the call brings."""
+
+    offset = 0
+    dtype = None
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        return keys, values
+
+    def mask(self, tokens: int, window: int | None = None) -> Array:
+        behind = np.subtract.outer(np.arange(tokens), np.arange(tokens))
+        return self.backend.from_host((behind >= 0) & (behind < (window or tokens)))

@@ -1,0 +1,187 @@
+"""Byte-level BPE from the vocabulary inside a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from kvcache.errors import ModelFileError, UnsupportedModelError
+
+from .gguf import GGUFFile
+
+try:
+    import jinja2
+    import tokenizers
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+except ImportError as error:
+    raise ImportError(
+        f"tokenizing needs {error.name}. pip install 'kvcache[demo]'", name=error.name
+    ) from error
+
+__all__ = ["TextStream", "Tokenizer"]
+
+_CONTROL, _USER_DEFINED = 3, 4
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back, as the model in a GGUF file was trained.
+
+    bos_id: token that the file wants in front of every prompt, or None.
+    eos_id: token that ends an answer, or None.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """`metadata`: that of a :class:`~kvcache.reference.llama.gguf.GGUFFile`.
+
+        Raises: UnsupportedModelError for another algorithm than byte-level BPE, or for rules
+            of splitting words that are not known here; ModelFileError without a vocabulary.
+        """
+        vocabulary = _Vocabulary(metadata)
+        self.eos_id: int | None = vocabulary.get("eos_token_id")
+        adds_bos = vocabulary.get("add_bos_token", vocabulary.pre == "llama-bpe")
+        self.bos_id: int | None = vocabulary.get("bos_token_id") if adds_bos else None
+        self._template: str | None = metadata.get("tokenizer.chat_template")
+        self._names = {f"{key}_token": vocabulary.name(f"{key}_token_id") for key in ("bos", "eos")}
+        self._bpe = vocabulary.build()
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
+        """The tokenizer of an open model file. Raises what the constructor raises."""
+        return cls(file.metadata)
+
+    def encode(self, text: str, special: bool = False, bos: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        special: read ``<|im_start|>`` and its like as the tokens they name; otherwise they
+            are ordinary characters, so that a user's text cannot pose as a turn of its own.
+        bos: put the beginning-of-text token in front, if the file wants one.
+        """
+        self._bpe.encode_special_tokens = not special
+        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens included; incomplete UTF-8 becomes U+FFFD."""
+        return str(self._bpe.decode(list(ids), skip_special_tokens=False))
+
+    def stream(self) -> TextStream:
+        """A decoder that takes tokens one at a time."""
+        return TextStream(self._bpe)
+
+    def apply_chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the file's own chat template, ready for the answer.
+
+        messages: ``[{"role": "user", "content": "..."}, ...]``, or the text of one user turn.
+
+        Raises: UnsupportedModelError if the file has no template, or one that cannot be used.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.encode(self.render_chat(messages), special=True)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Text of a conversation in the file's own chat template, as :meth:`apply_chat` reads it.
+
+        Raises: as :meth:`apply_chat`.
+        """
+        if self._template is None:
+            raise UnsupportedModelError(
+                "a chat needs a GGUF file with tokenizer.chat_template; this one has none. "
+                "Use plain completion, or an instruction-tuned model."
+            )
+        # A template is a program that came with the file: it runs in a sandbox.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            template = environment.from_string(self._template)
+            return template.render(messages=messages, add_generation_prompt=True, **self._names)
+        except jinja2.TemplateError as error:
+            raise UnsupportedModelError(
+                f"a chat template must be plain Jinja; this one fails: {error}. "
+                "Use plain completion, or another GGUF file."
+            ) from error
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back what is not complete UTF-8 yet."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer) -> None:
+        self._bpe = bpe
+        self._stream = decoders.DecodeStream(skip_special_tokens=False)
+
+    def push(self, token_id: int) -> str:
+        """Text that `token_id` completes, possibly ``""``."""
+        return self._stream.step(self._bpe, token_id) or ""
+
+
+class _Vocabulary:
+    """The ``tokenizer.ggml.*`` keys of a file's metadata."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+        if self.get("model") != "gpt2":
+            raise UnsupportedModelError(
+                "the reference tokenizer does byte-level BPE (tokenizer.ggml.model 'gpt2'); "
+                f"got {self.get('model')!r}. Use another GGUF file, for example of SmolLM2."
+            )
+        self.pre = str(self.get("pre"))
+        self.splitter = _splitter(self.pre)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    def name(self, key: str) -> str:
+        token_id = self.get(key)
+        return "" if token_id is None else str(self._list("tokens")[token_id])
+
+    def build(self) -> tokenizers.Tokenizer:
+        ids = {token: i for i, token in enumerate(self._list("tokens"))}
+        merges = [
+            (left, right) for left, _, right in (m.partition(" ") for m in self._list("merges"))
+        ]
+        # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
+        model = models.BPE(ids, merges, ignore_merges=self.pre == "llama-bpe")
+        bpe = tokenizers.Tokenizer(model)
+        bpe.pre_tokenizer = self.splitter
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_tokens(self._added(_USER_DEFINED))
+        bpe.add_special_tokens(self._added(_CONTROL))
+        return bpe
+
+    def _added(self, kind: int) -> list[AddedToken]:
+        pairs = zip(self._list("tokens"), self.get("token_type", ()), strict=False)
+        special = kind == _CONTROL
+        return [AddedToken(t, normalized=False, special=special) for t, k in pairs if k == kind]
+
+    def _list(self, key: str) -> Sequence[str]:
+        found = self.get(key)
+        if not isinstance(found, list):
+            raise ModelFileError(
+                f"the model file has no vocabulary: tokenizer.ggml.{key} is missing."
+            )
+        return found
+
+
+def _splitter(pre: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut into words before byte pairs are merged."""
+    match pre:
+        case "smollm":
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            return pre_tokenizers.Sequence([digits, _byte_level(words=True)])
+        case "gpt-2" | "gpt2":
+            return _byte_level(words=True)
+        case "llama-bpe":
+            words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+            return pre_tokenizers.Sequence([words, _byte_level(words=False)])
+    raise UnsupportedModelError(
+        "the reference tokenizer splits words as 'gpt-2', 'llama-bpe' and 'smollm' do "
+        f"(tokenizer.ggml.pre); got {pre!r}. Use another GGUF file, for example of SmolLM2."
+    )
+
+
+def _byte_level(words: bool) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)

@@ -1,0 +1,1 @@
+"""Whisper, an encoder-decoder: recordings in, text out."""

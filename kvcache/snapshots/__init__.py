@@ -1,0 +1,1 @@
+"""State taken out of a cache, kept, and put back, also through files."""

@@ -1,0 +1,356 @@
+"""What every backend must do, as plain functions: ``check(backend, dtype)`` raises or returns.
+
+Expected values are computed with NumPy on the host. Nothing here needs pytest, so that the
+suite runs on a user's hardware from the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvcache.backends import backend_of
+from kvcache.backends.base import HOST_DTYPES, Array, Backend
+from kvcache.errors import BoundsError, DTypeError, KVCacheError, ShapeError
+
+from .coded import TOKENS, bits, coded, same
+
+SHAPE = (2, 3, 10, 4)
+AXES = range(len(SHAPE))
+# What the reference models and users' code above the caches may count on in `xp`.
+NAMESPACE = (
+    "abs add arange argmax asarray astype bool broadcast_to concat cos divide equal exp "
+    "expand_dims float32 full greater int32 isfinite less log matmul max maximum mean min minimum "
+    "multiply negative ones permute_dims pow reshape result_type sin sqrt squeeze stack subtract "
+    "sum take tanh where zeros zeros_like"
+).split()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule of the contract, for one dtype."""
+
+    name: str
+    dtype: str
+    run: Callable[[Backend, str], None]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}"
+
+
+_CHECKS: list[Callable[[Backend, str], None]] = []
+
+
+def check(function: Callable[[Backend, str], None]) -> Callable[[Backend, str], None]:
+    """Add `function` to the suite."""
+    _CHECKS.append(function)
+    return function
+
+
+def all_checks() -> Iterator[Check]:
+    """Every check for every dtype that kvcache speaks."""
+    for function in _CHECKS:
+        for dtype in HOST_DTYPES:
+            yield Check(function.__name__, dtype, function)
+
+
+@contextmanager
+def refuses(error: type[KVCacheError], *words: str) -> Iterator[None]:
+    """Pass if the block raises `error` with all `words` in its message."""
+    try:
+        yield
+    except error as caught:
+        missing = [word for word in words if word not in str(caught)]
+        if missing:
+            raise AssertionError(f"message lacks {missing}: {caught}") from caught
+    else:
+        raise AssertionError(f"{error.__name__} was not raised")
+
+
+def _filled(backend: Backend, dtype: str) -> Array:
+    return backend.from_host(coded(SHAPE, dtype))
+
+
+def _others(backend: Backend, dtype: str) -> list[str]:
+    return [name for name in backend.dtypes if name != dtype]
+
+
+def _resized(axis: int, length: int) -> tuple[int, ...]:
+    return (*SHAPE[:axis], length, *SHAPE[axis + 1 :])
+
+
+def _at(axis: int, key: Any) -> Any:
+    return (*(slice(None),) * axis, key)
+
+
+# Host.
+
+
+@check
+def host_round_trip(backend: Backend, dtype: str) -> None:
+    """from_host and to_host keep every bit, NaN payloads included."""
+    host = HOST_DTYPES[dtype]
+    if dtype == "bool":
+        everything = np.array([False, True])
+    elif host.itemsize <= 2:
+        everything = np.arange(2 ** (8 * host.itemsize), dtype=f"u{host.itemsize}").view(host)
+    else:
+        everything = np.arange(0, 2**32, 65537, dtype=np.uint32).view(host)
+    same(backend.to_host(backend.from_host(everything)), everything)
+
+
+@check
+def host_copies_are_independent(backend: Backend, dtype: str) -> None:
+    """Neither direction shares memory with the caller."""
+    source, expected = coded(SHAPE, dtype), coded(SHAPE, dtype)
+    array = backend.from_host(source)
+    bits(source)[:] = 1
+    same(backend.to_host(array), expected)
+    out = backend.to_host(array)
+    if not out.flags.writeable:
+        raise AssertionError("to_host must return an array that its caller may write")
+    bits(out)[:] = 1
+    same(backend.to_host(array), expected)
+
+
+@check
+def host_cast(backend: Backend, dtype: str) -> None:
+    """from_host casts as NumPy does when another dtype is asked for."""
+    numbers = np.arange(8, dtype=np.float64)
+    same(backend.to_host(backend.from_host(numbers, dtype)), numbers.astype(HOST_DTYPES[dtype]))
+
+
+@check
+def dtype_is_named(backend: Backend, dtype: str) -> None:
+    """dtype_name inverts dtype, and backend_of finds the owner."""
+    array = backend.alloc((1,), dtype)
+    assert backend.dtype_name(array) == dtype, backend.dtype_name(array)
+    assert backend_of(array).name == backend.name, backend_of(array).name
+
+
+# Buffers.
+
+
+@check
+def alloc_is_zero_and_unshared(backend: Backend, dtype: str) -> None:
+    """Buffers start as zeros, and writing one leaves the others alone."""
+    zeros = np.zeros(SHAPE, HOST_DTYPES[dtype])
+    first, second = backend.alloc(SHAPE, dtype), backend.alloc(SHAPE, dtype)
+    same(backend.to_host(first), zeros)
+    first = backend.slice_update(first, _filled(backend, dtype), 0, TOKENS)
+    same(backend.to_host(first), coded(SHAPE, dtype))
+    same(backend.to_host(second), zeros)
+
+
+@check
+def slice_update_writes_there_only(backend: Backend, dtype: str) -> None:
+    """On every axis, at the start, inside and at the end."""
+    for axis in AXES:
+        for tokens in (1, SHAPE[axis]):
+            update = coded(_resized(axis, tokens), dtype, first=500)
+            for start in {0, (SHAPE[axis] - tokens) // 2, SHAPE[axis] - tokens}:
+                expected = coded(SHAPE, dtype)
+                expected[_at(axis, slice(start, start + tokens))] = update
+                buffer = _filled(backend, dtype)
+                buffer = backend.slice_update(buffer, backend.from_host(update), start, axis)
+                same(backend.to_host(buffer), expected)
+
+
+@check
+def slice_update_leaves_the_update_alone(backend: Backend, dtype: str) -> None:
+    """The update stays the caller's: usable again, and not aliased by the buffer."""
+    update = backend.from_host(coded(_resized(TOKENS, 3), dtype, first=70))
+    one = backend.slice_update(_filled(backend, dtype), update, 0, TOKENS)
+    two = backend.slice_update(_filled(backend, dtype), update, 5, TOKENS)
+    one = backend.slice_update(one, _filled(backend, dtype), 0, TOKENS)
+    same(backend.to_host(update), coded(_resized(TOKENS, 3), dtype, first=70))
+    same(backend.to_host(two)[:, :, 5:8], coded(_resized(TOKENS, 3), dtype, first=70))
+    # One as large as the buffer might be taken for it.
+    whole = backend.from_host(coded(SHAPE, dtype, first=600))
+    three = backend.slice_update(_filled(backend, dtype), whole, 0, TOKENS)
+    backend.slice_update(three, update, 0, TOKENS)
+    same(backend.to_host(whole), coded(SHAPE, dtype, first=600))
+
+
+@check
+def slice_update_chains(backend: Backend, dtype: str) -> None:
+    """Token after token, as decoding writes them, without a sync in between."""
+    buffer = backend.alloc(_resized(TOKENS, 40), dtype)
+    for position in range(40):
+        token = backend.from_host(coded(_resized(TOKENS, 1), dtype, first=position))
+        buffer = backend.slice_update(buffer, token, position, TOKENS)
+    same(backend.to_host(buffer), coded(_resized(TOKENS, 40), dtype))
+
+
+@check
+def slice_update_refuses(backend: Backend, dtype: str) -> None:
+    """Out of bounds, misshapen or of another dtype: an error that changes nothing."""
+    buffer, length = _filled(backend, dtype), SHAPE[TOKENS]
+    update = backend.from_host(coded(_resized(TOKENS, 2), dtype, first=90))
+    for start in (-1, length - 1, length, 2**31):
+        with refuses(BoundsError, "start + tokens <= length", str(start)):
+            backend.slice_update(buffer, update, start, TOKENS)
+    for shape in ((1, *SHAPE[1:2], 1, SHAPE[3]), (*SHAPE[:2], 1, 1), SHAPE[1:], (1,)):
+        with refuses(ShapeError, str(shape)):
+            backend.slice_update(buffer, backend.alloc(shape, dtype), 0, TOKENS)
+    for other in _others(backend, dtype):
+        with refuses(DTypeError, "Cast it first"):
+            backend.slice_update(buffer, backend.alloc(SHAPE, other), 0, TOKENS)
+    same(backend.to_host(buffer), coded(SHAPE, dtype))
+
+
+@check
+def scatter_writes_rows(backend: Backend, dtype: str) -> None:
+    """Single rows, runs and any order, on every axis; an empty index writes nothing."""
+    for axis in AXES:
+        length = SHAPE[axis]
+        for index in (
+            [length - 1],
+            [0, length - 1],
+            list(range(length))[::-1],
+            list(range(length)),
+        ):
+            rows = coded(_resized(axis, len(index)), dtype, first=300)
+            expected = coded(SHAPE, dtype)
+            expected[_at(axis, index)] = rows
+            buffer = _filled(backend, dtype)
+            buffer = backend.scatter(buffer, backend.from_host(rows), np.array(index), axis)
+            same(backend.to_host(buffer), expected)
+    nothing = backend.slice(_filled(backend, dtype), 0, 0, TOKENS)
+    buffer = backend.scatter(_filled(backend, dtype), nothing, [], TOKENS)
+    same(backend.to_host(buffer), coded(SHAPE, dtype))
+
+
+@check
+def scatter_refuses(backend: Backend, dtype: str) -> None:
+    """Positions outside, rows that do not match: an error that changes nothing."""
+    buffer = _filled(backend, dtype)
+    rows = backend.from_host(coded(_resized(TOKENS, 2), dtype, first=90))
+    for index in ([0, SHAPE[TOKENS]], [-1, 0]):
+        with refuses(BoundsError, "positions must lie in"):
+            backend.scatter(buffer, rows, index, TOKENS)
+    with refuses(ShapeError, "one row per position"):
+        backend.scatter(buffer, rows, [1], TOKENS)
+    with refuses(ShapeError, "one dimension"):
+        backend.scatter(buffer, rows, [[0, 1]], TOKENS)
+    for other in _others(backend, dtype):
+        with refuses(DTypeError, "Cast it first"):
+            backend.scatter(buffer, backend.alloc(_resized(TOKENS, 2), other), [0, 1], TOKENS)
+    same(backend.to_host(buffer), coded(SHAPE, dtype))
+
+
+@check
+def gather_reads_rows(backend: Backend, dtype: str) -> None:
+    """In the order asked for, with repeats, on every axis; bounds are checked."""
+    for axis in AXES:
+        last = SHAPE[axis] - 1
+        for index in ([last], [last, 0, last], []):
+            rows = backend.gather(_filled(backend, dtype), np.array(index, np.int32), axis)
+            same(
+                backend.to_host(rows),
+                np.take(coded(SHAPE, dtype), index, axis).reshape(_resized(axis, len(index))),
+            )
+    for index in ([SHAPE[TOKENS]], [-1]):
+        with refuses(BoundsError, "positions must lie in"):
+            backend.gather(_filled(backend, dtype), index, TOKENS)
+
+
+@check
+def slice_reads_a_range(backend: Backend, dtype: str) -> None:
+    """On every axis, empty and whole ranges included; bounds are checked."""
+    for axis in AXES:
+        length = SHAPE[axis]
+        for start, stop in {(0, length), (1, length), (0, length - 1), (1, 1)}:
+            part = backend.slice(_filled(backend, dtype), start, stop, axis)
+            same(backend.to_host(part), coded(SHAPE, dtype)[_at(axis, slice(start, stop))])
+    for start, stop in ((-1, 2), (0, SHAPE[TOKENS] + 1), (3, 2)):
+        with refuses(BoundsError, "0 <= start <= stop <= length"):
+            backend.slice(_filled(backend, dtype), start, stop, TOKENS)
+
+
+@check
+def concat_joins(backend: Backend, dtype: str) -> None:
+    """One, two or three arrays, on every axis."""
+    for axis in AXES:
+        for count in (1, 2, 3):
+            parts = [coded(SHAPE, dtype, first=100 * i) for i in range(count)]
+            joined = backend.concat([backend.from_host(part) for part in parts], axis)
+            same(backend.to_host(joined), np.concatenate(parts, axis))
+
+
+# Ownership.
+
+
+@check
+def copies_outlive_their_source(backend: Backend, dtype: str) -> None:
+    """gather and concat share nothing with a buffer that is consumed afterwards."""
+    buffer = _filled(backend, dtype)
+    rows = backend.gather(buffer, list(range(SHAPE[TOKENS])), TOKENS)
+    whole = backend.concat([buffer], TOKENS)
+    update = backend.from_host(coded(SHAPE, dtype, first=800))
+    buffer = backend.slice_update(buffer, update, 0, TOKENS)
+    same(backend.to_host(rows), coded(SHAPE, dtype))
+    same(backend.to_host(whole), coded(SHAPE, dtype))
+    same(backend.to_host(buffer), coded(SHAPE, dtype, first=800))
+
+
+@check
+def free_spares_others(backend: Backend, dtype: str) -> None:
+    """Freeing one buffer leaves copies of it and other buffers alone."""
+    buffer, other = _filled(backend, dtype), _filled(backend, dtype)
+    copy = backend.concat([buffer], TOKENS)
+    backend.free(buffer)
+    backend.sync(copy, other)
+    same(backend.to_host(copy), coded(SHAPE, dtype))
+    same(backend.to_host(other), coded(SHAPE, dtype))
+
+
+# In programs.
+
+
+@check
+def conditions_choose(backend: Backend, dtype: str) -> None:
+    """traced_cond gives what the branch that a scalar chooses makes of its operands."""
+    first, second = (coded(SHAPE, dtype, first=start) for start in (0, 100))
+    given = backend.from_host(first), backend.from_host(second)
+    for chosen, expected in ((True, first), (False, second)):
+        condition = backend.from_host(np.asarray(chosen))
+        found, _ = backend.traced_cond(condition, lambda a, b: (a, b), lambda a, b: (b, a), *given)
+        same(backend.to_host(found), expected)
+
+
+@check
+def detached_is_the_same(backend: Backend, dtype: str) -> None:
+    """Without a graph of operations, an array has the values that it had."""
+    same(backend.to_host(backend.detached(_filled(backend, dtype))), coded(SHAPE, dtype))
+
+
+# Exchange and namespace.
+
+
+@check
+def dlpack_from_numpy(backend: Backend, dtype: str) -> None:
+    """A NumPy array crosses over with its value, wherever NumPy itself can export it."""
+    source = coded(SHAPE, dtype)
+    try:
+        source.__dlpack__()
+    except (BufferError, TypeError, RuntimeError):
+        return
+    same(backend.to_host(backend.from_dlpack(source)), source)
+
+
+@check
+def dlpack_from_itself(backend: Backend, dtype: str) -> None:
+    """An array of the backend stays what it is."""
+    same(backend.to_host(backend.from_dlpack(_filled(backend, dtype))), coded(SHAPE, dtype))
+
+
+@check
+def namespace_has_the_standard_names(backend: Backend, dtype: str) -> None:
+    """`xp` offers the array-API names that code above the caches is written in."""
+    missing = [name for name in NAMESPACE if not hasattr(backend.xp, name)]
+    assert not missing, f"xp lacks {', '.join(missing)}"

@@ -1,0 +1,40 @@
+"""Run the suite without pytest and say what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kvcache.backends.base import Backend
+from kvcache.testing import cache_checks  # noqa: F401 - importing it adds its checks
+
+from .backend_checks import Check, all_checks
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one check. `missing`: the backend declares that it lacks the dtype."""
+
+    check: Check
+    outcome: Literal["passed", "failed", "missing"]
+    reason: str = ""
+
+
+def suite() -> list[Check]:
+    """Every check of backends and of caches, for every dtype."""
+    return list(all_checks())
+
+
+def run_suite(backend: Backend) -> Iterator[Result]:
+    """Run every check on `backend`, one result at a time."""
+    for check in suite():
+        if check.dtype not in backend.dtypes:
+            yield Result(check, "missing", f"{backend.name} has no {check.dtype}")
+            continue
+        try:
+            check.run(backend, check.dtype)
+        except Exception as error:  # noqa: BLE001 - a report goes on whatever a backend raises
+            yield Result(check, "failed", f"{type(error).__name__}: {error}")
+        else:
+            yield Result(check, "passed")

@@ -1,0 +1,440 @@
+"""Snapshots of per-layer caches: a cache that is put back goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import kvcache
+from kvcache import Backend, KVCache, KVCacheError, RotatingKVCache, Snapshot, get_backend
+from kvcache.snapshots.snapshot import reach
+from kvcache.testing.coded import same
+
+from .oracle import SHAPE, Oracle, Shape, fingerprint, host_rows, oracle_for, push
+
+NUMPY = get_backend("numpy")
+DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+KINDS: dict[str, Any] = {
+    "kv": lambda **rest: KVCache(step=8, **rest),
+    "rotating": lambda **rest: RotatingKVCache(5, step=4, **rest),
+    "sinks": lambda **rest: RotatingKVCache(7, 2, step=4, **rest),
+    "one": lambda **rest: RotatingKVCache(1, **rest),
+}
+LAYERS = ("kv", "rotating", "sinks", "one")
+
+
+def installed() -> list[Backend]:
+    found = []
+    for spec in ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict"):
+        try:
+            found.append(get_backend(spec))
+        except ImportError:
+            continue
+    return found
+
+
+@pytest.fixture(params=installed(), ids=lambda backend: backend.name)
+def target(request: pytest.FixtureRequest) -> Backend:
+    """Each backend that is installed, in turn: the other end."""
+    found: Backend = request.param
+    return found
+
+
+def make(kind: str, backend: Backend = NUMPY, **options: Any) -> KVCache:
+    cache: KVCache = KINDS[kind](backend=backend, **options)
+    return cache
+
+
+def feed(cache: KVCache, tokens: int, shape: Shape = SHAPE) -> tuple[Any, Any]:
+    """The next tokens, whose bits tell their positions."""
+    backend: Any = cache.backend
+    keys, values = shape.keys(tokens, cache.offset), shape.values(tokens, cache.offset)
+    return cache.update(backend.from_host(keys), backend.from_host(values))
+
+
+def all_of(cache: KVCache, tokens: int) -> list[object]:
+    """What an update returns, columns of padding aside, with positions and mask."""
+    columns = host_rows(cache.backend, feed(cache, tokens))  # type: ignore[arg-type]
+    real = np.flatnonzero(cache.positions >= 0)
+    mask, backend = cache.mask(tokens), cache.backend
+    assert backend is not None
+    seen = np.ones((tokens, real.size), bool) if mask is None else backend.to_host(mask)[:, real]
+    return [cache.positions[real].tolist(), [columns[i] for i in real], seen.tolist()]
+
+
+def going_on(kind: str, backend: Backend, offset: int, dtype: str = "float32") -> KVCache:
+    """A cache that never stopped."""
+    cache = make(kind, backend)
+    for _ in range(offset):
+        feed(cache, 1, Shape(dtype=dtype))
+    return cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_is_put_back_returns_the_same_bits(backend: Backend, kind: str) -> None:
+    for offset in (1, 4, 5, 12):
+        cache, again = going_on(kind, backend, offset), make(kind, backend)
+        with cache.snapshot() as snapshot:
+            again.restore(snapshot)
+        for tokens in (3, 1, 1, 9, 1):
+            assert all_of(again, tokens) == all_of(cache, tokens)
+
+
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [3, 30, 7], [19, 21], [6, 1, 1, 32]], ids=str)
+@pytest.mark.parametrize("kind", ["rotating", "sinks", "one"])
+def test_what_is_scheduled_is_kept_wherever_updates_end(kind: str, chunks: list[int]) -> None:
+    places, cache = [1, 3, 7, 8, 19, 30, 39, 40], make(kind)
+    cache.schedule(places)
+    for tokens in chunks:
+        feed(cache, tokens)
+    rest = cache.snapshot()
+    for place in reversed(places):
+        assert reach([rest], place) == place
+        if place < rest.stop:
+            rest, end = rest.split(place)
+            end.close()
+        again = make(kind)
+        again.restore(rest)
+        assert all_of(again, 2) == all_of(going_on(kind, NUMPY, place), 2)
+
+
+def test_what_is_scheduled_outlasts_a_rollback_and_what_is_rejected_does_not() -> None:
+    cache = make("rotating")
+    cache.schedule([8, 14, 20])
+    feed(cache, 6)
+    cache.checkpoint()
+    bad = Shape(dtype="float32")
+    keys, values = bad.keys(10, 900), bad.values(10, 900)
+    cache.update(keys, values)
+    cache.rollback(0)
+    for _ in range(20):
+        feed(cache, 1)
+    taken = cache.snapshot()
+    for place in (20, 14, 8):
+        assert reach([taken], place) == place
+        taken = taken.split(place)[0]
+        again = make("rotating")
+        again.restore(taken)
+        assert all_of(again, 1) == all_of(going_on("rotating", NUMPY, place), 1)
+
+
+def test_a_snapshot_copies_nothing_until_its_slots_change() -> None:
+    for kind in LAYERS:
+        cache = make(kind)
+        feed(cache, 9)
+        snapshot = cache.snapshot()
+        per_token = 2 * (4 + 3) * 4
+        assert (snapshot.nbytes, snapshot.size, snapshot.resident) == (
+            0,
+            cache.len * per_token,
+            True,
+        )
+        feed(cache, 1)
+        assert snapshot.resident is (kind == "kv")
+        assert snapshot.nbytes == (0 if kind == "kv" else snapshot.size)
+    assert len(cache._spans.rows) == 0
+
+
+class LayersMachine(RuleBasedStateMachine):
+    """Caches of some layers, an oracle for each, and snapshots of all of them."""
+
+    backend = NUMPY
+
+    @initialize(
+        kinds=st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3),
+        tokens=st.integers(1, 12),
+    )
+    def make(self, kinds: list[str], tokens: int) -> None:
+        self.kinds = kinds
+        self.fresh()
+        self.taken: list[tuple[Snapshot, list[Oracle]]] = []
+        self.stamp = 0
+        self.push(tokens)
+        self.take(0)
+
+    def fresh(self) -> None:
+        self.caches = [make(kind, self.backend) for kind in self.kinds]
+        self.oracles = [oracle_for(cache) for cache in self.caches]
+        self.due: set[int] = set()
+        self.mark: list[Oracle] = []
+
+    @property
+    def offset(self) -> int:
+        return self.caches[0].offset
+
+    @rule(tokens=st.integers(1, 17))
+    def push(self, tokens: int) -> None:
+        for cache, oracle in zip(self.caches, self.oracles, strict=True):
+            push(cache, oracle, tokens, stamp=self.stamp)
+        self.stamp = (self.stamp + tokens) % 300
+
+    @rule(ahead=st.sets(st.integers(0, 20), max_size=4))
+    def schedule(self, ahead: set[int]) -> None:
+        places = {self.offset + each for each in ahead} - {0}
+        for cache in self.caches:
+            cache.schedule(sorted(places))
+        if not self.mark:
+            self.due |= places
+
+    @rule(tokens=st.integers(0, 4))
+    def trim(self, tokens: int) -> None:
+        if all(cache.can_trim(tokens) for cache in self.caches):
+            kvcache.trim(self.caches, tokens)
+            self.cut(self.offset)
+
+    def cut(self, offset: int) -> None:
+        for oracle in self.oracles:
+            oracle.cut(offset)
+        self.mark = []
+
+    @rule()
+    def checkpoint(self) -> None:
+        for cache in self.caches:
+            cache.checkpoint()
+        self.mark = [oracle.copy() for oracle in self.oracles]
+
+    @precondition(lambda self: self.mark)
+    @rule(data=st.data())
+    def rollback(self, data: Any) -> None:
+        accepted = data.draw(st.integers(0, self.offset - self.mark[0].offset))
+        offset = self.mark[0].offset + accepted
+        for cache in self.caches:
+            cache.rollback(accepted)
+        self.cut(offset)
+
+    @rule()
+    def reset(self) -> None:
+        for cache in self.caches:
+            cache.reset()
+        self.cut(0)
+        self.due = set()
+
+    @rule()
+    def lend_and_give_back(self) -> None:
+        if self.offset:
+            for cache in self.caches:
+                cache.give_back(cache.lend(3))
+            self.mark = []
+
+    @rule(part=st.integers(0, 9))
+    def take(self, part: int) -> None:
+        if not self.offset:
+            return
+        snapshot = kvcache.snapshot(self.caches)
+        for place in self.due:
+            assert place > self.offset or reach([snapshot], place) == place
+        self.taken.append((snapshot, [oracle.copy() for oracle in self.oracles]))
+        if len(self.taken) > 3:
+            self.taken.pop(part % 3)[0].close()
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def restore(self, data: Any) -> None:
+        snapshot, oracles = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
+        limit = data.draw(st.integers(1, snapshot.stop))
+        place = reach([snapshot], limit)
+        assert place or limit < snapshot.stop
+        if place and place < snapshot.stop:
+            parts = snapshot.split(place)
+            snapshot = parts[0]
+            parts[1].close()
+        if place:
+            self.put_back(snapshot, oracles, data.draw(st.booleans()))
+        snapshot.close()
+
+    def put_back(self, snapshot: Snapshot, oracles: list[Oracle], halve: bool) -> None:
+        self.refused(snapshot)
+        self.fresh()
+        halves = snapshot.split(snapshot.stop // 2) if halve and snapshot.stop > 1 else (snapshot,)
+        kvcache.restore(self.caches, *halves)
+        for half in halves:
+            half.close()
+        self.oracles = [oracle.copy() for oracle in oracles]
+        self.cut(snapshot.stop)
+        self.push(1)
+
+    def refused(self, snapshot: Snapshot) -> None:
+        if self.offset:
+            before = [fingerprint(cache) for cache in self.caches]
+            with pytest.raises(ValueError, match="empty caches"):
+                kvcache.restore(self.caches, snapshot)
+            assert [fingerprint(cache) for cache in self.caches] == before
+
+    @invariant()
+    def lends_to_those_that_stay(self) -> None:
+        for cache in getattr(self, "caches", ()):
+            spans = cache._spans
+            assert all(rows.home is spans for rows in spans.rows)
+
+    def teardown(self) -> None:
+        for snapshot, _ in getattr(self, "taken", ()):
+            snapshot.close()
+        for cache in getattr(self, "caches", ()):
+            early = cache._spans._early
+            assert set(cache._spans.rows) <= {early}
+
+
+SHARE = {"numpy": 100, "torch": 15, "array_api": 12, "mlx": 12, "jax": 2}
+"""Examples out of a hundred: what a backend's speed affords."""
+
+
+def test_any_sequence(backend: Backend) -> None:
+    machine = type("Machine", (LayersMachine,), {"backend": backend})
+    count = max(1, settings().max_examples * SHARE[backend.name] // 100)
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=count, stateful_step_count=25)
+    )
+
+
+# Other backends, and files.
+
+
+@pytest.mark.parametrize("kind", ["kv", "sinks"])
+def test_every_bit_crosses(backend: Backend, target: Backend, kind: str, tmp_path: Path) -> None:
+    for dtype in DTYPES:
+        if dtype not in backend.dtypes or dtype not in target.dtypes:
+            continue
+        cache = going_on(kind, backend, 11, dtype)
+        snapshot = cache.snapshot()
+        direct, loaded = make(kind, target), make(kind, target)
+        direct.restore(snapshot)
+        assert snapshot.resident
+        snapshot.save(tmp_path / "file")
+        loaded.restore(Snapshot.load(tmp_path / "file"))
+        for found in (direct, loaded):
+            assert (found.offset, found.dtype) == (11, dtype)
+            for one, other in zip(found.state, cache.state, strict=True):
+                width = cache.len
+                same(target.to_host(one)[:, :, :width], backend.to_host(other)[:, :, :width])
+
+
+def test_a_cache_that_names_no_backend_is_told_one() -> None:
+    with going_on("kv", NUMPY, 3).snapshot() as snapshot:
+        nowhere = KVCache()
+        with pytest.raises(ValueError, match="on a backend that they or the call name"):
+            nowhere.restore(snapshot)
+        nowhere.restore(snapshot, backend="numpy")
+        assert nowhere.offset == 3
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("make_other", "kind"),
+    [
+        (lambda: RotatingKVCache(6, backend="numpy"), "kinds, windows and dtype"),
+        (lambda: RotatingKVCache(5, 1, backend="numpy"), "kinds, windows and dtype"),
+        (lambda: KVCache("numpy"), "kinds, windows and dtype"),
+        (lambda: RotatingKVCache(5, backend="numpy", dtype="float16"), "dtype"),
+    ],
+)
+def test_other_caches_refuse(make_other: Any, kind: str) -> None:
+    other = make_other()
+    before = fingerprint(other)
+    with pytest.raises(kvcache.SnapshotMismatchError, match=kind):
+        other.restore(going_on("rotating", NUMPY, 9).snapshot())
+    assert fingerprint(other) == before
+
+
+def test_a_restore_that_fails_half_way_leaves_all_empty() -> None:
+    """float8 is nothing that the second cache's backend has."""
+    strict = [each for each in installed() if "bfloat16" not in each.dtypes]
+    if not strict:
+        pytest.skip("every backend here has bfloat16")
+    layers = [going_on("rotating", NUMPY, 9, "bfloat16") for _ in range(2)]
+    caches = [make("rotating"), make("rotating", strict[0])]
+    before = [fingerprint(cache) for cache in caches]
+    for cache in caches:
+        cache.schedule([12])
+    with pytest.raises(kvcache.DTypeError):
+        kvcache.restore(caches, kvcache.snapshot(layers))
+    assert [fingerprint(cache) for cache in caches] == before
+
+
+def test_where_it_cannot_go_on_it_says_where_it_can() -> None:
+    cache = make("rotating")
+    cache.schedule([7])
+    feed(cache, 30)
+    first, _ = cache.snapshot().split(20)
+    with pytest.raises(KVCacheError, match="last place to go on is 7"):
+        make("rotating").restore(first)
+    gap = going_on("rotating", NUMPY, 9).snapshot(3)
+    with pytest.raises(ValueError, match="follow each other from position 0"):
+        make("rotating").restore(gap)
+
+
+@pytest.mark.parametrize("span", [(0, 10), (3, 3), (-1, 4), (5, 3)])
+def test_spans_that_are_none(span: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="0 <= start < stop <= offset"):
+        going_on("kv", NUMPY, 9).snapshot(*span)
+
+
+def test_layers_at_different_positions_have_no_snapshot() -> None:
+    with pytest.raises(ValueError, match="the same in all caches"):
+        kvcache.snapshot([going_on("kv", NUMPY, 3), going_on("kv", NUMPY, 4)])
+
+
+def test_a_split_lies_inside_and_what_merges_meets() -> None:
+    snapshot = going_on("kv", NUMPY, 9).snapshot()
+    for at in (0, 9):
+        with pytest.raises(ValueError, match="is split inside"):
+            snapshot.split(at)
+    one, two = snapshot.split(4)
+    with pytest.raises(ValueError, match="merge meet"):
+        two.merge(one)
+    with (
+        going_on("rotating", NUMPY, 4).snapshot() as other,
+        pytest.raises(ValueError, match="same kinds"),
+    ):
+        other.merge(two)
+    assert "resident" in repr(one.merge(two))
+
+
+def filled(count: int = 3, **options: Any) -> KVCache:
+    cache = make("kv", **options)
+    push(cache, Oracle(), count)
+    return cache
+
+
+def test_what_snapshot_refuses() -> None:
+    one, two = filled(), filled(4)
+    rule = r"^a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
+    with pytest.raises(ValueError, match=rule + r"\[0, 4\) of 2 caches at \[3, 4\]\.$"):
+        kvcache.snapshot([one, two])
+    with pytest.raises(ValueError, match=rule + r"\[0, 3\) of 2 caches at \[3, 4\]\.$"):
+        kvcache.snapshot([one, two], 0, 3)
+    with pytest.raises(ValueError, match=rule + r"\[2, 2\) of 1 caches at \[3\]\.$"):
+        one.snapshot(2, 2)
+    with pytest.raises(ValueError, match=rule + r"\[0, None\) of 0 caches at \[\]\.$"):
+        kvcache.snapshot([])
+
+
+def test_what_restore_refuses() -> None:
+    taken = kvcache.snapshot([filled(), filled()])
+    rule = r"^what is restored goes to empty caches, on a backend that they or the call name; got "
+    one = r"<KVCache offset=3 len=3 on numpy:cpu>"
+    with pytest.raises(ValueError, match=rule + rf"{one}, {one}\. Use new ones\.$"):
+        kvcache.restore([filled(), filled()], taken)
+    with pytest.raises(ValueError, match=rule + r"<KVCache .* on the backend of its first array>"):
+        kvcache.restore([KVCache()], taken)
+    with pytest.raises(ValueError, match=r"follow each other from position 0; got \[\]\.$"):
+        kvcache.restore([make("kv")])
+    with pytest.raises(kvcache.SnapshotMismatchError, match="of the same kinds"):
+        kvcache.restore([make("kv")], taken)
+    assert [part.dtype for part in taken.parts] == ["float32", "float32"]
+    with pytest.raises(kvcache.SnapshotMismatchError, match="float16"):
+        kvcache.restore([make("kv", dtype="float16"), make("kv")], taken)
