@@ -21,7 +21,7 @@ from functools import cache
 
 from kvcache.errors import BackendNotAvailableError, UnknownBackendError
 
-from .base import Array, Backend, CacheConfig, roots
+from .base import Array, Backend, CacheConfig, root_modules
 
 __all__ = [
     "Backend",
@@ -115,7 +115,7 @@ def backend_of(array: Array) -> Backend:
         return _backend(name, _load(name).device_of(array))
     if hasattr(array, "__array_namespace__"):
         try:
-            return _backend("array_api", roots(type(array))[0])
+            return _backend("array_api", root_modules(type(array))[0])
         except BackendNotAvailableError:
             pass
     raise UnknownBackendError(
@@ -135,7 +135,7 @@ def backend_type(array: Array) -> type[Backend]:
 
 def _name_of(kind: type) -> str | None:
     """The backend for arrays of a type; None where only the array API may help."""
-    modules = roots(kind)
+    modules = root_modules(kind)
     for name, entry in _entries().items():
         if entry.framework in modules or _ALIASES.get(entry.framework) in modules:
             return name

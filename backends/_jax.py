@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from .base import HOST_DTYPES, WHOLE, Array, Backend, CacheConfig, HostArray
+from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, CacheConfig, HostArray
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -44,7 +44,7 @@ class JaxBackend(Backend):
     modules: ClassVar[tuple[str, ...]] = ("jax", "jaxlib")
     # A slice is a copy and each new length a new program: caches hand out whole buffers.
     config: ClassVar[CacheConfig] = CacheConfig(padding=256)
-    views: ClassVar[bool] = False
+    slices_are_views: ClassVar[bool] = False
     xp = jnp
 
     def __init__(self, device: str | None = None) -> None:
@@ -70,7 +70,7 @@ class JaxBackend(Backend):
     def _framework_dtypes(self) -> dict[str, Any]:
         return HOST_DTYPES
 
-    def signature(self, array: Array) -> tuple[Any, ...]:
+    def fast_key(self, array: Array) -> tuple[Any, ...]:
         # The sharding knows the device; asking for the device takes twenty times as long.
         return type(array), array.shape, array.dtype, array.sharding
 
@@ -102,7 +102,7 @@ class JaxBackend(Backend):
     def to_host(self, array: Array) -> HostArray:
         return np.array(array)
 
-    def adopt(self, array: Any) -> Array:
+    def import_dlpack(self, array: Any) -> Array:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
 
     def compile(
@@ -128,7 +128,7 @@ class JaxBackend(Backend):
             # XLA on CPU fuses a single write into the read behind it, and then has to copy the
             # whole buffer. Two writes are a loop to it, which it leaves alone.
             rows, index = jnp.repeat(rows, 2, axis), jnp.repeat(index, 2)
-        return buffer.at[(*WHOLE[axis], index)].set(rows, mode="drop")
+        return buffer.at[(*FULL_SLICES[axis], index)].set(rows, mode="drop")
 
     @classmethod
     def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray
+from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray
 
 _NAMES = {
     "float32": mx.float32,
@@ -65,21 +65,21 @@ class MlxBackend(Backend):
         if axis == 2:  # the tokens of every cache: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
-            buffer[(*WHOLE[axis], slice(start, stop))] = update
+            buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
         first = int(index[0])
         if np.array_equal(index, np.arange(first, first + index.size)):
             return self.write_slice(buffer, rows, first, first + index.size, axis)
-        buffer[(*WHOLE[axis], mx.array(index))] = rows
+        buffer[(*FULL_SLICES[axis], mx.array(index))] = rows
         return buffer
 
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
         return mx.take(buffer, mx.array(index), axis=axis)
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer[(*WHOLE[axis], slice(start, stop))]
+        return buffer[(*FULL_SLICES[axis], slice(start, stop))]
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return mx.concatenate(list(arrays), axis=axis)
@@ -93,7 +93,7 @@ class MlxBackend(Backend):
             array = mx.contiguous(array).view(mx.uint16)
         return np.array(array).view(HOST_DTYPES[name])
 
-    def adopt(self, array: Any) -> Array:
+    def import_dlpack(self, array: Any) -> Array:
         return array if isinstance(array, mx.array) else mx.from_dlpack(array)
 
     def traced_index(self, start: int | list[int]) -> Any:

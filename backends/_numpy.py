@@ -9,7 +9,7 @@ import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
-from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray
+from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray
 
 
 class NumpyBackend(Backend):
@@ -40,18 +40,18 @@ class NumpyBackend(Backend):
         if axis == 2:  # the tokens of every cache: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
-            buffer[(*WHOLE[axis], slice(start, stop))] = update
+            buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
-        buffer[(*WHOLE[axis], index)] = rows
+        buffer[(*FULL_SLICES[axis], index)] = rows
         return buffer
 
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
         return np.take(buffer, index, axis=axis)
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer[(*WHOLE[axis], slice(start, stop))]
+        return buffer[(*FULL_SLICES[axis], slice(start, stop))]
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return np.concatenate(arrays, axis=axis)
@@ -62,5 +62,5 @@ class NumpyBackend(Backend):
     def to_host(self, array: Array) -> HostArray:
         return np.array(array)
 
-    def adopt(self, array: Any) -> Array:
+    def import_dlpack(self, array: Any) -> Array:
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray
+from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray
 
 # torch and NumPy share no name for these, so they cross as bits of the same width.
 _CARRIERS = {
@@ -53,7 +53,7 @@ class TorchBackend(Backend):
     def _framework_dtypes(self) -> dict[str, Any]:
         return {name: getattr(torch, name) for name in HOST_DTYPES}
 
-    def signature(self, array: Array) -> tuple[Any, ...]:
+    def fast_key(self, array: Array) -> tuple[Any, ...]:
         # torch would copy from any device without a word.
         return type(array), array.shape, array.dtype, array.device
 
@@ -68,7 +68,7 @@ class TorchBackend(Backend):
         if axis == 2:  # the tokens of every cache: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
-            buffer[(*WHOLE[axis], slice(start, stop))] = update
+            buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
@@ -107,7 +107,7 @@ class TorchBackend(Backend):
         bits: HostArray = array.detach().contiguous().view(carrier).cpu().numpy()
         return np.array(bits.view(HOST_DTYPES[name]))
 
-    def adopt(self, array: Any) -> Array:
+    def import_dlpack(self, array: Any) -> Array:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
 
     @classmethod

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .base import HOST_DTYPES, WHOLE, Array, Backend, HostArray, roots
+from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray, root_modules
 
 # Libraries known to work; any other that follows the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -50,10 +50,10 @@ class ArrayApiBackend(Backend):
 
     @staticmethod
     def device_of(array: Array) -> str:
-        return roots(type(array))[0]
+        return root_modules(type(array))[0]
 
     def owns(self, array: Array) -> bool:
-        return self.device in roots(type(array))
+        return self.device in root_modules(type(array))
 
     def _framework_dtypes(self) -> dict[str, Any]:
         return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
@@ -62,14 +62,14 @@ class ArrayApiBackend(Backend):
         return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))
 
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
-        buffer[(*WHOLE[axis], slice(start, stop), ...)] = update
+        buffer[(*FULL_SLICES[axis], slice(start, stop), ...)] = update
         return buffer
 
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
         # The standard assigns to slices only, so rows go run by run.
         ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
         for first, last in zip([0, *ends], ends, strict=False):
-            run = rows[(*WHOLE[axis], slice(first, last), ...)]
+            run = rows[(*FULL_SLICES[axis], slice(first, last), ...)]
             start = int(index[first])
             buffer = self.write_slice(buffer, run, start, start + int(last) - int(first), axis)
         return buffer
@@ -78,7 +78,7 @@ class ArrayApiBackend(Backend):
         return self.xp.take(buffer, self.xp.asarray(index), axis=axis)
 
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        return buffer[(*WHOLE[axis], slice(start, stop), ...)]
+        return buffer[(*FULL_SLICES[axis], slice(start, stop), ...)]
 
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         return self.xp.concat(list(arrays), axis=axis)
@@ -93,7 +93,7 @@ class ArrayApiBackend(Backend):
     @classmethod
     def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
         for i in range(rows.shape[axis]):
-            row = rows[(*WHOLE[axis], slice(i, i + 1), ...)]
+            row = rows[(*FULL_SLICES[axis], slice(i, i + 1), ...)]
             buffer = cls.traced_append(buffer, row, int(index[i]), axis)
         return buffer
 
@@ -101,12 +101,12 @@ class ArrayApiBackend(Backend):
     def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
         stop = start + rows.shape[axis]
         if stop <= buffer.shape[axis]:
-            buffer[(*WHOLE[axis], slice(start, stop), ...)] = rows
+            buffer[(*FULL_SLICES[axis], slice(start, stop), ...)] = rows
         return buffer
 
     @classmethod
     def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
-        return buffer[(*WHOLE[axis], slice(start, start + length), ...)]
+        return buffer[(*FULL_SLICES[axis], slice(start, start + length), ...)]
 
-    def adopt(self, array: Any) -> Array:
+    def import_dlpack(self, array: Any) -> Array:
         return self.xp.from_dlpack(array)

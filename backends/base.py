@@ -89,7 +89,7 @@ class Backend(ABC):
     """Types of its arrays, where a compiler has to see them; others are found by module."""
     config: ClassVar[CacheConfig] = CacheConfig()
     """What caches on this backend use unless the model overrides it."""
-    views: ClassVar[bool] = True
+    slices_are_views: ClassVar[bool] = True
     """Whether :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
@@ -149,10 +149,11 @@ class Backend(ABC):
         """Whether `array` is of this framework and on this device."""
         mine = self.modules or (self.name,)
         return (
-            any(map(mine.__contains__, roots(type(array)))) and self.device_of(array) == self.device
+            any(map(mine.__contains__, root_modules(type(array))))
+            and self.device_of(array) == self.device
         )
 
-    def signature(self, array: Array) -> tuple[Any, ...]:
+    def fast_key(self, array: Array) -> tuple[Any, ...]:
         """What tells whether `array` is like an earlier one, cheap to make and to compare.
 
         Begins with type and shape.
@@ -260,7 +261,7 @@ class Backend(ABC):
         of a cache is not). Go through :meth:`to_host` and :meth:`from_host` then.
         """
         try:
-            return self.adopt(array)
+            return self.import_dlpack(array)
         except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise DTypeError(
                 f"{self.name} cannot take over {type(array).__name__} of "
@@ -269,7 +270,7 @@ class Backend(ABC):
             ) from error
 
     @abstractmethod
-    def adopt(self, array: Any) -> Array:
+    def import_dlpack(self, array: Any) -> Array:
         """The hook behind :meth:`from_dlpack`; may raise whatever the framework raises."""
 
     def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
@@ -313,20 +314,20 @@ class Backend(ABC):
 
         A position may occur twice, with equal rows.
         """
-        buffer[(*WHOLE[axis], index)] = rows
+        buffer[(*FULL_SLICES[axis], index)] = rows
         return buffer
 
     @classmethod
     def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
         """Write `rows` at ``[start, start + n)`` of `axis`, or nothing where that lies outside."""
         if start + rows.shape[axis] <= buffer.shape[axis]:
-            buffer[(*WHOLE[axis], slice(start, start + rows.shape[axis]))] = rows
+            buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
         return buffer
 
     @classmethod
     def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
         """`length` positions of `axis` from `start` on, as an array of the framework's `dtype`."""
-        return buffer[(*WHOLE[axis], slice(start, start + length))]
+        return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
 
     @classmethod
     def traced_cond(
@@ -357,7 +358,7 @@ class Backend(ABC):
         return device or usable[0]
 
 
-def carried_over(array: Array, source: Backend, target: Backend) -> Array:
+def transfer(array: Array, source: Backend, target: Backend) -> Array:
     """`array` of `source` as one of `target`, bit for bit; shares memory where the two can.
 
     Where they cannot it goes through the host. Who wants to write to either copies this first,
@@ -380,13 +381,13 @@ def nbytes(shape: Sequence[int], dtype: str) -> int:
     return math.prod(shape) * HOST_DTYPES[dtype].itemsize
 
 
-def roots(kind: type) -> tuple[str, ...]:
+def root_modules(kind: type) -> tuple[str, ...]:
     """Top-level modules of a type and its bases, the most derived first."""
     return tuple(base.__module__.partition(".")[0] for base in kind.__mro__)
 
 
-WHOLE = tuple((slice(None),) * axis for axis in range(8))
-"""``(*WHOLE[axis], key)`` indexes `axis` with key."""
+FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))
+"""``(*FULL_SLICES[axis], key)`` indexes `axis` with key."""
 
 
 # Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.

@@ -6,17 +6,17 @@ check one. What a plan says has been checked when it was made.
 For a pool of cells::
 
     cache.allocate(range(layers), kv_heads, head_dim)
-    plan, state = cache.plan(batch), cache.state
+    plan, state = cache.plan(batch), cache.program_state
     state = functional.put(state, plan, layer, k, v)        # in the program
     k, v, mask = functional.get(state, plan, layer)
-    cache.state = state                                     # back on the host
+    cache.program_state = state                                     # back on the host
 
 For a per-layer cache::
 
-    state = cache.lend(tokens)                              # room for so many more
+    state = cache.export_state(tokens)                              # room for so many more
     state, K, V = functional.append(state, k, v)            # in the program
     mask = functional.mask(state, L)
-    cache.give_back(state)
+    cache.import_state(state)
 
 Donate the state to the program (``jax.jit(step, donate_argnums=...)``): it is then written in
 place. Whoever keeps the old one pays for a copy.
@@ -36,7 +36,7 @@ __all__ = ["LayerState", "PoolState", "RingState", "append", "get", "mask", "put
 
 
 class LayerState(NamedTuple):
-    """A growing cache as a pytree; :meth:`KVCache.lend` makes it."""
+    """A growing cache as a pytree; :meth:`KVCache.export_state` makes it."""
 
     keys: Array
     """[B, kv_heads, slots, head_dim]"""
@@ -50,7 +50,7 @@ class LayerState(NamedTuple):
 
 
 class RingState(NamedTuple):
-    """A rotating cache as a pytree; :meth:`RotatingKVCache.lend` makes it."""
+    """A rotating cache as a pytree; :meth:`RotatingKVCache.export_state` makes it."""
 
     keys: Array
     """[B, kv_heads, slots, head_dim]"""
@@ -109,8 +109,8 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     keys, values: ``[B, kv_heads, L, head_dim]``. The columns returned are all slots: :func:`mask`
     hides those that no token is in. Consumes the buffers of `state`.
 
-    A growing cache that is full stays as it is, but counts on, and :meth:`KVCache.give_back` tells
-    of it. Raises, while it is traced: ShapeError for several tokens at once on a ring, or for
+    A growing cache that is full stays as it is, but counts on; :meth:`KVCache.import_state`
+    refuses it. Raises, while it is traced: ShapeError for several tokens at once on a ring, or for
     other heads or dimensions; DTypeError.
     """
     _check(state.keys, keys, state.like, TOKENS)

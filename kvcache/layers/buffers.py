@@ -11,7 +11,7 @@ import operator
 from typing import Any, NamedTuple
 
 from kvcache.backends import Backend, backend_of, get_backend
-from kvcache.backends.base import HOST_DTYPES, Array, HostArray, carried_over, nbytes
+from kvcache.backends.base import HOST_DTYPES, Array, HostArray, nbytes, transfer
 from kvcache.errors import DTypeError, ShapeError
 
 TOKENS = 2
@@ -28,7 +28,7 @@ class Geometry(NamedTuple):
     dtype: str
 
 
-class TokenBuffers:
+class GrowingBuffers:
     """The buffers of one cache. Empty, and of no backend if none was named, until first used.
 
     step: capacities are multiples of it. limit: most slots ever needed, None for no limit.
@@ -67,11 +67,11 @@ class TokenBuffers:
             backend.dtype(self.dtype)
         self.backend = backend
         self._padding = backend.config.padding
-        self._exact = backend.views and self._padding == 1
+        self._exact = backend.slices_are_views and self._padding == 1
 
     # What comes in.
 
-    def admit(self, keys: Array, values: Array) -> int:
+    def validate(self, keys: Array, values: Array) -> int:
         """Check an update against everything before it; return its number of tokens.
 
         Raises ShapeError, DTypeError or UnknownBackendError, and has changed nothing then.
@@ -79,17 +79,17 @@ class TokenBuffers:
         seen = None
         if self._seen is not None:
             try:  # noqa: SIM105 - a context manager costs more than the comparison
-                seen = self.backend.signature(keys), self.backend.signature(values)
+                seen = self.backend.fast_key(keys), self.backend.fast_key(values)
             except AttributeError:  # no array at all, which is found out below
                 pass
         # An update that looks like the last one is as good as it: the usual decode step.
         if seen is None or seen != self._seen:
-            self._examine(keys, values)
-            self._seen = self.backend.signature(keys), self.backend.signature(values)
+            self._validate_new(keys, values)
+            self._seen = self.backend.fast_key(keys), self.backend.fast_key(values)
         tokens: int = self._seen[0][1][TOKENS]
         return tokens
 
-    def _examine(self, keys: Array, values: Array) -> None:
+    def _validate_new(self, keys: Array, values: Array) -> None:
         backend = self.backend or backend_of(keys)
         _check_framework(backend, keys, values)
         _check_shapes(tuple(keys.shape), tuple(values.shape))
@@ -157,8 +157,8 @@ class TokenBuffers:
         self.keys = self.values = None
         self.capacity = 0
 
-    def lend(self) -> tuple[Array, Array]:
-        """The buffers, as compiled programs take them; :meth:`take_back` ends that."""
+    def export_state(self) -> tuple[Array, Array]:
+        """The buffers, as compiled programs take them; :meth:`import_state` ends that."""
         return self.backend.traced_form(self.keys), self.backend.traced_form(self.values)
 
     def empty(self) -> Array:
@@ -166,7 +166,7 @@ class TokenBuffers:
         geometry: Any = self.geometry
         return self.backend.alloc((0,), geometry.dtype)
 
-    def take_back(self, keys: Array, values: Array) -> None:
+    def import_state(self, keys: Array, values: Array) -> None:
         """Go on with what programs made of the buffers that were lent.
 
         Raises: ShapeError where they are others; nothing has changed then.
@@ -203,7 +203,7 @@ class TokenBuffers:
 
     def width(self, held: int) -> int:
         """Columns that :meth:`view` returns for `held` slots: all, where a slice is a copy."""
-        if self.backend is not None and not self.backend.views:
+        if self.backend is not None and not self.backend.slices_are_views:
             return self.capacity
         return self.padded(held)
 
@@ -219,12 +219,12 @@ class TokenBuffers:
         """`columns` rounded up to the backend's padding."""
         return _round_up(columns, self._padding)
 
-    def joined(self, keys: Array, values: Array, held: int) -> tuple[Array, Array]:
+    def held_and_update(self, keys: Array, values: Array, held: int) -> tuple[Array, Array]:
         """Copies of the first `held` slots with an update, not written yet, behind them."""
         old_keys, old_values = self.view(held)
-        return self._joined(old_keys, keys), self._joined(old_values, values)
+        return self._concat_padded(old_keys, keys), self._concat_padded(old_values, values)
 
-    def _joined(self, old: Array, new: Array) -> Array:
+    def _concat_padded(self, old: Array, new: Array) -> Array:
         lead, columns = old.shape[:TOKENS], old.shape[TOKENS] + new.shape[TOKENS]
         missing = self.padded(columns) - columns
         parts = [old, new]
@@ -233,14 +233,14 @@ class TokenBuffers:
             parts.append(self.backend.alloc((*lead, missing, old.shape[3]), geometry.dtype))
         return self.backend.concat(parts, TOKENS)
 
-    def pick(self, keys: Array, values: Array, rows: HostArray) -> tuple[Array, Array]:
+    def take_tokens(self, keys: Array, values: Array, rows: HostArray) -> tuple[Array, Array]:
         """Copies of some tokens of an update."""
         gather = self.backend.gather
         return gather(keys, rows, TOKENS), gather(values, rows, TOKENS)
 
     # Copies.
 
-    def live(self, held: int) -> tuple[Array, Array]:
+    def held_slice(self, held: int) -> tuple[Array, Array]:
         """The first `held` slots and at most padding beyond: a view where slices are free."""
         width = min(self.capacity, self.padded(held))
         read = self.backend.slice
@@ -248,16 +248,16 @@ class TokenBuffers:
 
     def to_host(self, held: int) -> tuple[HostArray, HostArray]:
         """NumPy copies of the first `held` slots."""
-        keys, values = (self.backend.to_host(part)[:, :, :held] for part in self.live(held))
+        keys, values = (self.backend.to_host(part)[:, :, :held] for part in self.held_slice(held))
         return keys, values
 
     def fill(self, keys: Array, values: Array) -> None:
         """Copy `keys` and `values` into the first slots of buffers never used before."""
-        slots = self.admit(keys, values)
+        slots = self.validate(keys, values)
         self.grow(slots)
         self.write(keys, values, 0, slots)
 
-    def fill_from(self, other: TokenBuffers, held: int) -> None:
+    def fill_from(self, other: GrowingBuffers, held: int) -> None:
         """Copy the first `held` slots of `other`, on any backend, as :meth:`fill` does.
 
         Nobody reads the memory of `other` any more on return.
@@ -270,7 +270,7 @@ class TokenBuffers:
 
     def _first(self, buffer: Array, source: Backend, width: int) -> Array:
         """The first slots of a buffer of `source` here, if possible without copying any."""
-        whole = carried_over(buffer, source, self.backend)
+        whole = transfer(buffer, source, self.backend)
         if whole.shape[TOKENS] == width:
             return whole
         return self.backend.read_slice(whole, 0, width, TOKENS)

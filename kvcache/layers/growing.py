@@ -21,22 +21,22 @@ from kvcache.backends.base import Array, HostArray
 from kvcache.errors import BoundsError, ForeignFileError, KVCacheError, TrimError
 from kvcache.functional import LayerState, RingState
 from kvcache.snapshots.files import read_file, write_file
-from kvcache.snapshots.rows import Places, Rows, Sight
-from kvcache.snapshots.snapshot import Part, Snapshot, check_chain
+from kvcache.snapshots.rows import Slots, TokenRows, Visibility
+from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
-from .buffers import TokenBuffers
-from .pinning import Spans, arranged
+from .buffers import GrowingBuffers
+from .pinning import LayerPins, place_rows
 
 Positions = npt.NDArray[np.int32]
 
 
 @dataclass
 class Checkpoint:
-    """Where a rollback returns to. updates, due: what a cache that displaces needs besides."""
+    """Offset that a rollback returns to; updates, scheduled: for caches that displace tokens."""
 
     offset: int
     updates: list[Any] = field(default_factory=list)
-    due: set[int] = field(default_factory=set)
+    scheduled: set[int] = field(default_factory=set)
 
 
 # Every kind of per-layer cache by the name that files give it.
@@ -73,12 +73,12 @@ class KVCache:
 
     def _start(self) -> None:
         options = self._options
-        self._buffers = TokenBuffers(
+        self._buffers = GrowingBuffers(
             options["backend"], options["dtype"], options["step"], options.get("max_size")
         )
         self._offset = 0
         self._checkpoint: Checkpoint | None = None
-        self._spans = Spans(self._buffers)
+        self._pins = LayerPins(self._buffers)
 
     def __repr__(self) -> str:
         where = self.backend.spec if self.backend else "the backend of its first array"
@@ -98,7 +98,7 @@ class KVCache:
 
     @property
     def backend(self) -> Backend | None:
-        """Where the buffers live; None before the first update if none was named."""
+        """Where the buffers held_slice; None before the first update if none was named."""
         backend: Backend | None = self._buffers.backend
         return backend
 
@@ -146,7 +146,7 @@ class KVCache:
         """
         buffers = self._buffers
         start = self._offset
-        stop = start + buffers.admit(keys, values)
+        stop = start + buffers.validate(keys, values)
         if stop > buffers.capacity:
             buffers.grow(stop)
         buffers.write(keys, values, start, stop)
@@ -158,7 +158,7 @@ class KVCache:
 
         Returns ``[tokens, n]`` in the backend's ``mask_dtype`` (``"bool"``: True = attend), or
         None when every column is visible to every query. `window` W lets a token see itself
-        and the W - 1 before it. Layers with equal histories can share one mask.
+        and the W - 1 before it. LayerRows with equal histories can share one mask.
         """
         tokens = operator.index(tokens)
         if not 1 <= tokens <= self._maskable():
@@ -189,7 +189,7 @@ class KVCache:
 
     def checkpoint(self) -> None:
         """Open a checkpoint for :meth:`rollback`; replaces an open one."""
-        self._checkpoint = Checkpoint(self._offset, due=set(self._spans.due))
+        self._checkpoint = Checkpoint(self._offset, scheduled=set(self._pins.scheduled))
 
     def rollback(self, accepted: int = 0) -> None:
         """Return to the checkpoint plus the first `accepted` tokens since, and close it.
@@ -210,16 +210,16 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything and free the memory: the cache is as it was constructed."""
-        self._spans.leave()
+        self._pins.spill()
         self._buffers.free()
         self._start()
 
     # For compiled programs.
 
-    def lend(self, tokens: int) -> LayerState | RingState:
+    def export_state(self, tokens: int) -> LayerState | RingState:
         """The buffers, with room for `tokens` more, for :func:`kvcache.functional.append`.
 
-        The cache is not to be used until :meth:`give_back`. Ends a checkpoint.
+        The cache is not to be used until :meth:`import_state`. Ends a checkpoint.
 
         Raises: KVCacheError for a cache that never held a token: it has no shape yet.
         """
@@ -228,10 +228,10 @@ class KVCache:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then lend.")
         if self._slots(self._offset + tokens) > buffers.capacity:
             buffers.grow(self._slots(self._offset + tokens))
-        return self._lent(*buffers.lend(), self._on_device(self._offset))
+        return self._exported(*buffers.export_state(), self._on_device(self._offset))
 
-    def give_back(self, state: LayerState | RingState) -> None:
-        """Go on with what programs made of what :meth:`lend` returned.
+    def import_state(self, state: LayerState | RingState) -> None:
+        """Go on with what programs made of what :meth:`export_state` returned.
 
         Raises: BoundsError if more tokens came than it had room for, ShapeError if it is that of
             another cache; nothing has changed then.
@@ -242,14 +242,14 @@ class KVCache:
                 f"a program appends as many tokens as were lent room for; {offset} came, "
                 f"{self._buffers.capacity} fit, the others were not written. Lend more."
             )
-        self._buffers.take_back(state.keys, state.values)
+        self._buffers.import_state(state.keys, state.values)
         self._rewind(offset)
 
     def _slots(self, offset: int) -> int:
         """Slots in use once `offset` tokens were seen."""
         return offset
 
-    def _lent(self, keys: Array, values: Array, offset: Array) -> LayerState | RingState:
+    def _exported(self, keys: Array, values: Array, offset: Array) -> LayerState | RingState:
         slots = self._on_device(np.arange(self._buffers.capacity))
         return LayerState(keys, values, offset, slots, self._buffers.empty())
 
@@ -259,9 +259,9 @@ class KVCache:
     # Snapshots.
 
     @property
-    def sight(self) -> Sight:
+    def visibility(self) -> Visibility:
         """What it needs of the past to go on somewhere."""
-        return Sight()
+        return Visibility()
 
     def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
         """What is held of positions ``[start, stop)``; see :func:`snapshot`."""
@@ -277,20 +277,20 @@ class KVCache:
         It is kept when it would be displaced; updates need not end there.
         """
 
-    def _held(self) -> tuple[Positions, Places]:
+    def _held(self) -> tuple[Positions, Slots]:
         """Positions held, ascending, and their slots."""
         return np.arange(self._offset, dtype=np.int32), np.arange(self._offset)
 
-    def _fill(self, rows: Sequence[Rows], offset: int, where: Backend) -> None:
+    def _fill(self, rows: Sequence[TokenRows], offset: int, where: Backend) -> None:
         """Hold what it needs of `rows`, which have all of it, to go on at `offset`."""
-        chosen = [np.flatnonzero(self.sight.needed(each.positions, offset)) for each in rows]
+        chosen = [np.flatnonzero(self.visibility.needed(each.positions, offset)) for each in rows]
         found = [(each, which) for each, which in zip(rows, chosen, strict=True) if which.size]
         slots = self._places(np.concatenate([each.positions[which] for each, which in found]))
-        parts = arranged([each.read(which) for each, which in found], slots, self._slots(offset))
+        parts = place_rows([each.read(which) for each, which in found], slots, self._slots(offset))
         self._buffers.fill(*(where.from_host(part) for part in parts))
         self._offset, self._checkpoint = offset, None
 
-    def _places(self, positions: Positions) -> Places:
+    def _places(self, positions: Positions) -> Slots:
         """Slots of `positions` that are held."""
         return positions.astype(np.int64)
 
@@ -300,7 +300,7 @@ class KVCache:
         """An independent cache with the same tokens and room for them; no checkpoint."""
         twin = type(self)(**self._options)
         if self._offset:
-            twin._buffers.fill(*self._buffers.live(self.len))
+            twin._buffers.fill(*self._buffers.held_slice(self.len))
             twin._offset = self._offset
         return twin
 
@@ -356,9 +356,9 @@ class KVCache:
         return f"trim takes back 0 to {self._offset} tokens, those seen; got {tokens}."
 
     def _rewind(self, offset: int) -> None:
-        if self._spans.rows:
-            self._spans.leave(offset)
-        self._spans.forget(offset)
+        if self._pins.rows:
+            self._pins.spill(offset)
+        self._pins.forget(offset)
         self._offset = offset
         self._checkpoint = None
 
@@ -443,9 +443,9 @@ def snapshot(caches: Sequence[KVCache], start: int = 0, stop: int | None = None)
             "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
             f"[{start}, {stop}) of {len(caches)} caches at {offsets}."
         )
-    rows = [cache._spans.capture(*cache._held(), start, stop) for cache in caches]
+    rows = [cache._pins.capture(*cache._held(), start, stop) for cache in caches]
     parts = [
-        Part(cache.kind, cache.sight, each, str(cache.dtype))
+        Part(cache.kind, cache.visibility, each, str(cache.dtype))
         for cache, each in zip(caches, rows, strict=True)
     ]
     return Snapshot(start, stop, parts)
@@ -470,9 +470,12 @@ def restore(
         )
     dtypes = [part.dtype for part in snapshots[0].parts] if snapshots else []
     dtypes = dtypes if len(dtypes) == len(caches) else ["" for _ in caches]
-    stop = check_chain(
+    stop = check_contiguous(
         snapshots,
-        [(c.kind, c.sight, c.dtype or dtype) for c, dtype in zip(caches, dtypes, strict=True)],
+        [
+            CacheSpec(c.kind, c.visibility, c.dtype or dtype)
+            for c, dtype in zip(caches, dtypes, strict=True)
+        ],
     )
     try:
         for layer, (cache, where) in enumerate(zip(caches, places, strict=True)):

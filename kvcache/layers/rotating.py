@@ -13,11 +13,11 @@ import numpy.typing as npt
 from kvcache.backends import Backend
 from kvcache.backends.base import Array, HostArray
 from kvcache.functional import RingState
-from kvcache.snapshots.rows import Places, Rows, Sight
+from kvcache.snapshots.rows import Slots, TokenRows, Visibility
 
 from .buffers import TOKENS
 from .growing import Checkpoint, KVCache, Positions, padded
-from .pinning import picked
+from .pinning import read_tokens
 
 
 @dataclass
@@ -92,7 +92,7 @@ class RotatingKVCache(KVCache):
     def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
         buffers = self._buffers
         start = self._offset
-        tokens = buffers.admit(keys, values)
+        tokens = buffers.validate(keys, values)
         stop = start + tokens
         if min(stop, self.max_size) > buffers.capacity:
             buffers.grow(min(stop, self.max_size))
@@ -114,51 +114,51 @@ class RotatingKVCache(KVCache):
     def _update_beyond(self, keys: Array, values: Array, tokens: int) -> tuple[Array, Array]:
         """Several tokens, some of which displace others that the first queries still see."""
         self._before_displacing()
-        columns = self._buffers.joined(keys, values, self.len)
+        columns = self._buffers.held_and_update(keys, values, self.len)
         self._store(keys, values)
         self._extra = tokens
         self._offset += tokens
-        if self._spans.due:
+        if self._pins.scheduled:
             self._keep_from(columns)
         return columns
 
     def _before_displacing(self) -> None:
         """Save what snapshots need of the slots that the next update writes to."""
-        if self._spans.due:
-            self._spans.collect(*self._held(), self.sight, self._offset)
-        if self._spans.rows:
-            self._spans.leave()
+        if self._pins.scheduled:
+            self._pins.collect(*self._held(), self.visibility, self._offset)
+        if self._pins.rows:
+            self._pins.spill()
 
     def _keep_from(self, columns: tuple[Array, Array]) -> None:
-        """Keep what is due inside the last update, some of which no slot holds any more."""
+        """Keep what is scheduled inside the last update, some of which no slot holds any more."""
         positions = self.positions
         order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
-        for place in sorted(each for each in self._spans.due if each < self._offset):
-            wanted = order[self.sight.needed(positions[order], place)]
+        for place in sorted(each for each in self._pins.scheduled if each < self._offset):
+            wanted = order[self.visibility.needed(positions[order], place)]
             backend: Any = self.backend
-            self._spans.keep(Rows(positions[wanted], picked(backend, *columns, wanted)))
-            self._spans.due.remove(place)
+            self._pins.keep(TokenRows(positions[wanted], read_tokens(backend, *columns, wanted)))
+            self._pins.scheduled.remove(place)
 
     @property
-    def sight(self) -> Sight:
-        return Sight(self._window, sinks=self.keep)
+    def visibility(self) -> Visibility:
+        return Visibility(self._window, sinks=self.keep)
 
     def schedule(self, positions: Iterable[int]) -> None:
-        self._spans.due.update(each for each in positions if each >= self._offset)
+        self._pins.scheduled.update(each for each in positions if each >= self._offset)
 
-    def _held(self) -> tuple[Positions, Places]:
+    def _held(self) -> tuple[Positions, Slots]:
         positions = self._ring_positions(self._offset)[: self.len]
         slots = np.argsort(positions)
         return positions[slots], slots
 
-    def _places(self, positions: Positions) -> Places:
+    def _places(self, positions: Positions) -> Slots:
         return np.where(positions < self.max_size, positions, self._turn(positions)).astype(int)
 
     def _store(self, keys: Array, values: Array) -> None:
         """Write those tokens of an update that will be held after it."""
         positions, slots = self._destinations(keys.shape[TOKENS])
         if positions.size < keys.shape[TOKENS]:
-            keys, values = self._buffers.pick(keys, values, positions - self._offset)
+            keys, values = self._buffers.take_tokens(keys, values, positions - self._offset)
         self._buffers.write_rows(keys, values, slots)
 
     def _destinations(self, tokens: int) -> tuple[Positions, Positions]:
@@ -184,7 +184,7 @@ class RotatingKVCache(KVCache):
     def _slots(self, offset: int) -> int:
         return min(offset, self.max_size)
 
-    def _lent(self, keys: Array, values: Array, offset: Array) -> RingState:
+    def _exported(self, keys: Array, values: Array, offset: Array) -> RingState:
         self._before_displacing()
         self._extra = 0
         ring = self._ring_positions(self._offset)
@@ -229,20 +229,20 @@ class RotatingKVCache(KVCache):
         """Keep what a rollback needs: copies of the update and of the rows it displaces."""
         tokens = keys.shape[TOKENS]
         _, slots = self._destinations(tokens)
-        kept = self._buffers.pick(keys, values, np.arange(tokens))
+        kept = self._buffers.take_tokens(keys, values, np.arange(tokens))
         mark.updates.append(Update(*kept, slots, self._buffers.read_rows(slots)))
 
     def _return_to(self, mark: Checkpoint, accepted: int) -> None:
-        self._spans.leave()
+        self._pins.spill()
         for update in reversed(mark.updates):
             keys, values = update.displaced
             self._buffers.write_rows(keys, values, update.slots)
         self._rewind(mark.offset)
-        self._spans.due |= {place for place in mark.due if place > mark.offset}
+        self._pins.scheduled |= {place for place in mark.scheduled if place > mark.offset}
         for update in mark.updates:
             tokens = min(accepted, update.keys.shape[TOKENS])
             if tokens:
                 first = np.arange(tokens)
-                self.update(*self._buffers.pick(update.keys, update.values, first))
+                self.update(*self._buffers.take_tokens(update.keys, update.values, first))
             accepted -= tokens
         self._extra = 0

@@ -12,7 +12,7 @@ from typing import Self, TypeAlias
 from kvcache.backends import Backend, CacheConfig
 from kvcache.backends.base import Array
 from kvcache.errors import NotSupportedError
-from kvcache.snapshots.snapshot import Outline, Part, Snapshot, check_chain
+from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
 from .batch import Batch
 
@@ -68,16 +68,16 @@ class Cache(ABC):
         with self.lock:
             self.prepare_copy_prefix(source, target, length)()
 
-    def remove(self, sequence: int, begin: int, end: int | None = None) -> None:
-        """Forget positions ``[begin, end)`` of a sequence, to its end if `end` is None.
+    def remove(self, sequence: int, start: int, stop: int | None = None) -> None:
+        """Forget positions ``[start, stop)`` of a sequence, to its end if `stop` is None.
 
-        Later positions move down by ``end - begin``, and their keys are shifted.
+        Later positions move down by ``stop - start``, and their keys are shifted.
 
         Raises: ValueError, NotSupportedError without a shift, SharedCellsError where a cell
             that would move belongs to another sequence too; nothing has changed then.
         """
         with self.lock:
-            self.prepare_remove(sequence, begin, end)()
+            self.prepare_remove(sequence, start, stop)()
 
     # Snapshots.
 
@@ -113,7 +113,7 @@ class Cache(ABC):
         """
         with self.lock:
             check_ids(self.max_sequences, sequence)
-            stop = check_chain(snapshots, self.outline)
+            stop = check_contiguous(snapshots, self.specs)
             self.prepare_restore(sequence, [each.parts for each in snapshots], stop)()
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
@@ -130,7 +130,7 @@ class Cache(ABC):
         raise _cannot_snapshot(self)
 
     @property
-    def outline(self) -> Outline:
+    def specs(self) -> list[CacheSpec]:
         """Of its part of a snapshot: kind, what it needs to go on, dtype."""
         raise _cannot_snapshot(self)
 
@@ -157,7 +157,7 @@ class Cache(ABC):
         """Check :meth:`copy_prefix` and return what carries it out."""
 
     @abstractmethod
-    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
+    def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
         """Check :meth:`remove` and return what carries it out."""
 
     @abstractmethod
@@ -232,7 +232,7 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be >= 1; got {value}.")
 
 
-def check_range(begin: int, end: int | None) -> None:
-    """Raise ValueError unless ``[begin, end)`` is a range of positions."""
-    if begin < 0 or (end is not None and end < begin):
-        raise ValueError(f"a range must satisfy 0 <= begin <= end; got [{begin}, {end}).")
+def check_range(start: int, stop: int | None) -> None:
+    """Raise ValueError unless ``[start, stop)`` is a range of positions."""
+    if start < 0 or (stop is not None and stop < start):
+        raise ValueError(f"a range must satisfy 0 <= start <= stop; got [{start}, {stop}).")

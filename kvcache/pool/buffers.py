@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.backends import Backend, CacheConfig
-from kvcache.backends.base import Array, HostArray, carried_over, nbytes
+from kvcache.backends.base import Array, HostArray, nbytes, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
-from kvcache.snapshots.rows import Layers
+from kvcache.snapshots.rows import LayerRows
 
 from .batch import Int32s
 from .plan import TOKEN_AXIS, ForwardPlan, Pass, PoolState, device_mask
@@ -21,10 +21,10 @@ from .plan import TOKEN_AXIS, ForwardPlan, Pass, PoolState, device_mask
 Indices: TypeAlias = npt.NDArray[np.int64]
 
 
-class LayerBuffers:
+class PoolBuffers:
     """Buffers of `size` cells for every layer that is put, allocated when it first is.
 
-    Layers may differ in heads and head_dim; one may hold keys only (latent attention, MLA).
+    LayerRows may differ in heads and head_dim; one may hold keys only (latent attention, MLA).
     """
 
     def __init__(self, backend: Backend, config: CacheConfig, dtype: str, size: int) -> None:
@@ -35,17 +35,17 @@ class LayerBuffers:
         self.size = size
         self._buffers: dict[int, tuple[Array, Array | None]] = {}
         self._lent: PoolState | None = None
-        # Rows to be written before anything is read or written: threads other than that of the
+        # TokenRows to be written before anything is read or written: threads other than that of the
         # passes may bring some, and must not touch the buffers.
-        self._arrivals: deque[tuple[Indices, Layers]] = deque()
+        self._pending_writes: deque[tuple[Indices, LayerRows]] = deque()
         # Held while buffers are replaced, and by who reads rows of them in another thread.
         self._replacing = threading.RLock()
 
     @property
     def _layers(self) -> dict[int, tuple[Array, Array | None]]:
         self._recall()
-        if self._arrivals:
-            self._write_arrivals()
+        if self._pending_writes:
+            self._write_pending()
         return self._buffers
 
     def _recall(self) -> None:
@@ -53,32 +53,35 @@ class LayerBuffers:
             self._buffers = {layer: self._recalled(held) for layer, held in self._lent.items()}
             self._lent = None
 
-    def _write_arrivals(self) -> None:
+    def _write_pending(self) -> None:
         with self._replacing:
-            while self._arrivals:
-                self._write_rows(*self._arrivals[0])
-                self._arrivals.popleft()  # after it is there: others wait for that
+            while self._pending_writes:
+                self._write_rows(*self._pending_writes[0])
+                self._pending_writes.popleft()  # after it is there: others wait for that
 
     def _recalled(self, held: tuple[Array, ...]) -> tuple[Array, Array | None]:
         keys, *values = (self.backend.from_traced(buffer, self.dtype) for buffer in held)
         return keys, values[0] if values else None
 
-    def lend(self) -> PoolState:
+    def export_state(self) -> PoolState:
         """All buffers, as :mod:`kvcache.functional` takes them."""
-        if self._lent is None or self._arrivals:
+        if self._lent is None or self._pending_writes:
             self._lent = {
                 layer: tuple(self.backend.traced_form(each) for each in pair if each is not None)
                 for layer, pair in self._layers.items()
             }
         return self._lent
 
-    def take_back(self, state: PoolState) -> None:
+    def import_state(self, state: PoolState) -> None:
         """Go on with the buffers of `state`, which programs made of what was lent.
 
         Raises: ShapeError where those are others; nothing has changed then.
         """
         # Not what arrived while programs ran: that is written to what they made.
-        have, got = _outline(self.lend() if self._lent is None else self._lent), _outline(state)
+        have, got = (
+            _outline(self.export_state() if self._lent is None else self._lent),
+            _outline(state),
+        )
         if have != got:
             layers = sorted(layer for layer in {*have, *got} if have.get(layer) != got.get(layer))
             raise ShapeError(
@@ -104,7 +107,7 @@ class LayerBuffers:
         """The range to read for cells ``[start, stop)``, in lengths that the backend likes."""
         padding, size = self.config.padding, self.size
         start = start // padding * padding
-        if self.backend.views:
+        if self.backend.slices_are_views:
             return start, min(size, -(-stop // padding) * padding)
         # Each length is a program of its own: few of them, and soon the whole pool.
         length = padding
@@ -178,14 +181,14 @@ class LayerBuffers:
             keys, values = self._layers[layer]
             self._layers[layer] = self.backend.write_rows(keys, rows, cells, axis), values
 
-    def to_backend(self, backend: Backend, config: CacheConfig, size: int) -> LayerBuffers:
+    def to_backend(self, backend: Backend, config: CacheConfig, size: int) -> PoolBuffers:
         """Copies of all layers on `backend`, of `size` cells: no fewer than here."""
-        there = LayerBuffers(backend, config, self.dtype, size)
+        there = PoolBuffers(backend, config, self.dtype, size)
         for layer in self._layers:
             there._buffers[layer] = there._layer_of(self, layer)
         return there
 
-    def _layer_of(self, source: LayerBuffers, layer: int) -> tuple[Array, Array | None]:
+    def _layer_of(self, source: PoolBuffers, layer: int) -> tuple[Array, Array | None]:
         keys, values = source._layers[layer]
         old, new = source.config, self.config
         keys = self._copied(keys, source, old.key_layout, new.key_layout)
@@ -193,9 +196,9 @@ class LayerBuffers:
             values = self._copied(values, source, old.value_layout, new.value_layout)
         return keys, values
 
-    def _copied(self, buffer: Array, source: LayerBuffers, old: str, new: str) -> Array:
+    def _copied(self, buffer: Array, source: PoolBuffers, old: str, new: str) -> Array:
         """A buffer of `source`, laid out as `old`, here as `new`; nobody reads its any more."""
-        rows = carried_over(buffer, source.backend, self.backend)
+        rows = transfer(buffer, source.backend, self.backend)
         if new != old:  # on the host, which moves bits and computes nothing
             axes = [old.index(name) for name in new]
             rows = self.backend.from_host(self.backend.to_host(rows).transpose(axes))
@@ -204,7 +207,7 @@ class LayerBuffers:
         self.backend.sync(whole)
         return whole
 
-    # Rows, in the layout of snapshots: kv_heads, tokens, head_dim.
+    # TokenRows, in the layout of snapshots: kv_heads, tokens, head_dim.
 
     @property
     def token_bytes(self) -> int:
@@ -214,7 +217,7 @@ class LayerBuffers:
         shapes = [tuple(each.shape) for pair in pairs for each in pair if each is not None]
         return sum(nbytes(shape, self.dtype) for shape in shapes) // self.size
 
-    def read(self, cells: Indices) -> Layers:
+    def read(self, cells: Indices) -> LayerRows:
         """Copies of what is in `cells`, in host memory; from any thread.
 
         What has arrived is not written for it: a pass may be using the buffers, which on some
@@ -223,8 +226,8 @@ class LayerBuffers:
         with self._replacing:
             self._recall()
             found = {layer: self._rows_of(*pair, cells) for layer, pair in self._buffers.items()}
-            for places, layers in self._arrivals:
-                _overlay(found, cells, places, layers)
+            for places, layers in self._pending_writes:
+                _overlay_pending(found, cells, places, layers)
         return found
 
     def _rows_of(
@@ -236,18 +239,18 @@ class LayerBuffers:
         return host, self._read_rows(values, self.config.value_layout, cells)
 
     def _read_rows(self, buffer: Array, layout: str, cells: Indices) -> HostArray:
-        rows = self.backend.gather(buffer, self._rounded(cells), TOKEN_AXIS[layout])
+        rows = self.backend.gather(buffer, self._padded_cells(cells), TOKEN_AXIS[layout])
         axes = [layout.index(axis) for axis in "htd"]
         whole: HostArray = self.backend.to_host(rows).transpose(axes)[:, : cells.size]
         return np.array(whole, order="C")
 
-    def _rounded(self, cells: Indices) -> Indices:
+    def _padded_cells(self, cells: Indices) -> Indices:
         """`cells`, the last repeated up to few lengths where each is a program of its own."""
-        if self.backend.views or not cells.size:
+        if self.backend.slices_are_views or not cells.size:
             return cells
         return np.pad(cells, (0, (1 << (cells.size - 1).bit_length()) - cells.size), "edge")
 
-    def check_rows(self, layers: Layers) -> None:
+    def check_rows(self, layers: LayerRows) -> None:
         """Raise SnapshotMismatchError unless rows of `layers` fit all that is allocated."""
         held = self._lent if self._lent is not None else self._buffers
         for layer, buffers in list(held.items()):
@@ -269,13 +272,13 @@ class LayerBuffers:
     def _layouts(self) -> tuple[str, str]:
         return self.config.key_layout, self.config.value_layout
 
-    def arrive(self, cells: Indices, layers: Layers) -> None:
+    def enqueue_rows(self, cells: Indices, layers: LayerRows) -> None:
         """Write `layers` to `cells` before anything is read; from any thread."""
         if layers:
-            self._arrivals.append((cells, layers))
+            self._pending_writes.append((cells, layers))
 
-    def _write_rows(self, cells: Indices, layers: Layers) -> None:
-        places = self._rounded(cells).astype(np.int32)
+    def _write_rows(self, cells: Indices, layers: LayerRows) -> None:
+        places = self._padded_cells(cells).astype(np.int32)
         for layer, (keys, values) in layers.items():
             if layer not in self._buffers:
                 self._buffers[layer] = self._alloc_for(keys, values)
@@ -304,7 +307,7 @@ class LayerBuffers:
         for buffer in (each for pair in held.values() for each in pair if each is not None):
             self.backend.free(buffer)
         self._buffers, self._lent = {}, None
-        self._arrivals.clear()
+        self._pending_writes.clear()
 
     def _check(self, layer: int, keys: Array, values: Array | None, tokens: int) -> None:
         self._check_dtype("keys", keys)
@@ -376,7 +379,7 @@ def _check_heads(name: str, array: Array, buffer: Array, layout: str) -> None:
         raise ShapeError(f"{name} of a layer keep their heads and head_dim; got {got} for {have}.")
 
 
-def _overlay(found: Layers, cells: Indices, places: Indices, layers: Layers) -> None:
+def _overlay_pending(found: LayerRows, cells: Indices, places: Indices, layers: LayerRows) -> None:
     """Put what has arrived for `places`, and is not written yet, over what was read of `cells`."""
     _, to, which = np.intersect1d(cells, places, return_indices=True)
     for layer, arrived in layers.items() if to.size else ():
@@ -388,5 +391,5 @@ def _overlay(found: Layers, cells: Indices, places: Indices, layers: Layers) -> 
 
 
 def _zeros(like: Any, tokens: int) -> Any:
-    """Rows of 0 for so many tokens, of the heads and head_dim of `like`."""
+    """TokenRows of 0 for so many tokens, of the heads and head_dim of `like`."""
     return None if like is None else np.zeros((like.shape[0], tokens, like.shape[2]), like.dtype)

@@ -12,14 +12,14 @@ import numpy as np
 from kvcache.backends import Backend, CacheConfig, get_backend
 from kvcache.backends.base import Array
 from kvcache.errors import CacheFullError, KVCacheError, NotSupportedError, SharedCellsError
-from kvcache.snapshots.rows import Sight
-from kvcache.snapshots.snapshot import Outline, Part
+from kvcache.snapshots.rows import Visibility
+from kvcache.snapshots.snapshot import CacheSpec, Part
 
 from .base import Commit, check_ids, check_range, check_sizes
 from .batch import Batch, Int32s
-from .buffers import LayerBuffers
-from .cells import CellTable, Eviction, Groups, Step
-from .pinning import Residents
+from .buffers import PoolBuffers
+from .cells import CellTable, Eviction, SingleTokenStep, SortedBatch
+from .pinning import PoolPins
 from .plan import Pass, device_mask
 from .planned import PlannedCache
 
@@ -52,7 +52,7 @@ class CausalCache(PlannedCache):
         self.chunk = chunk
         self.shift = shift
         self._config: CacheConfig | None = None
-        self._state: tuple[CellTable, LayerBuffers] | None = None
+        self._state: tuple[CellTable, PoolBuffers] | None = None
         self._pass: Pass | None = None
         self._mask: Array | None = None
         self._layer = 0
@@ -76,22 +76,22 @@ class CausalCache(PlannedCache):
         check_sizes(max_sequences=max_sequences, capacity=capacity, max_batch=max_batch)
         where = get_backend(backend)
         config = self._config or where.config
-        self._kept = self._tokens_kept(max_sequences, capacity)
+        self._tokens_retained = self._tokens_kept(max_sequences, capacity)
         cells = max_sequences * capacity
-        if self._kept is not None:
-            cells = max_sequences * (self._kept - 1) + max_batch
+        if self._tokens_retained is not None:
+            cells = max_sequences * (self._tokens_retained - 1) + max_batch
         cells = -(-cells // config.padding) * config.padding
-        self._begin_with(CellTable(cells, max_sequences), LayerBuffers(where, config, dtype, cells))
+        self._begin_with(CellTable(cells, max_sequences), PoolBuffers(where, config, dtype, cells))
         # Sequences that were stored since they were last trimmed to what is kept.
-        self._untrimmed: set[int] = set()
+        self._maybe_expired: set[int] = set()
 
-    def _begin_with(self, table: CellTable, buffers: LayerBuffers) -> None:
+    def _begin_with(self, table: CellTable, buffers: PoolBuffers) -> None:
         self._state = table, buffers
-        self._residents = Residents(table, buffers, self._sight, self.lock)
+        self._pins = PoolPins(table, buffers, self._visibility, self.lock)
 
     @property
-    def _sight(self) -> Sight:
-        return Sight(None if self.window is None else max(1, self.window - 1), self.chunk)
+    def _visibility(self) -> Visibility:
+        return Visibility(None if self.window is None else max(1, self.window - 1), self.chunk)
 
     def _tokens_kept(self, max_sequences: int, capacity: int) -> int | None:
         """Tokens that a sequence keeps, the newest included; None for all."""
@@ -114,14 +114,16 @@ class CausalCache(PlannedCache):
         positions, sequences = batch.positions, batch.sequences
         if reserve:
             return lambda: self._reserve(positions, sequences)
-        if self._residents.scheduled:
-            self._residents.collect()
-        if len(batch) == 1 and (step := self._foreseen(int(sequences[0]), int(positions[0]))):
-            return lambda: self._take(step, positions, sequences)
+        if self._pins.scheduled:
+            self._pins.collect()
+        if len(batch) == 1 and (step := self._plan_single(int(sequences[0]), int(positions[0]))):
+            return lambda: self._commit_single(step, positions, sequences)
         groups = self._table.group(positions, sequences)
-        eviction = None if self._kept is None else self._expired(groups, self._kept)
+        eviction = (
+            None if self._tokens_retained is None else self._expired(groups, self._tokens_retained)
+        )
         self._check_room(len(batch), eviction)
-        return lambda: self._place(positions, sequences, groups, eviction)
+        return lambda: self._commit_batch(positions, sequences, groups, eviction)
 
     def _check_room(self, tokens: int, eviction: Eviction | None) -> None:
         """Let snapshots leave until there is room, or raise CacheFullError."""
@@ -129,7 +131,7 @@ class CausalCache(PlannedCache):
             try:
                 return self._table.check_room(tokens, eviction)
             except CacheFullError:
-                if not self._residents.make_room(eviction):
+                if not self._pins.spill_one(eviction):
                     raise
 
     def _reserve(self, positions: Int32s, sequences: Int32s) -> None:
@@ -137,35 +139,35 @@ class CausalCache(PlannedCache):
         cells = np.arange(positions.size, dtype=np.int32)
         self._begin(cells, 0, self._table.size, positions, sequences, stores=False)
 
-    def _foreseen(self, sequence: int, position: int) -> Step | None:
+    def _plan_single(self, sequence: int, position: int) -> SingleTokenStep | None:
         """The short way, where only one sequence could have anything to let go of."""
-        if self._kept is None:
-            return self._table.foresee(sequence, position, 0)
-        if self._untrimmed != {sequence}:
+        if self._tokens_retained is None:
+            return self._table.plan_single(sequence, position, 0)
+        if self._maybe_expired != {sequence}:
             return None
-        return self._table.foresee(sequence, position, position - (self._kept - 1))
+        return self._table.plan_single(sequence, position, position - (self._tokens_retained - 1))
 
-    def _take(self, step: Step, positions: Int32s, sequences: Int32s) -> None:
-        self._table.take(step)
+    def _commit_single(self, step: SingleTokenStep, positions: Int32s, sequences: Int32s) -> None:
+        self._table.commit_single(step)
         cells = np.array([step.cell], np.int32)
         self._begin(cells, *self._buffers.range(step.low, step.high + 1), positions, sequences)
 
-    def _expired(self, groups: Groups, kept: int) -> Eviction:
+    def _expired(self, groups: SortedBatch, kept: int) -> Eviction:
         """What lies too far back, for the batch's sequences and those idle since their last."""
         ids, nexts = groups.ids, groups.positions[groups.starts].astype(np.int64)
-        idle = self._untrimmed.difference(ids.tolist())
+        idle = self._maybe_expired.difference(ids.tolist())
         if idle:
             ids = np.append(ids, np.array([*idle], np.int32))
             nexts = np.append(nexts, [self._table.next_position(sequence) for sequence in idle])
         return self._table.expired(ids, nexts - (kept - 1))
 
-    def _place(
-        self, positions: Int32s, sequences: Int32s, groups: Groups, eviction: Eviction | None
+    def _commit_batch(
+        self, positions: Int32s, sequences: Int32s, groups: SortedBatch, eviction: Eviction | None
     ) -> None:
         table = self._table
         if eviction is not None:
             table.evict(eviction)
-            self._untrimmed = set(groups.ids.tolist())
+            self._maybe_expired = set(groups.ids.tolist())
         cells = table.insert(groups)
         start, stop = table.span(groups.ids)
         self._begin(cells, *self._buffers.range(start, stop), positions, sequences)
@@ -189,7 +191,7 @@ class CausalCache(PlannedCache):
             plan.ahead = frozenset(except_)
             self._mask = None
 
-    # Layers.
+    # LayerRows.
 
     def set_layer(self, layer: int) -> None:
         self._layer = layer
@@ -227,7 +229,7 @@ class CausalCache(PlannedCache):
         check_ids(table.max_sequences, source, target)
         if length < 0:
             raise ValueError(f"a prefix has a length >= 0; got {length}.")
-        if not table.row(source).size:
+        if not table.cells_of(source).size:
             raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
         kept = table.find(source, length)
         if source == target:
@@ -240,36 +242,36 @@ class CausalCache(PlannedCache):
 
     def _changed(self, sequence: int) -> None:
         """What was said of a sequence, from its end on, is not true any more."""
-        self._residents.forget(sequence, self._table.next_position(sequence))
+        self._pins.forget(sequence, self._table.next_position(sequence))
         if self._pass is not None and sequence in self._pass.sequences:
             self._pass = None  # it speaks of cells that may be others' by now
 
     def _share(self, source: int, target: int, length: int) -> None:
-        self._residents.forget(target, 0)  # what it was: the source had none of it
+        self._pins.forget(target, 0)  # what it was: the source had none of it
         self._table.share(source, target, length)
-        self._untrimmed.add(target)
+        self._maybe_expired.add(target)
         self._changed(target)
 
-    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
+    def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
         table = self._table
         check_ids(table.max_sequences, sequence)
-        check_range(begin, end)
-        start = table.find(sequence, begin)
-        stop = table.row(sequence).size if end is None else table.find(sequence, end)
-        moving = table.row(sequence)[stop:].copy()
-        if end is None or not moving.size:
-            return lambda: self._truncate(sequence, start)
-        if begin == end:
+        check_range(start, stop)
+        first = table.find(sequence, start)
+        last = table.cells_of(sequence).size if stop is None else table.find(sequence, stop)
+        moving = table.cells_of(sequence)[last:].copy()
+        if stop is None or not moving.size:
+            return lambda: self._truncate(sequence, first)
+        if start == stop:
             return lambda: None
-        keys = self._shifted(sequence, moving, end, begin - end)
-        return lambda: self._cut(sequence, begin, range(start, stop), begin - end, keys)
+        keys = self._shifted(sequence, moving, stop, start - stop)
+        return lambda: self._remove_middle(sequence, start, range(first, last), start - stop, keys)
 
-    def _shifted(self, sequence: int, cells: Int32s, end: int, offset: int) -> dict[int, Array]:
+    def _shifted(self, sequence: int, cells: Int32s, stop: int, offset: int) -> dict[int, Array]:
         """Keys that the shift makes of those in `cells`, by layer; nothing is stored yet."""
-        self._residents.leave(cells)
-        if self._table.shared(cells):
+        self._pins.spill(cells)
+        if self._table.is_shared(cells):
             raise SharedCellsError(
-                f"cells that move must belong to one sequence; some at or behind position {end} "
+                f"cells that move must belong to one sequence; some at or behind position {stop} "
                 f"of sequence {sequence} are shared. Remove the other sequences first."
             )
         if self.shift is None:
@@ -281,11 +283,11 @@ class CausalCache(PlannedCache):
         offsets = buffers.backend.from_host(np.full(cells.size, offset, np.int32))
         return buffers.changed_keys(cells, lambda layer, keys: shift(layer, keys, offsets))
 
-    def _cut(
-        self, sequence: int, begin: int, which: range, offset: int, keys: dict[int, Array]
+    def _remove_middle(
+        self, sequence: int, start: int, removed: range, offset: int, keys: dict[int, Array]
     ) -> None:
-        self._residents.forget(sequence, begin)
-        moved = self._table.cut(sequence, which.start, which.stop, offset)
+        self._pins.forget(sequence, start)
+        moved = self._table.remove_middle(sequence, removed.start, removed.stop, offset)
         self._buffers.set_keys(moved, keys)
         self._changed(sequence)
 
@@ -294,15 +296,15 @@ class CausalCache(PlannedCache):
     def share_lock(self, lock: threading.RLock) -> None:
         super().share_lock(lock)
         if self._state is not None:
-            self._residents.lock = lock
+            self._pins.lock = lock
 
     @property
     def max_sequences(self) -> int:
         return self._table.max_sequences
 
     @property
-    def outline(self) -> Outline:
-        return [("causal", self._sight, self._buffers.dtype)]
+    def specs(self) -> list[CacheSpec]:
+        return [CacheSpec("causal", self._visibility, self._buffers.dtype)]
 
     def next_position(self, sequence: int) -> int:
         with self.lock:
@@ -310,23 +312,23 @@ class CausalCache(PlannedCache):
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         check_ids(self._table.max_sequences, sequence)
-        if self._kept is not None:  # else nothing is ever let go of
+        if self._tokens_retained is not None:  # else nothing is ever let go of
             with self.lock:
-                self._residents.schedule(sequence, positions)
+                self._pins.schedule(sequence, positions)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        [(kind, sight, dtype)] = self.outline
-        return [Part(kind, sight, self._residents.capture(sequence, start, stop), dtype)]
+        [(kind, visibility, dtype)] = self.specs
+        return [Part(kind, visibility, self._pins.capture(sequence, start, stop), dtype)]
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
         rows = [part.rows for [part] in parts]
-        seat = self._residents.prepare_seat(sequence, rows, position)
+        seat = self._pins.prepare_restore(sequence, rows, position)
 
         def commit() -> None:
             seat()
-            self._untrimmed.add(sequence)
+            self._maybe_expired.add(sequence)
 
         return commit
 
@@ -339,14 +341,14 @@ class CausalCache(PlannedCache):
             config = self._config or where.config
             cells = -(-table.size // config.padding) * config.padding
             there = table.copy(cells)
-            self._residents.leave_out_of(there)
+            self._pins.unpin_in_copy(there)
             twin._begin_with(there, buffers.to_backend(where, config, cells))
-            twin._untrimmed = set(self._untrimmed)
+            twin._maybe_expired = set(self._maybe_expired)
         return twin
 
     def close(self) -> None:
         with self.lock:
             if self._state is not None:
-                self._residents.leave()
+                self._pins.spill()
                 self._buffers.free()
             self._state = self._pass = None

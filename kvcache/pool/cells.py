@@ -19,7 +19,7 @@ from .batch import Int32s
 Indices = npt.NDArray[np.int64]
 
 
-class Groups(NamedTuple):
+class SortedBatch(NamedTuple):
     """A batch sorted by sequence and position, so that each sequence is one run of it."""
 
     order: Indices
@@ -49,7 +49,7 @@ class Eviction(NamedTuple):
     counts: Indices
 
 
-class Step(NamedTuple):
+class SingleTokenStep(NamedTuple):
     """One token for one sequence: its cell, the cell dropped for it, the range afterwards."""
 
     sequence: int
@@ -68,7 +68,7 @@ class CellTable:
         self.max_sequences = max_sequences
         self.free = size
         self.positions = np.zeros(size, np.int32)
-        self._holders = np.zeros(size, np.int32)
+        self._refcounts = np.zeros(size, np.int32)
         # Row s lists the cells of sequence s by position, live in [first, last).
         self._rows = np.zeros((max_sequences, 64), np.int32)
         self._first = np.zeros(max_sequences, np.int64)
@@ -81,22 +81,22 @@ class CellTable:
         self._stacked = np.ones(size, bool)
         self._claims = np.zeros(size, np.int64)
         # An empty sequence begins in a part of the pool of its own, if that is free.
-        self._homes = np.arange(max_sequences, dtype=np.int64) * (size // max_sequences) - 1
+        self._start_hints = np.arange(max_sequences, dtype=np.int64) * (size // max_sequences) - 1
 
     # Looking.
 
-    def row(self, sequence: int) -> Int32s:
+    def cells_of(self, sequence: int) -> Int32s:
         """Cells of a sequence, ordered by position: a view."""
         return self._rows[sequence, self._first[sequence] : self._last[sequence]]
 
     def next_position(self, sequence: int) -> int:
         """One past the last position stored, 0 for an empty sequence."""
-        row = self.row(sequence)
+        row = self.cells_of(sequence)
         return int(self.positions[row[-1]]) + 1 if row.size else 0
 
     def find(self, sequence: int, position: int) -> int:
         """How many cells of a sequence hold a smaller position."""
-        row = self.row(sequence)
+        row = self.cells_of(sequence)
         if not row.size:
             return 0
         first, last = int(self.positions[row[0]]), int(self.positions[row[-1]])
@@ -112,7 +112,7 @@ class CellTable:
 
     # Planning: nothing below changes anything until `commit`.
 
-    def group(self, positions: Int32s, sequences: Int32s) -> Groups:
+    def group(self, positions: Int32s, sequences: Int32s) -> SortedBatch:
         """Sort a batch by sequence and position.
 
         Raises: ValueError for a sequence id or position out of range, or for a position that
@@ -130,7 +130,7 @@ class CellTable:
         inserts = self._refuse_repeats(groups)
         return groups._replace(inserts=inserts) if inserts else groups
 
-    def _refuse_repeats(self, groups: Groups) -> bool:
+    def _refuse_repeats(self, groups: SortedBatch) -> bool:
         """Whether a token comes before the last one stored of its sequence, if all may come."""
         positions, sequences, starts = groups.positions, groups.sequences, groups.starts
         if not groups.single:
@@ -148,10 +148,10 @@ class CellTable:
             self._refuse_stored(groups, int(which))
         return bool(behind.any())
 
-    def _refuse_stored(self, groups: Groups, which: int) -> None:
+    def _refuse_stored(self, groups: SortedBatch, which: int) -> None:
         start, sequence = groups.starts[which], int(groups.ids[which])
         wanted = groups.positions[start : start + groups.counts[which]]
-        stored = np.isin(wanted, self.positions[self.row(sequence)])
+        stored = np.isin(wanted, self.positions[self.cells_of(sequence)])
         if stored.any():
             raise ValueError(
                 f"sequence {sequence} holds position {wanted[stored][0]} already. Remove it first."
@@ -174,7 +174,7 @@ class CellTable:
         free = self.free
         if free < tokens and eviction is not None and eviction.ids.size:
             cells, counts = np.unique(self._oldest(eviction), return_counts=True)
-            free += int(np.count_nonzero(self._holders[cells] == counts))
+            free += int(np.count_nonzero(self._refcounts[cells] == counts))
         if free < tokens:
             raise CacheFullError(
                 f"a pass needs one free cell per token; {tokens} needed, {free} of {self.size} "
@@ -193,9 +193,9 @@ class CellTable:
         self._first[ids] += counts
         self._release(cells)
         if at_edge.any():
-            self._narrow(eviction, owners[at_edge])
+            self._shrink_ranges(eviction, owners[at_edge])
 
-    def _narrow(self, eviction: Eviction, edges: Int32s) -> None:
+    def _shrink_ranges(self, eviction: Eviction, edges: Int32s) -> None:
         """Find the ranges of sequences anew that lost a cell at the edge of theirs."""
         single = (eviction.counts == 1).all()
         ids = edges if single else np.unique(edges)
@@ -206,15 +206,15 @@ class CellTable:
         steps &= single
         self._low[ids[steps]] += 1
         for sequence in ids[~steps]:
-            self._measure(int(sequence))
+            self._recompute_range(int(sequence))
 
-    def insert(self, groups: Groups) -> Int32s:
+    def insert(self, groups: SortedBatch) -> Int32s:
         """Give every token of a batch a cell; return them in the order of the batch.
 
         There is room, and no position is taken: :meth:`check_room` and :meth:`group` said so.
         """
         cells = self._choose(groups)
-        self._holders[cells] = 1
+        self._refcounts[cells] = 1
         self.free -= cells.size
         self.positions[cells] = groups.positions
         self._append(groups, cells)
@@ -224,30 +224,30 @@ class CellTable:
 
     def truncate(self, sequence: int, length: int) -> None:
         """Keep only the first `length` cells of a sequence."""
-        dropped = self.row(sequence)[length:].copy()
+        dropped = self.cells_of(sequence)[length:].copy()
         self._last[sequence] = self._first[sequence] + length
         self._release(dropped)
-        self._measure(sequence)
+        self._recompute_range(sequence)
 
-    def cut(self, sequence: int, start: int, stop: int, shift: int) -> Int32s:
+    def remove_middle(self, sequence: int, start: int, stop: int, shift: int) -> Int32s:
         """Drop cells ``[start, stop)`` of a row and move the rest by `shift`; return the rest."""
-        row = self.row(sequence).copy()
+        row = self.cells_of(sequence).copy()
         rest = row[stop:]
         self._last[sequence] -= stop - start
-        self.row(sequence)[start:] = rest
+        self.cells_of(sequence)[start:] = rest
         self.positions[rest] += shift
         self._release(row[start:stop])
-        self._measure(sequence)
+        self._recompute_range(sequence)
         return rest
 
-    def shared(self, cells: Int32s) -> bool:
+    def is_shared(self, cells: Int32s) -> bool:
         """Whether another sequence holds one of these cells, too."""
-        return bool((self._holders[cells] > 1).any())
+        return bool((self._refcounts[cells] > 1).any())
 
     def share(self, source: int, target: int, length: int) -> None:
         """Make `target` hold the first `length` cells of `source`, and nothing else."""
-        cells = self.row(source)[:length].copy()
-        self._holders[cells] += 1
+        cells = self.cells_of(source)[:length].copy()
+        self._refcounts[cells] += 1
         self.truncate(target, 0)
         self._fill(target, cells)
 
@@ -255,7 +255,7 @@ class CellTable:
         """An independent table with the same content, of `size` cells: no fewer than here."""
         twin, more = CellTable(size, self.max_sequences), size - self.size
         twin.free += self.free - self.size
-        for name in ("positions", "_holders", "_stacked"):
+        for name in ("positions", "_refcounts", "_stacked"):
             getattr(twin, name)[: self.size] = getattr(self, name)
         for name in ("_rows", "_first", "_last", "_low", "_high"):
             setattr(twin, name, getattr(self, name).copy())
@@ -266,43 +266,43 @@ class CellTable:
 
     # Others than sequences may hold cells, and give a sequence those it is to begin with.
 
-    def hold(self, cells: Indices) -> None:
+    def incref(self, cells: Indices) -> None:
         """Let one more hold each of `cells`, which are not free."""
-        self._holders[cells] += 1
+        self._refcounts[cells] += 1
 
-    def release(self, cells: Indices) -> None:
-        """The end of :meth:`hold`."""
+    def decref(self, cells: Indices) -> None:
+        """The end of :meth:`incref`."""
         self._release(cells.astype(np.int32))
 
-    def held_besides(self, pins: Int32s, going: Eviction | None) -> npt.NDArray[np.bool_]:
+    def referenced_by_others(self, pins: Int32s, going: Eviction | None) -> npt.NDArray[np.bool_]:
         """Which cells have holders apart from `pins`, a number for each, when `going` is gone."""
-        besides = self._holders - pins
+        besides = self._refcounts - pins
         if going is not None:
             np.subtract.at(besides, self._oldest(going), 1)
         held: npt.NDArray[np.bool_] = besides > 0
         return held
 
-    def seat(self, sequence: int, positions: Int32s, cells: Indices) -> Indices:
+    def assign(self, sequence: int, positions: Int32s, cells: Indices) -> Indices:
         """Let an empty sequence hold `positions`, ascending, in `cells`; free ones where -1."""
         missing = cells < 0
         cells = cells.copy()
         cells[missing] = new = self._pop(int(np.count_nonzero(missing)))
         self.free -= new.size
         self.positions[new] = positions[missing]
-        self._holders[cells] += 1
+        self._refcounts[cells] += 1
         self._fill(sequence, cells.astype(np.int32))
         return cells
 
     def _fill(self, sequence: int, cells: Int32s) -> None:
         """Let an empty sequence consist of `cells`, which count it as a holder already."""
-        self._widen(np.array([sequence]), np.array([cells.size]))
+        self._reserve_row_space(np.array([sequence]), np.array([cells.size]))
         self._first[sequence], self._last[sequence] = 0, cells.size
         self._rows[sequence, : cells.size] = cells
-        self._measure(sequence)
+        self._recompute_range(sequence)
 
     # The commonest pass by far, one token after the last of one sequence, needs no arrays.
 
-    def foresee(self, sequence: int, position: int, oldest: int) -> Step | None:
+    def plan_single(self, sequence: int, position: int, oldest: int) -> SingleTokenStep | None:
         """How one token is stored, and the cell before position `oldest` dropped, or None.
 
         None where it takes more than that: :meth:`group`, :meth:`evict` and :meth:`insert`
@@ -317,39 +317,41 @@ class CellTable:
         if self.positions[tail] >= position:
             return None
         cell, low, high = tail + 1, int(self._low[sequence]), int(self._high[sequence])
-        if cell == self.size or self._holders[cell]:
-            return self._turn(sequence, position, oldest)
-        return self._let_go(Step(sequence, position, cell, None, low, max(high, cell)), oldest)
+        if cell == self.size or self._refcounts[cell]:
+            return self._reuse_oldest(sequence, position, oldest)
+        return self._drop_oldest(
+            SingleTokenStep(sequence, position, cell, None, low, max(high, cell)), oldest
+        )
 
-    def _turn(self, sequence: int, position: int, oldest: int) -> Step | None:
+    def _reuse_oldest(self, sequence: int, position: int, oldest: int) -> SingleTokenStep | None:
         """The token in the place of the oldest, as in a ring, or None if that is not simple."""
         first = int(self._first[sequence])
         head, follower = self._rows[sequence, first : first + 2].tolist()
         if not self.positions[head] < oldest <= self.positions[follower]:
             return None
-        if self._holders[head] > 1:
+        if self._refcounts[head] > 1:
             return None
         low, high = int(self._low[sequence]), int(self._high[sequence])
-        return Step(sequence, position, head, head, low, high)
+        return SingleTokenStep(sequence, position, head, head, low, high)
 
-    def _let_go(self, step: Step, oldest: int) -> Step | None:
+    def _drop_oldest(self, step: SingleTokenStep, oldest: int) -> SingleTokenStep | None:
         """`step` with the oldest cell dropped, if it has to be, or None if that is not simple."""
         first = int(self._first[step.sequence])
         head, follower = self._rows[step.sequence, first : first + 2].tolist()
         if self.positions[head] >= oldest:
             return step
-        if self.positions[follower] < oldest or self._holders[head] > 1:
+        if self.positions[follower] < oldest or self._refcounts[head] > 1:
             return None
         if head == step.low and follower == head + 1:
             return step._replace(dropped=head, low=follower)
         return None if head in (step.low, step.high) else step._replace(dropped=head)
 
-    def take(self, step: Step) -> None:
-        """Carry out what :meth:`foresee` found."""
+    def commit_single(self, step: SingleTokenStep) -> None:
+        """Carry out what :meth:`plan_single` found."""
         sequence, position, cell, dropped, low, high = step
         self._rows[sequence, self._last[sequence]] = cell
         self._last[sequence] += 1
-        self._holders[cell] = 1
+        self._refcounts[cell] = 1
         self.positions[cell] = position
         self._low[sequence], self._high[sequence] = low, high
         if dropped is None:
@@ -357,7 +359,7 @@ class CellTable:
             return
         self._first[sequence] += 1
         if dropped != cell:
-            self._holders[dropped] = 0
+            self._refcounts[dropped] = 0
         if not self._stacked[dropped]:
             self._stacked[dropped] = True
             self._stack[self._top] = dropped
@@ -375,12 +377,12 @@ class CellTable:
         cells: Int32s = self._rows[ids, self._first[ids] + within]
         return cells
 
-    def _choose(self, groups: Groups) -> Int32s:
+    def _choose(self, groups: SortedBatch) -> Int32s:
         """A free cell for every sorted token: after the last one of its sequence, if it can be."""
         ids, last = groups.ids, self._last[groups.ids]
-        tails = np.where(last > self._first[ids], self._rows[ids, last - 1], self._homes[ids])
+        tails = np.where(last > self._first[ids], self._rows[ids, last - 1], self._start_hints[ids])
         if groups.single:
-            got, wanted = self._follow(ids, tails + 1)
+            got, wanted = self._claim_next_cell(ids, tails + 1)
         else:
             rank = np.arange(groups.positions.size) - np.repeat(groups.starts, groups.counts)
             wanted = np.repeat(tails, groups.counts) + 1 + rank
@@ -390,7 +392,9 @@ class CellTable:
             wanted[~got] = self._pop(int(wanted.size - np.count_nonzero(got)))
         return wanted.astype(np.int32)
 
-    def _follow(self, ids: Int32s, wanted: Indices) -> tuple[npt.NDArray[np.bool_], Indices]:
+    def _claim_next_cell(
+        self, ids: Int32s, wanted: Indices
+    ) -> tuple[npt.NDArray[np.bool_], Indices]:
         """Claim `wanted` for one token each of `ids`, or what each of those has just let go of.
 
         So a window turns in its part of the pool, like a ring.
@@ -407,8 +411,8 @@ class CellTable:
         """Take those of `cells` that are free, each once; return which."""
         tokens = np.arange(cells.size)
         self._claims[cells] = tokens  # where two want one cell, the last claim stands
-        got: npt.NDArray[np.bool_] = (self._holders[cells] == 0) & (self._claims[cells] == tokens)
-        self._holders[cells[got]] = 1
+        got: npt.NDArray[np.bool_] = (self._refcounts[cells] == 0) & (self._claims[cells] == tokens)
+        self._refcounts[cells[got]] = 1
         return got
 
     def _pop(self, count: int) -> Int32s:
@@ -417,7 +421,7 @@ class CellTable:
         while count and self._top:
             # Many at a time, because most may have been taken since they were stacked.
             cells = self._stack[max(0, self._top - max(count, 256)) : self._top][::-1]
-            free = np.flatnonzero(self._holders[cells] == 0)[:count]
+            free = np.flatnonzero(self._refcounts[cells] == 0)[:count]
             seen = cells.size if free.size < count else int(free[-1]) + 1
             self._stacked[cells[:seen]] = False
             self._top -= seen
@@ -425,9 +429,9 @@ class CellTable:
             count -= free.size
         return np.concatenate(found)
 
-    def _append(self, groups: Groups, cells: Int32s) -> None:
+    def _append(self, groups: SortedBatch, cells: Int32s) -> None:
         ids, counts, starts = groups.ids, groups.counts, groups.starts
-        self._widen(ids, counts)
+        self._reserve_row_space(ids, counts)
         last, empty = self._last[ids], self._last[ids] == self._first[ids]
         if groups.single:
             self._rows[ids, last] = low = high = cells
@@ -439,17 +443,17 @@ class CellTable:
         self._low[ids] = np.where(empty, low, np.minimum(low, self._low[ids]))
         self._high[ids] = np.where(empty, high, np.maximum(high, self._high[ids]))
         for sequence in ids if groups.inserts else ():
-            row = self.row(int(sequence))
+            row = self.cells_of(int(sequence))
             row[:] = row[np.argsort(self.positions[row])]
 
     def _release(self, cells: Int32s) -> None:
         """Take one holder from each of `cells`, and free those that have none left."""
-        if (self._holders[cells] == 1).all():  # nobody shares any, so each is named once
-            self._holders[cells] = 0
+        if (self._refcounts[cells] == 1).all():  # nobody shares any, so each is named once
+            self._refcounts[cells] = 0
             freed = cells
         else:
-            np.subtract.at(self._holders, cells, 1)
-            freed = np.unique(cells[self._holders[cells] == 0])
+            np.subtract.at(self._refcounts, cells, 1)
+            freed = np.unique(cells[self._refcounts[cells] == 0])
         self.free += freed.size
         new = np.sort(freed[~self._stacked[freed]])
         self._stacked[new] = True
@@ -457,15 +461,15 @@ class CellTable:
         self._stack[self._top : self._top + new.size] = new[::-1]
         self._top += new.size
 
-    def _measure(self, sequence: int) -> None:
+    def _recompute_range(self, sequence: int) -> None:
         """Compute the range of a sequence from its cells."""
-        row = self.row(sequence)
+        row = self.cells_of(sequence)
         if row.size:
             self._low[sequence], self._high[sequence] = row.min(), row.max()
         else:
             self._first[sequence] = self._last[sequence] = 0
 
-    def _widen(self, ids: Int32s, extra: Indices) -> None:
+    def _reserve_row_space(self, ids: Int32s, extra: Indices) -> None:
         """Make room in the rows of `ids` for `extra` more cells each."""
         if (self._last[ids] + extra).max() <= self._rows.shape[1]:
             return
@@ -473,19 +477,19 @@ class CellTable:
         width = 2 * max(int(held.max()), int((held[ids] + extra).max()))
         rows = np.zeros((held.size, width), np.int32)
         for sequence in np.flatnonzero(held):
-            rows[sequence, : held[sequence]] = self.row(int(sequence))
+            rows[sequence, : held[sequence]] = self.cells_of(int(sequence))
         self._rows, self._first, self._last = rows, np.zeros_like(held), held
 
 
-def _sorted(positions: Int32s, sequences: Int32s) -> Groups:
+def _sorted(positions: Int32s, sequences: Int32s) -> SortedBatch:
     if positions.size == 1:
         one = np.zeros(1, np.int64)
-        return Groups(one, positions, sequences, sequences, one, one + 1)
+        return SortedBatch(one, positions, sequences, sequences, one, one + 1)
     if (sequences[1:] > sequences[:-1]).all():  # a decode step: one token each, in order
         each = np.arange(positions.size)
-        return Groups(each, positions, sequences, sequences, each, np.ones_like(each))
+        return SortedBatch(each, positions, sequences, sequences, each, np.ones_like(each))
     order = np.lexsort((positions, sequences))
     sequences = sequences[order]
     starts = np.flatnonzero(np.diff(sequences, prepend=-1))
     counts = np.diff(starts, append=sequences.size)
-    return Groups(order, positions[order], sequences, sequences[starts], starts, counts)
+    return SortedBatch(order, positions[order], sequences, sequences[starts], starts, counts)

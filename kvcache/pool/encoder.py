@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 
 from kvcache.backends import Backend, CacheConfig, get_backend
-from kvcache.backends.base import Array, HostArray, carried_over
+from kvcache.backends.base import Array, HostArray, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
-from kvcache.snapshots.rows import Layers, Rows, Sight
-from kvcache.snapshots.snapshot import Outline, Part
+from kvcache.snapshots.rows import LayerRows, TokenRows, Visibility
+from kvcache.snapshots.snapshot import CacheSpec, Part
 
 from .base import Cache, Commit, check_ids, check_range, check_sizes
 from .batch import Batch
@@ -95,7 +95,7 @@ class EncoderCache(Cache):
             return {sequences[0]: 0}
         return {int(batch.sequences[i]): int(batch.positions[i]) for i in batch.multimodal}
 
-    # Layers.
+    # LayerRows.
 
     def set_layer(self, layer: int) -> None:
         self._layer = layer
@@ -187,19 +187,21 @@ class EncoderCache(Cache):
 
         return commit
 
-    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
+    def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
         check_ids(self._max_sequences, sequence)
-        check_range(begin, end)
+        check_range(start, stop)
         entry = self._entries.get(sequence)
         gone = (
-            entry is not None and begin <= entry.position and (end is None or entry.position < end)
+            entry is not None
+            and start <= entry.position
+            and (stop is None or entry.position < stop)
         )
 
         def commit() -> None:
             if gone:
                 del self._entries[sequence]
-            elif entry is not None and end is not None and entry.position >= end:
-                entry.position -= end - begin
+            elif entry is not None and stop is not None and entry.position >= stop:
+                entry.position -= stop - start
 
         return commit
 
@@ -213,8 +215,8 @@ class EncoderCache(Cache):
         return self._max_sequences
 
     @property
-    def outline(self) -> Outline:
-        return [("encoder", Sight(window=0), self._dtype)]
+    def specs(self) -> list[CacheSpec]:
+        return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:
         entry = self._entries.get(sequence)
@@ -225,15 +227,15 @@ class EncoderCache(Cache):
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         """The encoder's output as one row at its position, copied to the host."""
-        [(kind, sight, dtype)] = self.outline
-        entry, rows = self._entries.get(sequence), Rows(np.empty(0, np.int32))
+        [(kind, visibility, dtype)] = self.specs
+        entry, rows = self._entries.get(sequence), TokenRows(np.empty(0, np.int32))
         if entry is not None and start <= entry.position < stop:
-            layers: Layers = {
+            layers: LayerRows = {
                 layer: (self._row(keys, "key_layout"), self._row(values, "value_layout"))
                 for layer, (keys, values) in entry.layers.items()
             }
-            rows = Rows(np.array([entry.position], np.int32), layers)
-        return [Part(kind, sight, rows, dtype)]
+            rows = TokenRows(np.array([entry.position], np.int32), layers)
+        return [Part(kind, visibility, rows, dtype)]
 
     def _row(self, array: Array, layout: str) -> HostArray:
         """``[frames, kv_heads, 1, head_dim]``: one row of all frames."""
@@ -255,7 +257,7 @@ class EncoderCache(Cache):
 
         return commit
 
-    def _entry_of(self, rows: Rows) -> _Entry:
+    def _entry_of(self, rows: TokenRows) -> _Entry:
         layers = {
             layer: (self._frames(keys, "key_layout"), self._frames(values, "value_layout"))
             for layer, (keys, values) in rows.read(np.array([rows.positions.size - 1])).items()
@@ -282,7 +284,7 @@ class EncoderCache(Cache):
         """All entries there, in the same memory if it can be: nobody ever writes to it."""
         pairs = [pair for entry in self._entries.values() for pair in entry.layers.values()]
         once = {id(part): part for pair in pairs for part in pair}  # sequences may share them
-        there = {key: carried_over(part, self._backend, where) for key, part in once.items()}
+        there = {key: transfer(part, self._backend, where) for key, part in once.items()}
         return {
             sequence: _Entry(
                 entry.position,

@@ -47,7 +47,7 @@ class Pass:
     """Where a pass writes, what it reads, and who may see what, on the host.
 
     cells: cell of each token. start, stop: the range of cells that `get` returns.
-    positions, sequences: of each token. window, chunk: limits of sight.
+    positions, sequences: of each token. window, chunk: limits of visibility.
     ahead: batch indices that may see tokens after them.
     """
 
@@ -75,7 +75,7 @@ class Pass:
         lows, find = self._lowest_visible().tolist(), self.table.find
         each = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
         for token, (sequence, position, low) in enumerate(each):
-            row = self.table.row(sequence)
+            row = self.table.cells_of(sequence)
             last = row.size if token in self.ahead else find(sequence, position + 1)
             yield row[find(sequence, low) : last]
 

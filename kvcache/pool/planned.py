@@ -11,9 +11,9 @@ from kvcache.errors import CacheFullError, KVCacheError, NotSupportedError
 
 from .base import Cache, check_ids, check_sizes
 from .batch import Batch
-from .buffers import LayerBuffers
+from .buffers import PoolBuffers
 from .cells import CellTable
-from .pinning import Residents
+from .pinning import PoolPins
 from .plan import ForwardPlan, Pass, PoolState
 
 
@@ -24,26 +24,26 @@ class PlannedCache(Cache):
     once::
 
         cache.allocate(range(layers), kv_heads, head_dim)
-        state = cache.state
+        state = cache.program_state
         for batch in batches:
             logits, state = step(weights, state, cache.plan(batch), ids)
-        cache.state = state
+        cache.program_state = state
     """
 
-    _state: tuple[CellTable, LayerBuffers] | None
-    _residents: Residents
+    _state: tuple[CellTable, PoolBuffers] | None
+    _pins: PoolPins
     _pass: Pass | None
-    _untrimmed: set[int]
+    _maybe_expired: set[int]
 
     @property
     def _table(self) -> CellTable:
         return self._initialised()[0]
 
     @property
-    def _buffers(self) -> LayerBuffers:
+    def _buffers(self) -> PoolBuffers:
         return self._initialised()[1]
 
-    def _initialised(self) -> tuple[CellTable, LayerBuffers]:
+    def _initialised(self) -> tuple[CellTable, PoolBuffers]:
         if self._state is None:
             raise KVCacheError("a cache is sized before it is used. Call init first.")
         return self._state
@@ -73,16 +73,16 @@ class PlannedCache(Cache):
             self._buffers.allocate(layer, kv_heads, head_dim, width)
 
     @property
-    def state(self) -> PoolState:
+    def program_state(self) -> PoolState:
         """The buffers of all layers, for :mod:`kvcache.functional`, by layer.
 
         A program that they are donated to consumes them: assign what it returns.
         """
-        return self._buffers.lend()
+        return self._buffers.export_state()
 
-    @state.setter
-    def state(self, state: PoolState) -> None:
-        self._buffers.take_back(state)
+    @program_state.setter
+    def program_state(self, state: PoolState) -> None:
+        self._buffers.import_state(state)
 
     def plan(self, batch: Batch | None = None, tokens: int | None = None) -> ForwardPlan:
         """The pass of `batch`, begun as :meth:`start_forward` does, as arrays for a program.
@@ -122,20 +122,20 @@ class PlannedCache(Cache):
             return self._planned_or_undone(batch, steps)
 
     def _planned_or_undone(self, batch: Batch, steps: int) -> ForwardPlan:
-        residents = self._residents
+        residents = self._pins
         residents.collect()
         # Nothing is kept on schedule on the way: it could have to leave before it is written.
-        residents.resting, mark = True, residents.mark()
-        before = vars(deepcopy(self._table)), self._untrimmed, self._pass
+        residents.paused, mark = True, residents.save_pins()
+        before = vars(deepcopy(self._table)), self._maybe_expired, self._pass
         try:
             return self._planned(batch, steps)
         except CacheFullError:
-            table, self._untrimmed, self._pass = before
+            table, self._maybe_expired, self._pass = before
             vars(self._table).update(table)  # the pass refers to this one
-            residents.return_to(mark)
+            residents.restore_pins(mark)
             raise
         finally:
-            residents.resting = False
+            residents.paused = False
 
     def _check_steps(self, batch: Batch) -> None:
         sequences = batch.sequences.tolist()

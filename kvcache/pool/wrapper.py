@@ -8,7 +8,7 @@ from typing import Self
 
 from kvcache.backends import Backend, CacheConfig
 from kvcache.backends.base import Array
-from kvcache.snapshots.snapshot import Outline, Part
+from kvcache.snapshots.snapshot import CacheSpec, Part
 
 from .base import Cache, Commit
 from .batch import Batch
@@ -75,8 +75,8 @@ class WrapperCache(Cache):
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         return self._all(lambda cache: cache.prepare_copy_prefix(source, target, length))
 
-    def prepare_remove(self, sequence: int, begin: int, end: int | None) -> Commit:
-        return self._all(lambda cache: cache.prepare_remove(sequence, begin, end))
+    def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
+        return self._all(lambda cache: cache.prepare_remove(sequence, start, stop))
 
     def _all(self, prepare: Callable[[Cache], Commit]) -> Commit:
         return _together([prepare(cache) for cache in self.caches])
@@ -103,8 +103,8 @@ class WrapperCache(Cache):
         return self.caches[0].max_sequences
 
     @property
-    def outline(self) -> Outline:
-        return [each for cache in self.caches for each in cache.outline]
+    def specs(self) -> list[CacheSpec]:
+        return [each for cache in self.caches for each in cache.specs]
 
     def next_position(self, sequence: int) -> int:
         return max(cache.next_position(sequence) for cache in self.caches)
@@ -122,7 +122,7 @@ class WrapperCache(Cache):
     ) -> Commit:
         commits, first = [], 0
         for cache in self.caches:
-            last = first + len(cache.outline)
+            last = first + len(cache.specs)
             mine = [each[first:last] for each in parts]
             commits.append(cache.prepare_restore(sequence, mine, position))
             first = last

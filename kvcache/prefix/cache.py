@@ -13,19 +13,19 @@ import numpy as np
 from kvcache.errors import KVCacheError
 from kvcache.layers.growing import KVCache
 from kvcache.pool.base import Cache
-from kvcache.snapshots.snapshot import Snapshot, reach
+from kvcache.snapshots.snapshot import Snapshot, last_resumable
 
 from .events import Events
 from .index import Span, SpanIndex
 from .policies import Policy, policy
 from .radix import RadixTree, Tokens, as_tokens
 from .render import render
-from .sequences import Host, LayersHost, PoolHost, nothing
+from .sequences import LayerSequences, PoolSequences, SequenceSource, empty_like
 
 Media = Mapping[tuple[int, int], bytes | str]
 
 
-class Held:
+class StoredSnapshot:
     """The payload of a span: its snapshot, and what that takes of the budget."""
 
     __slots__ = ("size", "snapshot")
@@ -35,18 +35,18 @@ class Held:
         self.size = snapshot.size
 
     @property
-    def divisible(self) -> bool:
-        return self.snapshot.divisible
+    def resumable_anywhere(self) -> bool:
+        return self.snapshot.resumable_anywhere
 
-    def split(self, tokens: int) -> tuple[Held, Held]:
+    def split(self, tokens: int) -> tuple[StoredSnapshot, StoredSnapshot]:
         lower, upper = self.snapshot.split(self.snapshot.start + tokens)
-        return Held(lower), Held(upper)
+        return StoredSnapshot(lower), StoredSnapshot(upper)
 
     def close(self) -> None:
         self.snapshot.close()
 
 
-HeldSpan = Span[Held]
+StoredSpan = Span[StoredSnapshot]
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Session:
     """One request: what is there of it already, and what is to be computed.
 
     matched: tokens of the prompt that the sequence holds. remaining: the others, at least one.
-    seq: its sequence in the pool. caches: its per-layer caches.
+    sequence: its sequence in the pool. caches: its per-layer caches.
     """
 
-    def __init__(self, owner: PrefixCache, ids: Tokens, tokens: Tokens, place: Any) -> None:
-        self._owner, self._ids, self._tokens, self._place = owner, [ids], tokens, place
+    def __init__(self, owner: PrefixCache, ids: Tokens, tokens: Tokens, handle: Any) -> None:
+        self._owner, self._ids, self._tokens, self._handle = owner, [ids], tokens, handle
         self.matched = 0
-        self._tree: RadixTree[HeldSpan] = RadixTree()
-        self._pinned: HeldSpan | None = None
+        self._tree: RadixTree[StoredSpan] = RadixTree()
+        self._pinned: StoredSpan | None = None
 
     @property
     def remaining(self) -> Tokens:
@@ -99,18 +99,18 @@ class Session:
         return self._tokens[self.matched :]
 
     @property
-    def seq(self) -> int:
+    def sequence(self) -> int:
         """Its sequence in the cache."""
-        if isinstance(self._place, int):
-            return self._place
+        if isinstance(self._handle, int):
+            return self._handle
         raise KVCacheError("sessions over per-layer caches have no sequence id. Use caches.")
 
     @property
     def caches(self) -> list[KVCache]:
         """Its caches, one per layer, for this session alone."""
-        if isinstance(self._place, list):
-            return self._place
-        raise KVCacheError("sessions over a pool share its cache. Use seq.")
+        if isinstance(self._handle, list):
+            return self._handle
+        raise KVCacheError("sessions over a pool share its cache. Use sequence.")
 
     def extend(self, tokens: Sequence[int] | Tokens) -> None:
         """Say which tokens came behind the prompt; those of them that were computed are stored."""
@@ -121,7 +121,7 @@ class Session:
     def schedule(self, positions: Iterable[int]) -> None:
         """Keep what it takes to go on at `positions`, where a window or ring would drop it."""
         with self._owner.lock:
-            self._owner._host.schedule(self._place, positions)
+            self._owner._source.schedule(self._handle, positions)
 
     def __enter__(self) -> Self:
         return self
@@ -142,7 +142,7 @@ class PrefixCache:
 
         prefix = PrefixCache(cache)                    # a multi-sequence cache, initialised
         with prefix.session(tokens) as s:
-            ...                                        # run the model on s.remaining, in s.seq
+            ...                                        # run the model on s.remaining, in s.sequence
             s.extend(generated)
 
     cache: a multi-sequence cache, where a hit shares cells and copies nothing; or a list of empty
@@ -172,16 +172,18 @@ class PrefixCache:
     ) -> None:
         if budget is not None and budget < 0:
             raise ValueError(f"a budget is bytes >= 0, or None for no limit; got {budget}.")
-        self._host: Host
+        self._source: SequenceSource
         if isinstance(cache, Cache):
-            self._host = PoolHost(cache, sequences)
+            self._source = PoolSequences(cache, sequences)
         else:
-            self._host = LayersHost(cache)
-        self.lock = self._host.lock
+            self._source = LayerSequences(cache)
+        self.lock = self._source.lock
         """Held while a session begins or ends."""
         self.events = Events(namespace)
-        self._index: SpanIndex[Held] = SpanIndex(_made(policy), budget, gone=self._gone)
-        self._trees: dict[str, RadixTree[HeldSpan]] = {}
+        self._index: SpanIndex[StoredSnapshot] = SpanIndex(
+            _made(policy), budget, on_evict=self._on_evict
+        )
+        self._trees: dict[str, RadixTree[StoredSpan]] = {}
         self._salts: dict[int, str] = {}
         self._active: set[Session] = set()
         self._media: dict[tuple[bytes, int], int] = {}
@@ -194,7 +196,7 @@ class PrefixCache:
         *,
         salt: str = "",
         media: Media | None = None,
-        checkpoints: Iterable[int] = (),
+        resume_points: Iterable[int] = (),
     ) -> Session:
         """Begin a request; a context manager that ends it.
 
@@ -202,7 +204,7 @@ class PrefixCache:
         salt: requests of different salts share nothing, whatever their tokens.
         media: digest of the image or sound that the tokens ``[start, stop)`` stand for: it takes
             the place of their ids, which are the same for all images. A hit never ends inside.
-        checkpoints: positions to be able to go on at later, where a window or ring drops tokens.
+        resume_points: positions to be able to go on at later, where a window or ring drops tokens.
             The end of the prompt is always one, and so is where it parts from earlier ones.
 
         Leaving with an exception stores nothing. Raises: ValueError, CacheFullError if no sequence
@@ -215,11 +217,11 @@ class PrefixCache:
         with self.lock:
             ids = self._with_media(plain, spans)
             return self._begin(
-                Session(self, ids, plain, self._host.begin()), salt, spans, checkpoints
+                Session(self, ids, plain, self._source.acquire()), salt, spans, resume_points
             )
 
     def _begin(
-        self, session: Session, salt: str, media: Media, checkpoints: Iterable[int]
+        self, session: Session, salt: str, media: Media, resume_points: Iterable[int]
     ) -> Session:
         tree = self._trees.get(salt) or self._new_tree(salt)
         [ids] = session._ids
@@ -230,9 +232,11 @@ class PrefixCache:
                 found = self._index.follow(tree, ids[:depth])
                 self._index.pin(found[-1])
                 session._pinned = found[-1]
-                self._host.restore(session._place, _chain(found, asked))
-            places = {ids.size - 1, ids.size, common, *checkpoints}
-            self._host.schedule(session._place, sorted(p for p in places if depth < p <= ids.size))
+                self._source.restore(session._handle, _contiguous_snapshots(found, asked))
+            places = {ids.size - 1, ids.size, common, *resume_points}
+            self._source.schedule(
+                session._handle, sorted(p for p in places if depth < p <= ids.size)
+            )
         except BaseException:
             self._release(session)
             raise
@@ -244,13 +248,13 @@ class PrefixCache:
         self._matched += depth
         return session
 
-    def _depth(self, spans: list[HeldSpan], size: int, media: Media) -> int:
+    def _depth(self, spans: list[StoredSpan], size: int, media: Media) -> int:
         """How many tokens of a prompt a hit brings: every layer can go on behind them."""
         while spans and spans[-1].payload is None:
             spans = spans[:-1]
-        chain, depth, limit = _chain(spans, spans), 0, size - 1
+        chain, depth, limit = _contiguous_snapshots(spans, spans), 0, size - 1
         while chain and depth != limit:
-            depth = limit = reach(chain, limit)
+            depth = limit = last_resumable(chain, limit)
             for start, stop in media:
                 if start < depth < stop:
                     limit = start
@@ -269,7 +273,7 @@ class PrefixCache:
                 self._index.trim(self._clock())
 
     def _store(self, session: Session) -> None:
-        ids, held = np.concatenate(session._ids), self._host.held(session._place)
+        ids, held = np.concatenate(session._ids), self._source.length(session._handle)
         if held > ids.size:
             raise KVCacheError(
                 f"the cache holds {held} tokens of this session, which knows {ids.size}. "
@@ -285,16 +289,16 @@ class PrefixCache:
             if span.stop > known:
                 self._add(session, span)
 
-    def _add(self, session: Session, span: HeldSpan) -> None:
+    def _add(self, session: Session, span: StoredSpan) -> None:
         """Store what a session holds of a span, if that is more than is stored."""
         before = span.payload
-        if before is not None and before.divisible:
+        if before is not None and before.resumable_anywhere:
             return
-        snapshot = self._host.capture(session._place, span.start, span.stop)
+        snapshot = self._source.capture(session._handle, span.start, span.stop)
         if before is not None:
-            snapshot = before.snapshot.absorb(snapshot)
+            snapshot = before.snapshot.union(snapshot)
         if any(part.rows.positions.size for part in snapshot.parts):
-            self._index.fill(span, Held(snapshot))
+            self._index.fill(span, StoredSnapshot(snapshot))
             if before is None:
                 self.events.stored(span, self._salt_of(span))
         else:
@@ -304,7 +308,7 @@ class PrefixCache:
         if session._pinned is not None:
             self._index.pin(session._pinned, -1)
             session._pinned = None
-        self._host.end(session._place)
+        self._source.release(session._handle)
 
     # What there is.
 
@@ -353,7 +357,7 @@ class PrefixCache:
             if not self._index.kept:
                 self.events.cleared()
 
-    def _spans(self) -> Iterable[HeldSpan]:
+    def _spans(self) -> Iterable[StoredSpan]:
         for tree in self._trees.values():
             for node in tree.root.below():
                 if node.value is not None:
@@ -361,19 +365,19 @@ class PrefixCache:
 
     # Keys.
 
-    def _new_tree(self, salt: str) -> RadixTree[HeldSpan]:
-        tree: RadixTree[HeldSpan] = RadixTree()
+    def _new_tree(self, salt: str) -> RadixTree[StoredSpan]:
+        tree: RadixTree[StoredSpan] = RadixTree()
         self._trees[salt] = tree
         self._salts[id(tree.root)] = salt
         return tree
 
-    def _salt_of(self, span: HeldSpan) -> str:
+    def _salt_of(self, span: StoredSpan) -> str:
         node = span.node
         while node.parent is not None:
             node = node.parent
         return self._salts[id(node)]
 
-    def _gone(self, span: HeldSpan) -> None:
+    def _on_evict(self, span: StoredSpan) -> None:
         self.events.removed(span, self._salt_of(span))
 
     def _with_media(self, tokens: Tokens, media: Media) -> Tokens:
@@ -388,7 +392,7 @@ class PrefixCache:
         return tokens
 
 
-def _chain(spans: list[HeldSpan], known: list[HeldSpan]) -> list[Snapshot]:
+def _contiguous_snapshots(spans: list[StoredSpan], known: list[StoredSpan]) -> list[Snapshot]:
     """Snapshots of `spans` without gaps: of nothing, as those of `known`, where nothing is kept.
 
     A hit may end in such a gap: where a chunk begins, nothing before it is needed.
@@ -397,7 +401,7 @@ def _chain(spans: list[HeldSpan], known: list[HeldSpan]) -> list[Snapshot]:
     return [
         span.payload.snapshot
         if span.payload is not None
-        else nothing(span.start, span.stop, kept[0])
+        else empty_like(span.start, span.stop, kept[0])
         for span in spans
     ]
 
@@ -413,7 +417,7 @@ def _check_ids(tokens: Tokens, media: Media) -> None:
         )
 
 
-def _resident(span: HeldSpan) -> bool:
+def _resident(span: StoredSpan) -> bool:
     return span.payload is not None and span.payload.snapshot.resident
 
 

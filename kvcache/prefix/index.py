@@ -25,7 +25,7 @@ class Payload(Protocol):
         """What it takes of the budget."""
 
     @property
-    def divisible(self) -> bool:
+    def resumable_anywhere(self) -> bool:
         """Whether the first part of it is of use without the second."""
 
     def split(self, tokens: int) -> tuple[Self, Self]:
@@ -43,10 +43,10 @@ class Span(Generic[P]):
 
     uses: how often it was asked for. used: when last, in seconds. pins: who needs it now.
     children: spans right behind it that are kept. offered: whether the policy may choose it.
-    mark: of the policy's own; both parts of a span that is split have it.
+    policy_data: of the policy's own; both parts of a span that is split have it.
     """
 
-    __slots__ = ("children", "mark", "node", "offered", "payload", "pins", "used", "uses")
+    __slots__ = ("children", "node", "offered", "payload", "pins", "policy_data", "used", "uses")
 
     def __init__(self, node: Node[Span[P]]) -> None:
         self.node = node
@@ -54,7 +54,7 @@ class Span(Generic[P]):
         self.pins = self.children = self.uses = 0
         self.used = 0.0
         self.offered = False
-        self.mark: Any = None
+        self.policy_data: Any = None
 
     @property
     def start(self) -> int:
@@ -91,8 +91,8 @@ class SpanIndex(Generic[P]):
     """The spans of one budget, over any number of trees (one per tenant, say).
 
     budget: most that all payloads together may take, None for no limit; exceeded only while what
-    would have to go is pinned. grain: tokens that at least leave a divisible span together.
-    ghosts: evicted spans that are remembered, at most. gone: told of spans about to be evicted.
+    would have to go is pinned. grain: fewest tokens that a divisible span loses at once.
+    ghosts: evicted spans that are remembered, at most. on_evict: told of spans about to be evicted.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SpanIndex(Generic[P]):
         *,
         grain: int = 64,
         ghosts: int = 100_000,
-        gone: Callable[[Span[P]], None] = lambda _: None,
+        on_evict: Callable[[Span[P]], None] = lambda _: None,
     ) -> None:
         self.policy = policy
         self.budget = budget
@@ -112,7 +112,7 @@ class SpanIndex(Generic[P]):
         """Spans evicted so far."""
         self.kept: dict[Span[P], None] = {}
         """The spans with a payload, which may be few among the ghosts."""
-        self._grain, self._most_ghosts, self._gone = grain, ghosts, gone
+        self._grain, self._most_ghosts, self._on_evict = grain, ghosts, on_evict
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
 
     def follow(self, tree: RadixTree[Span[P]], tokens: Tokens) -> list[Span[P]]:
@@ -178,7 +178,7 @@ class SpanIndex(Generic[P]):
         payload = span.payload
         if payload is None:
             return
-        self._gone(span)
+        self._on_evict(span)
         self.policy.evict(span, now)
         self.size -= payload.size
         self.evictions += 1
@@ -195,7 +195,7 @@ class SpanIndex(Generic[P]):
     def _shrink(self, span: Span[P], excess: int, now: float) -> None:
         """Evict `span`, or as much of its end as is too much."""
         tokens = span.stop - span.start
-        if span.payload is not None and span.payload.divisible and span.size:
+        if span.payload is not None and span.payload.resumable_anywhere and span.size:
             going = max(self._grain, -(-excess * tokens // span.size))
             if going < tokens:
                 self._split(span.node, tokens - going)
@@ -207,7 +207,7 @@ class SpanIndex(Generic[P]):
         node = RadixTree.split(node, tokens)
         node.value = upper = Span(node)
         upper.pins, upper.uses, upper.used = lower.pins, lower.uses, lower.used
-        upper.mark = lower.mark
+        upper.policy_data = lower.policy_data
         if lower.payload is None:
             self._ghosts[upper] = None
         else:

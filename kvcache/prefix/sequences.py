@@ -11,41 +11,41 @@ from kvcache.backends import Backend
 from kvcache.errors import CacheFullError
 from kvcache.layers.growing import KVCache, restore, snapshot
 from kvcache.pool.base import Cache, check_ids
-from kvcache.snapshots.rows import Rows
+from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import Part, Snapshot
 
 
-class Host(ABC):
-    """Gives a session a place and takes snapshots of it."""
+class SequenceSource(ABC):
+    """Gives a session a handle and takes snapshots of it."""
 
     lock: threading.RLock
 
     @abstractmethod
-    def begin(self) -> Any:
-        """An empty place. Raises: CacheFullError if there is none."""
+    def acquire(self) -> Any:
+        """An empty handle. Raises: CacheFullError if there is none."""
 
     @abstractmethod
-    def restore(self, place: Any, chain: Sequence[Snapshot]) -> None:
-        """Let an empty place hold what `chain` does. Raises: CacheFullError."""
+    def restore(self, handle: Any, snapshots: Sequence[Snapshot]) -> None:
+        """Let an empty handle hold what `snapshots` does. Raises: CacheFullError."""
 
     @abstractmethod
-    def schedule(self, place: Any, positions: Iterable[int]) -> None:
+    def schedule(self, handle: Any, positions: Iterable[int]) -> None:
         """Let its snapshots hold what going on at `positions` needs."""
 
     @abstractmethod
-    def held(self, place: Any) -> int:
+    def length(self, handle: Any) -> int:
         """Tokens that its sequence has seen."""
 
     @abstractmethod
-    def capture(self, place: Any, start: int, stop: int) -> Snapshot:
+    def capture(self, handle: Any, start: int, stop: int) -> Snapshot:
         """What it holds of positions ``[start, stop)``."""
 
     @abstractmethod
-    def end(self, place: Any) -> None:
-        """The end of :meth:`begin`."""
+    def release(self, handle: Any) -> None:
+        """The release of :meth:`acquire`."""
 
 
-class PoolHost(Host):
+class PoolSequences(SequenceSource):
     """Sequences of one multi-sequence cache: snapshots share cells with them."""
 
     def __init__(self, cache: Cache, sequences: Iterable[int] | None) -> None:
@@ -58,7 +58,7 @@ class PoolHost(Host):
         if len(set(self._free)) < self._all:
             raise ValueError(f"sessions share no sequence; name each once, got {self._free[::-1]}.")
 
-    def begin(self) -> int:
+    def acquire(self) -> int:
         if not self._free:
             raise CacheFullError(
                 f"every session needs a sequence of its own; all {self._all} are in use. "
@@ -66,24 +66,24 @@ class PoolHost(Host):
             )
         return self._free.pop()
 
-    def restore(self, place: int, chain: Sequence[Snapshot]) -> None:
-        self.cache.restore(place, *chain)
+    def restore(self, handle: int, snapshots: Sequence[Snapshot]) -> None:
+        self.cache.restore(handle, *snapshots)
 
-    def schedule(self, place: int, positions: Iterable[int]) -> None:
-        self.cache.schedule(place, positions)
+    def schedule(self, handle: int, positions: Iterable[int]) -> None:
+        self.cache.schedule(handle, positions)
 
-    def held(self, place: int) -> int:
-        return self.cache.next_position(place)
+    def length(self, handle: int) -> int:
+        return self.cache.next_position(handle)
 
-    def capture(self, place: int, start: int, stop: int) -> Snapshot:
-        return self.cache.snapshot(place, start, stop)
+    def capture(self, handle: int, start: int, stop: int) -> Snapshot:
+        return self.cache.snapshot(handle, start, stop)
 
-    def end(self, place: int) -> None:
-        self.cache.remove(place, 0)
-        self._free.append(place)
+    def release(self, handle: int) -> None:
+        self.cache.remove(handle, 0)
+        self._free.append(handle)
 
 
-class LayersHost(Host):
+class LayerSequences(SequenceSource):
     """New per-layer caches for every session; their snapshots are in host memory.
 
     caches: one per layer, empty; those of sessions are made like them.
@@ -96,30 +96,32 @@ class LayersHost(Host):
         self._backend: Backend | None = None
         self.lock = threading.RLock()
 
-    def begin(self) -> list[KVCache]:
+    def acquire(self) -> list[KVCache]:
         return [cache.copy() for cache in self._like]
 
-    def restore(self, place: list[KVCache], chain: Sequence[Snapshot]) -> None:
-        restore(place, *chain, backend=self._backend)
+    def restore(self, handle: list[KVCache], snapshots: Sequence[Snapshot]) -> None:
+        restore(handle, *snapshots, backend=self._backend)
 
-    def schedule(self, place: list[KVCache], positions: Iterable[int]) -> None:
+    def schedule(self, handle: list[KVCache], positions: Iterable[int]) -> None:
         wanted = list(positions)
-        for cache in place:
+        for cache in handle:
             cache.schedule(wanted)
 
-    def held(self, place: list[KVCache]) -> int:
-        return min(cache.offset for cache in place)
+    def length(self, handle: list[KVCache]) -> int:
+        return min(cache.offset for cache in handle)
 
-    def capture(self, place: list[KVCache], start: int, stop: int) -> Snapshot:
-        self._backend = place[0].backend
-        return snapshot(place, start, stop).to_host()
+    def capture(self, handle: list[KVCache], start: int, stop: int) -> Snapshot:
+        self._backend = handle[0].backend
+        return snapshot(handle, start, stop).to_host()
 
-    def end(self, place: list[KVCache]) -> None:
-        for cache in place:
+    def release(self, handle: list[KVCache]) -> None:
+        for cache in handle:
             cache.reset()
 
 
-def nothing(start: int, stop: int, like: Snapshot) -> Snapshot:
+def empty_like(start: int, stop: int, like: Snapshot) -> Snapshot:
     """A snapshot of a span of which nothing is held."""
-    parts = [Part(p.kind, p.sight, Rows(p.rows.positions[:0]), p.dtype) for p in like.parts]
+    parts = [
+        Part(p.kind, p.visibility, TokenRows(p.rows.positions[:0]), p.dtype) for p in like.parts
+    ]
     return Snapshot(start, stop, parts)

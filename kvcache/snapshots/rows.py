@@ -11,13 +11,13 @@ import numpy.typing as npt
 from kvcache.backends.base import HostArray
 from kvcache.pool.batch import Int32s
 
-Places: TypeAlias = npt.NDArray[np.int64]
+Slots: TypeAlias = npt.NDArray[np.int64]
 """Where in a cache rows are: cells of a pool, slots of a buffer."""
-Layers: TypeAlias = dict[int, tuple[HostArray, HostArray | None]]
+LayerRows: TypeAlias = dict[int, tuple[HostArray, HostArray | None]]
 """By layer: keys and values ``[..., tokens, head_dim]``; None where it holds keys only."""
 
 
-class Lender(Protocol):
+class RowOwner(Protocol):
     """A cache that rows can stay in."""
 
     @property
@@ -28,103 +28,103 @@ class Lender(Protocol):
     def token_bytes(self) -> int:
         """Bytes of one token in all its layers."""
 
-    def read(self, places: Places) -> Layers:
+    def read(self, slots: Slots) -> LayerRows:
         """Copies of what is there."""
 
-    def lend(self, rows: Rows) -> None:
-        """Call ``rows.to_host()`` before their places are written to, from now on."""
+    def pin(self, rows: TokenRows) -> None:
+        """Call ``rows.to_host()`` before their slots are written to, from now on."""
 
-    def release(self, rows: Rows) -> None:
-        """The end of :meth:`lend`."""
+    def unpin(self, rows: TokenRows) -> None:
+        """The end of :meth:`pin`."""
 
 
-class Rows:
-    """Rows of `positions`, ascending. Every change of form leaves the content as it is.
+class TokenRows:
+    """TokenRows of `positions`, ascending. Every change of form leaves the content as it is.
 
-    Resident ones own no memory: they name places in the cache of a lender, which asks them to
+    Resident ones own no memory: they name slots in the cache of a lender, which asks them to
     copy before it writes there. The others are in host memory.
     """
 
     def __init__(
-        self, positions: Int32s, layers: Layers | None = None, home: Lender | None = None
+        self, positions: Int32s, layers: LayerRows | None = None, owner: RowOwner | None = None
     ) -> None:
         self.positions = positions
-        self.home = home
-        self.places: Places = np.empty(0, np.int64)
+        self.owner = owner
+        self.slots: Slots = np.empty(0, np.int64)
         self._layers = layers or {}
 
     @classmethod
-    def resident(cls, positions: Int32s, home: Lender, places: Places) -> Rows:
-        """Rows that stay where they are."""
-        rows = cls(positions, home=home)
-        rows.places = places
-        home.lend(rows)
+    def resident(cls, positions: Int32s, owner: RowOwner, slots: Slots) -> TokenRows:
+        """TokenRows that stay where they are."""
+        rows = cls(positions, owner=owner)
+        rows.slots = slots
+        owner.pin(rows)
         return rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows, wherever they are."""
-        home = self.home
-        return self.owned if home is None else self.positions.size * home.token_bytes
+        owner = self.owner
+        return self.host_nbytes if owner is None else self.positions.size * owner.token_bytes
 
     @property
-    def owned(self) -> int:
+    def host_nbytes(self) -> int:
         """Bytes of host memory that are theirs, 0 for resident ones."""
         parts = (part for pair in self._layers.values() for part in pair)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def to_host(self) -> Layers:
+    def to_host(self) -> LayerRows:
         """The rows in host memory, theirs from now on."""
         with self._guard():
-            if self.home is not None:
-                self._layers = self.home.read(self.places)
-                self._leave()
+            if self.owner is not None:
+                self._layers = self.owner.read(self.slots)
+                self._spill()
             return self._layers
 
     def close(self) -> None:
         """Give up what they hold; closing twice is no error."""
         with self._guard():
-            self._leave()
+            self._spill()
             self._layers, self.positions = {}, self.positions[:0]
 
     def _guard(self) -> AbstractContextManager[object]:
-        """For who looks at `home` and goes on as if it stayed: it may go, and never comes."""
-        home = self.home
-        return nullcontext() if home is None else home.lock
+        """For who looks at `owner` and goes on as if it stayed: it may go, and never comes."""
+        owner = self.owner
+        return nullcontext() if owner is None else owner.lock
 
-    def _leave(self) -> None:
-        if self.home is not None:
-            self.home.release(self)
-        self.home, self.places = None, self.places[:0]
+    def _spill(self) -> None:
+        if self.owner is not None:
+            self.owner.unpin(self)
+        self.owner, self.slots = None, self.slots[:0]
 
-    def read(self, which: npt.NDArray[np.intp]) -> Layers:
+    def read(self, which: npt.NDArray[np.intp]) -> LayerRows:
         """Some of the rows, in host memory; they stay where they are."""
         with self._guard():
-            if self.home is not None:
-                return self.home.read(self.places[which])
+            if self.owner is not None:
+                return self.owner.read(self.slots[which])
             return self._taken(which)
 
-    def _taken(self, which: npt.NDArray[np.intp] | slice) -> Layers:
+    def _taken(self, which: npt.NDArray[np.intp] | slice) -> LayerRows:
         return {
             layer: (_taken(keys, which), None if values is None else _taken(values, which))
             for layer, (keys, values) in self._layers.items()
         }
 
-    def take(self, which: npt.NDArray[np.intp] | slice) -> Rows:
+    def take(self, which: npt.NDArray[np.intp] | slice) -> TokenRows:
         """Some of the rows, as rows of their own."""
         with self._guard():
-            if self.home is not None:
-                return Rows.resident(self.positions[which], self.home, self.places[which])
-            return Rows(self.positions[which], self._taken(which))
+            if self.owner is not None:
+                return TokenRows.resident(self.positions[which], self.owner, self.slots[which])
+            return TokenRows(self.positions[which], self._taken(which))
 
-    def split(self, at: int) -> tuple[Rows, Rows]:
+    def split(self, at: int) -> tuple[TokenRows, TokenRows]:
         """The rows below position `at`, and the others; these are closed."""
         first = int(np.searchsorted(self.positions, at))
         parts = self.take(slice(0, first)), self.take(slice(first, None))
         self.close()
         return parts
 
-    def join(self, other: Rows) -> Rows:
+    def join(self, other: TokenRows) -> TokenRows:
         """These rows and those of `other`, which share no position; both are closed."""
         if other.positions.size and self.positions.size:
             joined = self._with(other)
@@ -134,25 +134,25 @@ class Rows:
         other.close()
         return joined
 
-    def _with(self, other: Rows) -> Rows:
+    def _with(self, other: TokenRows) -> TokenRows:
         positions = np.concatenate([self.positions, other.positions])
         order = np.argsort(positions)
         with self._guard():
-            if self.home is not None and self.home is other.home:
-                places = np.concatenate([self.places, other.places])[order]
-                return Rows.resident(positions[order], self.home, places)
+            if self.owner is not None and self.owner is other.owner:
+                slots = np.concatenate([self.slots, other.slots])[order]
+                return TokenRows.resident(positions[order], self.owner, slots)
         # One lock at a time: those of two caches might be asked for in either order.
-        return Rows(positions[order], _joined(self.to_host(), other.to_host(), order))
+        return TokenRows(positions[order], _joined(self.to_host(), other.to_host(), order))
 
-    def _renewed(self) -> Rows:
+    def _renewed(self) -> TokenRows:
         """The same rows as another object, not copied: who closes this one closes no other."""
         with self._guard():
-            if self.home is not None:
-                return Rows.resident(self.positions, self.home, self.places)
-            return Rows(self.positions, self._layers)
+            if self.owner is not None:
+                return TokenRows.resident(self.positions, self.owner, self.slots)
+            return TokenRows(self.positions, self._layers)
 
 
-class Sight(NamedTuple):
+class Visibility(NamedTuple):
     """What a cache needs of the past to go on somewhere.
 
     window: tokens right before, None for all, 0 for none. chunk: none of earlier chunks of so
@@ -180,7 +180,7 @@ class Sight(NamedTuple):
         recent = (positions >= self.lowest(position)) & (positions < position)
         return recent | (positions < min(self.sinks, position))
 
-    def reach(self, positions: Int32s, limit: int) -> int:
+    def last_resumable(self, positions: Int32s, limit: int) -> int:
         """The last position up to `limit` to go on at, if just `positions` (ascending) are held."""
         held = positions[: int(np.searchsorted(positions, limit))]
         if self.window == 0:
@@ -202,7 +202,7 @@ def _taken(array: HostArray, which: npt.NDArray[np.intp] | slice) -> HostArray:
     return np.array(array[..., which, :], order="C")
 
 
-def _joined(one: Layers, two: Layers, order: npt.NDArray[np.intp]) -> Layers:
+def _joined(one: LayerRows, two: LayerRows, order: npt.NDArray[np.intp]) -> LayerRows:
     def merged(first: HostArray, second: HostArray) -> HostArray:
         return np.concatenate([first, second], axis=-2)[..., order, :]
 

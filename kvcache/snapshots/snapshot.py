@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from kvcache.backends.base import HostArray
 from kvcache.errors import ForeignFileError, KVCacheError, SnapshotMismatchError
 
 from .files import read_file, write_file
-from .rows import Layers, Rows, Sight
+from .rows import LayerRows, TokenRows, Visibility
 
 
 @dataclass
@@ -24,13 +24,13 @@ class Part:
     """What one cache has to do with a snapshot. kind: of that cache, as files call it."""
 
     kind: str
-    sight: Sight
-    rows: Rows
+    visibility: Visibility
+    rows: TokenRows
     dtype: str
 
-    def like(self, rows: Rows) -> Part:
+    def like(self, rows: TokenRows) -> Part:
         """The same with other rows."""
-        return Part(self.kind, self.sight, rows, self.dtype)
+        return Part(self.kind, self.visibility, rows, self.dtype)
 
 
 class Snapshot:
@@ -49,7 +49,7 @@ class Snapshot:
 
     Where every token stays (no window) a snapshot can be split anywhere, and each part of it is of
     use. Where old ones are dropped it can be split as well, but a sequence can go on only at
-    places for which the tokens before are there: see :func:`reach`.
+    places for which the tokens before are there: see :func:`last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -70,17 +70,17 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it owns: 0 while it is resident."""
-        return sum(part.rows.owned for part in self.parts)
+        return sum(part.rows.host_nbytes for part in self.parts)
 
     @property
     def resident(self) -> bool:
         """Whether some of it is still in the memory of its cache."""
-        return any(part.rows.home is not None for part in self.parts)
+        return any(part.rows.owner is not None for part in self.parts)
 
     @property
-    def divisible(self) -> bool:
+    def resumable_anywhere(self) -> bool:
         """Whether the first part of it is of use without the second, wherever it is split."""
-        return all(part.sight.window in (None, 0) for part in self.parts)
+        return all(part.visibility.window in (None, 0) for part in self.parts)
 
     def split(self, at: int) -> tuple[Snapshot, Snapshot]:
         """Two snapshots that meet at position `at`, instead of this one, which is closed.
@@ -108,12 +108,12 @@ class Snapshot:
                 f"snapshots that merge meet; got [{self.start}, {self.stop}) and "
                 f"[{other.start}, {other.stop})."
             )
-        check_alike([self, other], outline(self.parts))
+        check_same_specs([self, other], specs_of(self.parts))
         return Snapshot(self.start, other.stop, self._joined(other))
 
-    def absorb(self, other: Snapshot) -> Snapshot:
+    def union(self, other: Snapshot) -> Snapshot:
         """One snapshot of the span of this with what either holds; both are closed."""
-        check_alike([self, other], outline(self.parts))
+        check_same_specs([self, other], specs_of(self.parts))
         for mine, part in zip(self.parts, other.parts, strict=True):
             inside = (part.rows.positions >= self.start) & (part.rows.positions < self.stop)
             new = inside & ~np.isin(part.rows.positions, mine.rows.positions)
@@ -171,7 +171,7 @@ class Snapshot:
             "kind": "snapshot",
             "span": [self.start, self.stop],
             "parts": [
-                {"kind": part.kind, "sight": list(part.sight), "dtype": part.dtype}
+                {"kind": part.kind, "visibility": list(part.visibility), "dtype": part.dtype}
                 for part in self.parts
             ],
             "tokens": _token_hash(tokens),
@@ -201,8 +201,8 @@ class Snapshot:
         parts = [
             Part(
                 each["kind"],
-                Sight(*each["sight"]),
-                Rows(tensors[f"{number}.positions"], _layers(number, tensors)),
+                Visibility(*each["visibility"]),
+                TokenRows(tensors[f"{number}.positions"], _layers(number, tensors)),
                 each["dtype"],
             )
             for number, each in enumerate(header["parts"])
@@ -211,7 +211,7 @@ class Snapshot:
         return cls(start, stop, parts)
 
 
-def reach(snapshots: Sequence[Snapshot], limit: int) -> int:
+def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:
     """The last position up to `limit` where a sequence can go on that `snapshots` are put into.
 
     snapshots: of one sequence, in order, without gaps between them, the first from position 0.
@@ -225,41 +225,46 @@ def reach(snapshots: Sequence[Snapshot], limit: int) -> int:
     while limit != before:
         before = limit
         for column, positions in zip(columns, held, strict=True):
-            limit = column[0].sight.reach(positions, limit)
+            limit = column[0].visibility.last_resumable(positions, limit)
     return limit
 
 
-Outline = list[tuple[str, Sight, str]]
+class CacheSpec(NamedTuple):
+    """Kind, visibility and dtype of one cache: equal for caches that exchange snapshots."""
+
+    kind: str
+    visibility: Visibility
+    dtype: str
 
 
-def outline(parts: Sequence[Part]) -> Outline:
+def specs_of(parts: Sequence[Part]) -> list[CacheSpec]:
     """What snapshots must have in common with a cache, or with each other."""
-    return [(part.kind, part.sight, part.dtype) for part in parts]
+    return [CacheSpec(part.kind, part.visibility, part.dtype) for part in parts]
 
 
-def check_alike(snapshots: Sequence[Snapshot], wanted: Outline) -> None:
+def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> None:
     """Raise SnapshotMismatchError unless all are of caches like `wanted`."""
     for snapshot in snapshots:
-        if outline(snapshot.parts) != wanted:
+        if specs_of(snapshot.parts) != wanted:
             raise SnapshotMismatchError(
                 "a snapshot goes back to caches of the same kinds, windows and dtype; "
-                f"got {outline(snapshot.parts)} for {wanted}."
+                f"got {specs_of(snapshot.parts)} for {wanted}."
             )
 
 
-def check_chain(snapshots: Sequence[Snapshot], wanted: Outline) -> int:
+def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> int:
     """Where a sequence goes on that `snapshots` are put into.
 
     Raises: SnapshotMismatchError, ValueError unless they follow each other from position 0,
         KVCacheError if it cannot go on at the end of the last.
     """
-    check_alike(snapshots, wanted)
+    check_same_specs(snapshots, wanted)
     spans = [(snapshot.start, snapshot.stop) for snapshot in snapshots]
     starts = [0, *(stop for _, stop in spans[:-1])]
     if not spans or [start for start, _ in spans] != starts:
         raise ValueError(f"snapshots to restore follow each other from position 0; got {spans}.")
     stop = spans[-1][1]
-    if (possible := reach(snapshots, stop)) != stop:
+    if (possible := last_resumable(snapshots, stop)) != stop:
         raise KVCacheError(
             f"the tokens before position {stop} that its cache would see are not all in these "
             f"snapshots; the last place to go on is {possible}. Split them there."
@@ -267,7 +272,7 @@ def check_chain(snapshots: Sequence[Snapshot], wanted: Outline) -> int:
     return stop
 
 
-def _named(number: int, layers: Layers) -> dict[str, HostArray]:
+def _named(number: int, layers: LayerRows) -> dict[str, HostArray]:
     named = {}
     for layer, (keys, values) in layers.items():
         named[f"{number}.{layer}.keys"] = keys
@@ -276,7 +281,7 @@ def _named(number: int, layers: Layers) -> dict[str, HostArray]:
     return named
 
 
-def _layers(number: int, tensors: dict[str, HostArray]) -> Layers:
+def _layers(number: int, tensors: dict[str, HostArray]) -> LayerRows:
     layers = [int(name.split(".")[1]) for name in tensors if _is_keys(name, number)]
     return {
         layer: (tensors[f"{number}.{layer}.keys"], tensors.get(f"{number}.{layer}.values"))

@@ -9,12 +9,12 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from kvcache.backends import get_backend  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kvcache import NotSupportedError, ShapeError, StepOrderError, UnknownStreamError  # noqa: E402
 from kvcache.adapters.diffusers.attach import attach  # noqa: E402
 from kvcache.adapters.diffusers.blocks import aligned  # noqa: E402
+from kvcache.backends import get_backend  # noqa: E402
 from kvcache.diffusion import (  # noqa: E402
     TIMESTEP,
     Accumulated,

@@ -3,10 +3,10 @@
 from typing import Any, ClassVar
 
 import pytest
-from kvcache.backends._numpy import NumpyBackend
-from kvcache.backends.base import HOST_DTYPES
 
 from kvcache import Backend, DTypeError, get_backend
+from kvcache.backends._numpy import NumpyBackend
+from kvcache.backends.base import HOST_DTYPES
 from kvcache.testing import BackendSuite, run_suite
 from kvcache.testing.backend_checks import all_checks
 

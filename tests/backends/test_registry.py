@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvcache.backends._numpy import NumpyBackend
 
 import kvcache
 from kvcache import (
@@ -24,6 +23,7 @@ from kvcache import (
     get_backend,
     register_backend,
 )
+from kvcache.backends._numpy import NumpyBackend
 
 FRAMEWORKS = ("jax", "mlx", "torch")
 BUILT_IN = ["array_api", "jax", "mlx", "numpy", "torch"]

@@ -23,7 +23,7 @@ def planned() -> PlanReport:
 def occupancy(server: Server) -> tuple[int, list[int]]:
     """Returns how many cells are free, and how many each sequence holds."""
     table = server.cache._table
-    return table.free, [table.row(sequence).size for sequence in server.sequences]
+    return table.free, [table.cells_of(sequence).size for sequence in server.sequences]
 
 
 def test_every_load_is_planned_with_and_without_window_mask_and_larger_pool(
@@ -77,7 +77,7 @@ def test_a_server_with_a_window_evicts_as_many_as_it_adds(
         contestant.run(steps)
         assert occupancy(server) == steady
     assert server.position == load.used + 49
-    oldest = server.cache._table.positions[server.cache._table.row(0)[0]]
+    oldest = server.cache._table.positions[server.cache._table.cells_of(0)[0]]
     assert oldest == server.position - steady[1][0]
 
 

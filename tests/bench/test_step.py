@@ -118,7 +118,7 @@ def test_everyone_writes_the_last_tokens_of_all_layers(
         causal.rewind(3)
         causal.run(3)
         table = causal.cache._table
-        cells = np.concatenate([table.row(sequence) for sequence in causal.sequences])
+        cells = np.concatenate([table.cells_of(sequence) for sequence in causal.sequences])
         sums[CAUSAL] = [
             np.asarray(backend.to_host(array)).sum(axis=(0, 2))[cells]
             for pair in causal.cache._buffers._layers.values()

@@ -9,7 +9,6 @@ from weakref import ref
 
 import numpy as np
 import pytest
-from kvcache.backends import backend_of
 
 from kvcache import (
     Backend,
@@ -19,6 +18,7 @@ from kvcache import (
     UnknownStreamError,
     get_backend,
 )
+from kvcache.backends import backend_of
 from kvcache.diffusion import (
     TIMESTEP,
     Accumulated,

@@ -62,7 +62,7 @@ def test_decides_as_the_oracle(kind: type[Policy], data: Any, limits: Limits, lo
     assert eager(recipe, NUMPY, loop)[0] == expected
 
 
-def check_alike(recipe: Recipe, backend: Backend, loop: Loop, how: Any) -> None:
+def check_same_specs(recipe: Recipe, backend: Backend, loop: Loop, how: Any) -> None:
     """Decided as the oracle does; and outputs are those of NumPy."""
     expected = whole_decisions(recipe, loop)
     computed, outputs = how(recipe, backend, loop)
@@ -78,7 +78,7 @@ def check_alike(recipe: Recipe, backend: Backend, loop: Loop, how: Any) -> None:
 def test_decides_alike_everywhere(
     backend: Backend, kind: type[Policy], data: Any, limits: Limits, loop: Loop
 ) -> None:
-    check_alike(Recipe(data.draw(POLICIES[kind]), Taylor(1), limits), backend, loop, eager)
+    check_same_specs(Recipe(data.draw(POLICIES[kind]), Taylor(1), limits), backend, loop, eager)
 
 
 @each_policy
@@ -89,7 +89,7 @@ def test_decides_alike_in_a_program(
 ) -> None:
     recipe = Recipe(data.draw(POLICIES[kind]), Taylor(1), limits)
     for loop in several:
-        check_alike(recipe, backend, loop, traced)
+        check_same_specs(recipe, backend, loop, traced)
 
 
 @each_policy

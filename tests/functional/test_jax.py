@@ -54,16 +54,18 @@ def test_no_copy_of_a_buffer(dtype, batch):
     """All buffers are aliased, and what a program needs besides is less than a buffer's float32."""
     cache = pool(dtype, batch)
     plan = cache.plan(Batch([0] * batch, range(batch)))
-    program = jax.jit(step, donate_argnums=0).lower(cache.state, plan, inputs(batch)).compile()
-    held = sum(buffer.nbytes for pair in cache.state.values() for buffer in pair)
+    program = (
+        jax.jit(step, donate_argnums=0).lower(cache.program_state, plan, inputs(batch)).compile()
+    )
+    held = sum(buffer.nbytes for pair in cache.program_state.values() for buffer in pair)
     assert program.memory_analysis().alias_size_in_bytes >= held
-    assert not copies(program, cache.state[0][0])
+    assert not copies(program, cache.program_state[0][0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_stays_where_it_is(dtype):
     cache = pool(dtype)
-    program, state = jax.jit(step, donate_argnums=0), cache.state
+    program, state = jax.jit(step, donate_argnums=0), cache.program_state
     where = {buffer.unsafe_buffer_pointer() for pair in state.values() for buffer in pair}
     for position in range(3):
         state, _ = program(state, cache.plan(Batch([position], [0])), inputs(1))
@@ -80,7 +82,9 @@ def test_compiled_once_per_padded_length():
     program = jax.jit(noted, donate_argnums=0)
     for position in range(0, 2000, 50):
         cache.start_forward(Batch(range(position, position + 49), [1] * 49))
-        cache.state, _ = program(cache.state, cache.plan(Batch([position + 49], [1])), inputs(1))
+        cache.program_state, _ = program(
+            cache.program_state, cache.plan(Batch([position + 49], [1])), inputs(1)
+        )
     assert traced == [(1, 256), (1, 512), (1, 1024), (1, 2048)]
 
 
@@ -89,8 +93,8 @@ def test_scan_over_decode_steps():
     first, steps = Batch([0, 0], [1, 0]), 6
     x, expected = JAX.from_host(inputs(2)), []
     for i in range(steps):
-        single.state, x = step(
-            single.state, single.plan(Batch(first.positions + i, first.sequences)), x
+        single.program_state, x = step(
+            single.program_state, single.plan(Batch(first.positions + i, first.sequences)), x
         )
         expected.append(x)
 
@@ -102,7 +106,9 @@ def test_scan_over_decode_steps():
     def decode(state, plans, x):
         return jax.lax.scan(body, (state, x), plans)
 
-    (cache.state, _), found = decode(cache.state, cache.plan_steps(first, steps), inputs(2))
+    (cache.program_state, _), found = decode(
+        cache.program_state, cache.plan_steps(first, steps), inputs(2)
+    )
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5)
 
 
@@ -111,7 +117,7 @@ def test_append_copies_nothing(batch):
     cache = KVCache(JAX)
     new = np.ones((batch, HEADS, 1, DIM), np.float32)
     cache.update(*(JAX.from_host(new) for _ in range(2)))
-    state = cache.lend(2000)
+    state = cache.export_state(2000)
 
     def attend(state, x, keys, values):
         mask = functional.mask(state, 1)

@@ -62,7 +62,7 @@ def test_program_is_update(backend, program, make, prompt, count, window):
     news = tokens(backend, dtype, prompt, rng)
     for each in (plain, cache):
         each.update(*news)
-    state, step = cache.lend(12 * count), program(stepper(count, window))
+    state, step = cache.export_state(12 * count), program(stepper(count, window))
     for _ in range(12):
         news = tokens(backend, dtype, count, rng)
         expected = *plain.update(*news), plain.mask(count, window)
@@ -70,7 +70,7 @@ def test_program_is_update(backend, program, make, prompt, count, window):
         assert keys.dtype == news[0].dtype
         got = attended(backend, keys, values, mask, backend.to_host(state.positions))
         assert got == attended(backend, *expected, plain.positions)
-    cache.give_back(state)
+    cache.import_state(state)
     assert cache.offset == plain.offset
     news = tokens(backend, dtype, 2, rng)
     got, expected = ((*each.update(*news), each.mask(2, window)) for each in (cache, plain))
@@ -82,7 +82,7 @@ def test_more_tokens_than_there_is_room_for(backend, program, make):
     """They are not written, over nothing that is there, and giving back tells of it."""
     cache, rng = make(backend), np.random.default_rng(0)
     cache.update(*tokens(backend, "float32", 3, rng))
-    state, step = cache.lend(1), program(stepper(1))
+    state, step = cache.export_state(1), program(stepper(1))
     room = state.keys.shape[2]
     if make is ring and room >= 10:
         pytest.skip(f"{backend.name} pads the ring to all its slots: there is room for any number")
@@ -93,16 +93,16 @@ def test_more_tokens_than_there_is_room_for(backend, program, make):
     if make is growing:
         np.testing.assert_array_equal(backend.to_host(state.keys), before)
     with pytest.raises(BoundsError, match=f"{room + 1} came, {room} fit"):
-        cache.give_back(state)
+        cache.import_state(state)
 
 
 def test_refusals(backend):
     with pytest.raises(KVCacheError, match=r"^a cache has the shape of .*\. Prefill, then lend\.$"):
-        growing(backend).lend(1)
+        growing(backend).export_state(1)
     cache, rng = ring(backend), np.random.default_rng(0)
     news = tokens(backend, "float32", 2, rng)
     cache.update(*news)
-    state = cache.lend(4)
+    state = cache.export_state(4)
     one = [backend.slice(array, 0, 1, 2) for array in news]
     with pytest.raises(ShapeError, match=r"on every axis but 2; got \[2, 3, 1, 4\] for \[2, 3"):
         functional.append(state._replace(values=state.values[:, :, :, :3]), *one)
@@ -111,5 +111,5 @@ def test_refusals(backend):
     with pytest.raises(ShapeError, match="a ring takes one token at a time; got 2"):
         functional.append(state, *news)
     with pytest.raises(ShapeError, match="has the shape of what was lent"):
-        cache.give_back(state._replace(keys=news[0]))
-    cache.give_back(state)
+        cache.import_state(state._replace(keys=news[0]))
+    cache.import_state(state)

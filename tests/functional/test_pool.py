@@ -90,7 +90,7 @@ def test_program_sees_what_get_returns(backend, program, dtype, limits):
             plain.set_layer(layer)
             plain.put(*news)
             expected.append(plain.get())
-        cache.state, got = compiled(cache.state, cache.plan(batch), *news)
+        cache.program_state, got = compiled(cache.program_state, cache.plan(batch), *news)
         for mine, other in zip(got, expected, strict=True):
             same(backend, mine, other)
     # And both go on as they are, without programs.
@@ -110,7 +110,7 @@ def test_layouts_and_float_masks(backend, layouts):
         news = tokens(backend, "float32", len(batch), rng, layouts)
         plain.start_forward(batch)
         plain.put(*news)
-        cache.state, got = step(cache.state, cache.plan(batch), *news)
+        cache.program_state, got = step(cache.program_state, cache.plan(batch), *news)
         same(backend, got[0], plain.get())
 
 
@@ -120,12 +120,12 @@ def test_keys_only(backend, program):
     keys, _ = tokens(backend, "float32", 2, np.random.default_rng(0))
     plan = cache.plan(Batch([0, 1], [0, 0]))
     put = program(lambda state, plan, keys: functional.put(state, plan, 0, keys))
-    cache.state = put(cache.state, plan, keys)
-    found, values, _ = functional.get(cache.state, plan, 0)
+    cache.program_state = put(cache.program_state, plan, keys)
+    found, values, _ = functional.get(cache.program_state, plan, 0)
     assert values is None
     np.testing.assert_array_equal(backend.to_host(found)[:, :2], backend.to_host(keys))
     with pytest.raises(ShapeError, match="layer 0 has values in every pass or in none"):
-        functional.put(cache.state, plan, 0, keys, keys)
+        functional.put(cache.program_state, plan, 0, keys, keys)
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
@@ -136,18 +136,18 @@ def test_steps_are_passes_one_after_the_other(backend, limits):
     prompt = Batch([*range(5), *range(9)], [0] * 5 + [2] * 9)
     news = tokens(backend, "float32", 14, rng)
     for each in (single, cache):
-        each.state = step(each.state, each.plan(prompt), *news)[0]
+        each.program_state = step(each.program_state, each.plan(prompt), *news)[0]
     first = Batch([9, 5], [2, 0])
     plans = cache.plan_steps(first, 10)
-    state = cache.state
+    state = cache.program_state
     for i in range(10):
         news = tokens(backend, "float32", 2, rng)
         state, got = step(state, type(plans)(*(nth(leaf, i) for leaf in plans)), *news)
         again = single.plan(Batch(first.positions + i, first.sequences))
-        single.state, expected = step(single.state, again, *news)
+        single.program_state, expected = step(single.program_state, again, *news)
         for mine, other in zip(got, expected, strict=True):
             assert attended(backend, mine) == attended(backend, other)
-    cache.state = state
+    cache.program_state = state
     assert cache.plan(Batch([19], [2])).mask.shape == single.plan(Batch([19], [2])).mask.shape
 
 
@@ -170,9 +170,11 @@ def test_padding_repeats_the_last_token(backend, program):
     plain, cache = allocated(backend), allocated(backend)
     rng, batch = np.random.default_rng(0), Batch([0, 1, 0], [0, 0, 1])
     news = tokens(backend, "float32", 3, rng)
-    plain.state, expected = step(plain.state, plain.plan(batch), *news)
+    plain.program_state, expected = step(plain.program_state, plain.plan(batch), *news)
     padded = [backend.gather(array, np.array([0, 1, 2, 2, 2, 2]), 1) for array in news]
-    cache.state, got = program(step)(cache.state, cache.plan(batch, tokens=6), *padded)
+    cache.program_state, got = program(step)(
+        cache.program_state, cache.plan(batch, tokens=6), *padded
+    )
     for mine, other in zip(got, expected, strict=True):
         same(backend, mine[:2], other[:2])
         mask = backend.to_host(mine[2])
@@ -209,10 +211,10 @@ NUMPY = get_backend("numpy")
 def test_a_plan_that_does_not_fit_changes_nothing():
     cache = make(NUMPY, window=4)
     cache.plan(Batch(range(10), [0] * 10))
-    rows = [cache._table.row(sequence).tolist() for sequence in range(3)]
+    rows = [cache._table.cells_of(sequence).tolist() for sequence in range(3)]
     with pytest.raises(CacheFullError, match="one free cell per token; 30 needed"):
         cache.plan(Batch(range(30), [1] * 30))
-    assert [cache._table.row(sequence).tolist() for sequence in range(3)] == rows
+    assert [cache._table.cells_of(sequence).tolist() for sequence in range(3)] == rows
 
 
 def test_steps_that_do_not_fit_change_nothing():
@@ -220,11 +222,11 @@ def test_steps_that_do_not_fit_change_nothing():
     cache.init(NUMPY, max_sequences=2, capacity=8, max_batch=8)
     cache.start_forward(Batch([0, 1, 2, 0], [0, 0, 0, 1]))
     cache.put(*(np.ones((HEADS, 4, DIM), np.float32) for _ in range(2)))
-    before = [cache._table.row(sequence).tolist() for sequence in range(2)]
+    before = [cache._table.cells_of(sequence).tolist() for sequence in range(2)]
     with pytest.raises(CacheFullError, match="2 needed, 0 of 16 free"):
         cache.plan_steps(Batch([3, 1], [0, 1]), 7)
     assert cache.get()[2].sum(-1).tolist() == [1, 2, 3, 1]  # the pass before goes on
-    assert [cache._table.row(sequence).tolist() for sequence in range(2)] == before
+    assert [cache._table.cells_of(sequence).tolist() for sequence in range(2)] == before
     assert cache._table.free == 12
     assert cache.plan_steps(Batch([3, 1], [0, 1]), 6).cells.shape == (6, 2)
 
@@ -257,10 +259,10 @@ def test_states_of_another_cache(backend):
     cache, other = allocated(backend), make(backend)
     other.allocate(range(LAYERS), HEADS, DIM + 1, VALUE_DIM)
     with pytest.raises(ShapeError, match=r"layers \[0, 1\] differ"):
-        cache.state = other.state
+        cache.program_state = other.program_state
     with pytest.raises(ShapeError, match=r"layers \[1\] differ"):
-        cache.state = {0: cache.state[0]}
-    assert sorted(cache.state) == [0, 1]
+        cache.program_state = {0: cache.program_state[0]}
+    assert sorted(cache.program_state) == [0, 1]
 
 
 def test_layers_and_shapes_are_checked_while_tracing(backend, program):
@@ -268,28 +270,28 @@ def test_layers_and_shapes_are_checked_while_tracing(backend, program):
     plan = cache.plan(Batch([0, 1], [0, 0]))
     keys, values = tokens(backend, "float32", 3, np.random.default_rng(0))
     with pytest.raises(ShapeError, match="as many tokens as it has, 2; got 3"):
-        functional.put(cache.state, plan, 0, keys, values)
+        functional.put(cache.program_state, plan, 0, keys, values)
     with pytest.raises(ShapeError, match=r"every axis but 1; got \[2, 3, 3\] for \[2, "):
-        functional.put(cache.state, plan, 0, values, keys)
+        functional.put(cache.program_state, plan, 0, values, keys)
     other = backend.from_host(np.ones((HEADS, 2, DIM)), "int32")
     with pytest.raises(DTypeError, match=r"this cache holds .*float32; got .*int32"):
-        functional.put(cache.state, plan, 0, other, other[:, :, :VALUE_DIM])
+        functional.put(cache.program_state, plan, 0, other, other[:, :, :VALUE_DIM])
     with pytest.raises(KVCacheError, match=r"layer 5 has no buffers; there are \[0, 1\]"):
-        functional.put(cache.state, plan, 5, keys, values)
+        functional.put(cache.program_state, plan, 5, keys, values)
     with pytest.raises(KVCacheError, match="layer 5 has no buffers"):
-        functional.get(cache.state, plan, 5)
+        functional.get(cache.program_state, plan, 5)
 
 
 def test_layers_are_allocated_once(backend):
     cache = allocated(backend)
-    cache.state = step(
-        cache.state,
+    cache.program_state = step(
+        cache.program_state,
         cache.plan(Batch([0], [0])),
         *tokens(backend, "float32", 1, np.random.default_rng(0)),
     )[0]
-    before = backend.to_host(cache.state[0][0])
+    before = backend.to_host(cache.program_state[0][0])
     cache.allocate(range(LAYERS), HEADS, DIM, VALUE_DIM)
-    np.testing.assert_array_equal(backend.to_host(cache.state[0][0]), before)
+    np.testing.assert_array_equal(backend.to_host(cache.program_state[0][0]), before)
     with pytest.raises(ShapeError, match="keep their heads and head_dim"):
         cache.allocate([1], HEADS + 1, DIM, VALUE_DIM)
     with pytest.raises(ValueError, match="value_dim must be >= 0, 0 for keys only; got -1"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-import kvcache.backends
 import pytest
 
 import kvcache
+import kvcache.backends
 import kvcache.errors
 
 PUBLIC = [
@@ -56,14 +56,18 @@ PUBLIC = [
     "trim",
 ]
 # What models, runners and caches of other packages may use of a cache.
-CACHE = """backend can_trim checkpoint copy dtype give_back growths kind lend len load mask nbytes
-offset positions reset restore rollback save schedule sight snapshot state to_backend trim
-update""".split()
+CACHE = """
+backend can_trim checkpoint copy dtype export_state growths import_state kind len load mask
+nbytes offset positions reset restore rollback save schedule snapshot state to_backend trim
+update visibility
+""".split()
 ROTATING = ["keep", "max_size"]
-BACKEND = """adopt alloc array_types compile concat config detached device device_of devices dtype
-dtype_name dtypes free from_dlpack from_host from_traced gather modules name owns read_rows
-read_slice scatter signature slice slice_update spec sync to_host traced_append traced_cond
-traced_form traced_index traced_read traced_write views write_rows write_slice xp""".split()
+BACKEND = """
+alloc array_types compile concat config detached device device_of devices dtype dtype_name
+dtypes fast_key free from_dlpack from_host from_traced gather import_dlpack modules name owns
+read_rows read_slice scatter slice slice_update slices_are_views spec sync to_host traced_append
+traced_cond traced_form traced_index traced_read traced_write write_rows write_slice xp
+""".split()
 
 
 def test_names() -> None:

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 import kvcache
 from kvcache import Backend, KVCache, KVCacheError, RotatingKVCache, Snapshot, get_backend
-from kvcache.snapshots.snapshot import reach
+from kvcache.snapshots.snapshot import last_resumable
 from kvcache.testing.coded import same
 
 from .oracle import SHAPE, Oracle, Shape, fingerprint, host_rows, oracle_for, push
@@ -102,7 +102,7 @@ def test_what_is_scheduled_is_kept_wherever_updates_end(kind: str, chunks: list[
         feed(cache, tokens)
     rest = cache.snapshot()
     for place in reversed(places):
-        assert reach([rest], place) == place
+        assert last_resumable([rest], place) == place
         if place < rest.stop:
             rest, end = rest.split(place)
             end.close()
@@ -124,7 +124,7 @@ def test_what_is_scheduled_outlasts_a_rollback_and_what_is_rejected_does_not() -
         feed(cache, 1)
     taken = cache.snapshot()
     for place in (20, 14, 8):
-        assert reach([taken], place) == place
+        assert last_resumable([taken], place) == place
         taken = taken.split(place)[0]
         again = make("rotating")
         again.restore(taken)
@@ -145,7 +145,7 @@ def test_a_snapshot_copies_nothing_until_its_slots_change() -> None:
         feed(cache, 1)
         assert snapshot.resident is (kind == "kv")
         assert snapshot.nbytes == (0 if kind == "kv" else snapshot.size)
-    assert len(cache._spans.rows) == 0
+    assert len(cache._pins.rows) == 0
 
 
 class LayersMachine(RuleBasedStateMachine):
@@ -223,10 +223,10 @@ class LayersMachine(RuleBasedStateMachine):
         self.due = set()
 
     @rule()
-    def lend_and_give_back(self) -> None:
+    def export_and_import(self) -> None:
         if self.offset:
             for cache in self.caches:
-                cache.give_back(cache.lend(3))
+                cache.import_state(cache.export_state(3))
             self.mark = []
 
     @rule(part=st.integers(0, 9))
@@ -235,7 +235,7 @@ class LayersMachine(RuleBasedStateMachine):
             return
         snapshot = kvcache.snapshot(self.caches)
         for place in self.due:
-            assert place > self.offset or reach([snapshot], place) == place
+            assert place > self.offset or last_resumable([snapshot], place) == place
         self.taken.append((snapshot, [oracle.copy() for oracle in self.oracles]))
         if len(self.taken) > 3:
             self.taken.pop(part % 3)[0].close()
@@ -245,7 +245,7 @@ class LayersMachine(RuleBasedStateMachine):
     def restore(self, data: Any) -> None:
         snapshot, oracles = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
         limit = data.draw(st.integers(1, snapshot.stop))
-        place = reach([snapshot], limit)
+        place = last_resumable([snapshot], limit)
         assert place or limit < snapshot.stop
         if place and place < snapshot.stop:
             parts = snapshot.split(place)
@@ -276,15 +276,15 @@ class LayersMachine(RuleBasedStateMachine):
     @invariant()
     def lends_to_those_that_stay(self) -> None:
         for cache in getattr(self, "caches", ()):
-            spans = cache._spans
-            assert all(rows.home is spans for rows in spans.rows)
+            spans = cache._pins
+            assert all(rows.owner is spans for rows in spans.rows)
 
     def teardown(self) -> None:
         for snapshot, _ in getattr(self, "taken", ()):
             snapshot.close()
         for cache in getattr(self, "caches", ()):
-            early = cache._spans._early
-            assert set(cache._spans.rows) <= {early}
+            early = cache._pins._retained
+            assert set(cache._pins.rows) <= {early}
 
 
 SHARE = {"numpy": 100, "torch": 15, "array_api": 12, "mlx": 12, "jax": 2}

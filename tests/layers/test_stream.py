@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvcache.backends._numpy import NumpyBackend
 
 import kvcache
 from kvcache import Backend, CacheConfig, KVCache, RotatingKVCache, get_backend
+from kvcache.backends._numpy import NumpyBackend
 
 from .oracle import (
     Oracle,
@@ -65,7 +65,7 @@ def test_buffers_are_filled_before_they_grow(backend: Backend) -> None:
     assert cache.growths == 0
     full = cache.nbytes
     cache.trim(1)
-    cache.lend(1)
+    cache.export_state(1)
     assert cache.nbytes == full, "there was room for the token that was lent for"
 
 
@@ -352,12 +352,12 @@ class Padded(NumpyBackend):
 class Whole(NumpyBackend):
     """No views: the whole buffer is handed out."""
 
-    views = False
+    slices_are_views = False
 
 
 class PaddedWhole(NumpyBackend):
     config = CacheConfig(padding=8, mask_dtype="float32")
-    views = False
+    slices_are_views = False
 
 
 @pytest.mark.parametrize("made", [Padded, Whole, PaddedWhole])
@@ -372,7 +372,7 @@ def test_other_configurations(
         columns = push(cache, oracle, tokens)
         check_whole(cache, oracle)
         assert len(columns) % backend.config.padding == 0
-        if backend.views:
+        if backend.slices_are_views:
             assert len(columns) < cache.len + tokens + 2 * backend.config.padding
         assert (cache.positions[cache.positions < 0] == -1).all()
     cache.checkpoint()

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvcache.backends._numpy import NumpyBackend
 
 import kvcache
 from kvcache import Backend, CacheConfig, KVCache, RotatingKVCache, get_backend
+from kvcache.backends._numpy import NumpyBackend
 
 from .oracle import (
     Shape,
@@ -227,7 +227,7 @@ def test_another_device_of_one_framework(kind: Callable[..., KVCache]) -> None:
 
 class PaddedWhole(NumpyBackend):
     config = CacheConfig(padding=8, mask_dtype="float32")
-    views = False
+    slices_are_views = False
 
 
 def test_other_configurations(backend: Backend, kind: Callable[..., KVCache]) -> None:

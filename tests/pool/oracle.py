@@ -164,12 +164,12 @@ def check_table(table):
     """What is always true of a table of cells."""
     holders = np.zeros(table.size, int)
     for sequence in range(len(table._first)):
-        row = table.row(sequence)
+        row = table.cells_of(sequence)
         holders[row] += 1
         if row.size:
             assert (np.diff(table.positions[row]) > 0).all()
             assert table.span(np.array([sequence])) == (row.min(), row.max() + 1)
-    np.testing.assert_array_equal(table._holders, holders)
+    np.testing.assert_array_equal(table._refcounts, holders)
     free = np.flatnonzero(holders == 0)
     assert table.free == free.size
     stacked = table._stack[: table._top]
@@ -185,7 +185,7 @@ def check_held(cache, oracle):
     assert table.size - table.free == oracle.cells()
     token_of = {}
     for sequence, held in enumerate(oracle.held):
-        row = table.row(sequence)
+        row = table.cells_of(sequence)
         assert table.positions[row].tolist() == sorted(held)
         for cell, position in zip(row.tolist(), sorted(held), strict=True):
             assert token_of.setdefault(cell, held[position]) == held[position]
@@ -201,11 +201,11 @@ def fingerprint(cache):
         for n, v in vars(table).items()
         if isinstance(v, np.ndarray) and n not in ("_claims", "_rows", "_stack")
     }
-    live = [table.row(s).tobytes() for s in range(len(table._first))]
+    live = [table.cells_of(s).tobytes() for s in range(len(table._first))]
     layers = {
         layer: tuple(None if b is None else to_host(b).tobytes() for b in pair)
         for layer, pair in buffers._layers.items()
     }
     stack = table._stack[: table._top].tobytes()
     ahead = None if cache._pass is None else cache._pass.ahead
-    return scalars, arrays, live, stack, layers, set(cache._untrimmed), id(cache._pass), ahead
+    return scalars, arrays, live, stack, layers, set(cache._maybe_expired), id(cache._pass), ahead

@@ -101,7 +101,7 @@ def table_cells(table, sequences):
     """The same of one of our tables."""
     owners, positions = {}, {}
     for sequence in range(sequences):
-        for cell in table.row(sequence).tolist():
+        for cell in table.cells_of(sequence).tolist():
             owners.setdefault(cell, set()).add(sequence)
             positions[cell] = int(table.positions[cell])
     return Counter((positions[cell], frozenset(held)) for cell, held in owners.items())
@@ -157,7 +157,7 @@ class Replay:
             self.parts, init["eff_window"], init["eff_memory"], strict=True
         ):
             assert part.window == (None if window == NO_END else window + 1)
-            assert part._kept == (None if memory == NO_END else memory + 1)
+            assert part._tokens_retained == (None if memory == NO_END else memory + 1)
         return True
 
     def _compare_states(self):
@@ -199,7 +199,7 @@ class Replay:
         for part, mirror in zip(self.parts, self.mirrors, strict=True):
             table = part._table
             for sequence in range(self.config["max_sequences"]):
-                ours = table.positions[table.row(sequence)].tolist()
+                ours = table.positions[table.cells_of(sequence)].tolist()
                 theirs = mirror.positions(sequence)
                 gone = len(ours) - len(theirs)
                 assert theirs == ours[gone:]  # only the oldest

@@ -148,10 +148,10 @@ class CacheMachine(RuleBasedStateMachine):
         """What get returns is the smallest padded range around the batch's sequences."""
         part.set_layer(0)
         length = part.get()[0].shape[1]
-        cells = np.concatenate([part._table.row(s) for s in set(sequences)])
+        cells = np.concatenate([part._table.cells_of(s) for s in set(sequences)])
         first = cells.min() // self.padding * self.padding
         last = -(-(cells.max() + 1) // self.padding) * self.padding
-        if self.backend.views:
+        if self.backend.slices_are_views:
             assert (part._pass.start, part._pass.stop) == (first, last)
         assert part._pass.start <= first
         assert part._pass.stop >= last
@@ -314,7 +314,7 @@ def test_any_sequence(backend):
 class Copying(type(kvcache.get_backend("numpy"))):
     """NumPy as if slices were no views, like JAX: ranges come in few lengths."""
 
-    views = False
+    slices_are_views = False
 
 
 def test_any_sequence_where_slices_are_copies():

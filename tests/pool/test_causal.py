@@ -346,7 +346,7 @@ def test_a_range_is_the_smallest_that_is_padded():
 
 def test_where_slices_are_copies_ranges_have_few_lengths():
     class Copying(type(NUMPY)):
-        views = False
+        slices_are_views = False
 
     cache = make(Copying(), CacheConfig(padding=4), capacity=64)
     lengths = set()
@@ -412,8 +412,8 @@ def test_what_copy_prefix_and_remove_refuse():
         (lambda: cache.copy_prefix(0, 1, -1), ValueError, "length >= 0; got -1"),
         (lambda: cache.remove(2, 0), ValueError, "sequence ids must lie in"),
         (lambda: cache.remove(-1, 0), ValueError, "sequence ids must lie in"),
-        (lambda: cache.remove(0, 3, 1), ValueError, r"0 <= begin <= end; got \[3, 1\)"),
-        (lambda: cache.remove(0, -1), ValueError, r"0 <= begin <= end; got \[-1, None\)"),
+        (lambda: cache.remove(0, 3, 1), ValueError, r"0 <= start <= stop; got \[3, 1\)"),
+        (lambda: cache.remove(0, -1), ValueError, r"0 <= start <= stop; got \[-1, None\)"),
         (lambda: cache.remove(0, 1, 2), SharedCellsError, "at or behind position 2 of sequence 0"),
         (lambda: cache.can_resume(2, 0), ValueError, "sequence ids must lie in"),
     ):
@@ -438,7 +438,7 @@ def test_without_a_shift_only_tails_go():
     cache.remove(0, 2, 2)
     cache.remove(0, 4, 6)
     cache.remove(0, 3, 99)
-    assert cache._table.positions[cache._table.row(0)].tolist() == [0, 1, 2]
+    assert cache._table.positions[cache._table.cells_of(0)].tolist() == [0, 1, 2]
 
 
 def failing(layer, keys, offsets):
@@ -481,7 +481,7 @@ def test_a_shift_is_asked_for_the_cells_that_move_only():
 @pytest.mark.parametrize("limits", [{}, {"window": 3}, {"window": 3, "memory": 5}, {"chunk": 4}])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
-    """The same calls, with and without what `foresee` finds, lead to the same bytes."""
+    """The same calls, with and without what `plan_single` finds, lead to the same bytes."""
 
     def run():
         random = np.random.default_rng(seed)
@@ -494,9 +494,9 @@ def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
             kind = random.random()
             if kind < 0.1 or end >= 18:
                 cache.remove(sequence, int(random.integers(end + 1)))
-            elif kind < 0.15 and table.row(sequence).size:
+            elif kind < 0.15 and table.cells_of(sequence).size:
                 cache.copy_prefix(sequence, other, end)
-            elif kind < 0.2 and not table.shared(table.row(sequence)):
+            elif kind < 0.2 and not table.is_shared(table.cells_of(sequence)):
                 cache.remove(sequence, end // 3, end // 2)
             else:
                 for position in range(end, min(end + int(random.integers(1, 8)), 19)):
@@ -512,8 +512,8 @@ def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
     fast = run()
     states, plans = [], []
     taken = []
-    real = CellTable.foresee
-    monkeypatch.setattr(CellTable, "foresee", lambda *a: taken.append(real(*a)) and None)
+    real = CellTable.plan_single
+    monkeypatch.setattr(CellTable, "plan_single", lambda *a: taken.append(real(*a)) and None)
     assert run() == fast
     assert sum(step is not None for step in taken) > 100
 

@@ -44,9 +44,9 @@ def test_an_empty_sequence_begins_in_a_part_of_the_pool_of_its_own():
 def test_a_batch_in_any_order_is_stored_in_the_order_of_positions():
     table = CellTable(12, 2)
     assert insert(table, [2, 1, 0, 1, 0], [1, 0, 1, 1, 0]) == [8, 1, 6, 7, 0]
-    assert table.positions[table.row(1)].tolist() == [0, 1, 2]
+    assert table.positions[table.cells_of(1)].tolist() == [0, 1, 2]
     assert insert(table, [5, 3, 4], [0, 0, 0]) == [4, 2, 3]
-    assert table.positions[table.row(0)].tolist() == [0, 1, 3, 4, 5]
+    assert table.positions[table.cells_of(0)].tolist() == [0, 1, 3, 4, 5]
 
 
 def test_positions_may_come_late():
@@ -54,7 +54,7 @@ def test_positions_may_come_late():
     insert(table, [0, 9], [0, 0])
     insert(table, [4, 6], [0, 0])
     insert(table, [5, 12], [0, 0])
-    assert table.positions[table.row(0)].tolist() == [0, 4, 5, 6, 9, 12]
+    assert table.positions[table.cells_of(0)].tolist() == [0, 4, 5, 6, 9, 12]
     assert table.next_position(0) == 13
     assert [table.find(0, p) for p in (0, 1, 4, 5, 6, 7, 12, 13, 99)] == [0, 1, 1, 2, 3, 4, 5, 6, 6]
 
@@ -101,7 +101,7 @@ def test_a_run_that_reaches_the_end_goes_on_where_there_is_room():
     insert(table, range(6), [0] * 6)
     table.evict(Eviction(int32s(0), np.array([3])))
     assert sorted(insert(table, [6, 7, 8], [0] * 3)) == [0, 1, 2]
-    assert table.row(0)[:3].tolist() == [3, 4, 5]
+    assert table.cells_of(0)[:3].tolist() == [3, 4, 5]
     assert table.span(int32s(0)) == (0, 6)
 
 
@@ -114,7 +114,7 @@ def test_never_full_while_cells_are_free(seed):
     for _ in range(60):
         sequence = int(random.integers(sequences))
         if random.random() < 0.4 or table.free == 0:
-            held = table.row(sequence).size
+            held = table.cells_of(sequence).size
             length = int(random.integers(held + 1))
             if random.random() < 0.5:
                 table.truncate(sequence, length)
@@ -156,14 +156,14 @@ def test_sharing_takes_no_cell_and_the_last_holder_frees():
     table.share(1, 2, 2)
     check_table(table)
     assert table.free == 24
-    assert table.shared(int32s(3))
-    assert not table.shared(int32s(4, 5))
+    assert table.is_shared(int32s(3))
+    assert not table.is_shared(int32s(4, 5))
     table.truncate(0, 0)
     check_table(table)
     assert table.free == 26
     table.truncate(1, 0)
     assert table.free == 28
-    assert table.row(2).tolist() == [0, 1]
+    assert table.cells_of(2).tolist() == [0, 1]
     table.truncate(2, 0)
     assert table.free == 30
 
@@ -176,7 +176,7 @@ def test_sharing_with_a_target_that_holds_the_same_cells():
     table.share(0, 1, 3)
     check_table(table)
     assert table.free == 24
-    assert table.row(1).tolist() == table.row(0)[:3].tolist()
+    assert table.cells_of(1).tolist() == table.cells_of(0)[:3].tolist()
 
 
 def test_eviction_of_shared_cells_frees_them_once_all_let_go():
@@ -207,11 +207,11 @@ def test_expired_counts_what_lies_before_a_position():
 def test_cutting_moves_the_rest_and_measures_again():
     table = CellTable(12, 1)
     insert(table, range(8), [0] * 8)
-    rest = table.cut(0, 2, 5, -3)
+    rest = table.remove_middle(0, 2, 5, -3)
     check_table(table)
     assert rest.tolist() == [5, 6, 7]
-    assert table.positions[table.row(0)].tolist() == [0, 1, 2, 3, 4]
-    table.cut(0, 0, 2, -2)
+    assert table.positions[table.cells_of(0)].tolist() == [0, 1, 2, 3, 4]
+    table.remove_middle(0, 0, 2, -2)
     check_table(table)
     assert table.span(int32s(0)) == (5, 8)
 
@@ -235,7 +235,7 @@ def test_the_usual_step_of_a_window_looks_at_two_cells(monkeypatch):
     table = CellTable(20, 3)
     insert(table, [3, 4, 5], [0] * 3)
     insert(table, [0, 1, 2], [1] * 3)
-    for name in ("_measure", "find"):
+    for name in ("_recompute_range", "find"):
         monkeypatch.setattr(table, name, lambda *args, name=name: pytest.fail(name))
     eviction = table.expired(int32s(0, 1, 2), np.array([4, 1, 9]))
     assert eviction.counts.tolist() == [1, 1]
@@ -270,11 +270,11 @@ def test_rows_grow_and_start_anew():
         insert(table, [position], [0])
         if position >= 50:
             table.evict(Eviction(int32s(0), np.array([1])))
-    assert table.row(0).size == 50
+    assert table.cells_of(0).size == 50
     assert table._rows.shape[1] <= 256  # as wide as what is held, not as what ever was
     insert(table, range(500), [1] * 500)
-    assert table.positions[table.row(0)].tolist() == list(range(250, 300))
-    assert table.positions[table.row(1)].tolist() == list(range(500))
+    assert table.positions[table.cells_of(0)].tolist() == list(range(250, 300))
+    assert table.positions[table.cells_of(1)].tolist() == list(range(500))
 
 
 @pytest.mark.parametrize(
@@ -304,18 +304,18 @@ def test_a_batch_is_refused(positions, sequences, message):
 def test_foresee_says_what_take_does():
     table = CellTable(20, 2)
     insert(table, [0, 1, 2], [0] * 3)
-    step = table.foresee(0, 3, 0)
+    step = table.plan_single(0, 3, 0)
     assert step == (0, 3, 3, None, 0, 3)
     before = table.free
-    table.take(step)
+    table.commit_single(step)
     check_table(table)
     assert table.free == before - 1
-    step = table.foresee(0, 4, 1)
+    step = table.plan_single(0, 4, 1)
     assert step == (0, 4, 4, 0, 1, 4)
-    table.take(step)
+    table.commit_single(step)
     check_table(table)
     assert table.free == before - 1
-    assert table.positions[table.row(0)].tolist() == [1, 2, 3, 4]
+    assert table.positions[table.cells_of(0)].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_foresee_says_what_take_does():
 def test_foresee_leaves_the_rest_to_the_long_way(sequence, position, oldest):
     table = CellTable(20, 2)
     insert(table, [0, 1, 2], [0] * 3)
-    assert table.foresee(sequence, position, oldest) is None
+    assert table.plan_single(sequence, position, oldest) is None
 
 
 def test_foresee_turns_like_a_ring():
@@ -342,36 +342,36 @@ def test_foresee_turns_like_a_ring():
     table = CellTable(6, 1)
     insert(table, range(6), [0] * 6)
     for position, cell in ((6, 0), (7, 1)):
-        step = table.foresee(0, position, position - 5)
+        step = table.plan_single(0, position, position - 5)
         assert step == (0, position, cell, cell, 0, 5)
-        table.take(step)
+        table.commit_single(step)
         check_table(table)
     table.evict(Eviction(int32s(0), np.array([1])))
-    assert table.foresee(0, 8, 4) == (0, 8, 2, 3, 0, 5)  # the free cell 2, cell 3 in the middle
-    assert table.foresee(0, 8, 5) is None
+    assert table.plan_single(0, 8, 4) == (0, 8, 2, 3, 0, 5)  # the free cell 2, cell 3 in the middle
+    assert table.plan_single(0, 8, 5) is None
 
 
 def test_foresee_needs_two_cells():
     table = CellTable(20, 1)
     insert(table, range(4), [0] * 4)
     table.evict(Eviction(int32s(0), np.array([3])))
-    assert table.foresee(0, 4, 0) is None
+    assert table.plan_single(0, 4, 0) is None
     insert(table, [4], [0])
-    assert table.foresee(0, 5, 0) == (0, 5, 5, None, 3, 5)
+    assert table.plan_single(0, 5, 0) == (0, 5, 5, None, 3, 5)
 
 
 def test_foresee_takes_no_cell_of_others():
     table = CellTable(8, 2)
     insert(table, range(4), [0] * 4)
     insert(table, [0, 1, 2, 3], [1] * 4)
-    assert table.foresee(0, 4, 0) is None  # the next cell is the first of the other
-    assert table.foresee(1, 4, 0) is None  # the pool ends
+    assert table.plan_single(0, 4, 0) is None  # the next cell is the first of the other
+    assert table.plan_single(1, 4, 0) is None  # the pool ends
 
 
 def test_foresee_leaves_shared_cells_alone():
     table = CellTable(20, 2)
     insert(table, range(4), [0] * 4)
     table.share(0, 1, 2)
-    assert table.foresee(0, 4, 1) is None
-    assert table.foresee(0, 4, 0) is not None
-    assert table.foresee(1, 2, 0) is None  # what follows belongs to the source
+    assert table.plan_single(0, 4, 1) is None
+    assert table.plan_single(0, 4, 0) is not None
+    assert table.plan_single(1, 2, 0) is None  # what follows belongs to the source

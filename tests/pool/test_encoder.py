@@ -193,7 +193,7 @@ def test_what_else_is_refused():
     ):
         with pytest.raises(ValueError, match=foreign):
             call()
-    with pytest.raises(ValueError, match="0 <= begin <= end"):
+    with pytest.raises(ValueError, match="0 <= start <= stop"):
         cache.remove(0, 2, 1)
     with pytest.raises(KVCacheError, match="knows no order of tokens"):
         cache.set_causal([0])

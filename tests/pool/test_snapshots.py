@@ -31,8 +31,8 @@ from kvcache import (
     SnapshotMismatchError,
     WrapperCache,
 )
-from kvcache.snapshots.rows import Sight
-from kvcache.snapshots.snapshot import reach
+from kvcache.snapshots.rows import Visibility
+from kvcache.snapshots.snapshot import last_resumable
 from kvcache.testing.coded import coded, same
 
 from .oracle import LAYERS, Oracle, add_positions, fingerprint, rows
@@ -136,20 +136,20 @@ def make(window=None, backend=NUMPY, dtype="float32", config=None, **options):
 
 def check_holders(cache):
     """Every holder is a sequence or rows that stayed, and what has none is free."""
-    table, residents = cache._table, cache._residents
+    table, residents = cache._table, cache._pins
     holders, pins = np.zeros(table.size, int), np.zeros(table.size, int)
     for sequence in range(table.max_sequences):
-        row = table.row(sequence)
+        row = table.cells_of(sequence)
         holders[row] += 1
         assert (np.diff(table.positions[row]) > 0).all()
         if row.size:
             assert table.span(np.array([sequence])) == (row.min(), row.max() + 1)
     for kept in residents._rows:
-        assert kept.home is residents
-        assert table.positions[kept.places].tolist() == kept.positions.tolist()
-        pins[kept.places] += 1
+        assert kept.owner is residents
+        assert table.positions[kept.slots].tolist() == kept.positions.tolist()
+        pins[kept.slots] += 1
     np.testing.assert_array_equal(residents._pins, pins)
-    np.testing.assert_array_equal(table._holders, holders + pins)
+    np.testing.assert_array_equal(table._refcounts, holders + pins)
     free = np.flatnonzero(holders + pins == 0)
     assert table.free == free.size
     assert set(free.tolist()) <= set(table._stack[: table._top].tolist())
@@ -157,19 +157,19 @@ def check_holders(cache):
 
 def check_empty(cache):
     """Nothing leaked."""
-    assert not cache._residents._rows
+    assert not cache._pins._rows
     assert cache._table.free == cache._table.size
-    assert not cache._table._holders.any()
+    assert not cache._table._refcounts.any()
 
 
 def is_full(part, sizes, positions, sequences):
     """Whether the sequences alone leave too little room for a pass."""
     oracle = Oracle(**sizes, window=part.window, memory=part.memory)
     table = part._table
-    oracle.size, oracle.recent = table.size, part._untrimmed
+    oracle.size, oracle.recent = table.size, part._maybe_expired
     oracle.held = [
         dict(zip(table.positions[row].tolist(), row.tolist(), strict=True))
-        for row in map(table.row, range(table.max_sequences))
+        for row in map(table.cells_of, range(table.max_sequences))
     ]
     return oracle.refuses(positions, sequences) == "full"
 
@@ -401,7 +401,7 @@ class SnapshotMachine(RuleBasedStateMachine):
             self.cache.snapshot(sequence, start, stop) for start, stop in itertools.pairwise(cuts)
         ]
         for place in self.due[sequence]:
-            assert place > size or reach(taken, place) == place
+            assert place > size or last_resumable(taken, place) == place
         self.chains.append(Chain(taken, list(self.tokens[sequence])))
         if len(self.chains) > 4:
             self.chains.pop(0).close()
@@ -428,7 +428,7 @@ class SnapshotMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.chains)
     @rule(data=st.data(), sequence=st.integers(0, 3))
-    def absorb(self, data, sequence):
+    def union(self, data, sequence):
         """Whoever has the same tokens fills what a snapshot lacks."""
         sequence, chain = sequence % self.count, self.chain(data)
         common = len(
@@ -437,7 +437,7 @@ class SnapshotMachine(RuleBasedStateMachine):
         which = data.draw(st.integers(0, len(chain.snapshots) - 1))
         if chain.snapshots[which].stop <= common:
             other = self.cache.snapshot(sequence, 0, common)
-            chain.snapshots[which] = chain.snapshots[which].absorb(other)
+            chain.snapshots[which] = chain.snapshots[which].union(other)
             other.close()
 
     @precondition(lambda self: self.chains)
@@ -452,7 +452,7 @@ class SnapshotMachine(RuleBasedStateMachine):
     def restore(self, data, sequence):
         sequence, chain = sequence % self.count, self.chain(data)
         limit = data.draw(st.integers(0, len(chain.tokens)))
-        place = reach(chain.snapshots, limit)
+        place = last_resumable(chain.snapshots, limit)
         assert place == self.slow_reach(chain, limit)
         if self.impossible(chain):
             self.refused(KVCacheError, sequence, chain)
@@ -479,7 +479,7 @@ class SnapshotMachine(RuleBasedStateMachine):
         assert prints(self.parts) == before
 
     def impossible(self, chain):
-        return reach(chain.snapshots, len(chain.tokens)) < len(chain.tokens)
+        return last_resumable(chain.snapshots, len(chain.tokens)) < len(chain.tokens)
 
     def cut_at(self, chain, place):
         for index, each in enumerate(chain.snapshots):
@@ -490,14 +490,14 @@ class SnapshotMachine(RuleBasedStateMachine):
     def slow_reach(self, chain, limit):
         columns = list(zip(*(each.parts for each in chain.snapshots), strict=True))
         held = [[p for part in column for p in part.rows.positions.tolist()] for column in columns]
-        return last_place(held, [column[0].sight for column in columns], limit)
+        return last_place(held, [column[0].visibility for column in columns], limit)
 
     def check_full(self, place):
         """Sequences alone leave too little room for what is needed at `place`."""
         lacks = []
         for part in self.parts:
-            used = set().union(*(part._table.row(s).tolist() for s in range(self.count)))
-            lacks.append(place - part._sight.lowest(place) > part._table.size - len(used))
+            used = set().union(*(part._table.cells_of(s).tolist() for s in range(self.count)))
+            lacks.append(place - part._visibility.lowest(place) > part._table.size - len(used))
         assert any(lacks)
 
     @invariant()
@@ -518,7 +518,7 @@ class SnapshotMachine(RuleBasedStateMachine):
 class Copying(type(NUMPY)):
     """NumPy as if slices were no views, like JAX: rows come in few lengths."""
 
-    views = False
+    slices_are_views = False
 
 
 SHARE = {"numpy": 110, "torch": 14, "array_api": 14, "mlx": 10, "jax": 2}
@@ -547,7 +547,7 @@ def test_any_sequence_where_slices_are_copies():
 def test_a_snapshot_copies_nothing_and_shares_its_cells(monkeypatch):
     cache = make()
     store(cache, range(6), 0)
-    free, row = cache._table.free, cache._table.row(0).tolist()
+    free, row = cache._table.free, cache._table.cells_of(0).tolist()
     monkeypatch.setattr(type(NUMPY), "read_rows", lambda *_: pytest.fail("rows were copied"))
     snapshot = cache.snapshot(0)
     # Keys of 2 x 2, values of 1 x 3; keys alone in the other layer: 44 bytes a token.
@@ -556,7 +556,7 @@ def test_a_snapshot_copies_nothing_and_shares_its_cells(monkeypatch):
     assert cache._table.free == free
     cache.restore(2, snapshot)
     assert cache._table.free == free
-    assert cache._table.row(2).tolist() == row
+    assert cache._table.cells_of(2).tolist() == row
     snapshot.close()
     cache.remove(2, 0)
     check_empty(cache)
@@ -617,7 +617,7 @@ def test_a_copied_sequence_forgets_what_it_kept():
     cache.schedule(0, [2])
     store(cache, range(9), 0, range(100, 109))
     store(cache, [9], 0, [109])
-    assert cache._residents._early
+    assert cache._pins._retained
     store(cache, range(5), 1)
     cache.copy_prefix(1, 0, 5)
     for position in range(5, 9):
@@ -641,7 +641,7 @@ def test_forgotten_positions_are_not_kept_later():
     cache.schedule(0, [6])
     store(cache, range(4), 0)
     cache.remove(0, 0)
-    assert not cache._residents.scheduled
+    assert not cache._pins.scheduled
 
 
 def test_rows_leave_before_a_shift_moves_their_cells():
@@ -668,9 +668,11 @@ def test_what_arrives_while_a_program_runs_is_written_to_what_it_made():
     cache = make()
     store(cache, range(4), 0)
     taken = cache.snapshot(0).to_host()
-    made = {layer: tuple(part.copy() for part in held) for layer, held in cache.state.items()}
+    made = {
+        layer: tuple(part.copy() for part in held) for layer, held in cache.program_state.items()
+    }
     cache.restore(1, taken)
-    cache.state = made
+    cache.program_state = made
     store(cache, [4], 1)
     assert seen(NUMPY, cache, 0) == [[(p, p) for p in range(5)]]
 
@@ -691,7 +693,7 @@ def refusals():
         "kinds, windows and dtype": lambda taken: [half.snapshot(0)],
         "follow each other": lambda taken: [taken[1]],
         "follow each other from position 0; got \\[\\]": lambda taken: [],
-        "the last place to go on is 2": lambda taken: [taken[0].absorb(taken[1])],
+        "the last place to go on is 2": lambda taken: [taken[0].union(taken[1])],
     }
 
 
@@ -753,16 +755,26 @@ def test_a_cache_that_offers_none():
 
 
 @pytest.mark.parametrize(
-    "sight",
-    [Sight(), Sight(0), Sight(3), Sight(2, sinks=2), Sight(chunk=4), Sight(5, 4), Sight(0, 3)],
+    "visibility",
+    [
+        Visibility(),
+        Visibility(0),
+        Visibility(3),
+        Visibility(2, sinks=2),
+        Visibility(chunk=4),
+        Visibility(5, 4),
+        Visibility(0, 3),
+    ],
     ids=repr,
 )
-def test_reach_is_the_last_place_that_lacks_nothing(sight):
+def test_reach_is_the_last_place_that_lacks_nothing(visibility):
     random = np.random.default_rng(0)
     for density in random.random(200):
         held = np.flatnonzero(random.random(20) < density**0.3).astype(np.int32)
         for limit in range(0, 20, 3):
-            assert sight.reach(held, limit) == last_place([held.tolist()], [sight], limit)
+            assert visibility.last_resumable(held, limit) == last_place(
+                [held.tolist()], [visibility], limit
+            )
 
 
 # Other backends.
@@ -886,10 +898,10 @@ def test_a_plan_that_fails_leaves_the_holders_as_they_were():
     store(cache, range(2), 1)
     taken, other = cache.snapshot(1), cache.snapshot(0)
     cache.remove(1, 0)
-    row, free = cache._table.row(0).tolist(), cache._table.free
+    row, free = cache._table.cells_of(0).tolist(), cache._table.free
     with pytest.raises(CacheFullError):
         cache.plan_steps(Batch([4], [0]), 6)
-    assert cache._table.row(0).tolist() == row
+    assert cache._table.cells_of(0).tolist() == row
     assert (taken.resident, other.resident, cache._table.free) == (False, True, free + 2)
     check_holders(cache)
     cache.restore(1, taken)
@@ -903,11 +915,11 @@ def test_a_plan_of_steps_copies_nothing_that_is_not_written_yet():
     store(cache, range(4), 0)
     cache.plan_steps(Batch([4], [0]), 8)
     check_holders(cache)
-    assert all(early.home is not None for early in cache._residents._early.values())
+    assert all(early.owner is not None for early in cache._pins._retained.values())
     cache.schedule(0, [13])  # and goes on as before
     for position in range(12, 17):
         store(cache, [position], 0)
-    assert reach([cache.snapshot(0)], 13) == 13
+    assert last_resumable([cache.snapshot(0)], 13) == 13
 
 
 def test_a_twin_has_no_pins(backend, target):
@@ -919,7 +931,7 @@ def test_a_twin_has_no_pins(backend, target):
         check_holders(cache)
         twin.remove(0, 0)
         check_empty(twin)
-        assert cache._table.row(0).size == 5
+        assert cache._table.cells_of(0).size == 5
 
 
 class Visitor(threading.Thread):
@@ -951,7 +963,7 @@ class Visitor(threading.Thread):
             more.to_host()
         if self.random.integers(3) == 0:
             self.taken = Snapshot.merge(*self.taken.split(5))
-        self.taken = self.taken.absorb(more)
+        self.taken = self.taken.union(more)
         assert self.cache.next_position(self.sequence) == 12
         assert self.cache.can_resume(self.sequence, 12)
         self.cache.remove(self.sequence, 0)
@@ -1023,7 +1035,7 @@ def test_one_lock_for_all_that_changes_together():
     for whole in (wrapper, twin):
         for part in whole.caches:
             assert part.lock is whole.lock
-            assert part._residents.lock is whole.lock
+            assert part._pins.lock is whole.lock
     assert twin.lock is not wrapper.lock
     alone = make()
     assert alone.to_backend(NUMPY).lock is not alone.lock

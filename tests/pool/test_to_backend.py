@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kvcache.backends._numpy import NumpyBackend
 
 from kvcache import (
     Batch,
@@ -19,6 +18,7 @@ from kvcache import (
     WrapperCache,
     get_backend,
 )
+from kvcache.backends._numpy import NumpyBackend
 from kvcache.pool.cells import CellTable
 from kvcache.testing.coded import coded
 
@@ -190,7 +190,7 @@ def check_moved(cache, twin, target):
             assert held.tobytes() == old.backend.to_host(one).tobytes()
     check_table(twin._table)
     for sequence in range(SIZES["max_sequences"]):
-        assert twin._table.row(sequence).tolist() == cache._table.row(sequence).tolist()
+        assert twin._table.cells_of(sequence).tolist() == cache._table.cells_of(sequence).tolist()
 
 
 def test_a_larger_pool_can_be_filled(target):
@@ -217,7 +217,9 @@ def test_a_table_grows(more):
     table.truncate(0, 1)
     larger = table.copy(6 + more)
     check_table(larger)
-    assert [larger.row(s).tolist() for s in (0, 1)] == [table.row(s).tolist() for s in (0, 1)]
+    assert [larger.cells_of(s).tolist() for s in (0, 1)] == [
+        table.cells_of(s).tolist() for s in (0, 1)
+    ]
     left = larger.free
     assert left == 3 + more
     new = np.arange(2, 2 + left, dtype=np.int32)
@@ -266,7 +268,7 @@ def test_what_was_lent_comes_along(backend):
         lived_in(made(backend, both(backend)[-1])),
         lived_in(made(backend, both(backend)[-1])),
     )
-    cache.state = dict(cache.state)
+    cache.program_state = dict(cache.program_state)
     twin = cache.to_backend("numpy")
     assert go_on(twin) == go_on(other)
 
@@ -283,7 +285,7 @@ def test_removal_from_the_middle(target):
     for each in (cache, twin):
         each.remove(0, 2, 5)
         backend = each._buffers.backend
-        rows.append(backend.to_host(each._buffers._layers[0][0])[:, each._table.row(0)])
+        rows.append(backend.to_host(each._buffers._layers[0][0])[:, each._table.cells_of(0)])
         assert each.can_resume(0, 5)
     np.testing.assert_allclose(rows[1], rows[0], atol=1e-6)
 

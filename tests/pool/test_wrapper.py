@@ -87,7 +87,7 @@ def test_a_removal_happens_in_all_or_none():
         wrapper.remove(0, 1, 3)
     assert [fingerprint(cache) for cache in wrapper.caches] == before
     wrapper.remove(0, 3)
-    assert [cache._table.row(0).size for cache in wrapper.caches] == [3, 3]
+    assert [cache._table.cells_of(0).size for cache in wrapper.caches] == [3, 3]
 
 
 def test_a_copy_happens_in_all_or_none():
@@ -95,7 +95,7 @@ def test_a_copy_happens_in_all_or_none():
     store(wrapper, range(6), 1)
     store(wrapper, [6], 1)
     wrapper.copy_prefix(1, 0, 2)  # the window holds none of these any more
-    assert [cache._table.row(0).size for cache in wrapper.caches] == [2, 0]
+    assert [cache._table.cells_of(0).size for cache in wrapper.caches] == [2, 0]
     before = [fingerprint(cache) for cache in wrapper.caches]
     with pytest.raises(ValueError, match="needs a source that holds tokens; 0 is empty"):
         wrapper.copy_prefix(0, 1, 2)

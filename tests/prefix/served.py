@@ -55,7 +55,7 @@ class Pool:
 
     def run(self, session, ids, start, stop):
         """One pass: the tokens ``[start, stop)`` of a session."""
-        self.run_all([(session.seq, ids, start, stop)])
+        self.run_all([(session.sequence, ids, start, stop)])
 
     def run_all(self, requests, check=True):
         """One pass for several sessions."""
@@ -222,13 +222,13 @@ def check_accounts(server):
 
 def check_cells(cache, rows):
     """Cells are held by sequences and what is stored, and by nobody else."""
-    table, kept = cache._table, cache._residents._early.values()
+    table, kept = cache._table, cache._pins._retained.values()
     holders = np.zeros(table.size, int)
     for sequence in range(table.max_sequences):
-        np.add.at(holders, table.row(sequence), 1)
+        np.add.at(holders, table.cells_of(sequence), 1)
     for each in [*rows, *kept]:
-        np.add.at(holders, each.places, 1)
-    np.testing.assert_array_equal(table._holders, holders)
+        np.add.at(holders, each.slots, 1)
+    np.testing.assert_array_equal(table._refcounts, holders)
     assert table.free + np.count_nonzero(holders) == table.size
 
 
@@ -237,12 +237,12 @@ def check_nothing_left(server):
     server.prefix.clear()
     assert server.prefix.stats.nbytes == server.prefix.stats.spans == 0
     for cache in getattr(server.model, "caches", []):
-        residents = cache._residents
+        residents = cache._pins
         assert cache._table.free == cache._table.size
-        assert not cache._table._holders.any()
+        assert not cache._table._refcounts.any()
         assert not residents._rows
-        assert not residents._early
-        assert not residents._due
+        assert not residents._retained
+        assert not residents._scheduled
 
 
 MODELS = {

@@ -22,7 +22,7 @@ TURN = st.fixed_dictionaries(
         "sizes": st.lists(st.integers(1, 8), min_size=1, max_size=3),
         "fail": st.sampled_from([None, None, None, None, 0, 2]),
         "waits": st.booleans(),
-        "checkpoints": st.lists(st.integers(0, 20), max_size=2),
+        "resume_points": st.lists(st.integers(0, 20), max_size=2),
     }
 )
 
@@ -35,7 +35,7 @@ def run_turns(name, backend, turns, **options):
         old = server.stored[turn["base"] % len(server.stored)] if server.stored else []
         ids = [*old[: turn["cut"]], *turn["new"]][:18] or [1]
         common = server.common(ids)
-        session = server.begin(ids, checkpoints=turn["checkpoints"])
+        session = server.begin(ids, resume_points=turn["resume_points"])
         assert session.matched <= common
         if name in FULL and options.get("budget") is None:
             assert session.matched == common
@@ -73,7 +73,7 @@ def test_conversations_on_every_backend(backend, name):
             "sizes": [4, 1] if chance.random() < 0.5 else [8],
             "fail": 1 if chance.random() < 0.1 else None,
             "waits": chance.random() < 0.5,
-            "checkpoints": [6],
+            "resume_points": [6],
         }
         for _ in range(15)
     ]
@@ -106,7 +106,7 @@ def test_where_two_have_parted_a_third_goes_on(name):
 @pytest.mark.parametrize("name", RINGS)
 def test_checkpoints_are_found(name):
     server = Server(MODELS[name](NUMPY))
-    server.ask(LONG, checkpoints=[7])
+    server.ask(LONG, resume_points=[7])
     assert server.ask([*LONG[:7], 70, 71]) == 7
     session = server.begin([90, *LONG])
     session.schedule([6, 18])  # 18: in the reply
@@ -190,12 +190,12 @@ def test_prompts_that_are_none():
     with pytest.raises(TypeError, match="digest is bytes or str; got 7"):
         server.prefix.session([1, 2], media={(0, 1): 7})
     with pytest.raises(TypeError):
-        server.prefix.session([1, 2], checkpoints=["here"])
+        server.prefix.session([1, 2], resume_points=["here"])
     with server.prefix.session([1, 2]) as session:
         with pytest.raises(ValueError, match="token ids are >= 0"):
             session.extend([-3])
         with pytest.raises(KVCacheError, match="Use seq"):
             _ = session.caches
-    assert {server.prefix.session([3]).seq, server.prefix.session([4]).seq} == {0, 1}
+    assert {server.prefix.session([3]).sequence, server.prefix.session([4]).sequence} == {0, 1}
     with pytest.raises(KVCacheError, match="Use caches"):
-        _ = PrefixCache([KVCache()]).session([1]).seq
+        _ = PrefixCache([KVCache()]).session([1]).sequence

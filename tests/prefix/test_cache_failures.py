@@ -50,7 +50,7 @@ def test_a_session_ends_once():
     session = server.begin(LONG)
     server.finish(session, LONG)
     session.__exit__(None, None, None)
-    assert {server.begin([1]).seq, server.begin([2]).seq} == {0, 1}
+    assert {server.begin([1]).sequence, server.begin([2]).sequence} == {0, 1}
 
 
 def test_no_sequence_is_left():
@@ -126,7 +126,7 @@ def test_what_is_offered_and_takes_no_room():
     for ids in ([1, 1, 1, 7, 7], [1, 1, 2], [3, 3, 3, 7, 7], [4, 4, 4, 7, 7]):
         with prefix.session(ids) as session:
             if 7 in ids:
-                cache.start_forward(kvcache.Batch([3], [session.seq], [0]))
+                cache.start_forward(kvcache.Batch([3], [session.sequence], [0]))
                 cache.put(*(NUMPY.alloc((1, 20, 2), "float32"),) * 2)
     assert prefix.stats.nbytes == 320
 

@@ -39,7 +39,7 @@ def test_ten_thousand_sessions_add_up(count, parts):
         session = server.prefix.session(ids, salt=salt)
         found, tokens = found + session.matched, tokens + len(ids)
         for start in range(session.matched, len(ids), 8):
-            part = session.seq, ids, start, min(start + 8, len(ids))
+            part = session.sequence, ids, start, min(start + 8, len(ids))
             server.model.run_all([part], check=False)
         open_ones.append(session)
         while len(open_ones) > (chance.random() < 0.3):
@@ -75,7 +75,7 @@ class Engine:
         """Have the tokens from `start` on computed; waits for that."""
         for begin in range(start, len(ids), 2):
             done = queue.Queue()
-            self.asked.put(((session.seq, ids, begin, min(begin + 2, len(ids))), done))
+            self.asked.put(((session.sequence, ids, begin, min(begin + 2, len(ids))), done))
             if (error := done.get(timeout=60)) is not None:
                 raise error
 

@@ -28,7 +28,7 @@ def server_of(*parts, namespace="", **options):
 def run(server, ids, salt=""):
     """A session in one pass, which nobody looks at."""
     with server.prefix.session(ids, salt=salt) as session:
-        part = session.seq, ids, session.matched, len(ids)
+        part = session.sequence, ids, session.matched, len(ids)
         server.model.run_all([part], check=False)
     return session.matched
 
@@ -152,7 +152,7 @@ def test_what_a_session_uses_is_not_said_to_be_cleared():
         server.prefix.clear()
         assert session.matched == 33
         assert follower.blocks == set(hashes(LONG))
-        server.model.run_all([(session.seq, [*LONG[:33], 7], 33, 34)], check=False)
+        server.model.run_all([(session.sequence, [*LONG[:33], 7], 33, 34)], check=False)
     assert follower.blocks == blocks_in(server.prefix)
 
 
@@ -226,7 +226,7 @@ def test_a_tree_with_text_instead_of_ids(drawn):
     assert "'defgh" in drawn.prefix.render(decode=decode)
     ids = [1, 2, 3, 4, 5, 6]
     with drawn.prefix.session(ids, media={(0, 2): "a cat"}) as session:
-        drawn.model.run_all([(session.seq, ids, 0, 6)], check=False)
+        drawn.model.run_all([(session.sequence, ids, 0, 6)], check=False)
     assert "-1 -1 3 4 5 6" in drawn.prefix.render(decode=decode)
 
 

@@ -17,8 +17,8 @@ IDS = st.lists(st.integers(0, 2), min_size=1, max_size=10)
 class Rows:
     """A payload that says of each token what came before it; of two bytes per token."""
 
-    def __init__(self, rows, divisible=True):
-        self.rows, self.divisible, self.closed = rows, divisible, False
+    def __init__(self, rows, resumable_anywhere=True):
+        self.rows, self.resumable_anywhere, self.closed = rows, resumable_anywhere, False
 
     @property
     def size(self):
@@ -26,7 +26,7 @@ class Rows:
 
     def split(self, tokens):
         first, second = self.rows[:tokens], self.rows[tokens:]
-        return Rows(first, self.divisible), Rows(second, self.divisible)
+        return Rows(first, self.resumable_anywhere), Rows(second, self.resumable_anywhere)
 
     def close(self):
         assert not self.closed
@@ -52,7 +52,7 @@ class World:
     def __init__(self, name="lru", budget=None, **options):
         self.index, self.tree = SpanIndex(policy(name), budget, **options), RadixTree()
         self.now, self.asked, self.pinned = 0.0, {}, []
-        self.divisible = True
+        self.resumable_anywhere = True
 
     def spans(self):
         return [node.value for node in self.tree.root.below() if node.value is not None]
@@ -66,7 +66,9 @@ class World:
             self.asked[tuple(ids[:stop])] = uses + 1, self.now
         for span in spans if keep else ():
             if span.payload is None:
-                self.index.fill(span, Rows(rows(ids, span.start, span.stop), self.divisible))
+                self.index.fill(
+                    span, Rows(rows(ids, span.start, span.stop), self.resumable_anywhere)
+                )
 
     def find(self, ids):
         """What is kept of the beginning of `ids`."""
@@ -141,9 +143,9 @@ OPERATION = st.one_of(
     st.booleans(),
     st.lists(OPERATION, max_size=30),
 )
-def test_any_operations(name, ghosts, divisible, operations):
+def test_any_operations(name, ghosts, resumable_anywhere, operations):
     world = World(name, grain=2, ghosts=ghosts)
-    world.divisible = divisible
+    world.resumable_anywhere = resumable_anywhere
     for operation, *arguments in operations:
         world.now += 7.0
         getattr(world, operation)(*arguments)
@@ -161,12 +163,12 @@ def test_a_span_that_is_split_has_the_same_history_twice():
     world.ask([1, 2, 3, 4])
     world.ask([1, 2, 3, 4])
     [lower] = world.spans()
-    lower.mark = "mine"
+    lower.policy_data = "mine"
     world.find([1, 2, 9])
     upper, lower = world.spans()
     assert (upper.start, upper.stop, lower.start, lower.stop) == (0, 2, 2, 4)
     for span in (upper, lower):
-        assert (span.uses, span.used, span.mark, span.size) == (2, 5.0, "mine", 4)
+        assert (span.uses, span.used, span.policy_data, span.size) == (2, 5.0, "mine", 4)
     assert (upper.children, upper.offered, lower.offered) == (1, False, True)
 
 
@@ -193,7 +195,7 @@ def test_no_more_goes_than_has_to_and_from_the_end():
     world.trim(11)  # one token is, but two go together
     assert world.find(list(range(10))) == rows(range(10), 0, 4)
     assert world.index.evictions == 2
-    world.divisible = False
+    world.resumable_anywhere = False
     world.ask([20, 21, 22])
     world.now = 1.0
     world.ask(list(range(4)))
@@ -203,7 +205,7 @@ def test_no_more_goes_than_has_to_and_from_the_end():
 
 def test_who_wants_to_know_is_told_before_it_goes():
     told = []
-    world = World(gone=lambda span: told.append((tokens_of(span), span.payload.rows)))
+    world = World(on_evict=lambda span: told.append((tokens_of(span), span.payload.rows)))
     world.ask([1, 2])
     world.ask([1, 2, 3])
     world.trim(0)

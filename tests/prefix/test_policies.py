@@ -92,13 +92,13 @@ def test_s3fifo_takes_what_was_given_up_too_early_into_the_main_queue():
         shelf.ask(first, 0.0)
     assert shelf.spans(10)[0].payload is None
     shelf.ask(10, 1.0)
-    assert shelf.spans(10)[0].mark.main
+    assert shelf.spans(10)[0].policy_data.main
     for first in range(20, 60):
         shelf.ask(first, 2.0)
     assert not shelf.ask(30, 3.0)
-    assert not shelf.spans(11)[0].mark.main
+    assert not shelf.spans(11)[0].policy_data.main
     shelf.ask(11, 3.0)
-    assert not shelf.spans(11)[0].mark.main, "too long ago"
+    assert not shelf.spans(11)[0].policy_data.main, "too long ago"
 
 
 def test_s3fifo_gives_up_something_when_all_have_chances():
@@ -107,7 +107,7 @@ def test_s3fifo_gives_up_something_when_all_have_chances():
         for first in range(300):
             shelf.ask(first, 0.0)
     assert shelf.index.policy.victim(1.0) is not None
-    moved = [first for first in range(300) if shelf.spans(first)[0].mark.main]
+    moved = [first for first in range(300) if shelf.spans(first)[0].policy_data.main]
     assert 0 < len(moved) <= 100, "nobody waits until all have passed"
     assert sorted(shelf.order(1.0)) == list(range(300))
 
@@ -118,7 +118,7 @@ def test_every_round_of_s3fifo_takes_a_chance():
         for first in range(12):
             shelf.ask(first, float(now))
         shelf.index.policy.victim(float(now))
-    assert all(shelf.index.policy.victim(30.0).mark.chances == 0 for _ in range(2))
+    assert all(shelf.index.policy.victim(30.0).policy_data.chances == 0 for _ in range(2))
 
 
 def test_cost_weighs_uses_time_and_room():

@@ -8,10 +8,10 @@ pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("typer", reason="needs pip install 'kvcache[cli]'")
 
-from kvcache.backends.base import carried_over
 from typer.testing import CliRunner
 
 import kvcache
+from kvcache.backends.base import transfer
 from kvcache.cli import app
 from kvcache.reference.llama.generate import generate, make_caches, relay
 from kvcache.reference.llama.model import Llama
@@ -131,7 +131,7 @@ def test_a_real_model_on_the_command_line(smollm2_file, smollm2_weights, monkeyp
         loaded.append(backend.name)
 
         def put(array):
-            return carried_over(array, kvcache.get_backend("numpy"), backend)
+            return transfer(array, kvcache.get_backend("numpy"), backend)
 
         embedding, layers, norm, _, frequencies = smollm2_weights
         head, layers = put(embedding), tuple(type(each)(*map(put, each)) for each in layers)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvcache.bench.append.report import AppendReport
     from kvcache.bench.diffusion.report import DiffusionReport, DiffusionTiming
 
-# Okabe and Ito's palette, which any kind of sight can tell apart. Ours are the blues and green.
+# Okabe and Ito's palette, which any eye can tell apart. Ours are the blues and green.
 _FIXED = dict(
     zip((MEMMOVE, RAW, *OURS), ("#999999", "#000000", "#56b4e9", "#0072b2", "#009e73"), strict=True)
 )

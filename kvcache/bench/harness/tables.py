@@ -116,7 +116,7 @@ def _plans(report: PlanReport) -> Table:
 
 def _plan_row(report: PlanReport, load: Load, window: int | None) -> Iterator[str]:
     timings = [t for t in report.timings if (t.load, t.window) == (load, window)]
-    yield f" {timings[0].sight}"
+    yield f" {timings[0].visibility}"
     for timing in sorted(timings, key=lambda timing: (timing.mask, timing.pool)):
         yield figure(timing.us)
     yield figure(BOUNDS[load].go) if load in BOUNDS and window is None else ""

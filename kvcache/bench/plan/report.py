@@ -71,7 +71,7 @@ class PlanTiming(Measured):
         return Load(self.sequences, self.capacity, self.used)
 
     @property
-    def sight(self) -> str:
+    def visibility(self) -> str:
         """The window, in words."""
         return "all tokens" if self.window is None else f"window {self.window:,}"
 
@@ -136,7 +136,7 @@ class PlanReport(Report):
                 rule = "with mask" if timing.mask else "without mask"
                 passed = timing.us <= limit
                 yield PlanVerdict(
-                    load.label, rule, timing.sight, timing.us, f"<= {limit:,g}us", passed
+                    load.label, rule, timing.visibility, timing.us, f"<= {limit:,g}us", passed
                 )
 
     def _independent_of_pool(self, load: Load) -> Iterator[PlanVerdict]:
@@ -145,7 +145,7 @@ class PlanReport(Report):
         for timing in self.timings:
             small = self.find(load, timing.window, 1, timing.mask)
             if timing.load == load and timing.pool > 1 and small:
-                at = f"{timing.sight}{', mask' if timing.mask else ''}"
+                at = f"{timing.visibility}{', mask' if timing.mask else ''}"
                 figures.append((timing.us / small.us, timing.pool, at))
         if figures:
             figure, pool, at = max(figures)

@@ -168,7 +168,7 @@ class Program(Causal):
         super().__init__(framework, scene)
         self.name = name
         self.cache.allocate(range(scene.layers), scene.heads, scene.head_dim)
-        self.state = self.cache.state
+        self.state = self.cache.program_state
         self.hidden = scene.backend.from_host(np.float32(-np.inf))
         self.program = scene.backend.compile(self._apply, donate=[0])
 

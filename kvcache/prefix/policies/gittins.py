@@ -78,12 +78,12 @@ class Gittins(Policy):
     def use(self, span: AnySpan, now: float) -> None:
         self._tick(now)
         tokens, late = span.stop - span.start, now - self._ticked
-        if span.mark is not None:
+        if span.policy_data is not None:
             self._return(span, now - span.used, tokens, late)
         uses = min(span.uses, CLASSES - 1)
         self._waiting[uses, 0] += tokens
         self._risked[uses, 0] -= tokens * late  # the next tick counts all of its time
-        span.mark = uses, self._ticks
+        span.policy_data = uses, self._ticks
 
     def offer(self, span: AnySpan) -> None:
         self._places[span] = len(self._offered)
@@ -104,11 +104,11 @@ class Gittins(Policy):
 
     def index(self, span: AnySpan, now: float) -> tuple[float, float]:
         """What is to be expected of `span`, in returns per second; then, when it was used."""
-        uses = span.mark[0] if span.mark is not None else 0
+        uses = span.policy_data[0] if span.policy_data is not None else 0
         return self._index[uses][bisect_right(_STARTS, now - span.used) - 1], span.used
 
     def _return(self, span: AnySpan, age: float, tokens: int, late: float) -> None:
-        uses, since = span.mark[0], self._ticks - span.mark[1]
+        uses, since = span.policy_data[0], self._ticks - span.policy_data[1]
         if since < TICKS:
             bucket = bisect_right(_STARTS, age) - 1
             self._returned[uses, bucket] += tokens

@@ -52,15 +52,15 @@ class S3FIFO(Policy):
         self._mass = 0  # size of what the small queue has evicted so far
 
     def use(self, span: AnySpan, now: float) -> None:
-        place = span.mark
+        place = span.policy_data
         if place is None or span.payload is None:
             known = place is not None and place.evicted is not None
-            span.mark = Place(
+            span.policy_data = Place(
                 next(self._turns), known and self._mass - place.evicted <= self._held[True]
             )
         else:
             # Not in place: both parts of a span that was split have the same mark.
-            span.mark = Place(place.turn, place.main, min(3, place.chances + 1))
+            span.policy_data = Place(place.turn, place.main, min(3, place.chances + 1))
 
     def offer(self, span: AnySpan) -> None:
         place = self._place(span)
@@ -69,22 +69,22 @@ class S3FIFO(Policy):
         self._queues[place.main].add(span)
 
     def withdraw(self, span: AnySpan) -> None:
-        self._held[span.mark.main] -= self._sizes.pop(span)
+        self._held[span.policy_data.main] -= self._sizes.pop(span)
 
     def victim(self, now: float) -> AnySpan | None:
         # So many second chances at most: nobody has to wait for a whole queue to pass.
         for _ in range(100):
             span = self._next()
-            if span is None or span.mark.chances <= (not span.mark.main):
+            if span is None or span.policy_data.chances <= (not span.policy_data.main):
                 break
             self._again(span)
         return span
 
     def evict(self, span: AnySpan, now: float) -> None:
         super().evict(span, now)
-        if not span.mark.main:
+        if not span.policy_data.main:
             self._mass += span.size
-            span.mark = Place(span.mark.turn, evicted=self._mass)
+            span.policy_data = Place(span.policy_data.turn, evicted=self._mass)
 
     def _next(self) -> AnySpan | None:
         small, main = self._queues
@@ -94,19 +94,19 @@ class S3FIFO(Policy):
 
     def _again(self, span: AnySpan) -> None:
         """To the end of the main queue, with a chance less if it comes from there."""
-        place = span.mark
+        place = span.policy_data
         self.withdraw(span)
-        span.mark = Place(next(self._turns), True, place.chances - 1 if place.main else 0)
+        span.policy_data = Place(next(self._turns), True, place.chances - 1 if place.main else 0)
         self.offer(span)
 
     def _place(self, span: AnySpan) -> Place:
-        if span.mark is None:
-            span.mark = Place(next(self._turns))
-        place: Place = span.mark
+        if span.policy_data is None:
+            span.policy_data = Place(next(self._turns))
+        place: Place = span.policy_data
         return place
 
     def _turn_in(self, main: bool) -> Callable[[AnySpan], float | None]:
-        return lambda span: span.mark.turn if span.mark.main == main else None
+        return lambda span: span.policy_data.turn if span.policy_data.main == main else None
 
 
 def recompute_cost(start: int, stop: int) -> float:
@@ -133,7 +133,7 @@ class Cost(Policy):
         self._level = 0.0
 
     def use(self, span: AnySpan, now: float) -> None:
-        span.mark = self._level
+        span.policy_data = self._level
 
     def offer(self, span: AnySpan) -> None:
         self._queue.add(span)
@@ -149,4 +149,4 @@ class Cost(Policy):
 
     def _worth(self, span: AnySpan) -> float:
         value = span.uses * self._cost(span.start, span.stop) / max(1, span.size)
-        return (span.mark or 0.0) + value
+        return (span.policy_data or 0.0) + value

@@ -30,7 +30,7 @@ class Blocks:
     """A payload of so many blocks, which are not really there."""
 
     size: int
-    divisible = True
+    resumable_anywhere = True
 
     def split(self, tokens: int) -> tuple[Blocks, Blocks]:
         """The first, and the others."""

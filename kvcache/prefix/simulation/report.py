@@ -20,7 +20,7 @@ OPTIMUM = "optimum"
 """In the place of a policy: what one finds that knows the future."""
 FORMAT = "kvcache.simulate/1"
 
-# Okabe and Ito's palette, which any kind of sight can tell apart.
+# Okabe and Ito's palette, which any eye can tell apart.
 _COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9")
 _MARKERS = "osvD^P"
 # Text stays text, and the same figure is the same file.

@@ -149,7 +149,7 @@ class _Layers:
 
     def _tokens(self, ids: list[int], caches: list[KVCache]) -> Iterator[int]:
         # Where each length is compiled by itself.
-        few = not self._model.backend.views
+        few = not self._model.backend.slices_are_views
         *before, last = pieces(len(ids), 512, few)
         for start, stop in before:
             self._model.backend.sync(self._model([ids[start:stop]], caches))
@@ -166,7 +166,7 @@ class _Pool:
         self._pass = PooledPass(model, self.cache, dtype)
 
     def tokens(self, session: Session) -> Iterator[int]:
-        return self._tokens(session.seq, session.matched, session.remaining.tolist())
+        return self._tokens(session.sequence, session.matched, session.remaining.tolist())
 
     def cold(self, prompt: Sequence[int]) -> Iterator[int]:
         self.cache.remove(1, 0)

@@ -53,7 +53,9 @@ class PooledPass:
         width = self._rounded(len(ids))
         plan = self.cache.plan(Batch(positions, sequences), tokens=width)
         arguments = self._arguments(ids, positions.tolist(), rows, width)
-        self.cache.state, best = self._step(self.cache.state, plan, self._weights, *arguments)
+        self.cache.program_state, best = self._step(
+            self.cache.program_state, plan, self._weights, *arguments
+        )
         found: list[int] = self.model.backend.to_host(best)[: len(rows)].tolist()
         return found
 
