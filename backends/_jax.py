@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, CacheConfig, HostArray
+from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
+from .base import FULL_SLICES, Backend, FastKey, P, R, Ts
+from .config import CacheConfig
+from .dtypes import HOST_DTYPES
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -45,7 +48,7 @@ class JaxBackend(Backend):
     # A slice is a copy and each new length a new program: caches hand out whole buffers.
     config: ClassVar[CacheConfig] = CacheConfig(padding=256)
     slices_are_views: ClassVar[bool] = False
-    xp = jnp
+    xp = cast(Namespace, jnp)
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
@@ -63,66 +66,71 @@ class JaxBackend(Backend):
         return found if jax.default_backend() == "cpu" else [*found, "cpu:0"]
 
     @staticmethod
-    def device_of(array: Array) -> str:
+    def device_of(array: NativeArray) -> str:
         device = next(iter(array.devices()))
         return f"{device.platform}:{device.id}"
 
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
 
-    def fast_key(self, array: Array) -> tuple[Any, ...]:
+    def fast_key(self, array: NativeArray) -> FastKey:
         # The sharding knows the device; asking for the device takes twenty times as long.
         return type(array), array.shape, array.dtype, array.sharding
 
-    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+    def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         return jnp.zeros(tuple(shape), self.dtype(dtype), device=self._device)
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(
+        self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
+    ) -> NativeArray:
         return _slice_writer(axis, self._copy_only)(buffer, update, np.int32(start))
 
-    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+    def write_rows(
+        self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
+    ) -> NativeArray:
         return _row_writer(axis, self._copy_only)(buffer, rows, index)
 
-    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+    def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _row_reader(axis, self._copy_only)(buffer, index)
 
-    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return _slice_reader(axis, stop - start, self._copy_only)(buffer, np.int32(start))
 
-    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+    def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return _joiner(axis, self._copy_only)(*arrays)
 
-    def free(self, buffer: Array) -> None:
+    def free(self, buffer: NativeArray) -> None:
         buffer.delete()
 
-    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         # JAX may keep reading the array it is given, or adopt its memory: it gets one of its own.
         return jax.device_put(self._host(array, dtype).copy(), self._device)
 
-    def to_host(self, array: Array) -> HostArray:
+    def to_host(self, array: NativeArray) -> HostArray:
         return np.array(array)
 
-    def import_dlpack(self, array: Any) -> Array:
+    def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
 
-    def compile(
-        self, function: Callable[..., Any], donate: Sequence[int] = ()
-    ) -> Callable[..., Any]:
-        return jax.jit(function, donate_argnums=tuple(donate))
+    def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
+        compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))
+        return compiled
 
-    def traced_form(self, buffer: Array) -> Array:
+    def traced_form(self, buffer: NativeArray) -> NativeArray:
         bits = _BITS.get(buffer.dtype.name) if self._copy_only else None
         return _caster(bits)(buffer) if bits else buffer
 
-    def from_traced(self, buffer: Array, dtype: str) -> Array:
+    def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
         wanted = self.dtype(dtype)
         return buffer if buffer.dtype == wanted else _caster(wanted)(buffer)
 
-    def traced_index(self, start: int | list[int]) -> Any:
+    def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
 
     @classmethod
-    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+    def traced_write(
+        cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
+    ) -> NativeArray:
         rows = _as_bits(rows, buffer)
         if rows.shape[axis] == 1:
             # XLA on CPU fuses a single write into the read behind it, and then has to copy the
@@ -131,14 +139,18 @@ class JaxBackend(Backend):
         return buffer.at[(*FULL_SLICES[axis], index)].set(rows, mode="drop")
 
     @classmethod
-    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+    def traced_append(
+        cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
+    ) -> NativeArray:
         # One axis in front: with two, XLA on CPU copies the buffer of a batch of one.
         flat, news = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
         index = start + jnp.arange(rows.shape[axis])
         return cls.traced_write(flat, news, index, 1).reshape(buffer.shape)
 
     @classmethod
-    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+    def traced_read(
+        cls, buffer: NativeArray, start: NativeArray, length: int, axis: int, dtype: DType
+    ) -> NativeArray:
         if length < buffer.shape[axis]:
             buffer = lax.dynamic_slice_in_dim(buffer, start, length, axis)
         return _as_bits(buffer, jnp.empty(0, dtype))
@@ -146,44 +158,45 @@ class JaxBackend(Backend):
     @classmethod
     def traced_cond(
         cls,
-        condition: Any,
-        yes: Callable[..., Any],
-        no: Callable[..., Any],
-        *operands: Any,
-    ) -> Any:
-        return lax.cond(condition, yes, no, *operands)
+        condition: NativeArray,
+        yes: Callable[[Unpack[Ts]], R],
+        no: Callable[[Unpack[Ts]], R],
+        *operands: *Ts,
+    ) -> R:
+        chosen: R = lax.cond(condition, yes, no, *operands)
+        return chosen
 
-    def sync(self, *arrays: Array) -> None:
+    def sync(self, *arrays: NativeArray) -> None:
         jax.block_until_ready(arrays)
 
 
-def _as_bits(array: Array, like: Array) -> Array:
+def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     """`array` in the dtype of `like`, which has as many bits."""
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
 @cache
-def _caster(dtype: Any) -> Callable[[Array], Array]:
+def _caster(dtype: DType) -> Callable[[NativeArray], NativeArray]:
     """Takes over a buffer and gives its bits another name."""
     return jax.jit(lambda buffer: lax.bitcast_convert_type(buffer, dtype), donate_argnums=0)
 
 
-def _options(copy_only: bool) -> dict[str, Any] | None:
+def _options(copy_only: bool) -> dict[str, str] | None:
     return dict(_COPY_ONLY) if copy_only else None
 
 
 @cache
-def _slice_writer(axis: int, copy_only: bool) -> Callable[..., Array]:
-    def write_slice(buffer: Array, update: Array, start: Array) -> Array:
+def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
+    def write_slice(buffer: NativeArray, update: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
 
     return jax.jit(write_slice, donate_argnums=0, compiler_options=_options(copy_only))
 
 
 @cache
-def _row_writer(axis: int, copy_only: bool) -> Callable[..., Array]:
-    def write_rows(buffer: Array, rows: Array, index: Array) -> Array:
-        def write_row(i: Array, out: Array) -> Array:
+def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
+    def write_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray) -> NativeArray:
+        def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
             row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
             return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
 
@@ -193,24 +206,24 @@ def _row_writer(axis: int, copy_only: bool) -> Callable[..., Array]:
 
 
 @cache
-def _row_reader(axis: int, copy_only: bool) -> Callable[..., Array]:
-    def read_rows(buffer: Array, index: Array) -> Array:
+def _row_reader(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
+    def read_rows(buffer: NativeArray, index: NativeArray) -> NativeArray:
         return jnp.take(buffer, index, axis=axis, mode="clip")
 
     return jax.jit(read_rows, compiler_options=_options(copy_only))
 
 
 @cache
-def _slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., Array]:
-    def read_slice(buffer: Array, start: Array) -> Array:
+def _slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., NativeArray]:
+    def read_slice(buffer: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_slice_in_dim(buffer, start, length, axis)
 
     return jax.jit(read_slice, compiler_options=_options(copy_only))
 
 
 @cache
-def _joiner(axis: int, copy_only: bool) -> Callable[..., Array]:
-    def join(*arrays: Array) -> Array:
+def _joiner(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
+    def join(*arrays: NativeArray) -> NativeArray:
         return jnp.concatenate(arrays, axis=axis)
 
     return jax.jit(join, compiler_options=_options(copy_only))

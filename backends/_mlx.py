@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray
+from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
+from .base import FULL_SLICES, Backend
+from .dtypes import HOST_DTYPES
 
 _NAMES = {
     "float32": mx.float32,
@@ -34,7 +36,7 @@ class MlxBackend(Backend):
 
     name: ClassVar[str] = "mlx"
     # mlx.core is MLX's own array-API namespace, but for one name that Python shadows there.
-    xp = SimpleNamespace(**{**vars(mx), "bool": mx.bool_})
+    xp = cast(Namespace, SimpleNamespace(**{**vars(mx), "bool": mx.bool_}))
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
@@ -50,69 +52,77 @@ class MlxBackend(Backend):
         return [mx.default_device().type.name]
 
     @staticmethod
-    def device_of(array: Array) -> str:
+    def device_of(array: NativeArray) -> str:
         return str(mx.default_device().type.name)
 
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self) -> dict[str, DType]:
         return _NAMES
 
-    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+    def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         buffer = mx.zeros(tuple(shape), self.dtype(dtype))
         mx.eval(buffer)
         return buffer
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(
+        self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
+    ) -> NativeArray:
         if axis == 2:  # the tokens of every cache: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
             buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
         return buffer
 
-    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+    def write_rows(
+        self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
+    ) -> NativeArray:
         first = int(index[0])
         if np.array_equal(index, np.arange(first, first + index.size)):
             return self.write_slice(buffer, rows, first, first + index.size, axis)
         buffer[(*FULL_SLICES[axis], mx.array(index))] = rows
         return buffer
 
-    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+    def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return mx.take(buffer, mx.array(index), axis=axis)
 
-    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, stop))]
 
-    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+    def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return mx.concatenate(list(arrays), axis=axis)
 
-    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return mx.array(self._host(array, dtype))
 
-    def to_host(self, array: Array) -> HostArray:
+    def to_host(self, array: NativeArray) -> HostArray:
         name = self.dtype_name(array)
         if name == "bfloat16":
             array = mx.contiguous(array).view(mx.uint16)
         return np.array(array).view(HOST_DTYPES[name])
 
-    def import_dlpack(self, array: Any) -> Array:
+    def import_dlpack(self, array: NativeArray) -> NativeArray:
         return array if isinstance(array, mx.array) else mx.from_dlpack(array)
 
-    def traced_index(self, start: int | list[int]) -> Any:
+    def traced_index(self, start: int | list[int]) -> TracedIndex:
         return mx.array(start)
 
     @classmethod
-    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+    def traced_append(
+        cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
+    ) -> NativeArray:
         # Beyond the end this would land on older tokens: those are written back.
         present = mx.slice(buffer, start, [axis], rows.shape)
         fits = start + rows.shape[axis] <= buffer.shape[axis]
         return mx.slice_update(buffer, mx.where(fits, rows, present), start, [axis])
 
     @classmethod
-    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+    def traced_read(
+        cls, buffer: NativeArray, start: NativeArray, length: int, axis: int, dtype: DType
+    ) -> NativeArray:
         if length == buffer.shape[axis]:
             return buffer
         size = list(buffer.shape)
         size[axis] = length
         return mx.slice(buffer, start, [axis], size)
 
-    def sync(self, *arrays: Array) -> None:
+    def sync(self, *arrays: NativeArray) -> None:
         mx.eval(*arrays)

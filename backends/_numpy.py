@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
-from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray
+from .arrays import DType, HostArray, Namespace, NativeArray
+from .base import FULL_SLICES, Backend
+from .dtypes import HOST_DTYPES
 
 
 class NumpyBackend(Backend):
     """Buffers are ndarrays, written in place; bfloat16 and float8 come from ``ml_dtypes``."""
 
     name: ClassVar[str] = "numpy"
-    xp = array_api_compat.numpy
+    xp = cast(Namespace, array_api_compat.numpy)
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
@@ -27,40 +29,44 @@ class NumpyBackend(Backend):
         return ["cpu"]
 
     @staticmethod
-    def device_of(array: Array) -> str:
+    def device_of(array: NativeArray) -> str:
         return "cpu"
 
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
 
-    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+    def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         return np.zeros(shape, self.dtype(dtype))
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(
+        self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
+    ) -> NativeArray:
         if axis == 2:  # the tokens of every cache: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
             buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
         return buffer
 
-    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+    def write_rows(
+        self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
+    ) -> NativeArray:
         buffer[(*FULL_SLICES[axis], index)] = rows
         return buffer
 
-    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+    def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)
 
-    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, stop))]
 
-    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+    def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return np.concatenate(arrays, axis=axis)
 
-    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self._host(array, dtype).copy()
 
-    def to_host(self, array: Array) -> HostArray:
+    def to_host(self, array: NativeArray) -> HostArray:
         return np.array(array)
 
-    def import_dlpack(self, array: Any) -> Array:
+    def import_dlpack(self, array: NativeArray) -> NativeArray:
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import array_api_compat.torch
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray
+from .arrays import DType, HostArray, Namespace, NativeArray
+from .base import FULL_SLICES, Backend, FastKey
+from .dtypes import HOST_DTYPES
 
 # torch and NumPy share no name for these, so they cross as bits of the same width.
 _CARRIERS = {
@@ -26,7 +28,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     array_types: ClassVar[tuple[type, ...]] = (torch.Tensor,)
-    xp = array_api_compat.torch
+    xp = cast(Namespace, array_api_compat.torch)
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
@@ -47,22 +49,24 @@ class TorchBackend(Backend):
         ]
 
     @staticmethod
-    def device_of(array: Array) -> str:
+    def device_of(array: NativeArray) -> str:
         return "cpu" if array.device.type == "cpu" else str(array.device)
 
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self) -> dict[str, DType]:
         return {name: getattr(torch, name) for name in HOST_DTYPES}
 
-    def fast_key(self, array: Array) -> tuple[Any, ...]:
+    def fast_key(self, array: NativeArray) -> FastKey:
         # torch would copy from any device without a word.
         return type(array), array.shape, array.dtype, array.device
 
-    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+    def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         # A tensor born under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
             return torch.zeros(tuple(shape), dtype=self.dtype(dtype), device=self.device)
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(
+        self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
+    ) -> NativeArray:
         if update.requires_grad:
             update = update.detach()
         if axis == 2:  # the tokens of every cache: a literal index is the cheapest
@@ -71,47 +75,51 @@ class TorchBackend(Backend):
             buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
         return buffer
 
-    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+    def write_rows(
+        self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
+    ) -> NativeArray:
         return self.traced_write(buffer, rows, self._index(index), axis)
 
-    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+    def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return torch.index_select(buffer.detach(), axis, self._index(index))
 
-    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         if start:
             return buffer.narrow(axis, start, stop - start)
         size = list(buffer.shape)
         size[axis] = stop
         return buffer.as_strided(size, buffer.stride())  # takes half the time of narrow
 
-    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+    def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return torch.cat([array.detach() for array in arrays], dim=axis)
 
-    def free(self, buffer: Array) -> None:
+    def free(self, buffer: NativeArray) -> None:
         # Empties this handle. Resizing the storage would free more, and leave views dangling.
         buffer.set_()
 
-    def detached(self, array: Array) -> Array:
+    def detached(self, array: NativeArray) -> NativeArray:
         return array.detach()
 
-    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         host = self._host(array, dtype)
         kind = self.dtype(host.dtype.name)
         carrier = _CARRIERS.get(kind)
         bits = host if carrier is None else host.view(str(carrier).removeprefix("torch."))
         return torch.tensor(bits, device=self.device).view(kind)
 
-    def to_host(self, array: Array) -> HostArray:
+    def to_host(self, array: NativeArray) -> HostArray:
         name = self.dtype_name(array)
         carrier = _CARRIERS.get(array.dtype, array.dtype)
         bits: HostArray = array.detach().contiguous().view(carrier).cpu().numpy()
         return np.array(bits.view(HOST_DTYPES[name]))
 
-    def import_dlpack(self, array: Any) -> Array:
+    def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
 
     @classmethod
-    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+    def traced_write(
+        cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
+    ) -> NativeArray:
         index = index.long()  # all that index_copy_ takes; it takes half the time of assigning
         if buffer.dtype in _FLOAT8:
             # It has no float8.
@@ -120,7 +128,9 @@ class TorchBackend(Backend):
         return buffer.index_copy_(axis, index, rows.detach())
 
     @classmethod
-    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+    def traced_append(
+        cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
+    ) -> NativeArray:
         # Beyond the end indices stop at the last slot, which is given what it holds.
         last = buffer.shape[axis] - 1
         index = (start + torch.arange(rows.shape[axis], device=buffer.device)).clamp(max=last)
@@ -128,9 +138,9 @@ class TorchBackend(Backend):
         fits = start + rows.shape[axis] <= buffer.shape[axis]
         return cls.traced_write(buffer, torch.where(fits, rows, present), index, axis)
 
-    def sync(self, *arrays: Array) -> None:
+    def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):
             torch.accelerator.synchronize(self.device)
 
-    def _index(self, index: HostArray) -> Array:
+    def _index(self, index: HostArray) -> NativeArray:
         return torch.tensor(index, dtype=torch.int64, device=self.device)

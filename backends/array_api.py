@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import array_api_compat
 import numpy as np
@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .base import FULL_SLICES, HOST_DTYPES, Array, Backend, HostArray, root_modules
+from .arrays import DType, HostArray, NativeArray
+from .base import FULL_SLICES, Backend, root_modules
+from .dtypes import HOST_DTYPES
 
 # Libraries known to work; any other that follows the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -49,23 +51,27 @@ class ArrayApiBackend(Backend):
         return [library for library in _LIBRARIES if find_spec(library)]
 
     @staticmethod
-    def device_of(array: Array) -> str:
+    def device_of(array: NativeArray) -> str:
         return root_modules(type(array))[0]
 
-    def owns(self, array: Array) -> bool:
+    def owns(self, array: NativeArray) -> bool:
         return self.device in root_modules(type(array))
 
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self) -> dict[str, DType]:
         return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
 
-    def alloc(self, shape: Sequence[int], dtype: str) -> Array:
+    def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(
+        self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
+    ) -> NativeArray:
         buffer[(*FULL_SLICES[axis], slice(start, stop), ...)] = update
         return buffer
 
-    def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
+    def write_rows(
+        self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
+    ) -> NativeArray:
         # The standard assigns to slices only, so rows go run by run.
         ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
         for first, last in zip([0, *ends], ends, strict=False):
@@ -74,39 +80,45 @@ class ArrayApiBackend(Backend):
             buffer = self.write_slice(buffer, run, start, start + int(last) - int(first), axis)
         return buffer
 
-    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+    def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return self.xp.take(buffer, self.xp.asarray(index), axis=axis)
 
-    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, stop), ...)]
 
-    def concat(self, arrays: Sequence[Array], axis: int) -> Array:
+    def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return self.xp.concat(list(arrays), axis=axis)
 
-    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
+    def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self.xp.asarray(self._host(array, dtype).copy())
 
-    def to_host(self, array: Array) -> HostArray:
+    def to_host(self, array: NativeArray) -> HostArray:
         self.dtype_name(array)
         return np.array(np.from_dlpack(array, device="cpu"))
 
     @classmethod
-    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+    def traced_write(
+        cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
+    ) -> NativeArray:
         for i in range(rows.shape[axis]):
             row = rows[(*FULL_SLICES[axis], slice(i, i + 1), ...)]
             buffer = cls.traced_append(buffer, row, int(index[i]), axis)
         return buffer
 
     @classmethod
-    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
+    def traced_append(
+        cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
+    ) -> NativeArray:
         stop = start + rows.shape[axis]
         if stop <= buffer.shape[axis]:
             buffer[(*FULL_SLICES[axis], slice(start, stop), ...)] = rows
         return buffer
 
     @classmethod
-    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
+    def traced_read(
+        cls, buffer: NativeArray, start: NativeArray, length: int, axis: int, dtype: DType
+    ) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, start + length), ...)]
 
-    def import_dlpack(self, array: Any) -> Array:
+    def import_dlpack(self, array: object) -> NativeArray:
         return self.xp.from_dlpack(array)

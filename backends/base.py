@@ -11,62 +11,26 @@ to this rule runs at O(tokens written) on both kinds, never O(capacity).
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
-Array: TypeAlias = Any
-"""An array of the backend's framework."""
-HostArray: TypeAlias = npt.NDArray[Any]
-Layout: TypeAlias = Literal["htd", "thd", "hdt"]
+from .arrays import Array, DType, HostArray, Namespace, NativeArray, TracedIndex
+from .config import CacheConfig
+from .dtypes import HOST_DTYPES
 
-HOST_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-    "int32": np.dtype(np.int32),
-    "bool": np.dtype(np.bool_),
-}
-"""Every dtype name that kvcache speaks, with its NumPy dtype (``ml_dtypes`` for the rest)."""
-_MASK_DTYPES = ("bool", "float32", "float16", "bfloat16")
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """How a backend wants its caches laid out; a model may override it before first use.
-
-    padding: lengths of returned keys and values are multiples of this (in tokens).
-    key_layout, value_layout: storage order of ``put`` and ``get``; ``"htd"`` is
-        ``[kv_heads, tokens, head_dim]``.
-    mask_dtype: ``"bool"`` (True = attend) or a float dtype (0 = attend, -inf = hidden).
-    """
-
-    padding: int = 1
-    key_layout: Layout = "htd"
-    value_layout: Layout = "htd"
-    mask_dtype: str = "bool"
-
-    def __post_init__(self) -> None:
-        if self.padding < 1:
-            raise ValueError(f"padding must be >= 1 token; got {self.padding}.")
-        for layout in (self.key_layout, self.value_layout):
-            if layout not in get_args(Layout):
-                raise ValueError(f"a layout is one of {get_args(Layout)}; got {layout!r}.")
-        if self.mask_dtype not in _MASK_DTYPES:
-            raise DTypeError(f"mask_dtype is one of {_MASK_DTYPES}; got {self.mask_dtype!r}.")
+FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
+"""Type, shape, and whatever else must match for two updates to be alike."""
 
 
 class Backend(ABC):
@@ -84,37 +48,37 @@ class Backend(ABC):
     name: ClassVar[str]
     """Registry name, for example ``"torch"``."""
     modules: ClassVar[tuple[str, ...]] = ()
-    """Top-level modules that the framework's array types are defined in; default: the name."""
+    """Top-level modules that define the framework's array types; default: the name."""
     array_types: ClassVar[tuple[type, ...]] = ()
     """Types of its arrays, where a compiler has to see them; others are found by module."""
     config: ClassVar[CacheConfig] = CacheConfig()
-    """What caches on this backend use unless the model overrides it."""
+    """Layout of caches on this backend unless the model overrides it."""
     slices_are_views: ClassVar[bool] = True
     """Whether :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
-    xp: Any
+    xp: Namespace
     """Array-API namespace for code written above the caches."""
 
     def __init__(self, device: str | None = None) -> None:
-        self._dtypes: dict[str, Any] = self._framework_dtypes()
+        self._dtypes = self._framework_dtypes()
         self._dtype_names = {dtype: name for name, dtype in self._dtypes.items()}
 
-    # What there is.
+    # Devices and dtypes.
 
     @staticmethod
     @abstractmethod
     def devices() -> list[str]:
-        """Devices that this framework can use here, the default one first."""
+        """Return the devices that this framework can use here, the default one first."""
 
     @staticmethod
     @abstractmethod
     def device_of(array: Array) -> str:
-        """Device that holds `array`, in the form that the constructor takes."""
+        """Return the device that holds `array`, in the form that the constructor takes."""
 
     @abstractmethod
-    def _framework_dtypes(self) -> dict[str, Any]:
-        """Framework dtype of every supported name in :data:`HOST_DTYPES`."""
+    def _framework_dtypes(self) -> Mapping[str, DType]:
+        """Return the framework's dtype for every name in :data:`HOST_DTYPES` that it has."""
 
     @property
     def spec(self) -> str:
@@ -126,8 +90,11 @@ class Backend(ABC):
         """Names of the dtypes that the framework has; the others raise :class:`DTypeError`."""
         return tuple(self._dtypes)
 
-    def dtype(self, name: str) -> Any:
-        """The framework's dtype called `name`."""
+    def dtype(self, name: str) -> DType:
+        """Return the framework's dtype called `name`.
+
+        Raises: DTypeError if it has none.
+        """
         try:
             return self._dtypes[name]
         except KeyError:
@@ -136,7 +103,10 @@ class Backend(ABC):
             ) from None
 
     def dtype_name(self, array: Array) -> str:
-        """Name of the dtype of `array`."""
+        """Return the name of the dtype of `array`.
+
+        Raises: DTypeError for a dtype that has no name here.
+        """
         try:
             return self._dtype_names[array.dtype]
         except (KeyError, AttributeError, TypeError):
@@ -147,16 +117,15 @@ class Backend(ABC):
 
     def owns(self, array: Array) -> bool:
         """Whether `array` is of this framework and on this device."""
-        mine = self.modules or (self.name,)
-        return (
-            any(map(mine.__contains__, root_modules(type(array))))
-            and self.device_of(array) == self.device
-        )
+        own_modules = self.modules or (self.name,)
+        is_native = any(module in own_modules for module in root_modules(type(array)))
+        return is_native and self.device_of(array) == self.device
 
-    def fast_key(self, array: Array) -> tuple[Any, ...]:
-        """What tells whether `array` is like an earlier one, cheap to make and to compare.
+    def fast_key(self, array: Array) -> FastKey:
+        """Return a key that is equal for arrays alike in all that an update is checked for.
 
-        Begins with type and shape.
+        Cheap to make and to compare: a decode step that looks like the last one skips the
+        full check. Begins with type and shape.
         """
         return type(array), array.shape, array.dtype
 
@@ -164,7 +133,7 @@ class Backend(ABC):
 
     @abstractmethod
     def alloc(self, shape: Sequence[int], dtype: str) -> Array:
-        """A new zero-filled buffer that shares memory with no other."""
+        """Return a new zero-filled buffer that shares memory with no other."""
 
     def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
         """Write `update` at ``[start, start + n)`` of `axis`, n = ``update.shape[axis]``.
@@ -190,19 +159,21 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        where = _host_index(index, buffer.shape[axis], axis)
+        checked = _host_index(index, buffer.shape[axis], axis)
         count, _ = _fitting(buffer.shape, rows.shape, axis)
         _check_dtype(buffer, rows)
-        if count != where.size:
-            raise ShapeError(f"one row per position; got {count} rows for {where.size} positions.")
-        return self.write_rows(buffer, rows, where, axis) if where.size else buffer
+        if count != checked.size:
+            raise ShapeError(
+                f"one row per position; got {count} rows for {checked.size} positions."
+            )
+        return self.write_rows(buffer, rows, checked, axis) if checked.size else buffer
 
     def gather(self, buffer: Array, index: npt.ArrayLike, axis: int) -> Array:
-        """A new array of the rows of `axis` named by `index`, in that order."""
+        """Return a new array of the rows of `axis` named by `index`, in that order."""
         return self.read_rows(buffer, _host_index(index, buffer.shape[axis], axis), axis)
 
     def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        """Rows ``[start, stop)`` of `axis`: a view where the framework has views."""
+        """Return rows ``[start, stop)`` of `axis`: a view where the framework has views."""
         if not 0 <= start <= stop <= buffer.shape[axis]:
             raise BoundsError(
                 f"a range must satisfy 0 <= start <= stop <= length; "
@@ -212,7 +183,7 @@ class Backend(ABC):
 
     @abstractmethod
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
-        """A new array, also of a single one: it shares memory with none of `arrays`."""
+        """Return a new array, also of a single one: it shares memory with none of `arrays`."""
 
     def free(self, buffer: Array) -> None:  # noqa: B027 - a framework may have nothing to do
         """Give the memory of `buffer` back now, views aside.
@@ -221,40 +192,40 @@ class Backend(ABC):
         NumPy and MLX release memory when the last reference is dropped, so do drop it.
         """
 
-    # Hooks: what a framework has to provide, arguments already checked.
+    # Hooks behind the primitives: a framework provides them, arguments already checked.
 
     @abstractmethod
     def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
-        """:meth:`slice_update` at ``[start, stop)`` without checks, for who has made them."""
+        """Do :meth:`slice_update` at ``[start, stop)`` without checks, for checked arguments."""
 
     @abstractmethod
     def write_rows(self, buffer: Array, rows: Array, index: HostArray, axis: int) -> Array:
-        """:meth:`scatter` without checks; `index` is int32 and not empty."""
+        """Do :meth:`scatter` without checks; `index` is int32 and not empty."""
 
     @abstractmethod
     def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
-        """:meth:`gather` without checks; `index` is int32."""
+        """Do :meth:`gather` without checks; `index` is int32."""
 
     @abstractmethod
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        """:meth:`slice` without checks, for callers that have made them."""
+        """Do :meth:`slice` without checks, for checked arguments."""
 
     def detached(self, array: Array) -> Array:
-        """`array` without what its framework would need to differentiate through it (torch)."""
+        """Return `array` without the graph that its framework differentiates through (torch)."""
         return array
 
     # To and from the host, and other frameworks.
 
     @abstractmethod
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
-        """A copy of `array` on the device, bit for bit; cast on the host if `dtype` differs."""
+        """Return a copy on the device, bit for bit; cast on the host if `dtype` differs."""
 
     @abstractmethod
     def to_host(self, array: Array) -> HostArray:
-        """A NumPy copy of `array`, bit for bit, owned by the caller."""
+        """Return a NumPy copy of `array`, bit for bit, owned by the caller."""
 
-    def from_dlpack(self, array: Any) -> Array:
-        """`array` of another framework as one of this, sharing memory where both allow.
+    def from_dlpack(self, array: object) -> Array:
+        """Return `array` of another framework as one of this, sharing memory where both allow.
 
         Raises: DTypeError where the two cannot: they have no common word for the dtype (bfloat16
         and float8, if one of them is NumPy), or one needs compact memory (JAX; a view of a part
@@ -270,18 +241,16 @@ class Backend(ABC):
             ) from error
 
     @abstractmethod
-    def import_dlpack(self, array: Any) -> Array:
-        """The hook behind :meth:`from_dlpack`; may raise whatever the framework raises."""
+    def import_dlpack(self, array: object) -> Array:
+        """Do :meth:`from_dlpack`; may raise whatever the framework raises."""
 
     def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
         """Return once every one of `arrays` has been computed and written."""
 
     # For programs above the caches.
 
-    def compile(
-        self, function: Callable[..., Any], donate: Sequence[int] = ()
-    ) -> Callable[..., Any]:
-        """`function` of arrays and containers of arrays, as fast as the framework runs it.
+    def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
+        """Return `function`, of arrays and containers of arrays, as fast as the framework runs it.
 
         JAX compiles it, once per shape of its arguments; frameworks that are fast as they are
         return it unchanged, so it has to be pure: everything it needs is an argument or constant.
@@ -291,59 +260,65 @@ class Backend(ABC):
         return function
 
     def traced_form(self, buffer: Array) -> Array:
-        """`buffer` as compiled programs carry it; consumes it. Bits instead of floats, if need be.
+        """Return `buffer` as compiled programs carry it (bits, if need be); consumes it.
 
         :meth:`from_traced` undoes that. The ``traced_`` functions below take either.
         """
         return buffer
 
     def from_traced(self, buffer: Array, dtype: str) -> Array:
-        """What :meth:`traced_form` made of a buffer of `dtype`, turned back; consumes it."""
+        """Undo :meth:`traced_form` of a buffer of `dtype`; consumes it."""
         return buffer
 
-    def traced_index(self, start: int | list[int]) -> Any:
-        """Host ints, as an argument that does not compile a program anew when they change."""
+    def traced_index(self, start: int | list[int]) -> TracedIndex:
+        """Return host ints as an argument that does not compile a program anew when they change."""
         return start
 
     # In a program under a tracer there is no instance at hand and no value to check: these are
     # class methods, and all they know is their arguments.
 
     @classmethod
-    def traced_write(cls, buffer: Array, rows: Array, index: Array, axis: int) -> Array:
+    def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:
         """Write ``rows[i]`` at position ``index[i]`` of `axis`; consumes `buffer`.
 
         A position may occur twice, with equal rows.
         """
         buffer[(*FULL_SLICES[axis], index)] = rows
-        return buffer
+        written: Array = buffer
+        return written
 
     @classmethod
-    def traced_append(cls, buffer: Array, rows: Array, start: Any, axis: int) -> Array:
-        """Write `rows` at ``[start, start + n)`` of `axis`, or nothing where that lies outside."""
+    def traced_append(
+        cls, buffer: NativeArray, rows: Array, start: NativeArray, axis: int
+    ) -> Array:
+        """Write `rows` at ``[start, start + n)`` of `axis`, or nothing if that lies outside."""
         if start + rows.shape[axis] <= buffer.shape[axis]:
             buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
-        return buffer
+        written: Array = buffer
+        return written
 
     @classmethod
-    def traced_read(cls, buffer: Array, start: Any, length: int, axis: int, dtype: Any) -> Array:
-        """`length` positions of `axis` from `start` on, as an array of the framework's `dtype`."""
+    def traced_read(
+        cls, buffer: Array, start: NativeArray, length: int, axis: int, dtype: DType
+    ) -> Array:
+        """Return `length` positions of `axis` from `start` on, in the framework's `dtype`."""
         return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
 
     @classmethod
     def traced_cond(
         cls,
-        condition: Any,
-        yes: Callable[..., Any],
-        no: Callable[..., Any],
-        *operands: Any,
-    ) -> Any:
-        """``yes(*operands)`` or ``no(*operands)``, which give the same structure; runs only one."""
+        condition: Array | bool,
+        yes: Callable[[Unpack[Ts]], R],
+        no: Callable[[Unpack[Ts]], R],
+        *operands: *Ts,
+    ) -> R:
+        """Run ``yes(*operands)`` or ``no(*operands)`` alone; both return the same structure."""
         return yes(*operands) if condition else no(*operands)
 
     # For the adapters.
 
     def _host(self, array: npt.ArrayLike, dtype: str | None) -> HostArray:
-        """`array` as a NumPy array of a dtype that this framework has."""
+        """Return `array` as a NumPy array of a dtype that this framework has."""
         host = np.asarray(array)
         name = dtype or host.dtype.name
         self.dtype(name)
@@ -351,6 +326,10 @@ class Backend(ABC):
         return np.ascontiguousarray(host, HOST_DTYPES[name]).reshape(host.shape)
 
     def _check_device(self, device: str | None, usable: Sequence[str]) -> str:
+        """Return `device`, or the first usable one for None.
+
+        Raises: BackendNotAvailableError for one that is not there.
+        """
         if device is not None and device not in usable:
             raise BackendNotAvailableError(
                 f"{self.name} has no device {device!r} here; it has {', '.join(usable)}."
@@ -358,31 +337,8 @@ class Backend(ABC):
         return device or usable[0]
 
 
-def transfer(array: Array, source: Backend, target: Backend) -> Array:
-    """`array` of `source` as one of `target`, bit for bit; shares memory where the two can.
-
-    Where they cannot it goes through the host. Who wants to write to either copies this first,
-    and syncs that copy: it may still be reading.
-
-    Raises: DTypeError if the target lacks the dtype.
-    """
-    target.dtype(source.dtype_name(array))
-    source.sync(array)
-    try:
-        carried = target.from_dlpack(array)
-    except DTypeError:
-        return target.from_host(source.to_host(array))
-    # DLPack may have left it on the device that it came from.
-    return carried if target.owns(carried) else target.from_host(source.to_host(array))
-
-
-def nbytes(shape: Sequence[int], dtype: str) -> int:
-    """Bytes of an array of this shape and dtype name."""
-    return math.prod(shape) * HOST_DTYPES[dtype].itemsize
-
-
 def root_modules(kind: type) -> tuple[str, ...]:
-    """Top-level modules of a type and its bases, the most derived first."""
+    """Return the top-level modules of a type and its bases, the most derived first."""
     return tuple(base.__module__.partition(".")[0] for base in kind.__mro__)
 
 
@@ -393,7 +349,10 @@ FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))
 # Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.
 @lru_cache(maxsize=1024)
 def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """Rows in `new` and the last position on `axis` where they still fit into `have`."""
+    """Return the rows in `new` and the last position on `axis` where they still fit into `have`.
+
+    Raises: ShapeError where another axis differs.
+    """
     have, new = tuple(have), tuple(new)
     if len(have) != len(new) or have[:axis] + have[axis + 1 :] != new[:axis] + new[axis + 1 :]:
         raise ShapeError(
@@ -403,6 +362,7 @@ def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[in
 
 
 def _check_dtype(buffer: Array, update: Array) -> None:
+    """Raise DTypeError unless the two have one dtype."""
     if buffer.dtype != update.dtype:
         raise DTypeError(
             f"an update must have the dtype of its buffer; got {update.dtype} for "
@@ -411,14 +371,18 @@ def _check_dtype(buffer: Array, update: Array) -> None:
 
 
 def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
-    where = np.asarray(index)
-    if where.ndim != 1:
-        raise ShapeError(f"an index must have one dimension; got shape {where.shape}.")
-    if where.size and where.dtype.kind not in "iu":
-        raise DTypeError(f"an index must hold integers; got {where.dtype}.")
-    if where.size and not (where.min() >= 0 and where.max() < length):
+    """Return `index` as int32, every position inside an axis of `length`.
+
+    Raises: ShapeError, DTypeError, BoundsError.
+    """
+    checked = np.asarray(index)
+    if checked.ndim != 1:
+        raise ShapeError(f"an index must have one dimension; got shape {checked.shape}.")
+    if checked.size and checked.dtype.kind not in "iu":
+        raise DTypeError(f"an index must hold integers; got {checked.dtype}.")
+    if checked.size and not (checked.min() >= 0 and checked.max() < length):
         raise BoundsError(
             f"positions must lie in [0, {length}) on axis {axis}; "
-            f"got {where.min()} to {where.max()}."
+            f"got {checked.min()} to {checked.max()}."
         )
-    return where.astype(np.int32, copy=False)
+    return checked.astype(np.int32, copy=False)

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcache.backends import Backend
-from kvcache.backends.base import HOST_DTYPES
+from kvcache.backends import HOST_DTYPES
 
 from . import bench, chat, generate, simulate, transcribe
 

@@ -13,8 +13,7 @@ import typer
 from rich.table import Table
 
 import kvcache
-from kvcache.backends import Backend
-from kvcache.backends.base import nbytes
+from kvcache.backends import Backend, nbytes
 
 from .console import BackendName, notes, progress
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import kvcache
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 
 from .console import BackendName, notes
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from kvcache.backends import backend_of
-from kvcache.backends.base import Array, Backend
+from kvcache.backends import Array, Backend, backend_of
 from kvcache.errors import DiffusionCacheError, ShapeError, StepOrderError
 
 from .history import Compute, check_unchanged, shapes
@@ -219,7 +218,7 @@ class DiffusionCache:
             computes, past = self.recipe.decide(np, run.past, np.int32(step), change)
         reference = run.reference
         if measure is not None and (computes or measure.since == "previous"):
-            reference = copied(value) if measure.array else value
+            reference = copied(value) if measure.array and value is not None else value
         decision = Decision(bool(computes), float(change))
         return _Run(past, reference, decision, frozenset({stream}))
 

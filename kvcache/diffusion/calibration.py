@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcache.backends import backend_of
-from kvcache.backends.base import Array
+from kvcache.backends import Array, backend_of
+from kvcache.backends.arrays import Namespace
 from kvcache.errors import DamagedFileError, DiffusionCacheError, ForeignFileError, NewerFileError
 
 from .history import Compute, bundle
@@ -193,7 +193,7 @@ class Recorder:
                     self._ratios[now.step].append(ratio)
 
 
-def _ratio(xp: Any, new: Array, old: Array) -> Array:
+def _ratio(xp: Namespace, new: Array, old: Array) -> Array:
     """Mean over the tokens of the norm of `new` over that of `old`."""
     lengths = [
         xp.sqrt(xp.sum(wide * wide, axis=-1))
@@ -202,7 +202,7 @@ def _ratio(xp: Any, new: Array, old: Array) -> Array:
     return xp.mean(lengths[0] / lengths[1])
 
 
-def _xp(array: Array) -> Any:
+def _xp(array: Array) -> Namespace:
     return backend_of(array).xp
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple, TypeAlias
 
-from kvcache.backends.base import Array, Backend
+from kvcache.backends import Array, Backend
 from kvcache.errors import DTypeError, ShapeError
 
 from .predictors import Predictor
@@ -89,7 +89,8 @@ def _combined(xp: Any, arrays: Sequence[Array], weights: Sequence[Any]) -> Array
     narrow = arrays[0].dtype
     wide = xp.result_type(narrow, xp.float32)
     terms = (xp.astype(array, wide) * weight for array, weight in zip(arrays, weights, strict=True))
-    return xp.astype(reduce(operator.add, terms), narrow)
+    combined: Array = xp.astype(reduce(operator.add, terms), narrow)
+    return combined
 
 
 def shapes(arrays: Sequence[Array]) -> Shapes:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from kvcache.backends.base import Array
+from kvcache.backends import Array
 from kvcache.errors import DiffusionCacheError
 
 Since: TypeAlias = Literal["previous", "computed"]

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from kvcache.backends import backend_of
-from kvcache.backends.base import Array
+from kvcache.backends import Array, backend_of
 from kvcache.diffusion import history as histories
 from kvcache.errors import DiffusionCacheError, StepOrderError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple, Self
 
-from kvcache.backends.base import Array
+from kvcache.backends import Array
 from kvcache.errors import BoundsError, DiffusionCacheError
 
 from .streams import Stream, Streams, bytes_of, distinct

@@ -6,8 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from kvcache.backends import backend_of
-from kvcache.backends.base import Array, nbytes
+from kvcache.backends import Array, backend_of, nbytes
 from kvcache.errors import DiffusionCacheError, UnknownStreamError
 
 Stream: TypeAlias = int | str

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from kvcache.backends.base import Array
+from kvcache.backends import Array
 
 from .policies import TIMESTEP, Accumulated
 from .recipe import Limits, Past, Recipe, check_step

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from kvcache.backends.base import Backend
+from kvcache.backends import Backend
 from kvcache.diffusion import history as histories
 from kvcache.errors import DiffusionCacheError, StepOrderError
 

@@ -10,12 +10,19 @@ import math
 import operator
 from typing import Any, NamedTuple
 
-from kvcache.backends import Backend, backend_of, get_backend
-from kvcache.backends.base import HOST_DTYPES, Array, HostArray, nbytes, transfer
+from kvcache.backends import (
+    HOST_DTYPES,
+    Array,
+    Backend,
+    HostArray,
+    backend_of,
+    get_backend,
+    nbytes,
+    transfer,
+)
+from kvcache.backends.arrays import NativeArray
 from kvcache.errors import DTypeError, ShapeError
-
-TOKENS = 2
-"""The token axis."""
+from kvcache.storage.layout import TOKENS
 
 
 class Geometry(NamedTuple):
@@ -46,8 +53,8 @@ class GrowingBuffers:
         self.dtype = dtype
         self.capacity = 0
         self.growths = 0
-        self.keys: Array = None
-        self.values: Array = None
+        self.keys: NativeArray = None
+        self.values: NativeArray = None
         self._asked = None if backend is None else get_backend(backend)
         self.backend: Any = None
         self._unbind()
@@ -164,7 +171,8 @@ class GrowingBuffers:
     def empty(self) -> Array:
         """An array of no elements, in the dtype held."""
         geometry: Any = self.geometry
-        return self.backend.alloc((0,), geometry.dtype)
+        empty: Array = self.backend.alloc((0,), geometry.dtype)
+        return empty
 
     def import_state(self, keys: Array, values: Array) -> None:
         """Go on with what programs made of the buffers that were lent.
@@ -231,7 +239,8 @@ class GrowingBuffers:
         if missing:
             geometry: Any = self.geometry
             parts.append(self.backend.alloc((*lead, missing, old.shape[3]), geometry.dtype))
-        return self.backend.concat(parts, TOKENS)
+        joined: Array = self.backend.concat(parts, TOKENS)
+        return joined
 
     def take_tokens(self, keys: Array, values: Array, rows: HostArray) -> tuple[Array, Array]:
         """Copies of some tokens of an update."""
@@ -273,7 +282,8 @@ class GrowingBuffers:
         whole = transfer(buffer, source, self.backend)
         if whole.shape[TOKENS] == width:
             return whole
-        return self.backend.read_slice(whole, 0, width, TOKENS)
+        first: Array = self.backend.read_slice(whole, 0, width, TOKENS)
+        return first
 
 
 def _check_framework(backend: Backend, keys: Array, values: Array) -> None:

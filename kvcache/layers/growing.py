@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import Backend, get_backend
-from kvcache.backends.base import Array, HostArray
+from kvcache.backends import Array, Backend, HostArray, get_backend
 from kvcache.errors import BoundsError, ForeignFileError, KVCacheError, TrimError
-from kvcache.functional import LayerState, RingState
 from kvcache.snapshots.files import read_file, write_file
 from kvcache.snapshots.rows import Slots, TokenRows, Visibility
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
+from kvcache.storage.masks import device_mask
 
 from .buffers import GrowingBuffers
 from .pinning import LayerPins, place_rows
+from .state import LayerState, RingState
 
 Positions = npt.NDArray[np.int32]
 
@@ -167,7 +167,13 @@ class KVCache:
             raise ValueError(f"window must be >= 1 token; got {window}.")
         queries = np.arange(self._offset - tokens, self._offset, dtype=np.int32)[:, None]
         visible = self._visible(queries, self.positions, window)
-        return None if visible.all() else self._device_mask(visible)
+        return (
+            None
+            if visible.all()
+            else device_mask(
+                self._buffers.backend, self._buffers.backend.config.mask_dtype, visible
+            )
+        )
 
     # Going back.
 
@@ -254,7 +260,8 @@ class KVCache:
         return LayerState(keys, values, offset, slots, self._buffers.empty())
 
     def _on_device(self, numbers: npt.ArrayLike) -> Array:
-        return self._buffers.backend.from_host(np.asarray(numbers), "int32")
+        backend: Backend = self._buffers.backend
+        return backend.from_host(np.asarray(numbers), "int32")
 
     # Snapshots.
 
@@ -364,12 +371,6 @@ class KVCache:
 
     def _return_to(self, mark: Checkpoint, accepted: int) -> None:
         self._rewind(mark.offset + accepted)
-
-    def _device_mask(self, visible: npt.NDArray[np.bool_]) -> Array:
-        backend = self._buffers.backend
-        if backend.config.mask_dtype == "bool":
-            return backend.from_host(visible)
-        return backend.from_host(np.where(visible, 0.0, -np.inf), backend.config.mask_dtype)
 
 
 def trim(caches: Iterable[KVCache], tokens: int) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import Backend
-from kvcache.backends.base import Array, HostArray, nbytes
-from kvcache.pool.batch import Int32s
+from kvcache._types import Int32s
+from kvcache.backends import Array, Backend, HostArray, nbytes
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows, Visibility
+from kvcache.storage.layout import TOKENS
 
-from .buffers import TOKENS, GrowingBuffers
+from .buffers import GrowingBuffers
 
 
 class LayerPins:

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import Backend
-from kvcache.backends.base import Array, HostArray
-from kvcache.functional import RingState
+from kvcache.backends import Array, Backend, HostArray
 from kvcache.snapshots.rows import Slots, TokenRows, Visibility
+from kvcache.storage.layout import TOKENS
 
-from .buffers import TOKENS
 from .growing import Checkpoint, KVCache, Positions, padded
 from .pinning import read_tokens
+from .state import RingState
 
 
 @dataclass

@@ -9,8 +9,8 @@ from functools import cached_property
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from kvcache.backends import Backend, CacheConfig
-from kvcache.backends.base import Array
+from kvcache._checks import check_ids, check_range
+from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.errors import NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
@@ -214,25 +214,3 @@ class Cache(ABC):
 
 def _cannot_snapshot(cache: Cache) -> NotSupportedError:
     return NotSupportedError(f"{type(cache).__name__} offers no snapshots.")
-
-
-def check_ids(max_sequences: int, *ids: int) -> None:
-    """Raise ValueError unless every one of `ids` is that of a sequence."""
-    if not all(0 <= sequence < max_sequences for sequence in ids):
-        raise ValueError(
-            f"sequence ids must lie in [0, {max_sequences}), as many as max_sequences; "
-            f"got {', '.join(map(str, ids))}."
-        )
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError unless all of these are at least one."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1; got {value}.")
-
-
-def check_range(start: int, stop: int | None) -> None:
-    """Raise ValueError unless ``[start, stop)`` is a range of positions."""
-    if start < 0 or (stop is not None and stop < start):
-        raise ValueError(f"a range must satisfy 0 <= start <= stop; got [{start}, {stop}).")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import Backend, CacheConfig
-from kvcache.backends.base import Array, HostArray, nbytes, transfer
+from kvcache._types import Indices, Int32s
+from kvcache.backends import Array, Backend, CacheConfig, HostArray, nbytes, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
+from kvcache.storage.layout import TOKEN_AXIS
+from kvcache.storage.masks import device_mask
 
-from .batch import Int32s
-from .plan import TOKEN_AXIS, ForwardPlan, Pass, PoolState, device_mask
-
-Indices: TypeAlias = npt.NDArray[np.int64]
+from .plan import ForwardPlan, Pass, PoolState
 
 
 class PoolBuffers:
@@ -98,7 +97,7 @@ class PoolBuffers:
         return ForwardPlan(
             self.backend.from_host(cells),
             self.backend.traced_index(start),
-            device_mask(self.backend, self.config, visible),
+            device_mask(self.backend, self.config.mask_dtype, visible),
             self._empty(self.config.key_layout, 1, 1, steps),
             self._empty(self.config.value_layout, 1, 1, steps),
         )
@@ -143,7 +142,7 @@ class PoolBuffers:
     def _store(self, layer: int, keys: Array, values: Array | None, which: Pass) -> None:
         key_buffer, value_buffer = self._layers[layer]
         key_buffer = self._write(key_buffer, keys, which, TOKEN_AXIS[self.config.key_layout])
-        if values is not None:
+        if values is not None and value_buffer is not None:
             axis = TOKEN_AXIS[self.config.value_layout]
             value_buffer = self._write(value_buffer, values, which, axis)
         # Not through `_layers`: what has arrived since would go to buffers that are consumed.
@@ -284,7 +283,7 @@ class PoolBuffers:
                 self._buffers[layer] = self._alloc_for(keys, values)
             pair = self._buffers[layer]
             held = self._written(pair[0], keys, self.config.key_layout, places), pair[1]
-            if values is not None:
+            if values is not None and pair[1] is not None:
                 layout = self.config.value_layout
                 held = held[0], self._written(pair[1], values, layout, places)
             self._buffers[layer] = held
@@ -330,7 +329,7 @@ class PoolBuffers:
         if (values is None) != (value_buffer is None):
             raise ShapeError(f"layer {layer} has values in every pass or in none.")
         _check_heads("keys", keys, key_buffer, self.config.key_layout)
-        if values is not None:
+        if values is not None and value_buffer is not None:
             _check_heads("values", values, value_buffer, self.config.value_layout)
 
     def _alloc(self, keys: Array, values: Array | None) -> tuple[Array, Array | None]:

@@ -9,18 +9,20 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from kvcache.backends import Backend, CacheConfig, get_backend
-from kvcache.backends.base import Array
+from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._types import Int32s
+from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import CacheFullError, KVCacheError, NotSupportedError, SharedCellsError
 from kvcache.snapshots.rows import Visibility
 from kvcache.snapshots.snapshot import CacheSpec, Part
+from kvcache.storage.masks import device_mask
 
-from .base import Commit, check_ids, check_range, check_sizes
-from .batch import Batch, Int32s
+from .base import Commit
+from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable, Eviction, SingleTokenStep, SortedBatch
 from .pinning import PoolPins
-from .plan import Pass, device_mask
+from .plan import Pass
 from .planned import PlannedCache
 
 Shift: TypeAlias = Callable[[int, Array, Array], Array]
@@ -205,7 +207,7 @@ class CausalCache(PlannedCache):
         if self._mask is None:
             with self.lock:  # sequences of others may be moved about in the table
                 visible = plan.mask()
-            self._mask = device_mask(buffers.backend, buffers.config, visible)
+            self._mask = device_mask(buffers.backend, buffers.config.mask_dtype, visible)
         return keys, values, self._mask
 
     # Sequences.

@@ -12,11 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._types import Indices, Int32s
 from kvcache.errors import CacheFullError
-
-from .batch import Int32s
-
-Indices = npt.NDArray[np.int64]
 
 
 class SortedBatch(NamedTuple):

@@ -9,15 +9,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvcache.backends import Backend, CacheConfig, get_backend
-from kvcache.backends.base import Array, HostArray, transfer
+from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache.backends import Array, Backend, CacheConfig, HostArray, get_backend, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows, Visibility
 from kvcache.snapshots.snapshot import CacheSpec, Part
+from kvcache.storage.layout import TOKEN_AXIS
+from kvcache.storage.masks import device_mask
 
-from .base import Cache, Commit, check_ids, check_range, check_sizes
+from .base import Cache, Commit
 from .batch import Batch
-from .plan import TOKEN_AXIS, device_mask
 
 
 @dataclass
@@ -100,12 +101,17 @@ class EncoderCache(Cache):
     def set_layer(self, layer: int) -> None:
         self._layer = layer
 
-    def put(self, keys: Array, values: Array = None) -> None:
+    def put(self, keys: Array, values: Array | None = None) -> None:
         """Store encoder output ``[kv_heads, frames, head_dim]`` of the sequences it arrives for.
 
         For several sequences in one pass the frames of the first come first, equally many each.
         """
         arriving = self._arriving()
+        if values is None:
+            raise DTypeError(
+                f"values must be {self._dtype} arrays of {self._backend.spec}, as the keys; "
+                "got None. Put both."
+            )
         parts = list(
             zip(
                 self._split("keys", keys, self._config.key_layout, len(arriving)),
@@ -160,7 +166,7 @@ class EncoderCache(Cache):
             self._backend.concat(
                 [values for _, values in parts], TOKEN_AXIS[self._config.value_layout]
             ),
-            device_mask(self._backend, self._config, batch.sequences[:, None] == owners),
+            device_mask(self._backend, self._config.mask_dtype, batch.sequences[:, None] == owners),
         )
 
     def _entry(self, sequence: int) -> _Entry:
@@ -268,7 +274,8 @@ class EncoderCache(Cache):
         if row is None:
             raise ShapeError("an encoder's output has values in every layer.")
         axes = ["thd".index(axis) for axis in getattr(self._config, layout)]
-        return self._backend.from_host(row[:, :, 0].transpose(axes))
+        frames: Array = self._backend.from_host(row[:, :, 0].transpose(axes))
+        return frames
 
     def to_backend(self, backend: str | Backend) -> Self:
         where, twin = get_backend(backend), copy(self)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._types import Int32s
 from kvcache.errors import CacheFullError
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows, Visibility
 
 from .base import Commit
-from .batch import Int32s
 from .buffers import PoolBuffers
 from .cells import CellTable, Eviction
 

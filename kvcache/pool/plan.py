@@ -10,14 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import Backend, CacheConfig
-from kvcache.backends.base import Array
+from kvcache._types import Int32s
+from kvcache.backends import Array
 
-from .batch import Int32s
 from .cells import CellTable
-
-TOKEN_AXIS = {"htd": 1, "thd": 0, "hdt": 2}
-
 
 PoolState: TypeAlias = Mapping[int, tuple[Array, ...]]
 """Keys and values of every layer, by its number; keys alone where it has no values."""
@@ -95,10 +91,3 @@ class Pass:
         if self.chunk is not None:
             lows = np.maximum(lows, self.positions - self.positions % self.chunk)
         return lows
-
-
-def device_mask(backend: Backend, config: CacheConfig, visible: npt.NDArray[np.bool_]) -> Array:
-    """`visible` on the device, in the dtype that the config asks for."""
-    if config.mask_dtype == "bool":
-        return backend.from_host(visible)
-    return backend.from_host(np.where(visible, 0.0, -np.inf), config.mask_dtype)

@@ -7,9 +7,10 @@ from copy import deepcopy
 
 import numpy as np
 
+from kvcache._checks import check_ids, check_sizes
 from kvcache.errors import CacheFullError, KVCacheError, NotSupportedError
 
-from .base import Cache, check_ids, check_sizes
+from .base import Cache
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable

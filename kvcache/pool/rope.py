@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import backend_of
-from kvcache.backends.base import Array, Layout
+from kvcache.backends import Array, Layout, backend_of
+from kvcache.backends.arrays import Namespace
 from kvcache.errors import ShapeError
-
-from .plan import TOKEN_AXIS
+from kvcache.storage.layout import TOKEN_AXIS
 
 Style: TypeAlias = Literal["half", "interleaved"]
 
@@ -71,7 +70,7 @@ class RoPEShift:
         back = tuple(int(axis) for axis in np.argsort(axes))
         return xp.permute_dims(xp.astype(moved, keys.dtype), back)
 
-    def _rotated(self, xp: Any, x: Array, cos: Array, sin: Array) -> Array:
+    def _rotated(self, xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
         """`x` [heads, tokens, 2 n], each pair of it by its angle."""
         n = cos.shape[-1]
         if self.style == "half":

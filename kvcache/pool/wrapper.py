@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Self
 
-from kvcache.backends import Backend, CacheConfig
-from kvcache.backends.base import Array
+from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
 from .base import Cache, Commit

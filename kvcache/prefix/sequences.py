@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kvcache._checks import check_ids
 from kvcache.backends import Backend
 from kvcache.errors import CacheFullError
 from kvcache.layers.growing import KVCache, restore, snapshot
-from kvcache.pool.base import Cache, check_ids
+from kvcache.pool.base import Cache
 from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import Part, Snapshot
 

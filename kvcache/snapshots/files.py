@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from kvcache.backends.base import HOST_DTYPES, HostArray
+from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
 
 VERSION = 1

@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends.base import HostArray
-from kvcache.pool.batch import Int32s
+from kvcache._types import Indices, Int32s
+from kvcache.backends import HostArray
 
-Slots: TypeAlias = npt.NDArray[np.int64]
+Slots: TypeAlias = Indices
 """Where in a cache rows are: cells of a pool, slots of a buffer."""
 LayerRows: TypeAlias = dict[int, tuple[HostArray, HostArray | None]]
 """By layer: keys and values ``[..., tokens, head_dim]``; None where it holds keys only."""

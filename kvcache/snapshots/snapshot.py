@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 from kvcache.errors import ForeignFileError, KVCacheError, SnapshotMismatchError
 
 from .files import read_file, write_file

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcache.backends import backend_of
-from kvcache.backends.base import HOST_DTYPES, Array, Backend
+from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of
 from kvcache.errors import BoundsError, DTypeError, KVCacheError, ShapeError
 
 from .coded import TOKENS, bits, coded, same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcache.backends.base import Backend
+from kvcache.backends import Backend
 from kvcache.layers.growing import KVCache
 from kvcache.layers.rotating import RotatingKVCache
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcache.backends.base import HOST_DTYPES, HostArray
+from kvcache.backends import HOST_DTYPES, HostArray
 
 TOKENS = 2
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kvcache.backends.base import Backend
+from kvcache.backends import Backend
 from kvcache.testing import cache_checks  # noqa: F401 - importing it adds its checks
 
 from .backend_checks import Check, all_checks

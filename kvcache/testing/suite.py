@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from kvcache.backends import get_backend
-from kvcache.backends.base import HOST_DTYPES, Backend
+from kvcache.backends import HOST_DTYPES, Backend, get_backend
 from kvcache.errors import DTypeError
 
 from .backend_checks import Check, refuses

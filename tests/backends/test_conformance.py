@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import pytest
 
 from kvcache import Backend, DTypeError, get_backend
+from kvcache.backends import HOST_DTYPES
 from kvcache.backends._numpy import NumpyBackend
-from kvcache.backends.base import HOST_DTYPES
 from kvcache.testing import BackendSuite, run_suite
 from kvcache.testing.backend_checks import all_checks
 

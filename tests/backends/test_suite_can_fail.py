@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvcache.backends import HOST_DTYPES, Backend
 from kvcache.backends._numpy import NumpyBackend
-from kvcache.backends.base import HOST_DTYPES, Backend
 from kvcache.testing import run_suite
 from kvcache.testing.backend_checks import all_checks
 

@@ -11,7 +11,7 @@ pytest.importorskip("typer", reason="needs pip install 'kvcache[cli]'")
 from typer.testing import CliRunner
 
 import kvcache
-from kvcache.backends.base import transfer
+from kvcache.backends import transfer
 from kvcache.cli import app
 from kvcache.reference.llama.generate import generate, make_caches, relay
 from kvcache.reference.llama.model import Llama

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+from kvcache._checks import check_sizes
 from kvcache.backends import available_backends, get_backend
 from kvcache.bench.harness.compare import check_dtypes, compare
 from kvcache.bench.harness.contest import Cell, Factory, Framework
 from kvcache.bench.harness.report import Skipped, library_versions, this_machine
 from kvcache.bench.harness.timing import Blocks, Progress, ticks
-from kvcache.pool.base import check_sizes
 
 from .report import AppendReport, Timing
 

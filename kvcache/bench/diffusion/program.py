@@ -8,30 +8,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvcache.backends.base import Array
+from kvcache.backends.arrays import NativeArray
 from kvcache.diffusion import BlockRange, Recipe, TracedCache
 
 from .recipes import Sampler, Trial, Uncached
 
 
-def program(sampler: Sampler, trial: Trial | None) -> Callable[[], tuple[Array, float]]:
+def program(sampler: Sampler, trial: Trial | None) -> Callable[[], tuple[NativeArray, float]]:
     """What draws the samples and tells the share of steps that were skipped; None: no cache."""
     times = jnp.asarray(sampler.times, jnp.float32)
     begin, resume = _cache(sampler, trial)
     scope = trial.scope if trial else None
 
-    def denoise(carry: tuple[Array, Any], step: Array) -> tuple[tuple[Array, Any], None]:
+    def denoise(
+        carry: tuple[NativeArray, Any], step: NativeArray
+    ) -> tuple[tuple[NativeArray, Any], None]:
         x, state = carry
         cache = resume(state)
         drift = sampler.velocity(cache, scope, step, times[step], x, times[step])
         return (x + (times[step + 1] - times[step]) * drift, cache.state), None
 
     @jax.jit
-    def draw(noise: Array, state: Any) -> tuple[Array, Any]:
+    def draw(noise: NativeArray, state: Any) -> tuple[NativeArray, Any]:
         carry, _ = jax.lax.scan(denoise, (noise, state), jnp.arange(sampler.steps))
         return carry
 
-    def run() -> tuple[Array, float]:
+    def run() -> tuple[NativeArray, float]:
         x, state = jax.block_until_ready(draw(sampler.noise, begin()))
         return x, float(state.past.skipped) / sampler.steps if trial else 0.0
 
@@ -59,7 +61,7 @@ class _Computes(Uncached):
 def _examples(sampler: Sampler, scope: BlockRange | None) -> tuple[Any, Any]:
     """Shapes of what the scope gives, and of what is measured."""
 
-    def shapes(noise: Array) -> tuple[Any, Any]:
+    def shapes(noise: NativeArray) -> tuple[Any, Any]:
         both = jnp.concatenate([noise, noise])
         if scope is None:
             return sampler.network(both, jnp.float32(1)), None

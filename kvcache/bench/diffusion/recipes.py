@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcache.backends.base import Array, Backend, HostArray
+from kvcache.backends import Array, Backend, HostArray
 from kvcache.diffusion import (
     TIMESTEP,
     Accumulated,

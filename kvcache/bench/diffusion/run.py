@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from kvcache.backends import get_backend
-from kvcache.backends.base import Array, HostArray
+from kvcache._checks import check_sizes
+from kvcache.backends import Array, HostArray, get_backend
 from kvcache.bench.harness.report import Skipped, library_versions, this_machine
 from kvcache.bench.harness.timing import Progress, four_digits, no_collection, ticks
 from kvcache.diffusion import Calibration, DiffusionCache, Recorder
-from kvcache.pool.base import check_sizes
 from kvcache.reference.dit.model import DiT
 from kvcache.reference.dit.toy_shapes import FAMILIES, distance
 

@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from kvcache.backends import get_backend
-from kvcache.backends.base import Array, Backend
+from kvcache.backends import Backend, get_backend
+from kvcache.backends.arrays import NativeArray
 from kvcache.reference.dit.model import DiT, DiTConfig
 from kvcache.reference.dit.toy_shapes import FAMILIES, prompt_tokens, shapes
 
@@ -30,13 +30,13 @@ EMPTY_PROMPTS = 0.1
 class Examples(NamedTuple):
     """What a model is asked, and what it should say."""
 
-    x: Array
+    x: NativeArray
     """Between data and noise, float32 [B, tokens, channels]."""
-    t: Array
+    t: NativeArray
     """How far towards noise, float32 [B]."""
-    prompt: Array
+    prompt: NativeArray
     """int32 [B, text_tokens]."""
-    velocity: Array
+    velocity: NativeArray
     """Like `x`."""
 
 
@@ -57,7 +57,8 @@ def train(
     _check(config, iterations)
     backend, rng = get_backend("torch:cpu"), np.random.default_rng(seed)
     model = DiT.random(config, backend, seed)
-    parameters = [weight.requires_grad_() for weight in model.weights.values()]
+    tensors: dict[str, NativeArray] = dict(model.weights)
+    parameters = [weight.requires_grad_() for weight in tensors.values()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for done in range(iterations):
         optimizer.param_groups[0]["lr"] = _learning_rate(done, iterations)
@@ -69,7 +70,7 @@ def train(
         optimizer.zero_grad()
         if progress:
             progress(done + 1, iterations, f"loss {loss.item():.3f}")
-    weights = {name: weight.detach() for name, weight in model.weights.items()}
+    weights = {name: weight.detach() for name, weight in tensors.items()}
     return DiT(config, weights, backend)
 
 
@@ -92,7 +93,7 @@ def draw_examples(
     )
 
 
-def flow_loss(model: DiT, examples: Examples) -> Array:
+def flow_loss(model: DiT, examples: Examples) -> NativeArray:
     """Mean square of what the model's velocity is off by: a float32 scalar."""
     x, t, prompt, velocity = examples
     error = model(x, t, prompt) - velocity

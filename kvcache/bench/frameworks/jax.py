@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from kvcache.backends.base import Array
+from kvcache.backends.arrays import NativeArray
 from kvcache.bench.harness.contest import (
     RAW,
     Cell,
@@ -36,7 +36,7 @@ class JaxFramework(Framework):
 
     lazy: ClassVar[bool] = True
 
-    def finish(self, arrays: tuple[Array, ...]) -> None:
+    def finish(self, arrays: tuple[NativeArray, ...]) -> None:
         jax.block_until_ready(arrays)
 
     def factories(self) -> dict[str, Factory]:
@@ -94,7 +94,7 @@ def _writer_for(cell: Cell | Decoding) -> Any:
 
 @cache
 def _writer(options: tuple[tuple[str, str], ...] = ()) -> Any:
-    def write(buffer: Array, update: Array, position: Array) -> Array:
+    def write(buffer: NativeArray, update: NativeArray, position: NativeArray) -> NativeArray:
         return lax.dynamic_update_slice(buffer, update, (0, 0, position, 0))
 
     return jax.jit(write, donate_argnums=0, compiler_options=dict(options) or None)

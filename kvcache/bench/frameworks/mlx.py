@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from kvcache.backends.base import Array
+from kvcache.backends.arrays import NativeArray
 from kvcache.bench.harness.contest import (
     RAW,
     RAW_VIEWS,
@@ -26,7 +26,7 @@ class MlxFramework(Framework):
 
     lazy: ClassVar[bool] = True
 
-    def finish(self, arrays: tuple[Array, ...]) -> None:
+    def finish(self, arrays: tuple[NativeArray, ...]) -> None:
         mx.eval(*arrays)
 
     def factories(self) -> dict[str, Factory]:

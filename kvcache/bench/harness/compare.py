@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Protocol, TypeAlias, TypeVar
 
-from kvcache.backends import Backend
-from kvcache.backends.base import HOST_DTYPES
+from kvcache.backends import HOST_DTYPES, Backend
 from kvcache.errors import DTypeError
 
 from .contest import Contestant, Framework, UnavailableError, framework_of

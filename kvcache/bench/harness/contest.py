@@ -16,8 +16,8 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from kvcache.backends import Backend
-from kvcache.backends.base import Array, nbytes
+from kvcache.backends import Backend, nbytes
+from kvcache.backends.arrays import NativeArray
 from kvcache.bench.step.case import Decoding
 from kvcache.layers.growing import KVCache
 from kvcache.layers.rotating import RotatingKVCache
@@ -58,16 +58,16 @@ class Cell:
         """Longest block of steps: a quarter of what a small cache holds."""
         return max(1, min(MAX_STEPS, self.capacity // 4))
 
-    def zeros(self, tokens: int) -> Array:
+    def zeros(self, tokens: int) -> NativeArray:
         """A new array of keys or values, made by the backend."""
         return self.backend.alloc((self.batch, self.heads, tokens, self.head_dim), self.dtype)
 
-    def token(self) -> Array:
+    def token(self) -> NativeArray:
         """Keys or values of one token."""
         shape = self.batch, self.heads, 1, self.head_dim
         return self.backend.from_host(np.ones(shape, np.float32), self.dtype)
 
-    def history(self) -> tuple[Array, Array]:
+    def history(self) -> tuple[NativeArray, NativeArray]:
         """Keys and values that fill the capacity; new ones, for a peer may adopt them."""
         return self.zeros(self.capacity), self.zeros(self.capacity)
 
@@ -98,7 +98,7 @@ class Framework:
     lazy: ClassVar[bool] = False
     """Whether a step is over only when :meth:`finish` returns."""
 
-    def finish(self, arrays: tuple[Array, ...]) -> None:
+    def finish(self, arrays: tuple[NativeArray, ...]) -> None:
         """Wait until all arrays have been computed and written; nothing unless `lazy`."""
 
     def scope(self) -> AbstractContextManager[object]:
@@ -166,7 +166,7 @@ class Framework:
         k, v = scene.token(), scene.token()
 
         def step(p: int) -> None:
-            seen: list[Array] = []
+            seen: list[NativeArray] = []
             for keys, values in layers:
                 keys[:, :, p : p + 1] = k
                 values[:, :, p : p + 1] = v
@@ -212,7 +212,7 @@ class Framework:
         self.finish(cache.state)
         return Contestant(ROTATING, self.appending(cell, cache.update))
 
-    def appending(self, cell: Cell, update: Callable[[Array, Array], Any]) -> Loop:
+    def appending(self, cell: Cell, update: Callable[[NativeArray, NativeArray], Any]) -> Loop:
         """A loop over a whole update, what it returns included."""
         k, v = cell.token(), cell.token()
         finish = self.finish

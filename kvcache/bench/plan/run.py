@@ -10,10 +10,10 @@ from itertools import product
 
 import numpy as np
 
+from kvcache._checks import check_sizes
 from kvcache.bench.harness.contest import Contestant
 from kvcache.bench.harness.report import library_versions, this_machine
 from kvcache.bench.harness.timing import Blocks, Progress, interleave, ticks
-from kvcache.pool.base import check_sizes
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
 

@@ -16,10 +16,10 @@ from typing import TypeAlias
 
 import numpy as np
 
+from kvcache._checks import check_sizes
 from kvcache.bench.harness.contest import Contestant
 from kvcache.bench.harness.report import library_versions, this_machine
 from kvcache.bench.harness.timing import Progress, interleave, no_collection
-from kvcache.pool.base import check_sizes
 from kvcache.prefix.index import Span, SpanIndex
 from kvcache.prefix.policies import POLICIES, policy
 from kvcache.prefix.radix import RadixTree, Tokens

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcache.backends import Backend
-from kvcache.backends.base import Array
+from kvcache.backends import Array, Backend
+from kvcache.backends.arrays import NativeArray
 
 MAX_STEPS = 64
 
@@ -29,7 +29,7 @@ class Decoding:
         """Longest block of steps: a quarter of what short sequences hold."""
         return max(1, min(MAX_STEPS, self.tokens // 4))
 
-    def history(self) -> list[tuple[Array, Array]]:
+    def history(self) -> list[tuple[NativeArray, NativeArray]]:
         """New keys and values of every layer, ``[sequences, heads, tokens, head_dim]``."""
         shape = self.sequences, self.heads, self.tokens, self.head_dim
         alloc = self.backend.alloc

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from kvcache import functional
-from kvcache.backends import get_backend
-from kvcache.backends.base import Array
+from kvcache._checks import check_sizes
+from kvcache.backends import Array, get_backend
 from kvcache.bench.harness.compare import Factories, check_dtypes, compare
 from kvcache.bench.harness.contest import RAW, Contestant, Framework
 from kvcache.bench.harness.report import Skipped, library_versions, this_machine
 from kvcache.bench.harness.timing import Blocks, Progress, ticks
-from kvcache.pool.base import check_sizes
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
 from kvcache.pool.plan import ForwardPlan, PoolState

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from kvcache.backends.base import Array
+from kvcache.backends import Array
+from kvcache.backends.arrays import Namespace
 from kvcache.reference._math import layer_norm, softmax
 
 Streams: TypeAlias = tuple[Array, Array]
@@ -90,7 +91,7 @@ class Blocks:
     weights: those of :func:`weight_shapes`, by name.
     """
 
-    def __init__(self, xp: Any, heads: int, weights: Mapping[str, Array]) -> None:
+    def __init__(self, xp: Namespace, heads: int, weights: Mapping[str, Array]) -> None:
         self.xp = xp
         self.heads = heads
         self.weights = weights
@@ -163,7 +164,7 @@ class Blocks:
         return x + mlp_gate * self.linear(f"{name}.down", silu(self.xp, wide))
 
 
-def silu(xp: Any, x: Array) -> Array:
+def silu(xp: Namespace, x: Array) -> Array:
     """`x` times its logistic function, which as a tanh cannot overflow."""
     half = 0.5 * x
     return half + half * xp.tanh(half)

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from kvcache.backends.base import Array, Backend, HostArray
+from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ModelFileError, ShapeError
 
 from .blocks import Blocks, DiTConfig, Streams, weight_shapes

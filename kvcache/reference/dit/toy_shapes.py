@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 from kvcache.errors import BoundsError, ShapeError
 
 __all__ = ["FAMILIES", "clean_curves", "distance", "prompt_tokens", "shapes"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from kvcache.backends.base import Array, Backend
+from kvcache.backends import Array, Backend
+from kvcache.backends.arrays import Namespace
 from kvcache.reference._math import softmax
 
 from .gguf import LlamaConfig
@@ -74,18 +73,18 @@ class Blocks:
         return self.xp.matmul(_rms_norm(self.xp, x, norm, self.config.norm_eps), head)
 
 
-def _rms_norm(xp: Any, x: Array, weight: Array, eps: float) -> Array:
+def _rms_norm(xp: Namespace, x: Array, weight: Array, eps: float) -> Array:
     return x * weight / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def _rotate(xp: Any, x: Array, cos: Array, sin: Array) -> Array:
+def _rotate(xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
     """Rotate dimension i of `x` [..., L, D] with dimension i + D / 2 by the angles [L, D / 2]."""
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _swiglu(xp: Any, x: Array) -> Array:
+def _swiglu(xp: Namespace, x: Array) -> Array:
     """``silu(gate) * up`` of `x` [..., 2 * D] = gate and up: [..., D]."""
     half = x.shape[-1] // 2
     gate, up = x[..., :half], x[..., half:]

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Literal, TypeAlias
 
 from kvcache import KVCache, RotatingKVCache
-from kvcache.backends.base import Array, Backend
+from kvcache.backends import Array, Backend
 
 from .gguf import LlamaConfig
 from .model import LayerCache, Llama

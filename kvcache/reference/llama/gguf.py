@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 from kvcache.errors import ModelFileError, UnsupportedModelError
 
 try:

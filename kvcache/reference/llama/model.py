@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends.base import Array, Backend, HostArray
+from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import BoundsError, ShapeError
 
 from .blocks import Blocks

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvcache import Batch, CausalCache, functional
-from kvcache.backends.base import Array
+from kvcache.backends import Array
+from kvcache.errors import ShapeError
 from kvcache.pool.plan import ForwardPlan, PoolState
 
 from .model import Llama
@@ -93,6 +94,8 @@ class PooledPass:
             q, k, v = blocks.project(layer, x, cos, sin)
             state = functional.put(state, plan, i, *map(self._stored, (k, v)))
             keys, values, _ = functional.get(state, plan, i)
+            if values is None:
+                raise ShapeError("a Llama attends to values in every layer; this one has none.")
             attended = blocks.attend(q, self._computed(keys), self._computed(values), bias)
             x = blocks.finish(layer, x, attended)
         logits = blocks.logits(norm, head, xp.take(x, rows, axis=1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 from kvcache.errors import AudioFileError
 
 from .mel import RATE

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import math
+from typing import TypeAlias
 
-from kvcache.backends.base import Array
+from kvcache.backends import Array
+from kvcache.backends.arrays import Namespace
 from kvcache.reference._math import gelu, layer_norm, softmax
 
 from .weights import (
@@ -28,7 +30,7 @@ _EPS = 1e-5
 class Blocks:
     """The parts of a model between two visits to the cache; `heads` and ``xp`` are constants."""
 
-    def __init__(self, xp: Any, heads: int) -> None:
+    def __init__(self, xp: Namespace, heads: int) -> None:
         self.xp = xp
         self.heads = heads
 
@@ -72,7 +74,8 @@ class Blocks:
 
     def project(self, layer: DecoderLayer, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values for self-attention: [heads, tokens, head_dim] each."""
-        return self._queries_keys_values(layer.attention, x)
+        q, k, v = self._queries_keys_values(layer.attention, x)
+        return q, k, v
 
     def look_back(
         self, layer: DecoderLayer, x: Array, q: Array, k: Array, v: Array, mask: Array | None
@@ -114,7 +117,7 @@ class Blocks:
         xp = self.xp
         scores = xp.matmul(q * q.shape[-1] ** -0.5, xp.permute_dims(k, (0, 2, 1)))
         if mask is not None:
-            scores = xp.where(mask, scores, xp.full_like(scores, -xp.inf))
+            scores = xp.where(mask, scores, xp.full_like(scores, -math.inf))
         attended = xp.permute_dims(xp.matmul(softmax(xp, scores), v), (1, 0, 2))
         return xp.reshape(attended, (attended.shape[0], -1))
 
@@ -126,5 +129,5 @@ class Blocks:
         return layer_norm(self.xp, x, norm.scale, norm.shift, _EPS)
 
 
-def _linear(xp: Any, x: Array, linear: Linear) -> Array:
+def _linear(xp: Namespace, x: Array, linear: Linear) -> Array:
     return xp.matmul(x, linear.weight) + linear.bias

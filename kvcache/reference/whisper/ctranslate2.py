@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 from kvcache.errors import ModelFileError
 
 VERSION = 6

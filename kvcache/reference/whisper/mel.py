@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 
 RATE = 16000
 """Samples per second."""

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import numpy as np
 
 from kvcache import Batch, CausalCache, EncoderCache, WrapperCache
-from kvcache.backends.base import Array, Backend, HostArray
+from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ModelFileError, ShapeError
 
 from .blocks import Blocks, Encoded
@@ -94,13 +94,15 @@ class Whisper:
         cache.set_layer(index)
         q, k, v = self._project(layer, x)
         cache.put(k, v)
-        x, q = self._look_back(layer, x, q, *cache.get())
+        keys, values, mask = _attended(cache)
+        x, q = self._look_back(layer, x, q, keys, values, mask)
         cache.set_layer_type(CROSS)
         cache.set_layer(index)
         if arriving:
-            keys, values = zip(*arriving, strict=True)
-            cache.put(self.backend.concat(keys, 1), self.backend.concat(values, 1))
-        return self._look_across(layer, x, q, *cache.get())
+            new_keys, new_values = zip(*arriving, strict=True)
+            cache.put(self.backend.concat(new_keys, 1), self.backend.concat(new_values, 1))
+        keys, values, mask = _attended(cache)
+        return self._look_across(layer, x, q, keys, values, mask)
 
     def choose(self, x: Array, rows: HostArray, bias: Array, kinds: HostArray) -> list[int]:
         """The most likely next tokens after `rows` of :meth:`decode`'s result.
@@ -252,3 +254,11 @@ class _Pool:
         starts = np.cumsum(counts) - counts
         new = [start for start, window in zip(starts, windows, strict=True) if not window.seen]
         return Batch(positions, np.repeat(list(self.active), counts), multimodal=new)
+
+
+def _attended(cache: WrapperCache) -> tuple[Array, Array, Array | None]:
+    """Return keys, values and mask; Whisper's attention always has values."""
+    keys, values, mask = cache.get()
+    if values is None:
+        raise ShapeError("Whisper attends to values in every layer; this one was put keys only.")
+    return keys, values, mask

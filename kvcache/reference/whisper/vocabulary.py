@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from kvcache.backends.base import HostArray
+from kvcache.backends import HostArray
 from kvcache.errors import ModelFileError, UnsupportedModelError
 
 # Models of many languages have one more token in front of it, and want a language named.

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from kvcache.backends.base import Array, HostArray
+from kvcache.backends import Array, HostArray
 from kvcache.errors import ModelFileError, UnsupportedModelError
 
 from .ctranslate2 import CTranslate2File

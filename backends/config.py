@@ -1,0 +1,39 @@
+"""The layout that a backend wants for its caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from kvcache.errors import DTypeError
+
+Layout: TypeAlias = Literal["htd", "thd", "hdt"]
+"""Order of the axes of keys or values in a pool: h kv_heads, t tokens, d head_dim."""
+_MASK_DTYPES = ("bool", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Layout of the caches of a backend; a model may override it before first use.
+
+    padding: lengths of returned keys and values are multiples of this (in tokens).
+    key_layout, value_layout: storage order of ``put`` and ``get``; ``"htd"`` is
+        ``[kv_heads, tokens, head_dim]``.
+    mask_dtype: ``"bool"`` (True = attend) or a float dtype (0 = attend, -inf = hidden).
+
+    Raises: ValueError, DTypeError.
+    """
+
+    padding: int = 1
+    key_layout: Layout = "htd"
+    value_layout: Layout = "htd"
+    mask_dtype: str = "bool"
+
+    def __post_init__(self) -> None:
+        if self.padding < 1:
+            raise ValueError(f"padding must be >= 1 token; got {self.padding}.")
+        for layout in (self.key_layout, self.value_layout):
+            if layout not in get_args(Layout):
+                raise ValueError(f"a layout is one of {get_args(Layout)}; got {layout!r}.")
+        if self.mask_dtype not in _MASK_DTYPES:
+            raise DTypeError(f"mask_dtype is one of {_MASK_DTYPES}; got {self.mask_dtype!r}.")
