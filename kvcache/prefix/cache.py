@@ -20,7 +20,7 @@ from .index import Span, SpanIndex
 from .policies import Policy, policy
 from .radix import RadixTree, Tokens, as_tokens
 from .render import render
-from .sequences import LayerSequences, PoolSequences, SequenceSource, empty_like
+from .sequences import LayerSequences, PoolSequences, SequenceSource
 
 Media = Mapping[tuple[int, int], bytes | str]
 
@@ -32,7 +32,7 @@ class StoredSnapshot:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self.size = snapshot.size
+        self.size = snapshot.nbytes
 
     @property
     def resumable_anywhere(self) -> bool:
@@ -401,7 +401,7 @@ def _contiguous_snapshots(spans: list[StoredSpan], known: list[StoredSpan]) -> l
     return [
         span.payload.snapshot
         if span.payload is not None
-        else empty_like(span.start, span.stop, kept[0])
+        else kept[0].empty_like(span.start, span.stop)
         for span in spans
     ]
 

@@ -10,10 +10,10 @@ from typing import Any
 from kvcache._checks import check_ids
 from kvcache.backends import Backend
 from kvcache.errors import CacheFullError
-from kvcache.layers.growing import KVCache, restore, snapshot
+from kvcache.layers.growing import KVCache
+from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
-from kvcache.snapshots.rows import TokenRows
-from kvcache.snapshots.snapshot import Part, Snapshot
+from kvcache.snapshots.snapshot import Snapshot
 
 
 class SequenceSource(ABC):
@@ -101,7 +101,7 @@ class LayerSequences(SequenceSource):
         return [cache.copy() for cache in self._like]
 
     def restore(self, handle: list[KVCache], snapshots: Sequence[Snapshot]) -> None:
-        restore(handle, *snapshots, backend=self._backend)
+        LayerCaches(handle).restore(*snapshots, backend=self._backend)
 
     def schedule(self, handle: list[KVCache], positions: Iterable[int]) -> None:
         wanted = list(positions)
@@ -113,16 +113,8 @@ class LayerSequences(SequenceSource):
 
     def capture(self, handle: list[KVCache], start: int, stop: int) -> Snapshot:
         self._backend = handle[0].backend
-        return snapshot(handle, start, stop).to_host()
+        return LayerCaches(handle).snapshot(start, stop).to_host()
 
     def release(self, handle: list[KVCache]) -> None:
         for cache in handle:
             cache.reset()
-
-
-def empty_like(start: int, stop: int, like: Snapshot) -> Snapshot:
-    """A snapshot of a span of which nothing is held."""
-    parts = [
-        Part(p.kind, p.visibility, TokenRows(p.rows.positions[:0]), p.dtype) for p in like.parts
-    ]
-    return Snapshot(start, stop, parts)

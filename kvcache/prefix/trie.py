@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from kvcache.layers.growing import KVCache, trim
+from kvcache.layers.growing import KVCache
+from kvcache.layers.stack import LayerCaches
 
 from .radix import Match, Node, RadixTree, as_tokens
 
@@ -95,7 +96,7 @@ class PrefixTrie:
             surplus = entry.caches[0].offset - length
             if all(cache.can_trim(surplus) for cache in entry.caches):
                 copies = [cache.copy() for cache in entry.caches]
-                trim(copies, surplus)
+                LayerCaches(copies).trim(surplus)
                 return copies
         return None
 

@@ -14,6 +14,8 @@ import numpy as np
 from kvcache import Batch, CausalCache, EncoderCache, KVCache, RotatingKVCache, WrapperCache
 from kvcache.prefix import PrefixCache
 
+from .. import peek
+
 FRAMES = 2
 """What an encoder puts out for one image."""
 
@@ -211,7 +213,7 @@ def check_accounts(server):
     spans = spans_of(prefix)
     payloads = [span.payload.snapshot for span in spans]
     assert stats.nbytes == sum(span.size for span in spans)
-    assert stats.nbytes == sum(each.size for each in payloads)
+    assert stats.nbytes == sum(each.nbytes for each in payloads)
     assert stats.spans == len(spans)
     if not prefix._active:
         assert stats.pinned == stats.active == 0
@@ -222,14 +224,14 @@ def check_accounts(server):
 
 def check_cells(cache, rows):
     """Cells are held by sequences and what is stored, and by nobody else."""
-    table, kept = cache._table, cache._pins._retained.values()
-    holders = np.zeros(table.size, int)
+    table, kept = peek.table(cache), peek.retained_rows(cache)
+    holders = np.zeros(table.cells, int)
     for sequence in range(table.max_sequences):
         np.add.at(holders, table.cells_of(sequence), 1)
     for each in [*rows, *kept]:
         np.add.at(holders, each.slots, 1)
-    np.testing.assert_array_equal(table._refcounts, holders)
-    assert table.free + np.count_nonzero(holders) == table.size
+    np.testing.assert_array_equal(table.allocator.refcounts, holders)
+    assert table.free + np.count_nonzero(holders) == table.cells
 
 
 def check_nothing_left(server):
@@ -237,12 +239,11 @@ def check_nothing_left(server):
     server.prefix.clear()
     assert server.prefix.stats.nbytes == server.prefix.stats.spans == 0
     for cache in getattr(server.model, "caches", []):
-        residents = cache._pins
-        assert cache._table.free == cache._table.size
-        assert not cache._table._refcounts.any()
-        assert not residents._rows
-        assert not residents._retained
-        assert not residents._scheduled
+        assert peek.table(cache).free == peek.table(cache).cells
+        assert not peek.table(cache).allocator.refcounts.any()
+        assert not peek.pinned_rows(cache)
+        assert not peek.retained_rows(cache)
+        assert not peek.unreached(cache)
 
 
 MODELS = {
