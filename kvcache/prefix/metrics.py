@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvcache.errors import BackendNotAvailableError
 
+from .cache import PrefixCache
+
 if TYPE_CHECKING:
-    from .cache import PrefixCache
+    from prometheus_client.metrics_core import Metric
+    from prometheus_client.registry import Collector, CollectorRegistry
 
 COUNTERS = {
     "sessions": "Requests that were begun",
@@ -26,11 +29,11 @@ GAUGES = {
 
 
 def register_metrics(
-    prefix: PrefixCache, registry: Any = None, name: str = "kvcache_prefix"
-) -> Any:
-    """Let a Prometheus registry collect the statistics of `prefix`; returns the collector.
+    prefix: PrefixCache, registry: CollectorRegistry | None = None, name: str = "kvcache_prefix"
+) -> Collector:
+    """Add the statistics of `prefix` to a Prometheus registry; return their collector.
 
-    registry: of prometheus_client, its default one if None. name: what all metrics begin with.
+    registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
 
     Raises: BackendNotAvailableError without the package prometheus_client.
     """
@@ -42,14 +45,15 @@ def register_metrics(
             "metrics need prometheus_client. Install it: pip install 'kvcache[metrics]'."
         ) from error
 
-    class Collector:
-        def collect(self) -> Iterator[Any]:
+    # A class in here: its families can be made only where the package is installed.
+    class StatsCollector:
+        def collect(self) -> Iterator[Metric]:
             stats = prefix.stats
             for field, text in COUNTERS.items():
                 yield CounterMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
             for field, text in GAUGES.items():
                 yield GaugeMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
 
-    collector = Collector()
+    collector = StatsCollector()
     (registry or prometheus_client.REGISTRY).register(collector)
     return collector
