@@ -184,6 +184,7 @@ class PrefixCache:
         stored = span.payload
         if stored is not None and stored.resumable_anywhere:
             return  # complete, as no token of it was ever dropped
+        # A window that slid past other positions this time may have rows the stored one lacks.
         snapshot = request.handle.capture(span.start, span.stop)
         if stored is not None:
             snapshot = stored.snapshot.union(snapshot)
@@ -244,6 +245,7 @@ class PrefixCache:
             for span in sorted(self._index.kept, key=lambda span: -span.stop):
                 if not span.pins:
                     self._index.evict(span, now)
+            # Sessions will extend their trees, and their ids have stand-ins for media.
             if not self._active:
                 self._index.drop_ghosts()
                 self._trees, self._salts = {}, {}

@@ -29,7 +29,7 @@ class Payload(Protocol):
         """True if its first part is of use without the second, wherever it is split."""
 
     def split(self, tokens: int) -> tuple[Self, Self]:
-        """Return the data of the first `tokens` of its span and of the others; closes itself."""
+        """Return the data of the first `tokens` of its span, and of the others, to replace it."""
 
     def close(self) -> None:
         """Release everything it holds."""
@@ -195,6 +195,7 @@ class SpanIndex(Generic[P]):
         payload = span.payload
         if payload is None:
             return
+        # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
         self.policy.evict(span, now)
         self.nbytes -= payload.nbytes
@@ -213,6 +214,7 @@ class SpanIndex(Generic[P]):
         """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes."""
         tokens = span.stop - span.start
         if span.payload is not None and span.payload.resumable_anywhere and span.nbytes:
+            # Rounded up; and no less than the grain, or many calls would take a token each.
             surplus = max(self._grain, -(-excess * tokens // span.nbytes))
             if surplus < tokens:
                 self._split(span, tokens - surplus)

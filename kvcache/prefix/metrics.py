@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector, CollectorRegistry
 
 COUNTERS = {
-    "sessions": "Requests that were begun",
+    "sessions": "Requests begun",
     "tokens": "Tokens of all prompts",
-    "matched": "Tokens of prompts that did not have to be computed",
-    "evictions": "Spans that were evicted",
+    "matched": "Prompt tokens reused instead of computed",
+    "evictions": "Spans evicted",
 }
 GAUGES = {
-    "active": "Requests that have not ended",
-    "nbytes": "Bytes that all that is stored takes",
-    "pinned": "Bytes of it that requests use now",
-    "resident": "Bytes of it in the memory of the cache",
-    "spans": "Spans that are stored",
+    "active": "Requests open now",
+    "nbytes": "Bytes stored",
+    "pinned": "Bytes stored and in use by requests",
+    "resident": "Bytes stored in the memory of the cache",
+    "spans": "Spans stored",
 }
 
 
@@ -45,7 +45,6 @@ def register_metrics(
             "metrics need prometheus_client. Install it: pip install 'kvcache[metrics]'."
         ) from error
 
-    # A class in here: its families can be made only where the package is installed.
     class StatsCollector:
         def collect(self) -> Iterator[Metric]:
             stats = prefix.stats
@@ -54,6 +53,7 @@ def register_metrics(
             for field, text in GAUGES.items():
                 yield GaugeMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
 
+    # Read when it is scraped: the prefix cache pushes nothing.
     collector = StatsCollector()
     (registry or prometheus_client.REGISTRY).register(collector)
     return collector

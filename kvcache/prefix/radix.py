@@ -89,6 +89,7 @@ class RadixTree(Generic[V]):
             child = node.children.get(tokens.item(at))
             if child is None:
                 break
+            # Bytes of this edge alone: the rest of a long query may never be needed.
             if tokens[at : child.depth].astype(_ID, copy=False).tobytes() != child.edge:
                 return Match(at + _in_common(tokens[at : child.depth], child), node, child)
             node, at = child, child.depth
@@ -121,6 +122,7 @@ class RadixTree(Generic[V]):
         upper: Node[V] = Node(node.edge[:at], parent)
         if parent is not None:
             parent.children[node.first] = upper
+        # The depth of `node` stays: it counts from the root.
         node.edge, node.parent = node.edge[at:], upper
         upper.children[node.first] = node
         return upper

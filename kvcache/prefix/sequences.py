@@ -164,6 +164,7 @@ class LayerHandle(SequenceHandle):
             cache.schedule(wanted)
 
     def capture(self, start: int, stop: int) -> Snapshot:
+        # Known only now: caches that name no backend take that of their first tokens.
         self._source.backend = self._caches[0].backend
         # To the host at once: the caches, where it would be resident, end with the session.
         return snapshot(self._caches, start, stop).to_host()

@@ -94,11 +94,13 @@ class PrefixTrie:
         None if no entry can be trimmed so far, or one ends exactly there.
         """
         length, node, inside = match
+        # An entry that ends exactly there needs no trimming: _from_shorter returns it.
         if not length or (node.value is not None and inside is None):
             return None
         for entry in _entries(inside or node):
             surplus = entry.caches[0].offset - length
             if all(cache.can_trim(surplus) for cache in entry.caches):
+                # Copies first: trimming takes tokens from the caches themselves.
                 copies = [cache.copy() for cache in entry.caches]
                 trim(copies, surplus)
                 return copies

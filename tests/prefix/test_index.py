@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcache import KVCacheError
 from kvcache.prefix.index import SpanIndex
-from kvcache.prefix.policies import POLICIES, make_policy
+from kvcache.prefix.policies import LRU, POLICIES, make_policy
 from kvcache.prefix.radix import RadixTree
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=10)
@@ -287,3 +288,24 @@ def test_ten_thousand_sessions_byte_for_byte(name):
         sessions.append(ids)
     assert found > 10_000
     assert world.index.nbytes == sum(span.nbytes for span in world.spans())
+
+
+def test_a_policy_chooses_among_the_spans_it_was_offered():
+    class Stubborn(LRU):
+        """Chooses the first span it was ever offered."""
+
+        first = None
+
+        def offer(self, span):
+            self.first = self.first or span
+
+        def victim(self, now):
+            return self.first
+
+    world = World(Stubborn())
+    world.ask([1, 2, 3])
+    world.ask([7])
+    message = r"among the spans it was offered; Stubborn chose \[0, 3\), which it was not"
+    with pytest.raises(KVCacheError, match=message):
+        world.trim(0)
+    assert world.find([7]) == rows([7], 0, 1)

@@ -41,6 +41,7 @@ def _spread() -> Floats:
     """
     ages = np.arange(TICKS)
     spread = np.zeros((TICKS, _EDGES.size))
+    # Requests are spread over their tick: on average, a token's age passes a whole tick midway.
     for age in (np.maximum(ages - 1, 0), ages):
         spread[ages, np.searchsorted(_EDGES, TICK * age, "right") - 1] += TICK / 2
     return spread
@@ -133,6 +134,7 @@ class Gittins(EvictionPolicy):
         missed = int((now - self._ticked) / TICK)
         if not missed:
             return
+        # After a long silence, tick by tick would take too long: the rest is skipped below.
         for _ in range(min(missed, _MISSED)):
             self._risked = _FADE * self._risked + self._waiting @ _SPREAD
             self._returned *= _FADE
@@ -155,15 +157,17 @@ class Gittins(EvictionPolicy):
         """
         prior, hazard = 1 / _SECONDS, np.empty_like(self._risked)
         for uses in range(CLASSES):
+            # As if one token had been at risk for `_SECONDS`, at the hazard of the prior.
             returned = self._returned[uses] + prior * _SECONDS
             hazard[uses] = prior = returned / (self._risked[uses] + _SECONDS)
         return hazard
 
 
 def gittins_index(hazard: Floats, width: Floats = _WIDTH) -> list[list[float]]:
-    """Return the best rate of return of keeping, [classes, buckets], from each bucket's start.
+    """Return the Gittins index at the start of each bucket of age, [classes, buckets].
 
-    hazard: requests per second, [classes, buckets]. width: seconds of each bucket.
+    hazard: requests per second, [classes, buckets]; the index is in requests per second, too.
+    width: seconds of each bucket.
     """
     requested = -np.expm1(-hazard * width)  # probability of a request within the bucket
     index = np.empty_like(hazard)

@@ -65,8 +65,8 @@ def _serve(request: Request, tree: BlockTree, index: SpanIndex[BlockPayload]) ->
 def optimum(requests: Sequence[Request], budget: int) -> int:
     """Count the blocks found by a policy with knowledge of the future (Belady, 1966).
 
-    No policy finds more. Evicted is the block requested again last, or never; of those requested
-    again at once, the last of the prompt. So a block never stays without those before it.
+    No policy finds more. It evicts the block requested again last, or never; of blocks requested
+    again together, the last of the prompt. So a block never stays without those before it.
     """
     kept: set[int] = set()
     queue: list[tuple[int, int, int]] = []

@@ -77,8 +77,8 @@ def _fields(line: bytes) -> tuple[float, list[int]]:
 def _numbered(ids: list[int], numbers: dict[tuple[int, int], int]) -> list[int]:
     """Return small numbers for ids of any size, another wherever an id has another history.
 
-    Traces may repeat an id after different blocks; in a radix tree these would be one block.
-    numbers: by the number of the block before and the id; new ones are added.
+    Ids of a trace may exceed int32; and the bounds of a replay know a block by its number alone,
+    without the blocks before it. numbers: by the number of the block before and the id; extended.
     """
     blocks: list[int] = []
     for block in ids:
