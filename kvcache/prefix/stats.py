@@ -22,9 +22,9 @@ class PrefixStats:
     budget: int | None
     """Upper limit of `nbytes`, None for no limit."""
     pinned: int
-    """Bytes of `nbytes` in use by open sessions."""
+    """Part of `nbytes` in use by open sessions."""
     resident: int
-    """Bytes of `nbytes` in the memory of the cache."""
+    """Part of `nbytes` in the memory of the cache."""
     spans: int
     """Spans stored now."""
     evictions: int
