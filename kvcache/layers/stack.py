@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Self, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 from kvcache.backends import Backend, HostArray, get_backend
 from kvcache.errors import ForeignFileError
@@ -14,8 +14,10 @@ from kvcache.storage.arrays import NamedArray
 
 from .base import KINDS, LayerCache
 
+C = TypeVar("C", bound=LayerCache)
 
-class LayerCaches(Sequence[LayerCache]):
+
+class LayerCaches(Sequence[C], Generic[C]):
     """The caches of all layers of one model, in the order of the layers.
 
     ::
@@ -28,7 +30,7 @@ class LayerCaches(Sequence[LayerCache]):
     Layers may share a cache: it then stands here once for each of them, and changes once.
     """
 
-    def __init__(self, caches: Iterable[LayerCache]) -> None:
+    def __init__(self, caches: Iterable[C]) -> None:
         self._caches = tuple(caches)
 
     def __repr__(self) -> str:
@@ -37,10 +39,10 @@ class LayerCaches(Sequence[LayerCache]):
         return f"<LayerCaches {len(self)} of {kinds or 'none'}, offset={offsets or 0}>"
 
     @overload
-    def __getitem__(self, index: int) -> LayerCache: ...
+    def __getitem__(self, index: int) -> C: ...
     @overload
-    def __getitem__(self, index: slice) -> LayerCaches: ...
-    def __getitem__(self, index: int | slice) -> LayerCache | LayerCaches:
+    def __getitem__(self, index: slice) -> LayerCaches[C]: ...
+    def __getitem__(self, index: int | slice) -> C | LayerCaches[C]:
         if isinstance(index, slice):
             return LayerCaches(self._caches[index])
         return self._caches[index]
@@ -48,11 +50,11 @@ class LayerCaches(Sequence[LayerCache]):
     def __len__(self) -> int:
         return len(self._caches)
 
-    def __iter__(self) -> Iterator[LayerCache]:
+    def __iter__(self) -> Iterator[C]:
         return iter(self._caches)
 
     @property
-    def _distinct(self) -> list[LayerCache]:
+    def _distinct(self) -> list[C]:
         """Every cache once, however many layers share it."""
         return list({id(cache): cache for cache in self._caches}.values())
 
@@ -224,7 +226,7 @@ class LayerCaches(Sequence[LayerCache]):
                 f"{path} holds a snapshot, no caches. Use kvcache.Snapshot.load."
             )
         target = get_backend(backend)
-        caches = []
+        caches: list[Any] = []  # of the kinds that the file names
         for layer, record in enumerate(header["caches"]):
             if record["kind"] not in KINDS:
                 raise ForeignFileError(
@@ -264,7 +266,7 @@ class StandaloneCache(LayerCache):
         Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
             where the backend lacks the dtype.
         """
-        caches = LayerCaches.load(path, backend)
+        caches: LayerCaches[LayerCache] = LayerCaches.load(path, backend)
         cache = caches[0] if len(caches) == 1 else None
         if not isinstance(cache, cls) or type(cache) is not cls:
             kinds = ", ".join(type(cache).__name__ for cache in caches)

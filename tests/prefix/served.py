@@ -202,9 +202,15 @@ def shared(one, two):
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
 
 
+def all_spans(prefix):
+    """All spans of all trees, ghosts among them."""
+    nodes = (node for tree in prefix._trees.values() for node in tree.root.below())
+    return [node.value for node in nodes if node.value is not None]
+
+
 def spans_of(prefix):
     """All spans that are stored."""
-    return [span for span in prefix._spans() if span.payload is not None]
+    return [span for span in all_spans(prefix) if span.payload is not None]
 
 
 def check_accounts(server):
@@ -212,12 +218,12 @@ def check_accounts(server):
     prefix, stats = server.prefix, server.prefix.stats
     spans = spans_of(prefix)
     payloads = [span.payload.snapshot for span in spans]
-    assert stats.nbytes == sum(span.size for span in spans)
+    assert stats.nbytes == sum(span.nbytes for span in spans)
     assert stats.nbytes == sum(each.nbytes for each in payloads)
     assert stats.spans == len(spans)
     if not prefix._active:
         assert stats.pinned == stats.active == 0
-        assert not any(span.pins for span in prefix._spans())
+        assert not any(span.pins for span in all_spans(prefix))
     for number, cache in enumerate(getattr(server.model, "caches", [])):
         check_cells(cache, [each.parts[number + server.model.media].rows for each in payloads])
 
