@@ -119,28 +119,38 @@ class GrowingBuffers:
 
     # Slots.
 
+    def append(
+        self, keys: Array, values: Array, start: int, stop: int, held: int
+    ) -> tuple[Array, Array]:
+        """Write a pair of arrays to slots ``[start, stop)``; return :meth:`view` of `held` slots.
+
+        This is the path of every decode step, in one call and without a loop.
+        """
+        write = self.backend.write_slice
+        old_keys, old_values = self.arrays
+        new_keys = write(old_keys, keys, start, stop, TOKENS)
+        self.arrays = new_keys, old_values  # the old keys are consumed, whatever comes next
+        new_values = write(old_values, values, start, stop, TOKENS)
+        self.arrays = new_keys, new_values
+        width = held if self._exact else self.width(held)
+        if width == self.capacity:
+            return new_keys, new_values
+        read = self.backend.read_slice
+        return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
+
     def write(self, update: Arrays, start: int, stop: int) -> None:
         """Write an update to slots ``[start, stop)``, for which there is room."""
-        write = self.backend.write_slice
-        if len(update) == 2:  # keys and values, in every decode step: without a loop
-            keys, values = self.arrays
-            self.arrays = (
-                write(keys, update[0], start, stop, TOKENS),
-                write(values, update[1], start, stop, TOKENS),
-            )
-        else:
-            self.arrays = tuple(
-                write(buffer, rows, start, stop, TOKENS)
-                for buffer, rows in zip(self.arrays, update, strict=True)
-            )
+        for i, rows in enumerate(update):
+            self._replace(i, self.backend.write_slice(self.arrays[i], rows, start, stop, TOKENS))
 
     def write_rows(self, update: Arrays, slots: HostArray) -> None:
         """Write one row to each of `slots`."""
-        scatter = self.backend.scatter
-        self.arrays = tuple(
-            scatter(buffer, rows, slots, TOKENS)
-            for buffer, rows in zip(self.arrays, update, strict=True)
-        )
+        for i, rows in enumerate(update):
+            self._replace(i, self.backend.scatter(self.arrays[i], rows, slots, TOKENS))
+
+    def _replace(self, i: int, array: Array) -> None:
+        """Go on with `array` in place of the i-th, which was consumed."""
+        self.arrays = (*self.arrays[:i], array, *self.arrays[i + 1 :])
 
     def read_rows(self, slots: HostArray) -> Arrays:
         """Return copies of the rows in `slots`."""
@@ -160,9 +170,6 @@ class GrowingBuffers:
         if width == self.capacity:
             return self.arrays
         read = self.backend.read_slice
-        if len(self.arrays) == 2:
-            keys, values = self.arrays
-            return read(keys, 0, width, TOKENS), read(values, 0, width, TOKENS)
         return tuple(read(array, 0, width, TOKENS) for array in self.arrays)
 
     def padded(self, columns: int) -> int:

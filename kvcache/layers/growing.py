@@ -141,10 +141,9 @@ class KVCache(StandaloneCache):
         buffers = self._buffers
         if buffers is None or stop > buffers.capacity:
             buffers = self._grown(stop)
-        buffers.write((keys, values), start, stop)
+        columns = buffers.append(keys, values, start, stop, stop)
         self._offset = stop
-        all_keys, all_values = buffers.view(stop)
-        return all_keys, all_values
+        return columns
 
     def _grown(self, slots: int) -> GrowingBuffers:
         """Return the buffers with room for `slots` slots; they are made here at first."""

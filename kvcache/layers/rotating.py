@@ -92,18 +92,16 @@ class RotatingKVCache(KVCache):
         if self._checkpoint is not None:
             self._record(self._checkpoint, buffers, (keys, values))
         if stop <= self.max_size:
-            self._extra = 0
-            buffers.write((keys, values), start, stop)
+            slot = start
         elif tokens == 1:
             self._before_displacing()
-            self._extra = 0
             slot = self._ring_slot(start)
-            buffers.write((keys, values), slot, slot + 1)
         else:
             return self._update_beyond(buffers, (keys, values), tokens)
+        self._extra = 0
+        columns = buffers.append(keys, values, slot, slot + tokens, min(stop, self.max_size))
         self._offset = stop
-        all_keys, all_values = buffers.view(self.len)
-        return all_keys, all_values
+        return columns
 
     def _update_beyond(
         self, buffers: GrowingBuffers, update: Arrays, tokens: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,16 +26,17 @@ HOST_AXES = "htd"
 """Axes of rows in host memory: kv_heads, tokens, head_dim."""
 
 
-class ArrayLayout(NamedTuple):
+@dataclass(frozen=True)
+class ArrayLayout:
     """Name of one array of a layer and the order of its axes: h kv_heads, t tokens, d head_dim."""
 
     name: str
     axes: str
+    token_axis: int = field(init=False)
 
-    @property
-    def token_axis(self) -> int:
-        """Axis of the tokens."""
-        return self.axes.index("t")
+    def __post_init__(self) -> None:
+        # Computed once: every put and get of every layer asks for it.
+        object.__setattr__(self, "token_axis", self.axes.index("t"))
 
     def shape(self, heads: int, tokens: int, dim: int) -> tuple[int, ...]:
         """Return the shape of such an array."""
@@ -72,6 +75,7 @@ class PoolBuffers:
         backend.dtype(dtype)
         self.backend = backend
         self.layouts = tuple(layouts)
+        self._token_axes = [layout.token_axis for layout in self.layouts]
         self.dtype = dtype
         self.cells = cells
         self._buffers: dict[int, Arrays] = {}
@@ -80,8 +84,9 @@ class PoolBuffers:
 
     def _settled(self) -> dict[int, Arrays]:
         """Return the buffers by layer, taken back from programs, with everything written."""
-        self._take_back()
-        if self._pending:
+        if self._exported is not None:
+            self._take_back()
+        if self._pending.queue:
             self._pending.drain(self._write_host_rows)
         return self._buffers
 
@@ -89,7 +94,7 @@ class PoolBuffers:
 
     def export_state(self) -> PoolState:
         """Return all buffers, as :mod:`kvcache.functional` takes them."""
-        if self._exported is None or self._pending:
+        if self._exported is None or self._pending.queue:
             self._exported = to_traced(self.backend, self._settled())
         return self._exported
 
@@ -132,16 +137,19 @@ class PoolBuffers:
         if forward_pass.stores:
             with self._pending.lock:
                 buffers = self._settled()[layer]
-                written = zip(self.layouts, buffers, arrays, strict=False)
-                stored = tuple([self._write(*parts, forward_pass) for parts in written])
                 # Not through `_settled`: rows that have come since would go to consumed buffers.
-                self._buffers[layer] = stored
+                self._buffers[layer] = self._written_pass(buffers, arrays, forward_pass)
 
-    def _write(self, layout: ArrayLayout, buffer: Array, array: Array, forward_pass: Pass) -> Array:
-        first, cells, axis = forward_pass.first_cell, forward_pass.cells, layout.token_axis
+    def _written_pass(self, buffers: Arrays, arrays: Arrays, forward_pass: Pass) -> Arrays:
+        """Return `buffers`, which are consumed, with the tokens of a pass in its cells."""
+        cells, first = forward_pass.cells, forward_pass.first_cell
         if first is None:
-            return self.backend.write_rows(buffer, array, cells, axis)
-        return self.backend.write_slice(buffer, array, first, first + cells.size, axis)
+            write_rows = self.backend.write_rows
+            return tuple(map(write_rows, buffers, arrays, repeat(cells), self._token_axes))
+        write_slice, stop = self.backend.write_slice, first + cells.size
+        return tuple(
+            map(write_slice, buffers, arrays, repeat(first), repeat(stop), self._token_axes)
+        )
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the pass's range.
@@ -154,8 +162,8 @@ class PoolBuffers:
         start, stop = forward_pass.start, forward_pass.stop
         if start == 0 and stop == self.cells:
             return layers[layer]
-        read, pairs = self.backend.read_slice, zip(self.layouts, layers[layer], strict=False)
-        return tuple([read(buffer, start, stop, layout.token_axis) for layout, buffer in pairs])
+        read, buffers = self.backend.read_slice, layers[layer]
+        return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
     def range(self, start: int, stop: int, padding: int) -> tuple[int, int]:
         """Return the range to read for cells ``[start, stop)``, in lengths the backend likes."""

@@ -24,31 +24,29 @@ class PendingWrites:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._queue: deque[tuple[Indices, LayerRows]] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._queue)
+        self.queue: deque[tuple[Indices, LayerRows]] = deque()
+        """Cells and rows, the oldest first; empty most of the time."""
 
     def enqueue(self, cells: Indices, layers: LayerRows) -> None:
         """Have `layers` written to `cells`; from any thread."""
         if layers:
-            self._queue.append((cells, layers))
+            self.queue.append((cells, layers))
 
     def drain(self, write: Callable[[Indices, LayerRows], None]) -> None:
         """Write everything, in order; in the thread of the passes."""
         with self.lock:
-            while self._queue:
-                write(*self._queue[0])
-                self._queue.popleft()  # after it is written: a reader finds it in either place
+            while self.queue:
+                write(*self.queue[0])
+                self.queue.popleft()  # after it is written: a reader finds it in either place
 
     def overlay(self, rows: LayerRows, cells: Indices) -> None:
         """Put what is pending for `cells` over `rows`, which were read from the buffers."""
-        for pending_cells, layers in self._queue:
+        for pending_cells, layers in self.queue:
             _overlay(rows, cells, pending_cells, layers)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._queue.clear()
+        self.queue.clear()
 
 
 def _overlay(rows: LayerRows, cells: Indices, pending_cells: Indices, layers: LayerRows) -> None:
