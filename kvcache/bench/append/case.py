@@ -17,6 +17,6 @@ OURS = (SLICE_UPDATE, UPDATE, ROTATING)
 
 @dataclass(frozen=True)
 class AppendCase(Case):
-    """One layer, whose cache has a capacity of `tokens` and is nearly full; a step appends one."""
+    """One layer, its cache of `tokens` capacity nearly full; a step appends one token."""
 
     longest_block: ClassVar[int] = 256

@@ -1,12 +1,11 @@
-"""Contestants that append: memmove, the framework's own calls, our caches, those of peers."""
+"""Contestants of an append: memmove, the framework's own calls, our caches, peers."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from kvcache.bench.frameworks.base import Framework
-from kvcache.bench.harness.compare import Factories
-from kvcache.bench.harness.contest import RAW, Contestant, Loop
+from kvcache.bench.harness.contest import RAW, Contestant, Factories, Loop
 from kvcache.layers.growing import KVCache
 from kvcache.layers.rotating import RotatingKVCache
 from kvcache.storage.layout import TOKENS

@@ -66,6 +66,8 @@ def _panel(
     panel: Axes, report: AppendReport, backend: str, dtype: str, colors: dict[str, str]
 ) -> None:
     """Draw the medians of every contestant, and the range between the quartiles behind them."""
+    from matplotlib.ticker import LogLocator
+
     order = list(colors)
     for name, timings in report.contestants(backend, dtype).items():
         low, high = zip(*(timing.quartiles for timing in timings), strict=True)
@@ -85,7 +87,7 @@ def _panel(
     bottom, top = panel.get_ylim()
     if top / bottom < 500:
         # Powers of ten alone would leave one or two labels.
-        panel.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.yaxis.set_major_formatter("{x:,.10g}")
     add_grid(panel)
 

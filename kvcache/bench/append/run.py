@@ -1,4 +1,4 @@
-"""Measures the cost of appending one token: our caches, the raw framework call, peers, memmove."""
+"""Measure the cost of appending one token: our caches, the raw framework call, peers, memmove."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIN_CAPACITY = 4
 
 
 def installed_backends() -> list[str]:
-    """Return the names of the backends that can be measured here. Imports their frameworks."""
+    """Return the names of all backends usable here. Imports their frameworks."""
     infos = available_backends()
     # array_api needs a library to go with it, which only its user can name.
     return [name for name, info in infos.items() if info.installed and name != "array_api"]

@@ -82,7 +82,7 @@ class Verdict:
 
 
 def judge(report: AppendReport) -> list[Verdict]:
-    """Judge every target for which the report has figures, backend by backend."""
+    """Judge every target with figures in the report, backend by backend."""
     return [
         verdict
         for backend, dtype in report.groups
@@ -91,7 +91,7 @@ def judge(report: AppendReport) -> list[Verdict]:
 
 
 def _compared(report: AppendReport, backend: str, dtype: str) -> Iterator[Verdict]:
-    """Judge each target by the capacity at which it is furthest off."""
+    """Judge each target by its worst capacity."""
     name = backend.partition(":")[0]
     for target in TARGETS:
         figures = _figures(report, backend, dtype, target)

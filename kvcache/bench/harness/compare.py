@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import product
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from kvcache.backends import HOST_DTYPES
 from kvcache.errors import DTypeError
 
-from .contest import Case, Contestant, UnavailableError
+from .contest import AnyCase, Contestant, Factories, UnavailableError
 from .report import Skipped
 from .timing import TimedBlocks, interleave
 
-AnyCase = TypeVar("AnyCase", bound=Case)
 T = TypeVar("T")
-Factories: TypeAlias = Mapping[str, Callable[[AnyCase], Contestant]]
-"""Functions by name of a contestant: each makes the contestant in a case.
-
-They raise UnavailableError where the contestant cannot take part.
-"""
 
 
 def check_dtypes(dtypes: Sequence[str]) -> None:

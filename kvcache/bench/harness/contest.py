@@ -1,4 +1,4 @@
-"""Contestants of a benchmark, and the case that all of them are measured in.
+"""Contestants of a benchmark, and their common case.
 
 A contestant is two loops. `run` takes the given number of steps and nothing else, so that a
 write of less than a microsecond is not drowned by the clock or by a call to reach it;
@@ -8,9 +8,9 @@ history.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class UnavailableError(Exception):
 
 
 def _no_rewind(steps: int) -> None:
-    """Do nothing: for loops that start from the same slot each time."""
+    """Do nothing: the loop starts from the same slot each time."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,11 @@ class Case:
     def ones(self, shape: tuple[int, ...]) -> NativeArray:
         """Return a new array of ones, of the dtype of this case."""
         return self.backend.from_host(np.ones(shape, np.float32), self.dtype)
+
+
+AnyCase = TypeVar("AnyCase", bound=Case)
+Factories: TypeAlias = Mapping[str, Callable[[AnyCase], Contestant]]
+"""Functions by name of a contestant: each makes that contestant in a case.
+
+They raise UnavailableError where the contestant cannot take part.
+"""

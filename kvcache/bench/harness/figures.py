@@ -1,4 +1,4 @@
-"""Figures of reports: colours, markers, legend and grid that all of them share. Needs matplotlib."""
+"""Common parts of all figures: colors, markers, grid and legend. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARKER_SIZE, LINE_WIDTH = 4, 1.3
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
-    """Return an empty figure of that size in inches.
+    """Return an empty figure; size: width and height in inches.
 
     Raises: ImportError without matplotlib; says what installs it.
     """
@@ -31,7 +31,7 @@ def new_figure(size: tuple[float, float]) -> Figure:
 
 
 def marker(number: int) -> str:
-    """Return the marker of line `number`, so that lines differ in print, too."""
+    """Return the marker of line `number`: lines differ in black and white, too."""
     return _MARKERS[number % len(_MARKERS)]
 
 
@@ -41,7 +41,7 @@ def add_grid(panel: Axes) -> None:
 
 
 def add_legend(figure: Figure, colors: dict[str, str], columns: int) -> None:
-    """Explain below the panels the lines by name: colour, and marker in the order of `colors`."""
+    """Explain below the panels the lines by name: color, and marker in the order of `colors`."""
     from matplotlib.lines import Line2D
 
     lines = [

@@ -1,4 +1,4 @@
-"""Reports of benchmarks: plain records that go to JSON and come back."""
+"""Reports of benchmarks: plain records, written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
@@ -70,11 +71,11 @@ class Skipped:
 
 
 class Judged(Protocol):
-    """A target and the figure measured for it; a dataclass, so that it can be written down."""
+    """A target and the figure measured for it; a dataclass, because reports write it down."""
 
     @property
     def heading(self) -> str:
-        """Heading under which the target is listed."""
+        """Heading of the group in which a table lists the target."""
 
     @property
     def rule(self) -> str:
@@ -82,7 +83,7 @@ class Judged(Protocol):
 
     @property
     def at(self) -> str:
-        """The circumstances in which the figure was measured."""
+        """The circumstances of the measurement, in words."""
 
     @property
     def measured(self) -> float:
@@ -109,10 +110,10 @@ class Judgement:
     passed: bool
 
 
-AnyTiming = TypeVar("AnyTiming", bound=MeasuredTiming, covariant=True)
+AnyTiming_co = TypeVar("AnyTiming_co", bound=MeasuredTiming, covariant=True)
 
 
-class Report(Generic[AnyTiming]):
+class Report(Generic[AnyTiming_co]):
     """Timings and their circumstances; a subclass is a frozen dataclass.
 
     format: name and version of its files. timing: class of its timings.
@@ -123,7 +124,7 @@ class Report(Generic[AnyTiming]):
     rounds: int
     machine: str
     versions: dict[str, str]
-    timings: tuple[AnyTiming, ...]
+    timings: tuple[AnyTiming_co, ...]
 
     @property
     def verdicts(self) -> Sequence[Judged]:
@@ -135,12 +136,12 @@ class Report(Generic[AnyTiming]):
         """Return timings, targets and absent contestants, for a rich console."""
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write everything measured, with the figures that follow from it, to a JSON file."""
+        """Write everything measured, and the figures derived from it, to a JSON file."""
         Path(path).write_text(json.dumps(self._record(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a report that :meth:`to_json` wrote.
+        """Read a report written by :meth:`to_json`.
 
         Raises: ValueError if `path` holds something else.
         """
@@ -163,7 +164,7 @@ class Report(Generic[AnyTiming]):
         }
 
     def _timing_records(self) -> list[JSON]:
-        """Return each timing with the figures that readers would compute from it."""
+        """Return each timing, and the figures derived from it."""
         return [
             {**as_record(timing), "us": timing.us, "quartiles_us": timing.quartiles}
             for timing in self.timings
@@ -171,25 +172,27 @@ class Report(Generic[AnyTiming]):
 
 
 T = TypeVar("T")
-AnyCompared = TypeVar("AnyCompared", bound=ComparedTiming, covariant=True)
+AnyCompared_co = TypeVar("AnyCompared_co", bound=ComparedTiming, covariant=True)
 
 
-class Comparison(Report[AnyCompared], Generic[AnyCompared]):
+class Comparison(Report[AnyCompared_co], Generic[AnyCompared_co]):
     """Contestants beside each other, by backend, dtype and place."""
 
     against: ClassVar[tuple[str, ...]]
     """Contestants with which all the others are compared."""
 
     @cached_property
-    def _index(self) -> dict[tuple[str, str, Place, str], AnyCompared]:
+    def _index(self) -> dict[tuple[str, str, Place, str], AnyCompared_co]:
         return {(t.backend, t.dtype, t.place, t.contestant): t for t in self.timings}
 
-    def find(self, backend: str, dtype: str, place: Place, contestant: str) -> AnyCompared | None:
-        """Return the timing of that contestant; None if it did not take part."""
+    def find(
+        self, backend: str, dtype: str, place: Place, contestant: str
+    ) -> AnyCompared_co | None:
+        """Return the timing of one contestant; None if it did not take part."""
         return self._index.get((backend, dtype, place, contestant))
 
     def ratio(self, timing: ComparedTiming, to: str) -> float | None:
-        """Divide the median of `timing` by that of the contestant `to` at the same place."""
+        """Divide the median of `timing` by the median of contestant `to` at the same place."""
         other = self.find(timing.backend, timing.dtype, timing.place, to)
         return timing.us / other.us if other else None
 
@@ -198,10 +201,10 @@ class Comparison(Report[AnyCompared], Generic[AnyCompared]):
         """Backends and dtypes, in the order of measurement."""
         return list(dict.fromkeys((timing.backend, timing.dtype) for timing in self.timings))
 
-    def contestants(self, backend: str, dtype: str) -> dict[str, list[AnyCompared]]:
-        """Return by contestant its timings on that backend and dtype, places ascending."""
-        by_name: dict[str, list[AnyCompared]] = {}
-        for timing in sorted(self.timings, key=lambda timing: timing.place):
+    def contestants(self, backend: str, dtype: str) -> dict[str, list[AnyCompared_co]]:
+        """Return by contestant its timings on one backend and dtype, places ascending."""
+        by_name: dict[str, list[AnyCompared_co]] = {}
+        for timing in sorted(self.timings, key=attrgetter("place")):
             if (timing.backend, timing.dtype) == (backend, dtype):
                 by_name.setdefault(timing.contestant, []).append(timing)
         return by_name
@@ -211,7 +214,10 @@ class Comparison(Report[AnyCompared], Generic[AnyCompared]):
             {f"ratio_to_{other}": self.ratio(timing, other) for other in self.against}
             for timing in self.timings
         ]
-        return [{**record, **more} for record, more in zip(super()._timing_records(), ratios, strict=True)]
+        return [
+            {**record, **more}
+            for record, more in zip(super()._timing_records(), ratios, strict=True)
+        ]
 
 
 def as_record(entry: object) -> JSON:
@@ -223,18 +229,18 @@ def as_record(entry: object) -> JSON:
 
 
 def _built(make: Callable[..., T], record: Mapping[str, object]) -> T:
-    """Call `make` with the entries of `record` that it takes; files hold derived ones as well."""
+    """Call `make` with its parameters out of `record`; files hold derived entries as well."""
     return make(**{name: record[name] for name in signature(make).parameters if name in record})
 
 
 def this_machine() -> str:
-    """Describe the machine on which measurements are taken."""
+    """Describe the machine, for the record of a measurement."""
     cores = os.cpu_count()
     return f"{platform.platform()}, {cores} CPUs, Python {platform.python_version()}"
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that took part, by name of their module."""
+    """Return the versions of all libraries imported by now, by name of their module."""
     return {
         name: importlib.metadata.version(name.replace("_", "-"))
         for name in _LIBRARIES

@@ -1,4 +1,4 @@
-"""Tables of reports, for people who read them in a terminal. Needs rich."""
+"""Common parts of all tables: layout, targets, circumstances. Needs rich."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def short_number(value: float) -> str:
-    """Write `value` in six characters, at most three digits of which count."""
+    """Write `value` in six characters at most."""
     if abs(value) >= 10_000:
         return f"{value / 1000:,.0f}k"
     if abs(value) >= 100:
@@ -71,7 +71,7 @@ def _verdicts(verdicts: Sequence[Judged], held_where: str) -> Table:
 
 
 def _missing(skipped: Sequence[Skipped]) -> Iterator[Text]:
-    """Say who was not measured and why, dtypes with the same reason in one line."""
+    """Name the absent contestants, all dtypes with the same reason in one line."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for skip in skipped:
         reasons.setdefault((skip.contestant, skip.backend, skip.reason), []).append(skip.dtype)

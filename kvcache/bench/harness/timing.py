@@ -1,4 +1,4 @@
-"""Timing of contestants against each other, on a machine that does other things as well.
+"""Timing of contestants against each other, on a machine busy with other things as well.
 
 Every round runs each contestant for one short block of steps, in a new order. A disturbance
 longer than a block hits all of them, and one that hits a single block is an outlier, which the
