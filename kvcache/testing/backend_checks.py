@@ -62,6 +62,7 @@ def host_round_trip(backend: Backend, dtype: str) -> None:
     elif host.itemsize <= 2:
         everything = np.arange(2 ** (8 * host.itemsize), dtype=f"u{host.itemsize}").view(host)
     else:
+        # A prime step: both halves of the word run through all their values.
         everything = np.arange(0, 2**32, 65537, dtype=np.uint32).view(host)
     same(backend.to_host(backend.from_host(everything)), everything)
 
@@ -154,6 +155,7 @@ def slice_update_refuses(backend: Backend, dtype: str) -> None:
     """Refuse an update out of bounds, misshapen or of another dtype, and change nothing."""
     buffer, length = _filled(backend, dtype), SHAPE[TOKENS]
     update = backend.from_host(coded(_resized(TOKENS, 2), dtype, first=90))
+    # -1 counts from the end in NumPy, 2**31 wraps in int32, and JAX clamps the others.
     for start in (-1, length - 1, length, 2**31):
         with refuses(BoundsError, "start + tokens <= length", str(start)):
             backend.slice_update(buffer, update, start, TOKENS)
@@ -183,6 +185,7 @@ def scatter_writes_rows(backend: Backend, dtype: str) -> None:
             buffer = _filled(backend, dtype)
             buffer = backend.scatter(buffer, backend.from_host(rows), np.array(index), axis)
             same(backend.to_host(buffer), expected)
+    # An empty list is an array of floats to NumPy, and must be taken for an index all the same.
     nothing = backend.slice(_filled(backend, dtype), 0, 0, TOKENS)
     buffer = backend.scatter(_filled(backend, dtype), nothing, [], TOKENS)
     same(backend.to_host(buffer), coded(SHAPE, dtype))

@@ -51,6 +51,7 @@ def _slice_update(framework: Framework, case: AppendCase) -> Loop:
 
 def _update(framework: Framework, case: AppendCase) -> Contestant:
     """Make a growing cache, nearly full, with room for the appends of a block."""
+    # A step of the whole capacity, so that the buffers never grow: appends alone are measured.
     cache = KVCache(case.backend, step=case.tokens, dtype=case.dtype)
     cache.update(*case.history())
     framework.finish(cache.state)

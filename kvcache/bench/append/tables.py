@@ -25,6 +25,7 @@ def append_tables(report: AppendReport) -> RenderableType:
 
 
 def _timings(report: AppendReport) -> Table:
+    """Make a table of a row per contestant, backend by backend; only rows of ours are bright."""
     shape = f"{report.batch} x {report.heads} heads x {report.head_dim}"
     title = f"us to append one token of K and of V ({shape}), by capacity"
     capacities = [f"{capacity:,}" for capacity in report.capacities]

@@ -48,8 +48,10 @@ class Target:
 
 TARGETS = (
     Target(SLICE_UPDATE, RAW, "at most", 1.3),
+    # Checks and views cost a fixed time, whatever the write costs: no ratio could bound them.
     Target(UPDATE, RAW, "above", 5.0),
     Target(UPDATE, "transformers StaticCache", "at most", 1.2, "torch"),
+    # It concatenates, O(tokens) per step: the more tokens, the wider the gap must be.
     Target(UPDATE, "transformers DynamicCache", "at least", 25.0, "torch", 8192),
     Target(UPDATE, "mlx-lm KVCache", "at most", 1.1, "mlx"),
     Target(ROTATING, "mlx-lm RotatingKVCache", "at most", 1.1, "mlx"),

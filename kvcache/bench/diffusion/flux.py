@@ -26,6 +26,7 @@ class Denoiser:
     """A transformer, its inputs, and the loop of the sampler around it."""
 
     def __init__(self, seed: int = 0, side: int = SIDE, steps: int = STEPS) -> None:
+        # Forked, so that random numbers of the caller stay as they are.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = _random_flux()
@@ -45,6 +46,7 @@ class Denoiser:
         x = self._noise
         with torch.no_grad():
             for now, then in zip(self.times[:-1], self.times[1:], strict=True):
+                # The hooks of diffusers ask for the name of the pass; there is one per step.
                 with self.model.cache_context("cond"):
                     outputs = self.model(x, timestep=now[None], return_dict=False, **self._inputs)
                 x = x + (then - now) * outputs[0]

@@ -62,6 +62,7 @@ class Contender:
         """Return the outcome."""
         setting = "" if self.setting is None else f"{self.setting:g}"
         us = four_digits([1e6 * seconds for seconds in self.seconds])
+        # No quality: a model of random weights draws nothing that one could judge.
         return DiffusionTiming(
             place, self.family, setting, self.saved, self.error, None, us, self.ours
         )
@@ -125,6 +126,7 @@ def mag_ratios(denoiser: Denoiser) -> list[float]:
     config = MagCacheConfig(calibrate=True, num_inference_steps=steps)
     with redirect_stdout(printed), _enabled(denoiser.model, config):
         denoiser.run()
+    # Only the list of ratios begins like this: the ratio of the first step is 1.
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("[1")]
     ratios: list[float] = ast.literal_eval(lines[0])
     return ratios
@@ -196,7 +198,7 @@ def _same_rules(ratios: Sequence[float]) -> Iterator[Contender]:
 
 
 def _recommended() -> Iterator[Contender]:
-    """Yield recipes of ours as the documentation recommends them."""
+    """Yield recommended recipes of ours."""
     line: Predictor = Taylor(1, residual=True)
     for threshold in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
         recipe = Recipe(Threshold(threshold), line, Limits(longest_run=8))

@@ -140,6 +140,7 @@ class Sampler:
         shape = (self._batch, model.config.tokens, model.config.channels)
         noise = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
         self.noise = backend.from_host(noise)
+        # Parts, not the whole: a cache decides on the host which of them run.
         compiled = backend.compile
         self._front, self._back = compiled(self.front), compiled(self.model.finish)
         self._network, self._guide = compiled(self.network), compiled(self.guide)

@@ -78,13 +78,14 @@ def run_diffusion(
     for number, spec in enumerate(backends):
         sampler = Sampler(model, get_backend(spec), prompts, steps)
         entries = list(_entries(sampler))
+        # A tick per entry while it compiles, then one per round: `ticks` adds one to the rounds.
         tick = ticks(progress, number, len(backends), len(entries) + rounds - 1, spec)
         timings += _measured(entries, prompts, rounds, tick)
     skipped: tuple[Skipped, ...] = ()
     if peers and find_spec("diffusers") is None:
         skipped = (Skipped("torch", "", "diffusers", "it needs pip install 'kvcache[diffusers]'"),)
     elif peers:
-        from .peers import compare
+        from .peers import compare  # late, because it imports diffusers
 
         timings += compare(rounds, steps=steps, progress=progress)
     return DiffusionReport(
@@ -99,7 +100,7 @@ def toy_model(path: Path | None = None, progress: Progress | None = None) -> DiT
     """
     if path is not None and path.exists():
         return DiT.load(path, get_backend("numpy"))
-    from .training import train
+    from .training import train  # late, because it imports torch
 
     model = train(progress=progress)
     if path is not None:
@@ -132,6 +133,7 @@ def _entries(sampler: Sampler) -> Iterator[Entry]:
     yield Entry(name, UNCACHED, "", lambda: (_host(sampler, sampler.run(Uncached(), None)), 0.0))
     for trial in compared:
         yield Entry(name, trial.family, trial.setting, _eager(sampler, trial))
+    # Other backends compile no loop over steps: that would be the eager run again.
     if name == "jax":
         yield from _programs(sampler, [trial for trial in compared if trial.family in ONE_PROGRAM])
 
@@ -156,7 +158,7 @@ def _share(sampler: Sampler, trial: Trial) -> float:
 
 def _programs(sampler: Sampler, compared: Sequence[Trial]) -> Iterator[Entry]:
     """Yield the uncached run and these trials, each as one program of JAX."""
-    from .program import program
+    from .program import program  # late, because it imports JAX
 
     place = f"{sampler.backend.name}, one program"
     for trial in (None, *compared):

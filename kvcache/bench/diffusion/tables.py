@@ -20,6 +20,7 @@ def diffusion_tables(report: DiffusionReport) -> RenderableType:
 
 
 def _recipes(report: DiffusionReport) -> Table:
+    """Make a table of a row per recipe, place by place; rows of peers are dim."""
     title = (
         f"Sampling {report.samples} at once in {report.steps} steps: work skipped, time saved,\n"
         "error against no cache, how far samples are off what they should show"

@@ -57,6 +57,7 @@ def train(
     backend, rng = get_backend("torch:cpu"), np.random.default_rng(seed)
     model = DiT.random(config, backend, seed)
     tensors: dict[str, NativeArray] = dict(model.weights)
+    # The model's own tensors: it sees every change that the optimizer makes to them.
     parameters = [weight.requires_grad_() for weight in tensors.values()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for done in range(iterations):
@@ -115,6 +116,7 @@ def _one_thread() -> Iterator[None]:
 
 def _learning_rate(done: int, iterations: int) -> float:
     """Return the rate of an iteration: it rises for a few, then falls to nothing along a cosine."""
+    # Warmed up, because AdamW's estimates are poor in the first iterations.
     falling = 0.5 + 0.5 * math.cos(math.pi * done / iterations)
     return LEARNING_RATE * min(1.0, (done + 1) / WARMUP) * falling
 

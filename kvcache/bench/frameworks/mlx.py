@@ -52,6 +52,7 @@ class MlxFramework(Framework):
             for p in range(case.tokens - steps, case.tokens):
                 keys[:, :, p : p + 1] = k
                 values[:, :, p : p + 1] = v
+                # Not kept in a variable: a view that is alive makes the next write copy all.
                 mx.eval(keys[:, :, : p + 1], values[:, :, : p + 1])
 
         return run

@@ -35,6 +35,7 @@ class TorchFramework(Framework):
     def memmove(self, case: Case) -> Loop:
         if case.backend.device == "cpu":
             return super().memmove(case)
+        # On a device: copies between flat buffers there.
         keys, values = (array.flatten() for array in case.history())
         k, v = (case.token().flatten() for _ in range(2))
 

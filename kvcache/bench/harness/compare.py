@@ -40,7 +40,7 @@ def compare(
     """
     backend, dtype = cases[0].backend, cases[0].dtype
     if dtype not in backend.dtypes:
-        for _ in range(rounds + 1):
+        for _ in range(rounds + 1):  # a bar that shows progress must not stand still
             tick()
         return [], [Skipped(backend.spec, dtype, "", f"{backend.name} has no {dtype}")]
     with scope:

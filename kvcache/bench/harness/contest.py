@@ -67,6 +67,7 @@ class Case:
     def history(self) -> tuple[NativeArray, NativeArray]:
         """Return keys and values of all tokens; new ones, because a contestant may adopt them."""
         shape = self.batch, self.heads, self.tokens, self.head_dim
+        # Zeros: the time of a write does not depend on the values that it replaces.
         alloc = self.backend.alloc
         return alloc(shape, self.dtype), alloc(shape, self.dtype)
 

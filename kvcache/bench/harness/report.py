@@ -41,6 +41,7 @@ class MeasuredTiming:
     @property
     def quartiles(self) -> tuple[float, float]:
         """Microseconds per step of the first and the third quarter of the rounds."""
+        # A slow contestant has a turn in every tenth round only: one value has no quantiles.
         if len(self.rounds_us) < 2:
             return self.us, self.us
         low, _, high = quantiles(self.rounds_us, n=4, method="inclusive")
@@ -148,6 +149,7 @@ class Report(Generic[AnyTiming_co]):
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("format") != cls.format:
             raise ValueError(f"from_json reads reports of the format {cls.format}; got {path}.")
+        # JSON turns tuples to lists, which would make two equal reports differ.
         timings = tuple(
             _built(cls.timing, {**entry, "rounds_us": tuple(entry["rounds_us"])})
             for entry in record["timings"]
@@ -241,6 +243,7 @@ def this_machine() -> str:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of all libraries imported by now, by name of their module."""
+    # A library that was not imported took no part, installed or not.
     return {
         name: importlib.metadata.version(name.replace("_", "-"))
         for name in _LIBRARIES

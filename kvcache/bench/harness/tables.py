@@ -41,6 +41,7 @@ def new_table(title: str, *columns: str) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+    # Not wrapped, in any column: half a number in a second line would be misread.
     table.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
@@ -57,6 +58,7 @@ def short_number(value: float) -> str:
 
 
 def _verdicts(verdicts: Sequence[Judged], held_where: str) -> Table:
+    """Make a table of the targets under their headings, and count the ones kept."""
     held = sum(verdict.passed for verdict in verdicts)
     title = f"Targets: {held} of {len(verdicts)} hold{held_where}"
     table = new_table(title, "", "bound", "is", "at", "")

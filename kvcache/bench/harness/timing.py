@@ -54,9 +54,11 @@ class TimedBlocks:
         """Compile, touch memory, and choose the number of steps, `limit` at most."""
         self.time()  # compiles: says nothing about later blocks
         took = self.time()
+        # Doubled until a block lasts long enough for the clock, and half that long at the least.
         while self.steps < limit and took * 2 <= BLOCK_MICROSECONDS:
             self.steps = min(limit, self.steps * 2)
             took = self.time()
+        # Such blocks would make up most of a run; their medians need no more than a few.
         if took > BLOCK_MICROSECONDS * 10 and self.steps == 1:
             self.every = SLOW_EVERY
 
@@ -110,6 +112,7 @@ def interleave(
     for entry, (_, limit) in zip(entries, contestants, strict=True):
         entry.warm_up(limit)
     tick()
+    # The same orders in every run, so that two runs differ by what they measure only.
     shuffle = random.Random(0).shuffle  # noqa: S311 - an order of turns, no secret
     turns = list(entries)
     with no_collection():

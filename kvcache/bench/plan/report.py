@@ -147,6 +147,7 @@ class PlanReport(Report[PlanTiming]):
         figures = []
         for timing in self.timings:
             small = self.find(load, timing.window, 1, timing.mask)
+            # Against the same window and mask: these change the cost by themselves.
             if timing.load == load and timing.pool > 1 and small:
                 at = f"{timing.visibility}{', mask' if timing.mask else ''}"
                 figures.append((timing.us / small.us, timing.pool, at))

@@ -66,7 +66,7 @@ def _measured(
     planners = list(product(pools, (False, True)))
     limit = max(1, min(MAX_STEPS, load.used // 2))
     contestants = [(pool.contestant(mask), limit) for pool, mask in planners]
-    timed = interleave(contestants, rounds, lambda: None, tick)
+    timed = interleave(contestants, rounds, lambda: None, tick)  # no device to wait for
     for (pool, mask), blocks in zip(planners, timed, strict=True):
         yield pool.timing(mask, blocks)
 

@@ -34,6 +34,7 @@ PROMPT, SEQUENCE = 1024, 2048
 SPANS = 100_000
 """Spans of an index, half of which are evicted."""
 EVICTION_ROUNDS = 3
+"""Rounds of evictions at most: filling an index takes seconds."""
 _LEAVES, _QUERIES = 100, (4_000, 40_000)
 """Position at which queries leave the tree, and their lengths."""
 _MAX_STEPS = 64
@@ -104,7 +105,7 @@ def _looked_up(
     timed = interleave(
         [(contestant, limit) for contestant, _ in contestants],
         rounds,
-        lambda: None,
+        lambda: None,  # no device to wait for
         lambda: tick("lookups"),
     )
     for (contestant, tokens), blocks in zip(contestants, timed, strict=True):
@@ -140,6 +141,7 @@ class Readers:
         index, spans, now = self.index, self.spans, self.now
         for tokens in islice(self._queries, steps):
             index.use(index.follow(spans, tokens), now)
+        # Policies order spans by the time of use: uses of one block count as one moment.
         self.now = now + 0.01
 
 

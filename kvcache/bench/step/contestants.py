@@ -44,7 +44,7 @@ class CausalSteps:
             case.dtype,
             max_sequences=case.batch,
             capacity=case.tokens,
-            max_batch=case.tokens,
+            max_batch=case.tokens,  # a whole sequence goes in as one pass
         )
         self.sequences = list(range(case.batch))
         self.position = case.tokens
