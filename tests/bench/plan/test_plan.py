@@ -156,11 +156,11 @@ def made_of(*timings: tuple[Load, int | None, int, bool, float]) -> PlanReport:
 @pytest.mark.parametrize("passed", [True, False])
 def test_bounds(load: Load, mask: bool, limit: float, window: int | None, passed: bool) -> None:
     us = limit if passed else limit + 1
-    (found,) = made_of((load, window, 1, mask, us)).verdicts
-    assert (found.load, found.measured, found.passed) == (load.label, us, passed)
-    assert found.bound == f"<= {limit:,g}us"
-    assert found.rule == ("with mask" if mask else "without mask")
-    assert found.at == ("all tokens" if window is None else "window 1,024")
+    (verdict,) = made_of((load, window, 1, mask, us)).verdicts
+    assert (verdict.load, verdict.measured, verdict.passed) == (load.label, us, passed)
+    assert verdict.bound == f"<= {limit:,g}us"
+    assert verdict.rule == ("with mask" if mask else "without mask")
+    assert verdict.at == ("all tokens" if window is None else "window 1,024")
 
 
 def test_nothing_bounds_a_mask_of_one_sequence_nor_other_loads() -> None:
@@ -171,14 +171,14 @@ def test_nothing_bounds_a_mask_of_one_sequence_nor_other_loads() -> None:
 @pytest.mark.parametrize(("large", "passed"), [(12.0, True), (12.5, False)])
 def test_cost_must_not_rise_with_the_pool_and_the_worst_counts(large: float, passed: bool) -> None:
     load = Load(2, 8, 4)
-    (found,) = made_of(
+    (verdict,) = made_of(
         (load, None, 1, False, 10.0),
         (load, None, 10, False, 1.0),
         (load, 1024, 1, True, 10.0),
         (load, 1024, 10, True, large),
     ).verdicts
-    assert (found.rule, found.at) == ("10x the cells", "window 1,024, mask")
-    assert (found.measured, found.passed) == (large / 10, passed)
+    assert (verdict.rule, verdict.at) == ("10x the cells", "window 1,024, mask")
+    assert (verdict.measured, verdict.passed) == (large / 10, passed)
 
 
 def test_a_report_survives_its_file(planned: PlanReport, tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepRepor
     dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in backend.dtypes]
     assert stepped.groups == [(backend.spec, dtype) for dtype in dtypes]
     for group in stepped.groups:
-        found = stepped.contestants(*group)
-        assert list(found) == [RAW, CAUSAL]
-        for timings in found.values():
+        by_name = stepped.contestants(*group)
+        assert list(by_name) == [RAW, CAUSAL]
+        for timings in by_name.values():
             assert [timing.place for timing in timings] == [(1, 16), (2, 8)]
             assert all(1 <= timing.steps <= timing.tokens // 4 for timing in timings)
             assert all(min(timing.rounds_us) > 0 for timing in timings)
@@ -47,9 +47,9 @@ def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepRepor
 
 def test_as_a_program_with_and_without_the_write(backend: Backend) -> None:
     report = run_step([backend.spec], ["float32"], [2, 1], rounds=2, program=True, **TINY)
-    found = report.contestants(backend.spec, "float32")
-    assert list(found) == [ATTEND, PROGRAM]
-    (alone, _), (both, _) = found.values()
+    by_name = report.contestants(backend.spec, "float32")
+    assert list(by_name) == [ATTEND, PROGRAM]
+    (alone, _), (both, _) = by_name.values()
     assert report.ratio(both, ATTEND) == pytest.approx(both.us / alone.us)
 
 
