@@ -26,8 +26,8 @@ def made_of(
 
 def verdict(report: AppendReport, rule: str) -> tuple[float, bool]:
     """Returns the measured figure of that rule and whether it holds."""
-    (found,) = (verdict for verdict in report.verdicts if verdict.rule == rule)
-    return found.measured, found.passed
+    (judged,) = (verdict for verdict in report.verdicts if verdict.rule == rule)
+    return judged.measured, judged.passed
 
 
 def test_the_median_counts() -> None:
@@ -114,8 +114,8 @@ def test_the_worst_capacity_counts() -> None:
         ]
     )
     report = AppendReport(1, 8, 128, 1, "a machine", {}, timings)
-    (found,) = (verdict for verdict in report.verdicts if verdict.rule == "slice_update / raw")
-    assert (found.capacity, found.measured, found.passed) == (1024, 1.5, False)
+    (judged,) = (verdict for verdict in report.verdicts if verdict.rule == "slice_update / raw")
+    assert (judged.capacity, judged.measured, judged.passed) == (1024, 1.5, False)
 
 
 @pytest.mark.parametrize(("large", "passed"), [(15.0, True), (16.0, False)])

@@ -11,11 +11,12 @@ import pytest
 import kvcache
 from kvcache import Backend
 from kvcache.bench import StepReport, StepTiming, run_step
-from kvcache.bench.harness.contest import RAW, Contestant, framework_of
-from kvcache.bench.step.case import Decoding
-from kvcache.bench.step.run import ATTEND, CAUSAL, PROGRAM, Causal, Program, _factories
+from kvcache.bench.frameworks import framework_of
+from kvcache.bench.harness.contest import RAW
+from kvcache.bench.step.case import ATTEND, CAUSAL, PROGRAM, DecodeCase
+from kvcache.bench.step.contestants import CausalSteps, ProgramSteps, eager
 
-from .. import peek
+from ... import peek
 
 TINY: dict[str, Any] = {"tokens": 16, "layers": 2, "heads": 2, "head_dim": 4}
 
@@ -30,17 +31,17 @@ def stepped(backend: Backend) -> StepReport:
     return measured(backend.spec)
 
 
-def scene_of(backend: Backend, sequences: int, dtype: str = "float32") -> Decoding:
-    return Decoding(backend, dtype, sequences, tokens=16, layers=2, heads=2, head_dim=4)
+def case_of(backend: Backend, sequences: int, dtype: str = "float32") -> DecodeCase:
+    return DecodeCase(backend, dtype, tokens=16, batch=sequences, heads=2, head_dim=4, layers=2)
 
 
 def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepReport) -> None:
     dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in backend.dtypes]
     assert stepped.groups == [(backend.spec, dtype) for dtype in dtypes]
     for group in stepped.groups:
-        found = stepped.contestants(*group)
-        assert list(found) == [RAW, CAUSAL]
-        for timings in found.values():
+        by_name = stepped.contestants(*group)
+        assert list(by_name) == [RAW, CAUSAL]
+        for timings in by_name.values():
             assert [timing.place for timing in timings] == [(1, 16), (2, 8)]
             assert all(1 <= timing.steps <= timing.tokens // 4 for timing in timings)
             assert all(min(timing.rounds_us) > 0 for timing in timings)
@@ -48,17 +49,17 @@ def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepRepor
 
 def test_as_a_program_with_and_without_the_write(backend: Backend) -> None:
     report = run_step([backend.spec], ["float32"], [2, 1], rounds=2, program=True, **TINY)
-    found = report.contestants(backend.spec, "float32")
-    assert list(found) == [ATTEND, PROGRAM]
-    (alone, _), (both, _) = found.values()
+    by_name = report.contestants(backend.spec, "float32")
+    assert list(by_name) == [ATTEND, PROGRAM]
+    (alone, _), (both, _) = by_name.values()
     assert report.ratio(both, ATTEND) == pytest.approx(both.us / alone.us)
 
 
 def test_the_write_is_what_the_two_programs_differ_in() -> None:
-    scene = scene_of(kvcache.get_backend("numpy"), 2)
+    case = case_of(kvcache.get_backend("numpy"), 2)
     written = {}
     for name in (ATTEND, PROGRAM):
-        program = Program(framework_of(scene.backend), scene, name)
+        program = ProgramSteps(framework_of(case.backend), case, name)
         program.rewind(1)
         program.run(1)
         written[name] = [bool(keys[:, [15, 31]].all()) for keys, _ in program.state.values()]
@@ -78,9 +79,9 @@ def test_a_dtype_the_framework_lacks_is_skipped_once_with_the_reason() -> None:
 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_steps_can_be_repeated_without_end(backend: Backend, sequences: int) -> None:
-    scene, framework = scene_of(backend, sequences), framework_of(backend)
+    case, framework = case_of(backend, sequences), framework_of(backend)
     with framework.scope():
-        contestants = [make(scene) for make in _factories(framework).values()]
+        contestants = [make(case) for make in eager(framework).values()]
         for contestant in contestants:
             for steps in (1, 6, 6, 3, 6):
                 contestant.rewind(steps)
@@ -89,8 +90,8 @@ def test_steps_can_be_repeated_without_end(backend: Backend, sequences: int) -> 
 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_our_sequences_are_full_after_every_block(sequences: int) -> None:
-    scene = scene_of(kvcache.get_backend("numpy"), sequences)
-    causal = Causal(framework_of(scene.backend), scene)
+    case = case_of(kvcache.get_backend("numpy"), sequences)
+    causal = CausalSteps(framework_of(case.backend), case)
     table = peek.table(causal.cache)
     contestant = causal.contestant()
     assert table.free == 0
@@ -102,21 +103,19 @@ def test_our_sequences_are_full_after_every_block(sequences: int) -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_everyone_writes_the_last_tokens_of_all_layers(
-    backend: Backend, sequences: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everyone_writes_the_last_tokens_of_all_layers(backend: Backend, sequences: int) -> None:
     """Filled with zeros, 3 steps of ones: every array ends as the others do, token by token."""
-    scene, framework = scene_of(backend, sequences), framework_of(backend)
+    case, framework = case_of(backend, sequences), framework_of(backend)
     sums: dict[str, list[np.ndarray]] = {}
     with framework.scope():
-        raw, history = remembering_history(framework, scene, monkeypatch)
-        raw.run(3)
+        histories = case.histories()
+        framework.raw_step(case, histories)(3)
         sums[RAW] = [
             np.asarray(backend.to_host(array)).sum(axis=(1, 3)).ravel()
-            for pair in history
+            for pair in histories
             for array in pair
         ]
-        causal = Causal(framework, scene)
+        causal = CausalSteps(framework, case)
         causal.rewind(3)
         causal.run(3)
         table = peek.table(causal.cache)
@@ -132,24 +131,16 @@ def test_everyone_writes_the_last_tokens_of_all_layers(
         np.testing.assert_array_equal(array, expected)
 
 
-def remembering_history(
-    framework: Any, scene: Decoding, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Contestant, list[tuple[Any, Any]]]:
-    history = scene.history()
-    monkeypatch.setattr(Decoding, "history", lambda _: history)
-    return framework.raw_step(scene), history
-
-
 def test_our_step_takes_the_mask_of_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = scene_of(kvcache.get_backend("numpy"), 3)
-    framework, seen = framework_of(scene.backend), []
+    case = case_of(kvcache.get_backend("numpy"), 3)
+    framework, seen = framework_of(case.backend), []
     monkeypatch.setattr(type(framework), "finish", lambda _, arrays: seen.append(arrays))
-    causal = Causal(framework, scene)
+    causal = CausalSteps(framework, case)
     causal.rewind(1)
     causal.run(1)
     (arrays,) = seen
     masks = arrays[2::3]
-    assert len(arrays) == 3 * scene.layers
+    assert len(arrays) == 3 * case.layers
     assert all(mask is masks[0] for mask in masks)
     assert masks[0].sum(axis=1).tolist() == [16, 16, 16]
 

@@ -7,7 +7,7 @@ import pytest
 
 from kvcache.bench.harness import timing
 from kvcache.bench.harness.contest import Contestant
-from kvcache.bench.harness.timing import BLOCK_MICROSECONDS, Blocks, interleave
+from kvcache.bench.harness.timing import BLOCK_MICROSECONDS, TimedBlocks, interleave
 
 
 class Clock:
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def timed(clock: Clock, us: float, limit: int = 256, rounds: int = 3) -> Blocks:
+def timed(clock: Clock, us: float, limit: int = 256, rounds: int = 3) -> TimedBlocks:
     (blocks,) = interleave([(clock.contestant("a", us), limit)], rounds, lambda: None, lambda: None)
     return blocks
 

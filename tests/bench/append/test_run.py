@@ -12,15 +12,10 @@ import pytest
 import kvcache
 from kvcache import Backend
 from kvcache.bench import AppendReport, installed_backends, run_append
-from kvcache.bench.harness.contest import (
-    MEMMOVE,
-    OURS,
-    RAW,
-    RAW_VIEWS,
-    Cell,
-    Contestant,
-    framework_of,
-)
+from kvcache.bench.append.case import MEMMOVE, OURS, RAW_VIEWS, AppendCase
+from kvcache.bench.append.contestants import factories
+from kvcache.bench.frameworks import framework_of
+from kvcache.bench.harness.contest import RAW, Contestant, UnavailableError
 
 EVERYONE = {MEMMOVE, RAW, RAW_VIEWS, *OURS}
 PEERS = {
@@ -34,15 +29,15 @@ def dtypes_of(backend: Backend) -> list[str]:
 
 
 def contestants(backend: Backend, dtype: str = "float32", capacity: int = 16) -> list[Contestant]:
-    cell = Cell(backend, dtype, capacity, batch=1, heads=2, head_dim=4)
-    framework, found = framework_of(backend), []
+    case = AppendCase(backend, dtype, capacity, batch=1, heads=2, head_dim=4)
+    framework, able = framework_of(backend), []
     with framework.scope():
-        for make in framework.factories().values():
+        for make in factories(framework).values():
             try:
-                found.append(make(cell))
-            except kvcache.bench.harness.contest.UnavailableError:
+                able.append(make(case))
+            except UnavailableError:
                 continue
-    return found
+    return able
 
 
 def test_everyone_takes_part_at_every_capacity_or_says_why(
@@ -237,7 +232,7 @@ def test_memmove_moves_the_bytes_of_one_token_per_step(monkeypatch: pytest.Monke
             super().__init__(b"\xff" * size)
             made.append(self)
 
-    monkeypatch.setattr(kvcache.bench.harness.contest, "bytearray", Remembered, raising=False)
+    monkeypatch.setattr(kvcache.bench.frameworks.base, "bytearray", Remembered, raising=False)
     (memmove,) = (c for c in contestants(kvcache.get_backend("numpy")) if c.name == MEMMOVE)
     memmove.run(3)
     token = 1 * 2 * 4 * 4
@@ -255,8 +250,8 @@ def test_writers_write_the_last_slots(monkeypatch: pytest.MonkeyPatch, name: str
         return made[-1]
 
     monkeypatch.setattr(type(backend), "alloc", remembered)
-    cell = Cell(backend, "float32", 16, batch=1, heads=2, head_dim=4)
-    framework_of(backend).factories()[name](cell).run(3)
+    case = AppendCase(backend, "float32", 16, batch=1, heads=2, head_dim=4)
+    factories(framework_of(backend))[name](case).run(3)
     assert len(made) == 2
     for buffer in made:
         assert (buffer[:, :, -3:] == 1).all()

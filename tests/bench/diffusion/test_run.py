@@ -42,9 +42,9 @@ def reported(*timings: DiffusionTiming) -> DiffusionReport:
 
 
 def test_every_recipe_is_measured(model: DiT, report: DiffusionReport) -> None:
-    found = trials(STEPS, calibrated(sampler(model)))
+    compared = trials(STEPS, calibrated(sampler(model)))
     names = [(timing.family, timing.setting) for timing in report.timings]
-    assert names == [(UNCACHED, ""), *((trial.family, trial.setting) for trial in found)]
+    assert names == [(UNCACHED, ""), *((trial.family, trial.setting) for trial in compared)]
     assert len(set(names)) == len(names)
     assert all(len(timing.rounds_us) == 2 for timing in report.timings)
     assert report.timings[0].skipped == report.timings[0].error == 0
@@ -97,8 +97,8 @@ def test_one_program_skips_as_many(model: DiT) -> None:
     shot = sampler(model, "jax")
     exact, none = program(shot, None)()
     assert none == 0
-    found = [t for t in trials(STEPS, calibrated(shot)) if t.family in ONE_PROGRAM]
-    for trial in (found[1], found[-1]):
+    compiled = [t for t in trials(STEPS, calibrated(shot)) if t.family in ONE_PROGRAM]
+    for trial in (compiled[1], compiled[-1]):
         cache = DiffusionCache(trial.recipe)
         eager = shot.run(cache, trial.scope)
         drawn, skipped = program(shot, trial)()
@@ -176,10 +176,10 @@ def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_diffusers, "contenders", some)
     timings = tuple(_diffusers.compare(rounds=1, side=2, steps=10))
     report = DiffusionReport(12, 1, 1, "", {}, timings)
-    found = {f"{t.family} {t.setting}": t for t in timings}
+    by_name = {f"{t.family} {t.setting}": t for t in timings}
     for setting in (0.1, 0.2, 0.4):
-        theirs = found[f"FirstBlockCache {setting}"]
-        same = found[f"Threshold B1, hold {setting}"]
+        theirs = by_name[f"FirstBlockCache {setting}"]
+        same = by_name[f"Threshold B1, hold {setting}"]
         assert same.skipped == pytest.approx(theirs.skipped, abs=1e-3)
         assert same.error == pytest.approx(theirs.error, rel=1e-3)
     assert any(t.skipped > 0.3 for t in timings if not t.ours)

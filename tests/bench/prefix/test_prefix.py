@@ -38,21 +38,21 @@ def test_everything_is_measured(measured: PrefixReport) -> None:
 
 def test_users_of_a_prompt_begin_alike() -> None:
     sequences = make_sequences(3, 4)
-    assert {(each.size, each.dtype.name) for each in sequences} == {(2048, "int32")}
-    heads = [bytes(each[:1024]) for each in sequences]
+    assert {(tokens.size, tokens.dtype.name) for tokens in sequences} == {(2048, "int32")}
+    heads = [bytes(tokens[:1024]) for tokens in sequences]
     assert sorted(heads.count(head) for head in set(heads)) == [4, 4, 4]
-    assert len({bytes(each) for each in sequences}) == 12
+    assert len({bytes(tokens) for tokens in sequences}) == 12
 
 
 def test_readers_find_all_and_queries_leave_early() -> None:
     sequences = make_sequences(2, 2)
     readers = Readers(sequences, sequences)
-    assert [readers.tree.match(each).length for each in sequences] == [2048] * 4
+    assert [readers.tree.match(tokens).length for tokens in sequences] == [2048] * 4
     asked = list(islice(readers._queries, 5))
     assert asked[0] is asked[4]
     readers.follow_and_use(8)
     assert [
-        [span.uses for span in readers.index.follow(readers.spans, each)] for each in sequences
+        [span.uses for span in readers.index.follow(readers.spans, tokens)] for tokens in sequences
     ] == [[6, 3]] * 4  # one use by each user when it came, and two of eight queries
     [query] = query_of(sequences[0], 4_000)
     assert (query.size, readers.tree.match(query).length) == (4_000, 100)
@@ -113,23 +113,23 @@ def made_of(*timings: tuple[str, int, float, float | None]) -> PrefixReport:
 @pytest.mark.parametrize("passed", [True, False])
 def test_bounds_of_lookups(name: str, rate: float, passed: bool) -> None:
     us = 2048 / (rate if passed else rate - 1)
-    (found,) = made_of((name, 2048, us, None), (promised.FOLLOW, 2048, 1e9, None)).verdicts
-    assert (found.rule, found.bound, found.passed) == (name, f">= {rate}M/s", passed)
-    assert found.measured == pytest.approx(rate if passed else rate - 1)
+    (verdict,) = made_of((name, 2048, us, None), (promised.FOLLOW, 2048, 1e9, None)).verdicts
+    assert (verdict.rule, verdict.bound, verdict.passed) == (name, f">= {rate}M/s", passed)
+    assert verdict.measured == pytest.approx(rate if passed else rate - 1)
 
 
 @pytest.mark.parametrize(("us", "passed"), [(3.0, True), (3.1, False)])
 def test_a_longer_query_may_not_cost_more(us: float, passed: bool) -> None:
-    (found,) = made_of(
+    (verdict,) = made_of(
         (promised.SHORT, 4_000, 2.0, None), (promised.LONG, 40_000, us, None)
     ).verdicts
-    assert (found.at, found.measured, found.passed) == ("40,000 tokens", us / 2, passed)
+    assert (verdict.at, verdict.measured, verdict.passed) == ("40,000 tokens", us / 2, passed)
 
 
 @pytest.mark.parametrize(("longest", "passed"), [(5_000.0, True), (5_001.0, False)])
 def test_no_eviction_may_take_long(longest: float, passed: bool) -> None:
-    (found,) = made_of(("lru", 0, 1.0, longest)).verdicts
-    assert (found.rule, found.measured, found.passed) == ("lru", longest, passed)
+    (verdict,) = made_of(("lru", 0, 1.0, longest)).verdicts
+    assert (verdict.rule, verdict.measured, verdict.passed) == ("lru", longest, passed)
 
 
 def test_a_report_survives_its_file(measured: PrefixReport, tmp_path: Path) -> None:
