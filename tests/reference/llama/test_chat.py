@@ -5,9 +5,6 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
-pytest.importorskip("typer", reason="needs pip install 'kvcache[demo]'")
-
-from typer.testing import CliRunner
 
 from kvcache.reference.llama.chat import Chat, Conversation, Turn, pieces
 from kvcache.reference.llama.generate import generate, make_caches
@@ -139,18 +136,3 @@ def test_ten_turns_with_a_real_model(smollm2, tokenizer, kind):
         held = len(turn.prompt) + len(turn.tokens) - (0 if ended else 1)
     expected = cold(smollm2, kind, turn.prompt, 2, **sizes)[: len(turn.tokens)]
     assert turn.tokens == expected
-
-
-@pytest.mark.model
-def test_on_the_command_line(smollm2_file, tmp_path):
-    from kvcache.cli import app
-
-    drawn = tmp_path / "tree.svg"
-    options = ["chat", "-n", "4", "--cache", "pool", "--tree", str(drawn)]
-    result = CliRunner().invoke(app, options, input="Hello\n\nWho are you?\n/quit\nno more\n")
-    assert result.exit_code == 0, result.output
-    assert len(result.stdout.strip().splitlines()) == 2
-    assert result.stderr.count("tokens reused, first token after") == 2
-    assert "without reuse" in result.stderr
-    assert "no more" not in result.stderr
-    assert drawn.read_text(encoding="utf-8").startswith("<svg")

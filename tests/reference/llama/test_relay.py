@@ -98,30 +98,6 @@ def run(*arguments):
     return CliRunner().invoke(app, ["generate", *arguments], env={"COLUMNS": "300"})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--relay", "numpy"], "two backends or more, with commas between them; got 'numpy'"),
-        (["--relay", "numpy,"], "got 'numpy,'. For example --relay numpy,torch,jax,mlx"),
-        (["--relay", "numpy,torch", "-b", "numpy"], "the first one too. Drop --backend"),
-        (["--relay", "numpy,torch", "-p", "b"], "got --cache kv with several prompts"),
-        (["--relay", "numpy,torch", "--cache", "pool"], "got --cache pool. Give one prompt"),
-        (["--relay", "numpy,torch", "--cache", "none"], "got --cache none. Give one prompt"),
-        (["--relay", "numpy,torch", "--relay-every", "0"], "'--relay-every'"),
-        (["--relay-every", "4"], "--relay-every is that of a relay. Add --relay numpy,torch"),
-    ],
-)
-def test_refused(arguments, message):
-    result = run("a", *arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.split())
-
-
-@pytest.mark.parametrize("relay", ["numpy,pen", "pen,numpy"])
-def test_an_unknown_backend(relay):
-    assert isinstance(run("a", "--relay", relay).exception, kvcache.UnknownBackendError)
-
-
 @pytest.mark.model
 def test_a_real_model_on_the_command_line(smollm2_file, smollm2_weights, monkeypatch, names):
     """Twelve tokens over every framework, each of which is given the weights once."""
