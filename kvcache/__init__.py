@@ -10,7 +10,6 @@ from kvcache.backends import (
     register_backend,
 )
 from kvcache.errors import (
-    AudioFileError,
     BackendNotAvailableError,
     BoundsError,
     CacheFileError,
@@ -20,7 +19,6 @@ from kvcache.errors import (
     DTypeError,
     ForeignFileError,
     KVCacheError,
-    ModelFileError,
     NewerFileError,
     NotSupportedError,
     ShapeError,
@@ -30,7 +28,6 @@ from kvcache.errors import (
     TrimError,
     UnknownBackendError,
     UnknownStreamError,
-    UnsupportedModelError,
 )
 from kvcache.layers.growing import KVCache, load, restore, save, snapshot, trim
 from kvcache.layers.rotating import RotatingKVCache
@@ -43,7 +40,6 @@ from kvcache.pool.wrapper import WrapperCache
 from kvcache.snapshots.snapshot import Snapshot
 
 __all__ = [
-    "AudioFileError",
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
@@ -61,7 +57,6 @@ __all__ = [
     "ForeignFileError",
     "KVCache",
     "KVCacheError",
-    "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
     "RoPEShift",
@@ -74,7 +69,6 @@ __all__ = [
     "TrimError",
     "UnknownBackendError",
     "UnknownStreamError",
-    "UnsupportedModelError",
     "WrapperCache",
     "available_backends",
     "backend_of",

@@ -12,7 +12,6 @@ import kvcache.backends
 import kvcache.errors
 
 PUBLIC = [
-    "AudioFileError",
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
@@ -30,7 +29,6 @@ PUBLIC = [
     "ForeignFileError",
     "KVCache",
     "KVCacheError",
-    "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
     "RoPEShift",
@@ -43,7 +41,6 @@ PUBLIC = [
     "TrimError",
     "UnknownBackendError",
     "UnknownStreamError",
-    "UnsupportedModelError",
     "WrapperCache",
     "available_backends",
     "backend_of",
@@ -158,9 +155,6 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.SharedCellsError, RuntimeError),
         (kvcache.SnapshotMismatchError, ValueError),
         (kvcache.CacheFileError, OSError),
-        (kvcache.ModelFileError, OSError),
-        (kvcache.UnsupportedModelError, ValueError),
-        (kvcache.AudioFileError, OSError),
     ],
 )
 def test_errors_are_builtins_too(error: type[Exception], builtin: type[Exception]) -> None:

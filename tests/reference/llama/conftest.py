@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcache.errors import ModelFileError
+from kvcache.reference.errors import ModelFileError
 
 GOLDEN = Path(__file__).parents[2] / "data" / "smollm2_greedy.json"
 HIDDEN, WIDE, HEADS, KV_HEADS, DIM, LAYERS, VOCAB = 32, 64, 4, 2, 8, 2, 64
@@ -120,9 +120,9 @@ def smollm2(smollm2_file, smollm2_weights, backend):
     put = backend.from_host
     embedding, layers, norm, head, frequencies = smollm2_weights
     assert head is embedding
-    there = put(embedding)
+    tied = put(embedding)
     layers = tuple(type(layer)(*map(put, layer)) for layer in layers)
-    weights = type(smollm2_weights)(there, layers, put(norm), there, frequencies)
+    weights = type(smollm2_weights)(tied, layers, put(norm), tied, frequencies)
     return Llama(smollm2_file.config, weights, backend)
 
 

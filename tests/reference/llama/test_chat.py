@@ -72,11 +72,13 @@ def test_an_end_token_and_an_abandoned_answer(tiny, kind):
 
 
 def test_pieces_have_few_lengths_where_each_is_compiled():
-    assert list(pieces(0, 8, few=True)) == []
-    assert list(pieces(21, 8, few=False)) == [(0, 8), (8, 16), (16, 21)]
-    lengths = {stop - start for n in range(1, 70) for start, stop in pieces(n, 8, few=True)}
+    assert list(pieces(0, 8, powers_of_two=True)) == []
+    assert list(pieces(21, 8, powers_of_two=False)) == [(0, 8), (8, 16), (16, 21)]
+    lengths = {
+        stop - start for n in range(1, 70) for start, stop in pieces(n, 8, powers_of_two=True)
+    }
     assert lengths == {1, 2, 4, 8}
-    assert [stop for _, stop in pieces(21, 8, few=True)] == [8, 16, 20, 21]
+    assert [stop for _, stop in pieces(21, 8, powers_of_two=True)] == [8, 16, 20, 21]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_what_was_said_stays_as_the_tokens_that_were_said(tokenizer):
 def test_a_template_that_rewrites_what_was_said():
     class Rewriting:
         def render_chat(self, messages):
-            return f"{len(messages)}:" + "".join(each["content"] for each in messages)
+            return f"{len(messages)}:" + "".join(message["content"] for message in messages)
 
         def encode(self, text, special):
             assert special

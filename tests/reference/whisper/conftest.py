@@ -45,8 +45,8 @@ def write_folder(tmp_path_factory, ctranslate2_bytes):
 
     def write(arrays=(), kind="WhisperSpec", start=START):
         folder = tmp_path_factory.mktemp("whisper")
-        found = {k: v for k, v in (tiny_arrays() | dict(arrays)).items() if v is not None}
-        (folder / "model.bin").write_bytes(ctranslate2_bytes(found, kind=kind))
+        variables = {k: v for k, v in (tiny_arrays() | dict(arrays)).items() if v is not None}
+        (folder / "model.bin").write_bytes(ctranslate2_bytes(variables, kind=kind))
         words = {f"w{i}": i for i in range(start - 1)}
         model = tokenizers.models.WordLevel(words, unk_token="w0")
         tokenizer = tokenizers.Tokenizer(model)

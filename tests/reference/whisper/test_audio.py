@@ -13,7 +13,7 @@ pytest.importorskip("soxr", reason="needs pip install 'kvcache[audio]'")
 
 import soundfile
 
-from kvcache.errors import AudioFileError
+from kvcache.reference.errors import AudioFileError
 from kvcache.reference.whisper.audio import read_recording
 
 
@@ -25,10 +25,10 @@ def tone(hertz, rate=16000, seconds=1.0):
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])
 def test_any_rate_and_width(tmp_path, rate, subtype):
     soundfile.write(tmp_path / "tone.wav", tone(440, rate), rate, subtype)
-    found = read_recording(tmp_path / "tone.wav")
-    assert (found.dtype, found.shape) == (np.float32, (16000,))
+    sound = read_recording(tmp_path / "tone.wav")
+    assert (sound.dtype, sound.shape) == (np.float32, (16000,))
     inner = slice(500, -500)  # a resampler has nothing to look at beyond the ends
-    np.testing.assert_allclose(found[inner], tone(440)[inner], atol=0.01)
+    np.testing.assert_allclose(sound[inner], tone(440)[inner], atol=0.01)
 
 
 def test_channels_are_averaged(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 from kvcache.reference.whisper.model import default_model_folder, load_whisper
 
 from .oracle import START

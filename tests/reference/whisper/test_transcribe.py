@@ -10,9 +10,11 @@ pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
-from kvcache.errors import ModelFileError, ShapeError
+from kvcache.errors import ShapeError
+from kvcache.reference.errors import ModelFileError
 from kvcache.reference.whisper.mel import RATE
-from kvcache.reference.whisper.model import default_model_folder, load_whisper, transcribe
+from kvcache.reference.whisper.model import default_model_folder, load_whisper
+from kvcache.reference.whisper.transcribe import transcribe
 
 from .oracle import POSITIONS, joined, steps
 
