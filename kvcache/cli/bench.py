@@ -52,7 +52,7 @@ def append(
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw cost over capacity here.")] = None,
 ) -> None:
-    """Measure what appending one token to K and V costs, at several capacities.
+    """Measure the cost of appending one token to K and V, at several capacities.
 
     Ours (a backend's slice_update, KVCache.update, RotatingKVCache.update), the raw framework
     call, memmove of the same bytes, and, if installed, the caches of transformers and mlx-lm:
@@ -91,7 +91,7 @@ def diffusion(
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw error over time saved here.")] = None,
 ) -> None:
-    """Measure what caches across denoising steps save, and how far the samples are off.
+    """Measure the savings of caches across denoising steps, and the error of the samples.
 
     Every policy and predictor, from careful to careless, on a small diffusion transformer that
     torch trains on toy shapes first, for half a minute; and beside the caches of diffusers on a
@@ -127,10 +127,10 @@ def plan(
     rounds: Rounds = 101,
     json: Json = None,
 ) -> None:
-    """Measure what it costs on the host to plan a decode step of 1, 64 and 256 sequences.
+    """Measure the cost on the host of planning a decode step of 1, 64 and 256 sequences.
 
-    Which cells the new tokens get, which old ones a window drops, and, in the columns with mask,
-    who sees what: everything that happens before the first layer. It must not cost more in a pool
+    Choosing cells for the new tokens, dropping old ones from a window, and, in the columns with
+    mask, computing visibility: everything before the first layer. It must not cost more in a pool
     of ten times as many cells. No framework takes part. Example:
 
     [bold]kvcache bench plan --window 512 --json plan.json[/]
@@ -147,11 +147,11 @@ def prefix(
     rounds: Rounds = 101,
     json: Json = None,
 ) -> None:
-    """Measure what it costs to find what a request has in common with others, and to evict.
+    """Measure the cost of finding the prefix shared by requests, and of evicting.
 
-    Sequences of 2,048 tokens, half of which are a prompt that others begin with, too: found in
-    and added to a radix tree, and the index of spans on it. A query that leaves the tree early
-    must not cost more if it is longer, and no policy may pause for 5 ms. Example:
+    Sequences of 2,048 tokens, the first half of each a prompt shared with others: found in and
+    added to a radix tree, and the index of spans on it. A query that leaves the tree early must
+    not cost more if it is longer, and no policy may pause for 5 ms. Example:
 
     [bold]kvcache bench prefix --rounds 31 --json prefix.json[/]
     """
@@ -178,7 +178,7 @@ def step(
     ] = False,
     json: Json = None,
 ) -> None:
-    """Measure what a CausalCache costs in one decode step of a whole model.
+    """Measure the cost of a CausalCache in one decode step of a whole model.
 
     start_forward, then put and get in all layers, mask included, beside the raw framework calls:
     a slice of K and of V written and a view of each taken per layer. Raw plans nothing and has no
@@ -204,7 +204,7 @@ def step(
 
 @contextmanager
 def _bar() -> Iterator[timing.Progress]:
-    """A bar on standard error, and what moves it."""
+    """Show a progress bar on standard error; yield the function to move it."""
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     # A thread that refreshes the bar would take its time from what is measured.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvcache.errors import ModelFileError
+from kvcache.reference.errors import ModelFileError
 
 
 @pytest.fixture(scope="session")
