@@ -126,7 +126,8 @@ def tests_alone(session: nox.Session, *frameworks: str, extra: str) -> None:
     apart = without("tests/docs", "tests/packaging")
     apart += ["-m", "not model"]
     if frameworks:  # what is about NumPy passes, or not, with NumPy alone, at length
-        apart += without("tests/bench", "tests/reference")  # and models where all are together
+        # Models run where all frameworks are together.
+        apart += without("tests/bench", "tests/cli", "tests/reference")
         apart += ["-k", "not numpy and not array_api"]
         session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
     env.run("pytest", *apart, *session.posargs)

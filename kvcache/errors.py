@@ -16,13 +16,10 @@
     ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
     ├── SharedCellsError           (RuntimeError)  cells to be changed belong to others too
     ├── SnapshotMismatchError      (ValueError)    a snapshot of other caches, tokens or model
-    ├── CacheFileError             (OSError)
-    │   ├── DamagedFileError                       truncated, or a checksum does not match
-    │   ├── ForeignFileError                       not written by kvcache
-    │   └── NewerFileError                         written by a later format version
-    ├── ModelFileError             (OSError)       a model file that is missing or unreadable
-    ├── UnsupportedModelError      (ValueError)    a model the reference decoder does not run
-    └── AudioFileError             (OSError)       a recording that cannot be read
+    └── CacheFileError             (OSError)
+        ├── DamagedFileError                       truncated, or a checksum does not match
+        ├── ForeignFileError                       not written by kvcache
+        └── NewerFileError                         written by a later format version
 
 Each also derives from the builtin that fits, so that code which knows nothing of kvcache
 catches what it expects. A call that raises one of these has changed nothing.
@@ -99,15 +96,3 @@ class ForeignFileError(CacheFileError):
 
 class NewerFileError(CacheFileError):
     """The file was written by a later version of the format."""
-
-
-class ModelFileError(KVCacheError, OSError):
-    """A model file is missing or unreadable."""
-
-
-class UnsupportedModelError(KVCacheError, ValueError):
-    """The reference decoder does not run this kind of model."""
-
-
-class AudioFileError(KVCacheError, OSError):
-    """A recording is missing or unreadable."""

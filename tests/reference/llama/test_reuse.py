@@ -101,7 +101,7 @@ def prefix_of(kind, backend):
 
 def logits_of(model, kind, prefix, cache, prompt, extra=()):
     """Logits behind every token of `prompt` that is computed, by position."""
-    found = {}
+    logits = {}
     with prefix.session(prompt) as session:
         if cache is None:
             layers = session.caches
@@ -112,9 +112,9 @@ def logits_of(model, kind, prefix, cache, prompt, extra=()):
             piece = ids[start : start + 7]
             out = model.backend.to_host(model([piece], layers, last_only=False))[0]
             for line in out:
-                found[at], at = line.astype(np.float32), at + 1
+                logits[at], at = line.astype(np.float32), at + 1
         session.extend(extra)
-        return session.matched, found
+        return session.matched, logits
 
 
 def conversations(model, kind, requests, same):

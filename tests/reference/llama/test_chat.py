@@ -5,9 +5,6 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
-pytest.importorskip("typer", reason="needs pip install 'kvcache[demo]'")
-
-from typer.testing import CliRunner
 
 from kvcache.reference.llama.chat import Chat, Conversation, Turn, pieces
 from kvcache.reference.llama.generate import generate, make_caches
@@ -75,11 +72,13 @@ def test_an_end_token_and_an_abandoned_answer(tiny, kind):
 
 
 def test_pieces_have_few_lengths_where_each_is_compiled():
-    assert list(pieces(0, 8, few=True)) == []
-    assert list(pieces(21, 8, few=False)) == [(0, 8), (8, 16), (16, 21)]
-    lengths = {stop - start for n in range(1, 70) for start, stop in pieces(n, 8, few=True)}
+    assert list(pieces(0, 8, powers_of_two=True)) == []
+    assert list(pieces(21, 8, powers_of_two=False)) == [(0, 8), (8, 16), (16, 21)]
+    lengths = {
+        stop - start for n in range(1, 70) for start, stop in pieces(n, 8, powers_of_two=True)
+    }
     assert lengths == {1, 2, 4, 8}
-    assert [stop for _, stop in pieces(21, 8, few=True)] == [8, 16, 20, 21]
+    assert [stop for _, stop in pieces(21, 8, powers_of_two=True)] == [8, 16, 20, 21]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_what_was_said_stays_as_the_tokens_that_were_said(tokenizer):
 def test_a_template_that_rewrites_what_was_said():
     class Rewriting:
         def render_chat(self, messages):
-            return f"{len(messages)}:" + "".join(each["content"] for each in messages)
+            return f"{len(messages)}:" + "".join(message["content"] for message in messages)
 
         def encode(self, text, special):
             assert special
@@ -139,18 +138,3 @@ def test_ten_turns_with_a_real_model(smollm2, tokenizer, kind):
         held = len(turn.prompt) + len(turn.tokens) - (0 if ended else 1)
     expected = cold(smollm2, kind, turn.prompt, 2, **sizes)[: len(turn.tokens)]
     assert turn.tokens == expected
-
-
-@pytest.mark.model
-def test_on_the_command_line(smollm2_file, tmp_path):
-    from kvcache.cli import app
-
-    drawn = tmp_path / "tree.svg"
-    options = ["chat", "-n", "4", "--cache", "pool", "--tree", str(drawn)]
-    result = CliRunner().invoke(app, options, input="Hello\n\nWho are you?\n/quit\nno more\n")
-    assert result.exit_code == 0, result.output
-    assert len(result.stdout.strip().splitlines()) == 2
-    assert result.stderr.count("tokens reused, first token after") == 2
-    assert "without reuse" in result.stderr
-    assert "no more" not in result.stderr
-    assert drawn.read_text(encoding="utf-8").startswith("<svg")

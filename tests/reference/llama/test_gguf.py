@@ -11,7 +11,8 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import gguf
 
-from kvcache.errors import KVCacheError, ModelFileError, UnsupportedModelError
+from kvcache.errors import KVCacheError
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 from kvcache.reference.llama import gguf as reader
 from kvcache.reference.llama.gguf import LlamaConfig, default_model_path, open_gguf
 from kvcache.reference.llama.weights import load_weights

@@ -9,8 +9,9 @@ import pytest
 import safetensors.numpy
 
 import kvcache
-from kvcache.errors import ModelFileError, ShapeError
+from kvcache.errors import ShapeError
 from kvcache.reference.dit.model import DiT, DiTConfig, euler, guided, schedule
+from kvcache.reference.errors import ModelFileError
 
 CONFIG = DiTConfig(
     channels=3, tokens=10, vocabulary=5, text_tokens=2, width=12, heads=3, blocks=3, mlp_ratio=2
@@ -185,9 +186,9 @@ def test_torch_differentiates_through_it(tiny_numpy):
 def test_random_weights_are_the_same_bits_everywhere(dit, tiny_numpy):
     assert dit.weights.keys() == tiny_numpy.weights.keys()
     for name, weight in tiny_numpy.weights.items():
-        there = dit.backend.to_host(dit.weights[name])
-        assert there.dtype == np.float32
-        assert there.tobytes() == weight.tobytes(), name
+        drawn = dit.backend.to_host(dit.weights[name])
+        assert drawn.dtype == np.float32
+        assert drawn.tobytes() == weight.tobytes(), name
     assert float(tiny_numpy.weights["prompts"][0, 0]) == pytest.approx(0.12573022)
 
 
@@ -226,9 +227,9 @@ def test_velocity_is_smooth_in_time():
 
 
 def test_to_backend_and_back(dit, inputs, expected, tiny_numpy):
-    there = tiny_numpy.to_backend(dit.backend)
-    np.testing.assert_allclose(dit.backend.to_host(there(*inputs)), expected, **CLOSE)
-    back = there.to_backend(tiny_numpy.backend)
+    moved = tiny_numpy.to_backend(dit.backend)
+    np.testing.assert_allclose(dit.backend.to_host(moved(*inputs)), expected, **CLOSE)
+    back = moved.to_backend(tiny_numpy.backend)
     for name, weight in tiny_numpy.weights.items():
         assert back.weights[name].tobytes() == weight.tobytes()
         assert not np.shares_memory(back.weights[name], weight)

@@ -7,7 +7,7 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 from kvcache.reference.llama.tokenizer import Tokenizer
 
 HARD = "naïve café 🙂👩‍👩‍👧 日本語, Ελληνικά\t\n\n  don't 3.14159\r\n x² ﷽"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .. import peek
+from ... import peek
 
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")

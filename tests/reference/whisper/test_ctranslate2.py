@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
-from kvcache.errors import ModelFileError
+from kvcache.reference.errors import ModelFileError
 from kvcache.reference.whisper.ctranslate2 import CTranslate2File
 
 ARRAYS = {
@@ -39,9 +39,9 @@ def test_round_trip(write, ctranslate2_bytes):
     assert (file.path, file.kind) == (path, "SomeSpec")
     assert list(file.variables) == [*ARRAYS, "b/alias"]
     for name, array in ARRAYS.items():
-        found = file.variables[name]
-        assert (found.dtype, found.shape) == (array.dtype, array.shape), name
-        np.testing.assert_array_equal(found, array)
+        variable = file.variables[name]
+        assert (variable.dtype, variable.shape) == (array.dtype, array.shape), name
+        np.testing.assert_array_equal(variable, array)
     assert file.variables["b/alias"] is file.variables["a/ints"]
 
 
