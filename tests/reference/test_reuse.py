@@ -106,7 +106,7 @@ def logits_of(model, kind, prefix, cache, prompt, extra=()):
         if cache is None:
             layers = session.caches
         else:
-            layers = [LayerOfPool(cache, i, session.seq) for i in range(2)]
+            layers = [LayerOfPool(cache, i, session.sequence) for i in range(2)]
         ids, at = [*session.remaining.tolist(), *extra], session.matched
         for start in range(0, len(ids), 7):  # so that a window moves on within a prompt
             piece = ids[start : start + 7]
