@@ -98,7 +98,11 @@ def test_tokens_that_nobody_told_of(name):
 # What it is made with.
 
 
-@pytest.mark.parametrize("given", [*POLICIES, LRU(), Gittins(seed=4)], ids=str)
+def named(given):
+    return given if isinstance(given, str) else f"object of {type(given).__name__}"
+
+
+@pytest.mark.parametrize("given", [*POLICIES, LRU(), Gittins(seed=4)], ids=named)
 def test_policies_by_name_and_as_objects(given):
     server = Server(MODELS["full"](NUMPY), budget=30 * 24, policy=given)
     chosen = server.prefix._index.policy
