@@ -30,8 +30,11 @@ MODELS = (  # only their weights and recordings: what they depend on runs them, 
 )
 # Which tests a session runs is said by their marks; tests/conftest.py explains these.
 ALONE = "(one_backend(name='{}') or installation) and not cross_backend and not model"
-NUMPY = "(not one_backend or one_backend(name='numpy')) and not cross_backend and not model"
-TOGETHER = "not one_backend or cross_backend or model or installation"
+NUMPY = (
+    "(not one_backend or one_backend(name='numpy'))"
+    " and not cross_backend and not model and not docs"
+)
+TOGETHER = "(not one_backend or cross_backend or model or installation) and not docs"
 WORKERS = str(min(os.cpu_count() or 1, 4))  # processes that share the tests of a session
 UNINSTALLED = re.compile(r"could not import|not installed|pip install")  # why a test was skipped
 KILLED = 90  # percent of the mutants, at least
@@ -205,6 +208,14 @@ def tests_all(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Runs the examples of the documentation, and builds the site with warnings as errors."""
+    env = everything(session)
+    env.test("docs")
+    env.run("mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session(venv_backend="none")
 def tests_newest(session: nox.Session) -> None:
     """The tests of NumPy and torch on the newest Python that is here beside the oldest."""
     found = newest_python()
@@ -272,12 +283,6 @@ def quick(session: nox.Session) -> None:
     ruff(env)
     session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
     env.test(f"{NUMPY} and not slow", "-x")
-
-
-@nox.session(venv_backend="none", default=False)
-def docs(session: nox.Session) -> None:
-    """Runs the examples in README.md and docs/, as `tests_all` does too."""
-    everything(session).run("pytest", "tests/docs", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)

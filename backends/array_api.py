@@ -52,10 +52,11 @@ class ArrayApiBackend(Backend):
 
     @staticmethod
     def device_of(array: NativeArray) -> str:
-        return root_modules(type(array))[0]
+        return type(array).__module__.partition(".")[0]
 
     def owns(self, array: NativeArray) -> bool:
-        return self.device in root_modules(type(array))
+        kind: type = type(array)
+        return self.device in root_modules(kind)
 
     def _framework_dtypes(self) -> dict[str, DType]:
         return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}

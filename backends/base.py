@@ -117,9 +117,8 @@ class Backend(ABC):
 
     def owns(self, array: Array) -> bool:
         """Whether `array` is of this framework and on this device."""
-        own_modules = self.modules or (self.name,)
-        is_native = any(module in own_modules for module in root_modules(type(array)))
-        return is_native and self.device_of(array) == self.device
+        is_foreign = root_modules(type(array)).isdisjoint(self.modules or (self.name,))
+        return not is_foreign and self.device_of(array) == self.device
 
     def fast_key(self, array: Array) -> FastKey:
         """Return a key that is equal for arrays alike in all that an update is checked for.
@@ -337,9 +336,11 @@ class Backend(ABC):
         return device or usable[0]
 
 
-def root_modules(kind: type) -> tuple[str, ...]:
-    """Return the top-level modules of a type and its bases, the most derived first."""
-    return tuple(base.__module__.partition(".")[0] for base in kind.__mro__)
+# Cached, because every put asks for it, of very few types.
+@lru_cache(maxsize=256)
+def root_modules(kind: type) -> frozenset[str]:
+    """Return the top-level modules of a type and its bases."""
+    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
 
 
 FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))

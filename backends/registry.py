@@ -101,7 +101,7 @@ def backend_of(array: Array) -> Backend:
         return _backend(name, _load(name).device_of(array))
     if hasattr(array, "__array_namespace__"):
         try:
-            return _backend("array_api", root_modules(type(array))[0])
+            return _backend("array_api", type(array).__module__.partition(".")[0])
         except BackendNotAvailableError:
             pass
     raise UnknownBackendError(

@@ -9,6 +9,7 @@ from kvcache.backends import (
     get_backend,
     register_backend,
 )
+from kvcache.diffusion import DiffusionCache
 from kvcache.errors import (
     AudioFileError,
     BackendNotAvailableError,
@@ -32,14 +33,16 @@ from kvcache.errors import (
     UnknownStreamError,
     UnsupportedModelError,
 )
-from kvcache.layers.growing import KVCache, load, restore, save, snapshot, trim
+from kvcache.layers.growing import KVCache
 from kvcache.layers.rotating import RotatingKVCache
+from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
 from kvcache.pool.encoder import EncoderCache
 from kvcache.pool.rope import RoPEShift
 from kvcache.pool.wrapper import WrapperCache
+from kvcache.prefix import PrefixCache
 from kvcache.snapshots.snapshot import Snapshot
 
 __all__ = [
@@ -56,14 +59,17 @@ __all__ = [
     "CausalCache",
     "DTypeError",
     "DamagedFileError",
+    "DiffusionCache",
     "DiffusionCacheError",
     "EncoderCache",
     "ForeignFileError",
     "KVCache",
     "KVCacheError",
+    "LayerCaches",
     "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
+    "PrefixCache",
     "RoPEShift",
     "RotatingKVCache",
     "ShapeError",
@@ -79,10 +85,5 @@ __all__ = [
     "available_backends",
     "backend_of",
     "get_backend",
-    "load",
     "register_backend",
-    "restore",
-    "save",
-    "snapshot",
-    "trim",
 ]

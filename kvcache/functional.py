@@ -24,12 +24,13 @@ place. Whoever keeps the old one pays for a copy.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvcache.backends import Array, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.layers.state import LayerState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
+from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.layout import TOKENS
 
 __all__ = [
@@ -50,36 +51,34 @@ AnyState = TypeVar("AnyState", LayerState, RingState)
 def put(
     state: PoolState, plan: ForwardPlan, layer: int, keys: Array, values: Array | None = None
 ) -> PoolState:
-    """`state` with the keys and values of the pass's tokens, as :meth:`Cache.put` takes them.
+    """Return `state` with keys and values of the pass's tokens, as :meth:`Cache.put` takes them.
 
     Consumes the buffers of `state`. Raises, while it is traced: KVCacheError for a layer that was
     not allocated; ShapeError for a wrong number of tokens, heads or dimensions; DTypeError.
     """
-    news = (keys,) if values is None else (keys, values)
+    update = (keys,) if values is None else (keys, values)
     buffers = _layer(state, layer)
-    if len(buffers) != len(news):
+    if len(buffers) != len(update):
         raise ShapeError(f"layer {layer} has values in every pass or in none.")
     written = tuple(
-        _write(buffer, new, plan.cells, like)
-        for buffer, new, like in zip(buffers, news, plan[-2:], strict=False)
+        _write(buffer, rows, plan.cells, like)
+        for buffer, rows, like in zip(buffers, update, plan.prototypes, strict=False)
     )
     return {**state, layer: written}
 
 
 def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array | None, Array]:
-    """Keys, values and mask of the pass's history, as :meth:`Cache.get` returns them."""
-    length = plan.mask.shape[-1]
-    found = [
-        backend_type(plan.mask).traced_read(
-            buffer, plan.start, length, _token_axis(like), like.dtype
-        )
-        for buffer, like in zip(_layer(state, layer), plan[-2:], strict=False)
+    """Return keys, values and mask of the pass's history, as :meth:`Cache.get` does."""
+    length, read = plan.mask.shape[-1], backend_type(plan.mask).traced_read
+    history = [
+        read(buffer, plan.start, length, _token_axis(like), like.dtype)
+        for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False)
     ]
-    return found[0], found[1] if len(found) > 1 else None, plan.mask
+    return history[0], history[1] if len(history) > 1 else None, plan.mask
 
 
 def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:
-    """`state` with L more tokens, and all keys and values that it holds then.
+    """Return `state` with L more tokens, and all keys and values that it holds then.
 
     keys, values: ``[B, kv_heads, L, head_dim]``. The columns returned are all slots: :func:`mask`
     hides those that no token is in. Consumes the buffers of `state`.
@@ -90,55 +89,50 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     """
     _check(state.keys, keys, state.like, TOKENS)
     _check(state.values, values, state.like, TOKENS)
-    ring = _ring(state)
-    if ring is not None and keys.shape[TOKENS] != 1:
-        raise ShapeError(
-            f"in a program a ring takes one token at a time; got {keys.shape[TOKENS]}. "
-            "Prefill with update, then lend."
-        )
-    backend, start = backend_type(keys), state.offset if ring is None else ring.slot
-    state = state._replace(
-        keys=backend.traced_append(state.keys, keys, start, TOKENS),
-        values=backend.traced_append(state.values, values, start, TOKENS),
+    start = state.offset
+    if isinstance(state, RingState):
+        if keys.shape[TOKENS] != 1:
+            raise ShapeError(
+                f"in a program a ring takes one token at a time; got {keys.shape[TOKENS]}. "
+                "Prefill with update, then export."
+            )
+        start = state.slot
+    write = backend_type(keys).traced_append
+    appended = state._replace(
+        keys=write(state.keys, keys, start, TOKENS),
+        values=write(state.values, values, start, TOKENS),
         offset=state.offset + keys.shape[TOKENS],
     )
-    if ring is not None:
-        state = _turned(state)
-    return state, _whole(state.keys, keys), _whole(state.values, values)
+    if isinstance(appended, RingState):
+        appended = _turned(appended)
+    return appended, _whole(appended.keys, keys), _whole(appended.values, values)
 
 
-def _ring(state: Any) -> Any:
-    """`state` if it is that of a ring, else None."""
-    return state if isinstance(state, RingState) else None
-
-
-def _turned(state: Any) -> Any:
-    """A ring to which a token was appended, ready for the next one."""
-    backend = backend_type(state.positions)
+def _turned(state: RingState) -> RingState:
+    """Return a ring to which a token was appended, ready for the next one."""
     latest = (state.offset - 1)[None]
-    beyond = state.slot + 1
+    write = backend_type(state.positions).traced_append
+    next_slot = state.slot + 1
+    # Behind its last slot the ring goes on with the first one that holds no sink.
+    wraps = next_slot // state.size
     return state._replace(
-        positions=backend.traced_append(state.positions, latest, state.slot, 0),
-        slot=beyond - beyond // state.size * (state.size - state.sinks),
+        positions=write(state.positions, latest, state.slot, 0),
+        slot=next_slot - wraps * (state.size - state.sinks),
     )
 
 
 def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
-    """What the last `tokens` queries may attend to: bool ``[tokens, slots]``, True = attend.
+    """Return what the last `tokens` queries see: bool ``[tokens, slots]``, True = attend.
 
     As :meth:`KVCache.mask`, but for None: a program cannot look whether everything is visible.
     """
-    ring = _ring(state)
     first = (state.offset - tokens)[None]
-    # A growing cache has position p in slot p: its first slots count up from 0.
-    queries = (state.positions[:tokens] + first if ring is None else first)[:, None]
+    rule = Visibility(None if window is None else window - 1)
     columns = state.positions[None, :]
-    visible = columns <= queries
-    if window is not None:
-        visible = visible & (columns > queries - window)
-    if ring is not None:
-        visible = (visible | (columns < ring.sinks)) & (columns >= 0)
-    return visible
+    if isinstance(state, RingState):
+        return rule.sees(first[:, None], columns, state.sinks)
+    # A growing cache has position p in slot p: its first slots count up from 0.
+    return rule.sees((state.positions[:tokens] + first)[:, None], columns)
 
 
 def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:

@@ -11,9 +11,10 @@ Marks say where a test runs (the sessions of noxfile.py select by them, and by n
   test gets it by itself if its parameters and marks name several.
 - ``model``: runs a real model, for minutes; where all are together.
 - ``installation``: depends on what is installed, so it runs in every session.
+- ``docs``: about the documentation, so it runs where that is built.
 - ``slow``: takes seconds; `nox -s quick` leaves it out.
 
-A test without any of the first four runs on NumPy alone, and once more where all are together.
+A test without any of the first five runs on NumPy alone, and once more where all are together.
 `nox -s complete` fails if a test ran nowhere.
 
 A framework or device that is missing shows as one skipped test that says why, and how many more

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from kvcache.prefix.policies import POLICIES
-from kvcache.prefix.simulation.replay import read_trace
 from kvcache.prefix.simulation.report import run_simulation
+from kvcache.prefix.simulation.trace import read_trace
 
 from .console import progress
 

@@ -1,32 +1,27 @@
-"""A per-layer cache that holds a bounded number of tokens in a ring."""
+"""The per-layer cache that holds a bounded number of tokens in a ring."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcache.backends import Array, Backend, HostArray
-from kvcache.snapshots.rows import Slots, TokenRows, Visibility
+from kvcache._types import Indices, Int32s
+from kvcache.backends import Array, Backend
+from kvcache.errors import TrimError
+from kvcache.snapshots.rows import Slots, TokenRows
+from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.layout import TOKENS
+from kvcache.storage.lengths import padded_positions
 
-from .growing import Checkpoint, KVCache, Positions, padded
-from .pinning import read_tokens
+from .buffers import Arrays, GrowingBuffers
+from .checkpoint import Checkpoint, Update
+from .growing import KVCache
 from .state import RingState
 
-
-@dataclass
-class Update:
-    """One update since a checkpoint: what came, and the rows that it displaced."""
-
-    keys: Array
-    values: Array
-    slots: HostArray
-    displaced: tuple[Array, Array]
+Position = TypeVar("Position", int, Int32s)
 
 
 class RotatingKVCache(KVCache):
@@ -61,14 +56,7 @@ class RotatingKVCache(KVCache):
         self.max_size = max_size
         self.keep = keep
         self._window = max_size - keep
-        self._options = {
-            "max_size": max_size,
-            "keep": keep,
-            "backend": backend,
-            "step": step,
-            "dtype": dtype,
-        }
-        self._start()
+        self._configure(backend, step, dtype, limit=max_size)
 
     def _start(self) -> None:
         super()._start()
@@ -76,172 +64,200 @@ class RotatingKVCache(KVCache):
         self._extra = 0
 
     @property
+    def options(self) -> Mapping[str, int | str | None]:
+        return {"max_size": self.max_size, "keep": self.keep, **super().options}
+
+    @property
     def len(self) -> int:
         return min(self._offset, self.max_size)
 
     @property
-    def positions(self) -> Positions:
+    def positions(self) -> Int32s:
         start = self._offset - self._extra
         ring = self._ring_positions(start)
-        if not self._extra:
+        if not self._extra or self._buffers is None:
             return ring
         columns = np.concatenate([ring, np.arange(start, self._offset, dtype=np.int32)])
-        return padded(columns, self._buffers.padded(columns.size))
+        return padded_positions(columns, self._buffers.padded(columns.size))
+
+    # Writing.
 
     def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        buffers = self._buffers
         start = self._offset
-        tokens = buffers.validate(keys, values)
+        tokens = self._admission.validate(keys, values)
         stop = start + tokens
-        if min(stop, self.max_size) > buffers.capacity:
-            buffers.grow(min(stop, self.max_size))
+        buffers = self._buffers
+        if buffers is None or min(stop, self.max_size) > buffers.capacity:
+            buffers = self._grown(min(stop, self.max_size))
         if self._checkpoint is not None:
-            self._record(self._checkpoint, keys, values)
+            self._record(self._checkpoint, buffers, (keys, values))
         if stop <= self.max_size:
-            self._extra = 0
-            buffers.write(keys, values, start, stop)
+            slot = start
         elif tokens == 1:
             self._before_displacing()
-            self._extra = 0
-            slot = self._turn(start)
-            buffers.write(keys, values, slot, slot + 1)
+            slot = self._ring_slot(start)
         else:
-            return self._update_beyond(keys, values, tokens)
+            return self._update_beyond(buffers, (keys, values), tokens)
+        self._extra = 0
+        columns = buffers.append(keys, values, slot, slot + tokens, min(stop, self.max_size))
         self._offset = stop
-        return buffers.view(self.len)
-
-    def _update_beyond(self, keys: Array, values: Array, tokens: int) -> tuple[Array, Array]:
-        """Several tokens, some of which displace others that the first queries still see."""
-        self._before_displacing()
-        columns = self._buffers.held_and_update(keys, values, self.len)
-        self._store(keys, values)
-        self._extra = tokens
-        self._offset += tokens
-        if self._pins.scheduled:
-            self._keep_from(columns)
         return columns
 
+    def _update_beyond(
+        self, buffers: GrowingBuffers, update: Arrays, tokens: int
+    ) -> tuple[Array, Array]:
+        """Append several tokens, some of which displace others that the first queries still see.
+
+        Returns the ring as it was, and the update behind it.
+        """
+        self._before_displacing()
+        columns = buffers.held_and_update(update, self.len)
+        self._store(buffers, update)
+        self._extra = tokens
+        self._offset += tokens
+        if self._points.scheduled:
+            self._retain_from(buffers, columns)
+        keys, values = columns
+        return keys, values
+
     def _before_displacing(self) -> None:
-        """Save what snapshots need of the slots that the next update writes to."""
-        if self._pins.scheduled:
-            self._pins.collect(*self._held(), self.visibility, self._offset)
+        """Save the rows that snapshots need of the slots that the next update writes to."""
+        if self._pins is None:
+            return
+        if self._points.scheduled:
+            held = self._held()
+            self._pins.retain_due(self._points, *held, self.visibility, self._offset)
         if self._pins.rows:
             self._pins.spill()
 
-    def _keep_from(self, columns: tuple[Array, Array]) -> None:
-        """Keep what is scheduled inside the last update, some of which no slot holds any more."""
+    def _retain_from(self, buffers: GrowingBuffers, columns: Arrays) -> None:
+        """Retain what resume points inside the last update need: no slot holds some of it now."""
         positions = self.positions
         order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
-        for place in sorted(each for each in self._pins.scheduled if each < self._offset):
-            wanted = order[self.visibility.needed(positions[order], place)]
-            backend: Any = self.backend
-            self._pins.keep(TokenRows(positions[wanted], read_tokens(backend, *columns, wanted)))
-            self._pins.scheduled.remove(place)
+        for point in self._points.due(self._offset - 1):
+            wanted = order[self.visibility.needed(positions[order], point)]
+            layer = buffers.read_tokens(columns, wanted)
+            self._points.retain(point, TokenRows(positions[wanted], {0: layer}))
 
-    @property
-    def visibility(self) -> Visibility:
-        return Visibility(self._window, sinks=self.keep)
-
-    def schedule(self, positions: Iterable[int]) -> None:
-        self._pins.scheduled.update(each for each in positions if each >= self._offset)
-
-    def _held(self) -> tuple[Positions, Slots]:
-        positions = self._ring_positions(self._offset)[: self.len]
-        slots = np.argsort(positions)
-        return positions[slots], slots
-
-    def _places(self, positions: Positions) -> Slots:
-        return np.where(positions < self.max_size, positions, self._turn(positions)).astype(int)
-
-    def _store(self, keys: Array, values: Array) -> None:
+    def _store(self, buffers: GrowingBuffers, update: Arrays) -> None:
         """Write those tokens of an update that will be held after it."""
-        positions, slots = self._destinations(keys.shape[TOKENS])
-        if positions.size < keys.shape[TOKENS]:
-            keys, values = self._buffers.take_tokens(keys, values, positions - self._offset)
-        self._buffers.write_rows(keys, values, slots)
+        tokens = update[0].shape[TOKENS]
+        positions, slots = self._destinations(tokens)
+        if positions.size < tokens:
+            update = buffers.take_tokens(update, positions - self._offset)
+        buffers.write_rows(update, slots)
 
-    def _destinations(self, tokens: int) -> tuple[Positions, Positions]:
-        """Positions, of the next `tokens`, that will be held, and their slots."""
+    # Slots.
+
+    def _destinations(self, tokens: int) -> tuple[Int32s, Int32s]:
+        """Return the positions, of the next `tokens`, that will be held, and their slots."""
         start, stop = self._offset, self._offset + tokens
         positions = np.arange(start, stop, dtype=np.int32)
         positions = positions[(positions < self.keep) | (positions >= stop - self._window)]
-        slots = np.where(positions < self.keep, positions, self._turn(positions))
+        slots = np.where(positions < self.keep, positions, self._ring_slot(positions))
         return positions, slots
 
-    def _turn(self, position: Any) -> Any:
-        """Slot of a position (an int or an array) that is no sink: they take turns."""
+    def _ring_slot(self, position: Position) -> Position:
+        """Return the slot of a position (or of an array of them) that is no sink."""
         return self.keep + (position - self.keep) % self._window
 
-    def _ring_positions(self, offset: int) -> Positions:
-        """Position in every column of the ring when `offset` tokens have been seen."""
+    def _ring_positions(self, offset: int) -> Int32s:
+        """Return the position in every column of the ring when `offset` tokens were seen."""
         slots = np.arange(min(offset, self.max_size), dtype=np.int32)
         latest = offset - 1
         turned = latest - (latest - slots) % self._window
         positions = np.where(slots < self.keep, slots, turned).astype(np.int32)
-        return padded(positions, self._buffers.width(slots.size))
+        return padded_positions(positions, self._width(slots.size))
 
     def _slots(self, offset: int) -> int:
         return min(offset, self.max_size)
 
-    def _exported(self, keys: Array, values: Array, offset: Array) -> RingState:
+    def _held(self) -> tuple[Int32s, Slots]:
+        positions = self._ring_positions(self._offset)[: self.len]
+        slots = np.argsort(positions)
+        return positions[slots], slots
+
+    def _slots_of(self, positions: Int32s) -> Slots:
+        slots: Indices = np.where(
+            positions < self.max_size, positions, self._ring_slot(positions)
+        ).astype(np.int64)
+        return slots
+
+    # Masks.
+
+    def _maskable(self) -> int:
+        return self._offset if self._offset <= self.max_size else max(1, self._extra)
+
+    def _attended(self, window: int | None) -> Visibility:
+        return Visibility(min(window or self._window, self._window) - 1, sinks=self.keep)
+
+    # Programs.
+
+    def _exported(self, buffers: GrowingBuffers, offset: Array) -> RingState:
         self._before_displacing()
         self._extra = 0
         ring = self._ring_positions(self._offset)
-        positions = np.full(self._buffers.capacity, -1)
+        positions = np.full(buffers.capacity, -1)
         positions[: self.len] = ring[: self.len]
-        slot = self._offset if self._offset < self.max_size else self._turn(self._offset)
-        numbers = slot, self.keep, min(self.max_size, self._buffers.capacity)
+        slot = self._offset if self._offset < self.max_size else self._ring_slot(self._offset)
+        numbers = slot, self.keep, min(self.max_size, buffers.capacity)
+        keys, values = buffers.export_state()
         return RingState(
             keys,
             values,
             offset,
             self._on_device(positions),
-            self._buffers.empty(),
+            buffers.empty(),
             *map(self._on_device, numbers),
         )
+
+    # Snapshots.
+
+    @property
+    def visibility(self) -> Visibility:
+        # One more than the next token sees: every slot of a ring holds the token it is named for.
+        return Visibility(self._window, sinks=self.keep)
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        self._points.schedule(position for position in positions if position >= self._offset)
+
+    # Going back.
 
     def can_trim(self, tokens: int) -> bool:
         return tokens == 0 or (super().can_trim(tokens) and self._offset <= self.max_size)
 
-    def _why_not(self, tokens: int) -> str:
-        if super().can_trim(tokens):
-            return (
+    def check_trim(self, tokens: int) -> None:
+        if super().can_trim(tokens) and not self.can_trim(tokens):
+            raise TrimError(
                 f"a rotating cache cannot trim once tokens were displaced: {self._offset} came, "
                 f"it holds {self.max_size}. Use checkpoint() and rollback()."
             )
-        return super()._why_not(tokens)
-
-    def _maskable(self) -> int:
-        return self._offset if self._offset <= self.max_size else max(1, self._extra)
-
-    def _visible(
-        self, queries: Positions, columns: Positions, window: int | None
-    ) -> npt.NDArray[np.bool_]:
-        visible = super()._visible(queries, columns, min(window or self._window, self._window))
-        return visible | ((columns >= 0) & (columns < self.keep) & (columns <= queries))
+        super().check_trim(tokens)
 
     def _rewind(self, offset: int) -> None:
         super()._rewind(offset)
         self._extra = 0
 
-    def _record(self, mark: Checkpoint, keys: Array, values: Array) -> None:
+    def _record(self, checkpoint: Checkpoint, buffers: GrowingBuffers, update: Arrays) -> None:
         """Keep what a rollback needs: copies of the update and of the rows it displaces."""
-        tokens = keys.shape[TOKENS]
+        tokens = update[0].shape[TOKENS]
         _, slots = self._destinations(tokens)
-        kept = self._buffers.take_tokens(keys, values, np.arange(tokens))
-        mark.updates.append(Update(*kept, slots, self._buffers.read_rows(slots)))
+        kept = buffers.take_tokens(update, np.arange(tokens))
+        checkpoint.updates.append(Update(kept, slots, buffers.read_rows(slots)))
 
-    def _return_to(self, mark: Checkpoint, accepted: int) -> None:
+    def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
+        if self._pins is None or self._buffers is None:  # nothing came since
+            self._rewind(checkpoint.offset)
+            return
         self._pins.spill()
-        for update in reversed(mark.updates):
-            keys, values = update.displaced
-            self._buffers.write_rows(keys, values, update.slots)
-        self._rewind(mark.offset)
-        self._pins.scheduled |= {place for place in mark.scheduled if place > mark.offset}
-        for update in mark.updates:
-            tokens = min(accepted, update.keys.shape[TOKENS])
+        for update in reversed(checkpoint.updates):
+            self._buffers.write_rows(update.displaced, update.slots)
+        self._rewind(checkpoint.offset)
+        self._points.schedule(point for point in checkpoint.scheduled if point > checkpoint.offset)
+        for update in checkpoint.updates:
+            tokens = min(accepted, update.arrays[0].shape[TOKENS])
             if tokens:
-                first = np.arange(tokens)
-                self.update(*self._buffers.take_tokens(update.keys, update.values, first))
+                keys, values = self._buffers.take_tokens(update.arrays, np.arange(tokens))
+                self.update(keys, values)
             accepted -= tokens
         self._extra = 0

@@ -1,11 +1,10 @@
-"""The contract between models, which put and get, and runners, which say what a pass holds."""
+"""The contract between models, which put and get, and runners, which start passes."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -27,7 +26,17 @@ class Cache(ABC):
     :meth:`get` for each layer. The runner calls the rest. Every change happens as a whole or
     raises and changes nothing; a wrapper of several caches can promise that because each first
     checks (the ``prepare_`` methods) and then commits.
+
+    A subclass calls ``super().__init__()``.
     """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held while the cache changes: sequences may come and go while a pass runs elsewhere."""
+
+    def share_lock(self, lock: threading.RLock) -> None:
+        """Use `lock` instead, that of a cache which this one is a part of."""
+        self.lock = lock
 
     @abstractmethod
     def set_config(self, config: CacheConfig) -> None:
@@ -81,19 +90,10 @@ class Cache(ABC):
 
     # Snapshots.
 
-    @cached_property
-    def lock(self) -> threading.RLock:
-        """Held while the cache changes: sequences may come and go while a pass runs elsewhere."""
-        return threading.RLock()
-
-    def share_lock(self, lock: threading.RLock) -> None:
-        """Use `lock` instead, that of a cache which this one is a part of."""
-        vars(self)["lock"] = lock
-
     def snapshot(self, sequence: int, start: int = 0, stop: int | None = None) -> Snapshot:
-        """What is held of positions ``[start, stop)`` of a sequence, resident if it can be.
+        """Return what is held of positions ``[start, stop)`` of a sequence, resident if it can be.
 
-        stop: None for all. Between passes; nothing is copied.
+        stop: None for the end. Between passes; nothing is copied.
 
         Raises: ValueError, NotSupportedError for a cache that cannot.
         """
@@ -104,7 +104,7 @@ class Cache(ABC):
             return Snapshot(start, stop, self.capture(sequence, start, stop))
 
     def restore(self, sequence: int, *snapshots: Snapshot) -> None:
-        """Let an empty sequence hold what `snapshots` do, to go on where the last one stops.
+        """Let an empty sequence hold `snapshots`, to go on where the last one stops.
 
         Resident ones of this cache share their cells with it. The snapshots stay as they are.
 
@@ -114,55 +114,55 @@ class Cache(ABC):
         with self.lock:
             check_ids(self.max_sequences, sequence)
             stop = check_contiguous(snapshots, self.specs)
-            self.prepare_restore(sequence, [each.parts for each in snapshots], stop)()
+            self.prepare_restore(sequence, [snapshot.parts for snapshot in snapshots], stop)()
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         """Let snapshots of a sequence hold what going on at `positions` needs, too.
 
-        It is kept when the passes that write there are over, even where a sliding window moves on
-        then; batches need not end there. Positions that are written already may be too late.
+        It is retained when the passes that write there are over, even where a sliding window moves
+        on then; batches need not end there. Positions that are written already may be too late.
         """
         raise _cannot_snapshot(self)
 
     @property
     def max_sequences(self) -> int:
-        """Number of sequences it was sized for."""
+        """Number of sequences that the cache was sized for."""
         raise _cannot_snapshot(self)
 
     @property
     def specs(self) -> list[CacheSpec]:
-        """Of its part of a snapshot: kind, what it needs to go on, dtype."""
+        """Specs of the parts that this cache contributes to a snapshot."""
         raise _cannot_snapshot(self)
 
     def next_position(self, sequence: int) -> int:
-        """One past the last position of a sequence, 0 if it is empty."""
+        """Return the position behind the last one of a sequence, 0 if it is empty."""
         raise _cannot_snapshot(self)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        """The parts of :meth:`snapshot`."""
+        """Return the parts of :meth:`snapshot`."""
         raise _cannot_snapshot(self)
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
-        """Check :meth:`restore` and return what carries it out. parts: of each snapshot."""
+        """Check :meth:`restore` and return its commit. parts: of each snapshot, in order."""
         raise _cannot_snapshot(self)
 
     @abstractmethod
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
-        """Check :meth:`start_forward` and return what carries it out."""
+        """Check :meth:`start_forward` and return its commit."""
 
     @abstractmethod
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
-        """Check :meth:`copy_prefix` and return what carries it out."""
+        """Check :meth:`copy_prefix` and return its commit."""
 
     @abstractmethod
     def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
-        """Check :meth:`remove` and return what carries it out."""
+        """Check :meth:`remove` and return its commit."""
 
     @abstractmethod
     def set_layer(self, layer: int) -> None:
-        """Choose the layer that :meth:`put` and :meth:`get` are about."""
+        """Choose the layer that :meth:`put` and :meth:`get` apply to."""
 
     @abstractmethod
     def put(self, keys: Array, values: Array | None = None) -> None:
@@ -170,7 +170,7 @@ class Cache(ABC):
 
     @abstractmethod
     def get(self) -> tuple[Array, Array | None, Array | None]:
-        """Keys, values and mask of the history.
+        """Return keys, values and mask of the history.
 
         Keys and values are ``[kv_heads, history, head_dim]`` (layout ``"htd"``), valid until the
         next put; the mask is ``[tokens, history]``.
@@ -182,11 +182,11 @@ class Cache(ABC):
 
     @abstractmethod
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Whether all that a token at `position` may see is still stored."""
+        """Return whether all that a token at `position` may see is still stored."""
 
     @abstractmethod
     def to_backend(self, backend: str | Backend) -> Self:
-        """An independent cache on `backend` with the same options, sequences and tokens.
+        """Return an independent cache on `backend` with the same options, sequences and tokens.
 
         Bit for bit, laid out as :meth:`init` would there. This cache stays as it is. A pass does
         not come along: start the next one. Before :meth:`init`, which names the backend, the

@@ -1,32 +1,38 @@
-"""The encoder cache: what cross-attention reads, computed once per sequence."""
+"""The encoder cache: keys and values for cross-attention, computed once per sequence."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from kvcache._checks import check_ids, check_range, check_sizes
 from kvcache.backends import Array, Backend, CacheConfig, HostArray, get_backend, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
-from kvcache.snapshots.rows import LayerRows, TokenRows, Visibility
+from kvcache.snapshots.rows import LayerRows, TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
-from kvcache.storage.layout import TOKEN_AXIS
+from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.masks import device_mask
 
 from .base import Cache, Commit
 from .batch import Batch
+from .buffers import ArrayLayout, Arrays, kv_layouts
+
+FRAME_AXES = "thd"
+"""Axes of an encoder's output on the host, before the row axis: frames, kv_heads, head_dim."""
 
 
 @dataclass
 class _Entry:
-    """Encoder output of one sequence, and the position that it came in at."""
+    """Encoder output of one sequence by layer, and the position that it came in at."""
 
     position: int
-    layers: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    layers: dict[int, Arrays] = field(default_factory=dict)
 
 
 class EncoderCache(Cache):
@@ -37,8 +43,9 @@ class EncoderCache(Cache):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._config = CacheConfig()
-        self._backend: Any = None
+        self._backend: Backend | None = None
         self._entries: dict[int, _Entry] = {}
         self._passing = self._entries  # a reserve pass has its own, and leaves nothing behind
         self._layer = 0
@@ -64,16 +71,27 @@ class EncoderCache(Cache):
         self._dtype, self._max_sequences = dtype, max_sequences
         self._backend.dtype(dtype)
 
+    def _bound(self) -> Backend:
+        """Return the backend. Raises: KVCacheError before :meth:`init`."""
+        if self._backend is None:
+            raise KVCacheError("a cache is sized first. Call init.")
+        return self._backend
+
+    @property
+    def _layouts(self) -> tuple[ArrayLayout, ...]:
+        return kv_layouts(self._config)
+
     @property
     def encoder_cached(self) -> bool:
         """Whether every sequence of the current pass has its encoder output stored."""
-        return self._batch is not None and all(s in self._entries for s in self._sequences())
+        return self._batch is not None and all(
+            sequence in self._entries for sequence in _sequences(self._batch)
+        )
 
     # Passes.
 
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
-        if self._backend is None:
-            raise KVCacheError("a cache is sized first. Call init.")
+        self._bound()
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
 
         def commit() -> None:
@@ -82,21 +100,12 @@ class EncoderCache(Cache):
 
         return commit
 
-    def _sequences(self) -> list[int]:
-        """Sequences of the pass, in order of appearance."""
+    def _current(self) -> Batch:
         if self._batch is None:
             raise KVCacheError("put and get belong to a pass. Call start_forward first.")
-        return list(dict.fromkeys(self._batch.sequences.tolist()))
+        return self._batch
 
-    def _arriving(self) -> dict[int, int]:
-        """Sequences whose encoder output this pass brings, and the positions of the latest."""
-        sequences = self._sequences()
-        batch: Any = self._batch
-        if not batch.multimodal and len(sequences) == 1:
-            return {sequences[0]: 0}
-        return {int(batch.sequences[i]): int(batch.positions[i]) for i in batch.multimodal}
-
-    # LayerRows.
+    # Layers.
 
     def set_layer(self, layer: int) -> None:
         self._layer = layer
@@ -106,67 +115,69 @@ class EncoderCache(Cache):
 
         For several sequences in one pass the frames of the first come first, equally many each.
         """
-        arriving = self._arriving()
+        arriving = _arriving(self._current())
         if values is None:
             raise DTypeError(
-                f"values must be {self._dtype} arrays of {self._backend.spec}, as the keys; "
+                f"values must be {self._dtype} arrays of {self._bound().spec}, as the keys; "
                 "got None. Put both."
             )
-        parts = list(
-            zip(
-                self._split("keys", keys, self._config.key_layout, len(arriving)),
-                self._split("values", values, self._config.value_layout, len(arriving)),
-                strict=True,
-            )
-        )
-        frames = keys.shape[TOKEN_AXIS[self._config.key_layout]]
-        if values.shape[TOKEN_AXIS[self._config.value_layout]] != frames:
+        pieces = [
+            self._split(layout, array, len(arriving))
+            for layout, array in zip(self._layouts, (keys, values), strict=True)
+        ]
+        frames = [
+            array.shape[layout.token_axis]
+            for layout, array in zip(self._layouts, (keys, values), strict=True)
+        ]
+        if frames[0] != frames[1]:
             raise ShapeError(
                 f"keys and values have the same frames; got {tuple(keys.shape)} and "
                 f"{tuple(values.shape)}."
             )
-        for (sequence, position), part in zip(arriving.items(), parts, strict=True):
+        for (sequence, position), arrays in zip(
+            arriving.items(), zip(*pieces, strict=True), strict=True
+        ):
             entry = self._passing.setdefault(sequence, _Entry(position))
             entry.position = position
-            entry.layers[self._layer] = part
+            entry.layers[self._layer] = arrays
 
-    def _split(self, name: str, array: Array, layout: str, parts: int) -> list[Array]:
-        """Copies of the frames of each of the sequences that have some in `array`."""
-        if not self._backend.owns(array) or self._backend.dtype_name(array) != self._dtype:
+    def _split(self, layout: ArrayLayout, array: Array, parts: int) -> list[Array]:
+        """Return copies of the frames of each of the sequences that have some in `array`."""
+        backend = self._bound()
+        if not backend.owns(array) or backend.dtype_name(array) != self._dtype:
             raise DTypeError(
-                f"{name} must be {self._dtype} arrays of {self._backend.spec}; got "
+                f"{layout.name} must be {self._dtype} arrays of {backend.spec}; got "
                 f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
             )
-        axis = TOKEN_AXIS[layout]
+        axis = layout.token_axis
         if len(array.shape) != 3 or not parts or array.shape[axis] % parts:
             raise ShapeError(
-                f"{name} hold equally many frames in layout {layout!r} for each of the {parts} "
-                f"sequences with multimodal tokens in the batch; got {tuple(array.shape)}."
+                f"{layout.name} hold equally many frames in layout {layout.axes!r} for each of "
+                f"the {parts} sequences with multimodal tokens in the batch; "
+                f"got {tuple(array.shape)}."
             )
         frames = array.shape[axis] // parts
-        read = self._backend.slice
-        pieces = [read(array, i * frames, (i + 1) * frames, axis) for i in range(parts)]
-        return [self._backend.concat([piece], axis) for piece in pieces]
+        pieces = [backend.slice(array, i * frames, (i + 1) * frames, axis) for i in range(parts)]
+        return [backend.concat([piece], axis) for piece in pieces]
 
     def get(self) -> tuple[Array, Array | None, Array | None]:
-        """Keys and values of the pass's sequences, in order of appearance.
+        """Return keys and values of the pass's sequences, in order of appearance.
 
         The mask is None for one sequence: every token sees all of its encoder's output. For
         several it is ``[tokens, frames]``, and keeps each to its own.
         """
-        sequences = self._sequences()
-        parts = [self._entry(sequence).layers[self._layer] for sequence in sequences]
-        if len(parts) == 1:
-            return (*parts[0], None)
-        axis = TOKEN_AXIS[self._config.key_layout]
-        owners = np.repeat(sequences, [keys.shape[axis] for keys, _ in parts])
-        batch: Any = self._batch
+        batch, backend = self._current(), self._bound()
+        sequences = _sequences(batch)
+        outputs = [self._entry(sequence).layers[self._layer] for sequence in sequences]
+        if len(outputs) == 1:
+            keys, values = outputs[0]
+            return keys, values, None
+        key_axis, value_axis = (layout.token_axis for layout in self._layouts)
+        owners = np.repeat(sequences, [keys.shape[key_axis] for keys, _ in outputs])
         return (
-            self._backend.concat([keys for keys, _ in parts], axis),
-            self._backend.concat(
-                [values for _, values in parts], TOKEN_AXIS[self._config.value_layout]
-            ),
-            device_mask(self._backend, self._config.mask_dtype, batch.sequences[:, None] == owners),
+            backend.concat([keys for keys, _ in outputs], key_axis),
+            backend.concat([values for _, values in outputs], value_axis),
+            device_mask(backend, self._config.mask_dtype, batch.sequences[:, None] == owners),
         )
 
     def _entry(self, sequence: int) -> _Entry:
@@ -197,14 +208,14 @@ class EncoderCache(Cache):
         check_ids(self._max_sequences, sequence)
         check_range(start, stop)
         entry = self._entries.get(sequence)
-        gone = (
+        removed = (
             entry is not None
             and start <= entry.position
             and (stop is None or entry.position < stop)
         )
 
         def commit() -> None:
-            if gone:
+            if removed:
                 del self._entries[sequence]
             elif entry is not None and stop is not None and entry.position >= stop:
                 entry.position -= stop - start
@@ -229,25 +240,27 @@ class EncoderCache(Cache):
         return 0 if entry is None else entry.position + 1
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        """Nothing: what an encoder has put out stays."""
+        """Do nothing: the output of an encoder stays."""
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        """The encoder's output as one row at its position, copied to the host."""
-        [(kind, visibility, dtype)] = self.specs
+        """Return the encoder's output as one row at its position, copied to the host."""
+        [spec] = self.specs
         entry, rows = self._entries.get(sequence), TokenRows(np.empty(0, np.int32))
         if entry is not None and start <= entry.position < stop:
-            layers: LayerRows = {
-                layer: (self._row(keys, "key_layout"), self._row(values, "value_layout"))
-                for layer, (keys, values) in entry.layers.items()
-            }
+            layers = {layer: self._as_row(arrays) for layer, arrays in entry.layers.items()}
             rows = TokenRows(np.array([entry.position], np.int32), layers)
-        return [Part(kind, visibility, rows, dtype)]
+        return [Part(spec, rows)]
 
-    def _row(self, array: Array, layout: str) -> HostArray:
-        """``[frames, kv_heads, 1, head_dim]``: one row of all frames."""
-        axes = [getattr(self._config, layout).index(axis) for axis in "thd"]
-        host: HostArray = self._backend.to_host(array).transpose(axes)
-        return np.array(host[:, :, None], order="C")
+    def _as_row(self, arrays: Arrays) -> LayerArrays:
+        """Return one row of all frames, ``[frames, kv_heads, 1, head_dim]``, of each array."""
+        return tuple(
+            NamedArray(layout.name, self._frames_of(array, layout)[:, :, None])
+            for layout, array in zip(self._layouts, arrays, strict=True)
+        )
+
+    def _frames_of(self, array: Array, layout: ArrayLayout) -> HostArray:
+        order = [layout.axes.index(axis) for axis in FRAME_AXES]
+        return np.array(self._bound().to_host(array).transpose(order), order="C")
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
@@ -264,38 +277,45 @@ class EncoderCache(Cache):
         return commit
 
     def _entry_of(self, rows: TokenRows) -> _Entry:
-        layers = {
-            layer: (self._frames(keys, "key_layout"), self._frames(values, "value_layout"))
-            for layer, (keys, values) in rows.read(np.array([rows.positions.size - 1])).items()
-        }
+        """Return the last of `rows` as an entry on the device."""
+        last: LayerRows = rows.read(np.array([rows.positions.size - 1]))
+        layers = {layer: self._from_row(arrays) for layer, arrays in last.items()}
         return _Entry(int(rows.positions[-1]), layers)
 
-    def _frames(self, row: HostArray | None, layout: str) -> Array:
-        if row is None:
+    def _from_row(self, row: LayerArrays) -> Arrays:
+        if len(row) != len(self._layouts):
             raise ShapeError("an encoder's output has values in every layer.")
-        axes = ["thd".index(axis) for axis in getattr(self._config, layout)]
-        frames: Array = self._backend.from_host(row[:, :, 0].transpose(axes))
-        return frames
+        return tuple(
+            self._bound().from_host(
+                array.data[:, :, 0].transpose([FRAME_AXES.index(axis) for axis in layout.axes])
+            )
+            for layout, array in zip(self._layouts, row, strict=True)
+        )
 
     def to_backend(self, backend: str | Backend) -> Self:
-        where, twin = get_backend(backend), copy(self)
-        vars(twin).pop("lock", None)
-        twin._batch = None
+        target, clone = get_backend(backend), copy(self)
+        clone.lock, clone._batch = threading.RLock(), None
+        entries: dict[int, _Entry] = {}
         if self._backend is not None:
-            where.dtype(self._dtype)
-            twin._backend = where
-        twin._passing = twin._entries = self._carried_over(where)
-        return twin
+            target.dtype(self._dtype)
+            clone._backend = target
+            entries = self._transferred(self._backend, target)
+        clone._passing = clone._entries = entries
+        return clone
 
-    def _carried_over(self, where: Backend) -> dict[int, _Entry]:
-        """All entries there, in the same memory if it can be: nobody ever writes to it."""
-        pairs = [pair for entry in self._entries.values() for pair in entry.layers.values()]
-        once = {id(part): part for pair in pairs for part in pair}  # sequences may share them
-        there = {key: transfer(part, self._backend, where) for key, part in once.items()}
+    def _transferred(self, source: Backend, target: Backend) -> dict[int, _Entry]:
+        """Return all entries on `target`, in the same memory if it can be: nobody writes to it."""
+        layers = [arrays for entry in self._entries.values() for arrays in entry.layers.values()]
+        # By identity, because sequences may share an output, and are to go on sharing it.
+        distinct = {id(array): array for arrays in layers for array in arrays}
+        moved = {key: transfer(array, source, target) for key, array in distinct.items()}
         return {
             sequence: _Entry(
                 entry.position,
-                {layer: (there[id(k)], there[id(v)]) for layer, (k, v) in entry.layers.items()},
+                {
+                    layer: tuple(moved[id(array)] for array in arrays)
+                    for layer, arrays in entry.layers.items()
+                },
             )
             for sequence, entry in self._entries.items()
         }
@@ -303,3 +323,16 @@ class EncoderCache(Cache):
     def close(self) -> None:
         self._entries.clear()
         self._batch = None
+
+
+def _sequences(batch: Batch) -> list[int]:
+    """Return the sequences of a batch, in order of appearance."""
+    return list(dict.fromkeys(batch.sequences.tolist()))
+
+
+def _arriving(batch: Batch) -> dict[int, int]:
+    """Return the sequences whose encoder output a pass brings, and the latest position of each."""
+    sequences = _sequences(batch)
+    if not batch.multimodal and len(sequences) == 1:
+        return {sequences[0]: 0}
+    return {int(batch.sequences[i]): int(batch.positions[i]) for i in batch.multimodal}

@@ -1,22 +1,23 @@
-"""What a forward pass does to the buffers, decided on the host."""
+"""The effect of a forward pass on the buffers, decided on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcache._types import Int32s
+from kvcache._types import Bools, Int32s
 from kvcache.backends import Array
+from kvcache.backends.arrays import TracedIndex
+from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
 
 PoolState: TypeAlias = Mapping[int, tuple[Array, ...]]
-"""Keys and values of every layer, by its number; keys alone where it has no values."""
+"""The arrays of every layer, by its number: keys and values, or keys alone."""
 
 
 class ForwardPlan(NamedTuple):
@@ -27,24 +28,30 @@ class ForwardPlan(NamedTuple):
     """
 
     cells: Array
-    """int32 [tokens]: where each token is written."""
-    start: Any
+    """int32 [tokens]: the cell that each token is written to."""
+    start: TracedIndex
     """First cell of the range that is read; an integer, or an array that holds one."""
     mask: Array
     """[tokens, history]: what each token sees of the range, which is as long as this is wide."""
-    keys: Array
-    """No keys at all, in the layout and dtype of the cache's: length 0 on the axis of tokens."""
-    values: Array
+    key_like: Array
+    """Empty keys in the layout and dtype of the cache: length 0 on the axis of tokens."""
+    value_like: Array
     """Likewise, of values."""
+
+    @property
+    def prototypes(self) -> tuple[Array, ...]:
+        """One empty array like each of those of a layer, in their order."""
+        return self.key_like, self.value_like
 
 
 @dataclass
 class Pass:
-    """Where a pass writes, what it reads, and who may see what, on the host.
+    """A forward pass on the host: the cells it writes, the range it reads, and who sees what.
 
     cells: cell of each token. start, stop: the range of cells that `get` returns.
-    positions, sequences: of each token. window, chunk: limits of visibility.
-    ahead: batch indices that may see tokens after them.
+    positions, sequences: of each token. visibility: of a token, before it in its sequence.
+    stores: False for a reserve pass, which only allocates. ahead: batch indices that see the
+    tokens behind them, too.
     """
 
     table: CellTable
@@ -53,8 +60,7 @@ class Pass:
     stop: int
     positions: Int32s
     sequences: Int32s
-    window: int | None
-    chunk: int | None
+    visibility: Visibility
     stores: bool = True
     ahead: frozenset[int] = frozenset()
 
@@ -67,27 +73,19 @@ class Pass:
         return int(cells[0]) if (np.diff(cells) == 1).all() else None
 
     def visible(self) -> Iterator[Int32s]:
-        """The cells that each token may see, as the table is now."""
-        lows, find = self._lowest_visible().tolist(), self.table.find
-        each = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
-        for token, (sequence, position, low) in enumerate(each):
-            row = self.table.cells_of(sequence)
-            last = row.size if token in self.ahead else find(sequence, position + 1)
-            yield row[find(sequence, low) : last]
+        """Yield the cells that each token may see, as the table is now."""
+        lows = self.visibility.lowest(self.positions).tolist()
+        tokens = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
+        find = self.table.find
+        for token, (sequence, position, low) in enumerate(tokens):
+            cells = self.table.cells_of(sequence)
+            last = cells.size if token in self.ahead else find(sequence, position + 1)
+            yield cells[find(sequence, low) : last]
 
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """``[tokens, stop - start]``, True = attend."""
+    def mask(self) -> Bools:
+        """Return ``[tokens, stop - start]``, True = attend."""
         mask = np.zeros((self.cells.size, self.stop - self.start), np.bool_)
         if self.stores:
             for token, cells in enumerate(self.visible()):
                 mask[token, cells - self.start] = True
         return mask
-
-    def _lowest_visible(self) -> Int32s:
-        """Lowest position that each token may see."""
-        lows = np.zeros_like(self.positions)
-        if self.window is not None:
-            lows = np.maximum(lows, self.positions - (self.window - 1))
-        if self.chunk is not None:
-            lows = np.maximum(lows, self.positions - self.positions % self.chunk)
-        return lows

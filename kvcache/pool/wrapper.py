@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Self
@@ -14,7 +15,7 @@ from .batch import Batch
 
 
 class WrapperCache(Cache):
-    """`caches`, which see the same passes; the model says which one a layer uses.
+    """Several caches that see the same passes; the model says which one a layer uses.
 
     ::
 
@@ -25,26 +26,27 @@ class WrapperCache(Cache):
     """
 
     def __init__(self, *caches: Cache) -> None:
+        super().__init__()
         if not caches:
             raise ValueError("a wrapper needs at least one cache; got none.")
         self.caches = caches
         self._type = 0
-        self._share_lock()
+        self.share_lock(self.lock)
 
-    def _share_lock(self) -> None:
-        """What changes one of the caches changes this one."""
-        for cache in self.caches:
-            cache.share_lock(self.lock)
+    def share_lock(self, lock: threading.RLock) -> None:
+        super().share_lock(lock)
+        for cache in self.caches:  # a change of one of them is a change of this one
+            cache.share_lock(lock)
 
     def set_layer_type(self, index: int) -> None:
-        """Choose the cache that `set_layer`, `put`, `get` and `set_causal` are about."""
+        """Choose the cache that `set_layer`, `put`, `get` and `set_causal` apply to."""
         if not 0 <= index < len(self.caches):
             raise ValueError(f"layer types here are 0 to {len(self.caches) - 1}; got {index}.")
         self._type = index
 
     @property
     def underlying_cache(self) -> Cache:
-        """The cache chosen last."""
+        """Cache chosen last."""
         return self.caches[self._type]
 
     def set_config(self, config: CacheConfig) -> None:
@@ -103,15 +105,15 @@ class WrapperCache(Cache):
 
     @property
     def specs(self) -> list[CacheSpec]:
-        return [each for cache in self.caches for each in cache.specs]
+        return [spec for cache in self.caches for spec in cache.specs]
 
     def next_position(self, sequence: int) -> int:
         return max(cache.next_position(sequence) for cache in self.caches)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        places = list(positions)
+        wanted = list(positions)
         for cache in self.caches:
-            cache.schedule(sequence, places)
+            cache.schedule(sequence, wanted)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         return [part for cache in self.caches for part in cache.capture(sequence, start, stop)]
@@ -122,17 +124,16 @@ class WrapperCache(Cache):
         commits, first = [], 0
         for cache in self.caches:
             last = first + len(cache.specs)
-            mine = [each[first:last] for each in parts]
-            commits.append(cache.prepare_restore(sequence, mine, position))
+            own_parts = [snapshot_parts[first:last] for snapshot_parts in parts]
+            commits.append(cache.prepare_restore(sequence, own_parts, position))
             first = last
         return _together(commits)
 
     def to_backend(self, backend: str | Backend) -> Self:
-        twin = copy(self)
-        vars(twin).pop("lock", None)
-        twin.caches = tuple(cache.to_backend(backend) for cache in self.caches)
-        twin._share_lock()
-        return twin
+        clone = copy(self)
+        clone.caches = tuple(cache.to_backend(backend) for cache in self.caches)
+        clone.share_lock(threading.RLock())
+        return clone
 
     def close(self) -> None:
         for cache in self.caches:
@@ -140,8 +141,10 @@ class WrapperCache(Cache):
 
 
 def _together(commits: Sequence[Commit]) -> Commit:
-    def commit() -> None:
-        for each in commits:
-            each()
+    """Return one commit that carries out all of `commits`, in order."""
 
-    return commit
+    def commit_all() -> None:
+        for commit in commits:
+            commit()
+
+    return commit_all

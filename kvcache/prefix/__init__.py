@@ -1,16 +1,26 @@
-"""Prefixes that requests have in common, computed once.
+"""Prefix reuse: the common beginning of requests, computed once.
 
-``cache``     sessions over any cache, which begin with what earlier ones have computed
-``index``     which spans of tokens are kept, within a budget
-``policies``  which of them goes first
-``radix``     a radix tree over token ids
-``trie``      per-layer caches by the tokens they hold
+``cache``       the prefix cache, over any cache
+``session``     one request, from its prompt to its last token
+``sequences``   sequences for sessions, in a pool or in per-layer caches
+``media``       images and sounds in prompts
+``stored``      snapshots as payloads of spans
+``index``       kept spans of tokens, within a budget
+``policies``    the choice of a span to evict
+``simulation``  policies on recorded requests
+``radix``       a radix tree over token ids
+``trie``        per-layer caches by the tokens they hold
+``events``      stored and removed blocks, for routers
+``metrics``     statistics for Prometheus
+``render``      a drawing of the tree
 """
 
-from .cache import PrefixCache, PrefixStats, Session
+from .cache import PrefixCache
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from .metrics import register_metrics
-from .policies import Policy
+from .policies import EvictionPolicy
+from .session import Session
+from .stats import PrefixStats
 from .trie import Entry, PrefixTrie
 
 __all__ = [
@@ -19,7 +29,7 @@ __all__ = [
     "BlockStored",
     "Entry",
     "Event",
-    "Policy",
+    "EvictionPolicy",
     "PrefixCache",
     "PrefixStats",
     "PrefixTrie",

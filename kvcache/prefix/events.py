@@ -1,4 +1,4 @@
-"""What is stored and removed, told as vLLM tells it, so that routers can follow.
+"""Events of stored and removed blocks, in the terms of vLLM, for routers.
 
 The three kinds of events and their fields are those of vLLM's KV cache events
 (``vllm.distributed.kv_events``): blocks of ``block_size`` tokens, each named by a hash that covers
@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .index import Span
+from .radix import Tokens
+from .stored import StoredSpan
 
 BLOCK_SIZE = 16
 """Tokens of a block, as in vLLM."""
@@ -23,11 +23,11 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class BlockStored:
-    """Blocks that a request can reuse from now on."""
+    """Blocks reusable from now on."""
 
     block_hashes: list[bytes]
     parent_block_hash: bytes | None
-    """Of the block before the first, None for the first of a sequence."""
+    """Hash of the block before the first, None for the first of a sequence."""
     token_ids: list[int]
     block_size: int
     lora_id: int | None = None
@@ -36,7 +36,7 @@ class BlockStored:
 
 @dataclass(frozen=True)
 class BlockRemoved:
-    """Blocks that are gone."""
+    """Blocks no longer stored."""
 
     block_hashes: list[bytes]
     medium: str | None = "GPU"
@@ -44,14 +44,26 @@ class BlockRemoved:
 
 @dataclass(frozen=True)
 class AllBlocksCleared:
-    """Nothing is left but what was stored since."""
+    """Removal of all blocks at once."""
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 
 
+class BlockChain(NamedTuple):
+    """Full blocks of a sequence, up to the end of a span.
+
+    token_ids: of the whole sequence. first: number of the first block whose last token is in the
+    span. hashes: of all blocks.
+    """
+
+    token_ids: Tokens
+    first: int
+    hashes: list[bytes]
+
+
 class Events:
-    """Tells subscribers. A block counts as stored with the span that its last token is in.
+    """Notification of subscribers. A block is stored with the span of its last token.
 
     namespace, and the salt of a request, are part of every hash: SHA-256 over both, the hash of
     the block before, and the block's token ids as little-endian int32.
@@ -63,46 +75,46 @@ class Events:
         self._subscribers: list[Callable[[Event], None]] = []
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `callback` with every event, in order; returns what ends that.
+        """Call `callback` with every event, in order. Return a function to end the subscription.
 
         It is called while the prefix cache is locked: it should take note and return.
         """
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 
-    def stored(self, span: Span[Any], salt: str) -> None:
-        """`span` has come."""
-        if self._subscribers:
+    def stored(self, span: StoredSpan, salt: str) -> None:
+        """Tell of the blocks of `span`, stored just now."""
+        if self._subscribers:  # else nothing is hashed
             ids, first, hashes = self._blocks(span, salt)
             if hashes[first:]:
                 token_ids = ids[first * self.block_size : len(hashes) * self.block_size].tolist()
                 parent = hashes[first - 1] if first else None
                 self._tell(BlockStored(hashes[first:], parent, token_ids, self.block_size))
 
-    def removed(self, span: Span[Any], salt: str) -> None:
-        """`span` is about to go."""
+    def removed(self, span: StoredSpan, salt: str) -> None:
+        """Tell of the blocks of `span`, about to be removed."""
         if self._subscribers:
             _, first, hashes = self._blocks(span, salt)
             if hashes[first:]:
                 self._tell(BlockRemoved(hashes[first:]))
 
     def cleared(self) -> None:
-        """Everything is gone."""
+        """Tell of the removal of everything."""
         self._tell(AllBlocksCleared())
 
     def _tell(self, event: Event) -> None:
-        for callback in list(self._subscribers):
+        for callback in list(self._subscribers):  # one may end its subscription meanwhile
             callback(event)
 
-    def _blocks(self, span: Span[Any], salt: str) -> tuple[Any, int, list[bytes]]:
-        """Up to its end: token ids, number of its first block, hashes of all blocks."""
-        edges = b"".join(each.node.edge for each in span.path)
-        size, last = 4 * self.block_size, b""
+    def _blocks(self, span: StoredSpan, salt: str) -> BlockChain:
+        edges = b"".join(part.node.edge for part in span.path)
+        width, last = 4 * self.block_size, b""  # bytes of a block's token ids
         hashes = []
-        for at in range(0, len(edges) - size + 1, size):
-            last = hashlib.sha256(self._seed(salt) + last + edges[at : at + size]).digest()
+        for at in range(0, len(edges) - width + 1, width):
+            last = hashlib.sha256(self._seed(salt) + last + edges[at : at + width]).digest()
             hashes.append(last)
-        return np.frombuffer(edges, "<i4"), span.start // self.block_size, hashes
+        ids = np.frombuffer(edges, "<i4")
+        return BlockChain(ids, span.start // self.block_size, hashes)
 
     def _seed(self, salt: str) -> bytes:
         return hashlib.sha256(repr((self._namespace, salt)).encode()).digest()

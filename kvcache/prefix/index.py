@@ -1,7 +1,7 @@
-"""Which spans of token sequences are kept, within a budget: a radix tree with a policy.
+"""Index of kept spans of token sequences, within a budget: radix trees with an eviction policy.
 
-Every node of the tree is a span: the tokens between two places where sequences part, or where one
-ended. All tokens of a span have the same history, so a policy decides about spans. What is evicted
+Every node of a tree is a span: the tokens between two places where sequences part, or where one
+ended. All tokens of a span have the same history, so a policy decides about spans. An evicted span
 leaves its tokens behind for a while, a ghost, so that a policy can learn from what comes back.
 """
 
@@ -9,41 +9,41 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from kvcache.errors import KVCacheError
 
-from .policies import Policy
+from .policies import EvictionPolicy
 from .radix import Node, RadixTree, Tokens
 
 
 class Payload(Protocol):
-    """What is kept for a span."""
+    """Data kept for a span."""
 
     @property
-    def size(self) -> int:
-        """What it takes of the budget."""
+    def nbytes(self) -> int:
+        """Bytes it takes of the budget."""
 
     @property
     def resumable_anywhere(self) -> bool:
-        """Whether the first part of it is of use without the second."""
+        """True if its first part is of use without the second, wherever it is split."""
 
     def split(self, tokens: int) -> tuple[Self, Self]:
-        """Itself in two: what is kept for the first `tokens` of its span, and for the others."""
+        """Return the data of the first `tokens` of its span, and of the others, to replace it."""
 
     def close(self) -> None:
-        """Give up what it holds."""
+        """Release everything it holds."""
 
 
 P = TypeVar("P", bound=Payload)
 
 
 class Span(Generic[P]):
-    """A node of the tree, and what is kept for its tokens: nothing, if it is a ghost.
+    """A node of the tree, with a payload for its tokens, or without one: a ghost.
 
-    uses: how often it was asked for. used: when last, in seconds. pins: who needs it now.
-    children: spans right behind it that are kept. offered: whether the policy may choose it.
-    policy_data: of the policy's own; both parts of a span that is split have it.
+    uses: requests for it so far. used: time of the last, in seconds. pins: sessions that use it
+    or a span behind it. children: kept spans right behind it. offered: whether the policy may
+    choose it. policy_data: owned by the policy; both parts of a span that is split have it.
     """
 
     __slots__ = ("children", "node", "offered", "payload", "pins", "policy_data", "used", "uses")
@@ -54,7 +54,7 @@ class Span(Generic[P]):
         self.pins = self.children = self.uses = 0
         self.used = 0.0
         self.offered = False
-        self.policy_data: Any = None
+        self.policy_data: object = None
 
     @property
     def start(self) -> int:
@@ -63,22 +63,22 @@ class Span(Generic[P]):
 
     @property
     def stop(self) -> int:
-        """One past the position of its last."""
+        """Position after its last token."""
         return self.node.depth
 
     @property
-    def size(self) -> int:
-        """What it takes of the budget, 0 for a ghost."""
-        return self.payload.size if self.payload is not None else 0
+    def nbytes(self) -> int:
+        """Bytes its payload takes of the budget, 0 for a ghost."""
+        return self.payload.nbytes if self.payload is not None else 0
 
     @property
     def parent(self) -> Span[P] | None:
-        """The span before it."""
+        """Span right before it, None for the first of a sequence."""
         return self.node.parent.value if self.node.parent is not None else None
 
     @property
     def path(self) -> list[Span[P]]:
-        """The spans from the beginning of its tokens to it."""
+        """Spans from position 0 to this one, itself the last."""
         spans: list[Span[P]] = []
         span: Span[P] | None = self
         while span is not None:
@@ -88,16 +88,16 @@ class Span(Generic[P]):
 
 
 class SpanIndex(Generic[P]):
-    """The spans of one budget, over any number of trees (one per tenant, say).
+    """Spans of one budget, over any number of trees (one per tenant, say).
 
-    budget: most that all payloads together may take, None for no limit; exceeded only while what
-    would have to go is pinned. grain: fewest tokens that a divisible span loses at once.
-    ghosts: evicted spans that are remembered, at most. on_evict: told of spans about to be evicted.
+    budget: bytes of all payloads together at most, None for no limit; exceeded only while all
+    candidates are pinned. grain: fewest tokens taken at once from a span that can be cut anywhere.
+    ghosts: evicted spans remembered at most. on_evict: called with a span about to be evicted.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: EvictionPolicy,
         budget: int | None = None,
         *,
         grain: int = 64,
@@ -106,26 +106,29 @@ class SpanIndex(Generic[P]):
     ) -> None:
         self.policy = policy
         self.budget = budget
-        self.size = 0
-        """What all payloads take together."""
+        self.nbytes = 0
+        """Bytes of all payloads together."""
         self.evictions = 0
         """Spans evicted so far."""
         self.kept: dict[Span[P], None] = {}
-        """The spans with a payload, which may be few among the ghosts."""
-        self._grain, self._most_ghosts, self._on_evict = grain, ghosts, on_evict
+        """Spans with a payload, in the order in which they came; there may be far more ghosts."""
+        self._grain, self._max_ghosts, self._on_evict = grain, ghosts, on_evict
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
 
     def follow(self, tree: RadixTree[Span[P]], tokens: Tokens) -> list[Span[P]]:
-        """The spans that `tokens` begin with, ghosts among them; the last is split to fit."""
+        """Return the spans at the beginning of `tokens`, ghosts among them.
+
+        The last is split where `tokens` leave it.
+        """
         length, node, inside = tree.match(tokens)
-        if inside is not None and length > node.depth:
-            node = self._split(inside, length - node.depth)
+        if inside is not None and inside.value is not None and length > node.depth:
+            return self._split(inside.value, length - node.depth).path
         return node.value.path if node.value is not None else []
 
     def extend(self, tree: RadixTree[Span[P]], tokens: Tokens) -> list[Span[P]]:
-        """The spans that `tokens` consist of. What was not there yet is a ghost at first.
+        """Return the spans of all `tokens`; the last may be new, a ghost.
 
-        Fill or pin it before :meth:`trim`, which may forget ghosts.
+        Fill or pin a new one before :meth:`trim`, which may forget ghosts.
         """
         spans = self.follow(tree, tokens)
         if tokens.size > (spans[-1].stop if spans else 0):
@@ -136,75 +139,90 @@ class SpanIndex(Generic[P]):
         return spans
 
     def use(self, spans: list[Span[P]], now: float) -> None:
-        """Tell the policy that these, in the order of their tokens, were asked for."""
+        """Count a request for `spans`, given in the order of their tokens."""
         for span in spans:
+            # The policy first: to it, uses and used are still those of earlier requests.
             self.policy.use(span, now)
             span.uses += 1
             span.used = now
 
     def fill(self, span: Span[P], payload: P) -> None:
-        """Keep `payload` for `span`, instead of what it has; it is the index's then."""
-        before, self.size = span.payload, self.size + payload.size - span.size
+        """Keep `payload` for `span` in place of its present one. The index takes ownership."""
+        previous, self.nbytes = span.payload, self.nbytes + payload.nbytes - span.nbytes
         span.payload = payload
-        if before is None:
+        if previous is None:
             self._ghosts.pop(span, None)
             self.kept[span] = None
             self._reconsider(span)
-            self._count(span.parent, 1)
+            self._count_children(span.parent, 1)
 
     def pin(self, span: Span[P], pins: int = 1) -> None:
-        """Let neither `span` nor what is before it go; -1 takes that back."""
-        for each in span.path:
-            each.pins += pins
-            self._reconsider(each)
+        """Protect `span` and all spans before it from eviction; pins=-1 ends one protection."""
+        for pinned in span.path:
+            pinned.pins += pins
+            self._reconsider(pinned)
 
     def trim(self, now: float) -> None:
-        """Evict until the budget holds, or all that could go is in use."""
-        while self.budget is not None and self.size > self.budget:
-            span = self.policy.victim(now)
+        """Evict until the budget holds, or all candidates are in use.
+
+        Raises: KVCacheError if the policy chooses a span it was not offered.
+        """
+        while self.budget is not None and self.nbytes > self.budget:
+            span = self.victim(now)
             if span is None:
                 break
-            if not span.offered:
-                raise KVCacheError(
-                    "a policy chooses among the spans it was offered; "
-                    f"{type(self.policy).__name__} chose [{span.start}, {span.stop}), which it "
-                    "was not, or not any more."
-                )
-            self._shrink(span, self.size - self.budget, now)
+            self._shrink(span, self.nbytes - self.budget, now)
         self._forget()
 
+    def victim(self, now: float) -> Span[P] | None:
+        """Ask the policy for the span to evict next; None if it was offered none.
+
+        Raises: KVCacheError if the policy chooses a span it was not offered.
+        """
+        span = self.policy.victim(now)
+        if span is None:
+            return None
+        if not isinstance(span, Span) or not span.offered:
+            raise KVCacheError(
+                "a policy chooses among the spans it was offered; "
+                f"{type(self.policy).__name__} chose [{span.start}, {span.stop}), which it "
+                "was not, or not any more."
+            )
+        return span
+
     def evict(self, span: Span[P], now: float) -> None:
-        """Give up what is kept for `span`, which becomes a ghost."""
+        """Close the payload of an offered span and make it a ghost. Ghosts stay as they are."""
         payload = span.payload
         if payload is None:
             return
+        # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
         self.policy.evict(span, now)
-        self.size -= payload.size
+        self.nbytes -= payload.nbytes
         self.evictions += 1
         span.payload, span.offered = None, False
         payload.close()
         del self.kept[span]
         self._ghosts[span] = None
-        self._count(span.parent, -1)
+        self._count_children(span.parent, -1)
 
     def drop_ghosts(self) -> None:
-        """Forget what is not kept; for trees that are given up as a whole."""
+        """Forget all ghosts. Their nodes stay: for trees given up as a whole."""
         self._ghosts.clear()
 
     def _shrink(self, span: Span[P], excess: int, now: float) -> None:
-        """Evict `span`, or as much of its end as is too much."""
+        """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes."""
         tokens = span.stop - span.start
-        if span.payload is not None and span.payload.resumable_anywhere and span.size:
-            going = max(self._grain, -(-excess * tokens // span.size))
-            if going < tokens:
-                self._split(span.node, tokens - going)
+        if span.payload is not None and span.payload.resumable_anywhere and span.nbytes:
+            # Rounded up; and no less than the grain, or many calls would take a token each.
+            surplus = max(self._grain, -(-excess * tokens // span.nbytes))
+            if surplus < tokens:
+                self._split(span, tokens - surplus)
         self.evict(span, now)
 
-    def _split(self, node: Node[Span[P]], tokens: int) -> Node[Span[P]]:
-        """A span of its own for the first `tokens` of that of `node`, which keeps the others."""
-        lower: Any = node.value
-        node = RadixTree.split(node, tokens)
+    def _split(self, lower: Span[P], tokens: int) -> Span[P]:
+        """Return a new span for the first `tokens` of `lower`; the others stay in `lower`."""
+        node = RadixTree.split(lower.node, tokens)
         node.value = upper = Span(node)
         upper.pins, upper.uses, upper.used = lower.pins, lower.uses, lower.used
         upper.policy_data = lower.policy_data
@@ -212,27 +230,32 @@ class SpanIndex(Generic[P]):
             self._ghosts[upper] = None
         else:
             upper.payload, lower.payload = lower.payload.split(tokens)
+            # Not offered: with a child, it is no candidate, whether `lower` is one or not.
             upper.children = 1
             self.kept[upper] = None
-        return node
+        return upper
 
-    def _count(self, span: Span[P] | None, children: int) -> None:
+    def _count_children(self, span: Span[P] | None, change: int) -> None:
         if span is not None:
-            span.children += children
+            span.children += change
             self._reconsider(span)
 
     def _reconsider(self, span: Span[P]) -> None:
-        """Tell the policy whether it may choose `span`, if that has changed."""
+        """Offer `span` to the policy, or withdraw it, if it has become or ceased to be evictable.
+
+        Leaf first: a span is not offered while spans behind it are kept, which build on it.
+        """
         offered = span.payload is not None and not span.pins and not span.children
         if offered != span.offered:
             span.offered = offered
             (self.policy.offer if offered else self.policy.withdraw)(span)
 
     def _forget(self) -> None:
-        """Let go of the oldest ghosts that are too many, but not of what others hang on."""
-        for _ in range(len(self._ghosts) - self._most_ghosts):
+        """Forget the oldest ghosts beyond the limit, except pinned ones and inner nodes."""
+        for _ in range(len(self._ghosts) - self._max_ghosts):
             span, _ = self._ghosts.popitem(last=False)
             if span.node.children or span.pins:
+                # To the end: left in front, it would be all that later calls look at.
                 self._ghosts[span] = None
             else:
                 RadixTree.remove(span.node)

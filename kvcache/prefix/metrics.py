@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvcache.errors import BackendNotAvailableError
 
+from .cache import PrefixCache
+
 if TYPE_CHECKING:
-    from .cache import PrefixCache
+    from prometheus_client.metrics_core import Metric
+    from prometheus_client.registry import Collector, CollectorRegistry
 
 COUNTERS = {
-    "sessions": "Requests that were begun",
+    "sessions": "Requests begun",
     "tokens": "Tokens of all prompts",
-    "matched": "Tokens of prompts that did not have to be computed",
-    "evictions": "Spans that were evicted",
+    "matched": "Prompt tokens reused instead of computed",
+    "evictions": "Spans evicted",
 }
 GAUGES = {
-    "active": "Requests that have not ended",
-    "nbytes": "Bytes that all that is stored takes",
-    "pinned": "Bytes of it that requests use now",
-    "resident": "Bytes of it in the memory of the cache",
-    "spans": "Spans that are stored",
+    "active": "Requests open now",
+    "nbytes": "Bytes stored",
+    "pinned": "Bytes stored and in use by requests",
+    "resident": "Bytes stored in the memory of the cache",
+    "spans": "Spans stored",
 }
 
 
 def register_metrics(
-    prefix: PrefixCache, registry: Any = None, name: str = "kvcache_prefix"
-) -> Any:
-    """Let a Prometheus registry collect the statistics of `prefix`; returns the collector.
+    prefix: PrefixCache, registry: CollectorRegistry | None = None, name: str = "kvcache_prefix"
+) -> Collector:
+    """Add the statistics of `prefix` to a Prometheus registry; return their collector.
 
-    registry: of prometheus_client, its default one if None. name: what all metrics begin with.
+    registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
 
     Raises: BackendNotAvailableError without the package prometheus_client.
     """
@@ -42,14 +45,15 @@ def register_metrics(
             "metrics need prometheus_client. Install it: pip install 'kvcache[metrics]'."
         ) from error
 
-    class Collector:
-        def collect(self) -> Iterator[Any]:
+    class StatsCollector:
+        def collect(self) -> Iterator[Metric]:
             stats = prefix.stats
             for field, text in COUNTERS.items():
                 yield CounterMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
             for field, text in GAUGES.items():
                 yield GaugeMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
 
-    collector = Collector()
+    # Read when it is scraped: the prefix cache pushes nothing.
+    collector = StatsCollector()
     (registry or prometheus_client.REGISTRY).register(collector)
     return collector

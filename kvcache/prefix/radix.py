@@ -1,7 +1,7 @@
 """A radix tree over token ids, at the speed of ``memcmp``.
 
 An edge holds the ids of its span as little-endian int32 bytes, so that following it is one
-comparison of bytes, whatever its length. A query is turned into bytes edge by edge: what lies
+comparison of bytes, whatever its length. A query is turned into bytes edge by edge: the part
 behind the point where it leaves the tree is never looked at.
 """
 
@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import count
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
+"""Token ids, one-dimensional."""
 _ID = np.dtype("<i4")
 V = TypeVar("V")
 
 
 class Node(Generic[V]):
-    """The end of an edge. value: what is kept here, None where paths merely part.
+    """The end of an edge.
 
-    depth: tokens from the root to here. children: by the first token of their edges.
+    edge: token ids from `parent` to here, as little-endian int32. depth: tokens from the root to
+    here. value: kept here, None where paths merely part. children: by the first token of their
+    edges.
     """
 
     __slots__ = ("children", "depth", "edge", "parent", "value")
@@ -41,12 +44,18 @@ class Node(Generic[V]):
         return int.from_bytes(self.edge[: _ID.itemsize], "little", signed=True)
 
     @property
+    def tokens(self) -> Tokens:
+        """Tokens of the edge, read-only."""
+        return np.frombuffer(self.edge, _ID)
+
+    @property
     def idle(self) -> bool:
-        """Whether nothing is kept here."""
+        """True if nothing is kept here."""
         return self.value is None
 
     def below(self) -> Iterator[Node[V]]:
-        """This node and all under it, by their depth."""
+        """Yield this node and all under it, in the order of their depth."""
+        # The number decides between nodes of equal depth, which cannot be compared.
         heap, order = [(self.depth, 0, self)], count(1)
         while heap:
             *_, node = heappop(heap)
@@ -56,7 +65,7 @@ class Node(Generic[V]):
 
 
 class Match(NamedTuple, Generic[V]):
-    """How far a query follows the tree.
+    """Result of following a query through the tree.
 
     length: tokens in common. node: the last node on the way whose edge was followed to its end.
     inside: the child on whose edge the query leaves the tree, or ends; None if it does at `node`.
@@ -74,19 +83,20 @@ class RadixTree(Generic[V]):
         self.root: Node[V] = Node(b"", None)
 
     def match(self, tokens: Tokens) -> Match[V]:
-        """The longest path that begins like `tokens`."""
+        """Find the longest path with the ids of `tokens`, from their beginning."""
         node, at, size = self.root, 0, tokens.size
         while at < size:
             child = node.children.get(tokens.item(at))
             if child is None:
                 break
+            # Bytes of this edge alone: the rest of a long query may never be needed.
             if tokens[at : child.depth].astype(_ID, copy=False).tobytes() != child.edge:
-                return Match(at + _in_common(tokens[at : child.depth], child.edge), node, child)
+                return Match(at + _in_common(tokens[at : child.depth], child), node, child)
             node, at = child, child.depth
         return Match(at, node, None)
 
     def insert(self, tokens: Tokens) -> Node[V]:
-        """The node at the end of `tokens`, made if there is none."""
+        """Return the node at the end of `tokens`, a new one if there is none."""
         length, node, inside = self.match(tokens)
         if inside is not None:
             node = self.split(inside, length - node.depth)
@@ -97,30 +107,31 @@ class RadixTree(Generic[V]):
 
     @staticmethod
     def remove(node: Node[V]) -> None:
-        """Forget the value of `node`; edges that no longer part are joined."""
+        """Forget the value of `node`, and nodes without values or branches."""
         node.value = None
-        while node.parent is not None and node.idle and not node.children:
-            del node.parent.children[node.first]
-            node = node.parent
-        if node.parent is not None and node.idle and len(node.children) == 1:
-            _join(node)
+        while (parent := node.parent) is not None and node.idle and not node.children:
+            del parent.children[node.first]
+            node = parent
+        if parent is not None and node.idle and len(node.children) == 1:
+            _join(node, parent)
 
     @staticmethod
     def split(node: Node[V], length: int) -> Node[V]:
-        """A new node `length` tokens down the edge of `node`, which hangs below it then."""
+        """Return a new node `length` tokens down the edge of `node`, now the child of it."""
         at, parent = length * _ID.itemsize, node.parent
         upper: Node[V] = Node(node.edge[:at], parent)
         if parent is not None:
             parent.children[node.first] = upper
+        # The depth of `node` stays: it counts from the root.
         node.edge, node.parent = node.edge[at:], upper
         upper.children[node.first] = node
         return upper
 
 
 def as_tokens(tokens: npt.ArrayLike | Sequence[int]) -> Tokens:
-    """Token ids as an int32 array, which is not copied if it is one.
+    """Return token ids as an int32 array, without a copy of an int32 array.
 
-    Raises: ValueError for what is no list of 32-bit integers.
+    Raises: ValueError for anything but a list of 32-bit integers.
     """
     array = np.asarray(tokens)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -133,16 +144,15 @@ def as_tokens(tokens: npt.ArrayLike | Sequence[int]) -> Tokens:
     return ids
 
 
-def _in_common(tokens: Tokens, edge: bytes) -> int:
-    """How many of `tokens`, not all, are those that an edge begins with."""
-    ids = np.frombuffer(edge, _ID)[: tokens.size]
+def _in_common(tokens: Tokens, node: Node[V]) -> int:
+    """Count the `tokens` in common with the beginning of the edge of `node`."""
+    ids = node.tokens[: tokens.size]
     differ = tokens != ids
     return int(differ.argmax()) if differ.any() else ids.size
 
 
-def _join(node: Node[V]) -> None:
-    """Let the only child of `node` stand in its place."""
+def _join(node: Node[V], parent: Node[V]) -> None:
+    """Put the only child of `node` in its place under `parent`."""
     [child] = node.children.values()
-    parent: Any = node.parent
     parent.children[node.first] = child
     child.edge, child.parent = node.edge + child.edge, parent

@@ -1,25 +1,36 @@
-"""A tree of spans that a person can read."""
+"""Drawings of the trees of a prefix cache, for people."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from kvcache.errors import BackendNotAvailableError
 
 from .radix import Node, RadixTree
+from .stored import StoredSpan
 
-Decode = Callable[[list[int]], str]
+if TYPE_CHECKING:
+    from rich.text import Text
+    from rich.tree import Tree
+
+Decode: TypeAlias = Callable[[list[int]], str]
+"""Makes text of token ids."""
 
 
 def render(
-    trees: Mapping[str, RadixTree[Any]], size: int, decode: Decode | None, svg: bool, width: int
+    trees: Mapping[str, RadixTree[StoredSpan]],
+    nbytes: int,
+    decode: Decode | None,
+    svg: bool,
+    width: int,
 ) -> str:
-    """`trees` by salt, as text or SVG of `width` columns."""
+    """Draw `trees` by salt, as text or SVG of `width` columns. nbytes: stored in all of them.
+
+    Raises: BackendNotAvailableError without the package rich.
+    """
     try:
         from rich.console import Console
         from rich.tree import Tree
@@ -27,39 +38,40 @@ def render(
         raise BackendNotAvailableError(
             "a drawing of the tree needs rich. Install it: pip install 'kvcache[cli]'."
         ) from error
-    root = Tree(f"[bold]prefix cache[/], {_bytes(size)} stored")
+    root = Tree(f"[bold]prefix cache[/], {_with_unit(nbytes)} stored")
     for salt, tree in trees.items():
-        _grow(root.add(f"salt {salt!r}") if salt else root, tree.root, decode)
+        _add_children(root.add(f"salt {salt!r}") if salt else root, tree.root, decode)
     console = Console(file=io.StringIO(), record=True, width=width, force_terminal=False)
     console.print(root)
     if svg:
-        drawn = console.export_svg(title="kvcache.PrefixCache")
-        # Whoever looks at it is not to fetch fonts from somewhere.
-        return re.sub(r"@font-face {.*?}", "", drawn, flags=re.DOTALL)
+        drawing = console.export_svg(title="kvcache.PrefixCache")
+        # rich names fonts to be fetched from elsewhere, which looking at a drawing should not do.
+        return re.sub(r"@font-face {.*?}", "", drawing, flags=re.DOTALL)
     return console.export_text()
 
 
-def _grow(branch: Any, node: Node[Any], decode: Decode | None) -> None:
+def _add_children(branch: Tree, node: Node[StoredSpan], decode: Decode | None) -> None:
     for child in node.children.values():
-        _grow(branch.add(_label(child, decode)), child, decode)
+        if child.value is not None:  # of a tree of spans, only the root has none
+            _add_children(branch.add(_label(child.value, decode)), child, decode)
 
 
-def _label(node: Node[Any], decode: Decode | None) -> Any:
+def _label(span: StoredSpan, decode: Decode | None) -> Text:
+    """Return the line for a span: its range, its tokens, and where its payload is."""
     from rich.text import Text
 
-    span: Any = node.value
     label = Text(f"[{span.start}, {span.stop})  ", "bold" if span.payload is not None else "dim")
-    label.append(_tokens(np.frombuffer(node.edge, "<i4").tolist(), decode), "cyan")
+    label.append(_tokens(span.node.tokens.tolist(), decode), "cyan")
     if span.payload is None:
         return label.append("  forgotten", "dim")
-    where = "resident" if span.payload.snapshot.resident else "host"
-    label.append(f"  {_bytes(span.size)} {where}, used {span.uses}x")
+    place = "resident" if span.payload.snapshot.resident else "host"
+    label.append(f"  {_with_unit(span.nbytes)} {place}, used {span.uses}x")
     return label.append(f", in use by {span.pins}", "yellow") if span.pins else label
 
 
 def _tokens(ids: list[int], decode: Decode | None) -> str:
-    """The first and the last of them."""
-    if decode is None or min(ids) < 0:  # media have ids of their own
+    """Return the first and the last of `ids`, or of their text, and an ellipsis between."""
+    if decode is None or min(ids) < 0:  # stand-ins for media are no tokens
         shown = (
             [*map(str, ids)] if len(ids) <= 8 else [*map(str, ids[:5]), "…", *map(str, ids[-2:])]
         )
@@ -68,9 +80,9 @@ def _tokens(ids: list[int], decode: Decode | None) -> str:
     return text if len(text) <= 48 else f"{text[:30]} … {text[-14:]}"
 
 
-def _bytes(size: int) -> str:
+def _with_unit(nbytes: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024  # type: ignore[assignment]
-    return f"{size:.4g} GiB"
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} GiB"

@@ -1,128 +1,171 @@
-"""Where the sequences of sessions live: in a pool, or in per-layer caches of their own."""
+"""Sequences of sessions: in one pool, or in per-layer caches of each session's own."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from kvcache._checks import check_ids
 from kvcache.backends import Backend
-from kvcache.errors import CacheFullError
-from kvcache.layers.growing import KVCache, restore, snapshot
+from kvcache.errors import CacheFullError, KVCacheError
+from kvcache.layers.growing import KVCache
+from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
-from kvcache.snapshots.rows import TokenRows
-from kvcache.snapshots.snapshot import Part, Snapshot
+from kvcache.snapshots.snapshot import Snapshot
+
+
+class SequenceHandle(ABC):
+    """The sequence of one session, empty at first and owned by the session until released."""
+
+    @property
+    @abstractmethod
+    def sequence(self) -> int:
+        """Id of the sequence in its pool. Raises: KVCacheError over per-layer caches."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> LayerCaches[KVCache]:
+        """Caches of the sequence, one per layer. Raises: KVCacheError over a pool."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens the sequence has seen."""
+
+    @abstractmethod
+    def restore(self, snapshots: Sequence[Snapshot]) -> None:
+        """Fill the empty sequence with contiguous `snapshots`. Raises: CacheFullError."""
+
+    @abstractmethod
+    def schedule(self, positions: Iterable[int]) -> None:
+        """Keep the rows needed to resume at `positions`, for snapshots taken later."""
+
+    @abstractmethod
+    def capture(self, start: int, stop: int) -> Snapshot:
+        """Take a snapshot of positions ``[start, stop)``. The caller closes it."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Drop all tokens and end the use of the sequence. Snapshots stay valid."""
 
 
 class SequenceSource(ABC):
-    """Gives a session a handle and takes snapshots of it."""
+    """Supplier of sequences for the sessions of one prefix cache."""
 
     lock: threading.RLock
+    """To be held around :meth:`acquire` and all calls of its handles."""
 
     @abstractmethod
-    def acquire(self) -> Any:
-        """An empty handle. Raises: CacheFullError if there is none."""
-
-    @abstractmethod
-    def restore(self, handle: Any, snapshots: Sequence[Snapshot]) -> None:
-        """Let an empty handle hold what `snapshots` does. Raises: CacheFullError."""
-
-    @abstractmethod
-    def schedule(self, handle: Any, positions: Iterable[int]) -> None:
-        """Let its snapshots hold what going on at `positions` needs."""
-
-    @abstractmethod
-    def length(self, handle: Any) -> int:
-        """Tokens that its sequence has seen."""
-
-    @abstractmethod
-    def capture(self, handle: Any, start: int, stop: int) -> Snapshot:
-        """What it holds of positions ``[start, stop)``."""
-
-    @abstractmethod
-    def release(self, handle: Any) -> None:
-        """The release of :meth:`acquire`."""
+    def acquire(self) -> SequenceHandle:
+        """Return an empty sequence, to be released. Raises: CacheFullError if none is free."""
 
 
 class PoolSequences(SequenceSource):
-    """Sequences of one multi-sequence cache: snapshots share cells with them."""
+    """Sequences of one multi-sequence cache; snapshots share their cells.
+
+    sequences: ids that may be used, None for all of the cache.
+    """
 
     def __init__(self, cache: Cache, sequences: Iterable[int] | None) -> None:
-        self.cache = cache
         self.lock = cache.lock
+        self._cache = cache
         chosen = range(cache.max_sequences) if sequences is None else sequences
+        # Reversed: taken from the end, the first named is used first.
         self._free = list(chosen)[::-1]
-        self._all = len(self._free)
+        self._total = len(self._free)
         check_ids(cache.max_sequences, *self._free)
-        if len(set(self._free)) < self._all:
+        if len(set(self._free)) < self._total:
             raise ValueError(f"sessions share no sequence; name each once, got {self._free[::-1]}.")
 
-    def acquire(self) -> int:
+    def acquire(self) -> PoolHandle:
         if not self._free:
             raise CacheFullError(
-                f"every session needs a sequence of its own; all {self._all} are in use. "
+                f"every session needs a sequence of its own; all {self._total} are in use. "
                 "End a session, or init the cache with more max_sequences."
             )
-        return self._free.pop()
+        return PoolHandle(self._cache, self._free.pop(), on_release=self._free.append)
 
-    def restore(self, handle: int, snapshots: Sequence[Snapshot]) -> None:
-        self.cache.restore(handle, *snapshots)
 
-    def schedule(self, handle: int, positions: Iterable[int]) -> None:
-        self.cache.schedule(handle, positions)
+class PoolHandle(SequenceHandle):
+    """One sequence of a multi-sequence cache. on_release: called with its id in the end."""
 
-    def length(self, handle: int) -> int:
-        return self.cache.next_position(handle)
+    def __init__(self, cache: Cache, sequence: int, on_release: Callable[[int], None]) -> None:
+        self._cache, self._sequence, self._on_release = cache, sequence, on_release
 
-    def capture(self, handle: int, start: int, stop: int) -> Snapshot:
-        return self.cache.snapshot(handle, start, stop)
+    @property
+    def sequence(self) -> int:
+        return self._sequence
 
-    def release(self, handle: int) -> None:
-        self.cache.remove(handle, 0)
-        self._free.append(handle)
+    @property
+    def caches(self) -> LayerCaches[KVCache]:
+        raise KVCacheError("sessions over a pool share its cache. Use sequence.")
+
+    @property
+    def length(self) -> int:
+        return self._cache.next_position(self._sequence)
+
+    def restore(self, snapshots: Sequence[Snapshot]) -> None:
+        self._cache.restore(self._sequence, *snapshots)
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        self._cache.schedule(self._sequence, positions)
+
+    def capture(self, start: int, stop: int) -> Snapshot:
+        return self._cache.snapshot(self._sequence, start, stop)
+
+    def release(self) -> None:
+        self._cache.remove(self._sequence, 0)
+        self._on_release(self._sequence)
 
 
 class LayerSequences(SequenceSource):
-    """New per-layer caches for every session; their snapshots are in host memory.
+    """New per-layer caches for every session, with snapshots in host memory.
 
-    caches: one per layer, empty; those of sessions are made like them.
+    caches: one per layer, empty; sessions get copies of them.
     """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         if not caches or any(cache.offset for cache in caches):
             raise ValueError(f"give one empty cache for every layer; got {list(caches)}.")
-        self._like = list(caches)
-        self._backend: Backend | None = None
         self.lock = threading.RLock()
+        self.backend: Backend | None = None
+        """Backend of the last snapshot, for restoring to caches that name none."""
+        self._prototypes = LayerCaches(caches)
 
-    def acquire(self) -> list[KVCache]:
-        return [cache.copy() for cache in self._like]
-
-    def restore(self, handle: list[KVCache], snapshots: Sequence[Snapshot]) -> None:
-        restore(handle, *snapshots, backend=self._backend)
-
-    def schedule(self, handle: list[KVCache], positions: Iterable[int]) -> None:
-        wanted = list(positions)
-        for cache in handle:
-            cache.schedule(wanted)
-
-    def length(self, handle: list[KVCache]) -> int:
-        return min(cache.offset for cache in handle)
-
-    def capture(self, handle: list[KVCache], start: int, stop: int) -> Snapshot:
-        self._backend = handle[0].backend
-        return snapshot(handle, start, stop).to_host()
-
-    def release(self, handle: list[KVCache]) -> None:
-        for cache in handle:
-            cache.reset()
+    def acquire(self) -> LayerHandle:
+        return LayerHandle(self._prototypes.copy(), self)
 
 
-def empty_like(start: int, stop: int, like: Snapshot) -> Snapshot:
-    """A snapshot of a span of which nothing is held."""
-    parts = [
-        Part(p.kind, p.visibility, TokenRows(p.rows.positions[:0]), p.dtype) for p in like.parts
-    ]
-    return Snapshot(start, stop, parts)
+class LayerHandle(SequenceHandle):
+    """The per-layer caches of one session."""
+
+    def __init__(self, caches: LayerCaches[KVCache], source: LayerSequences) -> None:
+        self._caches, self._source = caches, source
+
+    @property
+    def sequence(self) -> int:
+        raise KVCacheError("sessions over per-layer caches have no sequence id. Use caches.")
+
+    @property
+    def caches(self) -> LayerCaches[KVCache]:
+        return self._caches
+
+    @property
+    def length(self) -> int:
+        return min(cache.offset for cache in self._caches)
+
+    def restore(self, snapshots: Sequence[Snapshot]) -> None:
+        self._caches.restore(*snapshots, backend=self._source.backend)
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        self._caches.schedule(positions)
+
+    def capture(self, start: int, stop: int) -> Snapshot:
+        # Known only now: caches that name no backend take that of their first tokens.
+        self._source.backend = self._caches[0].backend
+        # To the host at once: the caches, where it would be resident, end with the session.
+        return self._caches.snapshot(start, stop).to_host()
+
+    def release(self) -> None:
+        self._caches.reset()

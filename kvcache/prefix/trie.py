@@ -1,27 +1,30 @@
-"""Per-layer caches, by the tokens that they hold."""
+"""Per-layer caches, found by the tokens they hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
-from kvcache.layers.growing import KVCache, trim
+from kvcache.layers.growing import KVCache
+from kvcache.layers.stack import LayerCaches
 
 from .radix import Match, Node, RadixTree, as_tokens
 
-Layers: TypeAlias = list[KVCache]
 Query = TypeVar("Query", bound=Sequence[int])
 
 
 class Entry(NamedTuple):
-    """What is stored for a sequence of tokens. repeats: how often it was inserted again."""
+    """Caches stored for a sequence of tokens.
 
-    caches: tuple[KVCache, ...]
+    caches: one per layer, owned by the trie. repeats: later insertions of the same tokens.
+    """
+
+    caches: LayerCaches[KVCache]
     repeats: int = 0
 
 
 class PrefixTrie:
-    """Finds the caches that hold the longest beginning of a request.
+    """Per-layer caches by their tokens; a request gets a copy of the best for its beginning.
 
     ::
 
@@ -30,9 +33,9 @@ class PrefixTrie:
         ...                                     # the model is given `rest`, and generates
         trie.insert(tokens + generated, caches)
 
-    What :meth:`find_nearest` returns are copies: going on with them changes nothing that is
-    stored. A stored entry serves every prefix of it, if its caches can be trimmed; a rotating cache
-    that has turned serves what comes after it.
+    :meth:`find_nearest` returns copies: going on with them changes nothing in the trie. An entry
+    serves every prefix of its tokens if its caches can be trimmed; a rotating cache that has
+    turned serves only requests that go on where its tokens end.
     """
 
     def __init__(self) -> None:
@@ -43,13 +46,13 @@ class PrefixTrie:
         return self._count
 
     def insert(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> Entry:
-        """Store `caches`, one per layer, that hold exactly `tokens`. They are the trie's then.
+        """Store `caches`, one per layer, each with exactly `tokens`. The trie takes ownership.
 
-        Returns what is stored: the first that came for these tokens.
+        Returns the entry of these tokens: with the caches that were inserted first.
 
-        Raises: ValueError for no tokens, no caches, or caches that hold another number of tokens.
+        Raises: ValueError for no tokens, no caches, or caches with another number of tokens.
         """
-        ids, layers = as_tokens(tokens), tuple(caches)
+        ids, layers = as_tokens(tokens), LayerCaches(caches)
         offsets = sorted({cache.offset for cache in layers})
         if not ids.size or offsets != [ids.size]:
             raise ValueError(
@@ -64,20 +67,20 @@ class PrefixTrie:
             node.value = node.value._replace(repeats=node.value.repeats + 1)
         return node.value
 
-    def find_nearest(self, tokens: Query) -> tuple[Layers | None, Query]:
-        """Copies of the caches that hold the most of the beginning of `tokens`, and the rest.
+    def find_nearest(self, tokens: Query) -> tuple[LayerCaches[KVCache] | None, Query]:
+        """Return copies of the caches with the longest prefix of `tokens`, and the other tokens.
 
-        (None, tokens) where there are none. `tokens` is a list or, faster, an int32 array.
+        (None, tokens) if there are none. `tokens` is a list or, faster, an int32 array.
         """
         match = self._tree.match(as_tokens(tokens))
-        caches = self._longer(match) or self._shorter(match.node)
+        caches = self._from_longer(match) or self._from_shorter(match.node)
         held = caches[0].offset if caches else 0
         return caches, tokens[held:]  # type: ignore[return-value]
 
     def remove(self, tokens: Sequence[int]) -> None:
-        """Forget what is stored for exactly these tokens.
+        """Remove the entry of exactly these tokens.
 
-        Raises: KeyError if nothing is.
+        Raises: KeyError if there is none.
         """
         ids = as_tokens(tokens)
         length, node, inside = self._tree.match(ids)
@@ -86,25 +89,30 @@ class PrefixTrie:
         self._tree.remove(node)
         self._count -= 1
 
-    def _longer(self, match: Match[Entry]) -> Layers | None:
-        """From the shortest entry that goes on beyond what is asked for, cut back to it."""
+    def _from_longer(self, match: Match[Entry]) -> LayerCaches[KVCache] | None:
+        """Return copies of the shortest entry beyond the match, trimmed to it.
+
+        None if no entry can be trimmed so far, or one ends exactly there.
+        """
         length, node, inside = match
+        # An entry that ends exactly there needs no trimming: _from_shorter returns it.
         if not length or (node.value is not None and inside is None):
             return None
         for entry in _entries(inside or node):
             surplus = entry.caches[0].offset - length
-            if all(cache.can_trim(surplus) for cache in entry.caches):
-                copies = [cache.copy() for cache in entry.caches]
-                trim(copies, surplus)
+            if entry.caches.can_trim(surplus):
+                # Copies first: trimming takes tokens from the caches themselves.
+                copies = entry.caches.copy()
+                copies.trim(surplus)
                 return copies
         return None
 
     @staticmethod
-    def _shorter(node: Node[Entry] | None) -> Layers | None:
-        """From the longest entry that is a prefix of what is asked for."""
+    def _from_shorter(node: Node[Entry] | None) -> LayerCaches[KVCache] | None:
+        """Return copies of the longest entry at or above `node`, None if there is none."""
         while node is not None:
             if node.value is not None:
-                return [cache.copy() for cache in node.value.caches]
+                return node.value.caches.copy()
             node = node.parent
         return None
 

@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors
@@ -21,13 +21,16 @@ import safetensors.numpy
 from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
 
-VERSION = 1
+VERSION = 2
 _KEY = "kvcache"
 _SEAL = "kvcache.sha256"
 
+Header: TypeAlias = dict[str, Any]
+"""The JSON header of a file; its checksum says that kvcache wrote it."""
+
 
 def write_file(
-    path: str | os.PathLike[str], tensors: Mapping[str, HostArray], header: Mapping[str, Any]
+    path: str | os.PathLike[str], tensors: Mapping[str, HostArray], header: Mapping[str, object]
 ) -> None:
     """Write `tensors` and `header` (JSON-able) to `path`, whole or not at all."""
     whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -52,8 +55,8 @@ def write_file(
         partial.unlink(missing_ok=True)
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HostArray]]:
-    """Header and tensors of a file that :func:`write_file` wrote, every tensor verified.
+def read_file(path: str | os.PathLike[str]) -> tuple[Header, dict[str, HostArray]]:
+    """Return header and tensors of a file of :func:`write_file`, every tensor verified.
 
     Raises:
         ForeignFileError: not safetensors, or not of kvcache.
@@ -75,7 +78,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, H
     }
 
 
-def _read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_header(path: str | os.PathLike[str]) -> Header:
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}
@@ -90,12 +93,25 @@ def _read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = metadata[_KEY]
     if _digest(text.encode()) != metadata.get(_SEAL):
         raise DamagedFileError(f"{path} is damaged: its header does not match its checksum.")
-    header: dict[str, Any] = json.loads(text)
+    header: Header = json.loads(text)
     if header["version"] > VERSION:
         raise NewerFileError(
             f"this kvcache reads format versions up to {VERSION}; {path} has "
             f"{header['version']}. Upgrade kvcache."
         )
+    return _upgraded(header) if header["version"] == 1 else header
+
+
+def _upgraded(header: Header) -> Header:
+    """Return a header of version 1 as one of version 2, which names the arrays of a layer.
+
+    Version 1 knew keys and values only, and said "sight" for visibility.
+    """
+    arrays = {"keys": -2, "values": -2}
+    for record in header.get("caches", ()):
+        record["arrays"] = arrays
+    for part in header.get("parts", ()):
+        part |= {"arrays": arrays, "visibility": part["sight"]}
     return header
 
 
@@ -104,15 +120,13 @@ def _looks_like_ours(path: str | os.PathLike[str]) -> bool:
         return f'"{_KEY}"'.encode() in file.read(4096)
 
 
-def _verified(
-    path: str | os.PathLike[str], name: str, raw: Mapping[str, Any], described: Mapping[str, Any]
-) -> HostArray:
+def _verified(path: str | os.PathLike[str], name: str, raw: Header, described: Header) -> HostArray:
     if list(raw["shape"]) != described["shape"] or _digest(raw["data"]) != described["sha256"]:
         raise DamagedFileError(f"{path} is damaged: {name!r} does not match its checksum.")
     return np.frombuffer(raw["data"], HOST_DTYPES[described["dtype"]]).reshape(raw["shape"])
 
 
-def _description(tensor: HostArray) -> dict[str, Any]:
+def _description(tensor: HostArray) -> Header:
     # As bytes: hashlib does not take the dtypes of ml_dtypes.
     digest = _digest(tensor.reshape(-1).view(np.uint8).data)
     return {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": digest}

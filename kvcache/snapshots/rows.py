@@ -1,20 +1,20 @@
-"""Keys and values of some positions of a sequence, in a cache's memory or in the host's."""
+"""Some positions of a sequence, by layer: in the memory of their cache, or of the host."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache._types import Indices, Int32s
-from kvcache.backends import HostArray
+from kvcache._types import Bools, Indices, Int32s
+from kvcache.storage.arrays import LayerArrays, Rows, concat_layers
 
 Slots: TypeAlias = Indices
-"""Where in a cache rows are: cells of a pool, slots of a buffer."""
-LayerRows: TypeAlias = dict[int, tuple[HostArray, HostArray | None]]
-"""By layer: keys and values ``[..., tokens, head_dim]``; None where it holds keys only."""
+"""Places of rows in a cache: cells of a pool, slots of a per-layer buffer."""
+LayerRows: TypeAlias = dict[int, LayerArrays]
+"""The arrays of every layer, by its number."""
 
 
 class RowOwner(Protocol):
@@ -22,27 +22,27 @@ class RowOwner(Protocol):
 
     @property
     def lock(self) -> AbstractContextManager[object]:
-        """Held while rows change form: the lender may ask them to in any thread."""
+        """Held while rows change form: the owner may ask them to in any thread."""
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in all its layers."""
 
     def read(self, slots: Slots) -> LayerRows:
-        """Copies of what is there."""
+        """Return host copies of the rows in `slots`."""
 
     def pin(self, rows: TokenRows) -> None:
         """Call ``rows.to_host()`` before their slots are written to, from now on."""
 
     def unpin(self, rows: TokenRows) -> None:
-        """The end of :meth:`pin`."""
+        """Undo :meth:`pin`."""
 
 
 class TokenRows:
-    """TokenRows of `positions`, ascending. Every change of form leaves the content as it is.
+    """Rows of `positions`, ascending. Every change of form leaves the content as it is.
 
-    Resident ones own no memory: they name slots in the cache of a lender, which asks them to
-    copy before it writes there. The others are in host memory.
+    Resident rows own no memory: they name slots of their owner, which asks them to copy before
+    it writes there. Other rows are in host memory.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TokenRows:
 
     @classmethod
     def resident(cls, positions: Int32s, owner: RowOwner, slots: Slots) -> TokenRows:
-        """TokenRows that stay where they are."""
+        """Pin rows in `slots` of `owner`, where they stay."""
         rows = cls(positions, owner=owner)
         rows.slots = slots
         owner.pin(rows)
@@ -63,159 +63,106 @@ class TokenRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, wherever they are."""
+        """Bytes of the rows, resident or not."""
         owner = self.owner
         return self.host_nbytes if owner is None else self.positions.size * owner.token_bytes
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of host memory that are theirs, 0 for resident ones."""
-        parts = (part for pair in self._layers.values() for part in pair)
-        return sum(part.nbytes for part in parts if part is not None)
+        """Bytes of host memory that the rows own, 0 for resident ones."""
+        return sum(array.data.nbytes for arrays in self._layers.values() for array in arrays)
 
     def to_host(self) -> LayerRows:
-        """The rows in host memory, theirs from now on."""
-        with self._guard():
+        """Move the rows to host memory, for good, and return them."""
+        with self._owner_lock():
             if self.owner is not None:
                 self._layers = self.owner.read(self.slots)
-                self._spill()
+                self._unpin()
             return self._layers
 
     def close(self) -> None:
-        """Give up what they hold; closing twice is no error."""
-        with self._guard():
-            self._spill()
+        """Give up slots and memory. Closing twice is no error."""
+        with self._owner_lock():
+            self._unpin()
             self._layers, self.positions = {}, self.positions[:0]
 
-    def _guard(self) -> AbstractContextManager[object]:
-        """For who looks at `owner` and goes on as if it stayed: it may go, and never comes."""
+    def _owner_lock(self) -> AbstractContextManager[object]:
+        """Return the lock to hold while relying on `owner`.
+
+        Rows may be spilled by another thread meanwhile, but are never pinned again.
+        """
         owner = self.owner
         return nullcontext() if owner is None else owner.lock
 
-    def _spill(self) -> None:
+    def _unpin(self) -> None:
         if self.owner is not None:
             self.owner.unpin(self)
         self.owner, self.slots = None, self.slots[:0]
 
-    def read(self, which: npt.NDArray[np.intp]) -> LayerRows:
-        """Some of the rows, in host memory; they stay where they are."""
-        with self._guard():
+    def read(self, index: npt.NDArray[np.intp]) -> LayerRows:
+        """Return host copies of the rows at `index`; the rows stay as they are."""
+        with self._owner_lock():
             if self.owner is not None:
-                return self.owner.read(self.slots[which])
-            return self._taken(which)
+                return self.owner.read(self.slots[index])
+            return self._taken(index)
 
-    def _taken(self, which: npt.NDArray[np.intp] | slice) -> LayerRows:
+    def _taken(self, index: Rows) -> LayerRows:
         return {
-            layer: (_taken(keys, which), None if values is None else _taken(values, which))
-            for layer, (keys, values) in self._layers.items()
+            layer: tuple(array.take(index) for array in arrays)
+            for layer, arrays in self._layers.items()
         }
 
-    def take(self, which: npt.NDArray[np.intp] | slice) -> TokenRows:
-        """Some of the rows, as rows of their own."""
-        with self._guard():
+    def take(self, index: npt.NDArray[np.intp] | slice) -> TokenRows:
+        """Return the rows at `index` as rows of their own, resident if these are."""
+        with self._owner_lock():
             if self.owner is not None:
-                return TokenRows.resident(self.positions[which], self.owner, self.slots[which])
-            return TokenRows(self.positions[which], self._taken(which))
+                return TokenRows.resident(self.positions[index], self.owner, self.slots[index])
+            return TokenRows(self.positions[index], self._taken(index))
+
+    def narrowed(self, keep: Bools) -> TokenRows:
+        """Return the rows where `keep` is true as rows of their own; these are closed."""
+        kept = self.take(np.flatnonzero(keep))
+        self.close()
+        return kept
 
     def split(self, at: int) -> tuple[TokenRows, TokenRows]:
-        """The rows below position `at`, and the others; these are closed."""
+        """Return the rows below position `at`, and the others; these are closed."""
         first = int(np.searchsorted(self.positions, at))
         parts = self.take(slice(0, first)), self.take(slice(first, None))
         self.close()
         return parts
 
     def join(self, other: TokenRows) -> TokenRows:
-        """These rows and those of `other`, which share no position; both are closed."""
+        """Return these rows and those of `other`, which share no position; both are closed."""
         if other.positions.size and self.positions.size:
-            joined = self._with(other)
+            joined = self._merged_with(other)
         else:
             joined = (self if self.positions.size else other)._renewed()
         self.close()
         other.close()
         return joined
 
-    def _with(self, other: TokenRows) -> TokenRows:
+    def _merged_with(self, other: TokenRows) -> TokenRows:
         positions = np.concatenate([self.positions, other.positions])
         order = np.argsort(positions)
-        with self._guard():
+        with self._owner_lock():
             if self.owner is not None and self.owner is other.owner:
                 slots = np.concatenate([self.slots, other.slots])[order]
                 return TokenRows.resident(positions[order], self.owner, slots)
         # One lock at a time: those of two caches might be asked for in either order.
-        return TokenRows(positions[order], _joined(self.to_host(), other.to_host(), order))
+        return TokenRows(positions[order], _merged(self.to_host(), other.to_host(), order))
 
     def _renewed(self) -> TokenRows:
-        """The same rows as another object, not copied: who closes this one closes no other."""
-        with self._guard():
+        """Return the same rows, not copied, as another object: closing one leaves the other."""
+        with self._owner_lock():
             if self.owner is not None:
                 return TokenRows.resident(self.positions, self.owner, self.slots)
             return TokenRows(self.positions, self._layers)
 
 
-class Visibility(NamedTuple):
-    """What a cache needs of the past to go on somewhere.
-
-    window: tokens right before, None for all, 0 for none. chunk: none of earlier chunks of so
-    many, but for the last token, from which a sequence knows where it stands.
-    sinks: the first so many as well.
-    """
-
-    window: int | None = None
-    chunk: int | None = None
-    sinks: int = 0
-
-    def lowest(self, position: int) -> int:
-        """Lowest position needed to go on at `position`, sinks apart."""
-        if self.window is None and self.chunk is None:
-            return 0
-        low = min(self.sinks, position)
-        if self.window is not None:
-            low = max(low, position - self.window)
-        if self.chunk is not None:
-            low = max(low, min(position - position % self.chunk, position - 1))
-        return low
-
-    def needed(self, positions: Int32s, position: int) -> npt.NDArray[np.bool_]:
-        """Which of `positions` it needs to go on at `position`."""
-        recent = (positions >= self.lowest(position)) & (positions < position)
-        return recent | (positions < min(self.sinks, position))
-
-    def last_resumable(self, positions: Int32s, limit: int) -> int:
-        """The last position up to `limit` to go on at, if just `positions` (ascending) are held."""
-        held = positions[: int(np.searchsorted(positions, limit))]
-        if self.window == 0:
-            return limit
-        if not held.size:
-            return 0
-        breaks = np.flatnonzero(np.diff(held) != 1)
-        starts = held[np.concatenate([[0], breaks + 1])].tolist()
-        stops = (held[np.concatenate([breaks, [held.size - 1]])] + 1).tolist()
-        sunk = stops[0] if starts[0] == 0 else 0
-        for start, stop in zip(reversed(starts), reversed(stops), strict=True):
-            # What is needed moves on with the position, so that the end of a run is decisive.
-            if self.lowest(stop) >= start and sunk >= min(self.sinks, stop):
-                return int(stop)
-        return 0
-
-
-def _taken(array: HostArray, which: npt.NDArray[np.intp] | slice) -> HostArray:
-    return np.array(array[..., which, :], order="C")
-
-
-def _joined(one: LayerRows, two: LayerRows, order: npt.NDArray[np.intp]) -> LayerRows:
-    def merged(first: HostArray, second: HostArray) -> HostArray:
-        return np.concatenate([first, second], axis=-2)[..., order, :]
-
+def _merged(one: LayerRows, two: LayerRows, order: npt.NDArray[np.intp]) -> LayerRows:
+    """Return the rows of both by layer, in the order of their positions."""
     return {
-        layer: (
-            merged(keys, two[layer][0]),
-            None if values is None else merged(values, _present(two[layer][1])),
-        )
-        for layer, (keys, values) in one.items()
+        layer: tuple(array.take(order) for array in concat_layers([arrays, two[layer]]))
+        for layer, arrays in one.items()
     }
-
-
-def _present(array: HostArray | None) -> HostArray:
-    if array is None:
-        raise ValueError("a layer has values in all rows or in none.")
-    return array

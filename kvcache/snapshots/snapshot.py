@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import HostArray
-from kvcache.errors import ForeignFileError, KVCacheError, SnapshotMismatchError
+from kvcache.errors import KVCacheError, SnapshotMismatchError
 
-from .files import read_file, write_file
-from .rows import LayerRows, TokenRows, Visibility
+from .archive import Record, read_archive, write_archive
+from .rows import TokenRows
+from .visibility import Visibility
+
+
+class CacheSpec(NamedTuple):
+    """Kind, resumption rule and dtype of a cache: equal for caches that exchange snapshots."""
+
+    kind: str
+    """Name of the kind of cache, as files give it."""
+    visibility: Visibility
+    """The rule for going on: :meth:`Visibility.needed`."""
+    dtype: str
 
 
 @dataclass
 class Part:
-    """What one cache has to do with a snapshot. kind: of that cache, as files call it."""
+    """The rows that one cache contributes to a snapshot."""
 
-    kind: str
-    visibility: Visibility
+    spec: CacheSpec
     rows: TokenRows
-    dtype: str
-
-    def like(self, rows: TokenRows) -> Part:
-        """The same with other rows."""
-        return Part(self.kind, self.visibility, rows, self.dtype)
 
 
 class Snapshot:
@@ -43,13 +46,13 @@ class Snapshot:
             ...
             cache.restore(sequence, snapshot)
 
-    A snapshot that is resident owns no memory: it stays in the cache that it was taken from, and
+    A resident snapshot owns no memory: it stays in the cache that it was taken from, and
     copies itself to the host right before something is written there. It can be restored to any
-    cache of the same kind and dtype, on any backend. Whoever takes one closes it.
+    cache of the same kind and dtype, on any backend. Whoever takes a snapshot closes it.
 
     Where every token stays (no window) a snapshot can be split anywhere, and each part of it is of
-    use. Where old ones are dropped it can be split as well, but a sequence can go on only at
-    places for which the tokens before are there: see :func:`last_resumable`.
+    use. Where old tokens are dropped it can be split as well, but a sequence can go on only at
+    positions for which the tokens before are there: see :func:`last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -58,18 +61,23 @@ class Snapshot:
         self.parts = tuple(parts)
 
     def __repr__(self) -> str:
-        where = "resident" if self.resident else "host"
-        kinds = ", ".join(dict.fromkeys(part.kind for part in self.parts))
-        return f"<Snapshot [{self.start}, {self.stop}) of {kinds}, {self.size} bytes, {where}>"
+        form = "resident" if self.resident else "host"
+        kinds = ", ".join(dict.fromkeys(spec.kind for spec in self.specs))
+        return f"<Snapshot [{self.start}, {self.stop}) of {kinds}, {self.nbytes} bytes, {form}>"
 
     @property
-    def size(self) -> int:
-        """Bytes of all rows, wherever they are."""
-        return sum(part.rows.nbytes for part in self.parts)
+    def specs(self) -> list[CacheSpec]:
+        """Specs of the caches that the snapshot is of."""
+        return [part.spec for part in self.parts]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it owns: 0 while it is resident."""
+        """Bytes of all rows, resident or not."""
+        return sum(part.rows.nbytes for part in self.parts)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of memory that the snapshot owns: 0 while it is resident."""
         return sum(part.rows.host_nbytes for part in self.parts)
 
     @property
@@ -80,10 +88,15 @@ class Snapshot:
     @property
     def resumable_anywhere(self) -> bool:
         """Whether the first part of it is of use without the second, wherever it is split."""
-        return all(part.visibility.window in (None, 0) for part in self.parts)
+        return all(spec.visibility.resumable_anywhere for spec in self.specs)
+
+    def empty_like(self, start: int, stop: int) -> Snapshot:
+        """Return a snapshot of ``[start, stop)`` of the same caches that holds no position."""
+        nothing = [TokenRows(part.rows.positions[:0]) for part in self.parts]
+        return self._of(start, stop, nothing)
 
     def split(self, at: int) -> tuple[Snapshot, Snapshot]:
-        """Two snapshots that meet at position `at`, instead of this one, which is closed.
+        """Return two snapshots that meet at position `at`; this one is closed.
 
         Raises: ValueError unless ``start < at < stop``.
         """
@@ -92,14 +105,11 @@ class Snapshot:
                 f"a snapshot of [{self.start}, {self.stop}) is split inside; got {at}."
             )
         pairs = [part.rows.split(at) for part in self.parts]
-        lower, upper = (
-            [part.like(pair[side]) for part, pair in zip(self.parts, pairs, strict=True)]
-            for side in (0, 1)
-        )
-        return Snapshot(self.start, at, lower), Snapshot(at, self.stop, upper)
+        lower, upper = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return self._of(self.start, at, lower), self._of(at, self.stop, upper)
 
     def merge(self, other: Snapshot) -> Snapshot:
-        """One snapshot instead of this and `other`, which goes on where this ends; both are closed.
+        """Return one snapshot of this and `other`, which begins where this ends; both are closed.
 
         Raises: ValueError if it does not, SnapshotMismatchError if it is of other caches.
         """
@@ -108,33 +118,39 @@ class Snapshot:
                 f"snapshots that merge meet; got [{self.start}, {self.stop}) and "
                 f"[{other.start}, {other.stop})."
             )
-        check_same_specs([self, other], specs_of(self.parts))
-        return Snapshot(self.start, other.stop, self._joined(other))
+        check_same_specs([self, other], self.specs)
+        return self._joined(other, other.stop)
 
     def union(self, other: Snapshot) -> Snapshot:
-        """One snapshot of the span of this with what either holds; both are closed."""
-        check_same_specs([self, other], specs_of(self.parts))
-        for mine, part in zip(self.parts, other.parts, strict=True):
-            inside = (part.rows.positions >= self.start) & (part.rows.positions < self.stop)
-            new = inside & ~np.isin(part.rows.positions, mine.rows.positions)
-            if not new.all():
-                rows = part.rows
-                part.rows = rows.take(np.flatnonzero(new))
-                rows.close()
-        return Snapshot(self.start, self.stop, self._joined(other))
+        """Return a snapshot of the same span with the rows that either holds; both are closed.
 
-    def _joined(self, other: Snapshot) -> list[Part]:
+        Raises: SnapshotMismatchError if `other` is of other caches.
+        """
+        check_same_specs([self, other], self.specs)
+        for own_part, part in zip(self.parts, other.parts, strict=True):
+            positions = part.rows.positions
+            inside = (positions >= self.start) & (positions < self.stop)
+            new = inside & ~np.isin(positions, own_part.rows.positions)
+            if not new.all():
+                part.rows = part.rows.narrowed(new)
+        return self._joined(other, self.stop)
+
+    def _joined(self, other: Snapshot, stop: int) -> Snapshot:
         pairs = zip(self.parts, other.parts, strict=True)
-        return [mine.like(mine.rows.join(part.rows)) for mine, part in pairs]
+        return self._of(self.start, stop, [one.rows.join(two.rows) for one, two in pairs])
+
+    def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
+        """Return a snapshot of the same caches with other rows."""
+        return Snapshot(start, stop, list(map(Part, self.specs, rows)))
 
     def to_host(self) -> Self:
-        """Copy what is resident to host memory; the snapshot itself."""
+        """Copy resident rows to host memory; returns the snapshot itself."""
         for part in self.parts:
             part.rows.to_host()
         return self
 
     def close(self) -> None:
-        """Give up all it holds. Closing twice is no error."""
+        """Give up slots and memory. Closing twice is no error."""
         for part in self.parts:
             part.rows.close()
 
@@ -163,21 +179,17 @@ class Snapshot:
         tokens: ids up to `stop` that it belongs to; only a hash of them is kept.
         fingerprint: of the model and its weights, whatever tells them apart.
         """
-        tensors: dict[str, HostArray] = {}
-        for number, part in enumerate(self.parts):
-            tensors[f"{number}.positions"] = part.rows.positions
-            tensors |= _named(number, part.rows.to_host())
-        header = {
-            "kind": "snapshot",
-            "span": [self.start, self.stop],
-            "parts": [
-                {"kind": part.kind, "visibility": list(part.visibility), "dtype": part.dtype}
-                for part in self.parts
-            ],
-            "tokens": _token_hash(tokens),
-            "fingerprint": fingerprint,
-        }
-        write_file(path, tensors, header)
+        records = [
+            Record(
+                part.spec.kind,
+                part.spec.visibility,
+                part.spec.dtype,
+                part.rows.positions,
+                part.rows.to_host(),
+            )
+            for part in self.parts
+        ]
+        write_archive(path, (self.start, self.stop), records, tokens, fingerprint)
 
     @classmethod
     def load(
@@ -187,73 +199,57 @@ class Snapshot:
         tokens: npt.ArrayLike | None = None,
         fingerprint: str | None = None,
     ) -> Snapshot:
-        """The snapshot saved in `path`, in host memory.
+        """Return the snapshot saved in `path`, in host memory.
 
-        tokens, fingerprint: what it has to belong to, if given.
+        tokens, fingerprint: those that it has to belong to, if given.
 
         Raises: SnapshotMismatchError if it does not, CacheFileError (damaged, foreign or newer
         file), FileNotFoundError.
         """
-        header, tensors = read_file(path)
-        if header.get("kind") != "snapshot":
-            raise ForeignFileError(f"{path} holds whole caches, no snapshot. Use kvcache.load.")
-        _check_owner(path, header, tokens, fingerprint)
+        (start, stop), records = read_archive(path, tokens, fingerprint)
         parts = [
             Part(
-                each["kind"],
-                Visibility(*each["visibility"]),
-                TokenRows(tensors[f"{number}.positions"], _layers(number, tensors)),
-                each["dtype"],
+                CacheSpec(record.kind, Visibility(*record.visibility), record.dtype),
+                TokenRows(record.positions, record.layers),
             )
-            for number, each in enumerate(header["parts"])
+            for record in records
         ]
-        start, stop = header["span"]
         return cls(start, stop, parts)
 
 
 def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:
-    """The last position up to `limit` where a sequence can go on that `snapshots` are put into.
+    """Return the last position up to `limit` to go on at once `snapshots` are restored.
 
     snapshots: of one sequence, in order, without gaps between them, the first from position 0.
-    0 if there is no place.
+
+    Every cache must be able to go on there. Returns 0 if there is no such position.
     """
     if not snapshots:
         return 0
     limit, before = min(limit, snapshots[-1].stop), -1
     columns = list(zip(*(snapshot.parts for snapshot in snapshots), strict=True))
     held = [np.concatenate([part.rows.positions for part in column]) for column in columns]
+    # Each cache may lower the limit for those before it, until all agree.
     while limit != before:
         before = limit
         for column, positions in zip(columns, held, strict=True):
-            limit = column[0].visibility.last_resumable(positions, limit)
+            limit = column[0].spec.visibility.last_resumable(positions, limit)
     return limit
 
 
-class CacheSpec(NamedTuple):
-    """Kind, visibility and dtype of one cache: equal for caches that exchange snapshots."""
-
-    kind: str
-    visibility: Visibility
-    dtype: str
-
-
-def specs_of(parts: Sequence[Part]) -> list[CacheSpec]:
-    """What snapshots must have in common with a cache, or with each other."""
-    return [CacheSpec(part.kind, part.visibility, part.dtype) for part in parts]
-
-
 def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> None:
-    """Raise SnapshotMismatchError unless all are of caches like `wanted`."""
+    """Raise SnapshotMismatchError unless all are of caches with these specs."""
     for snapshot in snapshots:
-        if specs_of(snapshot.parts) != wanted:
+        if snapshot.specs != wanted:
+            got = [tuple(spec) for spec in snapshot.specs]
             raise SnapshotMismatchError(
                 "a snapshot goes back to caches of the same kinds, windows and dtype; "
-                f"got {specs_of(snapshot.parts)} for {wanted}."
+                f"got {got} for {[tuple(spec) for spec in wanted]}."
             )
 
 
 def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> int:
-    """Where a sequence goes on that `snapshots` are put into.
+    """Return the position at which a sequence goes on once `snapshots` are restored.
 
     Raises: SnapshotMismatchError, ValueError unless they follow each other from position 0,
         KVCacheError if it cannot go on at the end of the last.
@@ -270,45 +266,3 @@ def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> 
             f"snapshots; the last place to go on is {possible}. Split them there."
         )
     return stop
-
-
-def _named(number: int, layers: LayerRows) -> dict[str, HostArray]:
-    named = {}
-    for layer, (keys, values) in layers.items():
-        named[f"{number}.{layer}.keys"] = keys
-        if values is not None:
-            named[f"{number}.{layer}.values"] = values
-    return named
-
-
-def _layers(number: int, tensors: dict[str, HostArray]) -> LayerRows:
-    layers = [int(name.split(".")[1]) for name in tensors if _is_keys(name, number)]
-    return {
-        layer: (tensors[f"{number}.{layer}.keys"], tensors.get(f"{number}.{layer}.values"))
-        for layer in layers
-    }
-
-
-def _is_keys(name: str, number: int) -> bool:
-    return name.startswith(f"{number}.") and name.endswith(".keys")
-
-
-def _token_hash(tokens: npt.ArrayLike | None) -> str:
-    if tokens is None:
-        return ""
-    return hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
-
-
-def _check_owner(
-    path: str | os.PathLike[str],
-    header: dict[str, Any],
-    tokens: npt.ArrayLike | None,
-    fingerprint: str | None,
-) -> None:
-    wrong = []
-    if tokens is not None and header["tokens"] != _token_hash(tokens):
-        wrong.append("tokens")
-    if fingerprint is not None and header["fingerprint"] != fingerprint:
-        wrong.append(f"model {header['fingerprint']!r}, not {fingerprint!r}")
-    if wrong:
-        raise SnapshotMismatchError(f"{path} belongs to other {' and '.join(wrong)}. Compute anew.")

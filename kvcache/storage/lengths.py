@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcache._types import Indices
+from kvcache._types import Indices, Int32s
 from kvcache.backends import Backend
 
 
@@ -27,3 +27,9 @@ def padded_index(backend: Backend, index: Indices) -> Indices:
         return index
     length = 1 << (index.size - 1).bit_length()
     return np.pad(index, (0, length - index.size), "edge")
+
+
+def padded_positions(positions: Int32s, width: int) -> Int32s:
+    """Return `positions` with -1, which is no position, behind them: `width` in all."""
+    padding = np.full(width - positions.size, -1, dtype=np.int32)
+    return np.concatenate([positions, padding])

@@ -11,6 +11,8 @@ from kvcache.bench import LOADS, Load, PlanReport, PlanTiming, run_plan
 from kvcache.bench.plan import run as planning
 from kvcache.bench.plan.run import Server
 
+from .. import peek
+
 SMALL = (Load(1, 32, 30), Load(3, 16, 12))
 WINDOW = 4
 
@@ -22,7 +24,7 @@ def planned() -> PlanReport:
 
 def occupancy(server: Server) -> tuple[int, list[int]]:
     """Returns how many cells are free, and how many each sequence holds."""
-    table = server.cache._table
+    table = peek.table(server.cache)
     return table.free, [table.cells_of(sequence).size for sequence in server.sequences]
 
 
@@ -77,13 +79,13 @@ def test_a_server_with_a_window_evicts_as_many_as_it_adds(
         contestant.run(steps)
         assert occupancy(server) == steady
     assert server.position == load.used + 49
-    oldest = server.cache._table.positions[server.cache._table.cells_of(0)[0]]
+    oldest = peek.table(server.cache).positions[peek.table(server.cache).cells_of(0)[0]]
     assert oldest == server.position - steady[1][0]
 
 
 def test_the_larger_pool_has_ten_times_the_cells_and_the_same_sequences() -> None:
     small, large = (Server(SMALL[1], None, pool) for pool in (1, 10))
-    assert large.cache._table.size == 10 * small.cache._table.size
+    assert peek.table(large.cache).cells == 10 * peek.table(small.cache).cells
     assert occupancy(large)[1] == occupancy(small)[1]
 
 
@@ -92,13 +94,13 @@ def test_only_the_planner_with_mask_makes_one_and_one_per_pass(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, made = Server(SMALL[1], window, 1), []
-    from_host = type(server.cache._buffers.backend).from_host
+    from_host = type(peek.buffers(server.cache).backend).from_host
 
     def remembered(backend: kvcache.Backend, array: np.ndarray, *dtype: str) -> np.ndarray:
         made.append(array)
         return from_host(backend, array, *dtype)
 
-    monkeypatch.setattr(type(server.cache._buffers.backend), "from_host", remembered)
+    monkeypatch.setattr(type(peek.buffers(server.cache).backend), "from_host", remembered)
     server.rewind(5)
     server.contestant(mask=False).run(2)
     assert not made

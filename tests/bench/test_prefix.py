@@ -82,7 +82,7 @@ def test_all_spans_of_a_full_index_may_go(name: str) -> None:
     index = full_index(name, 20)
     index.budget = 0
     index.trim(1.0)
-    assert (index.evictions, index.size) == (20, 0)
+    assert (index.evictions, index.nbytes) == (20, 0)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from kvcache.bench.harness.contest import RAW, Contestant, framework_of
 from kvcache.bench.step.case import Decoding
 from kvcache.bench.step.run import ATTEND, CAUSAL, PROGRAM, Causal, Program, _factories
 
+from .. import peek
+
 TINY: dict[str, Any] = {"tokens": 16, "layers": 2, "heads": 2, "head_dim": 4}
 
 
@@ -89,7 +91,7 @@ def test_steps_can_be_repeated_without_end(backend: Backend, sequences: int) -> 
 def test_our_sequences_are_full_after_every_block(sequences: int) -> None:
     scene = scene_of(kvcache.get_backend("numpy"), sequences)
     causal = Causal(framework_of(scene.backend), scene)
-    table = causal.cache._table
+    table = peek.table(causal.cache)
     contestant = causal.contestant()
     assert table.free == 0
     for steps in (1, 6, 3):
@@ -117,11 +119,11 @@ def test_everyone_writes_the_last_tokens_of_all_layers(
         causal = Causal(framework, scene)
         causal.rewind(3)
         causal.run(3)
-        table = causal.cache._table
+        table = peek.table(causal.cache)
         cells = np.concatenate([table.cells_of(sequence) for sequence in causal.sequences])
         sums[CAUSAL] = [
             np.asarray(backend.to_host(array)).sum(axis=(0, 2))[cells]
-            for pair in causal.cache._buffers._layers.values()
+            for pair in peek.layers(causal.cache).values()
             for array in pair
         ]
     assert [len(arrays) for arrays in sums.values()] == [4, 4]

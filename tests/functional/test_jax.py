@@ -24,7 +24,7 @@ def pool(dtype="float32", max_sequences=1, capacity=2048):
 def step(state, plan, x):
     """A model: each layer attends with what the one before found."""
     for layer in range(LAYERS):
-        new = x.astype(plan.keys.dtype)
+        new = x.astype(plan.key_like.dtype)
         state = functional.put(state, plan, layer, new, new)
         keys, values, mask = functional.get(state, plan, layer)
         scores = x @ keys.astype(x.dtype).swapaxes(-1, -2)

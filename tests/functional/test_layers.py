@@ -97,7 +97,9 @@ def test_more_tokens_than_there_is_room_for(backend, program, make):
 
 
 def test_refusals(backend):
-    with pytest.raises(KVCacheError, match=r"^a cache has the shape of .*\. Prefill, then lend\.$"):
+    with pytest.raises(
+        KVCacheError, match=r"^a cache has the shape of .*\. Prefill, then export\.$"
+    ):
         growing(backend).export_state(1)
     cache, rng = ring(backend), np.random.default_rng(0)
     news = tokens(backend, "float32", 2, rng)
@@ -110,6 +112,6 @@ def test_refusals(backend):
         functional.append(state, one[0], backend.from_host(np.ones((2, 3, 1, 4)), "int32"))
     with pytest.raises(ShapeError, match="a ring takes one token at a time; got 2"):
         functional.append(state, *news)
-    with pytest.raises(ShapeError, match="has the shape of what was lent"):
+    with pytest.raises(ShapeError, match="has the shape of the exported one"):
         cache.import_state(state._replace(keys=news[0]))
     cache.import_state(state)

@@ -17,6 +17,8 @@ from kvcache import (
     get_backend,
 )
 
+from .. import peek
+
 # What the compiler of torch imports warns.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -211,10 +213,10 @@ NUMPY = get_backend("numpy")
 def test_a_plan_that_does_not_fit_changes_nothing():
     cache = make(NUMPY, window=4)
     cache.plan(Batch(range(10), [0] * 10))
-    rows = [cache._table.cells_of(sequence).tolist() for sequence in range(3)]
+    rows = [peek.table(cache).cells_of(sequence).tolist() for sequence in range(3)]
     with pytest.raises(CacheFullError, match="one free cell per token; 30 needed"):
         cache.plan(Batch(range(30), [1] * 30))
-    assert [cache._table.cells_of(sequence).tolist() for sequence in range(3)] == rows
+    assert [peek.table(cache).cells_of(sequence).tolist() for sequence in range(3)] == rows
 
 
 def test_steps_that_do_not_fit_change_nothing():
@@ -222,12 +224,12 @@ def test_steps_that_do_not_fit_change_nothing():
     cache.init(NUMPY, max_sequences=2, capacity=8, max_batch=8)
     cache.start_forward(Batch([0, 1, 2, 0], [0, 0, 0, 1]))
     cache.put(*(np.ones((HEADS, 4, DIM), np.float32) for _ in range(2)))
-    before = [cache._table.cells_of(sequence).tolist() for sequence in range(2)]
+    before = [peek.table(cache).cells_of(sequence).tolist() for sequence in range(2)]
     with pytest.raises(CacheFullError, match="2 needed, 0 of 16 free"):
         cache.plan_steps(Batch([3, 1], [0, 1]), 7)
     assert cache.get()[2].sum(-1).tolist() == [1, 2, 3, 1]  # the pass before goes on
-    assert [cache._table.cells_of(sequence).tolist() for sequence in range(2)] == before
-    assert cache._table.free == 12
+    assert [peek.table(cache).cells_of(sequence).tolist() for sequence in range(2)] == before
+    assert peek.table(cache).free == 12
     assert cache.plan_steps(Batch([3, 1], [0, 1]), 6).cells.shape == (6, 2)
 
 

@@ -23,8 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import kvcache
-from kvcache import Backend, KVCache, RotatingKVCache, TrimError
+from kvcache import Backend, KVCache, LayerCaches, RotatingKVCache, TrimError
 
 from . import bad_updates
 from .oracle import (
@@ -166,12 +165,12 @@ class CacheMachine(RuleBasedStateMachine):
         tokens = max(pair.oracle.offset for pair in self.pairs) * share // 8
         before = [fingerprint(cache) for cache in caches]
         if all(pair.oracle.can_trim(tokens) for pair in self.pairs):
-            kvcache.trim(iter(caches), tokens)
+            LayerCaches(iter(caches)).trim(tokens)
             for pair in self.pairs:
                 self.cut(pair, pair.oracle.offset - tokens)
         else:
             with pytest.raises(TrimError):
-                kvcache.trim(iter(caches), tokens)
+                LayerCaches(iter(caches)).trim(tokens)
             assert [fingerprint(cache) for cache in caches] == before
 
     @rule(which=WHICH)

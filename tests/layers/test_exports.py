@@ -25,14 +25,17 @@ PUBLIC = [
     "CausalCache",
     "DTypeError",
     "DamagedFileError",
+    "DiffusionCache",
     "DiffusionCacheError",
     "EncoderCache",
     "ForeignFileError",
     "KVCache",
     "KVCacheError",
+    "LayerCaches",
     "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
+    "PrefixCache",
     "RoPEShift",
     "RotatingKVCache",
     "ShapeError",
@@ -48,18 +51,13 @@ PUBLIC = [
     "available_backends",
     "backend_of",
     "get_backend",
-    "load",
     "register_backend",
-    "restore",
-    "save",
-    "snapshot",
-    "trim",
 ]
 # What models, runners and caches of other packages may use of a cache.
 CACHE = """
-backend can_trim checkpoint copy dtype export_state growths import_state kind len load mask
-nbytes offset positions reset restore rollback save schedule snapshot state to_backend trim
-update visibility
+backend can_trim capture check_rollback check_trim checkpoint copy dtype export_state from_layer
+growths import_state kind len load make mask nbytes offset options positions reset restore
+restore_rows rollback save schedule snapshot state to_backend to_layer trim update visibility
 """.split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """

@@ -27,6 +27,7 @@ from kvcache import (
     DTypeError,
     ForeignFileError,
     KVCache,
+    LayerCaches,
     NewerFileError,
     RotatingKVCache,
     get_backend,
@@ -62,7 +63,7 @@ def described(caches: list[KVCache]) -> list[object]:
 
 def _described(cache: KVCache) -> Iterator[object]:
     yield type(cache), cache.offset, cache.len, cache.dtype, cache.positions[: cache.len].tolist()
-    yield {name: value for name, value in cache._options.items() if name != "backend"}
+    yield {name: value for name, value in cache.options.items() if name != "backend"}
     for part in cache.state:
         assert cache.backend is not None
         held = np.ascontiguousarray(cache.backend.to_host(part)[:, :, : cache.len])
@@ -89,12 +90,12 @@ def test_any_backend_reads_what_any_other_wrote(
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
     caches = layers(backend, dtype)
-    kvcache.save(path, caches)
+    LayerCaches(caches).save(path)
     if dtype not in where.dtypes:
         with pytest.raises(DTypeError, match=f"has no dtype '{dtype}'"):
-            kvcache.load(path, where)
+            LayerCaches.load(path, where)
         return
-    loaded = kvcache.load(path, reader)
+    loaded = LayerCaches.load(path, reader)
     assert described(loaded) == described(caches)
     assert {cache.backend.spec for cache in loaded if cache.backend} == {where.spec}
 
@@ -117,14 +118,14 @@ def test_a_loaded_cache_goes_on(backend: Backend, path: Path) -> None:
 def test_load_is_numpy_unless_told(path: Path) -> None:
     caches = layers()
     caches[0].save(path)
-    for loaded in (KVCache.load(path), *kvcache.load(path), *kvcache.load(str(path))):
+    for loaded in (KVCache.load(path), *LayerCaches.load(path), *LayerCaches.load(str(path))):
         assert loaded.backend is not None
         assert loaded.backend.name == "numpy"
 
 
 def test_no_layers_at_all(path: Path) -> None:
-    kvcache.save(path, [])
-    assert kvcache.load(path) == []
+    LayerCaches([]).save(path)
+    assert list(LayerCaches.load(path)) == []
     with pytest.raises(ForeignFileError, match=r"KVCache\.load reads one KVCache"):
         KVCache.load(path)
 
@@ -142,7 +143,7 @@ def test_saving_changes_nothing(backend: Backend, path: Path) -> None:
     caches = layers(backend)
     caches[1].checkpoint()
     before = [fingerprint(cache) for cache in caches]
-    kvcache.save(path, iter(caches))
+    LayerCaches(iter(caches)).save(path)
     assert [fingerprint(cache) for cache in caches] == before
     caches[1].rollback()
 
@@ -178,7 +179,7 @@ def test_any_safetensors_reader_reads_the_tensors(path: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "cache"
-    kvcache.save(path, layers())
+    LayerCaches(layers()).save(path)
     return path.read_bytes()
 
 
@@ -191,7 +192,7 @@ def test_one_damaged_byte_anywhere(whole: bytes, path: Path) -> None:
         damaged[index] ^= (0x01, 0x04, 0x20, 0x02)[index % 4]
         path.write_bytes(damaged)
         try:
-            loaded = kvcache.load(path)
+            loaded = LayerCaches.load(path)
         except CacheFileError:
             found += 1
         else:
@@ -205,24 +206,24 @@ def test_one_damaged_byte_in_a_tensor(whole: bytes, path: Path) -> None:
     for index in range(8 + size, len(whole), 7):
         path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
         with pytest.raises(DamagedFileError, match=r"damaged: '\d\.(keys|values)' does not match"):
-            kvcache.load(path)
+            LayerCaches.load(path)
 
 
 def test_truncated_anywhere(whole: bytes, path: Path) -> None:
     for length in range(0, len(whole), 3):
         path.write_bytes(whole[:length])
         with pytest.raises(CacheFileError, match=r"cache\.safetensors"):
-            kvcache.load(path)
+            LayerCaches.load(path)
     for length in range(200, len(whole), 50):
         path.write_bytes(whole[:length])
         with pytest.raises(DamagedFileError):
-            kvcache.load(path)
+            LayerCaches.load(path)
 
 
 def test_something_behind_the_end(whole: bytes, path: Path) -> None:
     path.write_bytes(whole + b"\0")
     with pytest.raises(DamagedFileError):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 @pytest.mark.parametrize(
@@ -233,14 +234,14 @@ def test_something_behind_the_end(whole: bytes, path: Path) -> None:
 def test_not_safetensors(content: bytes, path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ForeignFileError, match=r"cache\.safetensors is not a .*safetensors file"):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_safetensors_of_somebody_else(metadata: dict[str, str] | None, path: Path) -> None:
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, path, metadata)
     with pytest.raises(ForeignFileError, match=r"has 'kvcache' in its metadata; .*Load files that"):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 def rewritten(
@@ -262,14 +263,14 @@ def rewritten(
 @pytest.mark.parametrize("sealed", [True, False])
 def test_rewriting_is_what_it_says(whole: bytes, path: Path, sealed: bool) -> None:
     rewritten(whole, path, lambda header: None, sealed)
-    assert described(kvcache.load(path)) == described(layers())
+    assert described(LayerCaches.load(path)) == described(layers())
 
 
-@pytest.mark.parametrize("version", [2, 17])
+@pytest.mark.parametrize("version", [3, 17])
 def test_a_newer_format(whole: bytes, path: Path, version: int) -> None:
     rewritten(whole, path, lambda header: header.update(version=version))
-    with pytest.raises(NewerFileError, match=rf"up to 1; .* has {version}\. Upgrade kvcache"):
-        kvcache.load(path)
+    with pytest.raises(NewerFileError, match=rf"up to 2; .* has {version}\. Upgrade kvcache"):
+        LayerCaches.load(path)
     with pytest.raises(NewerFileError):
         RotatingKVCache.load(path)
 
@@ -280,7 +281,7 @@ def test_a_newer_format(whole: bytes, path: Path, version: int) -> None:
         lambda header: header.clear(),
         lambda header: header.pop("caches"),
         lambda header: header.pop("tensors"),
-        lambda header: header.update(version=2),
+        lambda header: header.update(version=3),
         lambda header: header["caches"].pop(),
         lambda header: header["caches"][0].pop("kind"),
         lambda header: header["caches"][0].update(offset=4),
@@ -298,38 +299,38 @@ def test_a_header_that_is_not_what_was_written(
 ) -> None:
     rewritten(whole, path, change, sealed=False)
     with pytest.raises(DamagedFileError, match=r"cache\.safetensors is damaged: its header does"):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 def test_a_header_without_a_seal(whole: bytes, path: Path) -> None:
     path.write_bytes(whole.replace(b"kvcache.sha256", b"kvcache.sha512"))
     with pytest.raises(DamagedFileError):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 @pytest.mark.parametrize("part", ["0.keys", "1.values"])
 def test_a_tensor_that_is_missing(path: Path, part: str) -> None:
     """Another tool may have filtered the file and kept its metadata."""
-    kvcache.save(path, layers())
+    LayerCaches(layers()).save(path)
     with safetensors.safe_open(path, "np") as file:
         metadata = file.metadata()
     tensors = safetensors.numpy.load_file(path)
     del tensors[part]
     safetensors.numpy.save_file(tensors, path, metadata)
     with pytest.raises(DamagedFileError, match="its header lists"):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 def test_a_tensor_of_another_shape(path: Path) -> None:
     """The same bytes, so that no checksum of them would tell."""
-    kvcache.save(path, layers())
+    LayerCaches(layers()).save(path)
     with safetensors.safe_open(path, "np") as file:
         metadata = file.metadata()
     tensors = safetensors.numpy.load_file(path)
     tensors["0.keys"] = tensors["0.keys"].reshape(2, 1, 5, 3)
     safetensors.numpy.save_file(tensors, path, metadata)
     with pytest.raises(DamagedFileError, match=r"'0\.keys' does not match"):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 def test_another_kind_of_cache(path: Path) -> None:
@@ -338,17 +339,21 @@ def test_another_kind_of_cache(path: Path) -> None:
     with pytest.raises(ForeignFileError, match=r"RotatingKVCache.load reads one .* holds KVCache"):
         RotatingKVCache.load(path)
     ring.save(path)
-    with pytest.raises(ForeignFileError, match=r"holds RotatingKVCache. Use kvcache.load"):
+    with pytest.raises(
+        ForeignFileError, match=r"holds RotatingKVCache. Use kvcache.LayerCaches.load"
+    ):
         KVCache.load(path)
-    kvcache.save(path, [grown, grown])
-    with pytest.raises(ForeignFileError, match=r"holds KVCache, KVCache. Use kvcache.load"):
+    LayerCaches([grown, grown]).save(path)
+    with pytest.raises(
+        ForeignFileError, match=r"holds KVCache, KVCache. Use kvcache.LayerCaches.load"
+    ):
         KVCache.load(path)
 
 
 def test_a_kind_from_elsewhere(whole: bytes, path: Path) -> None:
     rewritten(whole, path, lambda header: header["caches"][0].update(kind="tape"))
     with pytest.raises(ForeignFileError, match=r"of the kinds kv, .*rotating.* holds 'tape'"):
-        kvcache.load(path)
+        LayerCaches.load(path)
 
 
 def test_a_subclass_does_not_take_over_the_files_of_its_base(path: Path) -> None:
@@ -366,7 +371,7 @@ assert type(kvcache.KVCache.load(sys.argv[1])) is kvcache.KVCache
 cache = Other(4)
 cache.update(one, one)
 cache.save(sys.argv[1])
-assert type(kvcache.load(sys.argv[1])[0]) is Other
+assert type(kvcache.LayerCaches.load(sys.argv[1])[0]) is Other
 """
     run(program, path)
 
@@ -380,20 +385,20 @@ def run(program: str, *arguments: Any) -> str:
 
 
 def test_no_file(path: Path) -> None:
-    for load in (kvcache.load, KVCache.load, RotatingKVCache.load):
+    for load in (LayerCaches.load, KVCache.load, RotatingKVCache.load):
         with pytest.raises(FileNotFoundError, match=r"cache\.safetensors"):
             load(path)
 
 
 def test_a_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=re.escape(str(tmp_path)) + "|directory|device"):
-        kvcache.load(tmp_path)
+        LayerCaches.load(tmp_path)
 
 
 def test_a_failed_load_makes_nothing(whole: bytes, path: Path, tmp_path: Path) -> None:
     path.write_bytes(whole[:-1])
     with pytest.raises(DamagedFileError):
-        kvcache.load(path)
+        LayerCaches.load(path)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == whole[:-1]
 

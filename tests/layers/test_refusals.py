@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import kvcache
-from kvcache import Backend, DTypeError, KVCache, RotatingKVCache, TrimError
+from kvcache import Backend, DTypeError, KVCache, LayerCaches, RotatingKVCache, TrimError
 
+from .. import peek
 from . import bad_updates
 from .oracle import SHAPE, Oracle, check_whole, fingerprint, oracle_for, push
 
@@ -76,7 +77,7 @@ def check_refused(made: Made, update: tuple[Any, Any], error: type[Exception], m
     check_whole(cache, oracle)
     for tokens in (1, 4):
         push(cache, oracle, tokens)
-    if cache._checkpoint:
+    if peek.checkpoint(cache):
         cache.rollback(1)
         oracle.cut(cache.offset)
         check_whole(cache, oracle)
@@ -182,7 +183,7 @@ def test_counts_are_whole_numbers(number: object) -> None:
         RotatingKVCache,
         lambda n: RotatingKVCache(4, keep=n),
         lambda n: KVCache(step=n),
-        lambda n: kvcache.trim([cache], n),
+        lambda n: LayerCaches([cache]).trim(n),
     ]
     cache.checkpoint()
     for call in calls:
@@ -262,22 +263,22 @@ def test_trim_of_layers_is_all_or_nothing(backend: Backend) -> None:
         push(layer, oracle, tokens)
     before = [fingerprint(layer) for layer in layers]
     with pytest.raises(TrimError, match=r"trim takes back 0 to 3 tokens.*got 4"):
-        kvcache.trim(layers, 4)
+        LayerCaches(layers).trim(4)
     assert [fingerprint(layer) for layer in layers] == before
-    kvcache.trim(iter(layers), 3)
+    LayerCaches(iter(layers)).trim(3)
     for layer, oracle in zip(layers, oracles, strict=True):
         oracle.cut(oracle.offset - 3)
         check_whole(layer, oracle)
     push(layers[1], oracles[1], 6)
     before = [fingerprint(layer) for layer in layers]
     with pytest.raises(TrimError, match="Use checkpoint"):
-        kvcache.trim(layers[:2], 1)
+        LayerCaches(layers[:2]).trim(1)
     assert [fingerprint(layer) for layer in layers] == before
 
 
 def test_a_cache_that_layers_share_is_trimmed_once() -> None:
     cache, oracle = used(KVCache("numpy"))
-    kvcache.trim([cache, cache], 3)
+    LayerCaches([cache, cache]).trim(3)
     oracle.cut(1)
     check_whole(cache, oracle)
 

@@ -19,10 +19,19 @@ from hypothesis.stateful import (
 )
 
 import kvcache
-from kvcache import Backend, KVCache, KVCacheError, RotatingKVCache, Snapshot, get_backend
+from kvcache import (
+    Backend,
+    KVCache,
+    KVCacheError,
+    LayerCaches,
+    RotatingKVCache,
+    Snapshot,
+    get_backend,
+)
 from kvcache.snapshots.snapshot import last_resumable
 from kvcache.testing.coded import same
 
+from .. import peek
 from .oracle import SHAPE, Oracle, Shape, fingerprint, host_rows, oracle_for, push
 
 NUMPY = get_backend("numpy")
@@ -137,15 +146,15 @@ def test_a_snapshot_copies_nothing_until_its_slots_change() -> None:
         feed(cache, 9)
         snapshot = cache.snapshot()
         per_token = 2 * (4 + 3) * 4
-        assert (snapshot.nbytes, snapshot.size, snapshot.resident) == (
+        assert (snapshot.host_nbytes, snapshot.nbytes, snapshot.resident) == (
             0,
             cache.len * per_token,
             True,
         )
         feed(cache, 1)
         assert snapshot.resident is (kind == "kv")
-        assert snapshot.nbytes == (0 if kind == "kv" else snapshot.size)
-    assert len(cache._pins.rows) == 0
+        assert snapshot.host_nbytes == (0 if kind == "kv" else snapshot.nbytes)
+    assert len(peek.layer_pins(cache)) == 0
 
 
 class LayersMachine(RuleBasedStateMachine):
@@ -192,7 +201,7 @@ class LayersMachine(RuleBasedStateMachine):
     @rule(tokens=st.integers(0, 4))
     def trim(self, tokens: int) -> None:
         if all(cache.can_trim(tokens) for cache in self.caches):
-            kvcache.trim(self.caches, tokens)
+            LayerCaches(self.caches).trim(tokens)
             self.cut(self.offset)
 
     def cut(self, offset: int) -> None:
@@ -233,7 +242,7 @@ class LayersMachine(RuleBasedStateMachine):
     def take(self, part: int) -> None:
         if not self.offset:
             return
-        snapshot = kvcache.snapshot(self.caches)
+        snapshot = LayerCaches(self.caches).snapshot()
         for place in self.due:
             assert place > self.offset or last_resumable([snapshot], place) == place
         self.taken.append((snapshot, [oracle.copy() for oracle in self.oracles]))
@@ -259,7 +268,7 @@ class LayersMachine(RuleBasedStateMachine):
         self.refused(snapshot)
         self.fresh()
         halves = snapshot.split(snapshot.stop // 2) if halve and snapshot.stop > 1 else (snapshot,)
-        kvcache.restore(self.caches, *halves)
+        LayerCaches(self.caches).restore(*halves)
         for half in halves:
             half.close()
         self.oracles = [oracle.copy() for oracle in oracles]
@@ -270,21 +279,20 @@ class LayersMachine(RuleBasedStateMachine):
         if self.offset:
             before = [fingerprint(cache) for cache in self.caches]
             with pytest.raises(ValueError, match="empty caches"):
-                kvcache.restore(self.caches, snapshot)
+                LayerCaches(self.caches).restore(snapshot)
             assert [fingerprint(cache) for cache in self.caches] == before
 
     @invariant()
     def lends_to_those_that_stay(self) -> None:
         for cache in getattr(self, "caches", ()):
-            spans = cache._pins
-            assert all(rows.owner is spans for rows in spans.rows)
+            rows = peek.layer_pins(cache)
+            assert all(peek.layer_pins_of(row.owner) is rows for row in rows)
 
     def teardown(self) -> None:
         for snapshot, _ in getattr(self, "taken", ()):
             snapshot.close()
         for cache in getattr(self, "caches", ()):
-            early = cache._pins._retained
-            assert set(cache._pins.rows) <= {early}
+            assert set(peek.layer_pins(cache)) <= {peek.layer_retained(cache)}
 
 
 SHARE = {"numpy": 100, "torch": 15, "array_api": 12, "mlx": 12, "jax": 2}
@@ -362,7 +370,7 @@ def test_a_restore_that_fails_half_way_leaves_all_empty() -> None:
     for cache in caches:
         cache.schedule([12])
     with pytest.raises(kvcache.DTypeError):
-        kvcache.restore(caches, kvcache.snapshot(layers))
+        LayerCaches(caches).restore(LayerCaches(layers).snapshot())
     assert [fingerprint(cache) for cache in caches] == before
 
 
@@ -386,7 +394,7 @@ def test_spans_that_are_none(span: tuple[int, int]) -> None:
 
 def test_layers_at_different_positions_have_no_snapshot() -> None:
     with pytest.raises(ValueError, match="the same in all caches"):
-        kvcache.snapshot([going_on("kv", NUMPY, 3), going_on("kv", NUMPY, 4)])
+        LayerCaches([going_on("kv", NUMPY, 3), going_on("kv", NUMPY, 4)]).snapshot()
 
 
 def test_a_split_lies_inside_and_what_merges_meets() -> None:
@@ -415,27 +423,27 @@ def test_what_snapshot_refuses() -> None:
     one, two = filled(), filled(4)
     rule = r"^a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
     with pytest.raises(ValueError, match=rule + r"\[0, 4\) of 2 caches at \[3, 4\]\.$"):
-        kvcache.snapshot([one, two])
+        LayerCaches([one, two]).snapshot()
     with pytest.raises(ValueError, match=rule + r"\[0, 3\) of 2 caches at \[3, 4\]\.$"):
-        kvcache.snapshot([one, two], 0, 3)
+        LayerCaches([one, two]).snapshot(0, 3)
     with pytest.raises(ValueError, match=rule + r"\[2, 2\) of 1 caches at \[3\]\.$"):
         one.snapshot(2, 2)
     with pytest.raises(ValueError, match=rule + r"\[0, None\) of 0 caches at \[\]\.$"):
-        kvcache.snapshot([])
+        LayerCaches([]).snapshot()
 
 
 def test_what_restore_refuses() -> None:
-    taken = kvcache.snapshot([filled(), filled()])
+    taken = LayerCaches([filled(), filled()]).snapshot()
     rule = r"^what is restored goes to empty caches, on a backend that they or the call name; got "
     one = r"<KVCache offset=3 len=3 on numpy:cpu>"
     with pytest.raises(ValueError, match=rule + rf"{one}, {one}\. Use new ones\.$"):
-        kvcache.restore([filled(), filled()], taken)
+        LayerCaches([filled(), filled()]).restore(taken)
     with pytest.raises(ValueError, match=rule + r"<KVCache .* on the backend of its first array>"):
-        kvcache.restore([KVCache()], taken)
+        LayerCaches([KVCache()]).restore(taken)
     with pytest.raises(ValueError, match=r"follow each other from position 0; got \[\]\.$"):
-        kvcache.restore([make("kv")])
+        LayerCaches([make("kv")]).restore()
     with pytest.raises(kvcache.SnapshotMismatchError, match="of the same kinds"):
-        kvcache.restore([make("kv")], taken)
-    assert [part.dtype for part in taken.parts] == ["float32", "float32"]
+        LayerCaches([make("kv")]).restore(taken)
+    assert [spec.dtype for spec in taken.specs] == ["float32", "float32"]
     with pytest.raises(kvcache.SnapshotMismatchError, match="float16"):
-        kvcache.restore([make("kv", dtype="float16"), make("kv")], taken)
+        LayerCaches([make("kv", dtype="float16"), make("kv")]).restore(taken)

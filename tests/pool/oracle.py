@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import peek
+
 LAYERS = 2
 """Layer 0 has keys and values, layer 1 only keys."""
 
@@ -162,27 +164,27 @@ def attended(backend, cache, layer):
 
 def check_table(table):
     """What is always true of a table of cells."""
-    holders = np.zeros(table.size, int)
-    for sequence in range(len(table._first)):
+    holders = np.zeros(table.cells, int)
+    for sequence in range(len(table.first)):
         row = table.cells_of(sequence)
         holders[row] += 1
         if row.size:
             assert (np.diff(table.positions[row]) > 0).all()
             assert table.span(np.array([sequence])) == (row.min(), row.max() + 1)
-    np.testing.assert_array_equal(table._refcounts, holders)
+    np.testing.assert_array_equal(table.allocator.refcounts, holders)
     free = np.flatnonzero(holders == 0)
     assert table.free == free.size
-    stacked = table._stack[: table._top]
+    stacked = peek.free_stack(table)
     assert set(free.tolist()) <= set(stacked.tolist())
     assert len(set(stacked.tolist())) == stacked.size
-    np.testing.assert_array_equal(np.flatnonzero(table._stacked), np.sort(stacked))
+    np.testing.assert_array_equal(np.flatnonzero(peek.stacked(table)), np.sort(stacked))
 
 
 def check_held(cache, oracle):
     """A cache holds the positions that it should, and shares the cells that it should."""
-    table = cache._table
-    assert table.size == oracle.size
-    assert table.size - table.free == oracle.cells()
+    table = peek.table(cache)
+    assert table.cells == oracle.size
+    assert table.cells - table.free == oracle.cells()
     token_of = {}
     for sequence, held in enumerate(oracle.held):
         row = table.cells_of(sequence)
@@ -193,19 +195,20 @@ def check_held(cache, oracle):
 
 def fingerprint(cache):
     """All that a causal cache is, to the byte; scratch space aside."""
-    table, buffers = cache._table, cache._buffers
-    to_host = buffers.backend.to_host
-    scalars = {n: v for n, v in vars(table).items() if isinstance(v, int)}
+    table, allocator = peek.table(cache), peek.table(cache).allocator
+    to_host = peek.buffers(cache).backend.to_host
+    state = {**vars(table), **vars(allocator)}
+    scalars = {n: v for n, v in state.items() if isinstance(v, int)}
     arrays = {
         n: v.tobytes()
-        for n, v in vars(table).items()
-        if isinstance(v, np.ndarray) and n not in ("_claims", "_rows", "_stack")
+        for n, v in state.items()
+        if isinstance(v, np.ndarray) and n not in ("_claims", "rows", "_stack")
     }
-    live = [table.cells_of(s).tobytes() for s in range(len(table._first))]
+    live = [table.cells_of(s).tobytes() for s in range(len(table.first))]
     layers = {
-        layer: tuple(None if b is None else to_host(b).tobytes() for b in pair)
-        for layer, pair in buffers._layers.items()
+        layer: tuple(to_host(buffer).tobytes() for buffer in buffers)
+        for layer, buffers in peek.layers(cache).items()
     }
-    stack = table._stack[: table._top].tobytes()
-    ahead = None if cache._pass is None else cache._pass.ahead
-    return scalars, arrays, live, stack, layers, set(cache._maybe_expired), id(cache._pass), ahead
+    stack, current = peek.free_stack(table).tobytes(), peek.forward_pass(cache)
+    ahead = None if current is None else current.ahead
+    return scalars, arrays, live, stack, layers, set(peek.maybe_expired(cache)), id(current), ahead

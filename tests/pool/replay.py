@@ -19,6 +19,8 @@ import numpy as np
 from kvcache import Batch, CacheConfig, CausalCache, KVCacheError, WrapperCache
 from kvcache.pool.cells import Eviction
 
+from .. import peek
+
 DATA = Path(__file__).parents[1] / "data"
 NO_END = 2147483647
 REFUSAL = 25
@@ -152,17 +154,17 @@ class Replay:
                 self.differ("memory below window")
             return False
         assert not init["err"]
-        assert [part._table.size for part in self.parts] == init["num_cells"]
+        assert [peek.table(part).cells for part in self.parts] == init["num_cells"]
         for part, window, memory in zip(
             self.parts, init["eff_window"], init["eff_memory"], strict=True
         ):
             assert part.window == (None if window == NO_END else window + 1)
-            assert part._tokens_retained == (None if memory == NO_END else memory + 1)
+            assert peek.tokens_retained(part) == (None if memory == NO_END else memory + 1)
         return True
 
     def _compare_states(self):
         for part, mirror in zip(self.parts, self.mirrors, strict=True):
-            ours = table_cells(part._table, self.config["max_sequences"])
+            ours = table_cells(peek.table(part), self.config["max_sequences"])
             assert ours == mirror.held(), (self.index, ours - mirror.held())
 
     @staticmethod
@@ -197,7 +199,7 @@ class Replay:
 
     def _evict_as_the_original_did(self):
         for part, mirror in zip(self.parts, self.mirrors, strict=True):
-            table = part._table
+            table = peek.table(part)
             for sequence in range(self.config["max_sequences"]):
                 ours = table.positions[table.cells_of(sequence)].tolist()
                 theirs = mirror.positions(sequence)

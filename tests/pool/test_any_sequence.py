@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 import kvcache
 from kvcache import Batch, CacheConfig, CacheFullError, CausalCache, KVCacheError, WrapperCache
 
+from .. import peek
 from .oracle import (
     LAYERS,
     Oracle,
@@ -148,14 +149,14 @@ class CacheMachine(RuleBasedStateMachine):
         """What get returns is the smallest padded range around the batch's sequences."""
         part.set_layer(0)
         length = part.get()[0].shape[1]
-        cells = np.concatenate([part._table.cells_of(s) for s in set(sequences)])
+        cells = np.concatenate([peek.table(part).cells_of(s) for s in set(sequences)])
         first = cells.min() // self.padding * self.padding
         last = -(-(cells.max() + 1) // self.padding) * self.padding
         if self.backend.slices_are_views:
-            assert (part._pass.start, part._pass.stop) == (first, last)
-        assert part._pass.start <= first
-        assert part._pass.stop >= last
-        assert length == part._pass.stop - part._pass.start
+            assert (peek.forward_pass(part).start, peek.forward_pass(part).stop) == (first, last)
+        assert peek.forward_pass(part).start <= first
+        assert peek.forward_pass(part).stop >= last
+        assert length == peek.forward_pass(part).stop - peek.forward_pass(part).start
         assert length % self.padding == 0
 
     @rule(tokens=st.integers(1, 20), sequence=st.integers(0, 3))
@@ -167,7 +168,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.start_forward(batch, reserve=True)
         for part, had in zip(self.parts, contents, strict=True):
             put_tokens(self.backend, part, [9] * tokens, [9] * tokens)
-            assert part.get()[0].shape[1] == part._table.size
+            assert part.get()[0].shape[1] == peek.table(part).cells
             assert attended(self.backend, part, 0) == [[]] * tokens
             after = fingerprint(part)[4]
             assert all(after[layer] == bits for layer, bits in had.items())
@@ -179,7 +180,7 @@ class CacheMachine(RuleBasedStateMachine):
     def copy_prefix(self, data):
         source, target = (data.draw(st.integers(0, self.count - 1)) for _ in range(2))
         length = data.draw(st.integers(0, 14))
-        before = [part._table.free for part in self.parts]
+        before = [peek.table(part).free for part in self.parts]
         empty = [not oracle.held[target] for oracle in self.oracles]
         call = lambda: self.cache.copy_prefix(source, target, length)  # noqa: E731
         if not all(oracle.held[source] for oracle in self.oracles):
@@ -189,7 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
         for oracle in self.oracles:
             oracle.copy(source, target, length)
         for part, free, fresh in zip(self.parts, before, empty, strict=True):
-            assert not fresh or source == target or part._table.free == free  # takes no cell
+            assert not fresh or source == target or peek.table(part).free == free  # takes no cell
 
     @rule(data=st.data(), sequence=st.integers(0, 3), whole=st.booleans())
     def remove_tail(self, data, sequence, whole):
@@ -282,7 +283,11 @@ class CacheMachine(RuleBasedStateMachine):
         for part in self.parts:
             part.set_layer(0)
             self.refused(lambda p=part: p.put(keys, values), KVCacheError)
-        self.look([start, start + 1], [sequence, sequence], frozenset(self.parts[0]._pass.ahead))
+        self.look(
+            [start, start + 1],
+            [sequence, sequence],
+            frozenset(peek.forward_pass(self.parts[0]).ahead),
+        )
 
     # Always.
 
@@ -290,7 +295,7 @@ class CacheMachine(RuleBasedStateMachine):
     def is_in_order(self):
         if hasattr(self, "parts"):
             for part, oracle in zip(self.parts, self.oracles, strict=True):
-                check_table(part._table)
+                check_table(peek.table(part))
                 check_held(part, oracle)
 
 

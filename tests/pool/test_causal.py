@@ -19,8 +19,9 @@ from kvcache import (
     SharedCellsError,
     get_backend,
 )
-from kvcache.pool.cells import CellTable
+from kvcache.pool import passes
 
+from .. import peek
 from .oracle import add_positions, attended, check_table, fingerprint, put_tokens, rows
 
 NUMPY = get_backend("numpy")
@@ -38,7 +39,9 @@ def store(cache, positions, sequence=0):
     """A pass whose tokens are named after their positions and sequence."""
     positions = list(positions)
     cache.start_forward(Batch(positions, [sequence] * len(positions)))
-    put_tokens(cache._buffers.backend, cache, [p + 100 * sequence for p in positions], positions)
+    put_tokens(
+        peek.buffers(cache).backend, cache, [p + 100 * sequence for p in positions], positions
+    )
 
 
 def seen(cache):
@@ -91,9 +94,9 @@ def test_memory_is_at_least_the_window():
 def test_how_many_cells_there_are(limits, sizes, cells):
     names = ("max_sequences", "capacity", "max_batch")
     cache = make(**dict(zip(names, sizes, strict=True)), **limits)
-    assert cache._table.size == cells
+    assert peek.table(cache).cells == cells
     padded = make(NUMPY, CacheConfig(padding=5), **dict(zip(names, sizes, strict=True)), **limits)
-    assert padded._table.size == -(-cells // 5) * 5
+    assert peek.table(padded).cells == -(-cells // 5) * 5
 
 
 def test_a_window_counts_the_token_itself():
@@ -338,10 +341,10 @@ def test_a_range_is_the_smallest_that_is_padded():
     store(cache, range(5), 0)
     assert cache.get()[0].shape[1] == 8
     store(cache, range(3), 1)
-    assert (cache._pass.start, cache._pass.stop) == (32, 36)
-    assert np.shares_memory(cache.get()[0], cache._buffers._layers[1][0])
+    assert (peek.forward_pass(cache).start, peek.forward_pass(cache).stop) == (32, 36)
+    assert np.shares_memory(cache.get()[0], peek.layers(cache)[1][0])
     cache.start_forward(Batch([3, 5], [1, 0]))
-    assert (cache._pass.start, cache._pass.stop) == (0, 36)
+    assert (peek.forward_pass(cache).start, peek.forward_pass(cache).stop) == (0, 36)
 
 
 def test_where_slices_are_copies_ranges_have_few_lengths():
@@ -356,7 +359,7 @@ def test_where_slices_are_copies_ranges_have_few_lengths():
         assert seen(cache) == [list(range(position + 1))]
     assert lengths == {4, 8, 16, 32, 64}
     store(cache, range(4), 0)
-    assert (cache._pass.start, cache._pass.stop) == (0, 4)
+    assert (peek.forward_pass(cache).start, peek.forward_pass(cache).stop) == (0, 4)
 
 
 def test_reserve_allocates_everything_and_stores_nothing():
@@ -366,7 +369,9 @@ def test_reserve_allocates_everything_and_stores_nothing():
     cache.start_forward(Batch(range(5), [1] * 5), reserve=True)
     put_tokens(NUMPY, cache, [9] * 5, range(5))
     keys, _, mask = cache.get()
-    assert cache._pass.cells.dtype == np.int32  # as in every pass: the same programs serve both
+    assert (
+        peek.forward_pass(cache).cells.dtype == np.int32
+    )  # as in every pass: the same programs serve both
     assert keys.shape[1] == mask.shape[1] == 16
     assert not mask.any()
     assert fingerprint(cache)[:5] == before[:5]
@@ -376,11 +381,11 @@ def test_reserve_allocates_everything_and_stores_nothing():
 def test_copying_takes_no_cell_and_no_memory():
     cache = make(max_sequences=3)
     store(cache, range(6))
-    buffer, free = cache._buffers._layers[0][0], cache._table.free
+    buffer, free = peek.layers(cache)[0][0], peek.table(cache).free
     cache.copy_prefix(0, 1, 4)
     cache.copy_prefix(1, 2, 100)
-    assert cache._table.free == free
-    assert cache._buffers._layers[0][0] is buffer
+    assert peek.table(cache).free == free
+    assert peek.layers(cache)[0][0] is buffer
     store(cache, [4], 1)
     assert attended(NUMPY, cache, 0) == [[(0, 0), (1, 1), (2, 2), (3, 3), (104, 4)]]
     assert cache.can_resume(2, 4)
@@ -394,11 +399,11 @@ def test_a_window_lets_go_of_shared_cells():
     for position in range(4, 40):
         store(cache, [position], 0)
         store(cache, [position], 1)
-        check_table(cache._table)
-    assert cache._table.size - cache._table.free <= 2 * 4
+        check_table(peek.table(cache))
+    assert peek.table(cache).cells - peek.table(cache).free <= 2 * 4
     cache.remove(0, 0)
     cache.remove(1, 0)
-    assert cache._table.free == cache._table.size
+    assert peek.table(cache).free == peek.table(cache).cells
 
 
 def test_what_copy_prefix_and_remove_refuse():
@@ -438,7 +443,7 @@ def test_without_a_shift_only_tails_go():
     cache.remove(0, 2, 2)
     cache.remove(0, 4, 6)
     cache.remove(0, 3, 99)
-    assert cache._table.positions[cache._table.cells_of(0)].tolist() == [0, 1, 2]
+    assert peek.table(cache).positions[peek.table(cache).cells_of(0)].tolist() == [0, 1, 2]
 
 
 def failing(layer, keys, offsets):
@@ -490,7 +495,7 @@ def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
         )
         for step in range(250):
             sequence, other = (int(n) for n in random.integers(3, size=2))
-            table, end = cache._table, cache._table.next_position(sequence)
+            table, end = peek.table(cache), peek.table(cache).next_position(sequence)
             kind = random.random()
             if kind < 0.1 or end >= 18:
                 cache.remove(sequence, int(random.integers(end + 1)))
@@ -502,8 +507,14 @@ def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
                 for position in range(end, min(end + int(random.integers(1, 8)), 19)):
                     cache.start_forward(Batch([position], [sequence]))
                     put_tokens(NUMPY, cache, [step], [position])
-                    plans.append((cache._pass.cells.tolist(), cache._pass.start, cache._pass.stop))
-            check_table(cache._table)
+                    plans.append(
+                        (
+                            peek.forward_pass(cache).cells.tolist(),
+                            peek.forward_pass(cache).start,
+                            peek.forward_pass(cache).stop,
+                        )
+                    )
+            check_table(peek.table(cache))
             states.append(fingerprint(cache)[:6])
             # The end of a row that is full moves it: not a difference.
         return states, plans
@@ -512,8 +523,8 @@ def test_the_short_way_gives_what_the_long_way_gives(monkeypatch, limits, seed):
     fast = run()
     states, plans = [], []
     taken = []
-    real = CellTable.plan_single
-    monkeypatch.setattr(CellTable, "plan_single", lambda *a: taken.append(real(*a)) and None)
+    real = passes.plan_single
+    monkeypatch.setattr(passes, "plan_single", lambda *a: taken.append(real(*a)) and None)
     assert run() == fast
     assert sum(step is not None for step in taken) > 100
 
@@ -523,19 +534,19 @@ def test_memory_is_accounted_for_after_long_use():
     cache = make(max_sequences=4, capacity=30, max_batch=8, window=5, memory=9)
     for _ in range(600):
         sequence = int(random.integers(4))
-        end = cache._table.next_position(sequence)
+        end = peek.table(cache).next_position(sequence)
         if random.random() < 0.2:
             cache.remove(sequence, int(random.integers(end + 1)))
         elif random.random() < 0.1 and end:
             cache.copy_prefix(sequence, int(random.integers(4)), end)
         else:
             store(cache, range(end, end + int(random.integers(1, 9))), sequence)
-    assert set(cache._buffers._layers) == {0, 1}
-    assert cache._buffers._layers[0][0].shape[1] == 4 * 8 + 8
+    assert set(peek.layers(cache)) == {0, 1}
+    assert peek.layers(cache)[0][0].shape[1] == 4 * 8 + 8
     for sequence in range(4):
         cache.remove(sequence, 0)
-    assert cache._table.free == cache._table.size
-    check_table(cache._table)
+    assert peek.table(cache).free == peek.table(cache).cells
+    check_table(peek.table(cache))
 
 
 def test_a_row_that_is_let_go_of_at_its_very_end():
@@ -546,4 +557,4 @@ def test_a_row_that_is_let_go_of_at_its_very_end():
     store(cache, [0], sequence=1)  # trims sequence 0 to its last cell, the last of its row
     store(cache, [200])
     assert seen(cache) == [[200]]
-    check_table(cache._table)
+    check_table(peek.table(cache))

@@ -7,7 +7,9 @@ import pytest
 
 from kvcache import CacheFullError
 from kvcache.pool.cells import CellTable, Eviction
+from kvcache.pool.single import commit_single, plan_single
 
+from .. import peek
 from .oracle import check_table
 
 
@@ -22,7 +24,9 @@ def insert(table, positions, sequences):
 
 
 def test_a_table_is_made_of_integers():
-    arrays = [each for each in vars(CellTable(20, 2)).values() if isinstance(each, np.ndarray)]
+    table = CellTable(20, 2)
+    state = [*vars(table).values(), *vars(table.allocator).values()]
+    arrays = [each for each in state if isinstance(each, np.ndarray)]
     assert {each.dtype.name for each in arrays} == {"int32", "int64", "bool"}
 
 
@@ -144,9 +148,9 @@ def test_freed_cells_come_back_as_neighbours():
     table = CellTable(40, 2)
     insert(table, range(30), [0] * 30)
     insert(table, range(10), [1] * 10)  # its part is taken: it has to look for cells
-    assert table._top == 0
+    assert peek.free_stack(table).size == 0
     table.truncate(0, 10)
-    assert table._pop(5).tolist() == [10, 11, 12, 13, 14]
+    assert table.allocator.pop(5).tolist() == [10, 11, 12, 13, 14]
 
 
 def test_sharing_takes_no_cell_and_the_last_holder_frees():
@@ -259,9 +263,9 @@ def test_a_row_that_has_room_stays_as_it_is():
     insert(table, range(64), [0] * 64)
     table.share(0, 1, 60)
     insert(table, range(60, 64), [1] * 4)
-    assert table._rows.shape == (2, 64)
+    assert table.rows.shape == (2, 64)
     insert(table, [64], [1])
-    assert table._rows.shape == (2, 130)
+    assert table.rows.shape == (2, 130)
 
 
 def test_rows_grow_and_start_anew():
@@ -271,7 +275,7 @@ def test_rows_grow_and_start_anew():
         if position >= 50:
             table.evict(Eviction(int32s(0), np.array([1])))
     assert table.cells_of(0).size == 50
-    assert table._rows.shape[1] <= 256  # as wide as what is held, not as what ever was
+    assert table.rows.shape[1] <= 256  # as wide as what is held, not as what ever was
     insert(table, range(500), [1] * 500)
     assert table.positions[table.cells_of(0)].tolist() == list(range(250, 300))
     assert table.positions[table.cells_of(1)].tolist() == list(range(500))
@@ -304,15 +308,15 @@ def test_a_batch_is_refused(positions, sequences, message):
 def test_foresee_says_what_take_does():
     table = CellTable(20, 2)
     insert(table, [0, 1, 2], [0] * 3)
-    step = table.plan_single(0, 3, 0)
+    step = plan_single(table, 0, 3, 0)
     assert step == (0, 3, 3, None, 0, 3)
     before = table.free
-    table.commit_single(step)
+    commit_single(table, step)
     check_table(table)
     assert table.free == before - 1
-    step = table.plan_single(0, 4, 1)
+    step = plan_single(table, 0, 4, 1)
     assert step == (0, 4, 4, 0, 1, 4)
-    table.commit_single(step)
+    commit_single(table, step)
     check_table(table)
     assert table.free == before - 1
     assert table.positions[table.cells_of(0)].tolist() == [1, 2, 3, 4]
@@ -334,7 +338,7 @@ def test_foresee_says_what_take_does():
 def test_foresee_leaves_the_rest_to_the_long_way(sequence, position, oldest):
     table = CellTable(20, 2)
     insert(table, [0, 1, 2], [0] * 3)
-    assert table.plan_single(sequence, position, oldest) is None
+    assert plan_single(table, sequence, position, oldest) is None
 
 
 def test_foresee_turns_like_a_ring():
@@ -342,36 +346,43 @@ def test_foresee_turns_like_a_ring():
     table = CellTable(6, 1)
     insert(table, range(6), [0] * 6)
     for position, cell in ((6, 0), (7, 1)):
-        step = table.plan_single(0, position, position - 5)
+        step = plan_single(table, 0, position, position - 5)
         assert step == (0, position, cell, cell, 0, 5)
-        table.commit_single(step)
+        commit_single(table, step)
         check_table(table)
     table.evict(Eviction(int32s(0), np.array([1])))
-    assert table.plan_single(0, 8, 4) == (0, 8, 2, 3, 0, 5)  # the free cell 2, cell 3 in the middle
-    assert table.plan_single(0, 8, 5) is None
+    assert plan_single(table, 0, 8, 4) == (
+        0,
+        8,
+        2,
+        3,
+        0,
+        5,
+    )  # the free cell 2, cell 3 in the middle
+    assert plan_single(table, 0, 8, 5) is None
 
 
 def test_foresee_needs_two_cells():
     table = CellTable(20, 1)
     insert(table, range(4), [0] * 4)
     table.evict(Eviction(int32s(0), np.array([3])))
-    assert table.plan_single(0, 4, 0) is None
+    assert plan_single(table, 0, 4, 0) is None
     insert(table, [4], [0])
-    assert table.plan_single(0, 5, 0) == (0, 5, 5, None, 3, 5)
+    assert plan_single(table, 0, 5, 0) == (0, 5, 5, None, 3, 5)
 
 
 def test_foresee_takes_no_cell_of_others():
     table = CellTable(8, 2)
     insert(table, range(4), [0] * 4)
     insert(table, [0, 1, 2, 3], [1] * 4)
-    assert table.plan_single(0, 4, 0) is None  # the next cell is the first of the other
-    assert table.plan_single(1, 4, 0) is None  # the pool ends
+    assert plan_single(table, 0, 4, 0) is None  # the next cell is the first of the other
+    assert plan_single(table, 1, 4, 0) is None  # the pool ends
 
 
 def test_foresee_leaves_shared_cells_alone():
     table = CellTable(20, 2)
     insert(table, range(4), [0] * 4)
     table.share(0, 1, 2)
-    assert table.plan_single(0, 4, 1) is None
-    assert table.plan_single(0, 4, 0) is not None
-    assert table.plan_single(1, 2, 0) is None  # what follows belongs to the source
+    assert plan_single(table, 0, 4, 1) is None
+    assert plan_single(table, 0, 4, 0) is not None
+    assert plan_single(table, 1, 2, 0) is None  # what follows belongs to the source

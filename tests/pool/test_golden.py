@@ -14,6 +14,7 @@ import pytest
 
 from kvcache import Batch, CacheConfig, EncoderCache, KVCacheError
 
+from .. import peek
 from .replay import LAYOUT, NO_END, Replay, consecutive, difference_table, name_of, recorded, traces
 
 KINDS = ("causal", "swa", "swamem", "chunked", "wrapper")
@@ -439,7 +440,7 @@ class EncoderReplay:
 
     def run(self):
         for op in self.trace["ops"]:
-            if op["op"] in ("put", "get") and self.cache._batch is None:
+            if op["op"] in ("put", "get") and peek.encoder_batch(self.cache) is None:
                 self._needs_a_pass(op)
             getattr(self, "_" + op["op"])(op)
             self._compare(op)
@@ -455,12 +456,12 @@ class EncoderReplay:
         self.cache.start_forward(Batch([0], [0]))
 
     def _compare(self, op):
-        if self.cache._batch is None:
+        if peek.encoder_batch(self.cache) is None:
             assert not self.cache.encoder_cached
             self.found[E_CACHED] += op["encoder_cached"]
             return
         assert self.cache.encoder_cached == op["encoder_cached"]
-        entry = self.cache._entries.get(0)
+        entry = peek.entries(self.cache).get(0)
         if entry is not None and entry.position != op["encoder_pos"]:
             self.found[E_SHIFT if op["op"] == "remove" else E_POSITION] += 1
             entry.position = op["encoder_pos"]

@@ -27,14 +27,16 @@ from kvcache import (
     CausalCache,
     EncoderCache,
     KVCacheError,
+    LayerCaches,
     Snapshot,
     SnapshotMismatchError,
     WrapperCache,
 )
-from kvcache.snapshots.rows import Visibility
 from kvcache.snapshots.snapshot import last_resumable
+from kvcache.snapshots.visibility import Visibility
 from kvcache.testing.coded import coded, same
 
+from .. import peek
 from .oracle import LAYERS, Oracle, add_positions, fingerprint, rows
 
 NUMPY = kvcache.get_backend("numpy")
@@ -85,7 +87,7 @@ def on_host(backend, array, layout):
 def put(backend, cache, tokens, positions):
     """Put every layer of a pass of a causal cache, layer 1 with keys only."""
     keys, values = rows(tokens, positions)
-    config = cache._buffers.config
+    config = peek.config(cache)
     for layer in range(LAYERS):
         cache.set_layer(layer)
         there = laid_out(backend, values, config.value_layout)
@@ -95,7 +97,7 @@ def put(backend, cache, tokens, positions):
 def seen(backend, cache, layer):
     """``(token, position)`` of all that each token of the pass attends to, sorted."""
     cache.set_layer(layer)
-    config = cache._buffers.config
+    config = peek.config(cache)
     keys, values, mask = cache.get()
     keys, mask = on_host(backend, keys, config.key_layout), backend.to_host(mask)
     lines = [keys[:, line] for line in mask]
@@ -112,7 +114,7 @@ def store(cache, positions, sequences, tokens=None):
     positions = list(positions)
     sequences = [sequences] * len(positions) if isinstance(sequences, int) else sequences
     cache.start_forward(Batch(positions, sequences))
-    put(cache._buffers.backend, cache, positions if tokens is None else tokens, positions)
+    put(peek.buffers(cache).backend, cache, positions if tokens is None else tokens, positions)
 
 
 def visible(part, tokens, position):
@@ -136,37 +138,37 @@ def make(window=None, backend=NUMPY, dtype="float32", config=None, **options):
 
 def check_holders(cache):
     """Every holder is a sequence or rows that stayed, and what has none is free."""
-    table, residents = cache._table, cache._pins
-    holders, pins = np.zeros(table.size, int), np.zeros(table.size, int)
+    table, owner = peek.table(cache), peek.pins(cache)
+    holders, pins = np.zeros(table.cells, int), np.zeros(table.cells, int)
     for sequence in range(table.max_sequences):
         row = table.cells_of(sequence)
         holders[row] += 1
         assert (np.diff(table.positions[row]) > 0).all()
         if row.size:
             assert table.span(np.array([sequence])) == (row.min(), row.max() + 1)
-    for kept in residents._rows:
-        assert kept.owner is residents
+    for kept in peek.pinned_rows(cache):
+        assert kept.owner is owner
         assert table.positions[kept.slots].tolist() == kept.positions.tolist()
         pins[kept.slots] += 1
-    np.testing.assert_array_equal(residents._pins, pins)
-    np.testing.assert_array_equal(table._refcounts, holders + pins)
+    np.testing.assert_array_equal(peek.pin_references(cache), pins)
+    np.testing.assert_array_equal(table.allocator.refcounts, holders + pins)
     free = np.flatnonzero(holders + pins == 0)
     assert table.free == free.size
-    assert set(free.tolist()) <= set(table._stack[: table._top].tolist())
+    assert set(free.tolist()) <= set(peek.free_stack(table).tolist())
 
 
 def check_empty(cache):
     """Nothing leaked."""
-    assert not cache._pins._rows
-    assert cache._table.free == cache._table.size
-    assert not cache._table._refcounts.any()
+    assert not peek.pinned_rows(cache)
+    assert peek.table(cache).free == peek.table(cache).cells
+    assert not peek.table(cache).allocator.refcounts.any()
 
 
 def is_full(part, sizes, positions, sequences):
     """Whether the sequences alone leave too little room for a pass."""
     oracle = Oracle(**sizes, window=part.window, memory=part.memory)
-    table = part._table
-    oracle.size, oracle.recent = table.size, part._maybe_expired
+    table = peek.table(part)
+    oracle.size, oracle.recent = table.cells, peek.maybe_expired(part)
     oracle.held = [
         dict(zip(table.positions[row].tolist(), row.tolist(), strict=True))
         for row in map(table.cells_of, range(table.max_sequences))
@@ -177,7 +179,7 @@ def is_full(part, sizes, positions, sequences):
 def prints(parts):
     """All that some caches are, to the byte."""
     return [
-        fingerprint(part) if isinstance(part, CausalCache) else repr(part._entries)
+        fingerprint(part) if isinstance(part, CausalCache) else repr(peek.entries(part))
         for part in parts
     ]
 
@@ -185,7 +187,9 @@ def prints(parts):
 def last_place(positions, sights, limit):
     """The slow way to where a sequence can go on."""
     for place in range(limit, 0, -1):
-        needed = [{*range(s.lowest(place), place), *range(min(s.sinks, place))} for s in sights]
+        needed = [
+            {*range(s.lowest_needed(place), place), *range(min(s.sinks, place))} for s in sights
+        ]
         if all(n <= set(held) for n, held in zip(needed, positions, strict=True)):
             return place
     return 0
@@ -280,12 +284,12 @@ class SnapshotMachine(RuleBasedStateMachine):
         positions, sequences = ([pair[i] for pair in pairs] for i in (0, 1))
         first = [i for i, position in enumerate(positions) if position == 0]
         batch = Batch(positions, sequences, first if self.encoder else ())
-        before = [part._pass for part in self.parts]
+        before = [peek.forward_pass(part) for part in self.parts]
         try:
             self.cache.start_forward(batch)
         except CacheFullError:
             assert any(is_full(p, self.sizes, positions, sequences) for p in self.parts)
-            assert [part._pass for part in self.parts] == before
+            assert [peek.forward_pass(part) for part in self.parts] == before
             return False
         names = list(range(self.name, self.name + len(pairs)))
         self.name += len(pairs)
@@ -421,9 +425,9 @@ class SnapshotMachine(RuleBasedStateMachine):
             at = data.draw(st.integers(one.start + 1, one.stop - 1))
             snapshots[which : which + 1] = one.split(at)
         elif how == "merge" and which + 1 < len(snapshots):
-            other, size = snapshots[which + 1], one.size + snapshots[which + 1].size
+            other, size = snapshots[which + 1], one.nbytes + snapshots[which + 1].nbytes
             snapshots[which : which + 2] = [one.merge(other)]
-            assert snapshots[which].size == size
+            assert snapshots[which].nbytes == size
             one.close(), other.close()  # they are already, and it loses nothing
 
     @precondition(lambda self: self.chains)
@@ -490,14 +494,16 @@ class SnapshotMachine(RuleBasedStateMachine):
     def slow_reach(self, chain, limit):
         columns = list(zip(*(each.parts for each in chain.snapshots), strict=True))
         held = [[p for part in column for p in part.rows.positions.tolist()] for column in columns]
-        return last_place(held, [column[0].visibility for column in columns], limit)
+        return last_place(held, [column[0].spec.visibility for column in columns], limit)
 
     def check_full(self, place):
         """Sequences alone leave too little room for what is needed at `place`."""
         lacks = []
         for part in self.parts:
-            used = set().union(*(part._table.cells_of(s).tolist() for s in range(self.count)))
-            lacks.append(place - part._visibility.lowest(place) > part._table.size - len(used))
+            used = set().union(*(peek.table(part).cells_of(s).tolist() for s in range(self.count)))
+            lacks.append(
+                place - peek.resumed(part).lowest_needed(place) > peek.table(part).cells - len(used)
+            )
         assert any(lacks)
 
     @invariant()
@@ -548,16 +554,16 @@ def test_any_sequence_where_slices_are_copies():
 def test_a_snapshot_copies_nothing_and_shares_its_cells(monkeypatch):
     cache = make()
     store(cache, range(6), 0)
-    free, row = cache._table.free, cache._table.cells_of(0).tolist()
+    free, row = peek.table(cache).free, peek.table(cache).cells_of(0).tolist()
     monkeypatch.setattr(type(NUMPY), "read_rows", lambda *_: pytest.fail("rows were copied"))
     snapshot = cache.snapshot(0)
     # Keys of 2 x 2, values of 1 x 3; keys alone in the other layer: 44 bytes a token.
-    assert (snapshot.nbytes, snapshot.size, snapshot.resident) == (0, 6 * 44, True)
+    assert (snapshot.host_nbytes, snapshot.nbytes, snapshot.resident) == (0, 6 * 44, True)
     cache.remove(0, 0)
-    assert cache._table.free == free
+    assert peek.table(cache).free == free
     cache.restore(2, snapshot)
-    assert cache._table.free == free
-    assert cache._table.cells_of(2).tolist() == row
+    assert peek.table(cache).free == free
+    assert peek.table(cache).cells_of(2).tolist() == row
     snapshot.close()
     cache.remove(2, 0)
     check_empty(cache)
@@ -568,7 +574,7 @@ def test_who_is_out_of_sequences_leaves_although_two_hold_its_cells():
     store(cache, range(7), 0)
     both = [cache.snapshot(0), cache.snapshot(0, 3)]
     cache.remove(0, 0)
-    assert cache._table.free == 1
+    assert peek.table(cache).free == 1
     store(cache, range(8), 1)
     assert [each.resident for each in both] == [False, False]
     cache.remove(1, 0)
@@ -604,7 +610,7 @@ def test_closing_what_was_merged_loses_nothing():
         one, nothing = form(cache.snapshot(0)), form(cache.snapshot(1, 4, 6))
         whole = one.merge(nothing)
         one.close(), nothing.close()
-        assert whole.size == 4 * 44
+        assert whole.nbytes == 4 * 44
         whole.close()
     cache.remove(0, 0)
     check_empty(cache)
@@ -618,7 +624,7 @@ def test_a_copied_sequence_forgets_what_it_kept():
     cache.schedule(0, [2])
     store(cache, range(9), 0, range(100, 109))
     store(cache, [9], 0, [109])
-    assert cache._pins._retained
+    assert peek.retained_rows(cache)
     store(cache, range(5), 1)
     cache.copy_prefix(1, 0, 5)
     for position in range(5, 9):
@@ -642,7 +648,7 @@ def test_forgotten_positions_are_not_kept_later():
     cache.schedule(0, [6])
     store(cache, range(4), 0)
     cache.remove(0, 0)
-    assert not cache._pins.scheduled
+    assert not peek.unreached(cache)
 
 
 def test_rows_leave_before_a_shift_moves_their_cells():
@@ -817,12 +823,11 @@ def check_crossing(backend, target, dtype, tmp_path):
     for cache in (there, again):
         with cache.snapshot(0) as found:
             assert found.parts[0].rows.positions.tolist() == [3, 4, 5]
-            for layer, (keys, values) in found.to_host().parts[0].rows.to_host().items():
+            for layer, arrays in found.to_host().parts[0].rows.to_host().items():
                 wanted = [coded((1, 2, 6, 3), dtype, 100 * layer + i)[0][:, 3:] for i in (0, 50)]
-                same(keys, wanted[0])
-                assert (values is None) == (layer == 1)
-                if values is not None:
-                    same(values, wanted[1])
+                assert [array.name for array in arrays] == ["keys", "values"][: 2 - layer]
+                for array, expected in zip(arrays, wanted, strict=False):
+                    same(array.data, expected)
 
 
 def test_encoders_output_crosses(backend, target):
@@ -864,8 +869,8 @@ def test_a_file_is_asked_whose_it_is(saved, tmp_path):
     with pytest.raises(SnapshotMismatchError, match="model 'model A', not 'B'"):
         Snapshot.load(saved, tokens=[1, 2, 3, 4, 5], fingerprint="B")
     with pytest.raises(kvcache.ForeignFileError, match="holds a snapshot, no caches"):
-        kvcache.load(saved)
-    kvcache.save(tmp_path / "caches", [kvcache.KVCache()])
+        LayerCaches.load(saved)
+    LayerCaches([kvcache.KVCache()]).save(tmp_path / "caches")
     with pytest.raises(kvcache.ForeignFileError, match="no snapshot"):
         Snapshot.load(tmp_path / "caches")
 
@@ -887,7 +892,7 @@ def test_a_part_that_holds_nothing_is_saved_too(tmp_path):
     for snapshot in (cache.snapshot(0, 0, 2), encoder.snapshot(0, 0, 2)):
         snapshot.save(tmp_path / "nothing")
         found = Snapshot.load(tmp_path / "nothing")
-        assert (found.start, found.stop, found.size) == (0, 2, 0)
+        assert (found.start, found.stop, found.nbytes) == (0, 2, 0)
 
 
 # Plans, twins and threads.
@@ -899,11 +904,11 @@ def test_a_plan_that_fails_leaves_the_holders_as_they_were():
     store(cache, range(2), 1)
     taken, other = cache.snapshot(1), cache.snapshot(0)
     cache.remove(1, 0)
-    row, free = cache._table.cells_of(0).tolist(), cache._table.free
+    row, free = peek.table(cache).cells_of(0).tolist(), peek.table(cache).free
     with pytest.raises(CacheFullError):
         cache.plan_steps(Batch([4], [0]), 6)
-    assert cache._table.cells_of(0).tolist() == row
-    assert (taken.resident, other.resident, cache._table.free) == (False, True, free + 2)
+    assert peek.table(cache).cells_of(0).tolist() == row
+    assert (taken.resident, other.resident, peek.table(cache).free) == (False, True, free + 2)
     check_holders(cache)
     cache.restore(1, taken)
     store(cache, [2], 1)
@@ -916,7 +921,7 @@ def test_a_plan_of_steps_copies_nothing_that_is_not_written_yet():
     store(cache, range(4), 0)
     cache.plan_steps(Batch([4], [0]), 8)
     check_holders(cache)
-    assert all(early.owner is not None for early in cache._pins._retained.values())
+    assert all(early.owner is not None for early in peek.retained_rows(cache))
     cache.schedule(0, [13])  # and goes on as before
     for position in range(12, 17):
         store(cache, [position], 0)
@@ -932,7 +937,7 @@ def test_a_twin_has_no_pins(backend, target):
         check_holders(cache)
         twin.remove(0, 0)
         check_empty(twin)
-        assert cache._table.cells_of(0).size == 5
+        assert peek.table(cache).cells_of(0).size == 5
 
 
 class Visitor(threading.Thread):
@@ -973,7 +978,7 @@ class Visitor(threading.Thread):
 
     def check(self):
         [part] = self.taken.parts
-        keys = part.rows.to_host()[0][0]
+        keys = part.rows.to_host()[0][0].data
         assert keys[0, :, 0].tolist() == [self.names[p] for p in part.rows.positions]
 
 
@@ -1036,7 +1041,7 @@ def test_one_lock_for_all_that_changes_together():
     for whole in (wrapper, twin):
         for part in whole.caches:
             assert part.lock is whole.lock
-            assert part._pins.lock is whole.lock
+            assert peek.pins(part).lock is whole.lock
     assert twin.lock is not wrapper.lock
     alone = make()
     assert alone.to_backend(NUMPY).lock is not alone.lock

@@ -22,6 +22,7 @@ from kvcache.backends._numpy import NumpyBackend
 from kvcache.pool.cells import CellTable
 from kvcache.testing.coded import coded
 
+from .. import peek
 from .oracle import check_table, fingerprint
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -91,11 +92,11 @@ def made(backend, dtype="float32", cache=None, **limits):
 
 def turn(cache, array, layout):
     """An array laid out as ``htd`` the way a cache wants it, in its backend; and back."""
-    return cache._buffers.backend.from_host(array.transpose(["htd".index(a) for a in layout]))
+    return peek.buffers(cache).backend.from_host(array.transpose(["htd".index(a) for a in layout]))
 
 
 def turned_back(cache, array, layout):
-    return cache._buffers.backend.to_host(array).transpose([layout.index(a) for a in "htd"])
+    return peek.buffers(cache).backend.to_host(array).transpose([layout.index(a) for a in "htd"])
 
 
 def step(cache, pairs, stamp):
@@ -103,7 +104,7 @@ def step(cache, pairs, stamp):
 
     Layer 0 has keys and values, layer 1 only keys; every element encodes where it belongs.
     """
-    buffers, config = cache._buffers, cache._buffers.config
+    buffers, config = peek.buffers(cache), peek.config(cache)
     sequences, positions = zip(*pairs, strict=True)
     cache.start_forward(Batch(positions, sequences))
     keys, values = (
@@ -174,33 +175,33 @@ def test_goes_on_as_without(backend, target, limits):
 
 def check_moved(cache, twin, target):
     """The same cells hold the same bytes."""
-    old, new = cache._buffers, twin._buffers
+    old, new = peek.buffers(cache), peek.buffers(twin)
     assert type(twin) is type(cache)
     assert (new.backend, new.dtype) == (target, old.dtype)
     assert (twin.window, twin.memory, twin.chunk) == (cache.window, cache.memory, cache.chunk)
     assert twin.cells >= cache.cells
-    assert twin.cells % new.config.padding == 0
-    assert new._layers.keys() == old._layers.keys()
-    for layer, pair in old._layers.items():
-        for one, other in zip(pair, new._layers[layer], strict=True):
-            if one is None:
-                assert other is None
-                continue
+    assert twin.cells % peek.config(twin).padding == 0
+    assert peek.layers(twin).keys() == peek.layers(cache).keys()
+    for layer, pair in peek.layers(cache).items():
+        for one, other in zip(pair, peek.layers(twin)[layer], strict=True):
             held = target.to_host(other)[:, : cache.cells]
             assert held.tobytes() == old.backend.to_host(one).tobytes()
-    check_table(twin._table)
+    check_table(peek.table(twin))
     for sequence in range(SIZES["max_sequences"]):
-        assert twin._table.cells_of(sequence).tolist() == cache._table.cells_of(sequence).tolist()
+        assert (
+            peek.table(twin).cells_of(sequence).tolist()
+            == peek.table(cache).cells_of(sequence).tolist()
+        )
 
 
 def test_a_larger_pool_can_be_filled(target):
     cache = lived_in(made("numpy"))
     twin = cache.to_backend(target)
-    while twin._table.free:
-        tokens = min(64, twin._table.free)
-        at = twin._table.next_position(1)
+    while peek.table(twin).free:
+        tokens = min(64, peek.table(twin).free)
+        at = peek.table(twin).next_position(1)
         step(twin, [(1, at + i) for i in range(tokens)], at)
-        check_table(twin._table)
+        check_table(peek.table(twin))
     with pytest.raises(CacheFullError, match=f"1 needed, 0 of {twin.cells} free"):
         twin.start_forward(Batch([20], [0]))
 
@@ -233,7 +234,7 @@ def test_there_and_back_in_other_layouts(backend):
     """Layouts, lengths and masks are those of where it is."""
     cache = lived_in(made(backend, window=4))
     there = cache.to_backend(Turned())
-    assert there._buffers.config == Turned.config
+    assert peek.config(there) == Turned.config
     assert there.cells % 7 == 0
     back = there.to_backend(backend)
     expected = go_on(cache)
@@ -247,7 +248,7 @@ def test_what_the_model_has_set_stays(target):
     cache.set_config(config)
     lived_in(made("numpy", cache=cache))
     twin = cache.to_backend(target)
-    assert twin._buffers.config == config
+    assert peek.config(twin) == config
     assert twin.cells == cache.cells
     assert go_on(twin) == go_on(cache)
 
@@ -284,8 +285,8 @@ def test_removal_from_the_middle(target):
     rows = []
     for each in (cache, twin):
         each.remove(0, 2, 5)
-        backend = each._buffers.backend
-        rows.append(backend.to_host(each._buffers._layers[0][0])[:, each._table.cells_of(0)])
+        backend = peek.buffers(each).backend
+        rows.append(backend.to_host(peek.layers(each)[0][0])[:, peek.table(each).cells_of(0)])
         assert each.can_resume(0, 5)
     np.testing.assert_allclose(rows[1], rows[0], atol=1e-6)
 
@@ -321,7 +322,7 @@ def test_who_goes_on_at_once_disturbs_nobody():
     """Frameworks that compute in the background have read everything on return."""
     cache = lived_in(made("numpy"))
     twin = cache.to_backend(Late())
-    for one, other in zip(cache._buffers._layers[0], twin._buffers._layers[0], strict=True):
+    for one, other in zip(peek.layers(cache)[0], peek.layers(twin)[0], strict=True):
         assert one.tobytes() == other.tobytes()
 
 
@@ -331,7 +332,7 @@ def test_nothing_goes_through_the_host_where_dlpack_does(target, monkeypatch):
     expected = go_on(causal.to_backend(target)), heard(encoder.to_backend(target), [0])
     source = NumpyBackend()
     monkeypatch.setattr(source, "to_host", None)
-    causal._buffers.backend = encoder._backend = source
+    peek.buffers(causal).backend = encoder._backend = source
     moved = causal.to_backend(target), encoder.to_backend(target)
     assert (go_on(moved[0]), heard(moved[1], [0])) == expected
 
@@ -374,7 +375,7 @@ def test_encoder_output(backend, target):
         with pytest.raises(KVCacheError, match="Call start_forward first"):
             twin.get()
         assert heard(twin) == expected
-        assert twin._entries[2].layers[0][0] is twin._entries[0].layers[0][0]
+        assert peek.entries(twin)[2].layers[0][0] is peek.entries(twin)[0].layers[0][0]
         arrive(twin, 0, 200)
         twin.remove(1, 0)
         assert heard(cache) == expected

@@ -16,6 +16,7 @@ from kvcache import (
     WrapperCache,
 )
 
+from .. import peek
 from .oracle import add_positions, fingerprint, put_tokens
 
 
@@ -26,7 +27,7 @@ def make(*caches, max_sequences=2, capacity=8, max_batch=8):
 
 
 def store(wrapper, positions, sequence=0):
-    backend = wrapper.caches[0]._buffers.backend
+    backend = peek.buffers(wrapper.caches[0]).backend
     wrapper.start_forward(Batch(positions, [sequence] * len(positions)))
     for index in range(len(wrapper.caches)):
         put_tokens(backend, wrapper, list(positions), list(positions), index)
@@ -87,7 +88,7 @@ def test_a_removal_happens_in_all_or_none():
         wrapper.remove(0, 1, 3)
     assert [fingerprint(cache) for cache in wrapper.caches] == before
     wrapper.remove(0, 3)
-    assert [cache._table.cells_of(0).size for cache in wrapper.caches] == [3, 3]
+    assert [peek.table(cache).cells_of(0).size for cache in wrapper.caches] == [3, 3]
 
 
 def test_a_copy_happens_in_all_or_none():
@@ -95,7 +96,7 @@ def test_a_copy_happens_in_all_or_none():
     store(wrapper, range(6), 1)
     store(wrapper, [6], 1)
     wrapper.copy_prefix(1, 0, 2)  # the window holds none of these any more
-    assert [cache._table.cells_of(0).size for cache in wrapper.caches] == [2, 0]
+    assert [peek.table(cache).cells_of(0).size for cache in wrapper.caches] == [2, 0]
     before = [fingerprint(cache) for cache in wrapper.caches]
     with pytest.raises(ValueError, match="needs a source that holds tokens; 0 is empty"):
         wrapper.copy_prefix(0, 1, 2)
@@ -106,8 +107,8 @@ def test_config_and_init_reach_all():
     wrapper = WrapperCache(CausalCache(), CausalCache(window=2))
     wrapper.set_config(CacheConfig(padding=4))
     wrapper.init("numpy", "float16", capacity=10, max_batch=3)  # one sequence
-    assert [cache._table.size for cache in wrapper.caches] == [12, 4]
-    assert [cache._buffers.dtype for cache in wrapper.caches] == ["float16"] * 2
+    assert [peek.table(cache).cells for cache in wrapper.caches] == [12, 4]
+    assert [peek.buffers(cache).dtype for cache in wrapper.caches] == ["float16"] * 2
     with pytest.raises(KVCacheError, match="set_config comes before init"):
         wrapper.set_config(CacheConfig())
 

@@ -14,6 +14,8 @@ import numpy as np
 from kvcache import Batch, CausalCache, EncoderCache, KVCache, RotatingKVCache, WrapperCache
 from kvcache.prefix import PrefixCache
 
+from .. import peek
+
 FRAMES = 2
 """What an encoder puts out for one image."""
 
@@ -200,9 +202,15 @@ def shared(one, two):
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
 
 
+def all_spans(prefix):
+    """All spans of all trees, ghosts among them."""
+    nodes = (node for tree in prefix._trees.values() for node in tree.root.below())
+    return [node.value for node in nodes if node.value is not None]
+
+
 def spans_of(prefix):
     """All spans that are stored."""
-    return [span for span in prefix._spans() if span.payload is not None]
+    return [span for span in all_spans(prefix) if span.payload is not None]
 
 
 def check_accounts(server):
@@ -210,26 +218,26 @@ def check_accounts(server):
     prefix, stats = server.prefix, server.prefix.stats
     spans = spans_of(prefix)
     payloads = [span.payload.snapshot for span in spans]
-    assert stats.nbytes == sum(span.size for span in spans)
-    assert stats.nbytes == sum(each.size for each in payloads)
+    assert stats.nbytes == sum(span.nbytes for span in spans)
+    assert stats.nbytes == sum(each.nbytes for each in payloads)
     assert stats.spans == len(spans)
     if not prefix._active:
         assert stats.pinned == stats.active == 0
-        assert not any(span.pins for span in prefix._spans())
+        assert not any(span.pins for span in all_spans(prefix))
     for number, cache in enumerate(getattr(server.model, "caches", [])):
         check_cells(cache, [each.parts[number + server.model.media].rows for each in payloads])
 
 
 def check_cells(cache, rows):
     """Cells are held by sequences and what is stored, and by nobody else."""
-    table, kept = cache._table, cache._pins._retained.values()
-    holders = np.zeros(table.size, int)
+    table, kept = peek.table(cache), peek.retained_rows(cache)
+    holders = np.zeros(table.cells, int)
     for sequence in range(table.max_sequences):
         np.add.at(holders, table.cells_of(sequence), 1)
     for each in [*rows, *kept]:
         np.add.at(holders, each.slots, 1)
-    np.testing.assert_array_equal(table._refcounts, holders)
-    assert table.free + np.count_nonzero(holders) == table.size
+    np.testing.assert_array_equal(table.allocator.refcounts, holders)
+    assert table.free + np.count_nonzero(holders) == table.cells
 
 
 def check_nothing_left(server):
@@ -237,12 +245,11 @@ def check_nothing_left(server):
     server.prefix.clear()
     assert server.prefix.stats.nbytes == server.prefix.stats.spans == 0
     for cache in getattr(server.model, "caches", []):
-        residents = cache._pins
-        assert cache._table.free == cache._table.size
-        assert not cache._table._refcounts.any()
-        assert not residents._rows
-        assert not residents._retained
-        assert not residents._scheduled
+        assert peek.table(cache).free == peek.table(cache).cells
+        assert not peek.table(cache).allocator.refcounts.any()
+        assert not peek.pinned_rows(cache)
+        assert not peek.retained_rows(cache)
+        assert not peek.unreached(cache)
 
 
 MODELS = {

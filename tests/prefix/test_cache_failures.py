@@ -98,11 +98,10 @@ def test_tokens_that_nobody_told_of(name):
 # What it is made with.
 
 
-def named(given):
-    return given if isinstance(given, str) else f"object of {type(given).__name__}"
-
-
-@pytest.mark.parametrize("given", [*POLICIES, LRU(), Gittins(seed=4)], ids=named)
+@pytest.mark.parametrize(
+    "given",
+    [*POLICIES, pytest.param(LRU(), id="LRU"), pytest.param(Gittins(seed=4), id="Gittins")],
+)
 def test_policies_by_name_and_as_objects(given):
     server = Server(MODELS["full"](NUMPY), budget=30 * 24, policy=given)
     chosen = server.prefix._index.policy

@@ -12,6 +12,7 @@ import pytest
 import kvcache
 from kvcache import CacheFullError
 
+from .. import peek
 from .served import Layers, Left, Pool, Server, check_accounts, check_nothing_left
 
 NUMPY = kvcache.get_backend("numpy")
@@ -34,7 +35,7 @@ def prompts(chance, count):
 def test_ten_thousand_sessions_add_up(count, parts):
     """Some of which fail, some two at a time."""
     server, chance, tokens = Server(Pool(NUMPY, *parts), budget=900), random.Random(3), 0
-    table, open_ones, found = server.model.caches[0]._table, [], 0
+    table, open_ones, found = peek.table(server.model.caches[0]), [], 0
     for number, ids in enumerate(prompts(chance, count)):
         salt = str(number % 2)
         session = server.prefix.session(ids, salt=salt)
@@ -62,7 +63,7 @@ def test_ten_thousand_sessions_add_up(count, parts):
     assert stats.hit_rate == found / tokens
     check_accounts(server)
     check_nothing_left(server)
-    assert table.free == table.size
+    assert table.free == table.cells
 
 
 class Engine:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcache import KVCacheError
 from kvcache.prefix.index import SpanIndex
-from kvcache.prefix.policies import POLICIES, policy
+from kvcache.prefix.policies import LRU, POLICIES, make_policy
 from kvcache.prefix.radix import RadixTree
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=10)
@@ -21,7 +22,7 @@ class Rows:
         self.rows, self.resumable_anywhere, self.closed = rows, resumable_anywhere, False
 
     @property
-    def size(self):
+    def nbytes(self):
         return 2 * len(self.rows)
 
     def split(self, tokens):
@@ -50,7 +51,7 @@ class World:
     """An index over one tree, and the dict: (uses, used) by the tokens up to each."""
 
     def __init__(self, name="lru", budget=None, **options):
-        self.index, self.tree = SpanIndex(policy(name), budget, **options), RadixTree()
+        self.index, self.tree = SpanIndex(make_policy(name), budget, **options), RadixTree()
         self.now, self.asked, self.pinned = 0.0, {}, []
         self.resumable_anywhere = True
 
@@ -93,13 +94,13 @@ class World:
     def trim(self, budget):
         self.index.budget = budget
         self.index.trim(self.now)
-        if self.index.size > budget:
+        if self.index.nbytes > budget:
             assert all(span.pins for span in self.spans() if span.payload and not span.children)
 
     def check(self):
         spans = self.spans()
         ghosts = {span for span in spans if span.payload is None}
-        assert self.index.size == sum(span.size for span in spans)
+        assert self.index.nbytes == sum(span.nbytes for span in spans)
         assert set(self.index._ghosts) == ghosts
         assert set(self.index.kept) == set(spans) - ghosts
         known = set()
@@ -154,7 +155,7 @@ def test_any_operations(name, ghosts, resumable_anywhere, operations):
         world.unpin(number)
     world.trim(0)
     world.check()
-    assert world.index.size == 0
+    assert world.index.nbytes == 0
 
 
 def test_a_span_that_is_split_has_the_same_history_twice():
@@ -168,7 +169,7 @@ def test_a_span_that_is_split_has_the_same_history_twice():
     upper, lower = world.spans()
     assert (upper.start, upper.stop, lower.start, lower.stop) == (0, 2, 2, 4)
     for span in (upper, lower):
-        assert (span.uses, span.used, span.policy_data, span.size) == (2, 5.0, "mine", 4)
+        assert (span.uses, span.used, span.policy_data, span.nbytes) == (2, 5.0, "mine", 4)
     assert (upper.children, upper.offered, lower.offered) == (1, False, True)
 
 
@@ -180,11 +181,11 @@ def test_pins_protect_the_whole_path_when_it_is_split_while_they_hold():
         world.find([1, 2, 3, 4, 5, 6][:length])
     assert [span.pins for span in world.spans()] == [1, 1, 1]
     world.trim(0)
-    assert world.index.size == 12
+    assert world.index.nbytes == 12
     world.unpin(0)
     world.check()
     world.trim(0)
-    assert world.index.size == 0
+    assert world.index.nbytes == 0
 
 
 def test_no_more_goes_than_has_to_and_from_the_end():
@@ -283,7 +284,28 @@ def test_ten_thousand_sessions_byte_for_byte(name):
             if span.payload is None:
                 world.index.fill(span, Rows(rows(ids, span.start, span.stop)))
         world.index.trim(world.now)
-        assert world.index.size <= world.index.budget
+        assert world.index.nbytes <= world.index.budget
         sessions.append(ids)
     assert found > 10_000
-    assert world.index.size == sum(span.size for span in world.spans())
+    assert world.index.nbytes == sum(span.nbytes for span in world.spans())
+
+
+def test_a_policy_chooses_among_the_spans_it_was_offered():
+    class Stubborn(LRU):
+        """Chooses the first span it was ever offered."""
+
+        first = None
+
+        def offer(self, span):
+            self.first = self.first or span
+
+        def victim(self, now):
+            return self.first
+
+    world = World(Stubborn())
+    world.ask([1, 2, 3])
+    world.ask([7])
+    message = r"among the spans it was offered; Stubborn chose \[0, 3\), which it was not"
+    with pytest.raises(KVCacheError, match=message):
+        world.trim(0)
+    assert world.find([7]) == rows([7], 0, 1)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from .. import peek
+
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
@@ -35,7 +37,7 @@ def served(model, prompts, counts, **options):
     for request, token in server.run():
         given[request.number].append(token)
     assert [request.generated for request in requests] == list(given.values())
-    assert server.cache._table.free == server.cells  # nothing is left behind
+    assert peek.table(server.cache).free == server.cells  # nothing is left behind
     return requests, notes
 
 
@@ -133,7 +135,7 @@ def test_dtype_of_the_pool(tiny, dtype):
     server = Server(tiny, 2, 40, dtype=dtype)
     server.submit(PROMPTS[1], 4)
     list(server.run())
-    buffer = server.cache._buffers._layers[0][0]
+    buffer = peek.layers(server.cache)[0][0]
     assert tiny.backend.dtype_name(buffer) == dtype
 
 

@@ -21,9 +21,9 @@ from kvcache.bench.harness.contest import Contestant
 from kvcache.bench.harness.report import library_versions, this_machine
 from kvcache.bench.harness.timing import Progress, interleave, no_collection
 from kvcache.prefix.index import Span, SpanIndex
-from kvcache.prefix.policies import POLICIES, policy
+from kvcache.prefix.policies import POLICIES, make_policy
 from kvcache.prefix.radix import RadixTree, Tokens
-from kvcache.prefix.simulation.replay import Blocks
+from kvcache.prefix.simulation.replay import BlockPayload
 
 from .report import EXTEND, FOLLOW, INSERT, LONG, MATCH, SHORT, PrefixReport, PrefixTiming
 
@@ -117,8 +117,8 @@ class Readers:
 
     def __init__(self, queries: Sequence[Tokens], known: Sequence[Tokens]) -> None:
         self.tree: RadixTree[None] = RadixTree()
-        self.index: SpanIndex[Blocks] = SpanIndex(policy("lru"))
-        self.spans: RadixTree[Span[Blocks]] = RadixTree()
+        self.index: SpanIndex[BlockPayload] = SpanIndex(make_policy("lru"))
+        self.spans: RadixTree[Span[BlockPayload]] = RadixTree()
         self.now = 0.0
         self._queries = cycle(queries)
         for tokens in known:
@@ -140,14 +140,14 @@ class Readers:
 
 
 def keep(
-    index: SpanIndex[Blocks], tree: RadixTree[Span[Blocks]], tokens: Tokens, now: float
+    index: SpanIndex[BlockPayload], tree: RadixTree[Span[BlockPayload]], tokens: Tokens, now: float
 ) -> None:
     """Ask for `tokens`, and keep what was not there."""
     spans = index.extend(tree, tokens)
     index.use(spans, now)
     for span in spans:
         if span.payload is None:
-            index.fill(span, Blocks(span.stop - span.start))
+            index.fill(span, BlockPayload(span.stop - span.start))
 
 
 class Writers:
@@ -182,7 +182,7 @@ def empty_tree() -> Insert:
 
 def empty_index() -> Insert:
     """What inserts into a new tree of a new index."""
-    index: SpanIndex[Blocks] = SpanIndex(policy("lru"))
+    index: SpanIndex[BlockPayload] = SpanIndex(make_policy("lru"))
     return partial(index.extend, RadixTree())
 
 
@@ -199,19 +199,19 @@ def _evicted(name: str, spans: int, repeats: int, tick: Callable[[str], None]) -
     return PrefixTiming(name, 0, len(times), tuple(means), float(f"{median(longest):.4g}"))
 
 
-def full_index(name: str, spans: int) -> SpanIndex[Blocks]:
+def full_index(name: str, spans: int) -> SpanIndex[BlockPayload]:
     """An index of sequences of two tokens that have nothing in common."""
-    index: SpanIndex[Blocks] = SpanIndex(policy(name))
-    tree: RadixTree[Span[Blocks]] = RadixTree()
+    index: SpanIndex[BlockPayload] = SpanIndex(make_policy(name))
+    tree: RadixTree[Span[BlockPayload]] = RadixTree()
     for at in range(spans):
         keep(index, tree, np.array([at, at], np.int32), at / 100)
     return index
 
 
-def _eviction(index: SpanIndex[Blocks], now: float) -> float:
+def _eviction(index: SpanIndex[BlockPayload], now: float) -> float:
     """Microseconds that it took."""
     start = thread_time()
-    span = index.policy.victim(now)
+    span = index.victim(now)
     if span is not None:
         index.evict(span, now)
     return (thread_time() - start) * 1e6

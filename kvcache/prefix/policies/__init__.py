@@ -1,42 +1,53 @@
-"""Which span goes first when the budget is used up.
+"""Eviction policies: the choice of a span to give up when the budget is used up.
 
-A policy is given by its name, or as an object of one's own class derived from :class:`Policy`.
+A policy is given by its name, or as an object of one's own class derived from
+:class:`EvictionPolicy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import Policy
+from .base import EvictionPolicy, PolicySpan
 from .gittins import Gittins
 from .queues import LRU, S3FIFO, Cost, recompute_cost
 
-__all__ = ["LRU", "POLICIES", "S3FIFO", "Cost", "Gittins", "Policy", "policy", "recompute_cost"]
+__all__ = [
+    "LRU",
+    "POLICIES",
+    "S3FIFO",
+    "Cost",
+    "EvictionPolicy",
+    "Gittins",
+    "PolicySpan",
+    "make_policy",
+    "recompute_cost",
+]
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": LRU,
     "s3fifo": S3FIFO,
     "cost": Cost,
     "gittins": Gittins,
 }
-"""What makes a policy, by its name."""
+"""Constructors of the policies, by name."""
 
 
-def policy(given: str | Policy) -> Policy:
-    """A new policy of that name; an object as it is, for one index at a time.
+def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
+    """Return a new policy by name, or an object as it is: for one index at a time.
 
-    Raises: ValueError for any other name; TypeError for what is neither.
+    Raises: ValueError for any other name; TypeError for neither a name nor a policy.
     """
-    if isinstance(given, Policy):
-        return given
-    if not isinstance(given, str):
+    if isinstance(policy, EvictionPolicy):
+        return policy
+    if not isinstance(policy, str):
         raise TypeError(
-            "a policy is a name or an object of a class derived from kvcache.prefix.policies.Policy"
-            f"; got {given!r}."
+            "a policy is a name or an object of a class derived from "
+            f"kvcache.prefix.policies.EvictionPolicy; got {policy!r}."
         )
-    if given not in POLICIES:
+    if policy not in POLICIES:
         raise ValueError(
-            f"there is no policy {given!r}; take {', '.join(POLICIES)}, or derive one from "
-            "kvcache.prefix.policies.Policy."
+            f"there is no policy {policy!r}; take {', '.join(POLICIES)}, or derive one from "
+            "kvcache.prefix.policies.EvictionPolicy."
         )
-    return POLICIES[given]()
+    return POLICIES[policy]()

@@ -1,116 +1,158 @@
-"""Policies that keep spans in the order of a key."""
+"""Policies with an order by key: LRU, S3-FIFO and GreedyDual-Size-Frequency."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
-from .base import AnySpan, Policy, Queue
+from .base import EvictionPolicy, PolicySpan, Queue
+
+_MAX_CHANCES = 3  # as in the paper, whose counters have two bits
+_MAX_ROUNDS = 100
 
 
-class LRU(Policy):
+class LRU(EvictionPolicy):
     """Least recently used first."""
 
     def __init__(self) -> None:
         self._queue = Queue(lambda span: span.used)
 
-    def offer(self, span: AnySpan) -> None:
+    def offer(self, span: PolicySpan) -> None:
         self._queue.add(span)
 
-    def withdraw(self, span: AnySpan) -> None:
-        """Nothing: it is passed over when its turn comes."""
+    def withdraw(self, span: PolicySpan) -> None:
+        """Do nothing: the queue skips spans not offered."""
 
-    def victim(self, now: float) -> AnySpan | None:
+    def victim(self, now: float) -> PolicySpan | None:
         return self._queue.first()
 
 
-@dataclass
-class Place:
-    """Where a span is in S3-FIFO. chances: uses since it came, 3 at most; evicted: see `_mass`."""
+class QueueSlot(NamedTuple):
+    """Slot of a span in the queues of S3-FIFO, kept in its `policy_data`.
+
+    Immutable, because both parts of a span that was split have the same one.
+    """
 
     turn: int
+    """Order within its queue."""
     main: bool = False
+    """True in the main queue, False in the small one."""
     chances: int = 0
-    evicted: int | None = None
+    """Uses since it entered its queue, 3 at most, less the rounds they paid for."""
+    evicted_at: int | None = None
+    """Bytes the small queue had evicted in total with this span, None if it did not evict it."""
+
+    @property
+    def evictable(self) -> bool:
+        """True if its span goes when its turn comes.
+
+        In the small queue one further use does not save it: it takes two to get to the main one.
+        """
+        return self.chances <= (0 if self.main else 1)
 
 
-class S3FIFO(Policy):
+class Fifo:
+    """One queue of S3-FIFO. nbytes: of all spans offered in it."""
+
+    def __init__(self, main: bool) -> None:
+        self.nbytes = 0
+        self.queue = Queue(lambda span: _turn_in(span, main))
+
+
+def _turn_in(span: PolicySpan, main: bool) -> int | None:
+    """Return the turn of `span` in the main or small queue, None if it is in the other."""
+    slot = span.policy_data
+    return slot.turn if isinstance(slot, QueueSlot) and slot.main == main else None
+
+
+class S3FIFO(EvictionPolicy):
     """Three first-in-first-out queues (S3-FIFO; Yang et al., SOSP 2023): scans pass quickly.
 
-    What is new enters a small queue, a tenth of all that may go. Used twice there, it moves on to
-    the main queue, where every use is another round. What left the small queue and is asked for
-    again before as much was evicted as the main queue holds enters that at once.
+    New spans enter a small queue, a tenth of all candidates. Used twice there, a span moves on to
+    the main queue, where every use is another round. A span evicted by the small queue and used
+    again before as many bytes were evicted as the main queue holds enters the main queue at once.
+
+    small: share of the small queue, 0 to 1.
     """
 
     def __init__(self, small: float = 0.1) -> None:
         self._share = small
         self._turns = count()
-        self._queues = tuple(Queue(self._turn_in(main)) for main in (False, True))
-        self._sizes: dict[AnySpan, int] = {}
-        self._held = [0, 0]  # size of what is offered, in small and main
-        self._mass = 0  # size of what the small queue has evicted so far
+        self._small, self._main = Fifo(main=False), Fifo(main=True)
+        # As of the offer: a span that is split while it is offered has fewer bytes when it goes.
+        self._sizes: dict[PolicySpan, int] = {}
+        self._evicted = 0  # bytes by the small queue so far
 
-    def use(self, span: AnySpan, now: float) -> None:
-        place = span.policy_data
-        if place is None or span.payload is None:
-            known = place is not None and place.evicted is not None
-            span.policy_data = Place(
-                next(self._turns), known and self._mass - place.evicted <= self._held[True]
-            )
+    def use(self, span: PolicySpan, now: float) -> None:
+        slot = span.policy_data
+        if not isinstance(slot, QueueSlot):
+            span.policy_data = QueueSlot(next(self._turns))
+        elif span.payload is None:
+            span.policy_data = QueueSlot(next(self._turns), main=self._returns_soon(slot))
         else:
-            # Not in place: both parts of a span that was split have the same mark.
-            span.policy_data = Place(place.turn, place.main, min(3, place.chances + 1))
+            chances = min(_MAX_CHANCES, slot.chances + 1)
+            span.policy_data = QueueSlot(slot.turn, slot.main, chances)
 
-    def offer(self, span: AnySpan) -> None:
-        place = self._place(span)
-        self._sizes[span] = span.size
-        self._held[place.main] += span.size
-        self._queues[place.main].add(span)
+    def offer(self, span: PolicySpan) -> None:
+        fifo = self._fifo_of(self._slot_of(span))
+        self._sizes[span] = span.nbytes
+        fifo.nbytes += span.nbytes
+        fifo.queue.add(span)
 
-    def withdraw(self, span: AnySpan) -> None:
-        self._held[span.policy_data.main] -= self._sizes.pop(span)
+    def withdraw(self, span: PolicySpan) -> None:
+        self._fifo_of(self._slot_of(span)).nbytes -= self._sizes.pop(span)
 
-    def victim(self, now: float) -> AnySpan | None:
-        # So many second chances at most: nobody has to wait for a whole queue to pass.
-        for _ in range(100):
+    def victim(self, now: float) -> PolicySpan | None:
+        # So many second chances at most: no call waits for a whole queue to pass.
+        for _ in range(_MAX_ROUNDS):
             span = self._next()
-            if span is None or span.policy_data.chances <= (not span.policy_data.main):
+            if span is None or self._slot_of(span).evictable:
                 break
-            self._again(span)
+            self._requeue(span)
         return span
 
-    def evict(self, span: AnySpan, now: float) -> None:
+    def evict(self, span: PolicySpan, now: float) -> None:
         super().evict(span, now)
-        if not span.policy_data.main:
-            self._mass += span.size
-            span.policy_data = Place(span.policy_data.turn, evicted=self._mass)
+        slot = self._slot_of(span)
+        if not slot.main:
+            self._evicted += span.nbytes
+            span.policy_data = QueueSlot(slot.turn, evicted_at=self._evicted)
 
-    def _next(self) -> AnySpan | None:
-        small, main = self._queues
-        if self._held[False] > self._share * sum(self._held):
-            return small.first() or main.first()
-        return main.first() or small.first()
+    def _returns_soon(self, ghost: QueueSlot) -> bool:
+        """True if the small queue evicted no more bytes since than the main queue holds."""
+        return (
+            ghost.evicted_at is not None and self._evicted - ghost.evicted_at <= self._main.nbytes
+        )
 
-    def _again(self, span: AnySpan) -> None:
-        """To the end of the main queue, with a chance less if it comes from there."""
-        place = span.policy_data
+    def _next(self) -> PolicySpan | None:
+        """Return the first of the small queue if it exceeds its share, else of the main one."""
+        small, main = self._small, self._main
+        if small.nbytes > self._share * (small.nbytes + main.nbytes):
+            return small.queue.first() or main.queue.first()
+        return main.queue.first() or small.queue.first()
+
+    def _requeue(self, span: PolicySpan) -> None:
+        """Move `span` to the end of the main queue; if it came from there, at a chance less."""
+        slot = self._slot_of(span)
+        chances = slot.chances - 1 if slot.main else 0
         self.withdraw(span)
-        span.policy_data = Place(next(self._turns), True, place.chances - 1 if place.main else 0)
+        span.policy_data = QueueSlot(next(self._turns), main=True, chances=chances)
         self.offer(span)
 
-    def _place(self, span: AnySpan) -> Place:
-        if span.policy_data is None:
-            span.policy_data = Place(next(self._turns))
-        place: Place = span.policy_data
-        return place
+    def _slot_of(self, span: PolicySpan) -> QueueSlot:
+        """Return the slot of `span`, a new one in the small queue if it was never used."""
+        slot = span.policy_data
+        if not isinstance(slot, QueueSlot):
+            span.policy_data = slot = QueueSlot(next(self._turns))
+        return slot
 
-    def _turn_in(self, main: bool) -> Callable[[AnySpan], float | None]:
-        return lambda span: span.policy_data.turn if span.policy_data.main == main else None
+    def _fifo_of(self, slot: QueueSlot) -> Fifo:
+        return self._main if slot.main else self._small
 
 
 def recompute_cost(start: int, stop: int) -> float:
-    """What it takes to compute tokens [start, stop) again, in passes of a single first token.
+    """Return the cost to compute tokens ``[start, stop)`` again, in costs of a first token.
 
     The matrices cost the same for every token, attention in proportion to the tokens before it.
     At position 30,000 both cost the same in a model of 8e9 parameters, 32 layers and 4,096
@@ -119,12 +161,12 @@ def recompute_cost(start: int, stop: int) -> float:
     return stop - start + (stop * stop - start * start) / 2 / 30_000
 
 
-class Cost(Policy):
-    """What is cheapest to compute again for the room that it takes, and seldom asked for.
+class Cost(EvictionPolicy):
+    """Cheapest to compute again for its bytes first, and seldom used before often used.
 
     GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998). cost: of computing the tokens from start
-    to stop again, in any unit. A span is worth uses x cost / size, on top of what the last one
-    evicted was worth when it was used: so what is not used any more goes in the end.
+    to stop again, in any unit. A span is worth uses x cost / nbytes, on top of the worth of the
+    last one evicted when it was used: so a span that is not used any more goes in the end.
     """
 
     def __init__(self, cost: Callable[[int, int], float] = recompute_cost) -> None:
@@ -132,21 +174,22 @@ class Cost(Policy):
         self._queue = Queue(self._worth)
         self._level = 0.0
 
-    def use(self, span: AnySpan, now: float) -> None:
+    def use(self, span: PolicySpan, now: float) -> None:
         span.policy_data = self._level
 
-    def offer(self, span: AnySpan) -> None:
+    def offer(self, span: PolicySpan) -> None:
         self._queue.add(span)
 
-    def withdraw(self, span: AnySpan) -> None:
-        """Nothing: it is passed over when its turn comes."""
+    def withdraw(self, span: PolicySpan) -> None:
+        """Do nothing: the queue skips spans not offered."""
 
-    def victim(self, now: float) -> AnySpan | None:
+    def victim(self, now: float) -> PolicySpan | None:
         return self._queue.first()
 
-    def evict(self, span: AnySpan, now: float) -> None:
+    def evict(self, span: PolicySpan, now: float) -> None:
         self._level = max(self._level, self._worth(span))
 
-    def _worth(self, span: AnySpan) -> float:
-        value = span.uses * self._cost(span.start, span.stop) / max(1, span.size)
-        return (span.policy_data or 0.0) + value
+    def _worth(self, span: PolicySpan) -> float:
+        level = span.policy_data if isinstance(span.policy_data, float) else 0.0
+        cost = float(self._cost(span.start, span.stop))
+        return level + span.uses * cost / max(1, span.nbytes)

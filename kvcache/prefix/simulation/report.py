@@ -1,4 +1,4 @@
-"""What policies found of a recorded trace, by capacity: for people, files and figures."""
+"""Hit rates of policies on a recorded trace, by capacity: for people, files and figures."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from kvcache.prefix.policies import policy
+from kvcache.prefix.policies import make_policy
 
-from .replay import Request, ever, optimum, replay
+from .replay import found_without_limit, optimum, replay
+from .trace import Request
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.console import RenderableType
 
 OPTIMUM = "optimum"
-"""In the place of a policy: what one finds that knows the future."""
+"""Name of the upper bound among the policies: the hits possible with knowledge of the future."""
 FORMAT = "kvcache.simulate/1"
 
 # Okabe and Ito's palette, which any eye can tell apart.
 _COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9")
 _MARKERS = "osvD^P"
-# Text stays text, and the same figure is the same file.
-_SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": FORMAT}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy found of the blocks asked for. capacity: tokens that the cache may hold."""
+    """Result of one policy at one capacity.
+
+    capacity: tokens held at most. found: blocks found, of all requested. evictions: spans
+    evicted, None for the optimum.
+    """
 
     policy: str
     capacity: int
@@ -39,7 +43,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Outcomes of one trace. blocks: asked for; found_before: of those, seen before at all."""
+    """Outcomes of one trace.
+
+    block_size: tokens of a block. blocks: all requested. found_before: those requested before.
+    """
 
     trace: str
     block_size: int
@@ -50,7 +57,7 @@ class Simulation:
 
     @property
     def policies(self) -> list[str]:
-        """In the order of simulation, the optimum last."""
+        """Names in the order of simulation, the optimum last."""
         return list(dict.fromkeys(outcome.policy for outcome in self.outcomes))
 
     @property
@@ -59,24 +66,28 @@ class Simulation:
         return sorted({outcome.capacity for outcome in self.outcomes})
 
     def rate(self, name: str, capacity: int) -> float:
-        """Percent of the blocks that the policy of that name found."""
+        """Return the hit rate of a policy by name, in percent of all blocks."""
         return self.percent(
-            next(o.found for o in self.outcomes if (o.policy, o.capacity) == (name, capacity))
+            next(
+                outcome.found
+                for outcome in self.outcomes
+                if (outcome.policy, outcome.capacity) == (name, capacity)
+            )
         )
 
     def percent(self, found: int) -> float:
-        """Of the blocks asked for."""
+        """Return the percentage of all blocks requested."""
         return 100 * found / max(1, self.blocks)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write everything counted, with what follows from it, to a JSON file."""
+        """Write all counts and the percentages to a JSON file."""
         record = {"format": FORMAT, **asdict(self)}
         for outcome in record["outcomes"]:
             outcome["percent"] = self.percent(outcome["found"])
         Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def to_table(self) -> RenderableType:
-        """Hit rates for a rich console."""
+        """Return the hit rates as a table for a rich console."""
         from rich.box import SIMPLE_HEAD
         from rich.console import Group
         from rich.table import Table
@@ -111,25 +122,45 @@ class Simulation:
                 f"a plot needs matplotlib ({error}). pip install 'kvcache[bench]'"
             ) from error
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        panel = figure.subplots()
-        for at, name in enumerate(self.policies):
-            self._line(panel, at, name)
-        panel.set(xscale="log", xlabel="tokens held", ylabel="% of the blocks found")
-        panel.set_xticks(self.capacities, [in_short(capacity) for capacity in self.capacities])
-        panel.minorticks_off()
-        panel.set_ylim(bottom=0)
-        panel.grid(visible=True, color="#dddddd", linewidth=0.6)
-        panel.legend(frameon=False)
-        with rc_context(_SVG):
+        axes = figure.subplots()
+        for number, name in enumerate(self.policies):
+            self._plot_line(axes, _line_style(number, name), name)
+        axes.set(xscale="log", xlabel="tokens held", ylabel="% of the blocks found")
+        axes.set_xticks(self.capacities, [in_short(capacity) for capacity in self.capacities])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False)
+        # Text stays text, and the same figure is the same file.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": FORMAT}):
             figure.savefig(path, dpi=150, metadata=_undated(path))
 
-    def _line(self, panel: Any, at: int, name: str) -> None:
-        rates = [self.rate(name, capacity) for capacity in self.capacities]
-        color = _COLORS[at % len(_COLORS)]
-        style: dict[str, Any] = {"marker": _MARKERS[at % len(_MARKERS)], "color": color}
-        if name == OPTIMUM:
-            style = {"marker": ".", "linestyle": "--", "color": "#000000"}
-        panel.plot(self.capacities, rates, label=name, markersize=4, linewidth=1.3, **style)
+    def _plot_line(self, axes: Axes, style: LineStyle, name: str) -> None:
+        axes.plot(
+            self.capacities,
+            [self.rate(name, capacity) for capacity in self.capacities],
+            label=name,
+            marker=style.marker,
+            markersize=4,
+            linestyle=style.line,
+            linewidth=1.3,
+            color=style.color,
+        )
+
+
+class LineStyle(NamedTuple):
+    """Look of one policy in a figure, in the terms of matplotlib."""
+
+    marker: str
+    color: str
+    line: str = "-"
+
+
+def _line_style(number: int, name: str) -> LineStyle:
+    """Return the look of a policy by its number; the optimum is dashed black."""
+    if name == OPTIMUM:
+        return LineStyle(".", "#000000", "--")
+    return LineStyle(_MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)])
 
 
 def run_simulation(
@@ -142,7 +173,7 @@ def run_simulation(
 ) -> Simulation:
     """Replay a trace with every policy and the optimum, at every capacity in tokens.
 
-    tick: called after each replay.
+    trace: name of it, for the report. tick: called after each replay.
 
     Raises: ValueError; nothing was replayed then.
     """
@@ -151,26 +182,26 @@ def run_simulation(
     if small := [capacity for capacity in capacities if capacity < block_size]:
         raise ValueError(f"capacities are at least a block of {block_size} tokens; got {small[0]}.")
     for name in policies:
-        policy(name)
+        make_policy(name)  # so that a wrong name is refused before the first replay, not after it
     outcomes = []
     for capacity in capacities:
         for name in (*policies, OPTIMUM):
             outcomes.append(_outcome(requests, name, capacity, capacity // block_size))
             tick()
     blocks = sum(request.blocks.size for request in requests)
-    found_before = ever(requests)
+    found_before = found_without_limit(requests)
     return Simulation(trace, block_size, len(requests), blocks, found_before, tuple(outcomes))
 
 
 def _outcome(requests: Sequence[Request], name: str, capacity: int, budget: int) -> Outcome:
     if name == OPTIMUM:
         return Outcome(name, capacity, optimum(requests, budget))
-    found, index = replay(requests, policy(name), budget)
+    found, index = replay(requests, make_policy(name), budget)
     return Outcome(name, capacity, found, index.evictions)
 
 
 def in_short(tokens: int) -> str:
-    """`tokens` with a unit: 300k, 2.5M."""
+    """Return `tokens` with a unit: 300k, 2.5M."""
     for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if tokens >= unit:
             return f"{tokens / unit:.4g}{name}"
@@ -178,5 +209,5 @@ def in_short(tokens: int) -> str:
 
 
 def _undated(path: str | os.PathLike[str]) -> dict[str, None]:
-    """What a figure says about itself: not when it was made."""
+    """Return the metadata of a figure: without a date, to make equal files of equal figures."""
     return {"Date": None} if Path(path).suffix == ".svg" else {}

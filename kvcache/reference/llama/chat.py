@@ -147,7 +147,7 @@ class _Layers:
     def cold(self, prompt: Sequence[int]) -> Iterator[int]:
         return self._tokens(list(prompt), [cache.copy() for cache in self.cache])
 
-    def _tokens(self, ids: list[int], caches: list[KVCache]) -> Iterator[int]:
+    def _tokens(self, ids: list[int], caches: Sequence[KVCache]) -> Iterator[int]:
         # Where each length is compiled by itself.
         few = not self._model.backend.slices_are_views
         *before, last = pieces(len(ids), 512, few)

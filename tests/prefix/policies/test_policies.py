@@ -15,22 +15,22 @@ from kvcache.prefix.policies import (
     POLICIES,
     S3FIFO,
     Cost,
+    EvictionPolicy,
     Gittins,
-    Policy,
-    policy,
+    make_policy,
     recompute_cost,
 )
 from kvcache.prefix.policies import gittins as learning
 from kvcache.prefix.policies.gittins import gittins_index
 from kvcache.prefix.radix import RadixTree
-from kvcache.prefix.simulation.replay import Blocks
+from kvcache.prefix.simulation.replay import BlockPayload
 
 
 class Shelf:
     """An index of sequences that have nothing in common, each one span."""
 
     def __init__(self, given, budget=None):
-        self.index, self.tree = SpanIndex(policy(given), budget, grain=1), RadixTree()
+        self.index, self.tree = SpanIndex(make_policy(given), budget, grain=1), RadixTree()
 
     def spans(self, *ids):
         return self.index.extend(self.tree, np.array(ids, np.int32))
@@ -41,7 +41,7 @@ class Shelf:
         self.index.use(spans, now)
         there = spans[0].payload is not None
         if not there:
-            self.index.fill(spans[0], Blocks(size))
+            self.index.fill(spans[0], BlockPayload(size))
         self.index.trim(now)
         return there
 
@@ -275,7 +275,7 @@ def test_an_unknown_class_is_taken_for_like_the_one_before():
 # all of them
 
 
-class LastIn(Policy):
+class LastIn(EvictionPolicy):
     """One of a user."""
 
     def __init__(self):
@@ -293,7 +293,7 @@ class LastIn(Policy):
 
 def test_one_of_ones_own():
     mine = LastIn()
-    assert policy(mine) is mine
+    assert make_policy(mine) is mine
     shelf = Shelf(mine)
     for first in (1, 2, 3):
         shelf.ask(first, 0.0)
@@ -301,15 +301,15 @@ def test_one_of_ones_own():
 
 
 def test_names():
-    assert {name: type(policy(name)) for name in POLICIES} == POLICIES
-    assert policy("lru") is not policy("lru")
-    assert isinstance(policy("lru"), LRU)
+    assert {name: type(make_policy(name)) for name in POLICIES} == POLICIES
+    assert make_policy("lru") is not make_policy("lru")
+    assert isinstance(make_policy("lru"), LRU)
     with pytest.raises(ValueError, match="no policy 'lfu'; take lru, s3fifo, cost, gittins, or"):
-        policy("lfu")
+        make_policy("lfu")
     with pytest.raises(TypeError, match=r"a policy is a name or an object .*; got 7"):
-        policy(7)
+        make_policy(7)
     with pytest.raises(TypeError, match="got <class"):
-        policy(LRU)
+        make_policy(LRU)
 
 
 @pytest.mark.parametrize("name", POLICIES)

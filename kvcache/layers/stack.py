@@ -1,0 +1,277 @@
+"""The caches of all layers of one model, handled together: all of them change, or none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, Self, TypeVar, overload
+
+from kvcache.backends import Backend, HostArray, get_backend
+from kvcache.errors import ForeignFileError
+from kvcache.snapshots.files import read_file, write_file
+from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
+from kvcache.storage.arrays import NamedArray
+
+from .base import KINDS, LayerCache
+
+C = TypeVar("C", bound=LayerCache)
+
+
+class LayerCaches(Sequence[C], Generic[C]):
+    """The caches of all layers of one model, in the order of the layers.
+
+    ::
+
+        caches = kvcache.LayerCaches(kvcache.KVCache() for _ in range(layers))
+        for layer, cache in zip(model.layers, caches):
+            ...                                  # K, V = cache.update(k, v)
+        caches.trim(3)                           # in all layers, or in none
+
+    Layers may share a cache: it then stands here once for each of them, and changes once.
+    """
+
+    def __init__(self, caches: Iterable[C]) -> None:
+        self._caches = tuple(caches)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(type(cache).__name__ for cache in self._caches))
+        offsets = ", ".join(map(str, self._offsets))
+        return f"<LayerCaches {len(self)} of {kinds or 'none'}, offset={offsets or 0}>"
+
+    @overload
+    def __getitem__(self, index: int) -> C: ...
+    @overload
+    def __getitem__(self, index: slice) -> LayerCaches[C]: ...
+    def __getitem__(self, index: int | slice) -> C | LayerCaches[C]:
+        if isinstance(index, slice):
+            return LayerCaches(self._caches[index])
+        return self._caches[index]
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def __iter__(self) -> Iterator[C]:
+        return iter(self._caches)
+
+    @property
+    def _distinct(self) -> list[C]:
+        """Every cache once, however many layers share it."""
+        return list({id(cache): cache for cache in self._caches}.values())
+
+    @property
+    def _offsets(self) -> list[int]:
+        return sorted({cache.offset for cache in self._caches})
+
+    # What is held.
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen by every layer, 0 without layers: the position of the next token.
+
+        Raises: ValueError while the layers have seen different numbers of tokens.
+        """
+        if len(self._offsets) > 1:
+            raise ValueError(
+                f"layers that are handled together have seen the same tokens; got {len(self)} "
+                f"caches at {self._offsets}."
+            )
+        return self._offsets[0] if self._offsets else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated in all layers, spare capacity included."""
+        return sum(cache.nbytes for cache in self._distinct)
+
+    # Going back.
+
+    def can_trim(self, tokens: int) -> bool:
+        """Whether :meth:`trim` can take back this many tokens."""
+        return all(cache.can_trim(tokens) for cache in self._distinct)
+
+    def trim(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens of all layers, or of none. Ends checkpoints.
+
+        Raises: TrimError if one layer cannot; all are unchanged then.
+        """
+        for cache in self._distinct:
+            cache.check_trim(tokens)
+        for cache in self._distinct:
+            cache.trim(tokens)
+
+    def checkpoint(self) -> None:
+        """Open a checkpoint in every layer; replaces open ones."""
+        for cache in self._distinct:
+            cache.checkpoint()
+
+    def rollback(self, accepted: int = 0) -> None:
+        """Return to the checkpoint plus the first `accepted` tokens since, in all layers or none.
+
+        Raises: TrimError if one layer cannot; all are unchanged then.
+        """
+        for cache in self._distinct:
+            cache.check_rollback(accepted)
+        for cache in self._distinct:
+            cache.rollback(accepted)
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        for cache in self._distinct:
+            cache.reset()
+
+    # Snapshots.
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        """Let snapshots hold what going on at `positions`, not reached yet, needs."""
+        wanted = list(positions)
+        for cache in self._distinct:
+            cache.schedule(wanted)
+
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
+        """Return what all layers hold of positions ``[start, stop)``; stop None: to the end.
+
+        Nothing is copied until a cache changes the slots. Raises: ValueError for caches that
+        have seen different numbers of tokens, or none.
+        """
+        offsets = self._offsets
+        stop = offsets[-1] if stop is None and offsets else stop
+        if len(offsets) != 1 or stop is None or not 0 <= start < stop <= offsets[0]:
+            raise ValueError(
+                "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
+                f"[{start}, {stop}) of {len(self)} caches at {offsets}."
+            )
+        rows = [cache.capture(start, stop) for cache in self._caches]
+        specs = [CacheSpec(cache.kind, cache.visibility, str(cache.dtype)) for cache in self]
+        return Snapshot(start, stop, list(map(Part, specs, rows)))
+
+    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+        """Let empty caches of all layers hold `snapshots`, to go on where the last one stops.
+
+        backend: for caches that name none. The snapshots stay as they are, and may be of any
+        backend.
+
+        Raises: SnapshotMismatchError, ValueError (not empty, no backend, a gap), KVCacheError
+            where they could not go on there, DTypeError; nothing has changed then.
+        """
+        named = None if backend is None else get_backend(backend)
+        backends = [b for cache in self if (b := cache.backend or named) is not None]
+        if any(cache.offset for cache in self) or len(backends) < len(self):
+            raise ValueError(
+                "what is restored goes to empty caches, on a backend that they or the call name; "
+                f"got {', '.join(map(repr, self)) or 'none'}. Use new ones."
+            )
+        stop = check_contiguous(snapshots, self._specs_for(snapshots))
+        try:
+            for layer, (cache, own_backend) in enumerate(zip(self, backends, strict=True)):
+                parts = [snapshot.parts[layer].rows for snapshot in snapshots]
+                cache.restore_rows(parts, stop, own_backend)
+        except BaseException:
+            for cache in self:
+                if cache.offset:
+                    cache.reset()
+            raise
+
+    def _specs_for(self, snapshots: Sequence[Snapshot]) -> list[CacheSpec]:
+        """Return the specs of these caches, which take any dtype if they name none."""
+        dtypes = [spec.dtype for spec in snapshots[0].specs] if snapshots else []
+        dtypes = dtypes if len(dtypes) == len(self) else ["" for _ in self]
+        return [
+            CacheSpec(cache.kind, cache.visibility, cache.dtype or dtype)
+            for cache, dtype in zip(self, dtypes, strict=True)
+        ]
+
+    # Copies and files.
+
+    def copy(self) -> Self:
+        """Return independent caches with the same tokens; no checkpoints."""
+        copies = {id(cache): cache.copy() for cache in self._distinct}
+        return type(self)(copies[id(cache)] for cache in self)
+
+    def to_backend(self, backend: str | Backend) -> Self:
+        """Return independent caches on `backend`, the same bit for bit; no checkpoints.
+
+        Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
+            BackendNotAvailableError.
+        """
+        target = get_backend(backend)
+        copies = {id(cache): cache.to_backend(target) for cache in self._distinct}
+        return type(self)(copies[id(cache)] for cache in self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens held, and nothing else, to a file that :meth:`load` reads anywhere."""
+        records: list[dict[str, object]] = []
+        tensors: dict[str, HostArray] = {}
+        for layer, cache in enumerate(self):
+            arrays = cache.to_layer()
+            records.append(
+                {
+                    "kind": cache.kind,
+                    "offset": cache.offset,
+                    "options": dict(cache.options),
+                    "arrays": {array.name: array.token_axis for array in arrays},
+                }
+            )
+            tensors |= {f"{layer}.{array.name}": array.data for array in arrays}
+        write_file(path, tensors, {"caches": records})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], backend: str | Backend = "numpy") -> Self:
+        """Return the caches saved in `path`, on `backend`, whichever they were saved from.
+
+        Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
+            where the backend lacks the dtype.
+        """
+        header, tensors = read_file(path)
+        if "caches" not in header:
+            raise ForeignFileError(
+                f"{path} holds a snapshot, no caches. Use kvcache.Snapshot.load."
+            )
+        target = get_backend(backend)
+        caches: list[Any] = []  # of the kinds that the file names
+        for layer, record in enumerate(header["caches"]):
+            if record["kind"] not in KINDS:
+                raise ForeignFileError(
+                    f"load reads caches of the kinds {', '.join(sorted(KINDS))}; "
+                    f"{path} holds {record['kind']!r}."
+                )
+            cache = KINDS[record["kind"]].make(target, record["options"])
+            if record["offset"]:
+                arrays = [
+                    NamedArray(name, tensors[f"{layer}.{name}"], axis)
+                    for name, axis in record["arrays"].items()
+                ]
+                cache.from_layer(tuple(arrays), record["offset"])
+            caches.append(cache)
+        return cls(caches)
+
+
+class StandaloneCache(LayerCache):
+    """A per-layer cache with snapshots and files of its own: those of a stack of one layer."""
+
+    def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
+        """Return what is held of positions ``[start, stop)``; see :meth:`LayerCaches.snapshot`."""
+        return LayerCaches([self]).snapshot(start, stop)
+
+    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+        """Hold `snapshots` in an empty cache; see :meth:`LayerCaches.restore`."""
+        LayerCaches([self]).restore(*snapshots, backend=backend)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens held to a file that :meth:`load` reads on any backend."""
+        LayerCaches([self]).save(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], backend: str | Backend = "numpy") -> Self:
+        """Return the cache saved in `path`, now on `backend`.
+
+        Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
+            where the backend lacks the dtype.
+        """
+        caches: LayerCaches[LayerCache] = LayerCaches.load(path, backend)
+        cache = caches[0] if len(caches) == 1 else None
+        if not isinstance(cache, cls) or type(cache) is not cls:
+            kinds = ", ".join(type(cache).__name__ for cache in caches)
+            raise ForeignFileError(
+                f"{cls.__name__}.load reads one {cls.__name__}; {path} holds {kinds}. "
+                "Use kvcache.LayerCaches.load."
+            )
+        return cache

@@ -1,0 +1,112 @@
+"""Passes as arguments of compiled programs, planned one at a time or many steps ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kvcache._checks import check_ids, check_sizes
+from kvcache._types import Bools, Int32s
+from kvcache.errors import CacheFullError, NotSupportedError
+from kvcache.storage.masks import device_mask
+
+from .batch import Batch
+from .passes import CellPool
+from .plan import ForwardPlan, Pass
+
+StartForward = Callable[[Batch], None]
+"""Begins a pass, as :meth:`Cache.start_forward` does."""
+
+
+def plan_current(pool: CellPool, count: int, tokens: int | None) -> ForwardPlan:
+    """Return the plan of the pass under way, of `count` tokens, padded to `tokens`.
+
+    Raises: NotSupportedError for a reserve pass.
+    """
+    forward_pass = pool.current_pass()
+    if not forward_pass.stores:
+        raise NotSupportedError("a reserve pass has no plan: it stores nothing. Use allocate.")
+    extra = (0, (tokens or count) - count)
+    cells = np.pad(forward_pass.cells, extra, "edge")
+    visible = np.pad(forward_pass.mask(), (extra, (0, 0)), "edge")
+    return _device_plan(pool, cells, forward_pass.start, visible)
+
+
+def plan_steps(
+    pool: CellPool, batch: Batch, steps: int, start_forward: StartForward
+) -> ForwardPlan:
+    """Return the plans of `steps` decode steps, stacked; `start_forward` begins each in turn.
+
+    Raises: CacheFullError, ValueError; nothing has changed then.
+    """
+    check_sizes(steps=steps)
+    _check_steps(pool, batch)
+    if pool.table.free >= steps * len(batch):
+        return _planned(pool, batch, steps, start_forward)
+    return _planned_or_undone(pool, batch, steps, start_forward)
+
+
+def _planned_or_undone(
+    pool: CellPool, batch: Batch, steps: int, start_forward: StartForward
+) -> ForwardPlan:
+    """Plan steps that may not all fit: the table is put back if they do not."""
+    pins = pool.pins
+    pins.retain_due()
+    # Resume points retain nothing on the way: it could have to be spilled before it is written.
+    pins.paused, saved_pins = True, pins.save_pins()
+    saved = pool.table.copy(pool.table.cells), pool.maybe_expired, pool.current
+    try:
+        return _planned(pool, batch, steps, start_forward)
+    except CacheFullError:
+        table, pool.maybe_expired, pool.current = saved
+        pool.table.restore(table)  # the pass refers to this one
+        pins.restore_pins(saved_pins)
+        raise
+    finally:
+        pins.paused = False
+
+
+def _check_steps(pool: CellPool, batch: Batch) -> None:
+    """Raise ValueError unless `batch` is one token behind the last one of each sequence."""
+    sequences = batch.sequences.tolist()
+    check_ids(pool.table.max_sequences, *sequences)
+    if len(set(sequences)) < len(sequences):
+        raise ValueError(f"a decode step has one token per sequence; got {sequences}.")
+    for sequence, position in zip(sequences, batch.positions.tolist(), strict=True):
+        if position < pool.table.next_position(sequence):
+            raise ValueError(
+                f"decode steps go on behind the last token; sequence {sequence} has "
+                f"{pool.table.next_position(sequence)}, got position {position}."
+            )
+
+
+def _planned(pool: CellPool, batch: Batch, steps: int, start_forward: StartForward) -> ForwardPlan:
+    passes: list[Pass] = []
+    seen: list[list[Int32s]] = []
+    for step in range(steps):
+        start_forward(Batch(batch.positions + step, batch.sequences))
+        passes.append(pool.current_pass())
+        # Later steps change the table: the cells that this one sees are written down now.
+        seen.append([cells.copy() for cells in passes[-1].visible()])
+    start, stop = pool.range_of(passes)
+    visible = np.zeros((steps, len(batch), stop - start), np.bool_)
+    for step, token in np.ndindex(visible.shape[:2]):
+        visible[step, token, seen[step][token] - start] = True
+    cells = np.stack([forward_pass.cells for forward_pass in passes])
+    return _device_plan(pool, cells, [start] * steps, visible)
+
+
+def _device_plan(
+    pool: CellPool, cells: Int32s, start: int | list[int], visible: Bools
+) -> ForwardPlan:
+    """Return a plan of one pass, or of several with one more axis in front of everything."""
+    buffers, steps = pool.buffers, cells.shape[:-1]
+    keys, values = buffers.layouts
+    return ForwardPlan(
+        buffers.backend.from_host(cells),
+        buffers.backend.traced_index(start),
+        device_mask(buffers.backend, pool.config.mask_dtype, visible),
+        buffers.empty(keys, steps),
+        buffers.empty(values, steps),
+    )

@@ -1,0 +1,70 @@
+"""Images and sounds in a prompt: their placeholder tokens become ids of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from .radix import Tokens
+
+Media: TypeAlias = Mapping[tuple[int, int], bytes | str]
+"""Digest of a medium by the positions ``[start, stop)`` of its placeholder tokens."""
+
+
+class MediaIds:
+    """Stand-in token ids for media, the same for equal digests of equal length.
+
+    Models give all images the same placeholder ids, so a radix tree over these alone would take
+    every image for the same one.
+    """
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[bytes, int], int] = {}
+
+    def substitute(self, tokens: Tokens, media: Media) -> Tokens:
+        """Return `tokens` with stand-in ids in place of all media; a copy if there are any.
+
+        Raises: ValueError for a negative id outside of `media`.
+        """
+        check_token_ids(tokens, media)
+        if media:
+            tokens = tokens.copy()
+        for (start, stop), digest in media.items():
+            # In another length it is another rendering of the same, or two of it in a row.
+            name = digest.encode() if isinstance(digest, str) else bytes(digest), stop - start
+            # Negative, because the id of a token never is.
+            tokens[start:stop] = self._ids.setdefault(name, -1 - len(self._ids))
+        return tokens
+
+    def clear(self) -> None:
+        """Forget all media. Ids are given out anew, so no tree may hold old ones."""
+        self._ids.clear()
+
+
+def check_media(media: Media, tokens: int) -> None:
+    """Check the places and digests of `media` in a prompt of so many tokens.
+
+    Raises: ValueError for ranges that are empty, overlap, or leave the prompt; TypeError for a
+        digest of another type.
+    """
+    end = 0
+    for start, stop in sorted(media):
+        if not end <= start < stop <= tokens:
+            raise ValueError(
+                f"media stand for tokens [start, stop) of the {tokens} of the prompt, one after "
+                f"the other; got {sorted(media)}."
+            )
+        if not isinstance(media[start, stop], bytes | str):
+            raise TypeError(f"a digest is bytes or str; got {media[start, stop]!r}.")
+        end = stop
+
+
+def check_token_ids(tokens: Tokens, media: Media) -> None:
+    """Raise ValueError for a negative id outside of `media`."""
+    bad = tokens < 0
+    for start, stop in media:
+        bad[start:stop] = False
+    if bad.any():
+        raise ValueError(
+            f"token ids are >= 0 where no media are; got {tokens[bad][0]}. Name the media there."
+        )

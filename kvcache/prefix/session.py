@@ -1,0 +1,98 @@
+"""Sessions: one request each, from its prompt to its last token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from kvcache.layers.growing import KVCache
+from kvcache.layers.stack import LayerCaches
+
+from .media import check_token_ids
+from .radix import RadixTree, Tokens, as_tokens
+from .sequences import SequenceHandle
+from .stored import StoredSpan
+
+
+@dataclass(eq=False)  # two requests of equal content are still two
+class Request:
+    """State of one request, shared by its session and the prefix cache.
+
+    handle: its sequence. ids: token ids of the prompt, with stand-ins for media, then those of
+    each extension. tree: the tree of its salt. matched: prompt tokens restored from storage.
+    pinned: the last span in use by it, None if nothing was restored.
+    """
+
+    handle: SequenceHandle
+    ids: list[Tokens]
+    tree: RadixTree[StoredSpan] = field(default_factory=RadixTree)
+    matched: int = 0
+    pinned: StoredSpan | None = None
+
+
+class Session:
+    """One request: the part of its prompt computed already, and the rest to compute.
+
+    Comes from :meth:`PrefixCache.session`. A context manager: leaving it stores the tokens
+    computed, leaving it with an exception stores nothing.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: Tokens,
+        lock: threading.RLock,
+        end: Callable[[Request, bool], None],
+    ) -> None:
+        self._request, self._prompt, self._lock, self._end = request, prompt, lock, end
+
+    @property
+    def matched(self) -> int:
+        """Tokens of the prompt the sequence held from the beginning of the session."""
+        return self._request.matched
+
+    @property
+    def remaining(self) -> Tokens:
+        """Tokens of the prompt to compute, int32, at least one."""
+        return self._prompt[self.matched :]
+
+    @property
+    def sequence(self) -> int:
+        """Id of its sequence in the pool.
+
+        Raises: KVCacheError over per-layer caches, which have no ids.
+        """
+        return self._request.handle.sequence
+
+    @property
+    def caches(self) -> LayerCaches[KVCache]:
+        """Caches of this session alone, one per layer.
+
+        Raises: KVCacheError over a pool, whose one cache all sessions share.
+        """
+        return self._request.handle.caches
+
+    def extend(self, tokens: Sequence[int] | Tokens) -> None:
+        """Name the tokens after the prompt; at the end, all computed of them are stored."""
+        ids = as_tokens(tokens)
+        check_token_ids(ids, {})
+        self._request.ids.append(ids)
+
+    def schedule(self, positions: Iterable[int]) -> None:
+        """Make `positions` resume points: keep their rows where a window or ring would drop any."""
+        with self._lock:
+            self._request.handle.schedule(positions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end(self._request, kind is None)

@@ -1,0 +1,36 @@
+"""Statistics of a prefix cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrefixStats:
+    """Totals since the prefix cache was made, and its state now. Sizes are in bytes."""
+
+    sessions: int
+    """Sessions begun, in total."""
+    active: int
+    """Sessions open now."""
+    tokens: int
+    """Tokens of all prompts, in total."""
+    matched: int
+    """Prompt tokens reused instead of computed, in total."""
+    nbytes: int
+    """Bytes stored now, in the memory of a cache or of the host."""
+    budget: int | None
+    """Upper limit of `nbytes`, None for no limit."""
+    pinned: int
+    """Part of `nbytes` in use by open sessions."""
+    resident: int
+    """Part of `nbytes` in the memory of the cache."""
+    spans: int
+    """Spans stored now."""
+    evictions: int
+    """Spans evicted, in total."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens reused instead of computed, 0 to 1."""
+        return self.matched / self.tokens if self.tokens else 0.0

@@ -1,0 +1,85 @@
+"""A layer as a tuple of named arrays: keys and values, keys alone, or others.
+
+Snapshots, files, copies and pools know a layer only in this form. So scales of quantized
+storage, index keys or recurrent states are more names, and no more code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache._types import Indices
+from kvcache.backends import HostArray
+
+Rows: TypeAlias = npt.NDArray[np.intp] | Indices | slice
+
+
+class NamedArray(NamedTuple):
+    """One array of a layer, in host memory.
+
+    token_axis: from the end, as -2 of ``[..., tokens, head_dim]``; None for an array that
+        belongs to all tokens alike and has no such axis.
+    """
+
+    name: str
+    data: HostArray
+    token_axis: int | None = -2
+
+    def take(self, tokens: Rows) -> NamedArray:
+        """Return a copy of some tokens; an array without a token axis is shared as it is."""
+        if self.token_axis is None:
+            return self
+        # Contiguous, so that a few rows taken out of many do not keep all of them alive.
+        return self._replace(data=np.array(self.data[self._at(tokens)], order="C"))
+
+    def put(self, tokens: Rows, source: NamedArray, rows: Rows) -> None:
+        """Overwrite `tokens` with `rows` of `source`, in place."""
+        self.data[self._at(tokens)] = source.data[source._at(rows)]
+
+    def zeros(self, tokens: int) -> NamedArray:
+        """Return an array like this one of so many tokens, all 0."""
+        if self.token_axis is None:
+            return self
+        shape = list(self.data.shape)
+        shape[self.token_axis] = tokens
+        return self._replace(data=np.zeros(shape, self.data.dtype))
+
+    def pad(self, tokens: int) -> NamedArray:
+        """Return the array with its last token repeated until there are `tokens`."""
+        if self.token_axis is None:
+            return self
+        widths = [(0, 0)] * self.data.ndim
+        widths[self.token_axis] = (0, tokens - self.data.shape[self.token_axis])
+        return self._replace(data=np.pad(self.data, widths, "edge"))
+
+    def _at(self, tokens: Rows) -> tuple[Rows | slice, ...]:
+        """Return the index that selects `tokens` and everything else whole."""
+        index: list[Rows | slice] = [slice(None)] * self.data.ndim
+        if self.token_axis is not None:
+            index[self.token_axis] = tokens
+        return tuple(index)
+
+
+LayerArrays: TypeAlias = tuple[NamedArray, ...]
+"""The arrays of one layer, in an order that all layers of a cache share."""
+
+
+def concat_layers(layers: list[LayerArrays]) -> LayerArrays:
+    """Return the tokens of several parts of one layer behind each other.
+
+    Raises: ValueError unless all have arrays of the same names.
+    """
+    names = [[array.name for array in arrays] for arrays in layers]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"a layer has the same arrays in all rows; got {names}.")
+    return tuple(_concat([arrays[i] for arrays in layers]) for i in range(len(names[0])))
+
+
+def _concat(parts: list[NamedArray]) -> NamedArray:
+    axis = parts[0].token_axis
+    if axis is None:
+        return parts[0]
+    return parts[0]._replace(data=np.concatenate([part.data for part in parts], axis=axis))

@@ -1,0 +1,38 @@
+"""Docstrings as this project writes them, as Markdown for the site."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("griffe", reason="mkdocstrings is not installed")
+
+pytestmark = pytest.mark.docs
+SOURCE = Path(__file__).parents[2] / "docs" / "docstrings.py"
+
+
+def to_markdown(text: str) -> str:
+    spec = importlib.util.spec_from_file_location("docstrings", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    markdown: str = module.to_markdown(text)
+    return markdown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("See :meth:`~kvcache.KVCache.update`.", "See `update`."),
+        ("A :class:`Recipe`; :mod:`kvcache.functional`.", "A `Recipe`; `kvcache.functional`."),
+        ("Say::\n\n    a = 1\n\nAnd.", "Say:\n\n```python\na = 1\n```\n\nAnd."),
+        ("Errors.\n\n::\n\n    A\n    └── B", "Errors.\n\n\n\n```text\nA\n└── B\n```"),
+        ("size: how\n    large.\nname: of it.", "- `size`: how\n    large.\n- `name`: of it."),
+        ("Do.\n\nRaises: A, B; nothing\n    then.", "Do.\n\n\n**Raises**: A, B; nothing\nthen."),
+        ("Raises:\n    A: why.\n    BError: no.", "**Raises**:\n\n- `A`: why.\n- `BError`: no."),
+        ("Note that it is: so.", "Note that it is: so."),
+    ],
+)
+def test_to_markdown(text: str, expected: str) -> None:
+    assert to_markdown(text) == expected

@@ -1,0 +1,122 @@
+"""The one place where tests look at private state of the library.
+
+Everything else in the tests goes through the public interface. Where a test has to know more (that
+nothing leaks, which cells hold what, whether memory was shared), it asks a function here, so that
+a change of the insides changes one file.
+"""
+
+
+# Pools.
+
+
+def table(cache):
+    """The table of cells of a causal cache."""
+    return cache._pool.table
+
+
+def buffers(cache):
+    """The device side of a causal cache."""
+    return cache._pool.buffers
+
+
+def layers(cache):
+    """The buffers of a causal cache by layer, as they lie: taken back and written."""
+    return buffers(cache)._settled()
+
+
+def pins(cache):
+    """The rows that snapshots and resume points keep in the cells of a causal cache."""
+    return cache._pool.pins
+
+
+def pinned_rows(cache):
+    """The rows that are pinned now."""
+    return pins(cache)._rows
+
+
+def pin_references(cache):
+    """By cell: how many rows pin it."""
+    return pins(cache)._references
+
+
+def retained_rows(cache):
+    """The rows that resume points retain, of every sequence that has some."""
+    points = pins(cache)._points.values()
+    return [point.retained for point in points if point.retained is not None]
+
+
+def unreached(cache):
+    """The sequences with positions that are still scheduled."""
+    return pins(cache)._unreached
+
+
+def forward_pass(cache):
+    """The pass under way of a causal cache, or None."""
+    return cache._pool.current
+
+
+def maybe_expired(cache):
+    """The sequences that were stored to since they were last trimmed."""
+    return cache._pool.maybe_expired
+
+
+def tokens_retained(cache):
+    """How many tokens a causal cache keeps per sequence, None for all."""
+    return cache._pool.retained
+
+
+def resumed(cache):
+    """The rule for going on of a causal cache."""
+    return cache._pool.resumed
+
+
+def config(cache):
+    """The config of a causal cache, as its backend or its model chose it."""
+    return cache._pool.config
+
+
+def free_stack(table):
+    """The stack of free cells of a table, and cells that were claimed since they were stacked."""
+    allocator = table.allocator
+    return allocator._stack[: allocator._top]
+
+
+def stacked(table):
+    """By cell: whether it lies on that stack."""
+    return table.allocator._stacked
+
+
+# Encoders.
+
+
+def entries(cache):
+    """The encoder output by sequence."""
+    return cache._entries
+
+
+def encoder_batch(cache):
+    """The batch of the pass under way, or None."""
+    return cache._batch
+
+
+# Per-layer caches.
+
+
+def layer_pins(cache):
+    """The rows that snapshots pin in the buffers of a per-layer cache."""
+    return cache._pins.rows if cache._pins is not None else {}
+
+
+def layer_pins_of(owner):
+    """The rows that the owner of a per-layer cache's rows knows."""
+    return owner.rows
+
+
+def layer_retained(cache):
+    """The rows that resume points retain of a per-layer cache, or None."""
+    return cache._points.retained
+
+
+def checkpoint(cache):
+    """The open checkpoint of a per-layer cache, or None."""
+    return cache._checkpoint
