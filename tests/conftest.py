@@ -1,13 +1,33 @@
-"""What every test shares: one backend for each framework that is installed, and Hypothesis.
+"""What every test shares: backends, the marks that choose its session, and Hypothesis.
+
+Marks say where a test runs (the sessions of noxfile.py select by them, and by nothing else):
+
+- ``one_backend(name="torch")``: about one backend, so it runs where that framework is alone. A test
+  gets this mark by itself if exactly one framework is among its parameters: the `backend` fixture,
+  any other parameter that is a backend or is the name of one, the attribute `backend` of its class.
+  Tests of one framework without such a parameter are marked by hand. NumPy is always there, so it
+  counts only where no framework is named; so does array-api-strict, which runs on it.
+- ``cross_backend``: needs several frameworks in one process, so it runs where all are together. A
+  test gets it by itself if its parameters and marks name several.
+- ``model``: runs a real model, for minutes; where all are together.
+- ``installation``: depends on what is installed, so it runs in every session.
+- ``docs``: about the documentation, so it runs where that is built.
+- ``slow``: takes seconds; `nox -s quick` leaves it out.
+
+A test without any of the first five runs on NumPy alone, and once more where all are together.
+`nox -s complete` fails if a test ran nowhere.
 
 A framework or device that is missing shows as one skipped test that says why, and how many more
 need it. ``HYPOTHESIS_PROFILE=thorough`` looks for counterexamples at random and long; by default
 it is the same few every time.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -15,6 +35,7 @@ from hypothesis import HealthCheck, Phase, settings
 from kvcache import Backend, get_backend
 
 BACKENDS = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict", "torch:cuda", "jax:gpu")
+RUNS_ON = {"array_api": "numpy"}  # array-api-strict, which has no arrays of its own
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=SLOW)
@@ -45,26 +66,91 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return get_backend(request.param)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of all tests on a backend that this machine lacks, leaves one, which is skipped."""
-    groups: dict[str | None, list[pytest.Item]] = {}
+def pytest_configure(config: pytest.Config) -> None:
+    """Writes a record of this run where $KVCACHE_RECORD says."""
+    path = os.environ.get("KVCACHE_RECORD")
+    if path and not hasattr(config, "workerinput"):  # xdist's workers report to the one process
+        config.pluginmanager.register(Record(Path(path)))
+
+
+class Record:
+    """Which tests ran, or why not: `nox -s complete` compares the records of all sessions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tests: dict[str, str] = {}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:  # a whole file
+            self.tests[report.nodeid] = f"skipped: {report.longrepr[2]}"
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            self.tests[item.nodeid] = "collected"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.tests[report.nodeid] = f"skipped: {report.longrepr[2]}"
+        elif report.when == "call":
+            self.tests[report.nodeid] = "ran"
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(json.dumps(self.tests, indent=0))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, Any, Any]:
+    """Marks tests before `-m` selects, and then looks for those that cannot run here."""
     for item in items:
-        groups.setdefault(needed_backend(item), []).append(item)
-    for spec, group in groups.items():
-        reason = why_missing(spec) if spec else ""
-        if reason:
-            also = f" {len(group)} tests need it." if len(group) > 1 else ""
-            group[0].add_marker(pytest.mark.skip(reason=reason + also))
-            config.hook.pytest_deselected(items=group[1:])
-            gone = set(group[1:])
-            items[:] = [item for item in items if item not in gone]
+        mark(item)
+    result = yield
+    leave_one_of_each_missing(config, items)
+    return result
 
 
-def needed_backend(item: pytest.Item) -> str | None:
-    """The backend a test runs on: that of the fixture, or the attribute of its class."""
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
-    spec = parameters.get("backend", getattr(getattr(item, "cls", None), "backend", None))
-    return spec if spec in BACKENDS else None
+def mark(item: pytest.Item) -> None:
+    """Marks a test that is about one framework, or about several."""
+    marked = {mark.kwargs["name"] for mark in item.iter_markers("one_backend")}
+    names = marked | frameworks_of(item)
+    frameworks = names - {"numpy"} or names
+    if item.get_closest_marker("cross_backend") or len(frameworks) > 1:
+        item.add_marker("cross_backend")
+    elif frameworks and not marked:
+        item.add_marker(pytest.mark.one_backend(name=frameworks.pop()))
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    """The parameters of a test; its backend may be an attribute of its class instead."""
+    inherited = {"backend": getattr(getattr(item, "cls", None), "backend", None)}
+    return inherited | getattr(getattr(item, "callspec", None), "params", {})
+
+
+def frameworks_of(item: pytest.Item) -> set[str]:
+    """The frameworks among the parameters of a test."""
+    found = parameters_of(item).values()
+    names = {value.name for value in found if isinstance(value, Backend)}
+    strings = [value for value in found if isinstance(value, str) and value in BACKENDS]
+    names |= {string.partition(":")[0] for string in strings}
+    return {RUNS_ON.get(name, name) for name in names}
+
+
+def leave_one_of_each_missing(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of all tests on a backend that this machine lacks, leaves one, which is skipped."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        spec = parameters_of(item)["backend"]
+        if spec in BACKENDS and why_missing(spec):
+            groups.setdefault(spec, []).append(item)
+    gone: set[pytest.Item] = set()
+    for spec, (first, *others) in groups.items():
+        also = f" {1 + len(others)} tests need it." if others else ""
+        first.add_marker(pytest.mark.skip(reason=why_missing(spec) + also))
+        gone.update(others)
+    if gone:
+        config.hook.pytest_deselected(items=list(gone))
+        items[:] = [item for item in items if item not in gone]
 
 
 @cache

@@ -93,6 +93,7 @@ def test_memory_of_small_floats_is_shared(source: str, target: str, dtype: str) 
     assert address(importer.from_dlpack(array)) == address(array)
 
 
+@pytest.mark.one_backend(name="torch")
 def test_what_is_written_shows_on_the_other_side() -> None:
     """Where both may be written. A JAX array must never change, so nobody writes to those."""
     numpy, torch = installed("numpy", "torch")
@@ -107,6 +108,7 @@ def test_what_is_written_shows_on_the_other_side() -> None:
     assert (array[0, 0, 1] == 5).all()
 
 
+@pytest.mark.one_backend(name="jax")
 def test_jax_copies_what_is_not_aligned() -> None:
     """Bit for bit all the same."""
     (jax,) = installed("jax")
@@ -118,6 +120,7 @@ def test_jax_copies_what_is_not_aligned() -> None:
         same(jax.to_host(crossed), coded(SHAPE, "float32"))
 
 
+@pytest.mark.one_backend(name="mlx")
 @pytest.mark.parametrize("source", ["numpy", "torch", "jax"])
 def test_mlx_copies_what_comes_in(source: str) -> None:
     exporter, mlx = installed(source, "mlx")
@@ -131,6 +134,7 @@ def test_mlx_copies_what_comes_in(source: str) -> None:
     same(mlx.to_host(crossed), coded(SHAPE, "float32"))
 
 
+@pytest.mark.one_backend(name="mlx")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("target", ["numpy", "torch"])
 def test_mlx_can_be_viewed(target: str, dtype: str) -> None:
@@ -143,6 +147,7 @@ def test_mlx_can_be_viewed(target: str, dtype: str) -> None:
     same(importer.to_host(one), coded(SHAPE, dtype))
 
 
+@pytest.mark.cross_backend
 def test_bfloat16_of_mlx_through_torch() -> None:
     """`torch.asarray` makes something else of it; this does not."""
     mlx, torch = installed("mlx", "torch")

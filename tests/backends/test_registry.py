@@ -25,6 +25,7 @@ from kvcache import (
 )
 from kvcache.backends._numpy import NumpyBackend
 
+pytestmark = pytest.mark.installation
 FRAMEWORKS = ("jax", "mlx", "torch")
 BUILT_IN = ["array_api", "jax", "mlx", "numpy", "torch"]
 

@@ -533,6 +533,7 @@ def test_callers_may_write_to_what_they_gave_and_got(
         assert "computed=False" in changes[0]
 
 
+@pytest.mark.one_backend(name="torch")
 def test_it_does_write_in_this_test() -> None:
     array = ones(NUMPY)
     overwrite(array)
@@ -611,6 +612,7 @@ def test_freed_means_freed(backend: Backend, how: str) -> None:
     assert not any(array() for array in alive)
 
 
+@pytest.mark.one_backend(name="mlx")
 def test_mlx_gets_its_memory_back() -> None:
     mx = pytest.importorskip("mlx.core")
 
@@ -629,6 +631,7 @@ def test_mlx_gets_its_memory_back() -> None:
         assert mx.get_active_memory() - before < 2**12
 
 
+@pytest.mark.one_backend(name="jax")
 def test_jax_gets_its_arrays_back() -> None:
     jax = pytest.importorskip("jax")
     large = 4321
@@ -681,6 +684,7 @@ def test_one_scalar_per_decision(
             assert [tuple(shape) for shape in shapes] == [()] * reads * decisions
 
 
+@pytest.mark.one_backend(name="torch")
 def test_torch_reads_no_other_scalar() -> None:
     """That a condition or an index might wait for."""
     pytest.importorskip("torch")
@@ -819,6 +823,7 @@ def test_shapes_are_checked_before_the_network_runs() -> None:
         cache.run(1, np.ones((3, 3), np.float32), lambda x: pytest.fail("ran"))
 
 
+@pytest.mark.one_backend(name="torch")
 @pytest.mark.parametrize("predictor", [HoldOutput(), HoldResidual(), Taylor(1)])
 def test_no_autograd_graph_is_kept(predictor: Predictor) -> None:
     torch = pytest.importorskip("torch")

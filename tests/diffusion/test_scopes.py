@@ -160,6 +160,7 @@ def test_in_a_program(backend: Backend) -> None:
     assert eager_cache.stats.skipped == int(backend.to_host(state.past.skipped)) == 3
 
 
+@pytest.mark.one_backend(name="jax")
 def test_under_jit() -> None:
     """The default signal is traced as well."""
     jax = pytest.importorskip("jax")

@@ -270,6 +270,7 @@ def step_of(recipe: Recipe, backend: Backend, network: Any) -> Any:
     return step
 
 
+@pytest.mark.one_backend(name="jax")
 @pytest.mark.parametrize("recipe", SOME, ids=repr)
 def test_a_donated_state_is_given_up(jax_backend: Backend, recipe: Recipe) -> None:
     """Every array of it, in every step, and outputs are as without donation."""
@@ -290,6 +291,7 @@ def test_a_donated_state_is_given_up(jax_backend: Backend, recipe: Recipe) -> No
     assert int(state.past.skipped) == int(kept.past.skipped) > 0
 
 
+@pytest.mark.one_backend(name="jax")
 @pytest.mark.parametrize("recipe", SOME, ids=repr)
 def test_nothing_in_the_program_waits_for_the_host(jax_backend: Backend, recipe: Recipe) -> None:
     import jax
@@ -303,6 +305,7 @@ def test_nothing_in_the_program_waits_for_the_host(jax_backend: Backend, recipe:
     assert not any(word in text for word in ("callback", "custom_call", "infeed", "send"))
 
 
+@pytest.mark.one_backend(name="jax")
 def test_a_skipped_step_does_not_run_the_network(jax_backend: Backend) -> None:
     import jax
 
@@ -327,6 +330,7 @@ def test_a_skipped_step_does_not_run_the_network(jax_backend: Backend) -> None:
     assert float(x[0, 0]) == 1 + 0 * 3 + 3 * 3 + 6 * 2
 
 
+@pytest.mark.one_backend(name="jax")
 def test_one_program_serves_every_step(jax_backend: Backend) -> None:
     """The state keeps its shapes and dtypes, so nothing is compiled again."""
     import jax
@@ -341,6 +345,7 @@ def test_one_program_serves_every_step(jax_backend: Backend) -> None:
         assert len(traces) == 1
 
 
+@pytest.mark.one_backend(name="jax")
 def test_start_takes_shapes_alone(jax_backend: Backend) -> None:
     import jax
 
@@ -355,6 +360,7 @@ def test_start_takes_shapes_alone(jax_backend: Backend) -> None:
     assert str(state.reference.dtype) == "bfloat16"
 
 
+@pytest.mark.one_backend(name="jax")
 def test_it_decides_as_the_eager_cache_does(jax_backend: Backend) -> None:
     """A loop that feeds on itself, with a network that is not exact."""
     import jax

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("griffe", reason="mkdocstrings is not installed")
 
+pytestmark = pytest.mark.docs
 SOURCE = Path(__file__).parents[2] / "docs" / "docstrings.py"
 
 

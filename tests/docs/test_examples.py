@@ -19,6 +19,7 @@ import pytest
 sybil = pytest.importorskip("sybil", reason="sybil is not installed")
 markdown = pytest.importorskip("sybil.parsers.markdown", reason="sybil is not installed")
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CHECKER = doctest.OutputChecker()

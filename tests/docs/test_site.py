@@ -19,6 +19,7 @@ import kvcache.prefix
 import kvcache.prefix.policies
 import kvcache.testing
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

@@ -8,7 +8,7 @@ import pytest
 from kvcache import Batch, CausalCache, KVCache, functional, get_backend
 
 jax = pytest.importorskip("jax", reason="needs pip install 'kvcache[jax]'")
-
+pytestmark = pytest.mark.one_backend(name="jax")
 
 LAYERS, HEADS, DIM = 2, 2, 8
 JAX = get_backend("jax:cpu")

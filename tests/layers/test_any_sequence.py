@@ -300,6 +300,7 @@ SHARE = {"numpy": 150, "torch": 80, "array_api": 40, "mlx": 60, "jax": 12}
 """Examples out of a hundred: what a backend's speed affords."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KVCache, RotatingKVCache])
 def test_any_sequence(backend: Backend, kind: type[KVCache]) -> None:
     class Machine(CacheMachine):

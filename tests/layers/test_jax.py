@@ -14,6 +14,7 @@ from .oracle import Oracle, Shape, check_whole, oracle_for, push
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 jnp = jax.numpy
+pytestmark = pytest.mark.one_backend(name="jax")
 
 
 def test_what_an_update_returned_is_gone_after_the_next() -> None:

@@ -299,6 +299,7 @@ SHARE = {"numpy": 100, "torch": 15, "array_api": 12, "mlx": 12, "jax": 2}
 """Examples out of a hundred: what a backend's speed affords."""
 
 
+@pytest.mark.slow
 def test_any_sequence(backend: Backend) -> None:
     machine = type("Machine", (LayersMachine,), {"backend": backend})
     count = max(1, settings().max_examples * SHARE[backend.name] // 100)

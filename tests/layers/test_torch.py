@@ -17,6 +17,7 @@ from kvcache import KVCache, RotatingKVCache
 from .oracle import Oracle, Shape, check_whole, oracle_for, push
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+pytestmark = pytest.mark.one_backend(name="torch")
 
 KINDS = {
     "kv": lambda: KVCache("torch", step=2),

@@ -303,6 +303,7 @@ SHARE = {"numpy": 200, "torch": 30, "array_api": 30, "mlx": 25, "jax": 3}
 """Examples out of a hundred: what a backend's speed affords."""
 
 
+@pytest.mark.slow
 def test_any_sequence(backend):
     class Machine(CacheMachine):
         pass
@@ -322,6 +323,7 @@ class Copying(type(kvcache.get_backend("numpy"))):
     slices_are_views = False
 
 
+@pytest.mark.slow
 def test_any_sequence_where_slices_are_copies():
     class Machine(CacheMachine):
         backend = Copying()

@@ -539,6 +539,7 @@ def run(backend, count, **options):
     )
 
 
+@pytest.mark.slow
 def test_any_sequence(backend):
     run(backend, SHARE[backend.name], padding=64 if backend.name == "jax" else 1)
 

@@ -147,6 +147,7 @@ def test_caches_hold_exactly_the_tokens(tokens, caches, message):
     assert trie.find_nearest([1, 2]) == (None, [1, 2])
 
 
+@pytest.mark.one_backend(name="torch")
 def test_between_backends():
     """An entry is found on the backend that it was stored on; load moves caches to another."""
     torch = pytest.importorskip("torch", reason="needs pip install 'kvcache[torch]'")

@@ -61,6 +61,7 @@ def test_ours_and_raw_are_never_excused(report: AppendReport) -> None:
         assert {RAW, *OURS} <= report.contestants(*group).keys()
 
 
+@pytest.mark.installation
 def test_peers_take_part_where_they_are_installed(backend: Backend, report: AppendReport) -> None:
     module, peers = PEERS.get(backend.name, ("", set()))
     if not peers:

@@ -90,6 +90,7 @@ def test_samplers_agree_with_and_without_an_idle_cache(model: DiT) -> None:
     assert relative_error(2 * exact, exact) == pytest.approx(1)
 
 
+@pytest.mark.one_backend(name="jax")
 def test_one_program_skips_as_many(model: DiT) -> None:
     pytest.importorskip("jax")
     from kvcache.bench.diffusion.program import program

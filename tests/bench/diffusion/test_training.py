@@ -14,6 +14,7 @@ from kvcache.bench.diffusion import training
 from kvcache.reference.dit.model import DiT, DiTConfig
 from kvcache.reference.dit.toy_shapes import distance
 
+pytestmark = pytest.mark.one_backend(name="torch")
 SMALL = DiTConfig(tokens=12, width=16, heads=2, blocks=2)
 TORCH = kvcache.get_backend("torch:cpu")
 

@@ -33,6 +33,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
     monkeypatch.setattr(timing, "perf_counter", lambda: fake.now)
+    monkeypatch.setattr(timing, "SLOW_EVERY", 10)
     return fake
 
 

@@ -158,6 +158,7 @@ def test_entries_of_a_batch_are_independent(dit, inputs):
         np.testing.assert_allclose(host(alone)[0], together[i], **CLOSE)
 
 
+@pytest.mark.one_backend(name="torch")
 def test_torch_differentiates_through_it(tiny_numpy):
     pytest.importorskip("torch")
     model = tiny_numpy.to_backend(kvcache.get_backend("torch:cpu"))
@@ -402,6 +403,7 @@ def test_times_must_fall(times):
         euler(X, times, lambda step, time, x: x)
 
 
+@pytest.mark.one_backend(name="jax")
 def test_a_whole_sample_in_one_jax_program(tiny_numpy):
     jax = pytest.importorskip("jax")
     model = tiny_numpy.to_backend(kvcache.get_backend("jax:cpu"))

@@ -16,6 +16,7 @@ from kvcache.cli import app
 from kvcache.reference.llama.generate import generate, make_caches, relay
 from kvcache.reference.llama.model import Llama
 
+pytestmark = pytest.mark.cross_backend
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 KINDS = {"kv": {}, "rotating": {"kind": "rotating", "max_size": 9, "keep": 2}}
 
