@@ -31,7 +31,7 @@ try:
 
     from .blocks import Arguments
     from .counter import Clock
-    from .sites import BlockSite, Forward, Measure, Pass, Site, WholeSite
+    from .scopes import BlockSite, Forward, Measure, Pass, Site, WholeSite
 except ImportError as error:
     raise BackendNotAvailableError(
         f"this needs diffusers and torch, of which one is missing or too old ({error}). "
