@@ -31,7 +31,7 @@ from kvcache.diffusion import (  # noqa: E402
 )
 
 STEPS = 8
-UNLIMITED = Limits(longest_run=1000)
+UNLIMITED = Limits(max_consecutive_skips=1000)
 SCOPES = [None, BlockRange(1), BlockRange(1, 1), BlockRange(0), BlockRange(3, 0)]
 SCOPE_NAMES = ["whole", "F1B0", "F1B1", "F0B0", "F3B0"]
 
@@ -306,7 +306,7 @@ def test_decisions_and_results_are_those_of_mag_cache(net, threshold):
     other = type(net)()
     diffusers.apply_mag_cache(other.model, config)
     expected = denoise(other)
-    recipe = Recipe(Magnitude(ratios, threshold), limits=Limits(warmup=2, longest_run=3))
+    recipe = Recipe(Magnitude(ratios, threshold), limits=Limits(warmup=2, max_consecutive_skips=3))
     with attach(net.model, recipe, scope=BlockRange(0)) as caching:
         found = denoise(net)
         assert 0 < caching.cache.stats.skipped < STEPS - 2

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 from kvcache.diffusion import BlockRange, DiffusionCache, Recipe, Step
-from kvcache.diffusion.signals import Measured
+from kvcache.diffusion.signals import SignalInput
 from kvcache.diffusion.streams import Stream
 from kvcache.errors import BackendNotAvailableError, NotSupportedError
 
@@ -172,7 +172,7 @@ class Attached:
             return forward(*args, **kwargs)
         return self._site.block(self._now, position, forward, args, kwargs)
 
-    def _begin(self, stream: Stream, told: int | None, timestep: Any, signal: Measured) -> Step:
+    def _begin(self, stream: Stream, told: int | None, timestep: Any, signal: SignalInput) -> Step:
         """The step that a call for `stream` is part of.
 
         told: its number, if a pipeline tells it. timestep: a number, or a tensor on the device.
@@ -199,7 +199,7 @@ class Attached:
             return 0
         return number
 
-    def _step(self, number: int, stream: Stream, time: float | None, signal: Measured) -> Step:
+    def _step(self, number: int, stream: Stream, time: float | None, signal: SignalInput) -> Step:
         self._number = number
         return self.cache.begin(number, signal=signal, time=time, stream=stream)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kvcache.diffusion import BlockRange, Step
-from kvcache.diffusion.signals import Measured
+from kvcache.diffusion.signals import SignalInput
 from kvcache.diffusion.streams import Stream
 from kvcache.errors import NotSupportedError
 
@@ -32,15 +32,15 @@ class Pass:
     """
 
     stream: Stream
-    begin: Callable[[Measured], Step]
+    begin: Callable[[SignalInput], Step]
     step: Step | None = None
-    measured: Measured = None
+    measured: SignalInput = None
     first: States = ()
     """What goes into the first block."""
     inputs: States = ()
     """What goes into the part that may be skipped."""
 
-    def decide(self, measured: Measured) -> Step:
+    def decide(self, measured: SignalInput) -> Step:
         """The step, decided about."""
         # A graph of what is measured would be of no use to anybody.
         with torch.no_grad():
@@ -115,7 +115,7 @@ class BlockSite(Site):
         step.record(_detached(inputs), _detached(given))
 
     def _predict(self, now: Pass, step: Step) -> States:
-        found: States = step.predict(aligned(now.inputs, self._shapes[now.stream]))
+        found = cast(States, step.predict(aligned(now.inputs, self._shapes[now.stream])))
         return found
 
 
@@ -145,7 +145,7 @@ class WholeSite(Site):
         if step.computes_at():
             step.record(x, _detached(self._arrays(outputs)))
             return outputs
-        found = step.predict(x)
+        found = cast(States, step.predict(x))
         if self._arguments.get("return_dict", args, kwargs) is False:
             return found
         return self._kind(*found)
@@ -194,7 +194,7 @@ def _signal(first: Block, signal: Measure | None) -> Measure:
     return lambda _, args, kwargs: first.modulated(args, kwargs)
 
 
-def _made(signal: Measure | None, block: Block, args: Any, kwargs: Any) -> Measured:
+def _made(signal: Measure | None, block: Block, args: Any, kwargs: Any) -> SignalInput:
     """Computes `signal` if it is wanted."""
     return None if signal is None else lambda: signal(block.module, args, kwargs)
 

@@ -35,7 +35,7 @@ def program(sampler: Sampler, trial: Trial | None) -> Callable[[], tuple[NativeA
 
     def run() -> tuple[NativeArray, float]:
         x, state = jax.block_until_ready(draw(sampler.noise, begin()))
-        return x, float(state.past.skipped) / sampler.steps if trial else 0.0
+        return x, float(state.run.skipped) / sampler.steps if trial else 0.0
 
     return run
 

@@ -21,9 +21,9 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Predictor,
     Recipe,
+    SkipPolicy,
     StepMask,
     Taylor,
     Threshold,
@@ -51,12 +51,12 @@ class Trial:
 
 def trials(steps: int, calibration: Calibration) -> list[Trial]:
     """What is compared, family by family, from careful to careless."""
-    limits = Limits(warmup=3, tail=1, steps=steps, longest_run=8)
+    limits = Limits(warmup=3, tail=1, steps=steps, max_consecutive_skips=8)
 
     def family(
         name: str,
         settings: Sequence[Any],
-        policy: Callable[[Any], Policy],
+        policy: Callable[[Any], SkipPolicy],
         predictor: Predictor,
         scope: BlockRange | None = None,
     ) -> list[Trial]:
