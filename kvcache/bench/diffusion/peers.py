@@ -183,11 +183,11 @@ def _ours(family: str, setting: float, recipe: Recipe, scope: BlockRange | None)
 
 def _same_rules(ratios: Sequence[float]) -> Iterator[Contender]:
     """Yield recipes of ours with the rules of the caches of diffusers."""
-    free = Limits(longest_run=len(ratios))
+    free = Limits(max_consecutive_skips=len(ratios))
     for threshold in (0.05, 0.1, 0.2, 0.4):
         recipe = Recipe(Threshold(threshold), HoldResidual(), free)
         yield _ours("Threshold B1, hold", threshold, recipe, BlockRange(1))
-    warm = Limits(warmup=int(0.2 * len(ratios) + 0.5), longest_run=3)
+    warm = Limits(warmup=int(0.2 * len(ratios) + 0.5), max_consecutive_skips=3)
     for threshold in (0.06, 0.12, 0.24):
         recipe = Recipe(Magnitude(ratios, threshold), HoldResidual(), warm)
         yield _ours("Magnitude B0, hold", threshold, recipe, BlockRange(0))
@@ -201,9 +201,9 @@ def _recommended() -> Iterator[Contender]:
     """Yield recommended recipes of ours."""
     line: Predictor = Taylor(1, residual=True)
     for threshold in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
-        recipe = Recipe(Threshold(threshold), line, Limits(longest_run=8))
+        recipe = Recipe(Threshold(threshold), line, Limits(max_consecutive_skips=8))
         yield _ours("Threshold B1, Taylor 1", threshold, recipe, BlockRange(1))
-    limits = Limits(warmup=3, longest_run=8)
+    limits = Limits(warmup=3, max_consecutive_skips=8)
     for threshold in (0.015, 0.03, 0.06, 0.09, 0.12, 0.16, 0.2, 0.25, 0.3):
         recipe = Recipe(Accumulated(threshold), Taylor(1), limits)
         yield _ours("Accumulated, Taylor 1", threshold, recipe, None)

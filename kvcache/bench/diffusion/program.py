@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from kvcache.backends import Array
 from kvcache.backends.arrays import NativeArray
 from kvcache.diffusion import BlockRange, Recipe, TracedCache
 
@@ -41,7 +42,7 @@ def program(sampler: Sampler, trial: Trial | None) -> Callable[[], tuple[NativeA
 
     def run() -> tuple[NativeArray, float]:
         x, state = jax.block_until_ready(draw(sampler.noise, begin()))
-        return x, float(state.past.skipped) / sampler.steps if trial else 0.0
+        return x, float(state.run.skipped) / sampler.steps if trial else 0.0
 
     return run
 
@@ -68,10 +69,10 @@ class _Computes(Uncached):
         self.state = state
 
 
-def _examples(sampler: Sampler, scope: BlockRange | None) -> tuple[object, object]:
+def _examples(sampler: Sampler, scope: BlockRange | None) -> tuple[object, Array | None]:
     """Return shapes of the outputs of `scope` and of the measured signal, without computing any."""
 
-    def shapes(noise: NativeArray) -> tuple[object, object]:
+    def shapes(noise: NativeArray) -> tuple[object, Array | None]:
         both = jnp.concatenate([noise, noise])
         if scope is None:
             return sampler.network(both, jnp.float32(1)), None

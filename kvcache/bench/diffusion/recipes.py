@@ -21,9 +21,9 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Predictor,
     Recipe,
+    SkipPolicy,
     StepMask,
     Taylor,
     Threshold,
@@ -56,12 +56,12 @@ class Trial:
 
 def trials(steps: int, calibration: Calibration) -> list[Trial]:
     """Return all trials, family by family, from careful to careless."""
-    limits = Limits(warmup=3, tail=1, steps=steps, longest_run=8)
+    limits = Limits(warmup=3, tail=1, steps=steps, max_consecutive_skips=8)
 
     def family(
         name: str,
         settings: Sequence[float],
-        policy: Callable[[Any], Policy],
+        policy: Callable[[Any], SkipPolicy],
         predictor: Predictor,
         scope: BlockRange | None = None,
     ) -> list[Trial]:

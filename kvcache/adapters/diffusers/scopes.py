@@ -1,77 +1,55 @@
-"""What a cache stands in for inside a transformer: a range of its blocks, or all of it."""
+"""The part of a transformer to be skipped: a range of its blocks, or all of it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import cast
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
-from torch.nn import Module
 
 from kvcache.diffusion import BlockRange, Step
-from kvcache.diffusion.signals import Measured
 from kvcache.diffusion.streams import Stream
 from kvcache.errors import NotSupportedError
 
 from .blocks import Arguments, Block, States, aligned, find_blocks
-
-Measure: TypeAlias = Callable[[Module, tuple[Any, ...], dict[str, Any]], Tensor]
-"""Makes what a policy measures of the first block, and of what it is called with."""
-Forward: TypeAlias = Callable[..., Any]
+from .call import Measure, TransformerCall
+from .hooks import Args, Forward, Kwargs
 
 
-@dataclass
-class Pass:
-    """One call of a transformer, from its beginning to its end.
-
-    begin: makes the step; given what the policy may measure.
-    """
-
-    stream: Stream
-    begin: Callable[[Measured], Step]
-    step: Step | None = None
-    measured: Measured = None
-    first: States = ()
-    """What goes into the first block."""
-    inputs: States = ()
-    """What goes into the part that may be skipped."""
-
-    def decide(self, measured: Measured) -> Step:
-        """The step, decided about."""
-        # A graph of what is measured would be of no use to anybody.
-        with torch.no_grad():
-            self.step = self.begin(measured)
-        return self.step
-
-
-class Site(ABC):
-    """A place in a transformer. Hooks call it."""
+class ScopeHook(ABC):
+    """Runs in place of the forwards of a transformer and of its blocks."""
 
     hooked: Sequence[tuple[int, Block]] = ()
     """The blocks to be hooked, each with its position."""
 
     @abstractmethod
-    def whole(self, now: Pass, forward: Forward, args: Any, kwargs: Any) -> Any:
-        """What the transformer gives; `forward` is its own."""
+    def whole(self, call: TransformerCall, forward: Forward, args: Args, kwargs: Kwargs) -> object:
+        """Return the outputs of the transformer. forward: its own."""
 
     @abstractmethod
-    def block(self, now: Pass, position: int, forward: Forward, args: Any, kwargs: Any) -> Any:
-        """What the block at `position` gives; `forward` is its own."""
+    def block(
+        self, call: TransformerCall, position: int, forward: Forward, args: Args, kwargs: Kwargs
+    ) -> object:
+        """Return the outputs of the block at `position`. forward: its own."""
 
 
-class BlockSite(Site):
-    """The blocks `scope` leaves between those that every step computes.
+class BlockScopeHook(ScopeHook):
+    """The blocks in the range of `scope`, between blocks computed in every step.
 
     Where a step is skipped they pass on what they are given, and the last of them gives the
     prediction: whatever else was added in between (ControlNet) is part of it already.
     """
 
     def __init__(
-        self, transformer: Module, scope: BlockRange, signal: Measure | None, measures: bool
+        self,
+        transformer: torch.nn.Module,
+        scope: BlockRange,
+        signal: Measure | None,
+        measures: bool,
     ) -> None:
         self._blocks = find_blocks(transformer)
         self._first, self._end = scope.first, len(self._blocks) - scope.last
@@ -83,82 +61,96 @@ class BlockSite(Site):
         residual = signal is None and scope.first > 0
         self._signal = _signal(self._blocks[0], signal) if measures and not residual else None
         self._shapes: dict[Stream, list[torch.Size]] = {}
+        """Shapes of the states that the last block gave, by stream."""
+        # Block 0 is hooked even if every step computes it: its inputs are part of the signal.
         positions = sorted({0, *range(self._first, self._end)})
         self.hooked = [(position, self._blocks[position]) for position in positions]
 
-    def whole(self, now: Pass, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def whole(self, call: TransformerCall, forward: Forward, args: Args, kwargs: Kwargs) -> object:
         return forward(*args, **kwargs)
 
-    def block(self, now: Pass, position: int, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def block(
+        self, call: TransformerCall, position: int, forward: Forward, args: Args, kwargs: Kwargs
+    ) -> object:
         block = self._blocks[position]
         if position == 0:
-            now.first = block.states(args, kwargs)
-            now.measured = _made(self._signal, block, args, kwargs)
+            call.entering = block.states_in(args, kwargs)
+            call.signal = _deferred(self._signal, block, args, kwargs)
         if position == self._first:
-            now.inputs = block.states(args, kwargs)
-            now.decide(now.measured or (lambda: _added(now.first[0], now.inputs[0])))
-        if now.step is None:
+            call.inputs = block.states_in(args, kwargs)
+            call.decide(call.signal or (lambda: _added(call.entering[0], call.inputs[0])))
+        if call.step is None:
             return forward(*args, **kwargs)
+        # The last one records or predicts; the others pass their states on where it predicts.
         last = position == self._end - 1
-        if now.step.computes_at():
+        if call.step.computes_at():
             outputs = forward(*args, **kwargs)
             if last:
-                self._record(now, now.step, block.given(outputs))
+                self._record(call, call.step, block.states_out(outputs))
             return outputs
         if last:
-            return block.outputs(self._predict(now, now.step))
-        return block.outputs(block.states(args, kwargs))
+            return block.outputs(self._predict(call, call.step))
+        return block.outputs(block.states_in(args, kwargs))
 
-    def _record(self, now: Pass, step: Step, given: States) -> None:
-        self._shapes[now.stream] = [state.shape for state in given]
-        inputs = aligned(now.inputs, self._shapes[now.stream])
+    def _record(self, call: TransformerCall, step: Step, given: States) -> None:
+        self._shapes[call.stream] = [state.shape for state in given]
+        inputs = aligned(call.inputs, self._shapes[call.stream])
         step.record(_detached(inputs), _detached(given))
 
-    def _predict(self, now: Pass, step: Step) -> States:
-        found: States = step.predict(aligned(now.inputs, self._shapes[now.stream]))
-        return found
+    def _predict(self, call: TransformerCall, step: Step) -> States:
+        return cast(States, step.predict(aligned(call.inputs, self._shapes[call.stream])))
 
 
-class WholeSite(Site):
-    """All of a transformer: what it returns is predicted.
+class WholeScopeHook(ScopeHook):
+    """All of a transformer: its outputs are predicted.
 
     Where an array is measured, the part before the blocks runs in every step, to be measured.
     """
 
-    def __init__(self, transformer: Module, signal: Measure | None, measures: bool) -> None:
+    def __init__(
+        self, transformer: torch.nn.Module, signal: Measure | None, measures: bool
+    ) -> None:
         self._arguments = Arguments.of(transformer)
-        self._kind: type[Any] = Transformer2DModelOutput
+        # The class of outputs, until a computed step shows another one.
+        self._kind: Callable[..., object] = Transformer2DModelOutput
         self._measures = measures
         self._blocks = find_blocks(transformer) if measures else []
         self._signal = _signal(self._blocks[0], signal) if measures else None
         self.hooked = list(enumerate(self._blocks))
 
-    def whole(self, now: Pass, forward: Forward, args: Any, kwargs: Any) -> Any:
-        step = None if self._measures else now.decide(None)
+    def whole(self, call: TransformerCall, forward: Forward, args: Args, kwargs: Kwargs) -> object:
+        step = None if self._measures else call.decide(None)
         outputs = None
         if step is None or step.computes_at():
             outputs = forward(*args, **kwargs)
-        step = now.step
+        step = call.step
         if step is None:  # it passed no block, which is for others to judge
             return outputs
         x = self._input(args, kwargs)
         if step.computes_at():
             step.record(x, _detached(self._arrays(outputs)))
             return outputs
-        found = step.predict(x)
+        prediction = cast(States, step.predict(x))
+        # Not passed means True, as everywhere in diffusers.
         if self._arguments.get("return_dict", args, kwargs) is False:
-            return found
-        return self._kind(*found)
+            return prediction
+        return self._kind(*prediction)
 
-    def block(self, now: Pass, position: int, forward: Forward, args: Any, kwargs: Any) -> Any:
+    def block(
+        self, call: TransformerCall, position: int, forward: Forward, args: Args, kwargs: Kwargs
+    ) -> object:
         block = self._blocks[position]
         if position == 0:
-            now.decide(_made(self._signal, block, args, kwargs))
-        if now.step is None or now.step.computes_at():
+            call.decide(_deferred(self._signal, block, args, kwargs))
+        if call.step is None or call.step.computes_at():
             return forward(*args, **kwargs)
-        return block.outputs(block.states(args, kwargs))
+        return block.outputs(block.states_in(args, kwargs))
 
-    def _input(self, args: Any, kwargs: Any) -> Tensor:
+    def _input(self, args: Args, kwargs: Kwargs) -> Tensor:
+        """Return the hidden states among the arguments of the transformer.
+
+        Raises: NotSupportedError if they are no tensor.
+        """
         names = self._arguments.positions
         name = "hidden_states" if "hidden_states" in names else next(iter(names))
         x = self._arguments.get(name, args, kwargs)
@@ -169,10 +161,14 @@ class WholeSite(Site):
             )
         return x.detach()
 
-    def _arrays(self, outputs: Any) -> States:
+    def _arrays(self, outputs: object) -> States:
+        """Return the tensors in `outputs`, and remember the class they came in.
+
+        Raises: NotSupportedError for anything but tensors.
+        """
         if not isinstance(outputs, tuple):
             self._kind = type(outputs)
-            outputs = outputs.to_tuple()
+            outputs = cast(BaseOutput, outputs).to_tuple()
         if not all(isinstance(output, Tensor) for output in outputs):
             raise NotSupportedError(
                 "scope=None needs a transformer that returns tensors; got "
@@ -182,6 +178,10 @@ class WholeSite(Site):
 
 
 def _signal(first: Block, signal: Measure | None) -> Measure:
+    """Return `signal`, or the measurement of the modulated input of the `first` block.
+
+    Raises: NotSupportedError if that block modulates nothing.
+    """
     if signal is not None:
         return signal
     if not first.modulating:
@@ -194,12 +194,18 @@ def _signal(first: Block, signal: Measure | None) -> Measure:
     return lambda _, args, kwargs: first.modulated(args, kwargs)
 
 
-def _made(signal: Measure | None, block: Block, args: Any, kwargs: Any) -> Measured:
-    """Computes `signal` if it is wanted."""
+def _deferred(
+    signal: Measure | None, block: Block, args: Args, kwargs: Kwargs
+) -> Callable[[], Tensor] | None:
+    """Return a function to compute `signal` once it is wanted; None if there is none."""
     return None if signal is None else lambda: signal(block.module, args, kwargs)
 
 
 def _added(before: Tensor, after: Tensor) -> Tensor:
+    """Return the change of the hidden states in the first blocks.
+
+    Raises: NotSupportedError if they changed their shape.
+    """
     if before.shape != after.shape:
         raise NotSupportedError(
             "the first blocks of a scope must keep the shape of the hidden states, for what they "
