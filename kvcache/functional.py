@@ -123,7 +123,7 @@ def _turned(state: RingState) -> RingState:
     write = backend_type(state.positions).traced_append
     next_slot = state.slot + 1
     # From the last slot the ring continues at the first one without a sink. Arithmetic, because a
-    # traced value cannot be compared in an `if`: `wraps` is 0, or 1 behind the last slot.
+    # traced value cannot be compared in an `if`: `wraps` is 0, or 1 after the last slot.
     wraps = next_slot // state.size
     return state._replace(
         positions=write(state.positions, latest, state.slot, 0),

@@ -43,7 +43,7 @@ class GrowingBuffers:
         self.growths = 0
         self._step, self._limit = step, limit
         self._padding = backend.config.padding
-        # Whether a view of n slots is a slice of just n slots, without padding or a copy.
+        # True if a view of n slots is a slice of just n slots, without padding or a copy.
         self._exact = backend.slices_are_views and self._padding == 1
 
     # Room.

@@ -210,7 +210,7 @@ class KVCache(StandaloneCache):
         self._rewind(self._offset - tokens)
 
     def _rewind(self, offset: int) -> None:
-        """Forget the tokens from `offset` on; resume points behind it stay scheduled."""
+        """Forget the tokens from `offset` on; resume points stay scheduled."""
         # Rows wholly before `offset` stay resident: their slots are not written again.
         if self._pins is not None and self._pins.rows:
             self._pins.spill(offset)

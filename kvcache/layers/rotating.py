@@ -60,7 +60,7 @@ class RotatingKVCache(KVCache):
 
     def _start(self) -> None:
         super()._start()
-        # Tokens of the last update returned as further columns behind those of the ring.
+        # Tokens of the last update returned as further columns after those of the ring.
         self._extra = 0
 
     @property
@@ -110,7 +110,7 @@ class RotatingKVCache(KVCache):
     ) -> tuple[Array, Array]:
         """Append several tokens that displace others still visible to the first queries.
 
-        Return the ring as it was before, with the update behind it.
+        Return the ring as it was before, followed by the update.
         """
         self._before_displacing()
         columns = buffers.held_and_update(update, self.len)
@@ -254,7 +254,7 @@ class RotatingKVCache(KVCache):
 
     def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
         """Undo all updates since `checkpoint`, then repeat their first `accepted` tokens."""
-        if self._pins is None or self._buffers is None:  # nothing came since
+        if self._pins is None or self._buffers is None:  # no update since
             self._rewind(checkpoint.offset)
             return
         self._pins.spill()

@@ -38,4 +38,4 @@ class RingState(NamedTuple):
     sinks: Array
     """int32 []: number of first slots that keep their token."""
     size: Array
-    """int32 []: slots of the ring, sinks included; buffer slots behind them stay unused."""
+    """int32 []: slots of the ring, sinks included; later slots of the buffer stay unused."""

@@ -147,7 +147,7 @@ class Cache(ABC):
         raise _cannot_snapshot(self)
 
     def next_position(self, sequence: int) -> int:
-        """Return the position behind the last one of a sequence; 0 for an empty one."""
+        """Return the position after the last one of a sequence; 0 for an empty one."""
         raise _cannot_snapshot(self)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:

@@ -175,7 +175,7 @@ class PoolBuffers:
         start = start // padding * padding
         if self.backend.slices_are_views:
             return start, min(self.cells, ceil_div(stop, padding) * padding)
-        # Each length compiles a program: few lengths, and the whole pool once that is half of it.
+        # Each length compiles a program: powers of two only, or the whole pool beyond half of it.
         length = padding
         while length < stop - start:
             length *= 2

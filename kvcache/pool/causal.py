@@ -274,7 +274,7 @@ class CausalCache(Cache):
         self._changed(sequence)
 
     def _changed(self, sequence: int) -> None:
-        """Drop retained rows behind the end of a changed sequence, and end a pass over it."""
+        """Drop rows retained beyond the end of a changed sequence, and end a pass over it."""
         pool = self._pool
         pool.pins.forget(sequence, pool.table.next_position(sequence))
         pool.end_pass_of(sequence)

@@ -63,7 +63,7 @@ class CellTable:
         return self.rows[sequence, self.first[sequence] : self.last[sequence]]
 
     def next_position(self, sequence: int) -> int:
-        """Return the position behind the last one stored; 0 for an empty sequence."""
+        """Return the position after the last one stored; 0 for an empty sequence."""
         row = self.cells_of(sequence)
         return int(self.positions[row[-1]]) + 1 if row.size else 0
 
@@ -188,7 +188,7 @@ class CellTable:
             self._recompute_range(int(sequence))
 
     def insert(self, groups: SortedBatch) -> Int32s:
-        """Give every token of a batch a cell; return the cells in the order of the batch.
+        """Assign a cell to every token of a batch; return the cells in the order of the batch.
 
         To be called after :meth:`group` and :meth:`check_room` (and :meth:`evict`): there is room,
         and no position is stored already.
@@ -210,7 +210,7 @@ class CellTable:
         self._recompute_range(sequence)
 
     def remove_middle(self, sequence: int, start: int, stop: int, shift: int) -> Int32s:
-        """Drop cells ``[start, stop)`` of a row, and add `shift` to the positions behind them.
+        """Drop cells ``[start, stop)`` of a row, and add `shift` to the positions after them.
 
         Return the cells with changed positions.
         """
@@ -305,7 +305,7 @@ class CellTable:
         return cells
 
     def _choose(self, groups: SortedBatch) -> Int32s:
-        """Return a free cell for every sorted token, if possible behind the last of its sequence.
+        """Return a free cell for every sorted token, if possible next to the last of its sequence.
 
         A sequence then stays in a short range of cells, which attention reads as a slice.
         """

@@ -48,7 +48,7 @@ class EncoderCache(Cache):
         self._config = CacheConfig()
         self._backend: Backend | None = None
         self._entries: dict[int, _Entry] = {}
-        # Entries that `put` writes to: a reserve pass has others, and so leaves nothing behind.
+        # Entries that `put` writes to: a reserve pass has others, and so leaves no trace.
         self._passing = self._entries
         self._layer = 0
         self._batch: Batch | None = None
@@ -85,7 +85,7 @@ class EncoderCache(Cache):
 
     @property
     def encoder_cached(self) -> bool:
-        """Whether every sequence of the current pass has its encoder output stored."""
+        """True if every sequence of the current pass has its encoder output stored."""
         return self._batch is not None and all(
             sequence in self._entries for sequence in _sequences(self._batch)
         )

@@ -204,7 +204,7 @@ class PoolPins:
             self._settle(sequence, points)
 
     def forget(self, sequence: int, start: int) -> None:
-        """Drop rows retained from position `start` on, and resume points behind it."""
+        """Drop rows retained from position `start` on, and resume points after it."""
         points = self._points.get(sequence)
         if points is not None:
             points.unschedule(start)

@@ -71,7 +71,7 @@ def _planned_or_undone(
 
 
 def _check_steps(pool: CellPool, batch: Batch) -> None:
-    """Raise ValueError unless `batch` is one token behind the last one of each sequence."""
+    """Raise ValueError unless `batch` is one token after the last one of each sequence."""
     sequences = batch.sequences.tolist()
     check_ids(pool.table.max_sequences, *sequences)
     if len(set(sequences)) < len(sequences):

@@ -24,11 +24,11 @@ class SortedBatch(NamedTuple):
     counts: Indices
     """Number of tokens of each of `ids`."""
     inserts: bool = False
-    """Whether a token lies before others already held by its sequence."""
+    """True if a token lies before others already held by its sequence."""
 
     @property
     def single(self) -> bool:
-        """Whether every sequence has one token."""
+        """True if every sequence has just one token."""
         return self.ids.size == self.positions.size
 
 

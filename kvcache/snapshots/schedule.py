@@ -54,5 +54,5 @@ class ResumePoints:
             kept.close()  # even without rows, its owner still lists it as pinned
 
     def unschedule(self, position: int) -> None:
-        """Remove scheduled positions behind `position`."""
+        """Remove scheduled positions after `position`."""
         self.scheduled = {scheduled for scheduled in self.scheduled if scheduled <= position}
