@@ -16,7 +16,7 @@ from kvcache.storage.arrays import LayerArrays
 class PendingWrites:
     """Queue of rows to write before the next access to the buffers.
 
-    Any thread may restore a sequence, but only the thread of the passes may write to buffers: on
+    Every thread may restore a sequence, but only the thread of the passes may write to buffers: on
     some backends (JAX) a write consumes them.
 
     lock: held while buffers are replaced, and while another thread reads rows of them.
