@@ -31,8 +31,8 @@ def check_same_form(exported: PoolState, given: PoolState) -> None:
     if own != other:
         layers = sorted(layer for layer in {*own, *other} if own.get(layer) != other.get(layer))
         raise ShapeError(
-            "a state to hand back has the layers, shapes and dtypes of the one that was "
-            f"taken; layers {layers} differ."
+            "a state to import has the layers, shapes and dtypes of the exported one; "
+            f"layers {layers} differ."
         )
 
 
