@@ -1,9 +1,11 @@
 """Backends: one small adapter per array framework, behind one contract.
 
-A backend is chosen when a cache is made; several live in one process and there is no
-current one. Importing this package imports no framework but NumPy.
+A backend is chosen when a cache is made. Several can be in use in one process; there is no
+"current" one. Importing this package imports no framework but NumPy.
 """
 
+# A checkout keeps this package outside of kvcache. Imported from there as `backends`, it would be
+# a second copy with classes of its own, and isinstance checks between the two would fail.
 if __name__ != "kvcache.backends":
     raise ImportError(f"import this package as kvcache.backends, not as {__name__}.")
 

@@ -1,8 +1,8 @@
 """JAX on CPU, GPU or TPU.
 
-JAX arrays never change, so a cheap write is a compiled program that is given the old
-buffer to reuse (donation). Each program here only moves data and is compiled once per
-shape; positions are arguments, not constants.
+JAX arrays are immutable, so a cheap write is a compiled program with the old buffer donated for
+reuse. Each program here only moves data and is compiled once per shape; positions are arguments,
+not constants.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _COPY_ONLY = {
         f"float-normalization-{dtype}" for dtype in ("bf16", "f8e4m3fn", "f8e5m2")
     )
 }
-# In a program of somebody else's, which computes too, that pass has to run. There such a buffer
-# is carried as integers, which nothing rewrites.
+# A program of the user also computes, and needs that pass. It carries such a buffer as integers,
+# which no pass rewrites.
 _BITS = {"bfloat16": np.dtype("uint16")} | dict.fromkeys(
     ("float8_e4m3fn", "float8_e5m2"), np.dtype("uint8")
 )
@@ -45,7 +45,7 @@ class JaxBackend(Backend):
 
     name: ClassVar[str] = "jax"
     modules: ClassVar[tuple[str, ...]] = ("jax", "jaxlib")
-    # A slice is a copy and each new length a new program: caches hand out whole buffers.
+    # A slice is a copy, and each new length a new program: caches return whole buffers.
     config: ClassVar[CacheConfig] = CacheConfig(padding=256)
     slices_are_views: ClassVar[bool] = False
     xp = cast(Namespace, jnp)
@@ -62,8 +62,8 @@ class JaxBackend(Backend):
 
     @staticmethod
     def devices() -> list[str]:
-        found = [f"{device.platform}:{device.id}" for device in jax.devices()]
-        return found if jax.default_backend() == "cpu" else [*found, "cpu:0"]
+        names = [f"{device.platform}:{device.id}" for device in jax.devices()]
+        return names if jax.default_backend() == "cpu" else [*names, "cpu:0"]
 
     @staticmethod
     def device_of(array: NativeArray) -> str:
@@ -103,7 +103,7 @@ class JaxBackend(Backend):
         buffer.delete()
 
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
-        # JAX may keep reading the array it is given, or adopt its memory: it gets one of its own.
+        # A copy first, because JAX may read its argument later, or adopt the memory for good.
         return jax.device_put(self._host(array, dtype).copy(), self._device)
 
     def to_host(self, array: NativeArray) -> HostArray:
@@ -133,19 +133,20 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         rows = _as_bits(rows, buffer)
         if rows.shape[axis] == 1:
-            # XLA on CPU fuses a single write into the read behind it, and then has to copy the
-            # whole buffer. Two writes are a loop to it, which it leaves alone.
+            # XLA on CPU fuses a single write with the read that follows, and then copies the whole
+            # buffer. Two writes become a loop, which it does not fuse.
             rows, index = jnp.repeat(rows, 2, axis), jnp.repeat(index, 2)
+        # "drop" ignores positions beyond the end, as appends to a full cache have them.
         return buffer.at[(*FULL_SLICES[axis], index)].set(rows, mode="drop")
 
     @classmethod
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # One axis in front: with two, XLA on CPU copies the buffer of a batch of one.
-        flat, news = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
+        # Leading axes are merged: with two of them, XLA on CPU copies the buffer of a batch of 1.
+        flat, flat_rows = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
         index = start + jnp.arange(rows.shape[axis])
-        return cls.traced_write(flat, news, index, 1).reshape(buffer.shape)
+        return cls.traced_write(flat, flat_rows, index, 1).reshape(buffer.shape)
 
     @classmethod
     def traced_read(
@@ -171,13 +172,13 @@ class JaxBackend(Backend):
 
 
 def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
-    """`array` in the dtype of `like`, which has as many bits."""
+    """Return `array` reinterpreted in the dtype of `like`, of the same width."""
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
 @cache
 def _caster(dtype: DType) -> Callable[[NativeArray], NativeArray]:
-    """Takes over a buffer and gives its bits another name."""
+    """Return a program to reinterpret a donated buffer as `dtype`, of the same width."""
     return jax.jit(lambda buffer: lax.bitcast_convert_type(buffer, dtype), donate_argnums=0)
 
 

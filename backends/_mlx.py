@@ -28,14 +28,14 @@ _NAMES = {
 
 
 class MlxBackend(Backend):
-    """Writes are lazy and land in place when evaluated, unless an older view is still alive.
+    """Writes are lazy, and in place when evaluated unless an older view is still alive.
 
     Evaluate once per step (:meth:`sync`, or reading the result), not once per write. MLX
     has no float8 dtypes, and runs everything on its default device.
     """
 
     name: ClassVar[str] = "mlx"
-    # mlx.core is MLX's own array-API namespace, but for one name that Python shadows there.
+    # mlx.core serves as array-API namespace, but calls `bool` `bool_`.
     xp = cast(Namespace, SimpleNamespace(**{**vars(mx), "bool": mx.bool_}))
 
     def __init__(self, device: str | None = None) -> None:
@@ -60,13 +60,13 @@ class MlxBackend(Backend):
 
     def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         buffer = mx.zeros(tuple(shape), self.dtype(dtype))
-        mx.eval(buffer)
+        mx.eval(buffer)  # so that running out of memory raises here, not at a later write
         return buffer
 
     def write_slice(
         self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
     ) -> NativeArray:
-        if axis == 2:  # the tokens of every cache: a literal index is the cheapest
+        if axis == 2:  # the token axis of per-layer caches: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
             buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
@@ -76,6 +76,7 @@ class MlxBackend(Backend):
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
         first = int(index[0])
+        # A slice update is cheaper than a scatter, and rows mostly come in runs.
         if np.array_equal(index, np.arange(first, first + index.size)):
             return self.write_slice(buffer, rows, first, first + index.size, axis)
         buffer[(*FULL_SLICES[axis], mx.array(index))] = rows
@@ -96,6 +97,7 @@ class MlxBackend(Backend):
     def to_host(self, array: NativeArray) -> HostArray:
         name = self.dtype_name(array)
         if name == "bfloat16":
+            # NumPy has no bfloat16 of its own to convert to, so the bits cross as integers.
             array = mx.contiguous(array).view(mx.uint16)
         return np.array(array).view(HOST_DTYPES[name])
 
@@ -109,7 +111,7 @@ class MlxBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # Beyond the end this would land on older tokens: those are written back.
+        # Beyond the end the start is clamped, onto older tokens: these are then written back.
         present = mx.slice(buffer, start, [axis], rows.shape)
         fits = start + rows.shape[axis] <= buffer.shape[axis]
         return mx.slice_update(buffer, mx.where(fits, rows, present), start, [axis])

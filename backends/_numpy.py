@@ -1,4 +1,4 @@
-"""NumPy: the reference that every other backend is checked against."""
+"""NumPy: the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NumpyBackend(Backend):
     def write_slice(
         self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
     ) -> NativeArray:
-        if axis == 2:  # the tokens of every cache: a literal index is the cheapest
+        if axis == 2:  # the token axis of per-layer caches: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
             buffer[(*FULL_SLICES[axis], slice(start, stop))] = update

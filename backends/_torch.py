@@ -1,4 +1,4 @@
-"""torch on CPU, CUDA, or any other accelerator it knows."""
+"""torch on CPU, CUDA, or any other accelerator of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .arrays import DType, HostArray, Namespace, NativeArray
 from .base import FULL_SLICES, Backend, FastKey
 from .dtypes import HOST_DTYPES
 
-# torch and NumPy share no name for these, so they cross as bits of the same width.
+# torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
     torch.bfloat16: torch.int16,
     torch.float8_e4m3fn: torch.uint8,
@@ -56,20 +56,20 @@ class TorchBackend(Backend):
         return {name: getattr(torch, name) for name in HOST_DTYPES}
 
     def fast_key(self, array: NativeArray) -> FastKey:
-        # torch would copy from any device without a word.
+        # The device, too, because torch would silently copy from any other one.
         return type(array), array.shape, array.dtype, array.device
 
     def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
-        # A tensor born under inference_mode could not be written outside of it.
+        # A tensor made under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
             return torch.zeros(tuple(shape), dtype=self.dtype(dtype), device=self.device)
 
     def write_slice(
         self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
     ) -> NativeArray:
-        if update.requires_grad:
+        if update.requires_grad:  # else the buffer would join the graph and keep updates alive
             update = update.detach()
-        if axis == 2:  # the tokens of every cache: a literal index is the cheapest
+        if axis == 2:  # the token axis of per-layer caches: a literal index is the cheapest
             buffer[:, :, start:stop] = update
         else:
             buffer[(*FULL_SLICES[axis], slice(start, stop))] = update
@@ -94,7 +94,7 @@ class TorchBackend(Backend):
         return torch.cat([array.detach() for array in arrays], dim=axis)
 
     def free(self, buffer: NativeArray) -> None:
-        # Empties this handle. Resizing the storage would free more, and leave views dangling.
+        # Empties this handle only. Resizing the storage would free it under views as well.
         buffer.set_()
 
     def detached(self, array: NativeArray) -> NativeArray:
@@ -120,9 +120,9 @@ class TorchBackend(Backend):
     def traced_write(
         cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
     ) -> NativeArray:
-        index = index.long()  # all that index_copy_ takes; it takes half the time of assigning
+        # index_copy_ takes half the time of an assignment, but only int64 indices and no float8.
+        index = index.long()
         if buffer.dtype in _FLOAT8:
-            # It has no float8.
             buffer.view(torch.uint8).index_copy_(axis, index, rows.detach().view(torch.uint8))
             return buffer
         return buffer.index_copy_(axis, index, rows.detach())
@@ -131,7 +131,8 @@ class TorchBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # Beyond the end indices stop at the last slot, which is given what it holds.
+        # Indices beyond the end are clamped to the last slot; if `rows` do not fit, all slots are
+        # rewritten with their present content. A program cannot branch on the value of `start`.
         last = buffer.shape[axis] - 1
         index = (start + torch.arange(rows.shape[axis], device=buffer.device)).clamp(max=last)
         present = buffer.index_select(axis, index)

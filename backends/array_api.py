@@ -1,8 +1,8 @@
-"""Any library that follows the Python array API standard, CuPy and array-api-strict among them.
+"""Any library with the Python array API standard, for example CuPy or array-api-strict.
 
-The standard has no in-place guarantee beyond item assignment and no dtypes below float32 but
-integers; what a library offers on top (CuPy's float16) is used when its namespace names it.
-A library whose arrays cannot be written, as JAX's, needs an adapter of its own.
+The standard guarantees item assignment as the only write in place, and no float dtype smaller than
+float32. Further dtypes (CuPy's float16) are used if the namespace of the library has them. A
+library of immutable arrays, such as JAX, needs an adapter of its own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .arrays import DType, HostArray, NativeArray
 from .base import FULL_SLICES, Backend, root_modules
 from .dtypes import HOST_DTYPES
 
-# Libraries known to work; any other that follows the standard may be named as well.
+# Libraries known to work; any other with the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
 
 
 class ArrayApiBackend(Backend):
-    """``get_backend("array_api:cupy")`` or ``get_backend("array_api", device="cupy")``.
+    """Backend of an array-API library, named in place of a device: ``"array_api:cupy"``.
 
-    The device names the library: its arrays live where the library puts them by default.
+    Arrays live on the default device of the library.
     """
 
     name: ClassVar[str] = "array_api"
@@ -73,7 +73,7 @@ class ArrayApiBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
-        # The standard assigns to slices only, so rows go run by run.
+        # The standard assigns to slices only, so each run of consecutive positions is one write.
         ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
         for first, last in zip([0, *ends], ends, strict=False):
             run = rows[(*FULL_SLICES[axis], slice(first, last), ...)]
@@ -91,16 +91,18 @@ class ArrayApiBackend(Backend):
         return self.xp.concat(list(arrays), axis=axis)
 
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
+        # A copy first, because asarray may share the memory of the caller's array.
         return self.xp.asarray(self._host(array, dtype).copy())
 
     def to_host(self, array: NativeArray) -> HostArray:
-        self.dtype_name(array)
+        self.dtype_name(array)  # raises for a dtype without a name here
         return np.array(np.from_dlpack(array, device="cpu"))
 
     @classmethod
     def traced_write(
         cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
     ) -> NativeArray:
+        # Row by row, because the standard has no assignment by an index array.
         for i in range(rows.shape[axis]):
             row = rows[(*FULL_SLICES[axis], slice(i, i + 1), ...)]
             buffer = cls.traced_append(buffer, row, int(index[i]), axis)

@@ -1,4 +1,4 @@
-"""The types of arrays: of any framework, of one framework, and of the host."""
+"""Types of arrays: of any framework, of one framework, and of the host."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 
 class Array(Protocol):
-    """An array of any framework, as far as code above the backends looks at it.
+    """An array of any framework, as seen by code above the backends.
 
-    The operators are those of the array API standard; the array namespace of a backend
-    (:attr:`Backend.xp`) has the functions.
+    The operators are those of the array API standard; its functions are in the namespace of a
+    backend (:attr:`Backend.xp`).
     """
 
     @property
@@ -21,6 +21,9 @@ class Array(Protocol):
     def dtype(self) -> DType: ...
     def __getitem__(self, key: Any, /) -> Array: ...
     def __bool__(self) -> bool: ...
+    def __int__(self) -> int: ...
+    def __float__(self) -> float: ...
+    def __abs__(self) -> Array: ...
     def __neg__(self) -> Array: ...
     def __add__(self, other: Any, /) -> Array: ...
     def __radd__(self, other: Any, /) -> Array: ...
@@ -56,4 +59,4 @@ DType: TypeAlias = Any
 HostArray: TypeAlias = npt.NDArray[Any]
 """A NumPy array of any dtype in :data:`~kvcache.backends.dtypes.HOST_DTYPES`."""
 TracedIndex: TypeAlias = int | list[int] | Array
-"""A position as compiled programs take it: host integers where that compiles nothing anew."""
+"""A position as an argument of compiled programs: ints where these cause no recompilation."""

@@ -1,7 +1,7 @@
 """The contract between caches and array frameworks.
 
-A backend translates a dozen primitives to one framework. It knows arrays and no cache;
-everything that a cache decides is decided above it, on the host.
+A backend translates a dozen primitives to one framework. It knows arrays but no caches: caches
+make all their decisions above it, on the host.
 
 **Ownership.** A buffer handed to :meth:`Backend.slice_update` or :meth:`Backend.scatter`
 is gone: only the returned one lives. Frameworks that write in place return the same
@@ -30,7 +30,7 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
 FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
-"""Type, shape, and whatever else must match for two updates to be alike."""
+"""Type, shape, and anything else that must match for two updates to be alike."""
 
 
 class Backend(ABC):
@@ -50,11 +50,11 @@ class Backend(ABC):
     modules: ClassVar[tuple[str, ...]] = ()
     """Top-level modules that define the framework's array types; default: the name."""
     array_types: ClassVar[tuple[type, ...]] = ()
-    """Types of its arrays, where a compiler has to see them; others are found by module."""
+    """Array types, where a compiler has to look them up; others are found by module."""
     config: ClassVar[CacheConfig] = CacheConfig()
     """Layout of caches on this backend unless the model overrides it."""
     slices_are_views: ClassVar[bool] = True
-    """Whether :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
+    """True if :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
     xp: Namespace
@@ -69,25 +69,25 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def devices() -> list[str]:
-        """Return the devices that this framework can use here, the default one first."""
+        """Return the usable devices of the framework, the default one first."""
 
     @staticmethod
     @abstractmethod
     def device_of(array: Array) -> str:
-        """Return the device that holds `array`, in the form that the constructor takes."""
+        """Return the device of `array`, in the form for the constructor."""
 
     @abstractmethod
     def _framework_dtypes(self) -> Mapping[str, DType]:
-        """Return the framework's dtype for every name in :data:`HOST_DTYPES` that it has."""
+        """Return the dtypes of the framework by name, as far as it has those of `HOST_DTYPES`."""
 
     @property
     def spec(self) -> str:
-        """``name:device``, which :func:`kvcache.get_backend` turns back into this backend."""
+        """``name:device``, the name of this backend for :func:`kvcache.get_backend`."""
         return f"{self.name}:{self.device}"
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Names of the dtypes that the framework has; the others raise :class:`DTypeError`."""
+        """Names of the dtypes of the framework; others raise :class:`DTypeError`."""
         return tuple(self._dtypes)
 
     def dtype(self, name: str) -> DType:
@@ -116,15 +116,15 @@ class Backend(ABC):
             ) from None
 
     def owns(self, array: Array) -> bool:
-        """Whether `array` is of this framework and on this device."""
+        """Return whether `array` is of this framework and on this device."""
         is_foreign = root_modules(type(array)).isdisjoint(self.modules or (self.name,))
         return not is_foreign and self.device_of(array) == self.device
 
     def fast_key(self, array: Array) -> FastKey:
-        """Return a key that is equal for arrays alike in all that an update is checked for.
+        """Return a key, equal for arrays alike in every checked property. Begins with type, shape.
 
-        Cheap to make and to compare: a decode step that looks like the last one skips the
-        full check. Begins with type and shape.
+        Cheap to make and to compare: a decode step with the key of the last one skips the full
+        check.
         """
         return type(array), array.shape, array.dtype
 
@@ -132,7 +132,10 @@ class Backend(ABC):
 
     @abstractmethod
     def alloc(self, shape: Sequence[int], dtype: str) -> Array:
-        """Return a new zero-filled buffer that shares memory with no other."""
+        """Return a new buffer of zeros, without shared memory.
+
+        Zeros, because hidden slots still enter attention, where 0 times NaN is NaN.
+        """
 
     def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
         """Write `update` at ``[start, start + n)`` of `axis`, n = ``update.shape[axis]``.
@@ -142,7 +145,7 @@ class Backend(ABC):
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
         tokens, last_start = _fitting(buffer.shape, update.shape, axis)
-        if buffer.dtype != update.dtype:
+        if buffer.dtype != update.dtype:  # spares the call in nearly every case
             _check_dtype(buffer, update)
         if not 0 <= start <= last_start:
             raise BoundsError(
@@ -168,11 +171,11 @@ class Backend(ABC):
         return self.write_rows(buffer, rows, checked, axis) if checked.size else buffer
 
     def gather(self, buffer: Array, index: npt.ArrayLike, axis: int) -> Array:
-        """Return a new array of the rows of `axis` named by `index`, in that order."""
+        """Return a copy of the rows at `index` of `axis`, in that order. Raises: as `scatter`."""
         return self.read_rows(buffer, _host_index(index, buffer.shape[axis], axis), axis)
 
     def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
-        """Return rows ``[start, stop)`` of `axis`: a view where the framework has views."""
+        """Return rows ``[start, stop)`` of `axis`, a view where possible. Raises: BoundsError."""
         if not 0 <= start <= stop <= buffer.shape[axis]:
             raise BoundsError(
                 f"a range must satisfy 0 <= start <= stop <= length; "
@@ -182,13 +185,13 @@ class Backend(ABC):
 
     @abstractmethod
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
-        """Return a new array, also of a single one: it shares memory with none of `arrays`."""
+        """Return a new array, even of a single one, without memory shared with `arrays`."""
 
     def free(self, buffer: Array) -> None:  # noqa: B027 - a framework may have nothing to do
-        """Give the memory of `buffer` back now, views aside.
+        """Free the memory of `buffer` now, unless a view still uses it.
 
         Using `buffer` afterwards is an error where the framework can tell (torch, JAX).
-        NumPy and MLX release memory when the last reference is dropped, so do drop it.
+        NumPy and MLX free memory with the last reference, so drop it as well.
         """
 
     # Hooks behind the primitives: a framework provides them, arguments already checked.
@@ -210,25 +213,25 @@ class Backend(ABC):
         """Do :meth:`slice` without checks, for checked arguments."""
 
     def detached(self, array: Array) -> Array:
-        """Return `array` without the graph that its framework differentiates through (torch)."""
+        """Return `array` without its autograd graph (torch), or unchanged."""
         return array
 
     # To and from the host, and other frameworks.
 
     @abstractmethod
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
-        """Return a copy on the device, bit for bit; cast on the host if `dtype` differs."""
+        """Return a copy on the device, equal bit for bit; cast on the host if `dtype` differs."""
 
     @abstractmethod
     def to_host(self, array: Array) -> HostArray:
-        """Return a NumPy copy of `array`, bit for bit, owned by the caller."""
+        """Return a NumPy copy of `array`, equal bit for bit, owned by the caller."""
 
     def from_dlpack(self, array: object) -> Array:
         """Return `array` of another framework as one of this, sharing memory where both allow.
 
-        Raises: DTypeError where the two cannot: they have no common word for the dtype (bfloat16
-        and float8, if one of them is NumPy), or one needs compact memory (JAX; a view of a part
-        of a cache is not). Go through :meth:`to_host` and :meth:`from_host` then.
+        Raises: DTypeError where the two cannot: DLPack has no dtype in common (bfloat16 and
+            float8, if one of them is NumPy), or one needs compact memory (JAX; a view of a part of
+            a cache is not). Go through :meth:`to_host` and :meth:`from_host` then.
         """
         try:
             return self.import_dlpack(array)
@@ -249,19 +252,19 @@ class Backend(ABC):
     # For programs above the caches.
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
-        """Return `function`, of arrays and containers of arrays, as fast as the framework runs it.
+        """Return `function`, of arrays and containers of arrays, compiled if that makes it faster.
 
-        JAX compiles it, once per shape of its arguments; frameworks that are fast as they are
-        return it unchanged, so it has to be pure: everything it needs is an argument or constant.
+        JAX compiles it once per shape of its arguments; eager frameworks return it unchanged. It
+        has to be pure: everything it needs is an argument or a constant.
 
         donate: positions of arguments whose buffers it consumes, as :meth:`slice_update` does.
         """
         return function
 
     def traced_form(self, buffer: Array) -> Array:
-        """Return `buffer` as compiled programs carry it (bits, if need be); consumes it.
+        """Return `buffer` in the form for compiled programs (bits, if need be); consumes it.
 
-        :meth:`from_traced` undoes that. The ``traced_`` functions below take either.
+        :meth:`from_traced` undoes that. The ``traced_`` functions below accept either form.
         """
         return buffer
 
@@ -270,11 +273,11 @@ class Backend(ABC):
         return buffer
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
-        """Return host ints as an argument that does not compile a program anew when they change."""
+        """Return host ints as an argument of programs, without recompilation when they change."""
         return start
 
-    # In a program under a tracer there is no instance at hand and no value to check: these are
-    # class methods, and all they know is their arguments.
+    # Under a tracer there is no device, so no instance, and no value to check: these are class
+    # methods, and know nothing but their arguments.
 
     @classmethod
     def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:
@@ -290,7 +293,10 @@ class Backend(ABC):
     def traced_append(
         cls, buffer: NativeArray, rows: Array, start: NativeArray, axis: int
     ) -> Array:
-        """Write `rows` at ``[start, start + n)`` of `axis`, or nothing if that lies outside."""
+        """Write `rows` at ``[start, start + n)`` of `axis`; consumes `buffer`.
+
+        A range beyond the end overwrites nothing below `start`; rows inside may be written.
+        """
         if start + rows.shape[axis] <= buffer.shape[axis]:
             buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
         written: Array = buffer
@@ -311,23 +317,24 @@ class Backend(ABC):
         no: Callable[[Unpack[Ts]], R],
         *operands: *Ts,
     ) -> R:
-        """Run ``yes(*operands)`` or ``no(*operands)`` alone; both return the same structure."""
+        """Run just one of ``yes(*operands)`` and ``no(*operands)``, of the same structure."""
         return yes(*operands) if condition else no(*operands)
 
     # For the adapters.
 
     def _host(self, array: npt.ArrayLike, dtype: str | None) -> HostArray:
-        """Return `array` as a NumPy array of a dtype that this framework has."""
+        """Return `array` as a compact NumPy array, of `dtype` if given. Raises: DTypeError."""
         host = np.asarray(array)
         name = dtype or host.dtype.name
         self.dtype(name)
-        # Not every framework takes strides that are negative or a byte order that is not its own.
+        # Not every framework takes negative strides or foreign byte orders. The reshape undoes
+        # the axis that ascontiguousarray gives to a scalar.
         return np.ascontiguousarray(host, HOST_DTYPES[name]).reshape(host.shape)
 
     def _check_device(self, device: str | None, usable: Sequence[str]) -> str:
         """Return `device`, or the first usable one for None.
 
-        Raises: BackendNotAvailableError for one that is not there.
+        Raises: BackendNotAvailableError for any other.
         """
         if device is not None and device not in usable:
             raise BackendNotAvailableError(
@@ -336,7 +343,7 @@ class Backend(ABC):
         return device or usable[0]
 
 
-# Cached, because every put asks for it, of very few types.
+# Cached, because every put asks for it, for very few types.
 @lru_cache(maxsize=256)
 def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
@@ -344,13 +351,13 @@ def root_modules(kind: type) -> frozenset[str]:
 
 
 FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))
-"""``(*FULL_SLICES[axis], key)`` indexes `axis` with key."""
+"""Full slices for the axes in front: ``(*FULL_SLICES[axis], key)`` indexes `axis` by key."""
 
 
 # Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.
 @lru_cache(maxsize=1024)
 def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """Return the rows in `new` and the last position on `axis` where they still fit into `have`.
+    """Return the number of rows in `new`, and their last possible start on `axis` of `have`.
 
     Raises: ShapeError where another axis differs.
     """
@@ -372,7 +379,7 @@ def _check_dtype(buffer: Array, update: Array) -> None:
 
 
 def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
-    """Return `index` as int32, every position inside an axis of `length`.
+    """Return `index` as int32, checked against an axis of `length`.
 
     Raises: ShapeError, DTypeError, BoundsError.
     """

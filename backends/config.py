@@ -1,4 +1,4 @@
-"""The layout that a backend wants for its caches."""
+"""The layout of the caches of a backend."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MASK_DTYPES = ("bool", "float32", "float16", "bfloat16")
 class CacheConfig:
     """Layout of the caches of a backend; a model may override it before first use.
 
-    padding: lengths of returned keys and values are multiples of this (in tokens).
-    key_layout, value_layout: storage order of ``put`` and ``get``; ``"htd"`` is
+    padding: lengths of returned keys and values are multiples of so many tokens.
+    key_layout, value_layout: order of axes in ``put`` and ``get`` of a pool; ``"htd"`` is
         ``[kv_heads, tokens, head_dim]``.
     mask_dtype: ``"bool"`` (True = attend) or a float dtype (0 = attend, -inf = hidden).
 

@@ -1,4 +1,4 @@
-"""The dtypes that kvcache speaks, by name."""
+"""The dtypes of kvcache, by name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HOST_DTYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype(np.int32),
     "bool": np.dtype(np.bool_),
 }
-"""Every dtype by name, with its NumPy dtype (``ml_dtypes`` has those that NumPy lacks)."""
+"""NumPy dtype of every dtype name; bfloat16 and float8 are from ``ml_dtypes``."""
 
 
 def nbytes(shape: Sequence[int], dtype: str) -> int:
-    """Return the bytes of an array of this shape and dtype name."""
+    """Return the size in bytes of an array of this shape and dtype name."""
     return math.prod(shape) * HOST_DTYPES[dtype].itemsize

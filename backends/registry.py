@@ -1,6 +1,6 @@
-"""The registry of backends: which there are, how each is found, and what installs it.
+"""The registry of backends: names, adapters, frameworks, and how to install these.
 
-Each adapter, and the framework behind it, is imported when its backend is first asked for.
+An adapter, and the framework behind it, is imported when its backend is first requested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .base import Backend, root_modules
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a backend lives, the framework it needs, and what installs that framework."""
+    """A backend: its class as ``"module:Class"``, its framework, and the command to install it."""
 
     target: str
     framework: str
@@ -42,19 +42,21 @@ _REGISTRY: dict[str, _Entry] = {
         "kvcache.backends._torch:TorchBackend", "torch", "pip install 'kvcache[torch]'"
     ),
 }
-# JAX defines its arrays elsewhere.
+# Modules of the array types, where these are not defined in the framework itself.
 _ALIASES = {"jax": "jaxlib"}
-# "auto": the framework that its machine is best at. MLX only where it was made for.
+# Order for "auto". MLX comes first only on Apple machines, which it is made for.
 _PREFERENCE = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What :func:`available_backends` found out about one backend.
+    """One backend on this machine, as reported by :func:`available_backends`.
 
-    installed: whether it can be used. version: of its framework.
-    devices: what it can allocate on, default first. reason: why it cannot be used, or ``""``.
-    remedy: the command that installs it.
+    installed: whether it can be used.
+    version: version of its framework.
+    devices: devices to allocate on, the default one first.
+    reason: why it cannot be used, or ``""``.
+    remedy: the command to install it.
     """
 
     installed: bool
@@ -65,14 +67,15 @@ class BackendInfo:
 
 
 def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Backend:
-    """The backend called `spec`: ``"numpy"``, ``"torch:cuda:1"``, ``"array_api:cupy"``, ...
+    """Return the backend called `spec`: ``"numpy"``, ``"torch:cuda:1"``, ``"array_api:cupy"``, ...
 
-    ``"auto"`` takes ``$KVCACHE_BACKEND`` if set, else the best one installed. `device` may be
-    given apart from the name. A backend passed in is returned as it is.
+    ``"auto"`` stands for ``$KVCACHE_BACKEND`` if set, else for the best one installed. `device`
+    may be given apart from the name. A backend passed in is returned as it is.
 
     Raises:
-        UnknownBackendError: no backend has that name.
-        BackendNotAvailableError: its framework or device is missing; says what installs it.
+        UnknownBackendError: no backend has that name, or two devices are named.
+        BackendNotAvailableError: its framework or device is missing; gives the command to
+            install it.
     """
     if isinstance(spec, Backend):
         return spec
@@ -91,7 +94,9 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
 
 
 def backend_of(array: Array) -> Backend:
-    """The backend, device included, that owns `array`; imports nothing new to find out.
+    """Return the backend, device included, of `array`.
+
+    Arrays of a framework exist only once it is imported, so this imports no other one.
 
     Raises:
         UnknownBackendError: the array is of no known framework.
@@ -103,7 +108,7 @@ def backend_of(array: Array) -> Backend:
         try:
             return _backend("array_api", type(array).__module__.partition(".")[0])
         except BackendNotAvailableError:
-            pass
+            pass  # a module without an array namespace: the error below says more
     raise UnknownBackendError(
         f"keys and values must be arrays of a framework that has a backend "
         f"({', '.join(sorted(_entries()))}); got {type(array).__module__}.{type(array).__name__}. "
@@ -112,15 +117,15 @@ def backend_of(array: Array) -> Backend:
 
 
 def backend_type(array: Array) -> type[Backend]:
-    """The class of the backend of `array`, which may be a tracer and have no device yet."""
-    found = _types.get(type(array))  # all that torch.compile can follow
-    if found is None:
-        found = _types[type(array)] = _load(_name_of(type(array)) or "array_api")
-    return found
+    """Return the backend class for `array`, which may be a tracer without a device."""
+    backend = _types.get(type(array))  # torch.compile can trace no more than such a lookup
+    if backend is None:
+        backend = _types[type(array)] = _load(_name_of(type(array)) or "array_api")
+    return backend
 
 
 def _name_of(kind: type) -> str | None:
-    """The backend for arrays of a type; None where only the array API may help."""
+    """Return the backend name for a type of arrays; None: only the array API may serve it."""
     modules = root_modules(kind)
     for name, entry in _entries().items():
         if entry.framework in modules or _ALIASES.get(entry.framework) in modules:
@@ -129,15 +134,19 @@ def _name_of(kind: type) -> str | None:
 
 
 def available_backends() -> Mapping[str, BackendInfo]:
-    """What there is on this machine, by name. Imports every framework that is installed."""
+    """Return all backends by name, usable or not. Imports every framework installed."""
     return {name: _inspect(name) for name in sorted(_entries())}
 
 
 def register_backend(name: str, target: str, framework: str, remedy: str) -> None:
     """Add a backend from code; packages do it with the entry-point group ``kvcache.backends``.
 
-    name: what :func:`get_backend` will know it by. target: ``"module:Class"``, imported when
-    first used. framework: the module whose arrays it owns. remedy: the command to install it.
+    name: its name for :func:`get_backend`.
+    target: ``"module:Class"``, imported when first used.
+    framework: the module whose arrays it owns.
+    remedy: the command to install it.
+
+    Raises: UnknownBackendError for a name in use.
     """
     if name in _entries():
         raise UnknownBackendError(f"a backend named {name!r} exists already. Choose another name.")
@@ -146,22 +155,22 @@ def register_backend(name: str, target: str, framework: str, remedy: str) -> Non
 
 @cache
 def _plugins() -> dict[str, _Entry]:
-    """Backends of other packages, each named after the module of the arrays it owns."""
-    found = importlib.metadata.entry_points(group="kvcache.backends")
+    """Return the backends of other packages, each named after the module of its arrays."""
+    points = importlib.metadata.entry_points(group="kvcache.backends")
     return {
         point.name: _Entry(
             point.value, point.name, f"pip install {point.dist.name if point.dist else point.name}"
         )
-        for point in found
+        for point in points
     }
 
 
 def _entries() -> dict[str, _Entry]:
-    return {**_plugins(), **_REGISTRY}
+    return {**_plugins(), **_REGISTRY}  # a package cannot replace a backend of ours
 
 
 def _best(device: str | None) -> Backend:
-    """The first choice that works: an installed framework may be broken, or a mere folder."""
+    """Return the first usable backend: an installed framework may be broken, or a mere folder."""
     for name in _PREFERENCE:
         if importlib.util.find_spec(_REGISTRY[name].framework):
             try:
@@ -177,6 +186,10 @@ _types: dict[type, type[Backend]] = {}
 
 @cache
 def _load(name: str) -> type[Backend]:
+    """Import the adapter called `name` and return its class.
+
+    Raises: UnknownBackendError, BackendNotAvailableError if anything goes wrong.
+    """
     entries = _entries()
     if name not in entries:
         raise UnknownBackendError(
@@ -186,7 +199,7 @@ def _load(name: str) -> type[Backend]:
     module, _, attribute = entries[name].target.partition(":")
     try:
         backend: type[Backend] = getattr(importlib.import_module(module), attribute)
-        backend.devices()
+        backend.devices()  # some installations import, and fail at first use (no driver)
     except Exception as error:  # a broken installation raises whatever it likes
         raise BackendNotAvailableError(
             f"backend {name!r} needs {entries[name].framework}, which cannot be imported or "
@@ -196,14 +209,14 @@ def _load(name: str) -> type[Backend]:
     return backend
 
 
-# A device may be named or left to the framework; either way it is one backend.
+# By resolved device: "torch", "torch:cuda" and "torch:cuda:0" are to be one object.
 _instances: dict[tuple[str, str], Backend] = {}
 
 
 @cache
 def _backend(name: str, device: str | None) -> Backend:
-    made = _load(name)(device)
-    return _instances.setdefault((name, made.device), made)
+    backend = _load(name)(device)
+    return _instances.setdefault((name, backend.device), backend)
 
 
 def _inspect(name: str) -> BackendInfo:
@@ -216,9 +229,9 @@ def _inspect(name: str) -> BackendInfo:
 
 
 def _version(framework: str) -> str:
-    """Version of the distribution that the module comes from, or what it says of itself."""
+    """Return the version of the module's distribution, else its ``__version__``, else ``""``."""
     try:
-        found = importlib.metadata.packages_distributions()[framework]
-        return importlib.metadata.version(found[0])
+        distributions = importlib.metadata.packages_distributions()[framework]
+        return importlib.metadata.version(distributions[0])
     except (KeyError, importlib.metadata.PackageNotFoundError):
         return str(getattr(sys.modules.get(framework), "__version__", ""))

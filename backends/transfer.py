@@ -1,4 +1,4 @@
-"""Arrays from one backend to another."""
+"""Transfer of arrays between backends."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from .base import Backend
 
 
 def transfer(array: Array, source: Backend, target: Backend) -> Array:
-    """Return `array` of `source` as one of `target`, bit for bit; shares memory if the two can.
+    """Return `array` of `source` as an array of `target`, equal bit for bit.
 
-    Otherwise it goes through the host. To write to either array, copy the result first and
-    sync that copy: it may still be reading the memory of `array`.
+    The two share memory where the frameworks can; otherwise the host copies. Before writing to
+    either array, copy the result and sync the copy: it may still be reading the memory of `array`.
 
     Raises: DTypeError if the target lacks the dtype.
     """
     target.dtype(source.dtype_name(array))
-    source.sync(array)
+    source.sync(array)  # DLPack hands over memory that a lazy framework may not have written yet
     try:
         shared = target.from_dlpack(array)
     except DTypeError:
         return target.from_host(source.to_host(array))
-    # DLPack may have left it on the device that it came from.
+    # DLPack may have left the array on the device of `source`.
     return shared if target.owns(shared) else target.from_host(source.to_host(array))

@@ -6,6 +6,9 @@ a line that ends in ``::``, and a block   the line, and a fenced block
 ``name: what it is`` at the margin        an item of a list
 ``Raises: ValueError``                    a paragraph of its own, with a bold word
 ========================================  =========================================
+
+Members of the classes in ``_INHERITING`` that have no docstring get that of the member which they
+override: their page shows the whole class, not the contract that it fulfils.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ _ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
 _SECTION = re.compile(r"(Raises|Returns): ?(.*)")
 _ITEM = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 _INDENT = "    "
+_INHERITING = ("kvcache.layers.growing.KVCache",)
 
 
 class ProjectDocstrings(griffe.Extension):
@@ -30,6 +34,20 @@ class ProjectDocstrings(griffe.Extension):
         """Turn the docstring of `obj` into Markdown."""
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Let members without a docstring have an inherited one; a site would leave them out."""
+        for path in _INHERITING:
+            if path.startswith(f"{pkg.path}."):
+                _inherit(pkg[path.removeprefix(f"{pkg.path}.")])
+
+
+def _inherit(cls: griffe.Class) -> None:
+    for base in cls.mro():
+        for name, member in base.members.items():
+            own = cls.members.get(name)
+            if own is not None and own.docstring is None:
+                own.docstring = member.docstring
 
 
 def to_markdown(text: str) -> str:

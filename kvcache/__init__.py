@@ -11,7 +11,6 @@ from kvcache.backends import (
 )
 from kvcache.diffusion import DiffusionCache
 from kvcache.errors import (
-    AudioFileError,
     BackendNotAvailableError,
     BoundsError,
     CacheFileError,
@@ -21,7 +20,6 @@ from kvcache.errors import (
     DTypeError,
     ForeignFileError,
     KVCacheError,
-    ModelFileError,
     NewerFileError,
     NotSupportedError,
     ShapeError,
@@ -31,7 +29,6 @@ from kvcache.errors import (
     TrimError,
     UnknownBackendError,
     UnknownStreamError,
-    UnsupportedModelError,
 )
 from kvcache.layers.growing import KVCache
 from kvcache.layers.rotating import RotatingKVCache
@@ -46,7 +43,6 @@ from kvcache.prefix import PrefixCache
 from kvcache.snapshots.snapshot import Snapshot
 
 __all__ = [
-    "AudioFileError",
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
@@ -66,7 +62,6 @@ __all__ = [
     "KVCache",
     "KVCacheError",
     "LayerCaches",
-    "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
     "PrefixCache",
@@ -80,7 +75,6 @@ __all__ = [
     "TrimError",
     "UnknownBackendError",
     "UnknownStreamError",
-    "UnsupportedModelError",
     "WrapperCache",
     "available_backends",
     "backend_of",

@@ -1,4 +1,4 @@
-"""Types of host-side arrays that several parts share."""
+"""Types of host-side NumPy arrays, shared by the whole package."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 Int32s: TypeAlias = npt.NDArray[np.int32]
-"""Positions, token ids, sequence ids, cells: all that a device may be given."""
+"""Positions, token ids, sequence ids, cells: integers that may be sent to a device."""
 Indices: TypeAlias = npt.NDArray[np.int64]
-"""Indices that stay on the host."""
+"""Indices used on the host only."""
 Bools: TypeAlias = npt.NDArray[np.bool_]
-"""A choice among elements, or a mask: True = chosen, visible."""
+"""A mask: True for elements that are selected, or visible."""

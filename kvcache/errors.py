@@ -16,25 +16,22 @@
     ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
     ├── SharedCellsError           (RuntimeError)  cells to be changed belong to others too
     ├── SnapshotMismatchError      (ValueError)    a snapshot of other caches, tokens or model
-    ├── CacheFileError             (OSError)
-    │   ├── DamagedFileError                       truncated, or a checksum does not match
-    │   ├── ForeignFileError                       not written by kvcache
-    │   └── NewerFileError                         written by a later format version
-    ├── ModelFileError             (OSError)       a model file that is missing or unreadable
-    ├── UnsupportedModelError      (ValueError)    a model the reference decoder does not run
-    └── AudioFileError             (OSError)       a recording that cannot be read
+    └── CacheFileError             (OSError)
+        ├── DamagedFileError                       truncated, or a checksum does not match
+        ├── ForeignFileError                       not written by kvcache
+        └── NewerFileError                         written by a later format version
 
-Each also derives from the builtin that fits, so that code which knows nothing of kvcache
-catches what it expects. A call that raises one of these has changed nothing.
+Each also derives from the matching builtin exception, so that code without any knowledge of
+kvcache can catch it. A call that raises one of these has changed nothing.
 """
 
 
 class KVCacheError(Exception):
-    """Base of every error that kvcache raises on purpose."""
+    """Base class of every error raised by kvcache on purpose."""
 
 
 class BackendNotAvailableError(KVCacheError, ImportError):
-    """The framework, or the device asked of it, is not on this machine."""
+    """The framework, or the requested device, is not available on this machine."""
 
 
 class UnknownBackendError(KVCacheError, ValueError):
@@ -50,7 +47,7 @@ class UnknownStreamError(KVCacheError, LookupError):
 
 
 class DiffusionCacheError(KVCacheError, ValueError):
-    """A step, time or setting that a cache across denoising steps can do nothing with."""
+    """A step, time or setting makes no sense to a cache across denoising steps."""
 
 
 class StepOrderError(DiffusionCacheError):
@@ -66,7 +63,7 @@ class DTypeError(KVCacheError, TypeError):
 
 
 class TrimError(KVCacheError, ValueError):
-    """The tokens cannot be taken back exactly."""
+    """The last tokens cannot be taken back exactly."""
 
 
 class CacheFullError(KVCacheError, RuntimeError):
@@ -74,15 +71,15 @@ class CacheFullError(KVCacheError, RuntimeError):
 
 
 class NotSupportedError(KVCacheError, NotImplementedError):
-    """This cache, as it was made, does not do that."""
+    """The operation is not supported by a cache made with these options."""
 
 
 class SharedCellsError(KVCacheError, RuntimeError):
-    """Cells that would have to change belong to several sequences."""
+    """Cells to be changed belong to several sequences."""
 
 
 class SnapshotMismatchError(KVCacheError, ValueError):
-    """A snapshot that belongs to caches of another kind, or to other tokens or another model."""
+    """A snapshot belongs to caches of another kind, to other tokens or to another model."""
 
 
 class CacheFileError(KVCacheError, OSError):
@@ -99,15 +96,3 @@ class ForeignFileError(CacheFileError):
 
 class NewerFileError(CacheFileError):
     """The file was written by a later version of the format."""
-
-
-class ModelFileError(KVCacheError, OSError):
-    """A model file is missing or unreadable."""
-
-
-class UnsupportedModelError(KVCacheError, ValueError):
-    """The reference decoder does not run this kind of model."""
-
-
-class AudioFileError(KVCacheError, OSError):
-    """A recording is missing or unreadable."""

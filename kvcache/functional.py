@@ -1,7 +1,7 @@
 """Caches as pure functions, for ``jax.jit``, ``lax.scan``, ``torch.compile``, ``mx.compile``.
 
-The host plans, a compiled program applies: nothing here looks at a value, so nothing here can
-check one. What a plan says has been checked when it was made.
+The host plans a pass, a compiled program applies it. Functions here never look at the values of
+arrays, so they cannot check any: the contents of a plan were checked when it was made.
 
 For a pool of cells::
 
@@ -9,17 +9,17 @@ For a pool of cells::
     plan, state = cache.plan(batch), cache.program_state
     state = functional.put(state, plan, layer, k, v)        # in the program
     k, v, mask = functional.get(state, plan, layer)
-    cache.program_state = state                                     # back on the host
+    cache.program_state = state                             # back on the host
 
 For a per-layer cache::
 
-    state = cache.export_state(tokens)                              # room for so many more
+    state = cache.export_state(tokens)                      # room for so many more
     state, K, V = functional.append(state, k, v)            # in the program
     mask = functional.mask(state, L)
     cache.import_state(state)
 
-Donate the state to the program (``jax.jit(step, donate_argnums=...)``): it is then written in
-place. Whoever keeps the old one pays for a copy.
+Donate the state to the program (``jax.jit(step, donate_argnums=...)``), and it is written in
+place. A state that is not donated is copied by every program that writes to it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def put(
 ) -> PoolState:
     """Return `state` with keys and values of the pass's tokens, as :meth:`Cache.put` takes them.
 
-    Consumes the buffers of `state`. Raises, while it is traced: KVCacheError for a layer that was
-    not allocated; ShapeError for a wrong number of tokens, heads or dimensions; DTypeError.
+    keys, values: in the layout of the cache, by default ``[kv_heads, tokens, head_dim]``.
+
+    Consumes the buffers of `state`.
+
+    Raises: while it is traced, KVCacheError for a layer without buffers, ShapeError for a wrong
+        number of tokens, heads or dimensions, DTypeError.
     """
     update = (keys,) if values is None else (keys, values)
     buffers = _layer(state, layer)
@@ -68,7 +72,10 @@ def put(
 
 
 def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array | None, Array]:
-    """Return keys, values and mask of the pass's history, as :meth:`Cache.get` does."""
+    """Return keys, values and mask of the pass's history, as :meth:`Cache.get` does.
+
+    Values are None for a layer of keys only. Raises: KVCacheError for a layer without buffers.
+    """
     length, read = plan.mask.shape[-1], backend_type(plan.mask).traced_read
     history = [
         read(buffer, plan.start, length, _token_axis(like), like.dtype)
@@ -78,14 +85,16 @@ def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array |
 
 
 def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:
-    """Return `state` with L more tokens, and all keys and values that it holds then.
+    """Return `state` with L more tokens, and then the keys and values of all its slots.
 
-    keys, values: ``[B, kv_heads, L, head_dim]``. The columns returned are all slots: :func:`mask`
-    hides those that no token is in. Consumes the buffers of `state`.
+    keys, values: ``[B, kv_heads, L, head_dim]``. Those returned have as many columns as there are
+        slots; :func:`mask` hides the empty ones.
 
-    A growing cache that is full stays as it is, but counts on; :meth:`KVCache.import_state`
-    refuses it. Raises, while it is traced: ShapeError for several tokens at once on a ring, or for
-    other heads or dimensions; DTypeError.
+    Consumes the buffers of `state`. Appending to a full growing cache overwrites nothing, but
+    still advances its offset, by which :meth:`KVCache.import_state` refuses the state.
+
+    Raises: while it is traced, ShapeError for several tokens at once on a ring, or for other
+        heads or dimensions; DTypeError.
     """
     _check(state.keys, keys, state.like, TOKENS)
     _check(state.values, values, state.like, TOKENS)
@@ -109,11 +118,12 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
 
 
 def _turned(state: RingState) -> RingState:
-    """Return a ring to which a token was appended, ready for the next one."""
+    """Return a ring with one token just written, moved on to its next slot."""
     latest = (state.offset - 1)[None]
     write = backend_type(state.positions).traced_append
     next_slot = state.slot + 1
-    # Behind its last slot the ring goes on with the first one that holds no sink.
+    # From the last slot the ring continues at the first one without a sink. Arithmetic, because a
+    # traced value cannot be compared in an `if`: `wraps` is 0, or 1 after the last slot.
     wraps = next_slot // state.size
     return state._replace(
         positions=write(state.positions, latest, state.slot, 0),
@@ -122,16 +132,18 @@ def _turned(state: RingState) -> RingState:
 
 
 def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
-    """Return what the last `tokens` queries see: bool ``[tokens, slots]``, True = attend.
+    """Return the mask of the last `tokens` queries: bool ``[tokens, slots]``, True = attend.
 
-    As :meth:`KVCache.mask`, but for None: a program cannot look whether everything is visible.
+    Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
+    visible. `window` W lets a token see itself and the W - 1 tokens before it.
     """
     first = (state.offset - tokens)[None]
     rule = Visibility(None if window is None else window - 1)
     columns = state.positions[None, :]
     if isinstance(state, RingState):
         return rule.sees(first[:, None], columns, state.sinks)
-    # A growing cache has position p in slot p: its first slots count up from 0.
+    # Position p of a growing cache is in slot p, so its first positions count up from 0: an arange
+    # that needs no framework to make it.
     return rule.sees((state.positions[:tokens] + first)[:, None], columns)
 
 
@@ -154,22 +166,23 @@ def _write(buffer: Array, rows: Array, cells: Array, like: Array) -> Array:
 
 
 def _check(buffer: Array, rows: Array, like: Array, axis: int) -> None:
-    want, got = list(buffer.shape), list(rows.shape)
-    want[axis] = got[axis] if len(got) > axis else 0
-    if got != want:
+    """Raise ShapeError or DTypeError unless `rows` can be written along `axis` of `buffer`."""
+    expected, given = list(buffer.shape), list(rows.shape)
+    expected[axis] = given[axis] if len(given) > axis else 0
+    if given != expected:
         raise ShapeError(
-            f"keys and values match their buffer on every axis but {axis}; got {got} for "
+            f"keys and values match their buffer on every axis but {axis}; got {given} for "
             f"{list(buffer.shape)}."
         )
-    if rows.dtype != like.dtype:
+    if rows.dtype != like.dtype:  # not that of the buffer, which may carry bits
         raise DTypeError(f"this cache holds {like.dtype}; got {rows.dtype}. Cast keys and values.")
 
 
 def _token_axis(like: Array) -> int:
-    """Where the empty arrays of a plan have no length."""
+    """Return the token axis of `like`, an empty array: the one axis of length 0."""
     return int(list(like.shape).index(0))
 
 
 def _whole(buffer: Array, like: Array) -> Array:
-    """All slots, as an array of the dtype of `like`."""
+    """Return all slots of `buffer` in the dtype of `like`."""
     return backend_type(like).traced_read(buffer, 0, buffer.shape[TOKENS], TOKENS, like.dtype)

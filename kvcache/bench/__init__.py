@@ -1,6 +1,7 @@
-"""Benchmarks: what our caches cost beside the raw framework call and the caches of others.
+"""Benchmarks: the cost of our caches beside the raw framework call and the caches of others.
 
 Frameworks are imported when they are measured, rich and matplotlib when they are asked for.
+A folder per benchmark stands on `frameworks`, the raw calls, and `harness`, the common parts.
 """
 
 from kvcache.bench.append.report import AppendReport, Timing

@@ -24,7 +24,7 @@ from kvcache.bench import (
 from kvcache.bench.diffusion.run import FEWEST_STEPS, SAMPLES, STEPS
 from kvcache.bench.diffusion.run import ROUNDS as DIFFUSION_ROUNDS
 from kvcache.bench.harness import timing
-from kvcache.bench.harness.report import Report
+from kvcache.bench.harness.report import MeasuredTiming, Report
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure ours against others, in one run.")
 
@@ -34,7 +34,7 @@ Backends = Annotated[
 Dtypes = Annotated[str, typer.Option(help="Comma-separated.")]
 Heads = Annotated[int, typer.Option(help="Key and value heads.")]
 HeadDim = Annotated[int, typer.Option(help="Dimensions of a head.")]
-Rounds = Annotated[int, typer.Option(help="How often all take turns.")]
+Rounds = Annotated[int, typer.Option(help="Turns of every contestant.")]
 Json = Annotated[Path | None, typer.Option(help="Write everything measured here.")]
 
 
@@ -52,7 +52,7 @@ def append(
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw cost over capacity here.")] = None,
 ) -> None:
-    """Measure what appending one token to K and V costs, at several capacities.
+    """Measure the cost of appending one token to K and V, at several capacities.
 
     Ours (a backend's slice_update, KVCache.update, RotatingKVCache.update), the raw framework
     call, memmove of the same bytes, and, if installed, the caches of transformers and mlx-lm:
@@ -83,19 +83,19 @@ def diffusion(
     backends: Backends = "",
     steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=FEWEST_STEPS)] = STEPS,
     samples: Annotated[int, typer.Option(help="Drawn together.")] = SAMPLES,
-    rounds: Annotated[int, typer.Option(help="How often all take turns.")] = DIFFUSION_ROUNDS,
+    rounds: Annotated[int, typer.Option(help="Turns of every contestant.")] = DIFFUSION_ROUNDS,
     model: Annotated[
-        Path | None, typer.Option(help="Read the model from here if it is there, else keep it.")
+        Path | None, typer.Option(help="File of the model: read if it exists, else written.")
     ] = None,
     peers: Annotated[bool, typer.Option(help="Beside the caches of diffusers, on a FLUX.")] = True,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw error over time saved here.")] = None,
 ) -> None:
-    """Measure what caches across denoising steps save, and how far the samples are off.
+    """Measure the time saved by caches across denoising steps, and the error of the samples.
 
-    Every policy and predictor, from careful to careless, on a small diffusion transformer that
-    torch trains on toy shapes first, for half a minute; and beside the caches of diffusers on a
-    small FLUX of random weights, if diffusers is installed. Example:
+    Every policy and predictor, from careful to careless, on a small diffusion transformer, which
+    torch first trains on toy shapes for half a minute; and beside the caches of diffusers, if it
+    is installed, on a small FLUX of random weights. Example:
 
     [bold]kvcache bench diffusion --backends torch,jax --model toy.safetensors --plot it.png[/]
     """
@@ -127,11 +127,11 @@ def plan(
     rounds: Rounds = 101,
     json: Json = None,
 ) -> None:
-    """Measure what it costs on the host to plan a decode step of 1, 64 and 256 sequences.
+    """Measure the cost, on the host, of planning a decode step of 1, 64 and 256 sequences.
 
-    Which cells the new tokens get, which old ones a window drops, and, in the columns with mask,
-    who sees what: everything that happens before the first layer. It must not cost more in a pool
-    of ten times as many cells. No framework takes part. Example:
+    Planning chooses the cells of the new tokens and of the old ones that a window drops; in the
+    columns with mask, it also makes the mask: all of the work before the first layer. It must not
+    cost more in a pool of ten times as many cells. No framework takes part. Example:
 
     [bold]kvcache bench plan --window 512 --json plan.json[/]
     """
@@ -147,11 +147,11 @@ def prefix(
     rounds: Rounds = 101,
     json: Json = None,
 ) -> None:
-    """Measure what it costs to find what a request has in common with others, and to evict.
+    """Measure the cost of finding prefixes common to several requests, and of evicting them.
 
-    Sequences of 2,048 tokens, half of which are a prompt that others begin with, too: found in
-    and added to a radix tree, and the index of spans on it. A query that leaves the tree early
-    must not cost more if it is longer, and no policy may pause for 5 ms. Example:
+    Sequences of 2,048 tokens, the first half of them a prompt common to many users, are looked up
+    in and added to a radix tree and the index of spans on it. A query that leaves the tree early
+    must not cost more if it is longer, and no eviction may take longer than 5 ms. Example:
 
     [bold]kvcache bench prefix --rounds 31 --json prefix.json[/]
     """
@@ -178,7 +178,7 @@ def step(
     ] = False,
     json: Json = None,
 ) -> None:
-    """Measure what a CausalCache costs in one decode step of a whole model.
+    """Measure the cost of a CausalCache in one decode step of a whole model.
 
     start_forward, then put and get in all layers, mask included, beside the raw framework calls:
     a slice of K and of V written and a view of each taken per layer. Raw plans nothing and has no
@@ -204,10 +204,10 @@ def step(
 
 @contextmanager
 def _bar() -> Iterator[timing.Progress]:
-    """A bar on standard error, and what moves it."""
+    """Show a bar on standard error; yield the function to move it."""
     notes = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # A thread that refreshes the bar would take its time from what is measured.
+    # A thread that refreshes the bar would take its time from the measurement.
     with Progress(
         *columns,
         console=notes,
@@ -221,7 +221,7 @@ def _bar() -> Iterator[timing.Progress]:
         )
 
 
-def _show(report: Report, json: Path | None) -> None:
+def _show(report: Report[MeasuredTiming], json: Path | None) -> None:
     Console().print(report.to_table())
     if json is not None:
         report.to_json(json)

@@ -1,4 +1,4 @@
-"""``kvcache chat``: a conversation in which nothing is computed twice."""
+"""``kvcache chat``: a conversation without computing anything twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 import kvcache
 
 from .console import BackendName, notes
-from .generate import load_model
+from .models import load_model
 
 if TYPE_CHECKING:
     from kvcache.reference.llama.chat import Chat, Conversation, Turn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ChatCache(StrEnum):
-    """Which cache a chat uses."""
+    """Caches of ``kvcache chat``."""
 
     kv = "kv"
     rotating = "rotating"
@@ -41,41 +41,43 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=1, help="Tokens of an answer, at most.")
     ] = 128,
-    system: Annotated[str | None, typer.Option(help="What the model is told before all.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="Instructions to the model, before the first turn.")
+    ] = None,
     max_size: Annotated[int, typer.Option(help="Rotating: tokens held, sinks included.")] = 1024,
     keep: Annotated[int, typer.Option(help="Rotating: first tokens never dropped (sinks).")] = 4,
     capacity: Annotated[int, typer.Option(help="Pool: tokens of the conversation.")] = 4096,
     dtype: Annotated[
-        str, typer.Option(help="What the cache holds; the model computes in float32.")
+        str, typer.Option(help="Dtype of the cache; the model computes in float32.")
     ] = "float32",
     budget: Annotated[
-        int, typer.Option(min=0, help="MiB that what was said may take, all turns together.")
+        int, typer.Option(min=0, help="MiB that all turns together may take in the cache.")
     ] = 1024,
     policy: Annotated[
-        str, typer.Option(help="What goes first: lru, s3fifo, cost, gittins.")
+        str, typer.Option(help="Eviction policy: lru, s3fifo, cost, gittins.")
     ] = "lru",
     compare: Annotated[
         bool,
         typer.Option(help="Measure the time to the first token without reuse, too."),
     ] = True,
     tree: Annotated[
-        Path | None, typer.Option(help="Draw the tree of what is stored to this SVG at the end.")
+        Path | None, typer.Option(help="Draw the tree of stored prefixes to this SVG at the end.")
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(help="A GGUF file of llama architecture; default: SmolLM2-135M-Instruct."),
     ] = None,
 ) -> None:
-    """Talk to a real model; every turn goes on from what the turns before have computed.
+    """Talk to a real model; every turn reuses the computation of the turns before.
 
     After each answer a line says how many tokens were reused, and how long the first token took
     with and without that. One line of input is one turn; the end of the input, or /quit, ends it.
 
     Many turns from a file: [bold]kvcache chat --backend torch --cache rotating < turns.txt[/]
     """
-    where = kvcache.get_backend(backend)
-    where.dtype(dtype)
-    llama, tokenizer = load_model(model, where)
+    target = kvcache.get_backend(backend)
+    target.dtype(dtype)  # an unknown one raises now, and not after loading
+    llama, tokenizer = load_model(model, target)
     from kvcache.reference.llama.chat import Chat, Conversation
 
     talk = Chat(
@@ -99,7 +101,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, a line each, until there is no more or it is /quit."""
+    """Yield the lines of the user, until the end of input or /quit; empty ones are skipped."""
     while True:
         if sys.stdin.isatty():
             notes.print("[bold]you>[/] ", end="")
@@ -108,7 +110,7 @@ def _lines() -> Iterator[str]:
         if not line or text == "/quit":
             return
         if text:
-            if not sys.stdin.isatty():
+            if not sys.stdin.isatty():  # nobody has typed the line onto the screen
                 notes.print(f"[bold]you>[/] {text}", highlight=False)
             yield text
 
@@ -116,6 +118,7 @@ def _lines() -> Iterator[str]:
 def _turn(
     talk: Chat, conversation: Conversation, tokenizer: Tokenizer, text: str, max_tokens: int
 ) -> Turn:
+    """Print the answer to `text` and its costs; return them."""
     from kvcache.reference.llama.chat import Turn
 
     turn, stream = Turn(conversation.ask(text)), tokenizer.stream()

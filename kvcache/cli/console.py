@@ -1,4 +1,4 @@
-"""What the commands share: where they talk to people. Needs typer and rich."""
+"""Output and options shared by the commands. Importing it needs typer and rich."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ except ImportError as missing:
     ) from missing
 
 notes = Console(stderr=True)
+"""Standard error: everything but results."""
 
 BackendName = Annotated[
     str,
@@ -26,7 +27,7 @@ BackendName = Annotated[
 ]
 
 
-def progress() -> Progress:
-    """A bar on standard error, where a person looks at it."""
+def progress_bar() -> Progress:
+    """Make a progress bar on standard error, invisible unless it is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 import kvcache
-from kvcache.backends import Backend, nbytes
+from kvcache.backends import Backend
 
-from .console import BackendName, notes, progress
+from .console import BackendName, notes, progress_bar
+from .models import load_models
+from .progress import Stopwatch, generation_table, pool_table
 
 if TYPE_CHECKING:
-    from kvcache.reference.llama.gguf import GGUFFile
+    from kvcache.reference.llama.generate import CacheKind as LayerKind
     from kvcache.reference.llama.model import Llama
-    from kvcache.reference.llama.server import Request, Server
     from kvcache.reference.llama.tokenizer import Tokenizer
 
 
 class CacheKind(StrEnum):
-    """Which cache `generate` uses."""
+    """Caches of ``kvcache generate``."""
 
     kv = "kv"
     rotating = "rotating"
@@ -33,9 +33,17 @@ class CacheKind(StrEnum):
     pool = "pool"
 
 
+# The per-layer caches, by the names that the reference model has for them.
+_LAYER_KINDS: dict[CacheKind, LayerKind] = {
+    CacheKind.kv: "kv",
+    CacheKind.rotating: "rotating",
+    CacheKind.none: "none",
+}
+
+
 @dataclass
-class Pool:
-    """How a pool is laid out."""
+class PoolOptions:
+    """Options of a pool, as :class:`~kvcache.reference.llama.server.Server` takes them."""
 
     max_sequences: int
     capacity: int
@@ -67,7 +75,7 @@ def generate(
         int, typer.Option(help="First tokens that are never dropped (sinks; --context-shift).")
     ] = 4,
     dtype: Annotated[
-        str, typer.Option(help="What the cache holds; the model computes in float32.")
+        str, typer.Option(help="Dtype of the cache; the model computes in float32.")
     ] = "float32",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens at most.")] = 128,
     model: Annotated[
@@ -128,42 +136,53 @@ def generate(
     if not prompts:
         raise typer.BadParameter("a prompt is needed. kvcache generate 'Once upon a time'")
     pooled = cache is CacheKind.pool or len(prompts) > 1
-    stations = _stations(context, relay, cache, pooled)
-    backends = [kvcache.get_backend(name) for name in stations or [backend]]
-    for where in backends:
-        where.dtype(dtype)
-    pool = Pool(max_sequences, capacity, cells, window, context_shift, keep)
+    relay_names = _relay_names(context, relay, cache, pooled)
+    backends = _backends(relay_names or [backend], dtype)
+    pool = PoolOptions(max_sequences, capacity, cells, window, context_shift, keep)
     _refuse_mixtures(cache, prefill_chunk, pool, pooled)
-    llamas, tokenizer = _load(model, backends)
-    llama = llamas[0]
+    models, tokenizer = load_models(model, backends)
     encode = tokenizer.apply_chat if chat else lambda text: tokenizer.encode(text, bos=True)
     ids = [encode(text) for text in prompts]
-    eos = None if ignore_eos else tokenizer.eos_id
+    eos_id = None if ignore_eos else tokenizer.eos_id
     if pooled:
-        _many(llama, tokenizer, ids, pool, dtype, max_tokens, eos)
+        _generate_in_pool(models[0], tokenizer, ids, pool, dtype, max_tokens, eos_id)
         return
-    from kvcache.reference.llama import generate as runner
+    from kvcache.reference.llama import generate as generation
 
-    kind: Any = cache.value
-    layers = runner.make_caches(
-        llama.backend, llama.config, kind, max_size=max_size, keep=keep, dtype=dtype
+    caches = generation.make_caches(
+        models[0].backend,
+        models[0].config,
+        _LAYER_KINDS[cache],
+        max_size=max_size,
+        keep=keep,
+        dtype=dtype,
     )
-    ends: Any = {"eos_id": eos, "prefill_chunk": prefill_chunk}
-    if layers and stations:
-        note = _hand_over_note(layers)
-        tokens = runner.relay(
-            llamas, ids[0], layers, max_tokens, every=relay_every, note=note, **ends
+    if caches and relay_names:
+        tokens = generation.relay(
+            models,
+            ids[0],
+            caches,
+            max_tokens,
+            every=relay_every,
+            eos_id=eos_id,
+            prefill_chunk=prefill_chunk,
+            note=_hand_over_note(caches),
         )
     else:
-        tokens = runner.generate(llama, ids[0], layers, max_tokens, **ends)
-    watch = _Stopwatch(tokens)
+        tokens = generation.generate(
+            models[0], ids[0], caches, max_tokens, eos_id=eos_id, prefill_chunk=prefill_chunk
+        )
+    watch = Stopwatch(tokens)
+    # Plain completion goes on in the same line; the prompt is text of the user, not markup.
     notes.print(prompts[0], style="dim", end="\n" if chat else "", markup=False, highlight=False)
-    _stream(watch, tokenizer)
-    notes.print(_generation_table(backends, cache, layers, len(ids[0]), watch))
+    _print_text(watch, tokenizer)
+    notes.print(generation_table(backends, cache.value, caches or [], len(ids[0]), watch))
 
 
-def _refuse_mixtures(cache: CacheKind, prefill_chunk: int | None, pool: Pool, pooled: bool) -> None:
-    """Options that would be ignored are refused instead."""
+def _refuse_mixtures(
+    cache: CacheKind, prefill_chunk: int | None, pool: PoolOptions, pooled: bool
+) -> None:
+    """Raise for options without an effect in this mixture, instead of ignoring them."""
     if pooled and (cache in {CacheKind.rotating, CacheKind.none} or prefill_chunk is not None):
         raise typer.BadParameter(
             f"several prompts share a pool; got --cache {cache.value}"
@@ -176,12 +195,16 @@ def _refuse_mixtures(cache: CacheKind, prefill_chunk: int | None, pool: Pool, po
         )
 
 
-def _stations(
+def _relay_names(
     context: typer.Context, relay: str | None, cache: CacheKind, pooled: bool
 ) -> list[str]:
-    """The backends of a relay, by name; none without one. Refuses what it would ignore."""
+    """Return the names of a relay's backends; none without a relay.
+
+    Raises: BadParameter for fewer than two names, and for options that a relay would ignore.
+    """
 
     def given(option: str) -> bool:
+        # A default is no choice of the user: only the command line counts.
         source = context.get_parameter_source(option)
         return source is not None and source.name == "COMMANDLINE"
 
@@ -206,71 +229,24 @@ def _stations(
     return names
 
 
-class _Stopwatch:
-    """Passes tokens on and remembers when they came."""
-
-    def __init__(self, tokens: Iterator[int]) -> None:
-        self._tokens = tokens
-        self.started = time.perf_counter()
-        self.first = self.last = self.started
-        self.count = 0
-
-    def __iter__(self) -> Iterator[int]:
-        for token in self._tokens:
-            self.last = time.perf_counter()
-            if not self.count:
-                self.first = self.last
-            self.count += 1
-            yield token
-
-    @property
-    def rate(self) -> str:
-        """Tokens per second after the first one."""
-        if self.count < 2:
-            return "-"
-        return f"{(self.count - 1) / (self.last - self.first):.1f}"
+def _backends(names: Sequence[str], dtype: str) -> list[Backend]:
+    """Return the backends called `names`. Raise unless each has `dtype`."""
+    backends = [kvcache.get_backend(name) for name in names]
+    for backend in backends:  # before a model is loaded, which takes a while
+        backend.dtype(dtype)
+    return backends
 
 
-def _load(path: Path | None, backends: Sequence[Backend]) -> tuple[list[Llama], Tokenizer]:
-    """The model on each of `backends`, loaded once where one occurs twice."""
-    try:
-        from kvcache.reference.llama.gguf import default_model_path, open_gguf
-        from kvcache.reference.llama.tokenizer import Tokenizer
-    except ImportError as missing:
-        raise kvcache.BackendNotAvailableError(
-            f"a model needs {missing.name}. Install it: pip install 'kvcache[demo]'"
-        ) from missing
-    with notes.status("Opening the model"):
-        file = open_gguf(path or default_model_path())
-        tokenizer = Tokenizer.from_gguf(file)
-    models = {backend: _load_weights(file, backend) for backend in dict.fromkeys(backends)}
-    return [models[backend] for backend in backends], tokenizer
-
-
-def load_model(path: Path | None, backend: Backend) -> tuple[Llama, Tokenizer]:
-    """The model in `path`, by default SmolLM2, on `backend`. Needs the extra ``demo``."""
-    [model], tokenizer = _load(path, [backend])
-    return model, tokenizer
-
-
-def _load_weights(file: GGUFFile, backend: Backend) -> Llama:
-    from kvcache.reference.llama.model import Llama
-
-    with progress() as bar:
-        task = bar.add_task(f"Loading weights onto {backend.spec}", total=None)
-        return Llama.from_gguf(
-            file, backend, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-
-
-def _stream(tokens: _Stopwatch, tokenizer: Tokenizer) -> None:
+def _print_text(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
     text = tokenizer.stream()
     for token in tokens:
-        print(text.push(token), end="", flush=True)
+        print(text.push(token), end="", flush=True)  # as it comes, also into a pipe
     print(flush=True)
 
 
 def _hand_over_note(caches: Sequence[kvcache.KVCache]) -> Callable[[Llama], None]:
+    """Return a function to note a hand-over of `caches`, a list changed in place by the relay."""
+
     def note(model: Llama) -> None:
         # On a terminal the text is on the same screen, in the middle of a line.
         line = "\n" if notes.is_terminal else ""
@@ -280,76 +256,42 @@ def _hand_over_note(caches: Sequence[kvcache.KVCache]) -> Callable[[Llama], None
     return note
 
 
-def _generation_table(
-    backends: Sequence[Backend],
-    kind: CacheKind,
-    caches: list[kvcache.KVCache] | None,
-    prompt: int,
-    watch: _Stopwatch,
-) -> Table:
-    layers = caches or []
-    table = Table.grid(padding=(0, 2))
-    table.add_row("backend", ", ".join(backend.spec for backend in backends))
-    table.add_row("cache", ", ".join([kind.value, *{str(cache.dtype) for cache in layers}]))
-    table.add_row("prompt", f"{prompt} tokens, {watch.first - watch.started:.2f} s")
-    table.add_row("generated", f"{watch.count} tokens, {watch.rate} tokens/s")
-    if layers:
-        held = f"{_size(sum(cache.nbytes for cache in layers))} for {layers[0].len} tokens"
-        table.add_row("held", f"{held}, {sum(cache.growths for cache in layers)} growths")
-    return table
-
-
-# Many at once.
-
-
-def _many(
-    llama: Llama,
+def _generate_in_pool(
+    model: Llama,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
-    pool: Pool,
+    pool: PoolOptions,
     dtype: str,
     max_tokens: int,
-    eos: int | None,
+    eos_id: int | None,
 ) -> None:
-    """Decode all prompts in one pool; print each text when it is over."""
+    """Decode all prompts in one pool; print each text when it is complete."""
     from kvcache.reference.llama.server import Server
 
     def note(line: str) -> None:
         notes.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    server = Server(llama, **vars(pool), dtype=dtype, eos_id=eos, note=note)
+    server = Server(
+        model,
+        pool.max_sequences,
+        pool.capacity,
+        cells=pool.cells,
+        window=pool.window,
+        dtype=dtype,
+        context_shift=pool.context_shift,
+        keep=pool.keep,
+        eos_id=eos_id,
+        note=note,
+    )
     started = time.perf_counter()
     requests = [server.submit(ids, max_tokens) for ids in prompts]
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("Generating", total=max_tokens * len(requests))
         left = list(requests)
         while left:
             bar.advance(task, len(server.step()))
-            for request in [each for each in left if each.finish]:
+            finished = [request for request in left if request.finish]
+            for request in finished:
                 left.remove(request)
                 print(f"[{request.number}] {tokenizer.decode(request.generated)}", flush=True)
-    notes.print(_pool_table(llama, server, requests, dtype, time.perf_counter() - started))
-
-
-def _pool_table(
-    llama: Llama, server: Server, requests: Sequence[Request], dtype: str, seconds: float
-) -> Table:
-    config, cells = llama.config, server.cells
-    generated = sum(len(request.generated) for request in requests)
-    size = nbytes((config.layers, 2, cells, config.kv_heads, config.head_dim), dtype)
-    table = Table.grid(padding=(0, 2))
-    table.add_row("backend", llama.backend.spec)
-    table.add_row("cache", f"pool, {dtype}, {_size(size)} for {cells:,} tokens")
-    table.add_row("generated", f"{generated} tokens, {generated / seconds:.1f} tokens/s")
-    table.add_row("passes", f"{server.passes} for {len(requests)} prompts")
-    ends = [f"{request.number} {request.finish}" for request in requests]
-    table.add_row("ended by", ", ".join(ends))
-    return table
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    notes.print(pool_table(model, server, requests, dtype, time.perf_counter() - started))

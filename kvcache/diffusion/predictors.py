@@ -1,34 +1,39 @@
-"""Predictors: what a skipped step gives instead.
+"""Predictors: the outputs of a skipped step, made from earlier ones.
 
 Each combines, linearly, what the last few computed steps gave. So a predictor is a rule for
-weights, numbers that depend on times alone, and all else is done once, in :mod:`histories`.
+weights, numbers that depend on times alone, and all else is done once, in
+:mod:`~kvcache.diffusion.history`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
+from kvcache.backends.arrays import Namespace
 from kvcache.errors import DiffusionCacheError
+
+from .scalars import Scalar
 
 
 class Predictor(ABC):
-    """Weighs the computed steps that are kept."""
+    """Weighs the last computed steps."""
 
     @property
     @abstractmethod
     def keeps(self) -> int:
-        """How many computed steps it looks at; so many arrays are held per site."""
+        """Number of computed steps it looks at; so many arrays are held per site."""
 
     @property
     @abstractmethod
     def residual(self) -> bool:
-        """Whether it predicts outputs less their inputs, which are added again, or outputs."""
+        """Whether it predicts outputs less their inputs, to be added again, or outputs."""
 
     @abstractmethod
-    def weights(self, xp: Any, times: tuple[Any, ...], count: Any, time: Any) -> tuple[Any, ...]:
-        """The weight of each kept step in the prediction at `time`.
+    def weights(
+        self, xp: Namespace, times: tuple[Scalar, ...], count: Scalar | int, time: Scalar
+    ) -> tuple[Scalar, ...]:
+        """Return the weight of each kept step in the prediction at `time`.
 
         times: float32 scalars, the latest first; only the first `count` of them mean something.
         """
@@ -60,7 +65,9 @@ class Taylor(Predictor):
     def keeps(self) -> int:
         return self.order + 1
 
-    def weights(self, xp: Any, times: tuple[Any, ...], count: Any, time: Any) -> tuple[Any, ...]:
+    def weights(
+        self, xp: Namespace, times: tuple[Scalar, ...], count: Scalar | int, time: Scalar
+    ) -> tuple[Scalar, ...]:
         return tuple(_lagrange(xp, times, i, count, time) for i in range(len(times)))
 
 
@@ -72,18 +79,23 @@ class HoldOutput(Taylor):
 
 
 class HoldResidual(Taylor):
-    """Adds to the input what the last computed step added to its own (TeaCache, FBCache)."""
+    """Adds the residual of the last computed step to the input (TeaCache, FBCache)."""
 
     def __init__(self) -> None:
         super().__init__(0, residual=True)
 
 
-def _lagrange(xp: Any, times: tuple[Any, ...], i: int, count: Any, time: Any) -> Any:
-    """The polynomial that is 1 at ``times[i]`` and 0 at the others, at `time`."""
-    weight = time * 0 + 1
+def _lagrange(
+    xp: Namespace, times: tuple[Scalar, ...], i: int, count: Scalar | int, time: Scalar
+) -> Scalar:
+    """Evaluate at `time` the polynomial through 1 at ``times[i]`` and 0 at the other times.
+
+    Only the first `count` times take part; a step beyond them has weight 0.
+    """
+    weight = time * 0 + 1  # of the dtype of `time`, whatever the framework promotes to
     for j, other in enumerate(times):
         if j != i:
-            # What is not known yet must not divide by zero either.
+            # A time that is not known yet must not divide by zero either.
             known = j < count
             gap = xp.where(known, times[i] - other, time * 0 + 1)
             weight = weight * xp.where(known, (time - other) / gap, time * 0 + 1)

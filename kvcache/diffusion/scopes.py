@@ -1,4 +1,4 @@
-"""Scopes: which part of a network a cache stands in for.
+"""Scopes: the part of a network to be skipped and predicted.
 
 The whole network needs no scope: :meth:`DiffusionCache.run` takes it as it is. Branches do not
 either: apply several sites in one step. A range of blocks takes a little more.
@@ -8,21 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar, cast
 
+from kvcache.backends import Array
 from kvcache.errors import DiffusionCacheError
 
-from .cache import DiffusionCache
 from .history import bundle
-from .traced import TracedCache
 
-Block: TypeAlias = Callable[[Any], Any]
+States = TypeVar("States")
+"""An array, or a tuple of them."""
+
+Block: TypeAlias = Callable[[States], States]
 """One block of a network: an array, or a tuple of them, to the same."""
+
+
+class Runner(Protocol):
+    """A DiffusionCache, a TracedCache, or a Recorder in place of a cache."""
+
+    @property
+    def run(self) -> Callable[..., object]:
+        """See :meth:`DiffusionCache.run`."""
 
 
 @dataclass(frozen=True)
 class BlockRange:
-    """The blocks of a transformer, but for some at either end, which every step computes.
+    """The blocks of a transformer, but for some at either end, computed in every step.
 
     The first ones tell how much has changed: what they add to the first array they are given is
     the signal, unless another one is given. The last ones correct what was predicted.
@@ -41,13 +51,13 @@ class BlockRange:
 
     def run(
         self,
-        cache: DiffusionCache | TracedCache,
-        step: Any,
-        x: Any,
-        blocks: Sequence[Block],
-        **options: Any,
-    ) -> Any:
-        """What all `blocks` make of `x`, or a prediction of it.
+        cache: Runner,
+        step: int | Array,
+        x: States,
+        blocks: Sequence[Block[States]],
+        **options: object,
+    ) -> States:
+        """Return the result of all `blocks` for `x`, or a prediction of it.
 
         x: an array or a tuple of them, [B, tokens, width]; every block takes and gives the like.
         options: those of :meth:`DiffusionCache.run`.
@@ -60,15 +70,16 @@ class BlockRange:
                 f"{self.first} first and {self.last} last of {len(blocks)} blocks leave none "
                 "to skip. Make the scope smaller."
             )
-        inner = _through(blocks[: self.first], x)
+        entering = _through(blocks[: self.first], x)
         if self.first and options.get("signal") is None:
-            options["signal"] = lambda: bundle(inner)[0] - bundle(x)[0]
-        rest = blocks[self.first : end]
-        inner = cache.run(step, inner, lambda inner: _through(rest, inner), **options)
-        return _through(blocks[end:], inner)
+            # A function, because a policy that goes by the step measures nothing.
+            options["signal"] = lambda: bundle(entering)[0] - bundle(x)[0]
+        skippable = blocks[self.first : end]
+        leaving = cache.run(step, entering, lambda states: _through(skippable, states), **options)
+        return _through(blocks[end:], cast(States, leaving))
 
 
-def _through(blocks: Sequence[Block], x: Any) -> Any:
+def _through(blocks: Sequence[Block[States]], x: States) -> States:
     for block in blocks:
         x = block(x)
     return x

@@ -1,4 +1,4 @@
-"""Signals: how much has changed, as one number that a policy can judge.
+"""Signals: how much has changed between two steps, as one number for a policy to judge.
 
 Written over an array namespace, so that the same lines run on the host (NumPy scalars), eagerly on
 any framework, and under a tracer.
@@ -9,19 +9,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 from kvcache.backends import Array
+from kvcache.backends.arrays import Namespace
 from kvcache.errors import DiffusionCacheError
 
+from .scalars import Scalar
+
 Since: TypeAlias = Literal["previous", "computed"]
-Measured: TypeAlias = Array | Callable[[], Array] | None
-"""What a caller offers to be measured: an array, or a function that computes it if need be."""
+SignalInput: TypeAlias = Array | Callable[[], Array] | None
+"""The array that a caller offers to be measured, or a function to compute it if need be."""
 
 
 @dataclass(frozen=True)
 class Signal(ABC):
-    """What a policy looks at. Has to be hashable: a frozen dataclass, as those below.
+    """Measures how much has changed. Has to be hashable: a frozen dataclass.
 
     since: what a value is compared with: that of the step before ("previous"), for policies that
         add up what they see, or of the last step that was computed ("computed").
@@ -29,14 +32,14 @@ class Signal(ABC):
 
     since: Since = "previous"
     array: ClassVar[bool] = True
-    """Whether it measures an array that the caller gives; else it measures the time of the step."""
+    """Whether it measures an array given by the caller; if not, the time of the step."""
 
     def __post_init__(self) -> None:
         if self.since not in get_args(Since):
             raise DiffusionCacheError(f"since is one of {get_args(Since)}; got {self.since!r}.")
 
-    def pick(self, signal: Measured, time: Any) -> Any:
-        """What of a step it compares: what the caller gave as `signal`, or the time.
+    def pick(self, signal: SignalInput, time: Scalar) -> Array:
+        """Return the value of a step to compare: `signal`, computed now if need be, or `time`.
 
         Raises: DiffusionCacheError if there is none.
         """
@@ -51,8 +54,11 @@ class Signal(ABC):
         return value
 
     @abstractmethod
-    def change(self, xp: Any, value: Any, reference: Any) -> Any:
-        """How far `value` is from `reference`: float32 scalar; NaN or infinite means compute."""
+    def change(self, xp: Namespace, value: Array, reference: Array) -> Scalar:
+        """Return how far `value` is from `reference`: float32 scalar.
+
+        NaN or infinite means to compute the step.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class TimestepChange(Signal):
 
     array: ClassVar[bool] = False
 
-    def change(self, xp: Any, value: Any, reference: Any) -> Any:
+    def change(self, xp: Namespace, value: Array, reference: Array) -> Scalar:
         return abs(value - reference)
 
 
@@ -72,6 +78,7 @@ class RelativeChange(Signal):
     Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model" (2024).
     """
 
-    def change(self, xp: Any, value: Array, reference: Array) -> Any:
+    def change(self, xp: Namespace, value: Array, reference: Array) -> Scalar:
+        # Half precision overflows in the sums, and in differences of numbers of either sign.
         new, old = (xp.astype(array, xp.float32) for array in (value, reference))
         return xp.mean(abs(new - old)) / xp.mean(abs(old))

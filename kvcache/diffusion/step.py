@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 
 from kvcache.backends import Array, backend_of
-from kvcache.diffusion import history as histories
 from kvcache.errors import DiffusionCacheError, StepOrderError
 
 from .history import (
@@ -16,63 +15,73 @@ from .history import (
     Bundle,
     Compute,
     History,
+    Inputs,
+    Outputs,
     Shapes,
     bundle,
     check_unchanged,
+    extended,
+    kept_part,
+    owned_copy,
+    prediction_program,
     shapes,
 )
 from .predictors import Predictor
+from .scalars import HOST, Scalar
 
 
 class Decision(NamedTuple):
-    """What became of the question whether to compute a step."""
+    """Whether a step is computed, and the change behind the decision."""
 
     computes: bool = True
     change: float = 0.0
 
 
 class Site(NamedTuple):
-    """One place in the network, of one stream."""
+    """State of one place in the network, for one stream."""
 
     history: History = EMPTY
-    several: bool = False
-    """Whether it gives a tuple of arrays."""
+    gives_tuple: bool = False
+    """Whether its output is a tuple of arrays, not a bare one."""
     inputs: Shapes | None = None
 
 
-Place: TypeAlias = str | int
-"""What a site is called."""
-Sites: TypeAlias = Mapping[Place, Site]
+SiteName: TypeAlias = str | int
+"""The name or number of a site."""
+Sites: TypeAlias = Mapping[SiteName, Site]
 
 
 class Step:
     """One denoising step of one stream, from :meth:`DiffusionCache.begin` to :meth:`commit`.
 
-    A context manager: leaving it keeps what happened, an exception leaves the cache as it was.
+    A context manager: leaving it commits, an exception leaves the cache as it was.
     """
 
     def __init__(
         self,
         predictor: Predictor,
         decision: Decision,
-        time: Any,
+        time: Scalar,
         sites: Sites,
-        keep: Callable[[Sites, bool], None],
+        on_commit: Callable[[Sites, bool], None],
     ) -> None:
-        """`sites`: what is known of them.
+        """`sites`: their states before the step.
 
-        keep: called with what is known after this step, and whether anything was computed in it.
+        on_commit: called with their states after it, and whether anything was computed in it.
         """
-        self._predictor, self._time, self._before, self._keep = predictor, time, sites, keep
-        self._after: dict[Place, Site] = {}
-        self._ran = decision.computes
+        self._predictor, self._time, self._before = predictor, time, sites
+        self._on_commit = on_commit
+        self._after: dict[SiteName, Site] = {}
+        self._computed_any = decision.computes
         self.computes = decision.computes
         """Whether this step is computed; if not, a site that has nothing to go by still is."""
         self.change = decision.change
-        """What the signal of the policy measured; NaN in the first step, 0 without a signal."""
+        """Change that the policy's signal measured; NaN in the first step, 0 without a signal."""
 
-    def apply(self, x: Any, compute: Compute, *, site: Place = "network") -> Any:
-        """``compute(x)``, or the prediction of it, which has the same shapes and dtypes.
+    def apply(
+        self, x: Inputs, compute: Compute[Inputs, Outputs], *, site: SiteName = "network"
+    ) -> Outputs:
+        """Return ``compute(x)``, or the prediction of it, of the same shapes and dtypes.
 
         x: an array or a tuple of them, [B, ...]; `compute` must not write to it.
         site: names the place in the network. One decision may serve several of them.
@@ -81,13 +90,13 @@ class Step:
             that changed since the step before; DTypeError.
         """
         if not self.computes_at(site):
-            return self.predict(x, site=site)
-        self._known(site, x)  # raises before the network runs, not after
+            return cast(Outputs, self.predict(x, site=site))
+        self._site(site, x)  # raises before the network runs, not after
         outputs = compute(x)
         self.record(x, outputs, site=site)
         return outputs
 
-    def computes_at(self, site: Place = "network") -> bool:
+    def computes_at(self, site: SiteName = "network") -> bool:
         """Whether `site` is to be computed: in a computed step, or with nothing to go by.
 
         Raises: StepOrderError.
@@ -95,32 +104,34 @@ class Step:
         self._check_new(site)
         return self.computes or site not in self._before
 
-    def predict(self, x: Any, *, site: Place = "network") -> Any:
-        """What `site` would have made of `x`. For callers that cannot pass a function to apply.
+    def predict(self, x: object, *, site: SiteName = "network") -> Array | Bundle:
+        """Predict the output of `site` for `x`: :meth:`apply` without a function to pass.
+
+        x: an array or a tuple of them, [B, ...].
 
         Raises: as :meth:`apply`; StepOrderError where :meth:`computes_at` says to compute.
         """
-        known = self._known(site, x)
-        if not known.history.count:
+        state = self._site(site, x)
+        if not state.history.computed:
             raise StepOrderError(f"{site!r} has not been computed yet, so record it first.")
-        found = self._predicted(known.history, bundle(x))
-        self._after[site] = known
-        return found if known.several else found[0]
+        outputs = self._predicted(state.history, bundle(x))
+        self._after[site] = state
+        return outputs if state.gives_tuple else outputs[0]
 
-    def record(self, x: Any, outputs: Any, *, site: Place = "network") -> None:
-        """Keep that `site` made `outputs` of `x`. For callers that cannot pass a function to apply.
+    def record(self, x: object, outputs: object, *, site: SiteName = "network") -> None:
+        """Keep `outputs` of `site` for `x`: :meth:`apply` without a function to pass.
 
         Raises: as :meth:`apply`.
         """
-        known = self._known(site, x)
-        history = self._extended(known.history, bundle(x), bundle(outputs))
-        several = isinstance(outputs, (tuple, list))
-        self._after[site] = Site(history, several, shapes(bundle(x)))
-        self._ran = True
+        state = self._site(site, x)
+        history = self._extended(state.history, bundle(x), bundle(outputs))
+        gives_tuple = isinstance(outputs, (tuple, list))
+        self._after[site] = Site(history, gives_tuple, shapes(bundle(x)))
+        self._computed_any = True
 
     def commit(self) -> None:
-        """Keep what happened; leaving the context without an exception does it."""
-        self._keep({**self._before, **self._after}, self._ran)
+        """Make this step part of the cache; leaving the context without an exception does it."""
+        self._on_commit({**self._before, **self._after}, self._computed_any)
 
     def __enter__(self) -> Self:
         return self
@@ -129,52 +140,58 @@ class Step:
         if kind is None:
             self.commit()
 
-    def _check_new(self, site: Place) -> None:
+    def _check_new(self, site: SiteName) -> None:
         if site in self._after:
             raise StepOrderError(
                 f"a step passes a site once; it has passed {site!r} before. "
                 "Give the places of a network different names."
             )
 
-    def _known(self, site: Place, x: Any) -> Site:
-        """What is known of `site`, which is to be passed with `x`."""
+    def _site(self, site: SiteName, x: object) -> Site:
+        """Return the state of `site` before this step passes it with `x`.
+
+        Raises: StepOrderError if the step has passed it; ShapeError for another shape of `x`.
+        """
         self._check_new(site)
-        known = self._before.get(site, Site())
-        check_unchanged("what goes into a site", known.inputs, shapes(bundle(x)))
-        return known
+        state = self._before.get(site, Site())
+        check_unchanged("what goes into a site", state.inputs, shapes(bundle(x)))
+        return state
 
     def _extended(self, history: History, inputs: Bundle, outputs: Bundle) -> History:
+        """Return `history` with this step, kept as copies or as new results.
+
+        Raises: ShapeError, DTypeError; DiffusionCacheError for a time that occurs twice.
+        """
         predictor = self._predictor
-        target = histories.targets(predictor, inputs, outputs)
-        if history.count:
-            check_unchanged("what a site gives", shapes(history.kept[0]), shapes(target))
+        kept = kept_part(predictor, inputs, outputs)
+        if history.computed:
+            check_unchanged("what a site gives", shapes(history.kept[0]), shapes(kept))
             _check_time(predictor, history, self._time)
         if predictor.residual:
-            target = tuple(backend_of(array).detached(array) for array in target)
+            # A difference is new memory already, but may carry an autograd graph.
+            kept = tuple(backend_of(array).detached(array) for array in kept)
         else:
             # The caller has these arrays, too, and may write to them.
-            target = tuple(map(copied, target))
-        return histories.extended(predictor, history, self._time, target)
+            kept = tuple(map(owned_copy, kept))
+        return extended(predictor, history, self._time, kept)
 
     def _predicted(self, history: History, inputs: Bundle) -> Bundle:
+        """Predict the outputs from `history`, in new arrays."""
         predictor = self._predictor
         with np.errstate(all="ignore"):
-            found = predictor.weights(np, history.times, history.count, self._time)
-        weights = [float(weight) for weight in found]
+            scalars = predictor.weights(HOST, history.times, history.computed, self._time)
+        # Numbers of Python do not promote half-precision arrays; scalars of NumPy may.
+        weights = [float(weight) for weight in scalars]
         if weights == [1.0] and not predictor.residual:
-            return tuple(map(copied, history.kept[0]))  # exact in every dtype
-        program = histories.predictions(backend_of(history.kept[0][0]), predictor.residual)
+            return tuple(map(owned_copy, history.kept[0]))  # exact in every dtype
+        program = prediction_program(backend_of(history.kept[0][0]), predictor.residual)
         return program(history.kept, weights, inputs)
 
 
-def _check_time(predictor: Predictor, history: History, time: Any) -> None:
+def _check_time(predictor: Predictor, history: History, time: Scalar) -> None:
+    # The oldest step slides out as this one is added, so its time may occur again.
     if time in history.times[: predictor.keeps - 1]:
         raise DiffusionCacheError(
             f"to extrapolate, computed steps need different times; got {time} twice. "
             "Leave time out, or hold what the last step gave."
         )
-
-
-def copied(array: Array) -> Array:
-    """An array that nobody else can write to."""
-    return backend_of(array).concat([array], 0)

@@ -5,23 +5,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple, Self
+from typing import Self
 
 from kvcache.backends import Array
 from kvcache.errors import BoundsError, DiffusionCacheError
 
+from .stats import HitStats
 from .streams import Stream, Streams, bytes_of, distinct
 
 
-class StepStats(NamedTuple):
-    """How often :meth:`StepCache.get` found an array (hits), and an empty slot (misses)."""
-
-    hits: int
-    misses: int
-
-
 class StepCache:
-    """What DeepCache (Ma et al., 2023) keeps between steps; shallow layers are always computed.
+    """Store of features between steps, as in DeepCache (Ma et al., 2023).
 
     ::
 
@@ -31,6 +25,8 @@ class StepCache:
                     if cache.should_refresh(step, interval=3):
                         cache.set(layer, compute(layer, x), "cond")
                     features = cache.get(layer, "cond")
+
+    Shallow layers are always computed, and need no slot.
 
     num_layers: layers are 0 .. num_layers - 1, each with one slot per stream.
     streams: how many slots a layer has, or their names. The two passes of classifier-free guidance
@@ -68,11 +64,9 @@ class StepCache:
     def __exit__(self, *exception: object) -> None:
         self.free()
 
-    # What there is.
-
     @property
     def num_layers(self) -> int:
-        """Layers there are slots for."""
+        """Number of layers, each with a slot per stream."""
         return self._num_layers
 
     @property
@@ -81,13 +75,13 @@ class StepCache:
         return self._streams.names
 
     @property
-    def stats(self) -> StepStats:
-        """Reads since the cache was made; :meth:`free` does not reset them."""
-        return StepStats(self._hits, self._misses)
+    def stats(self) -> HitStats:
+        """Reads of an array (hits) and of an empty slot (misses); :meth:`free` resets neither."""
+        return HitStats(self._hits, self._misses)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays held, each counted once. Views count what they show.
+        """Bytes of the arrays held, each counted once. Views count their own elements.
 
         Raises: UnknownBackendError, DTypeError for an array that neither has ``nbytes`` nor is of a
         framework and dtype that kvcache knows.
@@ -95,7 +89,7 @@ class StepCache:
         return sum(map(bytes_of, self.arrays()))
 
     def arrays(self) -> list[Array]:
-        """Every array held, each once: :attr:`constant`, then stream by stream, layers in order.
+        """Return every array held, each once: :attr:`constant`, then by stream, layers in order.
 
         A lazy framework should compute these at the end of a step, for example with
         ``mlx.core.eval(cache.arrays())``: until then they hold whatever they are computed from.
@@ -110,16 +104,16 @@ class StepCache:
 
         Raises: DiffusionCacheError for a negative step, or an interval below 1.
         """
-        number, every = operator.index(step), operator.index(interval)
-        if number < 0 or every < 1:
+        number, length = operator.index(step), operator.index(interval)
+        if number < 0 or length < 1:
             raise DiffusionCacheError(
                 "steps count from 0, and an interval is at least 1 (all layers at each step); "
-                f"got step {number} and interval {every}."
+                f"got step {number} and interval {length}."
             )
-        return number % every == 0
+        return number % length == 0
 
     def get(self, layer: int, stream: Stream = 0) -> Array | None:
-        """The array itself, no copy, that was last set for `layer` and `stream`; None if none was.
+        """Return the array last set for `layer` and `stream`, not a copy; None if none was.
 
         Raises: BoundsError, UnknownStreamError.
         """

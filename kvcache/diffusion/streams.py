@@ -1,4 +1,4 @@
-"""Streams: passes through one network that are kept apart, by name or by number."""
+"""Streams: passes through one network, kept apart by name or by number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stream: TypeAlias = int | str
 
 
 class Streams:
-    """Names as they are given, or the numbers below a count.
+    """The streams of a cache: names as they are given, or the numbers below a count.
 
     Raises: DiffusionCacheError for no stream, or two of one name; TypeError for a string.
     """
@@ -37,10 +37,11 @@ class Streams:
         return len(self.names)
 
     def number(self, stream: Stream) -> int:
-        """Where `stream`, a name or a number, stands among them.
+        """Return the number of `stream`, given by name or number.
 
         Raises: UnknownStreamError.
         """
+        # operator.index refuses 1.5, of which int() would make 1.
         number = self._numbers.get(stream) if isinstance(stream, str) else operator.index(stream)
         if number is None or not 0 <= number < len(self):
             known = ", ".join(map(repr, self.names))
@@ -52,12 +53,13 @@ class Streams:
 
 
 def distinct(arrays: Iterable[Array | None]) -> list[Array]:
-    """Every array once, by identity: arrays have no hash, and == compares their elements."""
+    """Return every array once, by identity, without None."""
+    # Arrays have no hash, and == compares their elements.
     return list({id(array): array for array in arrays if array is not None}.values())
 
 
 def bytes_of(array: Array) -> int:
-    """Bytes of an array; a view counts what it shows.
+    """Return the bytes of an array; a view counts its own elements.
 
     Raises: UnknownBackendError, DTypeError for an array that neither has ``nbytes`` nor is of a
     framework and dtype that kvcache knows.

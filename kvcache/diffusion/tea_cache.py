@@ -1,25 +1,20 @@
-"""TeaCache over timesteps: decisions for a loop that calls its network itself."""
+"""TeaCache over timesteps: decisions for a loop with its own calls of the network."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
 from kvcache.backends import Array
 
 from .policies import TIMESTEP, Accumulated
-from .recipe import Limits, Past, Recipe, check_step
+from .recipe import Limits, Recipe, RunState, check_step
+from .scalars import HOST, Scalar, host_scalar
+from .stats import HitStats
 from .streams import Stream, Streams, bytes_of, distinct
-
-
-class TeaStats(NamedTuple):
-    """Steps that were skipped (hits) and computed (misses) since the cache was made."""
-
-    hits: int
-    misses: int
 
 
 class TeaCache:
@@ -39,7 +34,7 @@ class TeaCache:
     rescale: a factor, or the coefficients of a polynomial, the highest power first.
     skip_early_steps: so many first steps are computed.
     streams: how many outputs a step has, or their names; one decision serves them all.
-    longest_run: at most so many steps in a row are skipped.
+    max_consecutive_skips: at most so many steps in a row are skipped.
 
     It holds references and never deletes an array, as :class:`StepCache`. A policy that looks at
     the model's activations, or another prediction than the last output: :class:`DiffusionCache`.
@@ -56,15 +51,16 @@ class TeaCache:
         skip_early_steps: int = 0,
         *,
         streams: int | Sequence[str] = 1,
-        longest_run: int = 4,
+        max_consecutive_skips: int = 4,
     ) -> None:
+        # A factor is a line through 0.
         polynomial = tuple(np.atleast_1d(rescale)) if np.ndim(rescale) else (rescale, 0.0)
-        limits = Limits(warmup=skip_early_steps, longest_run=longest_run)
+        limits = Limits(warmup=skip_early_steps, max_consecutive_skips=max_consecutive_skips)
         self._recipe = Recipe(Accumulated(threshold, polynomial, TIMESTEP), limits=limits)
         self._streams = Streams(streams)
         self._hits = self._misses = 0
-        self._past: Past
-        self._time: Any
+        self._run: RunState
+        self._time: Scalar
         self.free()
 
     def __repr__(self) -> str:
@@ -82,14 +78,14 @@ class TeaCache:
         return self._streams.names
 
     @property
-    def stats(self) -> TeaStats:
-        """Decisions since the cache was made; :meth:`free` does not reset them."""
-        return TeaStats(self._hits, self._misses)
+    def stats(self) -> HitStats:
+        """Steps skipped (hits) and computed (misses); :meth:`free` does not reset them."""
+        return HitStats(self._hits, self._misses)
 
     @property
     def drift(self) -> float:
-        """What has added up since the last computed step."""
-        return float(self._past.memory[0])
+        """Sum of changes since the last computed step."""
+        return float(self._run.memory[0])
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +93,11 @@ class TeaCache:
         return sum(map(bytes_of, self.arrays()))
 
     def arrays(self) -> list[Array]:
-        """Every array held, each once, in the order of streams."""
+        """Return every array held, each once, in the order of streams."""
         return distinct(self._outputs)
 
     def should_compute(self, step: int, timestep: float) -> bool:
-        """Whether to call the network in `step`, and to :meth:`update` with what it gives.
+        """Whether to call the network in `step`, and to :meth:`update` with its output.
 
         A step below the one before begins a new run, of which the first step is computed. So is
         one with a timestep that is not a finite number, and every one as long as nothing is held.
@@ -109,27 +105,29 @@ class TeaCache:
         Raises: DiffusionCacheError for a negative step; StepOrderError for the same step again.
         """
         number = operator.index(step)
-        check_step(number, int(self._past.step), "This cache")
-        fresh = number < self._past.step or not self.arrays()
-        past = self._recipe.start() if fresh else self._past
+        check_step(number, int(self._run.step), "This cache")
+        # With nothing held there is nothing to skip with.
+        fresh = number < self._run.step or not self.arrays()
+        run = self._recipe.start() if fresh else self._run
         with np.errstate(all="ignore"):
-            time = np.float32(timestep)
-            change = TIMESTEP.change(np, time, self._time)
-            computes, self._past = self._recipe.decide(np, past, np.int32(number), change)
+            time = host_scalar(np.float32(timestep))
+            change = TIMESTEP.change(HOST, time, self._time)
+            scalar_step = host_scalar(np.int32(number))
+            computes, self._run = self._recipe.decide(HOST, run, scalar_step, change)
         self._time = time
         self._misses += bool(computes)
         self._hits += not computes
         return bool(computes)
 
     def update(self, output: Array, stream: Stream = 0) -> None:
-        """Hold what the network gave for `stream`, and let go of the output before.
+        """Hold `output` of the network for `stream`, and let go of the one before.
 
         Raises: UnknownStreamError.
         """
         self._outputs[self._streams.number(stream)] = output
 
     def get(self, stream: Stream = 0) -> Array | None:
-        """The latest output of `stream`, the array itself; None if there is none.
+        """Return the latest output of `stream`, the array itself; None if there is none.
 
         Raises: UnknownStreamError.
         """
@@ -137,6 +135,6 @@ class TeaCache:
 
     def free(self) -> None:
         """Let go of every array; the next step is the first of a run."""
-        self._past = self._recipe.start()
-        self._time = np.float32(np.nan)
+        self._run = self._recipe.start()
+        self._time = host_scalar(np.float32(np.nan))  # NaN: no time before, so compute
         self._outputs: list[Array | None] = [None] * len(self._streams)

@@ -7,29 +7,21 @@ scalars, so nothing waits for the host: under ``jax.jit`` a skipped step is a br
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Self, cast
 
 import numpy as np
 
-from kvcache.backends import Backend
-from kvcache.diffusion import history as histories
-from kvcache.errors import DiffusionCacheError, StepOrderError
+from kvcache.backends import Array, Backend
+from kvcache.backends.arrays import Namespace
+from kvcache.errors import StepOrderError
 
-from .history import Bundle, Compute, History, bundle
-from .recipe import Past, Recipe
-from .signals import Measured, Signal
-
-Sites: TypeAlias = Mapping[str | int, History]
-
-
-class TracedState(NamedTuple):
-    """All that a step leaves to the next one; a pytree. Donate it to the program it is given to."""
-
-    past: Past
-    reference: Any
-    """What the signal compares with; an empty tuple where nothing is measured."""
-    sites: Sites
+from .history import Bundle, Compute, History, Inputs, Outputs, bundle, extended, kept_part
+from .history import predicted as combined
+from .recipe import Recipe
+from .scalars import Scalar
+from .signals import SignalInput
+from .step import SiteName
+from .traced_state import TracedState, first_state, restarted
 
 
 class TracedCache:
@@ -47,7 +39,7 @@ class TracedCache:
 
         (x, state), _ = jax.lax.scan(denoise, (noise, state), jax.numpy.arange(steps))
 
-    What differs from DiffusionCache: a program cannot raise for a value, so a step that comes a
+    Differences from DiffusionCache: a program cannot raise for a value, so a step that comes a
     second time begins a new run, as one that goes backwards does, and times that are equal give
     no finite prediction where a predictor extrapolates. Shapes are checked while it is traced, by
     the framework. Passes that decide together are sites of one step, others have a state each. Off
@@ -62,10 +54,10 @@ class TracedCache:
     def start(
         recipe: Recipe,
         backend: Backend,
-        outputs: Any,
-        signal: Any = None,
+        outputs: object,
+        signal: Array | None = None,
     ) -> TracedState:
-        """The state before a run; every array in it is new.
+        """Return the state before a run; every array in it is new.
 
         outputs: what the network will give, an array or a tuple of them; by site, in a dict, where
             a step passes several. Only shapes and dtypes are looked at: ``jax.eval_shape`` will do.
@@ -73,74 +65,65 @@ class TracedCache:
 
         Raises: DiffusionCacheError for a signal that is missing.
         """
-        sites = outputs if isinstance(outputs, Mapping) else {"network": outputs}
-        keeps = recipe.predictor.keeps
-        return TracedState(
-            Past(*_on_device(backend, recipe.start())),
-            _first_reference(recipe.policy.signal, backend, signal),
-            {
-                site: History(
-                    tuple(_zeros(backend, bundle(example)) for _ in range(keeps)),
-                    tuple(_on_device(backend, np.float32(0)) for _ in range(keeps)),
-                    _on_device(backend, np.int32(0)),
-                )
-                for site, example in sites.items()
-            },
-        )
+        return first_state(recipe, backend, outputs, signal)
 
     def run(
         self,
-        step: Any,
-        x: Any,
-        compute: Compute,
+        step: int | Array,
+        x: Inputs,
+        compute: Compute[Inputs, Outputs],
         *,
-        signal: Measured = None,
-        time: Any = None,
-    ) -> Any:
-        """``compute(x)`` or the prediction of it, as :meth:`DiffusionCache.run`."""
+        signal: SignalInput = None,
+        time: float | Array | None = None,
+    ) -> Outputs:
+        """Return ``compute(x)`` or the prediction of it, as :meth:`DiffusionCache.run`."""
         with self.begin(step, signal=signal, time=time) as now:
             return now.apply(x, compute)
 
-    def begin(self, step: Any, *, signal: Measured = None, time: Any = None) -> TracedStep:
+    def begin(
+        self, step: int | Array, *, signal: SignalInput = None, time: float | Array | None = None
+    ) -> TracedStep:
         """Decide about a step, as :meth:`DiffusionCache.begin`.
 
         step: int32 scalar. time: float32 scalar; default: the number of the step.
         """
         xp = self.backend.xp
         number = xp.asarray(step, dtype=xp.int32)
-        when = xp.asarray(number if time is None else time, dtype=xp.float32)
-        fresh = number <= self.state.past.step
-        start = self.recipe.start()
-        past = Past(*_either(xp, fresh, start, self.state.past))
-        sites = {
-            site: history._replace(count=xp.where(fresh, 0, history.count))
-            for site, history in self.state.sites.items()
-        }
+        scalar_time = xp.asarray(number if time is None else time, dtype=xp.float32)
+        # The same step again begins a run as well: a program cannot raise for a value.
+        fresh = number <= self.state.run.step
+        run, reference, sites = restarted(xp, fresh, self.recipe, self.state)
         measure = self.recipe.policy.signal
         if measure is None:
-            computes, past = self.recipe.decide(xp, past, number, when * 0)
-            return TracedStep(self, computes, when, TracedState(past, (), sites))
-        value = measure.pick(signal, when)
+            computes, run = self.recipe.decide(xp, run, number, scalar_time * 0)
+            return TracedStep(self, computes, scalar_time, TracedState(run, (), sites))
+        value = measure.pick(signal, scalar_time)
+        reference = cast(Array, reference)  # an empty tuple only where nothing is measured
         with np.errstate(all="ignore"):
-            change = measure.change(xp, value, self.state.reference)
-            change = xp.where(past.computed == 0, math.nan, change)
-            computes, past = self.recipe.decide(xp, past, number, change)
-        keeps = computes if measure.since == "computed" else xp.asarray(True)
-        reference = xp.where(keeps, value, self.state.reference)
-        return TracedStep(self, computes, when, TracedState(past, reference, sites))
+            change = measure.change(xp, value, reference)
+            # The reference is of no meaning before the first computed step.
+            change = xp.where(run.computed < 1, math.nan, change)
+            computes, run = self.recipe.decide(xp, run, number, change)
+        replaces = computes if measure.since == "computed" else xp.asarray(True)
+        reference = xp.where(replaces, value, reference)
+        return TracedStep(self, computes, scalar_time, TracedState(run, reference, sites))
 
 
 class TracedStep:
     """One step of a :class:`TracedCache`, used as :class:`Step` is."""
 
-    def __init__(self, cache: TracedCache, computes: Any, time: Any, state: TracedState) -> None:
+    def __init__(
+        self, cache: TracedCache, computes: Scalar, time: Scalar, state: TracedState
+    ) -> None:
         self._cache, self._time, self._state = cache, time, state
-        self._after: dict[str | int, History] = {}
+        self._after: dict[SiteName, History] = {}
         self.computes = computes
         """bool scalar: whether this step is computed."""
 
-    def apply(self, x: Any, compute: Compute, *, site: str | int = "network") -> Any:
-        """``compute(x)`` or the prediction of it, as :meth:`Step.apply`.
+    def apply(
+        self, x: Inputs, compute: Compute[Inputs, Outputs], *, site: SiteName = "network"
+    ) -> Outputs:
+        """Return ``compute(x)`` or the prediction of it, as :meth:`Step.apply`.
 
         Raises, while it is traced: StepOrderError for a site a second time; KeyError for one that
         :meth:`TracedCache.start` was not told of; ShapeError, DTypeError.
@@ -149,27 +132,27 @@ class TracedStep:
             raise StepOrderError(f"a step passes a site once; it has passed {site!r} before.")
         backend, history = self._cache.backend, self._state.sites[site]
         # Where only one branch runs, the arrays that are kept have to tell.
-        predictor, several = self._cache.recipe.predictor, len(history.kept[0]) > 1
+        predictor, gives_tuple = self._cache.recipe.predictor, len(history.kept[0]) > 1
 
         def computed(inputs: Bundle, history: History) -> tuple[Bundle, History]:
-            nonlocal several
-            outputs = compute(inputs if isinstance(x, (tuple, list)) else inputs[0])
-            several = isinstance(outputs, (tuple, list))
-            target = histories.targets(predictor, inputs, bundle(outputs))
-            extended = histories.extended(predictor, history, self._time, target)
-            return bundle(outputs), extended
+            nonlocal gives_tuple
+            given = inputs if isinstance(x, (tuple, list)) else inputs[0]
+            outputs = compute(cast(Inputs, given))
+            gives_tuple = isinstance(outputs, (tuple, list))
+            kept = kept_part(predictor, inputs, bundle(outputs))
+            return bundle(outputs), extended(predictor, history, self._time, kept)
 
         def predicted(inputs: Bundle, history: History) -> tuple[Bundle, History]:
             return self._predicted(backend.xp, inputs, history), history
 
-        must = self.computes | (history.count == 0)
+        must = self.computes | (history.computed == 0)
         outputs, self._after[site] = backend.traced_cond(
             must, computed, predicted, bundle(x), history
         )
-        return outputs if several else outputs[0]
+        return cast(Outputs, outputs if gives_tuple else outputs[0])
 
     def commit(self) -> None:
-        """Make what happened the state of the cache."""
+        """Make this step's result the state of the cache."""
         sites = {**self._state.sites, **self._after}
         self._cache.state = self._state._replace(sites=sites)
 
@@ -180,8 +163,9 @@ class TracedStep:
         if kind is None:
             self.commit()
 
-    def _predicted(self, xp: Any, inputs: Bundle, history: History) -> Bundle:
-        predictor, count = self._cache.recipe.predictor, history.count
+    def _predicted(self, xp: Namespace, inputs: Bundle, history: History) -> Bundle:
+        """Predict the outputs from `history`."""
+        predictor, count = self._cache.recipe.predictor, history.computed
         with np.errstate(all="ignore"):
             weights = predictor.weights(xp, history.times, count, self._time)
         # A weight of 0 would not hide what an earlier run has left, if that is not finite.
@@ -189,34 +173,4 @@ class TracedStep:
             tuple(xp.where(i < count, array, xp.zeros_like(array)) for array in arrays)
             for i, arrays in enumerate(history.kept)
         )
-        return histories.predicted(xp, predictor.residual, kept, weights, inputs)
-
-
-def _either(xp: Any, condition: Any, a: Any, b: Any) -> Any:
-    """`a`, host scalars, where the condition holds, else `b`; or tuples of them."""
-    if isinstance(a, tuple):
-        return tuple(_either(xp, condition, *pair) for pair in zip(a, b, strict=True))
-    return xp.where(condition, a.item(), b)
-
-
-def _first_reference(measure: Signal | None, backend: Backend, signal: Any) -> Any:
-    if measure is None:
-        return ()
-    if not measure.array:
-        return _on_device(backend, np.float32(0))
-    if signal is None:
-        raise DiffusionCacheError(
-            f"{type(measure).__name__} measures an array: give one like it as signal=..."
-        )
-    return _zeros(backend, (signal,))[0]
-
-
-def _zeros(backend: Backend, examples: Bundle) -> Bundle:
-    return tuple(backend.alloc(array.shape, backend.dtype_name(array)) for array in examples)
-
-
-def _on_device(backend: Backend, value: Any) -> Any:
-    """Host scalars as arrays, each of its own."""
-    if isinstance(value, tuple):
-        return tuple(_on_device(backend, item) for item in value)
-    return backend.from_host(value)
+        return combined(xp, predictor.residual, kept, weights, inputs)

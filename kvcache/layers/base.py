@@ -1,4 +1,4 @@
-"""The contract of per-layer caches, as far as the caches of all layers are handled together."""
+"""The contract of per-layer caches, as needed to handle all layers of a model together."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.arrays import LayerArrays
 
 KINDS: dict[str, type[LayerCache]] = {}
-"""Every kind of per-layer cache, by the name that files give it."""
+"""Every kind of per-layer cache, by its name in files."""
 
 
 class LayerCache(ABC):
-    """State of one layer for one stream of tokens, or for a batch of equally long ones.
+    """State of one layer for one sequence of tokens, or for a batch of equally long ones.
 
-    Two notions, kept apart: the **position** of a token, counted from the first ever seen, and
-    its **slot** in the buffers. The slot follows from the position alone, so that
-    :attr:`offset`, the next position, is the only counter.
+    A token has a **position**, counted from the first token ever seen, and a **slot** in the
+    buffers. The slot follows from the position alone, so :attr:`offset`, the next position, is
+    the only counter.
     """
 
     kind: ClassVar[str]
     """Name of the class in files."""
 
     def __init_subclass__(cls) -> None:
-        if "kind" in cls.__dict__:  # a user's subclass of one kind is still that kind
+        if "kind" in cls.__dict__:  # a subclass made by a user stays of the kind of its base
             KINDS[cls.kind] = cls
 
     # What is held.
@@ -56,7 +56,7 @@ class LayerCache(ABC):
 
     @abstractmethod
     def can_trim(self, tokens: int) -> bool:
-        """Whether :meth:`trim` can take back this many tokens."""
+        """Return whether :meth:`trim` can take back this many tokens."""
 
     @abstractmethod
     def check_trim(self, tokens: int) -> None:
@@ -64,7 +64,7 @@ class LayerCache(ABC):
 
     @abstractmethod
     def trim(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens: as if they had never come. Ends a checkpoint.
+        """Take back the last `tokens` tokens, as if they had never come. Ends a checkpoint.
 
         Raises: TrimError; the cache is unchanged then.
         """
@@ -81,8 +81,8 @@ class LayerCache(ABC):
     def rollback(self, accepted: int = 0) -> None:
         """Return to the checkpoint plus the first `accepted` tokens since, and close it.
 
-        For speculative decoding: checkpoint, update with a draft, keep what was accepted.
-        Exact on every cache, also where :meth:`trim` cannot be.
+        For speculative decoding: checkpoint, update with a draft, keep the accepted tokens.
+        Exact on every cache, even one whose :meth:`trim` would raise.
 
         Raises: TrimError without a checkpoint or for more tokens than came since.
         """
@@ -91,29 +91,34 @@ class LayerCache(ABC):
     def reset(self) -> None:
         """Forget everything and free the memory: the cache is as it was constructed."""
 
-    # Snapshots. Rows are those of the arrays at one position.
+    # Snapshots. A row is the share of one position in all arrays of the layer.
 
     @property
     @abstractmethod
     def visibility(self) -> Visibility:
-        """Positions that must be held to go on at one: :meth:`Visibility.needed`."""
+        """Rule for the positions to hold when resuming: :meth:`Visibility.needed`."""
 
     @abstractmethod
     def schedule(self, positions: Iterable[int]) -> None:
-        """Let snapshots hold what going on at `positions`, not reached yet, needs.
+        """Make `positions`, not reached yet, resume points of later snapshots.
 
-        It is retained when it would be displaced; updates need not end there.
+        Rows needed to resume there are retained before an update displaces them. Updates need
+        not end at these positions.
         """
 
     @abstractmethod
     def capture(self, start: int, stop: int) -> TokenRows:
-        """Return the rows held of positions ``[start, stop)``, and those retained. No copy."""
+        """Return the rows of positions ``[start, stop)``, held in slots or retained.
+
+        Rows in slots are pinned, not copied, unless retained rows on the host join them.
+        """
 
     @abstractmethod
     def restore_rows(self, parts: Sequence[TokenRows], offset: int, backend: Backend) -> None:
-        """Let this empty cache hold what it needs of `parts` to go on at `offset`.
+        """Fill this empty cache with the rows of `parts` needed to resume at `offset`.
 
-        parts: in order, complete; `backend` is the cache's, or one for a cache that names none.
+        parts: ascending, and complete as :attr:`visibility` demands.
+        backend: that of the cache, or one for a cache that names none.
         """
 
     # Copies and files.
@@ -121,7 +126,7 @@ class LayerCache(ABC):
     @property
     @abstractmethod
     def options(self) -> Mapping[str, int | str | None]:
-        """Arguments of the constructor apart from the backend."""
+        """Arguments of the constructor, except the backend."""
 
     @classmethod
     def make(cls, backend: str | Backend | None, options: Mapping[str, Any]) -> Self:
@@ -131,22 +136,25 @@ class LayerCache(ABC):
 
     @abstractmethod
     def to_layer(self) -> LayerArrays:
-        """Return host copies of the tokens held; no arrays if there are none."""
+        """Return host copies of the tokens held; no arrays from an empty cache."""
 
     @abstractmethod
     def from_layer(self, arrays: LayerArrays, offset: int) -> None:
-        """Let this empty cache, whose backend is named, hold `arrays` of :meth:`to_layer`."""
+        """Fill this empty cache with `arrays` of :meth:`to_layer`; the next token is at `offset`.
+
+        Raises: KVCacheError for a cache that names no backend.
+        """
 
     @abstractmethod
     def copy(self) -> Self:
-        """Return an independent cache with the same tokens and room for them; no checkpoint."""
+        """Return an independent cache with the same tokens; no checkpoint."""
 
     @abstractmethod
     def to_backend(self, backend: str | Backend) -> Self:
-        """Return an independent cache on `backend`, the same bit for bit; no checkpoint.
+        """Return an independent copy on `backend`, equal bit for bit; no checkpoint.
 
-        Each token is copied once, straight from this memory where the two frameworks can share
-        it, else through the host. This cache stays as it is.
+        Each token is copied once, directly where the two frameworks can share memory, else
+        through the host. This cache stays as it is.
 
         Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
             BackendNotAvailableError.

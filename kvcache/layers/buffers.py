@@ -1,7 +1,7 @@
-"""The arrays of one layer in buffers that grow: ``[B, kv_heads, slots, head_dim]`` each.
+"""Growing buffers for the arrays of one layer, ``[B, kv_heads, slots, head_dim]`` each.
 
-This is the one place that allocates, grows, and hands out views. Which token lives in which
-slot is the business of the caches above.
+Per-layer caches allocate, grow and view memory only here. The caches above decide which token
+lives in which slot.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Arrays: TypeAlias = tuple[Array, ...]
 class GrowingBuffers:
     """Buffers of one layer, allocated by the first :meth:`grow`.
 
-    geometry: of all that is written here. step: capacities are multiples of it. limit: most
-        slots ever needed, None for no limit.
+    geometry: of everything written here. step: capacities are multiples of so many slots.
+    limit: most slots ever needed; None for no limit.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GrowingBuffers:
         self.growths = 0
         self._step, self._limit = step, limit
         self._padding = backend.config.padding
-        # Whether a view of n slots is a slice of n slots, neither padded nor copied.
+        # True if a view of n slots is a slice of just n slots, without padding or a copy.
         self._exact = backend.slices_are_views and self._padding == 1
 
     # Room.
@@ -55,7 +55,7 @@ class GrowingBuffers:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one slot, of all rows of the batch."""
+        """Bytes of one slot, over the whole batch."""
         return self._nbytes(1)
 
     def _nbytes(self, slots: int) -> int:
@@ -63,15 +63,16 @@ class GrowingBuffers:
         return sum(nbytes(shape, geometry.dtype) for shape in geometry.shapes(slots))
 
     def grow(self, slots: int) -> None:
-        """Make room for `slots` slots, keeping what is held.
+        """Make room for `slots` slots, keeping their content.
 
-        Capacity grows by half at least, so that copying stays O(1) per token.
+        Capacity grows by half at least, so that copying costs O(1) per token in the long run.
         """
         unit = math.lcm(self._step, self._padding)
         capacity = round_up(max(slots, self.capacity * 3 // 2), unit)
         if self._limit is not None:
             capacity = min(capacity, self.padded(self._limit))
-        # All are allocated before any old one is given up: running out of memory loses nothing.
+        # Allocate all new buffers before an old one is consumed: running out of memory then
+        # loses nothing.
         arrays = self._alloc(capacity)
         if self.capacity:
             self.growths += 1
@@ -88,7 +89,7 @@ class GrowingBuffers:
         return new
 
     def free(self) -> None:
-        """Give the memory back. The object is of no further use."""
+        """Free the memory. The object is of no further use."""
         for array in self.arrays:
             self.backend.free(array)
         self.arrays, self.capacity = (), 0
@@ -96,17 +97,17 @@ class GrowingBuffers:
     # Programs.
 
     def export_state(self) -> Arrays:
-        """Return the buffers as compiled programs take them; :meth:`import_state` ends that."""
+        """Return the buffers in the form for compiled programs, until :meth:`import_state`."""
         return tuple(self.backend.traced_form(array) for array in self.arrays)
 
     def empty(self) -> Array:
-        """Return an array of no elements, in the dtype held."""
+        """Return an empty array, shape ``(0,)``, in the dtype of the buffers."""
         return self.backend.alloc((0,), self.geometry.dtype)
 
     def import_state(self, arrays: Arrays) -> None:
-        """Go on with the buffers that programs made of exported ones.
+        """Replace the buffers by `arrays`, derived by programs from the exported ones.
 
-        Raises: ShapeError where those are others; nothing has changed then.
+        Raises: ShapeError if their shapes differ; nothing has changed then.
         """
         for name, own, given in zip(NAMES, self.arrays, arrays, strict=True):
             if tuple(own.shape) != tuple(given.shape):
@@ -122,14 +123,15 @@ class GrowingBuffers:
     def append(
         self, keys: Array, values: Array, start: int, stop: int, held: int
     ) -> tuple[Array, Array]:
-        """Write a pair of arrays to slots ``[start, stop)``; return :meth:`view` of `held` slots.
+        """Write keys and values to slots ``[start, stop)``; return :meth:`view` of `held` slots.
 
-        This is the path of every decode step, in one call and without a loop.
+        The path of every decode step, hence one call without a loop.
         """
         write = self.backend.write_slice
         old_keys, old_values = self.arrays
         new_keys = write(old_keys, keys, start, stop, TOKENS)
-        self.arrays = new_keys, old_values  # the old keys are consumed, whatever comes next
+        # The old keys are consumed by now: should the second write raise, they must be gone here.
+        self.arrays = new_keys, old_values
         new_values = write(old_values, values, start, stop, TOKENS)
         self.arrays = new_keys, new_values
         width = held if self._exact else self.width(held)
@@ -139,7 +141,7 @@ class GrowingBuffers:
         return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
 
     def write(self, update: Arrays, start: int, stop: int) -> None:
-        """Write an update to slots ``[start, stop)``, for which there is room."""
+        """Write an update to slots ``[start, stop)`` within the capacity."""
         for i, rows in enumerate(update):
             self._replace(i, self.backend.write_slice(self.arrays[i], rows, start, stop, TOKENS))
 
@@ -149,7 +151,7 @@ class GrowingBuffers:
             self._replace(i, self.backend.scatter(self.arrays[i], rows, slots, TOKENS))
 
     def _replace(self, i: int, array: Array) -> None:
-        """Go on with `array` in place of the i-th, which was consumed."""
+        """Replace the i-th buffer, just consumed by a write, by its successor `array`."""
         self.arrays = (*self.arrays[:i], array, *self.arrays[i + 1 :])
 
     def read_rows(self, slots: HostArray) -> Arrays:
@@ -161,11 +163,12 @@ class GrowingBuffers:
         return tuple(self.backend.gather(array, rows, TOKENS) for array in update)
 
     def width(self, held: int) -> int:
-        """Return the columns that :meth:`view` has for `held` slots: all, if slices are copies."""
+        """Return the number of columns of :meth:`view` for `held` slots."""
+        # Where a slice is a copy, returning the whole buffer is cheaper; the mask hides the rest.
         return self.padded(held) if self.backend.slices_are_views else self.capacity
 
     def view(self, held: int) -> Arrays:
-        """Return the first `held` slots, and no more than padding beyond where slices are free."""
+        """Return the first `held` slots plus padding; the whole buffers where slices are copies."""
         width = held if self._exact else self.width(held)
         if width == self.capacity:
             return self.arrays
@@ -177,10 +180,11 @@ class GrowingBuffers:
         return round_up(columns, self._padding)
 
     def held_and_update(self, update: Arrays, held: int) -> Arrays:
-        """Return copies of the first `held` slots with an update, not written yet, behind them."""
+        """Return copies of :meth:`view` of `held` slots with an unwritten update appended."""
         return tuple(map(self._concat_padded, self.view(held), update))
 
     def _concat_padded(self, old: Array, new: Array) -> Array:
+        """Return `old` and `new` as one array, padded with zeros as the backend asks."""
         columns = old.shape[TOKENS] + new.shape[TOKENS]
         missing = self.padded(columns) - columns
         parts = [old, new]
@@ -192,7 +196,7 @@ class GrowingBuffers:
     # Copies.
 
     def held_slice(self, held: int) -> Arrays:
-        """Return the first `held` slots and at most padding beyond: views where slices are free."""
+        """Return the first `held` slots plus padding, as views where the framework has views."""
         width = min(self.capacity, self.padded(held))
         return tuple(self.backend.slice(array, 0, width, TOKENS) for array in self.arrays)
 
@@ -200,10 +204,11 @@ class GrowingBuffers:
         """Return NumPy copies of the first `held` slots."""
         to_host = self.backend.to_host
         arrays = zip(NAMES, self.held_slice(held), strict=True)
+        # Padding is cut off on the host: on the device every length might compile a program.
         return tuple(NamedArray(name, to_host(array)[:, :, :held]) for name, array in arrays)
 
     def read_tokens(self, columns: Arrays, index: Indices) -> LayerArrays:
-        """Return NumPy copies of some tokens of `columns`, arrays like the buffers."""
+        """Return NumPy copies of the tokens at `index` of `columns`, arrays like the buffers."""
         backend, index_padded = self.backend, padded_index(self.backend, index)
         gathered = [backend.to_host(backend.gather(c, index_padded, TOKENS)) for c in columns]
         return tuple(
@@ -212,11 +217,13 @@ class GrowingBuffers:
         )
 
     def transferred(self, backend: Backend, held: int) -> Arrays:
-        """Return the first `held` slots on another backend, if possible without a copy.
+        """Return the first `held` slots on another backend, without a copy where possible.
 
         They may share memory with these buffers: copy them and sync before this cache changes.
         """
-        # In lengths that the backend likes, if that many are there: programs for few shapes.
+        # Rounded to the padding of the target, as far as the buffer reaches: it then compiles for
+        # few lengths. Whole buffers are transferred, because a slice need not be compact memory,
+        # and then some frameworks cannot share it (JAX).
         width = min(self.capacity, round_up(held, backend.config.padding))
         arrays = [transfer(array, self.backend, backend) for array in self.arrays]
         return tuple(
@@ -226,7 +233,7 @@ class GrowingBuffers:
 
 
 def place_rows(parts: Sequence[LayerArrays], slots: Indices, width: int) -> LayerArrays:
-    """Return arrays of `width` slots with the rows of `parts` in `slots`, and 0 elsewhere."""
+    """Return host arrays of `width` slots: the rows of `parts` in `slots`, 0 elsewhere."""
     placed = []
     for arrays in zip(*parts, strict=True):
         rows = np.concatenate([array.data for array in arrays], axis=TOKENS)

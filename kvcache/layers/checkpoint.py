@@ -1,4 +1,4 @@
-"""The state that a rollback of a per-layer cache returns to."""
+"""Checkpoints of per-layer caches, for speculative decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from .buffers import Arrays
 
 @dataclass(frozen=True)
 class Update:
-    """One update since a checkpoint: the arrays that came, and the rows that they displaced."""
+    """One update since a checkpoint: its arrays, and the rows displaced by them.
+
+    arrays: copies, ``[B, kv_heads, L, head_dim]``. slots: written to. displaced: copies of the
+        earlier content of `slots`.
+    """
 
     arrays: Arrays
     slots: Int32s
@@ -20,9 +24,11 @@ class Update:
 
 @dataclass
 class Checkpoint:
-    """The state that a rollback returns to.
+    """State of a per-layer cache for a rollback to return to.
 
-    updates, scheduled: for caches that displace tokens; updates since, and resume points then.
+    offset: tokens seen by then.
+    updates: since then, oldest first, in caches that displace tokens. Others need none.
+    scheduled: resume points still ahead by then.
     """
 
     offset: int

@@ -1,4 +1,4 @@
-"""The per-layer cache that keeps every token."""
+"""The growing per-layer cache: every token stays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .state import LayerState, RingState
 
 
 class KVCache(StandaloneCache):
-    """A growing cache for one layer: every token stays.
+    """Growing cache for one layer: every token stays.
 
     ::
 
@@ -55,7 +55,10 @@ class KVCache(StandaloneCache):
         dtype: str | None,
         limit: int | None = None,
     ) -> None:
-        """Check what all kinds are constructed from. limit: most slots ever needed."""
+        """Check and keep the options common to all kinds; start empty.
+
+        limit: most slots ever needed. Not in ``__init__``, whose signature differs by kind.
+        """
         self._step = operator.index(step)
         if self._step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
@@ -65,7 +68,7 @@ class KVCache(StandaloneCache):
         self._start()
 
     def _start(self) -> None:
-        """Hold nothing."""
+        """Become empty, keeping the options."""
         self._admission.forget()
         self._buffers: GrowingBuffers | None = None
         self._pins: LayerPins | None = None
@@ -109,7 +112,7 @@ class KVCache(StandaloneCache):
     def state(self) -> tuple[Array, ...]:
         """Keys and values held, ``[B, kv_heads, n, head_dim]`` each; () when empty.
 
-        Padded, and valid as long, as what :meth:`update` returns for one token.
+        Padded like the result of :meth:`update`, and valid for as long.
         """
         if self._buffers is None or not self._offset:
             return ()
@@ -117,22 +120,24 @@ class KVCache(StandaloneCache):
 
     @property
     def positions(self) -> Int32s:
-        """Position of every column that the last `update` returned; -1 where it is padding."""
+        """Position of every column of the last `update`, int32 [n]; -1 for padding."""
         return padded_positions(np.arange(self._offset, dtype=np.int32), self._width(self._offset))
 
     def _width(self, held: int) -> int:
-        """Return the columns that `update` returns for `held` slots."""
+        """Return the number of columns of `update` for `held` slots."""
         return self._buffers.width(held) if self._buffers is not None else 0
 
     # Writing and reading.
 
     def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """Append L >= 1 tokens; return all keys and values that their queries may see.
+        """Append L >= 1 tokens; return all keys and values visible to their queries.
 
-        keys, values: ``[B, kv_heads, L, head_dim]``, the two head_dims may differ. They stay
-        the caller's. Returns the same with n columns, valid until the next call that changes
-        the cache. n is the number of tokens held, or more where the backend pads (JAX hands
-        out its whole buffer): :meth:`mask` hides the rest.
+        keys, values: ``[B, kv_heads, L, head_dim]``; the two head_dims may differ. The arrays are
+            copied, and stay the caller's.
+
+        Returns keys and values with n columns instead of L, valid until the next call that
+        changes the cache. n is the number of tokens held, or more where the backend pads (JAX
+        returns its whole buffer): :meth:`mask` hides the rest.
 
         Raises: ShapeError, DTypeError, UnknownBackendError; the cache is unchanged then.
         """
@@ -142,11 +147,11 @@ class KVCache(StandaloneCache):
         if buffers is None or stop > buffers.capacity:
             buffers = self._grown(stop)
         columns = buffers.append(keys, values, start, stop, stop)
-        self._offset = stop
+        self._offset = stop  # last: if a write raises, its slots still count as empty
         return columns
 
     def _grown(self, slots: int) -> GrowingBuffers:
-        """Return the buffers with room for `slots` slots; they are made here at first."""
+        """Return the buffers with room for `slots` slots, made here on first use."""
         if self._buffers is not None:
             self._buffers.grow(slots)
             return self._buffers
@@ -154,17 +159,19 @@ class KVCache(StandaloneCache):
         try:
             buffers.grow(slots)
         except BaseException:
-            self._admission.forget()  # without memory, the next update is the first again
+            self._admission.forget()  # nothing is held, so the next update is the first again
             raise
         self._buffers, self._pins = buffers, LayerPins(buffers)
         return buffers
 
     def mask(self, tokens: int, window: int | None = None) -> Array | None:
-        """Return what the last `tokens` queries may attend to, over the columns of `update`.
+        """Return the attention mask of the last `tokens` queries over the columns of `update`.
 
-        Returns ``[tokens, n]`` in the backend's ``mask_dtype`` (``"bool"``: True = attend), or
-        None when every column is visible to every query. `window` W lets a token see itself
-        and the W - 1 before it. Layers with equal histories can share one mask.
+        The mask is ``[tokens, n]`` in the backend's ``mask_dtype`` (``"bool"``: True = attend), or
+        None when every column is visible to every query. `window` W lets a token see itself and
+        the W - 1 tokens before it. Layers with equal histories can share one mask.
+
+        Raises: ValueError for more tokens than the last update allows, or a window below 1.
         """
         tokens = operator.index(tokens)
         if not 1 <= tokens <= self._maskable():
@@ -174,16 +181,16 @@ class KVCache(StandaloneCache):
         queries = np.arange(self._offset - tokens, self._offset, dtype=np.int32)[:, None]
         visible: Bools = np.asarray(self._attended(window).sees(queries, self.positions))
         if visible.all():
-            return None
+            return None  # attention runs faster without a mask
         backend, _ = self._admission.bound()
         return device_mask(backend, backend.config.mask_dtype, visible)
 
     def _maskable(self) -> int:
-        """Return the latest queries whose columns the last update returned."""
+        """Return the largest number of latest queries with a mask."""
         return self._offset
 
     def _attended(self, window: int | None) -> Visibility:
-        """Return the rule for masks with a window of so many tokens, the query's included."""
+        """Return the rule for masks with a window of `window` tokens, the query included."""
         return Visibility(None if window is None else window - 1)
 
     # Going back.
@@ -203,7 +210,8 @@ class KVCache(StandaloneCache):
         self._rewind(self._offset - tokens)
 
     def _rewind(self, offset: int) -> None:
-        """Forget the tokens from `offset` on; resume points that lie there stay scheduled."""
+        """Forget the tokens from `offset` on; resume points stay scheduled."""
+        # Rows wholly before `offset` stay resident: their slots are not written again.
         if self._pins is not None and self._pins.rows:
             self._pins.spill(offset)
         self._points.forget(offset)
@@ -217,7 +225,7 @@ class KVCache(StandaloneCache):
         self._checked_rollback(accepted)
 
     def _checked_rollback(self, accepted: int) -> tuple[Checkpoint, int]:
-        """Return the checkpoint, and `accepted` as an int, or raise TrimError."""
+        """Return the open checkpoint and `accepted` as an int. Raise TrimError if either is bad."""
         checkpoint = self._checkpoint
         if checkpoint is None:
             raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
@@ -235,7 +243,7 @@ class KVCache(StandaloneCache):
 
     def reset(self) -> None:
         if self._pins is not None:
-            self._pins.spill()
+            self._pins.spill()  # snapshots outlive the buffers that their rows are in
         if self._buffers is not None:
             self._buffers.free()
         self._start()
@@ -245,7 +253,7 @@ class KVCache(StandaloneCache):
     def export_state(self, tokens: int) -> LayerState | RingState:
         """Return the buffers with room for `tokens` more, for :func:`kvcache.functional.append`.
 
-        The cache is not to be used until :meth:`import_state`. Ends a checkpoint.
+        Do not use the cache until :meth:`import_state`, which also ends an open checkpoint.
 
         Raises: KVCacheError for a cache that never held a token: it has no shape yet.
         """
@@ -258,10 +266,13 @@ class KVCache(StandaloneCache):
         return self._exported(buffers, self._on_device(self._offset))
 
     def import_state(self, state: LayerState | RingState) -> None:
-        """Go on with the state that programs made of one that :meth:`export_state` returned.
+        """Take over `state`, derived by programs from one of :meth:`export_state`.
 
-        Raises: BoundsError if more tokens came than it had room for, ShapeError if it is that of
-            another cache; nothing has changed then.
+        Consumes the arrays of `state`. Reads its offset, and so waits for the programs.
+
+        Raises: BoundsError if more tokens were appended than it had room for, ShapeError for the
+            state of a cache of another shape, KVCacheError if this cache exported none; nothing
+            has changed then.
         """
         backend, _ = self._admission.bound()
         buffers = self._buffers
@@ -274,10 +285,10 @@ class KVCache(StandaloneCache):
                 f"came, {buffers.capacity} fit, the others were not written. Export more room."
             )
         buffers.import_state((state.keys, state.values))
-        self._rewind(offset)
+        self._rewind(offset)  # also ends a checkpoint, which cannot undo the work of programs
 
     def _slots(self, offset: int) -> int:
-        """Return the slots in use once `offset` tokens were seen."""
+        """Return the number of slots in use after `offset` tokens."""
         return offset
 
     def _exported(self, buffers: GrowingBuffers, offset: Array) -> LayerState | RingState:
@@ -308,7 +319,7 @@ class KVCache(StandaloneCache):
         indices = [np.flatnonzero(self.visibility.needed(r.positions, offset)) for r in parts]
         needed = [(rows, index) for rows, index in zip(parts, indices, strict=True) if index.size]
         slots = self._slots_of(np.concatenate([rows.positions[index] for rows, index in needed]))
-        layers = [rows.read(index)[0] for rows, index in needed]
+        layers = [rows.read(index)[0] for rows, index in needed]  # 0: see LayerPins.read
         self._fill_from_host(place_rows(layers, slots, self._slots(offset)), offset, backend)
 
     def _held(self) -> tuple[Int32s, Slots]:
@@ -316,7 +327,7 @@ class KVCache(StandaloneCache):
         return np.arange(self._offset, dtype=np.int32), np.arange(self._offset)
 
     def _slots_of(self, positions: Int32s) -> Slots:
-        """Return the slots of `positions` that are held."""
+        """Return the slot of each of `positions`."""
         return positions.astype(np.int64)
 
     # Copies and files.
@@ -336,7 +347,7 @@ class KVCache(StandaloneCache):
         clone = self.make(target, self.options)
         if self._buffers is not None and self._offset:
             buffers = clone._fill(self._buffers.transferred(target, self.len), self._offset)
-            # Until it is written it may be read from the memory of this cache.
+            # The copy may still be reading the memory of this cache, which may change next.
             target.sync(*buffers.arrays)
         return clone
 
@@ -353,7 +364,7 @@ class KVCache(StandaloneCache):
     def _fill_from_host(self, layer: LayerArrays, offset: int, backend: Backend) -> None:
         arrays = tuple(backend.from_host(array.data) for array in layer)
         self._fill(arrays, offset)
-        self._checkpoint = None
+        self._checkpoint = None  # one opened while empty knows nothing of these tokens
 
     def _fill(self, arrays: Arrays, offset: int) -> GrowingBuffers:
         """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""

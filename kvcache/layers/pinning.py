@@ -1,4 +1,4 @@
-"""Rows of a per-layer cache that snapshots pin in its buffers, or that resume points retain."""
+"""Rows in the buffers of a per-layer cache, pinned by snapshots and resume points."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .buffers import GrowingBuffers
 
 
 class LayerPins:
-    """The owner of the rows of one per-layer cache; see :class:`RowOwner`.
+    """Owner of the pinned rows of one per-layer cache; implements :class:`RowOwner`.
 
-    rows: the rows pinned now, in most caches none. points: of the cache's one stream of tokens.
+    rows: the rows pinned now, in most caches none.
     """
 
     def __init__(self, buffers: GrowingBuffers) -> None:
         self._buffers = buffers
-        self.lock = nullcontext()  # a per-layer cache belongs to one thread
-        self.rows: dict[TokenRows, None] = {}
+        self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
+        self.rows: dict[TokenRows, None] = {}  # a set that keeps the order of pinning
 
     @property
     def token_bytes(self) -> int:
@@ -30,6 +30,7 @@ class LayerPins:
     def read(self, slots: Slots) -> LayerRows:
         if not slots.size:
             return {}
+        # Snapshots number layers; a cache knows only its own, under 0.
         return {0: self._buffers.read_tokens(self._buffers.arrays, slots)}
 
     def pin(self, rows: TokenRows) -> None:
@@ -39,13 +40,13 @@ class LayerPins:
         del self.rows[rows]
 
     def spill(self, position: int = 0) -> None:
-        """Copy pinned rows of `position` and behind it to the host: their slots change."""
-        for rows in list(self.rows):
+        """Copy rows that reach `position` or beyond to the host, before their slots change."""
+        for rows in list(self.rows):  # a list: to_host() unpins, and so changes `self.rows`
             if rows.positions.size and rows.positions[-1] >= position:
                 rows.to_host()
 
     def capture(self, positions: Int32s, slots: Slots, start: int, stop: int) -> TokenRows:
-        """Pin rows of ``[start, stop)`` of the `positions` held in `slots`."""
+        """Pin the rows of ``[start, stop)`` among `positions`, which are held in `slots`."""
         inside = (positions >= start) & (positions < stop)
         return TokenRows.resident(positions[inside], self, slots[inside])
 
@@ -57,7 +58,7 @@ class LayerPins:
         visibility: Visibility,
         offset: int,
     ) -> None:
-        """Retain the rows that resume points up to `offset` need, before they are displaced."""
+        """Retain the rows needed by resume points up to `offset`, before they are displaced."""
         for position in points.due(offset):
             needed = visibility.needed(positions, position)
             points.retain(position, TokenRows.resident(positions[needed], self, slots[needed]))

@@ -1,4 +1,4 @@
-"""The per-layer cache that holds a bounded number of tokens in a ring."""
+"""The rotating per-layer cache: a bounded number of tokens in a ring."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Position = TypeVar("Position", int, Int32s)
 
 
 class RotatingKVCache(KVCache):
-    """A bounded cache for one layer: the first `keep` tokens and the latest others.
+    """Bounded cache for one layer: the first `keep` tokens and the latest others.
 
     A query sees itself, the ``max_size - keep - 1`` tokens before it, and the first `keep`
-    tokens (attention sinks, StreamingLLM, arXiv:2309.17453), in whatever chunks the tokens
-    come: a chunk of several returns the columns of all their windows, with the mask to tell
-    them apart. Columns are in no particular order; :attr:`positions` has their positions.
+    tokens (attention sinks, StreamingLLM, arXiv:2309.17453), however many tokens an update
+    brings: one of several tokens returns the columns of all their windows, and the mask tells
+    them apart. Columns are in no particular order; :attr:`positions` gives their positions.
 
     max_size: tokens held, sinks included. keep: sinks. Others as for :class:`KVCache`.
     """
@@ -60,7 +60,7 @@ class RotatingKVCache(KVCache):
 
     def _start(self) -> None:
         super()._start()
-        # Tokens of the last update that stand as columns of their own behind the ring's.
+        # Tokens of the last update returned as further columns after those of the ring.
         self._extra = 0
 
     @property
@@ -89,11 +89,13 @@ class RotatingKVCache(KVCache):
         buffers = self._buffers
         if buffers is None or min(stop, self.max_size) > buffers.capacity:
             buffers = self._grown(min(stop, self.max_size))
-        if self._checkpoint is not None:
+        if self._checkpoint is not None:  # now, while the rows to be displaced are still there
             self._record(self._checkpoint, buffers, (keys, values))
         if stop <= self.max_size:
             slot = start
         elif tokens == 1:
+            # It displaces the one token that its query no longer sees, so the ring after the
+            # write is the answer. Of several tokens, the first ones still see others displaced.
             self._before_displacing()
             slot = self._ring_slot(start)
         else:
@@ -106,9 +108,9 @@ class RotatingKVCache(KVCache):
     def _update_beyond(
         self, buffers: GrowingBuffers, update: Arrays, tokens: int
     ) -> tuple[Array, Array]:
-        """Append several tokens, some of which displace others that the first queries still see.
+        """Append several tokens that displace others still visible to the first queries.
 
-        Returns the ring as it was, and the update behind it.
+        Return the ring as it was before, followed by the update.
         """
         self._before_displacing()
         columns = buffers.held_and_update(update, self.len)
@@ -121,26 +123,28 @@ class RotatingKVCache(KVCache):
         return keys, values
 
     def _before_displacing(self) -> None:
-        """Save the rows that snapshots need of the slots that the next update writes to."""
+        """Retain rows due for resume points, and spill pinned ones, before slots change."""
         if self._pins is None:
             return
         if self._points.scheduled:
             held = self._held()
             self._pins.retain_due(self._points, *held, self.visibility, self._offset)
-        if self._pins.rows:
+        if self._pins.rows:  # all of them: a full ring gets round to every slot
             self._pins.spill()
 
     def _retain_from(self, buffers: GrowingBuffers, columns: Arrays) -> None:
-        """Retain what resume points inside the last update need: no slot holds some of it now."""
+        """Retain rows for resume points inside the last update, whose `columns` still have all."""
         positions = self.positions
+        # Padding, position -1, sorts to the front and is cut off.
         order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
+        # Not the offset itself: everything needed to resume there is in the ring.
         for point in self._points.due(self._offset - 1):
             wanted = order[self.visibility.needed(positions[order], point)]
             layer = buffers.read_tokens(columns, wanted)
             self._points.retain(point, TokenRows(positions[wanted], {0: layer}))
 
     def _store(self, buffers: GrowingBuffers, update: Arrays) -> None:
-        """Write those tokens of an update that will be held after it."""
+        """Write an update, except tokens displaced by later ones of the same update."""
         tokens = update[0].shape[TOKENS]
         positions, slots = self._destinations(tokens)
         if positions.size < tokens:
@@ -150,7 +154,7 @@ class RotatingKVCache(KVCache):
     # Slots.
 
     def _destinations(self, tokens: int) -> tuple[Int32s, Int32s]:
-        """Return the positions, of the next `tokens`, that will be held, and their slots."""
+        """Return the positions of the next `tokens` that stay, and their slots."""
         start, stop = self._offset, self._offset + tokens
         positions = np.arange(start, stop, dtype=np.int32)
         positions = positions[(positions < self.keep) | (positions >= stop - self._window)]
@@ -158,13 +162,14 @@ class RotatingKVCache(KVCache):
         return positions, slots
 
     def _ring_slot(self, position: Position) -> Position:
-        """Return the slot of a position (or of an array of them) that is no sink."""
+        """Return the slot of a position, or of an array of them, sinks excluded."""
         return self.keep + (position - self.keep) % self._window
 
     def _ring_positions(self, offset: int) -> Int32s:
-        """Return the position in every column of the ring when `offset` tokens were seen."""
+        """Return the position in every column of the ring after `offset` tokens."""
         slots = np.arange(min(offset, self.max_size), dtype=np.int32)
         latest = offset - 1
+        # A slot holds the newest position that is congruent to it modulo the window.
         turned = latest - (latest - slots) % self._window
         positions = np.where(slots < self.keep, slots, turned).astype(np.int32)
         return padded_positions(positions, self._width(slots.size))
@@ -194,6 +199,7 @@ class RotatingKVCache(KVCache):
     # Programs.
 
     def _exported(self, buffers: GrowingBuffers, offset: Array) -> RingState:
+        """Return the ring as a state; pinned rows are spilled, as programs may write any slot."""
         self._before_displacing()
         self._extra = 0
         ring = self._ring_positions(self._offset)
@@ -215,10 +221,11 @@ class RotatingKVCache(KVCache):
 
     @property
     def visibility(self) -> Visibility:
-        # One more than the next token sees: every slot of a ring holds the token it is named for.
+        # One more than the next token sees, so that every slot of a restored ring is filled.
         return Visibility(self._window, sinks=self.keep)
 
     def schedule(self, positions: Iterable[int]) -> None:
+        # Rows for earlier positions may be displaced already: too late to retain them.
         self._points.schedule(position for position in positions if position >= self._offset)
 
     # Going back.
@@ -239,20 +246,23 @@ class RotatingKVCache(KVCache):
         self._extra = 0
 
     def _record(self, checkpoint: Checkpoint, buffers: GrowingBuffers, update: Arrays) -> None:
-        """Keep what a rollback needs: copies of the update and of the rows it displaces."""
+        """Record copies of an update, and of the rows displaced by it, for a rollback."""
         tokens = update[0].shape[TOKENS]
         _, slots = self._destinations(tokens)
         kept = buffers.take_tokens(update, np.arange(tokens))
         checkpoint.updates.append(Update(kept, slots, buffers.read_rows(slots)))
 
     def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
-        if self._pins is None or self._buffers is None:  # nothing came since
+        """Undo all updates since `checkpoint`, then repeat their first `accepted` tokens."""
+        if self._pins is None or self._buffers is None:  # no update since
             self._rewind(checkpoint.offset)
             return
         self._pins.spill()
+        # The newest first: a slot written several times ends up with its oldest content.
         for update in reversed(checkpoint.updates):
             self._buffers.write_rows(update.displaced, update.slots)
-        self._rewind(checkpoint.offset)
+        self._rewind(checkpoint.offset)  # closes the checkpoint: repeated updates go unrecorded
+        # Points passed since were unscheduled when their rows were retained; now both are undone.
         self._points.schedule(point for point in checkpoint.scheduled if point > checkpoint.offset)
         for update in checkpoint.updates:
             tokens = min(accepted, update.arrays[0].shape[TOKENS])
@@ -260,4 +270,4 @@ class RotatingKVCache(KVCache):
                 keys, values = self._buffers.take_tokens(update.arrays, np.arange(tokens))
                 self.update(keys, values)
             accepted -= tokens
-        self._extra = 0
+        self._extra = 0  # nobody was given the columns of the repeated updates

@@ -1,4 +1,4 @@
-"""The caches of all layers of one model, handled together: all of them change, or none."""
+"""The caches of all layers of one model, handled together: all change, or none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerCaches(Sequence[C], Generic[C]):
             ...                                  # K, V = cache.update(k, v)
         caches.trim(3)                           # in all layers, or in none
 
-    Layers may share a cache: it then stands here once for each of them, and changes once.
+    Layers may share a cache: list it once per layer. Each operation changes it once.
     """
 
     def __init__(self, caches: Iterable[C]) -> None:
@@ -55,7 +55,7 @@ class LayerCaches(Sequence[C], Generic[C]):
 
     @property
     def _distinct(self) -> list[C]:
-        """Every cache once, however many layers share it."""
+        """Caches without repetitions, in order."""
         return list({id(cache): cache for cache in self._caches}.values())
 
     @property
@@ -85,7 +85,7 @@ class LayerCaches(Sequence[C], Generic[C]):
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
-        """Whether :meth:`trim` can take back this many tokens."""
+        """Return whether :meth:`trim` can take back this many tokens in all layers."""
         return all(cache.can_trim(tokens) for cache in self._distinct)
 
     def trim(self, tokens: int) -> None:
@@ -93,6 +93,7 @@ class LayerCaches(Sequence[C], Generic[C]):
 
         Raises: TrimError if one layer cannot; all are unchanged then.
         """
+        # All checks before the first change: no layer can then refuse after another has changed.
         for cache in self._distinct:
             cache.check_trim(tokens)
         for cache in self._distinct:
@@ -121,16 +122,18 @@ class LayerCaches(Sequence[C], Generic[C]):
     # Snapshots.
 
     def schedule(self, positions: Iterable[int]) -> None:
-        """Let snapshots hold what going on at `positions`, not reached yet, needs."""
-        wanted = list(positions)
+        """Make `positions`, not reached yet, resume points of later snapshots."""
+        points = list(positions)  # an iterator would be used up by the first cache
         for cache in self._distinct:
-            cache.schedule(wanted)
+            cache.schedule(points)
 
     def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
-        """Return what all layers hold of positions ``[start, stop)``; stop None: to the end.
+        """Return a snapshot of positions ``[start, stop)`` in all layers; stop None: to the end.
 
-        Nothing is copied until a cache changes the slots. Raises: ValueError for caches that
-        have seen different numbers of tokens, or none.
+        Rows stay in their slots, uncopied, until a cache changes these. The caller closes it.
+
+        Raises: ValueError for an empty range, or caches that have seen different numbers of
+            tokens, or none.
         """
         offsets = self._offsets
         stop = offsets[-1] if stop is None and offsets else stop
@@ -144,13 +147,14 @@ class LayerCaches(Sequence[C], Generic[C]):
         return Snapshot(start, stop, list(map(Part, specs, rows)))
 
     def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
-        """Let empty caches of all layers hold `snapshots`, to go on where the last one stops.
+        """Fill empty caches of all layers from `snapshots`, to resume where the last one stops.
 
-        backend: for caches that name none. The snapshots stay as they are, and may be of any
-        backend.
+        snapshots: in order and without gaps, the first from position 0. They stay as they are,
+            and may come from any backend.
+        backend: for caches that name none.
 
         Raises: SnapshotMismatchError, ValueError (not empty, no backend, a gap), KVCacheError
-            where they could not go on there, DTypeError; nothing has changed then.
+            if the last one stops at no resume point, DTypeError; nothing has changed then.
         """
         named = None if backend is None else get_backend(backend)
         backends = [b for cache in self if (b := cache.backend or named) is not None]
@@ -164,14 +168,14 @@ class LayerCaches(Sequence[C], Generic[C]):
             for layer, (cache, own_backend) in enumerate(zip(self, backends, strict=True)):
                 parts = [snapshot.parts[layer].rows for snapshot in snapshots]
                 cache.restore_rows(parts, stop, own_backend)
-        except BaseException:
+        except BaseException:  # out of memory, say, when the first layers are filled already
             for cache in self:
                 if cache.offset:
                     cache.reset()
             raise
 
     def _specs_for(self, snapshots: Sequence[Snapshot]) -> list[CacheSpec]:
-        """Return the specs of these caches, which take any dtype if they name none."""
+        """Return the specs of these caches; one without a dtype takes that of the snapshots."""
         dtypes = [spec.dtype for spec in snapshots[0].specs] if snapshots else []
         dtypes = dtypes if len(dtypes) == len(self) else ["" for _ in self]
         return [
@@ -183,11 +187,12 @@ class LayerCaches(Sequence[C], Generic[C]):
 
     def copy(self) -> Self:
         """Return independent caches with the same tokens; no checkpoints."""
+        # By identity: layers that share a cache share its copy.
         copies = {id(cache): cache.copy() for cache in self._distinct}
         return type(self)(copies[id(cache)] for cache in self)
 
     def to_backend(self, backend: str | Backend) -> Self:
-        """Return independent caches on `backend`, the same bit for bit; no checkpoints.
+        """Return independent copies on `backend`, equal bit for bit; no checkpoints.
 
         Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
             BackendNotAvailableError.
@@ -197,7 +202,11 @@ class LayerCaches(Sequence[C], Generic[C]):
         return type(self)(copies[id(cache)] for cache in self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens held, and nothing else, to a file that :meth:`load` reads anywhere."""
+        """Write the tokens held, and nothing else, to a file for :meth:`load` on any backend.
+
+        The file replaces an existing one only when complete. A cache shared by several layers is
+        written for each of them.
+        """
         records: list[dict[str, object]] = []
         tensors: dict[str, HostArray] = {}
         for layer, cache in enumerate(self):
@@ -215,7 +224,9 @@ class LayerCaches(Sequence[C], Generic[C]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backend: str | Backend = "numpy") -> Self:
-        """Return the caches saved in `path`, on `backend`, whichever they were saved from.
+        """Return the caches saved in `path`, on `backend`; they may come from any other.
+
+        Layers that shared a cache get one each.
 
         Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
             where the backend lacks the dtype.
@@ -245,23 +256,23 @@ class LayerCaches(Sequence[C], Generic[C]):
 
 
 class StandaloneCache(LayerCache):
-    """A per-layer cache with snapshots and files of its own: those of a stack of one layer."""
+    """A per-layer cache with its own snapshots and files: a stack of one layer."""
 
     def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
-        """Return what is held of positions ``[start, stop)``; see :meth:`LayerCaches.snapshot`."""
+        """Return a snapshot of positions ``[start, stop)``; see :meth:`LayerCaches.snapshot`."""
         return LayerCaches([self]).snapshot(start, stop)
 
     def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
-        """Hold `snapshots` in an empty cache; see :meth:`LayerCaches.restore`."""
+        """Fill an empty cache from `snapshots`; see :meth:`LayerCaches.restore`."""
         LayerCaches([self]).restore(*snapshots, backend=backend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens held to a file that :meth:`load` reads on any backend."""
+        """Write the tokens held to a file for :meth:`load` on any backend."""
         LayerCaches([self]).save(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backend: str | Backend = "numpy") -> Self:
-        """Return the cache saved in `path`, now on `backend`.
+        """Return the cache saved in `path`, on `backend`.
 
         Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
             where the backend lacks the dtype.

@@ -8,34 +8,34 @@ from kvcache.backends import Array
 
 
 class LayerState(NamedTuple):
-    """A growing cache as a pytree; :meth:`KVCache.export_state` makes it."""
+    """A growing cache as a pytree, made by :meth:`KVCache.export_state`."""
 
     keys: Array
     """[B, kv_heads, slots, head_dim]"""
     values: Array
     offset: Array
-    """int32 []: tokens seen, which is the position of the next one."""
+    """int32 []: tokens seen; the position of the next one."""
     positions: Array
-    """int32 [slots]: position of the token that a slot holds, or will hold."""
+    """int32 [slots]: position of the token in each slot, present or to come."""
     like: Array
-    """No keys at all, in the dtype of the cache, which the buffers may carry as bits."""
+    """Empty array in the dtype of the cache; the buffers may carry that dtype as bits."""
 
 
 class RingState(NamedTuple):
-    """A rotating cache as a pytree; :meth:`RotatingKVCache.export_state` makes it."""
+    """A rotating cache as a pytree, made by :meth:`RotatingKVCache.export_state`."""
 
     keys: Array
     """[B, kv_heads, slots, head_dim]"""
     values: Array
     offset: Array
-    """int32 []: tokens seen, which is the position of the next one."""
+    """int32 []: tokens seen; the position of the next one."""
     positions: Array
-    """int32 [slots]: position of the token that a slot holds, -1 where there is none yet."""
+    """int32 [slots]: position of the token in each slot, -1 for an empty slot."""
     like: Array
-    """No keys at all, in the dtype of the cache, which the buffers may carry as bits."""
+    """Empty array in the dtype of the cache; the buffers may carry that dtype as bits."""
     slot: Array
-    """int32 []: where the next token goes."""
+    """int32 []: slot of the next token."""
     sinks: Array
-    """int32 []: how many of the first slots keep their token."""
+    """int32 []: number of first slots that keep their token."""
     size: Array
-    """int32 []: slots in the ring, sinks included; those behind it are never used."""
+    """int32 []: slots of the ring, sinks included; later slots of the buffer stay unused."""

@@ -1,4 +1,4 @@
-"""The cells of a pool as such: how often each is referenced, and which are free."""
+"""Refcounts and free cells of a pool."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ from kvcache._types import Bools, Indices, Int32s
 
 
 class CellAllocator:
-    """Refcounts and free cells of a pool of `cells` cells. A cell without references is free.
+    """Refcounts of a pool of `cells` cells, and a stack of its free ones.
 
-    Free cells lie on a stack; some on it may have been claimed since, and are passed over when
-    they come up. So claiming a cell by its number costs nothing but its refcount.
+    A cell without references is free. Cells on the stack may have been claimed since they were
+    pushed, and :meth:`pop` skips these: claiming a cell by its number need not search the stack.
     """
 
     def __init__(self, cells: int) -> None:
         self.cells = cells
         self.free = cells
         self.refcounts = np.zeros(cells, np.int32)
-        # The lowest cell on top.
+        # The lowest cell on top, so that cells popped together are ascending neighbours.
         self._stack = np.arange(cells - 1, -1, -1, dtype=np.int32)
         self._top = cells
         self._stacked = np.ones(cells, bool)
+        # Scratch space of `claim`, kept so that a call costs as much as its batch, not the pool.
         self._claims = np.zeros(cells, np.int64)
 
     def claim(self, cells: Indices) -> Bools:
-        """Reference those of `cells` that are free, each once; return which.
+        """Reference the free ones among `cells`, once each; return a mask of those claimed.
 
-        The caller takes them off :attr:`free`, with others that it takes.
+        The caller subtracts them from :attr:`free`, together with cells from :meth:`pop`.
         """
         order = np.arange(cells.size)
-        self._claims[cells] = order  # where two want one cell, the last claim stands
+        self._claims[cells] = order  # if a cell is wanted twice, the last claim stands
         claimed: Bools = (self.refcounts[cells] == 0) & (self._claims[cells] == order)
         self.refcounts[cells[claimed]] = 1
         return claimed
 
     def pop(self, count: int) -> Int32s:
-        """Return any free cells, neighbours if possible, not yet referenced."""
+        """Take up to `count` free cells off the stack, neighbours if possible.
+
+        The caller references them and subtracts them from :attr:`free`.
+        """
         popped: list[Int32s] = [np.empty(0, np.int32)]
         while count and self._top:
-            # Many at a time, because most may have been claimed since they were stacked.
+            # Many at a time, because most may have been claimed since they were pushed.
             cells = self._stack[max(0, self._top - max(count, 256)) : self._top][::-1]
             free = np.flatnonzero(self.refcounts[cells] == 0)[:count]
             seen = cells.size if free.size < count else int(free[-1]) + 1
@@ -50,34 +54,34 @@ class CellAllocator:
         return np.concatenate(popped)
 
     def decref(self, cells: Int32s) -> None:
-        """Drop one reference to each of `cells`, and free those that have none left."""
-        if (self.refcounts[cells] == 1).all():  # nobody shares any, so each is named once
+        """Drop one reference per element of `cells`, and free cells without any left."""
+        if (self.refcounts[cells] == 1).all():  # none is shared, so none occurs twice
             self.refcounts[cells] = 0
             freed = cells
         else:
-            np.subtract.at(self.refcounts, cells, 1)
+            np.subtract.at(self.refcounts, cells, 1)  # `-=` would count a repeated cell once
             freed = np.unique(cells[self.refcounts[cells] == 0])
         self.free += freed.size
         unstacked = np.sort(freed[~self._stacked[freed]])
         self._stacked[unstacked] = True
-        # The lowest ends up on top, so that cells given out together are neighbours.
+        # The lowest ends up on top, so that cells popped together are neighbours.
         self._stack[self._top : self._top + unstacked.size] = unstacked[::-1]
         self._top += unstacked.size
 
     def push(self, cell: int) -> None:
-        """Stack one cell that has become free, and is counted as free elsewhere."""
+        """Push one freed cell; the caller has counted it in :attr:`free`."""
         if not self._stacked[cell]:
             self._stacked[cell] = True
             self._stack[self._top] = cell
             self._top += 1
 
     def copy(self, cells: int) -> CellAllocator:
-        """Return an independent allocator in the same state, of `cells` cells: no fewer."""
+        """Return an independent allocator in the same state. cells: at least as many as here."""
         clone, more = CellAllocator(cells), cells - self.cells
         clone.free += self.free - self.cells
         clone.refcounts[: self.cells] = self.refcounts
         clone._stacked[: self.cells] = self._stacked
-        # The new cells, with the highest numbers, are stacked below: they are taken last.
+        # New cells, which have the highest numbers, go to the bottom: they are taken last.
         clone._top = more + self._top
         clone._stack[more : clone._top] = self._stack[: self._top]
         return clone

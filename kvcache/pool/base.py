@@ -1,4 +1,4 @@
-"""The contract between models, which put and get, and runners, which start passes."""
+"""The contract of multi-sequence caches, between a model and its runner."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguo
 from .batch import Batch
 
 Commit: TypeAlias = Callable[[], None]
-"""A change that has been checked and cannot fail any more."""
+"""A change, checked before, that can no longer fail."""
 
 
 class Cache(ABC):
     """Keys and values of many sequences, for all layers of a model.
 
-    The model says at construction what it needs and calls :meth:`set_layer`, :meth:`put` and
-    :meth:`get` for each layer. The runner calls the rest. Every change happens as a whole or
-    raises and changes nothing; a wrapper of several caches can promise that because each first
-    checks (the ``prepare_`` methods) and then commits.
+    The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`get` for each
+    layer; the runner calls everything else. Every change happens as a whole, or raises and
+    changes nothing. Changes have two halves for that: a ``prepare_`` method checks and may raise,
+    the commit that it returns cannot fail. A wrapper prepares all its caches, then commits.
 
     A subclass calls ``super().__init__()``.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Held while the cache changes: sequences may come and go while a pass runs elsewhere."""
+        """Held during changes: other threads may change sequences while a pass runs."""
 
     def share_lock(self, lock: threading.RLock) -> None:
-        """Use `lock` instead, that of a cache which this one is a part of."""
+        """Use `lock`, the lock of an enclosing cache, instead of its own."""
         self.lock = lock
 
     @abstractmethod
     def set_config(self, config: CacheConfig) -> None:
-        """Override what the backend would choose. By the model, before :meth:`init`."""
+        """Override the layout chosen by the backend. Called by the model, before :meth:`init`."""
 
     @abstractmethod
     def init(
@@ -52,15 +52,22 @@ class Cache(ABC):
         capacity: int,
         max_batch: int,
     ) -> None:
-        """Size the cache. Memory is allocated when layers are first put.
+        """Size the cache. Each layer's memory is allocated by its first put.
 
-        capacity: tokens per sequence. max_batch: tokens of one forward pass, at most.
+        dtype: of keys and values, a name in ``HOST_DTYPES``.
+        max_sequences: sequence ids are 0 to ``max_sequences - 1``.
+        capacity: tokens per sequence.
+        max_batch: most tokens of one forward pass.
+
+        Raises: ValueError for sizes below 1, DTypeError where the backend lacks the dtype,
+            UnknownBackendError, BackendNotAvailableError.
         """
 
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
-        """Find cells for the tokens of a pass; :meth:`put` and :meth:`get` then serve it.
+        """Begin a pass: find cells for its tokens, for :meth:`put` and :meth:`get` to use.
 
-        reserve: lay out the largest pass instead, to allocate what it needs; stores nothing.
+        reserve: begin the largest possible pass instead, to allocate its memory; puts then store
+            nothing.
 
         Raises: CacheFullError, ValueError; nothing has changed then.
         """
@@ -68,7 +75,7 @@ class Cache(ABC):
             self.prepare_forward(batch, reserve)()
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Make `target` hold the first positions of `source`, those below `length`, only.
+        """Make `target` hold just the positions of `source` below `length`.
 
         Cells are shared, not copied. ``source == target`` truncates.
 
@@ -91,11 +98,14 @@ class Cache(ABC):
     # Snapshots.
 
     def snapshot(self, sequence: int, start: int = 0, stop: int | None = None) -> Snapshot:
-        """Return what is held of positions ``[start, stop)`` of a sequence, resident if it can be.
+        """Return a snapshot of positions ``[start, stop)`` of a sequence, as far as held.
 
-        stop: None for the end. Between passes; nothing is copied.
+        stop: None for the end.
 
-        Raises: ValueError, NotSupportedError for a cache that cannot.
+        Call it between passes. Rows stay in their cells, uncopied, where the cache can pin these
+        (not :class:`EncoderCache`). The caller closes the snapshot.
+
+        Raises: ValueError, NotSupportedError for a cache without snapshots.
         """
         with self.lock:
             check_ids(self.max_sequences, sequence)
@@ -104,12 +114,13 @@ class Cache(ABC):
             return Snapshot(start, stop, self.capture(sequence, start, stop))
 
     def restore(self, sequence: int, *snapshots: Snapshot) -> None:
-        """Let an empty sequence hold `snapshots`, to go on where the last one stops.
+        """Fill an empty sequence from `snapshots`, to resume where the last one stops.
 
-        Resident ones of this cache share their cells with it. The snapshots stay as they are.
+        snapshots: in order and without gaps, the first from position 0. They stay as they are;
+            resident ones of this cache share their cells with the sequence.
 
-        Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError where it could not
-            go on there; nothing has changed then.
+        Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError if the last one
+            stops at no resume point; nothing has changed then.
         """
         with self.lock:
             check_ids(self.max_sequences, sequence)
@@ -117,35 +128,36 @@ class Cache(ABC):
             self.prepare_restore(sequence, [snapshot.parts for snapshot in snapshots], stop)()
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        """Let snapshots of a sequence hold what going on at `positions` needs, too.
+        """Make `positions` resume points of a sequence for its later snapshots.
 
-        It is retained when the passes that write there are over, even where a sliding window moves
-        on then; batches need not end there. Positions that are written already may be too late.
+        Rows needed to resume there are retained once written, before a sliding window drops
+        them; batches need not end at these positions. For a position written already it may be
+        too late.
         """
         raise _cannot_snapshot(self)
 
     @property
     def max_sequences(self) -> int:
-        """Number of sequences that the cache was sized for."""
+        """Number of sequences given to :meth:`init`."""
         raise _cannot_snapshot(self)
 
     @property
     def specs(self) -> list[CacheSpec]:
-        """Specs of the parts that this cache contributes to a snapshot."""
+        """Specs of the parts of this cache in a snapshot, in order."""
         raise _cannot_snapshot(self)
 
     def next_position(self, sequence: int) -> int:
-        """Return the position behind the last one of a sequence, 0 if it is empty."""
+        """Return the position after the last one of a sequence; 0 for an empty one."""
         raise _cannot_snapshot(self)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        """Return the parts of :meth:`snapshot`."""
+        """Return the parts of :meth:`snapshot`; `start` and `stop` are checked."""
         raise _cannot_snapshot(self)
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
-        """Check :meth:`restore` and return its commit. parts: of each snapshot, in order."""
+        """Check :meth:`restore` and return its commit. parts: those of each snapshot, in order."""
         raise _cannot_snapshot(self)
 
     @abstractmethod
@@ -162,35 +174,44 @@ class Cache(ABC):
 
     @abstractmethod
     def set_layer(self, layer: int) -> None:
-        """Choose the layer that :meth:`put` and :meth:`get` apply to."""
+        """Choose the layer for :meth:`put` and :meth:`get`."""
 
     @abstractmethod
     def put(self, keys: Array, values: Array | None = None) -> None:
-        """Store the keys and values of the pass's tokens, ``[kv_heads, tokens, head_dim]``."""
+        """Store the keys and values of the pass's tokens, ``[kv_heads, tokens, head_dim]``.
+
+        Axes are in the layout of the cache, ``"htd"`` by default. values: None for a layer of keys
+        only. The arrays are copied, and stay the caller's.
+
+        Raises: ShapeError, DTypeError, KVCacheError without a pass; nothing is stored then.
+        """
 
     @abstractmethod
     def get(self) -> tuple[Array, Array | None, Array | None]:
         """Return keys, values and mask of the history.
 
         Keys and values are ``[kv_heads, history, head_dim]`` (layout ``"htd"``), valid until the
-        next put; the mask is ``[tokens, history]``.
+        next put; the mask is ``[tokens, history]`` in the ``mask_dtype`` of the cache, None where
+        every token sees everything. Values are None for a layer of keys only.
+
+        Raises: KVCacheError without a pass, or for a layer that was never put.
         """
 
     def set_causal(self, except_: Sequence[int] = ()) -> None:
-        """Let these batch indices see tokens ahead of them (image tokens), for this pass."""
+        """Let tokens at these batch indices see tokens ahead of them (images), for this pass."""
         raise NotSupportedError(f"{type(self).__name__} knows no order of tokens to lift.")
 
     @abstractmethod
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Return whether all that a token at `position` may see is still stored."""
+        """Return whether every earlier token visible from `position` is still stored."""
 
     @abstractmethod
     def to_backend(self, backend: str | Backend) -> Self:
         """Return an independent cache on `backend` with the same options, sequences and tokens.
 
-        Bit for bit, laid out as :meth:`init` would there. This cache stays as it is. A pass does
-        not come along: start the next one. Before :meth:`init`, which names the backend, the
-        result is as uninitialised as this.
+        Equal bit for bit, in the layout that :meth:`init` would choose there. This cache stays as
+        it is. The current pass is not copied: start the next one. A cache that is not
+        initialised yet gives another such cache.
 
         Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
             BackendNotAvailableError.

@@ -1,4 +1,4 @@
-"""What one forward pass asks of a multi-sequence cache."""
+"""The tokens of a forward pass, as given to a multi-sequence cache."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class Batch:
 
     positions: position of each token in its sequence, >= 0; int32 [tokens].
     sequences: id of each token's sequence; int32 [tokens].
-    multimodal: indices into the batch where an encoder's output comes in.
+    multimodal: indices into the batch of the tokens that bring encoder output.
 
-    Raises: ValueError for an empty batch, unequal lengths, or what are no integers.
+    Positions and sequences are copied, so later changes to the arguments do no harm.
+
+    Raises: ValueError for an empty batch, unequal lengths, or anything but int32 numbers.
     """
 
     __slots__ = ("multimodal", "positions", "sequences")
@@ -53,7 +55,7 @@ def _int32s(numbers: npt.ArrayLike) -> Int32s:
         raise ValueError(
             f"positions and sequences are lists of integers; got {array.dtype} {array.shape}."
         )
-    narrow = array.astype(np.int32)  # a copy: plans look at it later
-    if (narrow != array).any():
+    narrow = array.astype(np.int32)  # a copy: the pass keeps it, and plans read it later
+    if (narrow != array).any():  # astype wraps numbers beyond int32 without a word
         raise ValueError(f"positions and sequences are int32; got {array.min()} to {array.max()}.")
     return narrow

@@ -1,4 +1,4 @@
-"""The device side of a pool of cells: the arrays of every layer."""
+"""Buffers of a pool on the device, for every layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .rows import PendingWrites
 Arrays: TypeAlias = tuple[Array, ...]
 """The arrays of one layer: keys and values, or keys alone."""
 HOST_AXES = "htd"
-"""Axes of rows in host memory: kv_heads, tokens, head_dim."""
+"""Axes of rows in host memory, whatever the layout of the pool: kv_heads, tokens, head_dim."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class ArrayLayout:
         object.__setattr__(self, "token_axis", self.axes.index("t"))
 
     def shape(self, heads: int, tokens: int, dim: int) -> tuple[int, ...]:
-        """Return the shape of such an array."""
+        """Return the shape of an array of these sizes in this layout."""
         sizes = {"h": heads, "t": tokens, "d": dim}
         return tuple(sizes[axis] for axis in self.axes)
 
     def resized(self, array: Array, tokens: int) -> tuple[int, ...]:
-        """Return the shape of `array` with so many tokens instead of its own."""
+        """Return the shape of `array` with `tokens` tokens instead of its own."""
         shape = list(array.shape)
         shape[self.token_axis] = tokens
         return tuple(shape)
@@ -60,19 +60,20 @@ def kv_layouts(config: CacheConfig) -> tuple[ArrayLayout, ...]:
 
 
 class PoolBuffers:
-    """Buffers of `cells` cells for every layer that is put, allocated when it first is.
+    """Buffers of `cells` cells for every layer, allocated by the first put of the layer.
 
     layouts: of the arrays of a layer. Layers may differ in heads and head_dim, and one may hold
-        only the first of the arrays (keys only: latent attention, MLA).
+        only the first of the arrays (keys only: latent attention, MLA). Layouts and arrays are
+        therefore paired by ``zip(..., strict=False)``.
 
-    Programs may hold the buffers meanwhile (:meth:`export_state`), and other threads may have
-    brought rows (:meth:`enqueue_rows`): whatever reads or writes here settles both first.
+    Programs may hold the buffers for a time (:meth:`export_state`), and other threads may have
+    queued rows (:meth:`enqueue_rows`). Every access settles both first.
     """
 
     def __init__(
         self, backend: Backend, layouts: Sequence[ArrayLayout], dtype: str, cells: int
     ) -> None:
-        backend.dtype(dtype)
+        backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
         self._token_axes = [layout.token_axis for layout in self.layouts]
@@ -83,7 +84,7 @@ class PoolBuffers:
         self._pending = PendingWrites()
 
     def _settled(self) -> dict[int, Arrays]:
-        """Return the buffers by layer, taken back from programs, with everything written."""
+        """Return the buffers by layer, back from programs and with all pending rows written."""
         if self._exported is not None:
             self._take_back()
         if self._pending.queue:
@@ -93,17 +94,18 @@ class PoolBuffers:
     # Programs.
 
     def export_state(self) -> PoolState:
-        """Return all buffers, as :mod:`kvcache.functional` takes them."""
+        """Return all buffers by layer in the form for :mod:`kvcache.functional`."""
+        # Exported twice without use in between, the state is the same: no conversion.
         if self._exported is None or self._pending.queue:
             self._exported = to_traced(self.backend, self._settled())
         return self._exported
 
     def import_state(self, state: PoolState) -> None:
-        """Go on with the buffers of `state`, which programs made of exported ones.
+        """Replace the buffers by those of `state`, derived by programs from exported ones.
 
-        Raises: ShapeError where those are others; nothing has changed then.
+        Raises: ShapeError if layers, shapes or dtypes differ; nothing has changed then.
         """
-        # Pending rows stay pending: they are written to the buffers that the programs made.
+        # Pending rows stay in the queue: they belong in the buffers returned by the programs.
         check_same_form(self.export_state() if self._exported is None else self._exported, state)
         self._exported = dict(state)
 
@@ -115,11 +117,11 @@ class PoolBuffers:
     # Passes.
 
     def empty(self, layout: ArrayLayout, lead: tuple[int, ...] = ()) -> Array:
-        """Return an array of that layout without tokens, behind axes of `lead`."""
+        """Return an array without tokens in `layout`, with the axes `lead` in front."""
         return self.backend.alloc([*lead, *layout.shape(1, 0, 1)], self.dtype)
 
     def allocate(self, layer: int, kv_heads: int, dims: Sequence[int]) -> None:
-        """Make the buffers that the first put of a layer would make. dims: of each array."""
+        """Allocate the buffers of a layer before its first put. dims: head_dim of each array."""
         pairs = list(zip(self.layouts, dims, strict=False))
         shapes = [layout.shape(kv_heads, 0, dim) for layout, dim in pairs]
         arrays = tuple(self.backend.alloc(shape, self.dtype) for shape in shapes)
@@ -129,20 +131,23 @@ class PoolBuffers:
             layers[layer] = self._alloc_like(arrays)
 
     def put(self, layer: int, arrays: Arrays, forward_pass: Pass) -> None:
-        """Store the tokens of a pass in its cells; raises before anything is written."""
+        """Store the tokens of a pass in its cells; raise before anything is written."""
         layers = self._settled()
         self._validate(layer, arrays, forward_pass.cells.size, layers.get(layer))
         if layer not in layers:
             layers[layer] = self._alloc_like(arrays)
         if forward_pass.stores:
+            # Another thread may read rows of a snapshot: it must not find consumed buffers.
             with self._pending.lock:
                 buffers = self._settled()[layer]
-                # Not through `_settled`: rows that have come since would go to consumed buffers.
+                # Not `self._settled()[layer] = ...`: that runs after the write, and rows queued
+                # meanwhile would go to buffers that the write has consumed.
                 self._buffers[layer] = self._written_pass(buffers, arrays, forward_pass)
 
     def _written_pass(self, buffers: Arrays, arrays: Arrays, forward_pass: Pass) -> Arrays:
-        """Return `buffers`, which are consumed, with the tokens of a pass in its cells."""
+        """Write the tokens of a pass to its cells; consumes `buffers`, returns their successors."""
         cells, first = forward_pass.cells, forward_pass.first_cell
+        # map and repeat instead of a loop: this runs for every layer of every pass.
         if first is None:
             write_rows = self.backend.write_rows
             return tuple(map(write_rows, buffers, arrays, repeat(cells), self._token_axes))
@@ -152,7 +157,7 @@ class PoolBuffers:
         )
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
-        """Return the arrays of the pass's range.
+        """Return the arrays of the range of the pass, as views where the framework has views.
 
         Raises: KVCacheError for a layer that was never put.
         """
@@ -166,11 +171,11 @@ class PoolBuffers:
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
     def range(self, start: int, stop: int, padding: int) -> tuple[int, int]:
-        """Return the range to read for cells ``[start, stop)``, in lengths the backend likes."""
+        """Return a range to read around cells ``[start, stop)``, rounded for the backend."""
         start = start // padding * padding
         if self.backend.slices_are_views:
             return start, min(self.cells, ceil_div(stop, padding) * padding)
-        # Each length is a program of its own: few of them, and soon the whole pool.
+        # Each length compiles a program: powers of two only, or the whole pool beyond half of it.
         length = padding
         while length < stop - start:
             length *= 2
@@ -182,9 +187,9 @@ class PoolBuffers:
     # Removal from the middle.
 
     def shifted_keys(self, cells: Int32s, shift: Callable[[int, Array], Array]) -> dict[int, Array]:
-        """Return ``shift(layer, keys)`` of the keys in `cells`, by layer, checked, not stored.
+        """Return ``shift(layer, keys)`` of the keys in `cells`, by layer, without storing anything.
 
-        Raises: DTypeError, ShapeError for a result that is unlike the keys.
+        Raises: DTypeError, ShapeError for a result unlike the keys.
         """
         axis = self.layouts[0].token_axis
         shifted = {}
@@ -209,7 +214,7 @@ class PoolBuffers:
     def to_backend(
         self, backend: Backend, layouts: Sequence[ArrayLayout], cells: int
     ) -> PoolBuffers:
-        """Return copies of all layers on `backend`, of `cells` cells: no fewer than here."""
+        """Return copies of all layers on `backend`. cells: at least as many as here."""
         clone = PoolBuffers(backend, layouts, self.dtype, cells)
         for layer, buffers in self._settled().items():
             parts = zip(buffers, self.layouts, clone.layouts, strict=False)
@@ -220,14 +225,14 @@ class PoolBuffers:
         return clone
 
     def _copied(self, rows: Array, old: ArrayLayout, new: ArrayLayout) -> Array:
-        """Return a buffer of layout `new` with a copy of `rows`, of layout `old`, in front."""
-        if new.axes != old.axes:  # on the host, which moves bits and computes nothing
+        """Return a buffer in layout `new`, its first cells a copy of `rows` in layout `old`."""
+        if new.axes != old.axes:  # on the host, which moves bits and never computes with them
             order = [old.axes.index(axis) for axis in new.axes]
             rows = self.backend.from_host(self.backend.to_host(rows).transpose(order))
         tokens = rows.shape[new.token_axis]
         buffer = self.backend.alloc(new.resized(rows, self.cells), self.dtype)
         buffer = self.backend.write_slice(buffer, rows, 0, tokens, new.token_axis)
-        self.backend.sync(buffer)  # until then it may read the memory of the other pool
+        self.backend.sync(buffer)  # `rows` may share memory with the other pool, soon changed
         return buffer
 
     # Rows on the host.
@@ -235,19 +240,19 @@ class PoolBuffers:
     @property
     def token_bytes(self) -> int:
         """Bytes of one cell in all layers allocated."""
-        layers = list(self._allocated().values())  # at once: a pass may bring a layer meanwhile
+        layers = list(self._allocated().values())  # a list: a pass may add a layer meanwhile
         shapes = [tuple(buffer.shape) for buffers in layers for buffer in buffers]
         return sum(nbytes(shape, self.dtype) for shape in shapes) // self.cells
 
     def _allocated(self) -> PoolState:
-        """Return the buffers by layer, wherever they are, for their shapes."""
+        """Return the buffers by layer, exported or not, to look at their shapes only."""
         return self._exported if self._exported is not None else self._buffers
 
     def read(self, cells: Indices) -> LayerRows:
-        """Return copies of what is in `cells`; from any thread.
+        """Return host copies of the content of `cells`; from any thread.
 
-        Pending rows are not written for it: a pass may be using the buffers, which on some
-        backends are consumed then.
+        Pending rows are overlaid on the copies, not written: a pass may be using the buffers,
+        and on some backends (JAX) a write would consume them.
         """
         with self._pending.lock:
             self._take_back()
@@ -262,13 +267,14 @@ class PoolBuffers:
         return rows
 
     def _read_host_rows(self, buffer: Array, layout: ArrayLayout, cells: Indices) -> HostArray:
+        """Return the rows in `cells` of one array, axes :data:`HOST_AXES`."""
         index = padded_index(self.backend, cells)
         rows = self.backend.to_host(self.backend.gather(buffer, index, layout.token_axis))
         order = [layout.axes.index(axis) for axis in HOST_AXES]
         return np.array(rows.transpose(order)[:, : cells.size], order="C")
 
     def check_rows(self, rows: LayerRows) -> None:
-        """Raise SnapshotMismatchError unless `rows` fit all that is allocated."""
+        """Raise SnapshotMismatchError unless `rows` fit every layer allocated."""
         host = ArrayLayout("", HOST_AXES)
         for layer, buffers in list(self._allocated().items()):
             pairs = zip(self.layouts, buffers, strict=False)
@@ -281,10 +287,12 @@ class PoolBuffers:
                 )
 
     def enqueue_rows(self, cells: Indices, rows: LayerRows) -> None:
-        """Write `rows` to `cells` before anything is read; from any thread."""
+        """Queue `rows` to be written to `cells` before the next access; from any thread."""
         self._pending.enqueue(cells, rows)
 
     def _write_host_rows(self, cells: Indices, rows: LayerRows) -> None:
+        """Write queued rows, allocating layers not put yet; in the thread of the passes."""
+        # Rows are padded like their index: the last one is written several times.
         index = padded_index(self.backend, cells).astype(np.int32)
         for layer, arrays in rows.items():
             pairs = list(zip(self.layouts, arrays, strict=False))
@@ -307,7 +315,7 @@ class PoolBuffers:
         return self.backend.write_rows(buffer, moved, cells, layout.token_axis)
 
     def free(self) -> None:
-        """Give all memory back."""
+        """Free all memory, and drop pending rows."""
         for buffers in self._allocated().values():
             for buffer in buffers:
                 self.backend.free(buffer)
@@ -317,7 +325,7 @@ class PoolBuffers:
     # Checks.
 
     def _validate(self, layer: int, arrays: Arrays, tokens: int, buffers: Arrays | None) -> None:
-        """Raise DTypeError or ShapeError unless `arrays` are so many tokens for `buffers`."""
+        """Raise DTypeError or ShapeError unless `arrays` hold `tokens` tokens and fit `buffers`."""
         for layout, array in zip(self.layouts, arrays, strict=False):
             self._check_dtype(layout.name, array)
             _check_tokens(layout, array, tokens)
@@ -351,9 +359,9 @@ def _check_tokens(layout: ArrayLayout, array: Array, tokens: int) -> None:
 
 
 def _check_heads(layout: ArrayLayout, array: Array, buffer: Array) -> None:
-    have, got = list(buffer.shape), list(array.shape)
-    have[layout.token_axis] = got[layout.token_axis]
-    if have != got:
+    expected, given = list(buffer.shape), list(array.shape)
+    expected[layout.token_axis] = given[layout.token_axis]
+    if expected != given:
         raise ShapeError(
-            f"{layout.name} of a layer keep their heads and head_dim; got {got} for {have}."
+            f"{layout.name} of a layer keep their heads and head_dim; got {given} for {expected}."
         )

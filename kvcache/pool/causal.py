@@ -1,4 +1,4 @@
-"""The causal cache: many sequences in one pool of cells, with sliding windows and chunks."""
+"""The causal cache: many sequences in one pool, with sliding windows and chunks."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ Shift: TypeAlias = Callable[[int, Array, Array], Array]
 
 
 class CausalCache(Cache):
-    """Every token sees those before it in its sequence, within an optional window or chunk.
+    """Causal attention over many sequences, within an optional window or chunk.
 
-    window: a token sees itself and the ``window - 1`` before it; None: all.
-    memory: tokens kept per sequence, so that it can be resumed further back; at least `window`,
-        which is the default. With several sequences, one more than the window at least.
+    window: a token sees itself and the ``window - 1`` tokens before it; None: all of them.
+    memory: tokens kept per sequence, to resume it further back; at least `window`, the default.
+        With several sequences, at least one more than the window is kept.
     chunk: a token sees only its own chunk of so many positions (chunked attention, Llama 4).
-    shift: moves keys when the middle of a sequence is removed; None: that is not supported.
+    shift: moves keys when the middle of a sequence is removed; None: not supported.
 
-    Its passes can be had as plans: the host plans a pass, :mod:`kvcache.functional` applies it in
-    a program that was compiled once::
+    Sequences with a common prefix share its cells, as in llama.cpp's unified KV cache.
+
+    Passes are also available as plans: the host plans a pass, and :mod:`kvcache.functional`
+    applies it in a program compiled once::
 
         cache.allocate(range(layers), kv_heads, head_dim)
         state = cache.program_state
@@ -106,12 +108,13 @@ class CausalCache(Cache):
         retained: int | None,
         lock: threading.RLock,
     ) -> CellPool:
+        """Return a pool over `table` and `buffers` with the rules of this cache."""
         before = None if self.window is None else self.window - 1
         return CellPool(
             table,
             buffers,
             attended=Visibility(before, self.chunk),
-            # A sequence knows its position from the last token that it holds: at least that.
+            # At least the last token, which tells a sequence its position, even for a window of 1.
             resumed=Visibility(None if before is None else max(1, before), self.chunk),
             retained=retained,
             config=config,
@@ -119,7 +122,7 @@ class CausalCache(Cache):
         )
 
     def _tokens_retained(self, max_sequences: int, capacity: int) -> int | None:
-        """Return the tokens that a sequence keeps, the newest included; None for all."""
+        """Return the number of tokens kept per sequence, the newest included; None for all."""
         if self.memory is not None and (self.window is None or self.memory < self.window):
             raise ValueError(
                 f"memory must be at least the window; got {self.memory} for {self.window}."
@@ -128,8 +131,9 @@ class CausalCache(Cache):
             return None
         retained = self.memory or self.window
         if max_sequences > 1:
-            # So that a sequence can go on from before its stop token, which nobody builds on.
+            # One more, to resume a sequence before its stop token, which later prompts leave out.
             retained = max(retained, self.window + 1)
+        # A window beyond the capacity never drops anything.
         return None if retained > capacity else retained
 
     @property
@@ -140,15 +144,18 @@ class CausalCache(Cache):
 
     @property
     def cells(self) -> int:
-        """Size of the pool: tokens that all sequences together can hold."""
+        """Size of the pool in tokens, for all sequences together."""
         return self._pool.table.cells
 
     def allocate(
         self, layers: Iterable[int], kv_heads: int, head_dim: int, value_dim: int | None = None
     ) -> None:
-        """Make the buffers of some layers now, as their first put would.
+        """Allocate the buffers of `layers` now instead of at their first put.
 
         value_dim: head_dim of the values, if it differs from that of the keys; 0: keys only.
+
+        Raises: ValueError for sizes below 1, KVCacheError before :meth:`init`, ShapeError for a
+            layer that exists with other sizes.
         """
         width = head_dim if value_dim is None else value_dim
         check_sizes(kv_heads=kv_heads, head_dim=head_dim)
@@ -164,7 +171,7 @@ class CausalCache(Cache):
 
         def commit() -> None:
             begin()
-            self._mask = None
+            self._mask = None  # made by the first get, for all layers of the pass
 
         return commit
 
@@ -189,7 +196,7 @@ class CausalCache(Cache):
         forward_pass = pool.current_pass()
         arrays = pool.buffers.get(self._layer, forward_pass)
         if self._mask is None:
-            with self.lock:  # sequences of others may be moved about in the table
+            with self.lock:  # other threads may change sequences, and so the table, during a pass
                 visible = forward_pass.mask()
             self._mask = device_mask(pool.buffers.backend, pool.config.mask_dtype, visible)
         return arrays[0], arrays[1] if len(arrays) > 1 else None, self._mask
@@ -200,7 +207,9 @@ class CausalCache(Cache):
     def program_state(self) -> PoolState:
         """Buffers of all layers, by layer, for :mod:`kvcache.functional`.
 
-        A program that they are donated to consumes them: assign what it returns.
+        A program consumes buffers donated to it: assign the state that it returns.
+
+        Raises: on assignment, ShapeError if layers, shapes or dtypes differ.
         """
         return self._pool.buffers.export_state()
 
@@ -209,13 +218,14 @@ class CausalCache(Cache):
         self._pool.buffers.import_state(state)
 
     def plan(self, batch: Batch | None = None, tokens: int | None = None) -> ForwardPlan:
-        """Return the pass of `batch`, begun as by :meth:`start_forward`, as arrays for a program.
+        """Begin the pass of `batch`, as :meth:`start_forward` does, and return it as a plan.
 
-        batch: None for the pass that was begun last (by a wrapper, or before set_causal).
+        batch: None for the current pass (begun by a wrapper, or changed by set_causal).
         tokens: repeat the last token up to so many, so that a program is compiled for few
-            lengths. The arrays that the program is given have to repeat it, too.
+            lengths. The arrays given to the program have to repeat it, too.
 
-        Raises: as start_forward; ValueError for more tokens than `tokens`.
+        Raises: as start_forward; ValueError for more tokens than `tokens`, NotSupportedError for
+            a reserve pass.
         """
         count = len(self._pool.current_pass().cells if batch is None else batch)
         if tokens is not None and tokens < count:
@@ -226,12 +236,12 @@ class CausalCache(Cache):
             return plan_current(self._pool, count, tokens)
 
     def plan_steps(self, batch: Batch, steps: int) -> ForwardPlan:
-        """Return the passes of `steps` decode steps: `batch`, then its positions + 1, and so on.
+        """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
 
-        Every leaf of the plan has one more axis in front, for ``lax.scan`` or a loop.
+        Every leaf of the plan has one more axis in front, the steps, for ``lax.scan`` or a loop.
 
-        Raises: CacheFullError if one of them does not fit; ValueError if `batch` has two tokens
-            of one sequence, or one that does not go on behind its last. Nothing has changed then.
+        Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
+            sequence, or a token that does not come after its last. Nothing has changed then.
         """
         with self.lock:
             return plan_steps(self._pool, batch, steps, self.start_forward)
@@ -243,6 +253,7 @@ class CausalCache(Cache):
         check_ids(table.max_sequences, sequence)
         with self.lock:
             lowest = int(self._pool.attended.lowest(np.array(position)))
+            # Positions are unique, so a full count means that none is missing.
             held = table.find(sequence, position) - table.find(sequence, lowest)
             return held == position - lowest
 
@@ -263,14 +274,14 @@ class CausalCache(Cache):
         self._changed(sequence)
 
     def _changed(self, sequence: int) -> None:
-        """Forget what was retained or begun behind the end of a sequence, which was changed."""
+        """Drop rows retained beyond the end of a changed sequence, and end a pass over it."""
         pool = self._pool
         pool.pins.forget(sequence, pool.table.next_position(sequence))
         pool.end_pass_of(sequence)
 
     def _share(self, source: int, target: int, length: int) -> None:
         pool = self._pool
-        pool.pins.forget(target, 0)  # rows of its old content: the source had none of it
+        pool.pins.forget(target, 0)  # rows retained from its old content
         pool.table.share(source, target, length)
         pool.maybe_expired.add(target)
         self._changed(target)
@@ -281,18 +292,19 @@ class CausalCache(Cache):
         check_range(start, stop)
         first = table.find(sequence, start)
         last = table.cells_of(sequence).size if stop is None else table.find(sequence, stop)
-        moving = table.cells_of(sequence)[last:].copy()
+        moving = table.cells_of(sequence)[last:].copy()  # the view changes with its row
         if stop is None or not moving.size:
             return lambda: self._truncate(sequence, first)
         if start == stop:
             return lambda: None
+        # The keys are shifted now, because that may raise; the commit only stores them.
         keys = self._shifted(sequence, moving, stop, start - stop)
         return lambda: self._remove_middle(sequence, start, range(first, last), start - stop, keys)
 
     def _shifted(self, sequence: int, cells: Int32s, stop: int, offset: int) -> dict[int, Array]:
         """Return the shifted keys of `cells` by layer; nothing is stored yet."""
         pool = self._pool
-        pool.pins.spill(cells)
+        pool.pins.spill(cells)  # first: a pin counts as a reference, but can give way
         if pool.table.is_shared(cells):
             raise SharedCellsError(
                 f"cells that move must belong to one sequence; some at or behind position {stop} "
@@ -337,7 +349,7 @@ class CausalCache(Cache):
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         check_ids(self._pool.table.max_sequences, sequence)
-        if self._pool.retained is not None:  # else nothing is ever dropped
+        if self._pool.retained is not None:  # otherwise no token is ever dropped
             with self.lock:
                 self._pool.pins.schedule(sequence, positions)
 
@@ -365,7 +377,7 @@ class CausalCache(Cache):
             config = self._config or target.config
             cells = round_up(pool.table.cells, config.padding)
             table = pool.table.copy(cells)
-            pool.pins.unpin_in_copy(table)
+            pool.pins.unpin_in_copy(table)  # snapshots keep cells of this cache, not of its copy
             buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
             clone._cell_pool = clone._pool_of(table, buffers, config, pool.retained, clone.lock)
             clone._cell_pool.maybe_expired = set(pool.maybe_expired)
@@ -374,6 +386,6 @@ class CausalCache(Cache):
     def close(self) -> None:
         with self.lock:
             if self._cell_pool is not None:
-                self._cell_pool.pins.spill()
+                self._cell_pool.pins.spill()  # snapshots outlive the cache
                 self._cell_pool.buffers.free()
             self._cell_pool = None

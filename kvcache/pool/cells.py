@@ -1,8 +1,8 @@
-"""The host-side table of a pool: the position that each cell holds, and its sequences.
+"""The host-side table of a pool: the position of each cell, and the cells of each sequence.
 
-Everything is NumPy and incremental: planning a pass costs what its batch is long, whatever the
-size of the pool. A cell may belong to several sequences that share a prefix; it then has one
-position for all of them.
+Everything is NumPy and incremental: planning a pass costs time in proportion to its batch, not to
+the pool. A cell may belong to several sequences with a common prefix; it then has the same
+position in all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .sorted_batch import SortedBatch, sorted_batch
 
 
 class Eviction(NamedTuple):
-    """Cells that sequences can drop: the `counts` oldest of each of `ids`."""
+    """Cells to drop: the `counts` oldest cells of each sequence in `ids`."""
 
     ids: Int32s
     counts: Indices
@@ -28,9 +28,9 @@ class Eviction(NamedTuple):
 class CellTable:
     """Positions, refcounts and per-sequence order of a pool of `cells` cells.
 
-    Row s of `rows` lists the cells of sequence s by position, in ``[first[s], last[s])``; they lie
-    in the range of cells ``[low[s], high[s]]``, unless there are none. The single-token path reads
-    and writes these arrays, too (:mod:`kvcache.pool.single`); nobody else does.
+    Row s of `rows` lists the cells of sequence s by position, in ``[first[s], last[s])``; all of
+    them lie in the range of cells ``[low[s], high[s]]``, which means nothing for an empty
+    sequence. Only the single-token path (:mod:`kvcache.pool.single`) writes to these arrays, too.
     """
 
     def __init__(self, cells: int, max_sequences: int) -> None:
@@ -42,7 +42,8 @@ class CellTable:
         self.last = np.zeros(max_sequences, np.int64)
         self.low = np.zeros(max_sequences, np.int64)
         self.high = np.zeros(max_sequences, np.int64)
-        # An empty sequence begins in a part of the pool of its own, if that is free.
+        # An empty sequence begins in its own part of the pool, if that is free: sequences then
+        # stay contiguous as they grow side by side.
         self._start_hints = np.arange(max_sequences, dtype=np.int64) * (cells // max_sequences) - 1
 
     @property
@@ -52,7 +53,7 @@ class CellTable:
 
     @property
     def free(self) -> int:
-        """Cells that nobody references."""
+        """Number of cells without references."""
         return self.allocator.free
 
     # Looking.
@@ -62,22 +63,22 @@ class CellTable:
         return self.rows[sequence, self.first[sequence] : self.last[sequence]]
 
     def next_position(self, sequence: int) -> int:
-        """Return the position behind the last one stored, 0 for an empty sequence."""
+        """Return the position after the last one stored; 0 for an empty sequence."""
         row = self.cells_of(sequence)
         return int(self.positions[row[-1]]) + 1 if row.size else 0
 
     def find(self, sequence: int, position: int) -> int:
-        """Return the number of cells of a sequence that hold a smaller position."""
+        """Return the number of cells of a sequence with positions below `position`."""
         row = self.cells_of(sequence)
         if not row.size:
             return 0
         first, last = int(self.positions[row[0]]), int(self.positions[row[-1]])
-        if last - first == row.size - 1:  # without gaps
+        if last - first == row.size - 1:  # no gaps, as usual: no search
             return min(max(position - first, 0), row.size)
         return int(np.searchsorted(self.positions[row], position))
 
     def span(self, ids: Int32s) -> tuple[int, int]:
-        """Return the smallest range of cells ``[start, stop)`` around `ids`, none of them empty."""
+        """Return the smallest range of cells ``[start, stop)`` around non-empty sequences `ids`."""
         if ids.size == 1:
             return int(self.low[ids[0]]), int(self.high[ids[0]]) + 1
         return int(self.low[ids].min()), int(self.high[ids].max()) + 1
@@ -91,7 +92,7 @@ class CellTable:
             its sequence holds already or that occurs twice.
         """
         limit = self.first.size
-        if sequences.view(np.uint32).max() >= limit:  # negative ones are huge then
+        if sequences.view(np.uint32).max() >= limit:  # one test: negative ids are huge as uint32
             raise ValueError(
                 f"sequence ids must lie in [0, {limit}), as many as max_sequences; "
                 f"got {sequences.min()} to {sequences.max()}."
@@ -105,25 +106,27 @@ class CellTable:
     def _refuse_repeats(self, groups: SortedBatch) -> bool:
         """Return whether a token comes before the last one stored of its sequence.
 
-        Raises: ValueError for a position that is stored already, or occurs twice.
+        Raises: ValueError for a position stored already, or occurring twice.
         """
         positions, sequences, starts = groups.positions, groups.sequences, groups.starts
         if not groups.single:
-            twice = (positions[1:] == positions[:-1]) & (sequences[1:] == sequences[:-1])
-            if twice.any():
-                at = int(np.argmax(twice))
+            repeated = (positions[1:] == positions[:-1]) & (sequences[1:] == sequences[:-1])
+            if repeated.any():
+                token = int(np.argmax(repeated))
                 raise ValueError(
-                    f"position {positions[at]} of sequence {sequences[at]} occurs twice."
+                    f"position {positions[token]} of sequence {sequences[token]} occurs twice."
                 )
+        # Only a token at or before the end of its sequence can repeat a stored position.
         last = self.last[groups.ids]
         filled = last > self.first[groups.ids]
         ends = self.positions[self.rows[groups.ids, last - 1]]
-        behind = filled & (positions[starts] <= ends)
-        for group in np.flatnonzero(behind):
+        inserts = filled & (positions[starts] <= ends)
+        for group in np.flatnonzero(inserts):
             self._refuse_stored(groups, int(group))
-        return bool(behind.any())
+        return bool(inserts.any())
 
     def _refuse_stored(self, groups: SortedBatch, group: int) -> None:
+        """Raise ValueError if a position of one sequence in the batch is stored already."""
         start, sequence = groups.starts[group], int(groups.ids[group])
         wanted = groups.positions[start : start + groups.counts[group]]
         stored = np.isin(wanted, self.positions[self.cells_of(sequence)])
@@ -133,21 +136,22 @@ class CellTable:
             )
 
     def expired(self, ids: Int32s, oldest: Indices) -> Eviction:
-        """Return the cells of `ids` before position `oldest`, one for each."""
+        """Return the cells before `oldest`, an array with one position for each of `ids`."""
         first, last = self.first[ids], self.last[ids]
         held = last - first
         head = self.positions[self.rows[ids, first]]
         tail = self.positions[self.rows[ids, last - 1]]
         counts = np.minimum(np.maximum(oldest - head, 0), held)
-        for i in np.flatnonzero((held > 0) & (tail - head != held - 1)):  # with gaps
+        for i in np.flatnonzero((held > 0) & (tail - head != held - 1)):  # gaps: search for each
             counts[i] = self.find(int(ids[i]), int(oldest[i]))
-        some = counts > 0
-        return Eviction(ids[some], counts[some])
+        drops = counts > 0
+        return Eviction(ids[drops], counts[drops])
 
     def check_room(self, tokens: int, eviction: Eviction | None) -> None:
         """Raise CacheFullError unless `tokens` cells are free after `eviction`."""
         free = self.free
         if free < tokens and eviction is not None and eviction.ids.size:
+            # A cell becomes free only if all its references are dropped.
             cells, counts = np.unique(self._oldest(eviction), return_counts=True)
             free += int(np.count_nonzero(self.allocator.refcounts[cells] == counts))
         if free < tokens:
@@ -159,7 +163,7 @@ class CellTable:
     # Changing.
 
     def evict(self, eviction: Eviction) -> None:
-        """Drop the oldest cells of some sequences."""
+        """Drop the oldest cells of sequences."""
         if not eviction.ids.size:
             return
         cells, ids, counts = self._oldest(eviction), eviction.ids, eviction.counts
@@ -171,12 +175,12 @@ class CellTable:
             self._shrink_ranges(eviction, owners[at_edge])
 
     def _shrink_ranges(self, eviction: Eviction, edges: Int32s) -> None:
-        """Update the ranges of `edges`, sequences that lost a cell at the edge of theirs."""
+        """Update the ranges of `edges`, sequences with a cell dropped at an edge of the range."""
         single = (eviction.counts == 1).all()
         ids = edges if single else np.unique(edges)
         first, last, low = self.first[ids], self.last[ids], self.low[ids]
-        head = self.rows[ids, np.minimum(first, last - 1)]  # where none is left: anything
-        # The usual step: the lowest cell went, and the one after it is still there.
+        head = self.rows[ids, np.minimum(first, last - 1)]  # of an empty sequence: any cell
+        # The usual step drops the lowest cell and leaves the next one: no search.
         steps = (first < last) & (self.rows[ids, first - 1] == low) & (head == low + 1)
         steps &= single
         self.low[ids[steps]] += 1
@@ -184,9 +188,10 @@ class CellTable:
             self._recompute_range(int(sequence))
 
     def insert(self, groups: SortedBatch) -> Int32s:
-        """Give every token of a batch a cell; return them in the order of the batch.
+        """Assign a cell to every token of a batch; return the cells in the order of the batch.
 
-        There is room, and no position is taken: :meth:`check_room` and :meth:`group` said so.
+        To be called after :meth:`group` and :meth:`check_room` (and :meth:`evict`): there is room,
+        and no position is stored already.
         """
         cells = self._choose(groups)
         self.allocator.refcounts[cells] = 1
@@ -205,11 +210,11 @@ class CellTable:
         self._recompute_range(sequence)
 
     def remove_middle(self, sequence: int, start: int, stop: int, shift: int) -> Int32s:
-        """Drop cells ``[start, stop)`` of a row, and add `shift` to the positions behind them.
+        """Drop cells ``[start, stop)`` of a row, and add `shift` to the positions after them.
 
-        Returns the cells whose positions changed.
+        Return the cells with changed positions.
         """
-        row = self.cells_of(sequence).copy()
+        row = self.cells_of(sequence).copy()  # its own memory is overwritten below
         rest = row[stop:]
         self.last[sequence] -= stop - start
         self.cells_of(sequence)[start:] = rest
@@ -219,18 +224,19 @@ class CellTable:
         return rest
 
     def is_shared(self, cells: Int32s) -> bool:
-        """Whether one of `cells` is referenced more than once."""
+        """Return whether one of `cells` has more than one reference."""
         return bool((self.allocator.refcounts[cells] > 1).any())
 
     def share(self, source: int, target: int, length: int) -> None:
         """Make `target` hold the first `length` cells of `source`, and nothing else."""
         cells = self.cells_of(source)[:length].copy()
+        # Before the old cells are dropped, which may be the same ones and must not become free.
         self.allocator.refcounts[cells] += 1
         self.truncate(target, 0)
         self._fill(target, cells)
 
     def copy(self, cells: int) -> CellTable:
-        """Return an independent table with the same content, of `cells` cells: no fewer."""
+        """Return an independent table with the same content. cells: at least as many as here."""
         clone = CellTable(cells, self.max_sequences)
         clone.allocator = self.allocator.copy(cells)
         clone.positions[: self.cells] = self.positions
@@ -239,15 +245,15 @@ class CellTable:
         return clone
 
     def restore(self, saved: CellTable) -> None:
-        """Be as `saved`, an earlier copy, which is of no further use."""
+        """Return to the state of `saved`, an earlier copy, which is consumed."""
         self.allocator, self.positions = saved.allocator, saved.positions
         self.rows, self.first, self.last = saved.rows, saved.first, saved.last
         self.low, self.high = saved.low, saved.high
 
-    # Snapshots reference cells, too, and give a sequence those that it is to begin with.
+    # For snapshots, which hold references, too, and are restored to empty sequences.
 
     def incref(self, cells: Indices) -> None:
-        """Add a reference to each of `cells`, which are not free."""
+        """Add a reference to each of `cells`, none of them free."""
         self.allocator.refcounts[cells] += 1
 
     def decref(self, cells: Indices) -> None:
@@ -255,9 +261,9 @@ class CellTable:
         self.allocator.decref(cells.astype(np.int32))
 
     def referenced_by_others(self, pins: Int32s, going: Eviction | None) -> Bools:
-        """Return for each cell whether others than snapshots reference it once `going` is evicted.
+        """Return a mask of cells referenced by sequences, bool [cells], once `going` is evicted.
 
-        pins: references of snapshots to each cell.
+        pins: number of references of snapshots to each cell, int32 [cells].
         """
         others = self.allocator.refcounts - pins
         if going is not None:
@@ -265,7 +271,10 @@ class CellTable:
         return others > 0
 
     def assign(self, sequence: int, positions: Int32s, cells: Indices) -> Indices:
-        """Let an empty sequence hold `positions`, ascending, in `cells`; free ones where -1."""
+        """Fill an empty sequence with `positions`, ascending, in `cells`; -1 stands for a free one.
+
+        Return the cells, none of them -1.
+        """
         missing = cells < 0
         cells = cells.copy()
         cells[missing] = new = self.allocator.pop(int(np.count_nonzero(missing)))
@@ -276,7 +285,7 @@ class CellTable:
         return cells
 
     def _fill(self, sequence: int, cells: Int32s) -> None:
-        """Let an empty sequence consist of `cells`, referenced for it already."""
+        """Fill an empty sequence with `cells`, referenced for it already."""
         self._reserve_row_space(np.array([sequence]), np.array([cells.size]))
         self.first[sequence], self.last[sequence] = 0, cells.size
         self.rows[sequence, : cells.size] = cells
@@ -296,35 +305,37 @@ class CellTable:
         return cells
 
     def _choose(self, groups: SortedBatch) -> Int32s:
-        """Return a free cell for every sorted token, if possible behind the last of its sequence.
+        """Return a free cell for every sorted token, if possible next to the last of its sequence.
 
-        So a sequence stays in one range of cells, which attention reads as a slice.
+        A sequence then stays in a short range of cells, which attention reads as a slice.
         """
         ids, last = groups.ids, self.last[groups.ids]
         tails = np.where(last > self.first[ids], self.rows[ids, last - 1], self._start_hints[ids])
         if groups.single:
-            got, wanted = self._claim_next_cell(ids, tails + 1)
+            claimed, cells = self._claim_next_cell(ids, tails + 1)
         else:
             rank = np.arange(groups.positions.size) - np.repeat(groups.starts, groups.counts)
-            wanted = np.repeat(tails, groups.counts) + 1 + rank
-            wanted[wanted >= self.cells] = 0
-            got = self.allocator.claim(wanted)
-        if not got.all():
-            wanted[~got] = self.allocator.pop(int(wanted.size - np.count_nonzero(got)))
-        return wanted.astype(np.int32)
+            cells = np.repeat(tails, groups.counts) + 1 + rank
+            cells[cells >= self.cells] = 0  # any valid cell: if it is taken, another is popped
+            claimed = self.allocator.claim(cells)
+        if not claimed.all():
+            cells[~claimed] = self.allocator.pop(int(cells.size - np.count_nonzero(claimed)))
+        return cells.astype(np.int32)
 
     def _claim_next_cell(self, ids: Int32s, wanted: Indices) -> tuple[Bools, Indices]:
-        """Claim `wanted` for one token each of `ids`, or the cell that each has just dropped.
+        """Claim a cell of `wanted` for each of `ids`, or else the cell just dropped by it.
 
-        So a window turns in its part of the pool, like a ring.
+        Reusing the dropped cell keeps a window in its part of the pool, like a ring. Return a
+        mask of the cells claimed, and the cells.
         """
-        got = wanted < self.cells
-        got[got] = self.allocator.claim(wanted[got])
-        if not got.all():
-            left = np.flatnonzero(~got)
-            wanted[left] = self.rows[ids[left], self.first[ids[left]] - 1]
-            got[left] = self.allocator.claim(wanted[left])
-        return got, wanted
+        claimed = wanted < self.cells
+        claimed[claimed] = self.allocator.claim(wanted[claimed])
+        if not claimed.all():
+            others = np.flatnonzero(~claimed)
+            # Left of the first cell of a row is the last one dropped, or any cell: claim() checks.
+            wanted[others] = self.rows[ids[others], self.first[ids[others]] - 1]
+            claimed[others] = self.allocator.claim(wanted[others])
+        return claimed, wanted
 
     def _append(self, groups: SortedBatch, cells: Int32s) -> None:
         """Add the cells of a sorted batch to the rows of their sequences, ordered by position."""
@@ -334,12 +345,13 @@ class CellTable:
         if groups.single:
             self.rows[ids, last] = low = high = cells
         else:
-            at = np.repeat(last - starts, counts) + np.arange(cells.size)
-            self.rows[groups.sequences, at] = cells
+            columns = np.repeat(last - starts, counts) + np.arange(cells.size)
+            self.rows[groups.sequences, columns] = cells
             low, high = np.minimum.reduceat(cells, starts), np.maximum.reduceat(cells, starts)
         self.last[ids] = last + counts
         self.low[ids] = np.where(empty, low, np.minimum(low, self.low[ids]))
         self.high[ids] = np.where(empty, high, np.maximum(high, self.high[ids]))
+        # Appended at the end first, rows with an insertion are put in order of position.
         for sequence in ids if groups.inserts else ():
             row = self.cells_of(int(sequence))
             row[:] = row[np.argsort(self.positions[row])]
@@ -349,7 +361,7 @@ class CellTable:
         row = self.cells_of(sequence)
         if row.size:
             self.low[sequence], self.high[sequence] = row.min(), row.max()
-        else:
+        else:  # an empty row begins again at its front
             self.first[sequence] = self.last[sequence] = 0
 
     def _reserve_row_space(self, ids: Int32s, extra: Indices) -> None:
@@ -357,6 +369,8 @@ class CellTable:
         if (self.last[ids] + extra).max() <= self.rows.shape[1]:
             return
         held = self.last - self.first
+        # Rows move to the front, which reclaims what windows dropped; twice the room needed, so
+        # that moving costs O(1) per token in the long run.
         width = 2 * max(int(held.max()), int((held[ids] + extra).max()))
         rows = np.zeros((held.size, width), np.int32)
         for sequence in np.flatnonzero(held):

@@ -1,4 +1,4 @@
-"""The encoder cache: keys and values for cross-attention, computed once per sequence."""
+"""The encoder cache: keys and values for cross-attention, stored once per sequence."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from .batch import Batch
 from .buffers import ArrayLayout, Arrays, kv_layouts
 
 FRAME_AXES = "thd"
-"""Axes of an encoder's output on the host, before the row axis: frames, kv_heads, head_dim."""
+"""Axes of encoder output on the host, without the row axis: frames, kv_heads, head_dim."""
 
 
 @dataclass
 class _Entry:
-    """Encoder output of one sequence by layer, and the position that it came in at."""
+    """Encoder output of one sequence by layer, and its position in the sequence."""
 
     position: int
     layers: dict[int, Arrays] = field(default_factory=dict)
 
 
 class EncoderCache(Cache):
-    """Keys and values of an encoder's output, one set per sequence, whatever the position.
+    """Keys and values of encoder output, one set per sequence, visible from all its tokens.
 
-    A pass whose batch names `multimodal` tokens brings encoder output for their sequences;
-    :meth:`put` stores it, instead of what they had. Other passes only :meth:`get`.
+    For models with cross-attention: vision (Llama 3.2), speech (Whisper). A pass with `multimodal`
+    tokens in its batch brings encoder output for their sequences, and :meth:`put` replaces the
+    earlier output of these. Other passes only :meth:`get`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,8 @@ class EncoderCache(Cache):
         self._config = CacheConfig()
         self._backend: Backend | None = None
         self._entries: dict[int, _Entry] = {}
-        self._passing = self._entries  # a reserve pass has its own, and leaves nothing behind
+        # Entries that `put` writes to: a reserve pass has others, and so leaves no trace.
+        self._passing = self._entries
         self._layer = 0
         self._batch: Batch | None = None
 
@@ -65,7 +67,7 @@ class EncoderCache(Cache):
         capacity: int = 1,
         max_batch: int = 1,
     ) -> None:
-        """`capacity` and `max_batch` are ignored: an encoder's output is as long as it is."""
+        """Size the cache. Output has any length, so `capacity` and `max_batch` are ignored."""
         check_sizes(max_sequences=max_sequences)
         self._backend = get_backend(backend)
         self._dtype, self._max_sequences = dtype, max_sequences
@@ -83,7 +85,7 @@ class EncoderCache(Cache):
 
     @property
     def encoder_cached(self) -> bool:
-        """Whether every sequence of the current pass has its encoder output stored."""
+        """True if every sequence of the current pass has its encoder output stored."""
         return self._batch is not None and all(
             sequence in self._entries for sequence in _sequences(self._batch)
         )
@@ -111,9 +113,12 @@ class EncoderCache(Cache):
         self._layer = layer
 
     def put(self, keys: Array, values: Array | None = None) -> None:
-        """Store encoder output ``[kv_heads, frames, head_dim]`` of the sequences it arrives for.
+        """Store encoder output, ``[kv_heads, frames, head_dim]``, of the multimodal tokens.
 
-        For several sequences in one pass the frames of the first come first, equally many each.
+        For several sequences in one pass, the arrays hold equally many frames of each, one
+        sequence after the other. Frames are copied.
+
+        Raises: DTypeError, ShapeError, KVCacheError without a pass; nothing is stored then.
         """
         arriving = _arriving(self._current())
         if values is None:
@@ -121,6 +126,7 @@ class EncoderCache(Cache):
                 f"values must be {self._dtype} arrays of {self._bound().spec}, as the keys; "
                 "got None. Put both."
             )
+        # All pieces are made before the first is stored: an error stores nothing.
         pieces = [
             self._split(layout, array, len(arriving))
             for layout, array in zip(self._layouts, (keys, values), strict=True)
@@ -142,7 +148,7 @@ class EncoderCache(Cache):
             entry.layers[self._layer] = arrays
 
     def _split(self, layout: ArrayLayout, array: Array, parts: int) -> list[Array]:
-        """Return copies of the frames of each of the sequences that have some in `array`."""
+        """Return copies of the frames in `array`, cut into `parts` arrays of equal length."""
         backend = self._bound()
         if not backend.owns(array) or backend.dtype_name(array) != self._dtype:
             raise DTypeError(
@@ -158,13 +164,17 @@ class EncoderCache(Cache):
             )
         frames = array.shape[axis] // parts
         pieces = [backend.slice(array, i * frames, (i + 1) * frames, axis) for i in range(parts)]
+        # concat copies even a single array, where a slice may be a view of the caller's memory.
         return [backend.concat([piece], axis) for piece in pieces]
 
     def get(self) -> tuple[Array, Array | None, Array | None]:
         """Return keys and values of the pass's sequences, in order of appearance.
 
-        The mask is None for one sequence: every token sees all of its encoder's output. For
-        several it is ``[tokens, frames]``, and keeps each to its own.
+        Both are ``[kv_heads, frames, head_dim]`` (layout ``"htd"``), concatenated over the
+        sequences. The mask is None for one sequence, whose tokens see all frames. For several it
+        is ``[tokens, frames]``, and every token sees the frames of its own sequence only.
+
+        Raises: KVCacheError without a pass, or for a sequence without output in this layer.
         """
         batch, backend = self._current(), self._bound()
         sequences = _sequences(batch)
@@ -181,6 +191,10 @@ class EncoderCache(Cache):
         )
 
     def _entry(self, sequence: int) -> _Entry:
+        """Return the output of a sequence in the current pass, else the stored output.
+
+        Raises: KVCacheError if it has none in the current layer.
+        """
         entry = self._passing.get(sequence) or self._entries.get(sequence)
         if entry is None or self._layer not in entry.layers:
             raise KVCacheError(
@@ -200,6 +214,8 @@ class EncoderCache(Cache):
             if shared is None:
                 self._entries.pop(target, None)
             else:
+                # A dict of its own, so that a put for one sequence leaves the other alone. The
+                # arrays are shared: puts replace arrays, and never write to them.
                 self._entries[target] = _Entry(shared.position, dict(shared.layers))
 
         return commit
@@ -240,10 +256,10 @@ class EncoderCache(Cache):
         return 0 if entry is None else entry.position + 1
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        """Do nothing: the output of an encoder stays."""
+        """Do nothing: encoder output stays."""
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        """Return the encoder's output as one row at its position, copied to the host."""
+        """Return encoder output as one row at its position, copied to the host."""
         [spec] = self.specs
         entry, rows = self._entries.get(sequence), TokenRows(np.empty(0, np.int32))
         if entry is not None and start <= entry.position < stop:
@@ -252,7 +268,8 @@ class EncoderCache(Cache):
         return [Part(spec, rows)]
 
     def _as_row(self, arrays: Arrays) -> LayerArrays:
-        """Return one row of all frames, ``[frames, kv_heads, 1, head_dim]``, of each array."""
+        """Return all frames as one row, ``[frames, kv_heads, 1, head_dim]``, for each array."""
+        # The axis of length 1 is the token axis: the frames count as one token.
         return tuple(
             NamedArray(layout.name, self._frames_of(array, layout)[:, :, None])
             for layout, array in zip(self._layouts, arrays, strict=True)
@@ -267,8 +284,9 @@ class EncoderCache(Cache):
     ) -> Commit:
         if sequence in self._entries:
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
+        # A sequence has one output: that of the latest snapshot with any.
         latest = [part.rows for [part] in parts if part.rows.positions.size][-1:]
-        entries = [self._entry_of(rows) for rows in latest]
+        entries = [self._entry_of(rows) for rows in latest]  # copied now, as it may raise
 
         def commit() -> None:
             for entry in entries:
@@ -277,7 +295,7 @@ class EncoderCache(Cache):
         return commit
 
     def _entry_of(self, rows: TokenRows) -> _Entry:
-        """Return the last of `rows` as an entry on the device."""
+        """Return the last of `rows` as an entry, copied to the device."""
         last: LayerRows = rows.read(np.array([rows.positions.size - 1]))
         layers = {layer: self._from_row(arrays) for layer, arrays in last.items()}
         return _Entry(int(rows.positions[-1]), layers)
@@ -304,9 +322,9 @@ class EncoderCache(Cache):
         return clone
 
     def _transferred(self, source: Backend, target: Backend) -> dict[int, _Entry]:
-        """Return all entries on `target`, in the same memory if it can be: nobody writes to it."""
+        """Return all entries on `target`, sharing memory where possible: it is never written to."""
         layers = [arrays for entry in self._entries.values() for arrays in entry.layers.values()]
-        # By identity, because sequences may share an output, and are to go on sharing it.
+        # By identity, so that sequences with a common output still share it afterwards.
         distinct = {id(array): array for arrays in layers for array in arrays}
         moved = {key: transfer(array, source, target) for key, array in distinct.items()}
         return {
@@ -331,8 +349,9 @@ def _sequences(batch: Batch) -> list[int]:
 
 
 def _arriving(batch: Batch) -> dict[int, int]:
-    """Return the sequences whose encoder output a pass brings, and the latest position of each."""
+    """Return the sequences with new encoder output in a pass, and the position of each."""
     sequences = _sequences(batch)
+    # With one sequence there is no doubt, so its batch need not name a token.
     if not batch.multimodal and len(sequences) == 1:
         return {sequences[0]: 0}
     return {int(batch.sequences[i]): int(batch.positions[i]) for i in batch.multimodal}

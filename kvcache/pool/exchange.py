@@ -1,4 +1,4 @@
-"""Buffers of a pool that compiled programs carry, and take back changed."""
+"""Conversion of the buffers of a pool to the form of compiled programs, and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .plan import PoolState
 
 
 def to_traced(backend: Backend, layers: PoolState) -> dict[int, tuple[Array, ...]]:
-    """Return all buffers in the form that programs carry; consumes them."""
+    """Convert all buffers to the form carried by programs; consumes them."""
     return {
         layer: tuple(backend.traced_form(buffer) for buffer in buffers)
         for layer, buffers in layers.items()

@@ -1,4 +1,4 @@
-"""The passes over one pool: which cells each gets, and which ones windows drop for it."""
+"""The passes over one pool: cells for their tokens, and cells dropped by windows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from .sorted_batch import SortedBatch
 
 
 class CellPool:
-    """The cells of an initialised cache, their buffers, and the pass that is under way.
+    """The cells of an initialised cache, their buffers, and the current pass.
 
-    attended: what a token sees. resumed: what must be held to go on at a position. retained:
-    tokens that a sequence keeps, the newest included; None for all. config: padding of ranges,
-    dtype of masks.
+    attended: rule for the tokens that a token sees.
+    resumed: rule for the tokens to hold when resuming at a position.
+    retained: tokens kept per sequence, the newest included; None for all.
+    config: padding of ranges, dtype of masks.
+    lock: held while rows are pinned or unpinned.
     """
 
     def __init__(
@@ -45,26 +47,26 @@ class CellPool:
         self.pins = PoolPins(table, buffers, resumed, lock)
         self.retained = retained
         self.current: Pass | None = None
-        # Sequences stored to since they were last trimmed to the tokens retained.
+        # Sequences with new tokens since they were last cut down to the tokens retained.
         self.maybe_expired: set[int] = set()
         self.attended, self.resumed = attended, resumed
         self.config = config
 
     def current_pass(self) -> Pass:
-        """Return the pass under way. Raises: KVCacheError if there is none."""
+        """Return the current pass. Raises: KVCacheError if there is none."""
         if self.current is None:
             raise KVCacheError("put and get belong to a pass. Call start_forward first.")
         return self.current
 
     def end_pass_of(self, sequence: int) -> None:
-        """End the pass if it has tokens of `sequence`: its cells may be others' by now."""
+        """End the current pass if it has tokens of `sequence`, whose cells may be reused now."""
         if self.current is not None and sequence in self.current.sequences:
             self.current = None
 
     # Beginning a pass.
 
     def prepare(self, batch: Batch, reserve: bool) -> Commit:
-        """Check a pass and return what begins it. Spills snapshots that are in the way.
+        """Check a pass and return its commit. Spills snapshots if it needs their cells.
 
         Raises: CacheFullError, ValueError.
         """
@@ -72,7 +74,7 @@ class CellPool:
         if reserve:
             return lambda: self._reserve(positions, sequences)
         if self.pins.scheduled:
-            self.pins.retain_due()
+            self.pins.retain_due()  # now, before this pass drops cells
         if len(batch) == 1 and (step := self._plan_single(int(sequences[0]), int(positions[0]))):
             return lambda: self._commit_single(step, positions, sequences)
         groups = self.table.group(positions, sequences)
@@ -90,15 +92,15 @@ class CellPool:
                     raise
 
     def _reserve(self, positions: Int32s, sequences: Int32s) -> None:
-        """Begin the largest pass there can be: it reads the whole pool, and stores nothing."""
+        """Begin the largest possible pass: it reads the whole pool, and stores nothing."""
         cells = np.arange(positions.size, dtype=np.int32)
         self._begin(cells, 0, self.table.cells, positions, sequences, stores=False)
 
     def _plan_single(self, sequence: int, position: int) -> SingleTokenStep | None:
-        """Return the fast path, where only one sequence could have anything to drop."""
+        """Return the plan of the fast path; None where it does not apply."""
         if self.retained is None:
             return plan_single(self.table, sequence, position, 0)
-        if self.maybe_expired != {sequence}:
+        if self.maybe_expired != {sequence}:  # other sequences may have cells to drop, too
             return None
         return plan_single(self.table, sequence, position, position - (self.retained - 1))
 
@@ -108,9 +110,10 @@ class CellPool:
         self._begin(cells, *self._range(step.low, step.high + 1), positions, sequences)
 
     def _expired(self, groups: SortedBatch, retained: int) -> Eviction:
-        """Return the cells that lie too far back.
+        """Return the cells too far back to be retained.
 
-        Those of the batch's sequences, and of sequences that are idle since their last pass.
+        Of the sequences in the batch, and of sequences idle since their last pass: its first
+        tokens still saw cells that no later token sees.
         """
         ids, nexts = groups.ids, groups.positions[groups.starts].astype(np.int64)
         idle = self.maybe_expired.difference(ids.tolist())
@@ -126,6 +129,7 @@ class CellPool:
         groups: SortedBatch,
         eviction: Eviction | None,
     ) -> None:
+        """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
         table = self.table
         if eviction is not None:
             table.evict(eviction)
@@ -145,10 +149,11 @@ class CellPool:
         sequences: Int32s,
         stores: bool = True,
     ) -> None:
+        """Make a pass with these cells, reading ``[start, stop)``, the current one."""
         self.current = Pass(
             self.table, cells, start, stop, positions, sequences, self.attended, stores
         )
 
     def range_of(self, passes: list[Pass]) -> tuple[int, int]:
-        """Return a range to read that holds those of all `passes`."""
+        """Return a range to read around the ranges of all `passes`."""
         return self._range(min(p.start for p in passes), max(p.stop for p in passes))

@@ -1,4 +1,4 @@
-"""Cells of a pool that snapshots pin, and the rows that resume points retain."""
+"""Pinned cells of a pool: for snapshots, and for resume points."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from .cells import CellTable, Eviction
 
 
 class PoolPins:
-    """The owner of the rows that stay in the cells of a pool; see :class:`RowOwner`.
+    """Owner of the rows pinned in the cells of a pool; implements :class:`RowOwner`.
 
-    Each cell counts a snapshot's rows as one more reference, so that no sequence is given it. When
-    a pass needs cells that only snapshots reference, the oldest rows are spilled to the host.
+    Pinned rows add a reference to each of their cells, so that no sequence is given these. When a
+    pass needs cells referenced by snapshots only, the oldest rows are spilled to the host.
+
+    visibility: rule for the rows needed to resume. lock: that of the cache, held during changes.
     """
 
     def __init__(
@@ -30,12 +32,13 @@ class PoolPins:
     ) -> None:
         self._table, self._buffers, self._visibility = table, buffers, visibility
         self.lock = lock
-        self._rows: dict[TokenRows, None] = {}
-        self._references = np.zeros(table.cells, np.int32)  # by cell: rows that pin it
+        self._rows: dict[TokenRows, None] = {}  # a set in order of pinning: the oldest spill first
+        self._references = np.zeros(table.cells, np.int32)  # per cell: number of rows pinning it
         self._points: dict[int, ResumePoints] = {}
-        self._unreached: set[int] = set()  # sequences with positions that are still scheduled
+        # Sequences with scheduled positions: for most passes a look at this set is all it takes.
+        self._unreached: set[int] = set()
         self.paused = False
-        """Whether resume points retain nothing for now."""
+        """True while resume points retain nothing."""
 
     # As the owner of rows.
 
@@ -61,10 +64,11 @@ class PoolPins:
     # When cells are needed.
 
     def spill_one(self, going: Eviction | None = None, keep: Iterable[TokenRows] = ()) -> bool:
-        """Copy the oldest pinned rows that block free cells to the host. Return False if none do.
+        """Copy the oldest pinned rows that block cells to the host. Return False if none do.
 
-        Rows block a cell if no sequence references it once `going` is evicted. keep: rows that
-        stay.
+        Rows block a cell if no sequence references it once `going` is evicted.
+
+        keep: rows to leave where they are.
         """
         kept = set(keep)
         referenced = self._table.referenced_by_others(self._references, going)
@@ -75,29 +79,32 @@ class PoolPins:
         return False
 
     def spill(self, cells: Int32s | None = None) -> None:
-        """Copy all rows to the host that pin one of `cells`, which will change; None: all rows."""
-        for rows in list(self._rows):
+        """Copy rows pinned in any of `cells` to the host, as these will change; None: all rows."""
+        for rows in list(self._rows):  # a list: to_host() unpins, and so changes `self._rows`
             if cells is None or np.isin(rows.slots, cells).any():
                 rows.to_host()
 
     def save_pins(self) -> dict[TokenRows, Slots]:
-        """Return the rows pinned now, for :meth:`restore_pins`."""
+        """Return the rows pinned now and their cells, for :meth:`restore_pins`."""
         return {rows: rows.slots for rows in self._rows}
 
     def restore_pins(self, saved: dict[TokenRows, Slots]) -> None:
-        """Unpin what was spilled since, in a table that is again as it was at `saved`."""
+        """Unpin rows spilled since :meth:`save_pins`, in a table just restored to that time.
+
+        The table counts their references again, but the rows are on the host and stay there.
+        """
         for rows in saved.keys() - self._rows.keys():
             self._table.decref(saved[rows])
 
     def unpin_in_copy(self, table: CellTable) -> None:
-        """Drop the references of snapshots in a copy of the table, which has none of them."""
+        """Drop all references of snapshots in `table`, a copy for another cache."""
         for rows in self._rows:
             table.decref(rows.slots)
 
     # Taking and putting back.
 
     def capture(self, sequence: int, start: int, stop: int) -> TokenRows:
-        """Return rows of what is held of positions ``[start, stop)``, and of what is retained."""
+        """Return the rows of positions ``[start, stop)``, held by the sequence or retained."""
         rows = self._pinned(sequence, start, stop)
         points = self._points.get(sequence)
         return rows if points is None else points.add_to(rows, start, stop)
@@ -109,10 +116,12 @@ class PoolPins:
         return TokenRows.resident(positions[inside], self, cells[inside].astype(np.int64))
 
     def prepare_restore(self, sequence: int, parts: Sequence[TokenRows], position: int) -> Commit:
-        """Check that an empty sequence can hold what it needs of `parts` to go on at `position`.
+        """Check a restore of `parts` to an empty sequence, to resume at `position`.
 
-        parts: in order. Returns what carries it out. Raises: ValueError if the sequence is not
-        empty, CacheFullError.
+        parts: in order. Returns the commit. Makes room by spilling other rows.
+
+        Raises: ValueError if the sequence is not empty, CacheFullError, SnapshotMismatchError for
+            rows of other heads or head_dim.
         """
         if self._table.cells_of(sequence).size:
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
@@ -120,7 +129,7 @@ class PoolPins:
             np.flatnonzero(self._visibility.needed(rows.positions, position)) for rows in parts
         ]
         while (missing := self._cells_missing(parts, needed)) > self._table.free:
-            # The rows that are put back are spilled last: what they pin needs no free cell.
+            # Rows of `parts` go last: resident rows are shared, and need no free cell.
             if not self.spill_one(keep=parts) and not self.spill_one():
                 raise CacheFullError(
                     f"restoring needs {missing} free cells; {self._table.free} of "
@@ -130,14 +139,14 @@ class PoolPins:
         return lambda: self._restore(sequence, parts, needed, written)
 
     def _cells_missing(self, parts: Sequence[TokenRows], needed: Sequence[Slots]) -> int:
-        """Return the cells that restoring takes: one for each row that is not in a cell."""
+        """Return the number of free cells needed: one for each row outside this pool."""
         pairs = zip(parts, needed, strict=True)
         return sum(index.size for rows, index in pairs if rows.owner is not self)
 
     def _rows_to_write(
         self, parts: Sequence[TokenRows], needed: Sequence[Slots]
     ) -> list[LayerRows]:
-        """Return the content to write for each of `parts`, checked: none for resident rows."""
+        """Return the checked content to write for each of `parts`: empty for resident rows."""
         written: list[LayerRows] = []
         for rows, index in zip(parts, needed, strict=True):
             written.append({} if rows.owner is self or not index.size else rows.read(index))
@@ -152,6 +161,7 @@ class PoolPins:
         needed: Sequence[Slots],
         written: Sequence[LayerRows],
     ) -> None:
+        """Assign cells to the sequence, and queue the rows outside this pool to be written."""
         resident = []  # the cell of every row, -1 where it gets a free one
         for rows, index in zip(parts, needed, strict=True):
             in_cells = rows.owner is self
@@ -159,18 +169,19 @@ class PoolPins:
         positions = [rows.positions[index] for rows, index in zip(parts, needed, strict=True)]
         cells = self._table.assign(sequence, np.concatenate(positions), np.concatenate(resident))
         for layers, slots in zip(written, _split_like(cells, resident), strict=True):
+            # Queued, because this may not be the thread of the passes, which owns the buffers.
             self._buffers.enqueue_rows(slots, layers)
 
     # Resume points.
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        """Retain what going on at `positions` needs, from when they are reached."""
+        """Make `positions` resume points of a sequence: retain their rows once reached."""
         points = self._points.setdefault(sequence, ResumePoints())
         points.schedule(positions)
         self._settle(sequence, points)
 
     def _settle(self, sequence: int, points: ResumePoints) -> None:
-        """Take note of whether a sequence still has scheduled positions, or anything at all."""
+        """Update the record of sequences with scheduled positions; drop `points` if unused."""
         if points.scheduled:
             self._unreached.add(sequence)
         else:
@@ -180,11 +191,11 @@ class PoolPins:
 
     @property
     def scheduled(self) -> bool:
-        """Whether :meth:`retain_due` has anything to do."""
+        """True if :meth:`retain_due` may have anything to do."""
         return bool(self._unreached) and not self.paused
 
     def retain_due(self) -> None:
-        """Retain the rows for positions that were reached; call before a pass drops anything."""
+        """Retain rows for resume points reached so far; call before a pass drops cells."""
         for sequence in list(self._unreached):
             points = self._points[sequence]
             for position in points.due(self._table.next_position(sequence)):
@@ -193,7 +204,7 @@ class PoolPins:
             self._settle(sequence, points)
 
     def forget(self, sequence: int, start: int) -> None:
-        """Drop what is retained from position `start` on, and what is scheduled behind it."""
+        """Drop rows retained from position `start` on, and resume points after it."""
         points = self._points.get(sequence)
         if points is not None:
             points.unschedule(start)
@@ -202,5 +213,5 @@ class PoolPins:
 
 
 def _split_like(cells: Slots, like: Sequence[Slots]) -> list[Slots]:
-    """Return `cells` cut into pieces as long as those of `like`."""
+    """Split `cells` into pieces as long as the pieces of `like`."""
     return np.split(cells, np.cumsum([piece.size for piece in like])[:-1])

@@ -28,30 +28,32 @@ class ForwardPlan(NamedTuple):
     """
 
     cells: Array
-    """int32 [tokens]: the cell that each token is written to."""
+    """int32 [tokens]: the cell of each token."""
     start: TracedIndex
-    """First cell of the range that is read; an integer, or an array that holds one."""
+    """First cell of the range read: an integer, or an integer array of shape []."""
     mask: Array
-    """[tokens, history]: what each token sees of the range, which is as long as this is wide."""
+    """[tokens, history]: visibility of the cells of the range, which is as long as this is wide."""
     key_like: Array
     """Empty keys in the layout and dtype of the cache: length 0 on the axis of tokens."""
     value_like: Array
-    """Likewise, of values."""
+    """Empty values, likewise."""
 
     @property
     def prototypes(self) -> tuple[Array, ...]:
-        """One empty array like each of those of a layer, in their order."""
+        """An empty array like each array of a layer, in order."""
         return self.key_like, self.value_like
 
 
 @dataclass
 class Pass:
-    """A forward pass on the host: the cells it writes, the range it reads, and who sees what.
+    """A forward pass on the host: the cells written, the range read, and the visibility.
 
-    cells: cell of each token. start, stop: the range of cells that `get` returns.
-    positions, sequences: of each token. visibility: of a token, before it in its sequence.
-    stores: False for a reserve pass, which only allocates. ahead: batch indices that see the
-    tokens behind them, too.
+    cells: cell of each token, int32 [tokens].
+    start, stop: the range of cells returned by `get`.
+    positions, sequences: of each token, int32 [tokens].
+    visibility: rule for the earlier tokens of its sequence that a token sees.
+    stores: False for a reserve pass, which only allocates.
+    ahead: batch indices of tokens that see later tokens as well.
     """
 
     table: CellTable
@@ -66,14 +68,14 @@ class Pass:
 
     @cached_property
     def first_cell(self) -> int | None:
-        """First of the cells if they follow each other, else None."""
+        """First cell if the cells are consecutive, else None: a write is then a slice."""
         cells = self.cells
         if cells.size == 1:
             return int(cells[0])
         return int(cells[0]) if (np.diff(cells) == 1).all() else None
 
     def visible(self) -> Iterator[Int32s]:
-        """Yield the cells that each token may see, as the table is now."""
+        """Yield the cells visible to each token, by the current state of the table."""
         lows = self.visibility.lowest(self.positions).tolist()
         tokens = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
         find = self.table.find
@@ -83,9 +85,9 @@ class Pass:
             yield cells[find(sequence, low) : last]
 
     def mask(self) -> Bools:
-        """Return ``[tokens, stop - start]``, True = attend."""
+        """Return the mask, bool ``[tokens, stop - start]``, True = attend."""
         mask = np.zeros((self.cells.size, self.stop - self.start), np.bool_)
-        if self.stores:
+        if self.stores:  # a reserve pass has no cells of its own in the table
             for token, cells in enumerate(self.visible()):
                 mask[token, cells - self.start] = True
         return mask

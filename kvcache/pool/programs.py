@@ -1,4 +1,4 @@
-"""Passes as arguments of compiled programs, planned one at a time or many steps ahead."""
+"""Plans of passes for compiled programs, one at a time or many decode steps ahead."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from .passes import CellPool
 from .plan import ForwardPlan, Pass
 
 StartForward = Callable[[Batch], None]
-"""Begins a pass, as :meth:`Cache.start_forward` does."""
+"""Function to begin a pass, as :meth:`Cache.start_forward` does."""
 
 
 def plan_current(pool: CellPool, count: int, tokens: int | None) -> ForwardPlan:
-    """Return the plan of the pass under way, of `count` tokens, padded to `tokens`.
+    """Return the plan of the current pass, of `count` tokens, padded to `tokens`.
 
     Raises: NotSupportedError for a reserve pass.
     """
     forward_pass = pool.current_pass()
     if not forward_pass.stores:
         raise NotSupportedError("a reserve pass has no plan: it stores nothing. Use allocate.")
+    # Edge padding: the last token is written again, to its own cell, with equal rows.
     extra = (0, (tokens or count) - count)
     cells = np.pad(forward_pass.cells, extra, "edge")
     visible = np.pad(forward_pass.mask(), (extra, (0, 0)), "edge")
@@ -42,6 +43,7 @@ def plan_steps(
     """
     check_sizes(steps=steps)
     _check_steps(pool, batch)
+    # With a free cell for every token no step can fail, and nothing needs to be saved.
     if pool.table.free >= steps * len(batch):
         return _planned(pool, batch, steps, start_forward)
     return _planned_or_undone(pool, batch, steps, start_forward)
@@ -50,17 +52,18 @@ def plan_steps(
 def _planned_or_undone(
     pool: CellPool, batch: Batch, steps: int, start_forward: StartForward
 ) -> ForwardPlan:
-    """Plan steps that may not all fit: the table is put back if they do not."""
+    """Plan steps that may not all fit; if they do not, restore the table and raise."""
     pins = pool.pins
     pins.retain_due()
-    # Resume points retain nothing on the way: it could have to be spilled before it is written.
+    # Meanwhile resume points retain nothing: their rows could have to be spilled, and so read,
+    # before a program has written them.
     pins.paused, saved_pins = True, pins.save_pins()
     saved = pool.table.copy(pool.table.cells), pool.maybe_expired, pool.current
     try:
         return _planned(pool, batch, steps, start_forward)
     except CacheFullError:
         table, pool.maybe_expired, pool.current = saved
-        pool.table.restore(table)  # the pass refers to this one
+        pool.table.restore(table)  # in place: the pass and the pins refer to this object
         pins.restore_pins(saved_pins)
         raise
     finally:
@@ -68,7 +71,7 @@ def _planned_or_undone(
 
 
 def _check_steps(pool: CellPool, batch: Batch) -> None:
-    """Raise ValueError unless `batch` is one token behind the last one of each sequence."""
+    """Raise ValueError unless `batch` is one token after the last one of each sequence."""
     sequences = batch.sequences.tolist()
     check_ids(pool.table.max_sequences, *sequences)
     if len(set(sequences)) < len(sequences):
@@ -82,13 +85,15 @@ def _check_steps(pool: CellPool, batch: Batch) -> None:
 
 
 def _planned(pool: CellPool, batch: Batch, steps: int, start_forward: StartForward) -> ForwardPlan:
+    """Begin each step in turn and return their plans, stacked, with one range for all."""
     passes: list[Pass] = []
     seen: list[list[Int32s]] = []
     for step in range(steps):
         start_forward(Batch(batch.positions + step, batch.sequences))
         passes.append(pool.current_pass())
-        # Later steps change the table: the cells that this one sees are written down now.
+        # Later steps change the table, so the cells visible to this one are recorded now.
         seen.append([cells.copy() for cells in passes[-1].visible()])
+    # One range, because the plans are stacked: a program has one shape for all steps.
     start, stop = pool.range_of(passes)
     visible = np.zeros((steps, len(batch), stop - start), np.bool_)
     for step, token in np.ndindex(visible.shape[:2]):
@@ -100,7 +105,7 @@ def _planned(pool: CellPool, batch: Batch, steps: int, start_forward: StartForwa
 def _device_plan(
     pool: CellPool, cells: Int32s, start: int | list[int], visible: Bools
 ) -> ForwardPlan:
-    """Return a plan of one pass, or of several with one more axis in front of everything."""
+    """Return the plan of one pass, or of several, stacked along a first axis of every leaf."""
     buffers, steps = pool.buffers, cells.shape[:-1]
     keys, values = buffers.layouts
     return ForwardPlan(

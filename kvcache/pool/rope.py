@@ -1,4 +1,4 @@
-"""Rotary positions of stored keys: what moves when the middle of a sequence is removed."""
+"""Rotary position shifts of stored keys, for removal from the middle of a sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Style: TypeAlias = Literal["half", "interleaved"]
 
 
 class RoPEShift:
-    """Rotates keys to new positions: the `shift` of a :class:`CausalCache` (RoFormer, 2104.09864).
+    """Rotation of keys to new positions: the `shift` of a :class:`CausalCache`.
 
     ::
 
@@ -30,7 +30,11 @@ class RoPEShift:
         ``"interleaved"``, 2 i and 2 i + 1 (GPT-J, GGUF).
     layout: that of the cache's keys.
 
-    Computed in float32, whatever the keys are; angles on the host, in float64.
+    Rotary embedding is from RoFormer (arXiv:2104.09864). Rotations add up, so stored keys can be
+    rotated on by the difference. Computed in float32 for keys of any dtype; angles on the host, in
+    float64.
+
+    Raises: ShapeError, ValueError.
     """
 
     def __init__(
@@ -53,7 +57,10 @@ class RoPEShift:
         self.layout = layout
 
     def __call__(self, layer: int, keys: Array, offsets: Array) -> Array:
-        """`keys`, of any layer, moved by `offsets` positions, int32 [tokens]."""
+        """Return `keys` moved by `offsets` positions, int32 [tokens], in shape and dtype of `keys`.
+
+        Raises: ShapeError if more dimensions rotate than a head has.
+        """
         backend = backend_of(keys)
         xp, rotated = backend.xp, 2 * self.inverse_frequencies.size
         axes = [self.layout.index(name) for name in "htd"]
@@ -62,23 +69,24 @@ class RoPEShift:
             raise ShapeError(
                 f"{rotated} dimensions rotate, but keys have a head_dim of {head_dim}."
             )
+        # On the host: float32 angles of far positions would lose the digits that matter.
         angles = np.outer(backend.to_host(offsets), self.inverse_frequencies)
         cos, sin = (backend.from_host(part(angles), "float32") for part in (np.cos, np.sin))
         x = xp.astype(xp.permute_dims(keys, tuple(axes)), backend.dtype("float32"))
         moved = self._rotated(xp, x[:, :, :rotated], cos, sin)
         moved = xp.concat([moved, x[:, :, rotated:]], axis=-1) if rotated < head_dim else moved
-        back = tuple(int(axis) for axis in np.argsort(axes))
+        back = tuple(int(axis) for axis in np.argsort(axes))  # the inverse permutation
         return xp.permute_dims(xp.astype(moved, keys.dtype), back)
 
     def _rotated(self, xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
-        """`x` [heads, tokens, 2 n], each pair of it by its angle."""
+        """Return `x` [heads, tokens, 2 n] with each pair rotated by its angle."""
         n = cos.shape[-1]
         if self.style == "half":
             a, b = x[:, :, :n], x[:, :, n:]
         else:
             pairs = xp.reshape(x, (*x.shape[:2], n, 2))
             a, b = pairs[:, :, :, 0], pairs[:, :, :, 1]
-        turned = [a * cos - b * sin, b * cos + a * sin]
+        rotated = [a * cos - b * sin, b * cos + a * sin]
         if self.style == "half":
-            return xp.concat(turned, axis=-1)
-        return xp.reshape(xp.stack(turned, axis=-1), x.shape)
+            return xp.concat(rotated, axis=-1)
+        return xp.reshape(xp.stack(rotated, axis=-1), x.shape)

@@ -1,4 +1,4 @@
-"""Rows on their way into a pool: brought by any thread, written by the thread of the passes."""
+"""Rows on their way into a pool: queued by any thread, written by the thread of the passes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvcache.storage.arrays import LayerArrays
 
 
 class PendingWrites:
-    """A queue of rows to be written before anything is read or written.
+    """Queue of rows to write before the next access to the buffers.
 
-    Threads other than that of the passes may restore a sequence, and must not touch the buffers:
-    on some backends a pass consumes them.
+    Every thread may restore a sequence, but only the thread of the passes may write to buffers: on
+    some backends (JAX) a write consumes them.
 
-    lock: held while buffers are replaced, and by those who read rows of them in another thread.
+    lock: held while buffers are replaced, and while another thread reads rows of them.
     """
 
     def __init__(self) -> None:
@@ -28,19 +28,20 @@ class PendingWrites:
         """Cells and rows, the oldest first; empty most of the time."""
 
     def enqueue(self, cells: Indices, layers: LayerRows) -> None:
-        """Have `layers` written to `cells`; from any thread."""
+        """Queue `layers` to be written to `cells`; from any thread."""
         if layers:
             self.queue.append((cells, layers))
 
     def drain(self, write: Callable[[Indices, LayerRows], None]) -> None:
-        """Write everything, in order; in the thread of the passes."""
+        """Write everything in order; in the thread of the passes."""
         with self.lock:
             while self.queue:
                 write(*self.queue[0])
-                self.queue.popleft()  # after it is written: a reader finds it in either place
+                # Only once written: a reader finds the rows in the queue or in the buffers.
+                self.queue.popleft()
 
     def overlay(self, rows: LayerRows, cells: Indices) -> None:
-        """Put what is pending for `cells` over `rows`, which were read from the buffers."""
+        """Replace `rows`, just read from the buffers, by pending ones for the same `cells`."""
         for pending_cells, layers in self.queue:
             _overlay(rows, cells, pending_cells, layers)
 

@@ -1,4 +1,4 @@
-"""The commonest pass by far: one token behind the last one of one sequence, without arrays."""
+"""The commonest pass: one token appended to one sequence, planned without array operations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from .cells import CellTable
 
 
 class SingleTokenStep(NamedTuple):
-    """One token for one sequence: its cell, the cell dropped for it, the range afterwards."""
+    """Plan of one token of one sequence: its cell, the cell dropped, the range afterwards.
+
+    low, high: first and last cell of the range of the sequence, both included.
+    """
 
     sequence: int
     position: int
@@ -21,14 +24,16 @@ class SingleTokenStep(NamedTuple):
 def plan_single(
     table: CellTable, sequence: int, position: int, oldest: int
 ) -> SingleTokenStep | None:
-    """Return how one token is stored and the cell before position `oldest` dropped, or None.
+    """Plan to store one token, and to drop the one cell before position `oldest` if there is one.
 
-    None where it takes more than that: :meth:`CellTable.group`, :meth:`CellTable.evict` and
-    :meth:`CellTable.insert` do everything, and raise what is wrong.
+    Return None where that is not all it takes, or where anything is wrong:
+    :meth:`CellTable.group`, :meth:`CellTable.evict` and :meth:`CellTable.insert` handle every
+    case, and raise the errors.
     """
     if not 0 <= sequence < table.first.size:
         return None
     first, last = int(table.first[sequence]), int(table.last[sequence])
+    # Two cells at least, so that a range is left after a drop; and room in the row.
     if last - first < 2 or last == table.rows.shape[1]:
         return None
     tail = int(table.rows[sequence, last - 1])
@@ -44,19 +49,19 @@ def plan_single(
 def _reuse_oldest(
     table: CellTable, sequence: int, position: int, oldest: int
 ) -> SingleTokenStep | None:
-    """Reuse the oldest cell (a ring step); None if the fast path does not apply."""
+    """Reuse the oldest cell, as a ring does; None if the fast path does not apply."""
     first = int(table.first[sequence])
     head, follower = table.rows[sequence, first : first + 2].tolist()
     if not table.positions[head] < oldest <= table.positions[follower]:
         return None
-    if table.allocator.refcounts[head] > 1:
+    if table.allocator.refcounts[head] > 1:  # shared, or pinned by a snapshot: not to be written
         return None
     low, high = int(table.low[sequence]), int(table.high[sequence])
     return SingleTokenStep(sequence, position, head, head, low, high)
 
 
 def _drop_oldest(table: CellTable, step: SingleTokenStep, oldest: int) -> SingleTokenStep | None:
-    """Return `step` with the oldest cell dropped, if it has to be; None if that is not simple."""
+    """Add the drop of the oldest cell to `step` if necessary; None if that is not simple."""
     first = int(table.first[step.sequence])
     head, follower = table.rows[step.sequence, first : first + 2].tolist()
     if table.positions[head] >= oldest:
@@ -65,12 +70,12 @@ def _drop_oldest(table: CellTable, step: SingleTokenStep, oldest: int) -> Single
         return None
     if head == step.low and follower == head + 1:
         return step._replace(dropped=head, low=follower)
-    # Elsewhere at the edge of the range the new edge would have to be searched for.
+    # At an edge of the range, the new edge would have to be searched for.
     return None if head in (step.low, step.high) else step._replace(dropped=head)
 
 
 def commit_single(table: CellTable, step: SingleTokenStep) -> None:
-    """Carry out a step of :func:`plan_single`, planned for the table as it is."""
+    """Carry out a step of :func:`plan_single`, planned for the current state of the table."""
     sequence, position, cell, dropped, low, high = step
     allocator = table.allocator
     table.rows[sequence, table.last[sequence]] = cell
@@ -81,6 +86,7 @@ def commit_single(table: CellTable, step: SingleTokenStep) -> None:
     if dropped is None:
         allocator.free -= 1
         return
+    # One cell taken, one freed: the number of free cells stays.
     table.first[sequence] += 1
     if dropped != cell:
         allocator.refcounts[dropped] = 0

@@ -1,4 +1,4 @@
-"""A batch in the order of its sequences, as the table of cells takes it."""
+"""Batches sorted by sequence, the form for the table of cells."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ class SortedBatch(NamedTuple):
     """A batch sorted by sequence and position: each sequence is one run of it."""
 
     order: Indices
-    """Batch index of every sorted token."""
+    """Batch index of each sorted token."""
     positions: Int32s
     sequences: Int32s
-    """Sorted."""
+    """Of each sorted token."""
     ids: Int32s
-    """The sequences that occur, once each, ascending."""
+    """Sequences in the batch, once each, ascending."""
     starts: Indices
-    """First token of the run of each."""
+    """First sorted token of each of `ids`."""
     counts: Indices
-    """Tokens of the run of each."""
+    """Number of tokens of each of `ids`."""
     inserts: bool = False
-    """Whether a token comes before others that its sequence holds already."""
+    """True if a token lies before others already held by its sequence."""
 
     @property
     def single(self) -> bool:
-        """Whether every sequence has one token."""
+        """True if every sequence has just one token."""
         return self.ids.size == self.positions.size
 
 
 def sorted_batch(positions: Int32s, sequences: Int32s) -> SortedBatch:
-    """Sort a batch by sequence and position; a decode step in order needs no sorting."""
+    """Sort a batch by sequence and position."""
+    # The two usual decode steps come first: both are sorted already.
     if positions.size == 1:
         one = np.zeros(1, np.int64)
         return SortedBatch(one, positions, sequences, sequences, one, one + 1)
-    if (sequences[1:] > sequences[:-1]).all():  # a decode step: one token each, in order
+    if (sequences[1:] > sequences[:-1]).all():  # one token per sequence, in order
         order = np.arange(positions.size)
         return SortedBatch(order, positions, sequences, sequences, order, np.ones_like(order))
     order = np.lexsort((positions, sequences))

@@ -1,4 +1,4 @@
-"""Several caches behind one: models whose layers differ in what they keep."""
+"""Several caches behind one, for models with different kinds of layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .batch import Batch
 
 
 class WrapperCache(Cache):
-    """Several caches that see the same passes; the model says which one a layer uses.
+    """Several caches with the same passes; the model chooses one of them for each layer.
 
     ::
 
@@ -35,18 +35,21 @@ class WrapperCache(Cache):
 
     def share_lock(self, lock: threading.RLock) -> None:
         super().share_lock(lock)
-        for cache in self.caches:  # a change of one of them is a change of this one
+        for cache in self.caches:  # one lock, because a change of the wrapper changes them all
             cache.share_lock(lock)
 
     def set_layer_type(self, index: int) -> None:
-        """Choose the cache that `set_layer`, `put`, `get` and `set_causal` apply to."""
+        """Choose the cache for `set_layer`, `put`, `get` and `set_causal`.
+
+        Raises: ValueError for an index without a cache.
+        """
         if not 0 <= index < len(self.caches):
             raise ValueError(f"layer types here are 0 to {len(self.caches) - 1}; got {index}.")
         self._type = index
 
     @property
     def underlying_cache(self) -> Cache:
-        """Cache chosen last."""
+        """Cache chosen last by :meth:`set_layer_type`, at first the first one."""
         return self.caches[self._type]
 
     def set_config(self, config: CacheConfig) -> None:
@@ -67,7 +70,7 @@ class WrapperCache(Cache):
             for cache in self.caches:
                 cache.init(backend, dtype, **sizes)
         except Exception:
-            self.close()  # none of them has begun
+            self.close()  # all of them, so that none is left initialised
             raise
 
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
@@ -111,9 +114,9 @@ class WrapperCache(Cache):
         return max(cache.next_position(sequence) for cache in self.caches)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        wanted = list(positions)
+        points = list(positions)  # an iterator would be used up by the first cache
         for cache in self.caches:
-            cache.schedule(sequence, wanted)
+            cache.schedule(sequence, points)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         return [part for cache in self.caches for part in cache.capture(sequence, start, stop)]
@@ -132,7 +135,7 @@ class WrapperCache(Cache):
     def to_backend(self, backend: str | Backend) -> Self:
         clone = copy(self)
         clone.caches = tuple(cache.to_backend(backend) for cache in self.caches)
-        clone.share_lock(threading.RLock())
+        clone.share_lock(threading.RLock())  # a lock of its own, and that in all of them
         return clone
 
     def close(self) -> None:
@@ -141,7 +144,7 @@ class WrapperCache(Cache):
 
 
 def _together(commits: Sequence[Commit]) -> Commit:
-    """Return one commit that carries out all of `commits`, in order."""
+    """Return one commit for all of `commits`, in order."""
 
     def commit_all() -> None:
         for commit in commits:

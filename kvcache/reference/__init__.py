@@ -1,19 +1,13 @@
-"""Small real models, written once over the array API, that show the caches at work.
+"""Small real models, written once over the array API, for testing the caches end to end.
 
-They are the end-to-end oracle of the library: the same tokens from every backend, with
-every cache and with none.
+The same weights give the same tokens on every backend, with every cache and with none.
 
-With the packages of ``pip install 'kvcache[demo]'``:
+``llama``      a decoder: GGUF files, tokenizer, generation, continuous batching, chat; needs
+               ``pip install 'kvcache[demo]'``
+``whisper``    an encoder-decoder, from speech to text; needs ``pip install 'kvcache[audio]'``
+``dit``        a small diffusion transformer and toy data for it; needs a backend and no more
+``errors``     errors of model files and recordings
 
-``gguf``       model files: configuration, tensors, vocabulary
-``tokenizer``  text to token ids and back
-``llama``      the decoder
-``runner``     greedy generation and the caches for it
-
-``whisper``    an encoder-decoder, from speech to text; it needs ``pip install 'kvcache[audio]'``
-
-With nothing but a backend:
-
-``dit``        a small diffusion transformer
-``toy_shapes`` what it draws, and how well it does
+Each package lists its modules. Import from the modules: the packages re-export nothing, so that
+one model does not need the libraries of another.
 """

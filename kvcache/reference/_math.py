@@ -1,4 +1,4 @@
-"""What several models compute, over the array API."""
+"""Functions shared by several models, over the array API."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ _ERFC = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
 
 def softmax(xp: Namespace, scores: Array) -> Array:
-    """Weights that sum to one over the last axis."""
+    """Normalise `scores` to positive weights of sum 1 over the last axis.
+
+    A score may be -inf, weight 0; each row needs one that is finite.
+    """
+    # Without subtracting the maximum, exp overflows float32 from a score of 89 on.
     weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
     return weights / xp.sum(weights, axis=-1, keepdims=True)
 
 
 def layer_norm(xp: Namespace, x: Array, scale: Array, shift: Array, eps: float) -> Array:
-    """`x` with mean 0 and variance 1 over the last axis, then scaled and shifted."""
+    """Bring `x` to mean 0 and variance 1 over the last axis, then scale and shift it."""
     centred = x - xp.mean(x, axis=-1, keepdims=True)
     variance = xp.mean(centred * centred, axis=-1, keepdims=True)
     return centred / xp.sqrt(variance + eps) * scale + shift
 
 
 def gelu(xp: Namespace, x: Array) -> Array:
-    """The exact one: `x` times the probability that a normal variable lies below it."""
+    """Multiply `x` by the normal distribution function of `x`: the exact GELU, not the tanh one.
+
+    Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    """
     size = xp.abs(x)
+    # x * Phi(x), written with |x| because the approximation of erfc holds for x >= 0 only.
     return 0.5 * (x + size * (1.0 - _erfc(xp, size * 0.5**0.5)))
 
 
 def _erfc(xp: Namespace, x: Array) -> Array:
-    """The complementary error function of `x` >= 0."""
+    """Approximate the complementary error function of `x` >= 0."""
     t = 1.0 / (1.0 + _ERFC_SCALE * x)
     polynomial = 0.0 * t
     for coefficient in _ERFC:

@@ -1,1 +1,1 @@
-"""State taken out of a cache, kept, and put back, also through files."""
+"""State of a cache, taken out, kept, and put back, also through files."""

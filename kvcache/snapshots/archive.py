@@ -1,4 +1,4 @@
-"""Snapshots as files: rows of every part and layer, and the tokens and model they belong to."""
+"""Snapshots as files: rows of every part and layer, bound to their tokens and model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .rows import LayerRows
 
 
 class Record(NamedTuple):
-    """One part of a snapshot, as a file holds it. visibility: window, chunk, sinks."""
+    """One part of a snapshot, as stored in a file.
+
+    visibility: window, chunk, sinks. positions: int32, ascending, one for each row of `layers`.
+    """
 
     kind: str
     visibility: tuple[int | None, int | None, int]
@@ -36,7 +39,10 @@ def write_archive(
     tokens: npt.ArrayLike | None,
     fingerprint: str,
 ) -> None:
-    """Write the parts of a snapshot of ``[start, stop)`` to `path`."""
+    """Write the parts of a snapshot to `path`, whole or not at all.
+
+    span: start and stop of the snapshot. tokens: ids up to its stop; only a hash of them is kept.
+    """
     tensors: dict[str, HostArray] = {}
     parts = []
     for number, record in enumerate(records):
@@ -68,6 +74,8 @@ def read_archive(
 ) -> tuple[tuple[int, int], list[Record]]:
     """Return span and parts of the snapshot in `path`.
 
+    tokens, fingerprint: those it must have been written with; None accepts any.
+
     Raises: SnapshotMismatchError if it belongs to other tokens or another model, CacheFileError,
         FileNotFoundError.
     """
@@ -95,6 +103,7 @@ def _layers(
     number: int, axes: Mapping[str, int | None], tensors: Mapping[str, HostArray]
 ) -> LayerRows:
     """Return the arrays of part `number` by layer, in the order of `axes`."""
+    # Names are "part.layer.array"; "part.positions" has two components only.
     names = [name.split(".") for name in tensors if name.startswith(f"{number}.")]
     layers = dict.fromkeys(int(parts[1]) for parts in names if len(parts) == 3)
     return {
@@ -108,9 +117,10 @@ def _layers(
 
 
 def _token_hash(tokens: npt.ArrayLike | None) -> str:
-    """Return a hash of token ids, whatever integers they are given as; "" for None."""
+    """Return a hash of token ids; "" for None."""
     if tokens is None:
         return ""
+    # As little-endian int32, so that lists, arrays of any integer dtype and machines agree.
     return hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
 
 

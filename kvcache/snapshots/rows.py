@@ -1,4 +1,4 @@
-"""Some positions of a sequence, by layer: in the memory of their cache, or of the host."""
+"""Rows of some positions of a sequence, in the memory of their cache or of the host."""
 
 from __future__ import annotations
 
@@ -12,37 +12,41 @@ from kvcache._types import Bools, Indices, Int32s
 from kvcache.storage.arrays import LayerArrays, Rows, concat_layers
 
 Slots: TypeAlias = Indices
-"""Places of rows in a cache: cells of a pool, slots of a per-layer buffer."""
+"""Places of rows in their owner: cells of a pool, or slots of a per-layer cache."""
 LayerRows: TypeAlias = dict[int, LayerArrays]
-"""The arrays of every layer, by its number."""
+"""The arrays of every layer, by layer number."""
 
 
 class RowOwner(Protocol):
-    """A cache that rows can stay in."""
+    """A cache with rows pinned in its memory."""
 
     @property
     def lock(self) -> AbstractContextManager[object]:
-        """Held while rows change form: the owner may ask them to in any thread."""
+        """Held while rows change form: their owner may spill them in any thread."""
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token in all its layers."""
+        """Bytes of one token in all layers."""
 
     def read(self, slots: Slots) -> LayerRows:
         """Return host copies of the rows in `slots`."""
 
     def pin(self, rows: TokenRows) -> None:
-        """Call ``rows.to_host()`` before their slots are written to, from now on."""
+        """Call ``rows.to_host()`` from now on before their slots are written to."""
 
     def unpin(self, rows: TokenRows) -> None:
         """Undo :meth:`pin`."""
 
 
 class TokenRows:
-    """Rows of `positions`, ascending. Every change of form leaves the content as it is.
+    """Rows of some positions of a sequence; their content never changes, only its place.
 
-    Resident rows own no memory: they name slots of their owner, which asks them to copy before
-    it writes there. Other rows are in host memory.
+    positions: int32, ascending.
+    layers: the content in host memory; None for resident rows.
+    owner: the cache of resident rows.
+
+    Resident rows own no memory: they name slots of their owner, and it spills them to the host
+    before it writes there.
     """
 
     def __init__(
@@ -55,33 +59,34 @@ class TokenRows:
 
     @classmethod
     def resident(cls, positions: Int32s, owner: RowOwner, slots: Slots) -> TokenRows:
-        """Pin rows in `slots` of `owner`, where they stay."""
+        """Return the rows in `slots` of `owner`, pinned there."""
         rows = cls(positions, owner=owner)
-        rows.slots = slots
+        rows.slots = slots  # before pinning, which reads them
         owner.pin(rows)
         return rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows, resident or not."""
-        owner = self.owner
+        owner = self.owner  # read once: another thread may spill the rows in between
         return self.host_nbytes if owner is None else self.positions.size * owner.token_bytes
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of host memory that the rows own, 0 for resident ones."""
+        """Bytes of host memory owned by the rows: 0 for resident ones."""
         return sum(array.data.nbytes for arrays in self._layers.values() for array in arrays)
 
     def to_host(self) -> LayerRows:
-        """Move the rows to host memory, for good, and return them."""
+        """Spill the rows to host memory, for good, and return them by layer."""
         with self._owner_lock():
             if self.owner is not None:
+                # Read before unpinning: free slots may be written to at any time.
                 self._layers = self.owner.read(self.slots)
                 self._unpin()
             return self._layers
 
     def close(self) -> None:
-        """Give up slots and memory. Closing twice is no error."""
+        """Give up slots and memory. Closing twice is fine."""
         with self._owner_lock():
             self._unpin()
             self._layers, self.positions = {}, self.positions[:0]
@@ -89,7 +94,8 @@ class TokenRows:
     def _owner_lock(self) -> AbstractContextManager[object]:
         """Return the lock to hold while relying on `owner`.
 
-        Rows may be spilled by another thread meanwhile, but are never pinned again.
+        Check `owner` again under the lock: another thread may have spilled the rows. Rows without
+        an owner never get one, and need no lock.
         """
         owner = self.owner
         return nullcontext() if owner is None else owner.lock
@@ -100,7 +106,7 @@ class TokenRows:
         self.owner, self.slots = None, self.slots[:0]
 
     def read(self, index: npt.NDArray[np.intp]) -> LayerRows:
-        """Return host copies of the rows at `index`; the rows stay as they are."""
+        """Return host copies of the rows at `index`, leaving all rows where they are."""
         with self._owner_lock():
             if self.owner is not None:
                 return self.owner.read(self.slots[index])
@@ -113,27 +119,28 @@ class TokenRows:
         }
 
     def take(self, index: npt.NDArray[np.intp] | slice) -> TokenRows:
-        """Return the rows at `index` as rows of their own, resident if these are."""
+        """Return the rows at `index` as an object of their own, resident if these are."""
         with self._owner_lock():
             if self.owner is not None:
                 return TokenRows.resident(self.positions[index], self.owner, self.slots[index])
             return TokenRows(self.positions[index], self._taken(index))
 
     def narrowed(self, keep: Bools) -> TokenRows:
-        """Return the rows where `keep` is true as rows of their own; these are closed."""
+        """Return the rows selected by the mask `keep`, and close these."""
+        # Closed only now: between the two pins, the slots would be free to be overwritten.
         kept = self.take(np.flatnonzero(keep))
         self.close()
         return kept
 
     def split(self, at: int) -> tuple[TokenRows, TokenRows]:
-        """Return the rows below position `at`, and the others; these are closed."""
+        """Return the rows below position `at`, and the others; close these."""
         first = int(np.searchsorted(self.positions, at))
         parts = self.take(slice(0, first)), self.take(slice(first, None))
         self.close()
         return parts
 
     def join(self, other: TokenRows) -> TokenRows:
-        """Return these rows and those of `other`, which share no position; both are closed."""
+        """Return the rows of both, without a common position, as one object; close both."""
         if other.positions.size and self.positions.size:
             joined = self._merged_with(other)
         else:
@@ -143,17 +150,19 @@ class TokenRows:
         return joined
 
     def _merged_with(self, other: TokenRows) -> TokenRows:
+        """Return the rows of both by position: resident if one owner has both, else on the host."""
         positions = np.concatenate([self.positions, other.positions])
         order = np.argsort(positions)
         with self._owner_lock():
             if self.owner is not None and self.owner is other.owner:
                 slots = np.concatenate([self.slots, other.slots])[order]
                 return TokenRows.resident(positions[order], self.owner, slots)
-        # One lock at a time: those of two caches might be asked for in either order.
+        # One lock at a time: two threads taking those of two caches in opposite order would wait
+        # for each other.
         return TokenRows(positions[order], _merged(self.to_host(), other.to_host(), order))
 
     def _renewed(self) -> TokenRows:
-        """Return the same rows, not copied, as another object: closing one leaves the other."""
+        """Return the same rows, uncopied, as another object: closing one leaves the other open."""
         with self._owner_lock():
             if self.owner is not None:
                 return TokenRows.resident(self.positions, self.owner, self.slots)
@@ -161,7 +170,7 @@ class TokenRows:
 
 
 def _merged(one: LayerRows, two: LayerRows, order: npt.NDArray[np.intp]) -> LayerRows:
-    """Return the rows of both by layer, in the order of their positions."""
+    """Return the rows of both by layer, sorted by `order`."""
     return {
         layer: tuple(array.take(order) for array in concat_layers([arrays, two[layer]]))
         for layer, arrays in one.items()

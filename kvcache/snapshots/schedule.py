@@ -1,7 +1,7 @@
-"""Resume points of one sequence: where snapshots must be able to go on, and the rows for that.
+"""Resume points of one sequence: positions for snapshots to resume at, and their rows.
 
-A sliding window, a ring or a chunk drops tokens that going on at an earlier position needs.
-Positions scheduled here have those rows retained, right before they would be dropped.
+Resuming at an earlier position needs tokens that a sliding window or a ring has dropped by then.
+For positions scheduled here, these rows are retained just before they would be dropped.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from .rows import TokenRows
 
 
 class ResumePoints:
-    """Positions scheduled, and rows retained for positions that were passed. Owns the rows."""
+    """Scheduled positions, and rows retained for positions already passed. Owns the rows."""
 
     def __init__(self, scheduled: Iterable[int] = ()) -> None:
         self.scheduled = set(scheduled)
         self.retained: TokenRows | None = None
 
     def schedule(self, positions: Iterable[int]) -> None:
-        """Retain what going on at `positions` needs, from when they are reached."""
+        """Add `positions`: their rows are to be retained once they are reached."""
         self.scheduled.update(positions)
 
     def due(self, reached: int) -> list[int]:
@@ -29,15 +29,15 @@ class ResumePoints:
         return sorted(position for position in self.scheduled if position <= reached)
 
     def retain(self, position: int, rows: TokenRows) -> None:
-        """Retain `rows`, all that going on at `position` needs; it is no longer scheduled then."""
-        if self.retained is not None:
+        """Retain `rows`, all those needed to resume at `position`, and unschedule it."""
+        if self.retained is not None:  # windows of neighbouring points overlap: keep a row once
             new = ~np.isin(rows.positions, self.retained.positions)
             rows = rows.narrowed(new).join(self.retained)
         self.retained = rows
         self.scheduled.discard(position)
 
     def add_to(self, rows: TokenRows, start: int, stop: int) -> TokenRows:
-        """Return `rows`, which are closed, with the retained ones of ``[start, stop)``."""
+        """Return `rows` together with the retained ones of ``[start, stop)``; close `rows`."""
         if self.retained is None:
             return rows
         positions = self.retained.positions
@@ -45,14 +45,14 @@ class ResumePoints:
         return rows.join(self.retained.take(np.flatnonzero(new)))
 
     def forget(self, position: int) -> None:
-        """Drop the retained rows of `position` and behind it; the schedule stays."""
+        """Drop the rows retained from `position` on; the schedule stays."""
         if self.retained is None:
             return
         kept = self.retained.narrowed(self.retained.positions < position)
         self.retained = kept if kept.positions.size else None
         if self.retained is None:
-            kept.close()  # its owner still knows it
+            kept.close()  # even without rows, its owner still lists it as pinned
 
     def unschedule(self, position: int) -> None:
-        """Take back what is scheduled behind `position`."""
+        """Remove scheduled positions after `position`."""
         self.scheduled = {scheduled for scheduled in self.scheduled if scheduled <= position}

@@ -1,4 +1,4 @@
-"""The state of a span of one sequence over all layers, taken out of a cache and put back."""
+"""Snapshots: the state of a span of one sequence in all layers, to be restored later."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .visibility import Visibility
 
 
 class CacheSpec(NamedTuple):
-    """Kind, resumption rule and dtype of a cache: equal for caches that exchange snapshots."""
+    """Kind, visibility and dtype of a cache: equal for caches able to exchange snapshots."""
 
     kind: str
-    """Name of the kind of cache, as files give it."""
+    """Name of the kind of cache, as in files."""
     visibility: Visibility
-    """The rule for going on: :meth:`Visibility.needed`."""
+    """Rule for the tokens needed to resume: :meth:`Visibility.needed`."""
     dtype: str
 
 
 @dataclass
 class Part:
-    """The rows that one cache contributes to a snapshot."""
+    """The rows of one cache in a snapshot."""
 
     spec: CacheSpec
     rows: TokenRows
@@ -46,13 +46,13 @@ class Snapshot:
             ...
             cache.restore(sequence, snapshot)
 
-    A resident snapshot owns no memory: it stays in the cache that it was taken from, and
-    copies itself to the host right before something is written there. It can be restored to any
-    cache of the same kind and dtype, on any backend. Whoever takes a snapshot closes it.
+    A resident snapshot owns no memory: its rows stay in their cache, which spills them to the host
+    just before it writes there. A snapshot can be restored to any cache of the same kind,
+    visibility and dtype, on any backend. The caller that takes a snapshot closes it.
 
-    Where every token stays (no window) a snapshot can be split anywhere, and each part of it is of
-    use. Where old tokens are dropped it can be split as well, but a sequence can go on only at
-    positions for which the tokens before are there: see :func:`last_resumable`.
+    A snapshot can be split anywhere. Where every token stays (no window), a sequence can resume at
+    the end of each piece. Where old tokens are dropped, it can resume only at positions with all
+    the tokens needed before them: see :func:`last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -67,7 +67,7 @@ class Snapshot:
 
     @property
     def specs(self) -> list[CacheSpec]:
-        """Specs of the caches that the snapshot is of."""
+        """Specs of the caches of the snapshot, one for each part."""
         return [part.spec for part in self.parts]
 
     @property
@@ -77,26 +77,26 @@ class Snapshot:
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of memory that the snapshot owns: 0 while it is resident."""
+        """Bytes of host memory owned by the snapshot: 0 while all of it is resident."""
         return sum(part.rows.host_nbytes for part in self.parts)
 
     @property
     def resident(self) -> bool:
-        """Whether some of it is still in the memory of its cache."""
+        """True while some of its rows are in the memory of their cache."""
         return any(part.rows.owner is not None for part in self.parts)
 
     @property
     def resumable_anywhere(self) -> bool:
-        """Whether the first part of it is of use without the second, wherever it is split."""
+        """True if a sequence can resume at the split, wherever the snapshot is split."""
         return all(spec.visibility.resumable_anywhere for spec in self.specs)
 
     def empty_like(self, start: int, stop: int) -> Snapshot:
-        """Return a snapshot of ``[start, stop)`` of the same caches that holds no position."""
+        """Return a snapshot of ``[start, stop)`` of the same caches, without any rows."""
         nothing = [TokenRows(part.rows.positions[:0]) for part in self.parts]
         return self._of(start, stop, nothing)
 
     def split(self, at: int) -> tuple[Snapshot, Snapshot]:
-        """Return two snapshots that meet at position `at`; this one is closed.
+        """Split the snapshot into two at position `at`; closes this one.
 
         Raises: ValueError unless ``start < at < stop``.
         """
@@ -109,9 +109,10 @@ class Snapshot:
         return self._of(self.start, at, lower), self._of(at, self.stop, upper)
 
     def merge(self, other: Snapshot) -> Snapshot:
-        """Return one snapshot of this and `other`, which begins where this ends; both are closed.
+        """Join this snapshot and the adjacent `other` into one; closes both.
 
-        Raises: ValueError if it does not, SnapshotMismatchError if it is of other caches.
+        Raises: ValueError unless `other` starts at the stop of this one, SnapshotMismatchError if
+            it is of other caches.
         """
         if other.start != self.stop:
             raise ValueError(
@@ -122,7 +123,7 @@ class Snapshot:
         return self._joined(other, other.stop)
 
     def union(self, other: Snapshot) -> Snapshot:
-        """Return a snapshot of the same span with the rows that either holds; both are closed.
+        """Return a snapshot of this span with the rows of either; closes both.
 
         Raises: SnapshotMismatchError if `other` is of other caches.
         """
@@ -131,7 +132,7 @@ class Snapshot:
             positions = part.rows.positions
             inside = (positions >= self.start) & (positions < self.stop)
             new = inside & ~np.isin(positions, own_part.rows.positions)
-            if not new.all():
+            if not new.all():  # rows can only be joined without a common position
                 part.rows = part.rows.narrowed(new)
         return self._joined(other, self.stop)
 
@@ -140,17 +141,17 @@ class Snapshot:
         return self._of(self.start, stop, [one.rows.join(two.rows) for one, two in pairs])
 
     def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
-        """Return a snapshot of the same caches with other rows."""
+        """Return a snapshot of the same caches with other rows, one for each part."""
         return Snapshot(start, stop, list(map(Part, self.specs, rows)))
 
     def to_host(self) -> Self:
-        """Copy resident rows to host memory; returns the snapshot itself."""
+        """Spill resident rows to host memory; return the snapshot itself."""
         for part in self.parts:
             part.rows.to_host()
         return self
 
     def close(self) -> None:
-        """Give up slots and memory. Closing twice is no error."""
+        """Give up slots and memory. Closing twice is fine."""
         for part in self.parts:
             part.rows.close()
 
@@ -174,10 +175,12 @@ class Snapshot:
         tokens: npt.ArrayLike | None = None,
         fingerprint: str = "",
     ) -> None:
-        """Write it to a safetensors file, with a checksum of every tensor.
+        """Write the snapshot to a safetensors file, with a checksum of every tensor.
 
-        tokens: ids up to `stop` that it belongs to; only a hash of them is kept.
-        fingerprint: of the model and its weights, whatever tells them apart.
+        Resident rows are spilled to the host. The file replaces an existing one only when complete.
+
+        tokens: its token ids up to `stop`; only a hash of them is kept.
+        fingerprint: any text to tell the model and its weights from others.
         """
         records = [
             Record(
@@ -201,10 +204,10 @@ class Snapshot:
     ) -> Snapshot:
         """Return the snapshot saved in `path`, in host memory.
 
-        tokens, fingerprint: those that it has to belong to, if given.
+        tokens, fingerprint: those it must have been saved with; None accepts any.
 
-        Raises: SnapshotMismatchError if it does not, CacheFileError (damaged, foreign or newer
-        file), FileNotFoundError.
+        Raises: SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
+            foreign or newer file), FileNotFoundError.
         """
         (start, stop), records = read_archive(path, tokens, fingerprint)
         parts = [
@@ -218,18 +221,18 @@ class Snapshot:
 
 
 def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:
-    """Return the last position up to `limit` to go on at once `snapshots` are restored.
+    """Return the last position up to `limit` to resume at after restoring `snapshots`.
 
     snapshots: of one sequence, in order, without gaps between them, the first from position 0.
 
-    Every cache must be able to go on there. Returns 0 if there is no such position.
+    Every cache must be able to resume there. Return 0 if there is no such position.
     """
     if not snapshots:
         return 0
     limit, before = min(limit, snapshots[-1].stop), -1
     columns = list(zip(*(snapshot.parts for snapshot in snapshots), strict=True))
     held = [np.concatenate([part.rows.positions for part in column]) for column in columns]
-    # Each cache may lower the limit for those before it, until all agree.
+    # Each cache may lower the limit, for those asked before it, too: repeat until all agree.
     while limit != before:
         before = limit
         for column, positions in zip(columns, held, strict=True):
@@ -238,21 +241,21 @@ def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:
 
 
 def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> None:
-    """Raise SnapshotMismatchError unless all are of caches with these specs."""
+    """Raise SnapshotMismatchError unless all snapshots have the specs `wanted`."""
     for snapshot in snapshots:
         if snapshot.specs != wanted:
-            got = [tuple(spec) for spec in snapshot.specs]
+            given = [tuple(spec) for spec in snapshot.specs]
             raise SnapshotMismatchError(
                 "a snapshot goes back to caches of the same kinds, windows and dtype; "
-                f"got {got} for {[tuple(spec) for spec in wanted]}."
+                f"got {given} for {[tuple(spec) for spec in wanted]}."
             )
 
 
 def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> int:
-    """Return the position at which a sequence goes on once `snapshots` are restored.
+    """Check `snapshots` for a restore; return the position to resume at.
 
-    Raises: SnapshotMismatchError, ValueError unless they follow each other from position 0,
-        KVCacheError if it cannot go on at the end of the last.
+    Raises: SnapshotMismatchError, ValueError unless they are contiguous from position 0,
+        KVCacheError if the end of the last one is no resume point.
     """
     check_same_specs(snapshots, wanted)
     spans = [(snapshot.start, snapshot.stop) for snapshot in snapshots]

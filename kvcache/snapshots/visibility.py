@@ -1,4 +1,4 @@
-"""The one rule of attention: what a token at a position sees, and what going on there needs."""
+"""The rule of attention: tokens visible from a position, and tokens needed to resume there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kvcache.backends import Array
 class Visibility(NamedTuple):
     """A sliding window, chunks, or both, with attention sinks. Positions count from 0.
 
-    window: tokens right before a position that it sees, itself aside; None for all.
-    chunk: a position sees none of earlier chunks of this many positions; None for no chunks.
-    sinks: the first so many positions, seen by every later one (StreamingLLM, 2309.17453).
+    window: number of tokens visible right before a position, itself excluded; None for all.
+    chunk: a position sees only its own chunk of so many positions; None for no chunks.
+    sinks: number of first positions visible to every later one (StreamingLLM, arXiv:2309.17453).
 
-    A cache may have to hold more than the next token sees: a ring, for one, holds a full window.
-    It then has two of these, one for its masks and one for going on.
+    A cache may have to hold more than the next token sees; a ring, for example, holds a full
+    window. It then has two rules, one for its masks and one for resuming.
     """
 
     window: int | None = None
@@ -29,7 +29,7 @@ class Visibility(NamedTuple):
     # Seeing.
 
     def lowest(self, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
-        """Return the lowest position that each of `positions` sees, sinks aside."""
+        """Return the lowest position visible to each of `positions`, sinks aside."""
         lows = np.zeros_like(positions)
         if self.window is not None:
             lows = np.maximum(lows, positions - self.window)
@@ -38,12 +38,13 @@ class Visibility(NamedTuple):
         return lows
 
     def sees(self, queries: Array, columns: Array, sinks: Array | None = None) -> Array:
-        """Return a bool array: which positions in `columns` each of `queries` sees.
+        """Return a bool array, true where a position in `queries` sees one in `columns`.
 
-        queries, columns: positions, which broadcast: on the host, or traced in a compiled
-            program. A column of -1 is padding, which nobody sees.
+        queries, columns: positions, broadcast against each other; on the host, or traced in a
+            compiled program. A column of -1 is padding, and never visible.
         sinks: a traced number of sinks, instead of that of this rule.
         """
+        # Operators only, no functions: the same code runs on NumPy arrays and under any tracer.
         visible = columns <= queries
         if self.window is not None:
             visible = visible & (columns >= queries - self.window)
@@ -54,18 +55,18 @@ class Visibility(NamedTuple):
             visible = visible | ((columns < first) & (columns <= queries))
         return visible & (columns >= 0)
 
-    # Going on.
+    # Resuming.
 
     @property
     def resumable_anywhere(self) -> bool:
-        """Whether holding all positions before one suffices to go on there, wherever it lies."""
+        """True if no window drops tokens: a prefix of any length can be resumed at its end."""
         return self.window in (None, 0)
 
     def lowest_needed(self, position: int) -> int:
-        """Return the lowest position that must be held to go on at `position`, sinks aside.
+        """Return the lowest position to hold in order to resume at `position`, sinks aside.
 
-        With chunks that is at least the last token, also at the edge of a chunk: a sequence
-        knows its position from the last token that it holds.
+        With chunks, the last token is needed even at the edge of a chunk: a sequence knows its
+        position from the last token that it holds.
         """
         if self.window is None and self.chunk is None:
             return 0
@@ -77,17 +78,17 @@ class Visibility(NamedTuple):
         return low
 
     def needed(self, positions: Int32s, position: int) -> Bools:
-        """Return which of `positions` must be held to go on at `position`."""
+        """Return a mask of the `positions` to hold in order to resume at `position`."""
         recent = (positions >= self.lowest_needed(position)) & (positions < position)
         return recent | (positions < min(self.sinks, position))
 
     def last_resumable(self, positions: Int32s, limit: int) -> int:
-        """Return the last position up to `limit` to go on at if just `positions` are held.
+        """Return the last position up to `limit` to resume at if just `positions` are held.
 
-        positions: ascending. Returns 0 if there is no such position.
+        positions: ascending. Return 0 if there is no such position.
         """
         held = positions[: int(np.searchsorted(positions, limit))]
-        if self.window == 0:
+        if self.window == 0:  # no earlier token is needed (encoder output)
             return limit
         if not held.size:
             return 0

@@ -1,1 +1,1 @@
-"""The arrays that tokens lie in: layout, lengths, masks, and what may be written."""
+"""Layout, lengths and masks of the arrays of a cache, and the checks of updates."""

@@ -1,4 +1,4 @@
-"""Checks of keys and values before anything of a per-layer cache changes."""
+"""Checks of keys and values, made before a per-layer cache changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import TOKENS
 
 
 class Geometry(NamedTuple):
-    """What all updates of one per-layer cache have in common."""
+    """Sizes and dtype shared by all updates of one per-layer cache."""
 
     batch: int
     kv_heads: int
@@ -22,16 +22,18 @@ class Geometry(NamedTuple):
     dtype: str
 
     def shapes(self, tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Return the shape of each array of a layer for so many tokens."""
+        """Return the shapes of keys and values, ``[batch, kv_heads, tokens, head_dim]``."""
         lead = self.batch, self.kv_heads, tokens
         return (*lead, self.key_dim), (*lead, self.value_dim)
 
 
 class Admission:
-    """The checks of one cache: the first update decides what all later ones must look like.
+    """Checks of the updates of one cache: the first fixes the geometry of all later ones.
 
-    backend, dtype: what was asked for when the cache was made; None takes that of the first
-        update, which :attr:`backend` and :attr:`geometry` then hold.
+    backend, dtype: as requested when the cache was made; None takes that of the first update.
+        From then on :attr:`backend` and :attr:`geometry` hold the result.
+
+    Raises: DTypeError for an unknown dtype, or one that `backend` lacks.
     """
 
     def __init__(self, backend: str | Backend | None, dtype: str | None) -> None:
@@ -41,17 +43,17 @@ class Admission:
         self._dtype = dtype
         self.forget()
         if self._asked is not None and dtype is not None:
-            self._asked.dtype(dtype)
+            self._asked.dtype(dtype)  # raises here rather than at the first update
 
     def forget(self) -> None:
-        """Be as constructed: whatever the first update was, the next one is the first."""
+        """Return to the state after construction: the next update counts as the first."""
         self.backend: Backend | None = self._asked
         self.geometry: Geometry | None = None
         self._fast_key: Callable[[Array], FastKey] | None = None
         self._latest: tuple[FastKey, FastKey] | None = None
 
     def bound(self) -> tuple[Backend, Geometry]:
-        """Return the backend and geometry that the first update decided.
+        """Return the backend and geometry fixed by the first update.
 
         Raises: KVCacheError before it.
         """
@@ -61,21 +63,21 @@ class Admission:
 
     @property
     def dtype(self) -> str | None:
-        """Dtype of keys and values, None as long as nothing decides it."""
+        """Dtype of keys and values; None until it is fixed."""
         return self.geometry.dtype if self.geometry is not None else self._dtype
 
     def validate(self, keys: Array, values: Array) -> int:
-        """Check an update against everything before it; return its number of tokens.
+        """Check an update against the earlier ones; return its number of tokens.
 
-        Raises ShapeError, DTypeError or UnknownBackendError, and has changed nothing then.
+        Raises: ShapeError, DTypeError, UnknownBackendError; nothing has changed then.
         """
         fast_key, key_pair = self._fast_key, None
         if fast_key is not None:
             try:  # noqa: SIM105 - a context manager costs more than the comparison
                 key_pair = fast_key(keys), fast_key(values)
-            except AttributeError:  # no array at all, which is found out below
+            except AttributeError:  # not an array: the full check below says so
                 pass
-        # An update that looks like the last one is as good as it: the usual decode step.
+        # An update just like the last one needs no full check: the usual decode step.
         if key_pair is None or key_pair != self._latest:
             backend = self._validate_new(keys, values)
             self._fast_key = backend.fast_key
@@ -83,6 +85,7 @@ class Admission:
         return key_pair[0][1][TOKENS]
 
     def _validate_new(self, keys: Array, values: Array) -> Backend:
+        """Check an update in full, fix backend and geometry, and return the backend."""
         backend = self.backend or backend_of(keys)
         _check_framework(backend, keys, values)
         _check_shapes(tuple(keys.shape), tuple(values.shape))
@@ -98,10 +101,11 @@ class Admission:
 
 
 def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
+    """Raise DTypeError unless `backend` owns both arrays; UnknownBackendError for non-arrays."""
     for name, array in (("keys", keys), ("values", values)):
         if not backend.owns(array):
             if not hasattr(array, "dtype"):
-                backend_of(array)  # says what to bring instead of something that is no array
+                backend_of(array)  # raises, and names the frameworks whose arrays are accepted
             raise DTypeError(
                 f"{name} must be an array of {backend.spec}, where this cache lives; got "
                 f"{type(array).__module__}.{type(array).__name__}"
@@ -111,6 +115,7 @@ def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
 
 
 def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
+    """Raise ShapeError unless both have 4 axes, agree in the first 3, and are not empty."""
     if len(keys) != 4 or len(values) != 4:
         raise ShapeError(
             f"keys and values must be [B, kv_heads, tokens, head_dim]; got {keys} and {values}."
@@ -133,8 +138,9 @@ def _geometry(backend: Backend, keys: Array, values: Array) -> Geometry:
     return Geometry(batch, kv_heads, key_dim, values.shape[3], dtype)
 
 
-def _refuse_change(have: Geometry, got: Geometry) -> None:
-    changed = [name for name in have._fields if getattr(have, name) != getattr(got, name)]
+def _refuse_change(fixed: Geometry, given: Geometry) -> None:
+    """Raise ShapeError, or DTypeError if only the dtype differs, naming each difference."""
+    changed = [name for name in fixed._fields if getattr(fixed, name) != getattr(given, name)]
     kind = DTypeError if changed == ["dtype"] else ShapeError
-    changes = ", ".join(f"{n} {getattr(have, n)}, not {getattr(got, n)}" for n in changed)
+    changes = ", ".join(f"{n} {getattr(fixed, n)}, not {getattr(given, n)}" for n in changed)
     raise kind(f"every update of a cache has the same geometry: {changes}. reset() starts anew.")

@@ -1,7 +1,7 @@
 """A layer as a tuple of named arrays: keys and values, keys alone, or others.
 
-Snapshots, files, copies and pools know a layer only in this form. So scales of quantized
-storage, index keys or recurrent states are more names, and no more code.
+Snapshots, files, copies and pools know a layer only in this form. Scales of quantized storage,
+index keys or recurrent states therefore need further names, but no further code.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Rows: TypeAlias = npt.NDArray[np.intp] | Indices | slice
 class NamedArray(NamedTuple):
     """One array of a layer, in host memory.
 
-    token_axis: from the end, as -2 of ``[..., tokens, head_dim]``; None for an array that
-        belongs to all tokens alike and has no such axis.
+    token_axis: counted from the end, such as -2 of ``[..., tokens, head_dim]``; None for an array
+        without one, shared by all tokens.
     """
 
     name: str
@@ -29,7 +29,7 @@ class NamedArray(NamedTuple):
     token_axis: int | None = -2
 
     def take(self, tokens: Rows) -> NamedArray:
-        """Return a copy of some tokens; an array without a token axis is shared as it is."""
+        """Return a copy of some tokens; an array without a token axis is shared, not copied."""
         if self.token_axis is None:
             return self
         # Contiguous, so that a few rows taken out of many do not keep all of them alive.
@@ -40,7 +40,7 @@ class NamedArray(NamedTuple):
         self.data[self._at(tokens)] = source.data[source._at(rows)]
 
     def zeros(self, tokens: int) -> NamedArray:
-        """Return an array like this one of so many tokens, all 0."""
+        """Return an array of zeros like this one, with `tokens` tokens."""
         if self.token_axis is None:
             return self
         shape = list(self.data.shape)
@@ -48,7 +48,7 @@ class NamedArray(NamedTuple):
         return self._replace(data=np.zeros(shape, self.data.dtype))
 
     def pad(self, tokens: int) -> NamedArray:
-        """Return the array with its last token repeated until there are `tokens`."""
+        """Return the array padded to `tokens` tokens by repeating the last one."""
         if self.token_axis is None:
             return self
         widths = [(0, 0)] * self.data.ndim
@@ -56,7 +56,7 @@ class NamedArray(NamedTuple):
         return self._replace(data=np.pad(self.data, widths, "edge"))
 
     def _at(self, tokens: Rows) -> tuple[Rows | slice, ...]:
-        """Return the index that selects `tokens` and everything else whole."""
+        """Return an index of `tokens` on the token axis, and of everything on the others."""
         index: list[Rows | slice] = [slice(None)] * self.data.ndim
         if self.token_axis is not None:
             index[self.token_axis] = tokens
@@ -64,13 +64,13 @@ class NamedArray(NamedTuple):
 
 
 LayerArrays: TypeAlias = tuple[NamedArray, ...]
-"""The arrays of one layer, in an order that all layers of a cache share."""
+"""The arrays of one layer, in the same order for all layers of a cache."""
 
 
 def concat_layers(layers: list[LayerArrays]) -> LayerArrays:
-    """Return the tokens of several parts of one layer behind each other.
+    """Concatenate several parts of one layer along the token axis.
 
-    Raises: ValueError unless all have arrays of the same names.
+    Raises: ValueError unless the arrays of all parts have the same names.
     """
     names = [[array.name for array in arrays] for arrays in layers]
     if any(other != names[0] for other in names):
@@ -80,6 +80,6 @@ def concat_layers(layers: list[LayerArrays]) -> LayerArrays:
 
 def _concat(parts: list[NamedArray]) -> NamedArray:
     axis = parts[0].token_axis
-    if axis is None:
+    if axis is None:  # shared by all tokens, so every part holds the same
         return parts[0]
     return parts[0]._replace(data=np.concatenate([part.data for part in parts], axis=axis))

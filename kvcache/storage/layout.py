@@ -1,4 +1,4 @@
-"""The axes of keys and values."""
+"""The token axis of keys and values."""
 
 from __future__ import annotations
 

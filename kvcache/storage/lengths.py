@@ -1,4 +1,4 @@
-"""Lengths rounded for the backend: each new length may be a program of its own to compile."""
+"""Lengths rounded for the backend, because each new length may compile another program."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from kvcache.backends import Backend
 
 
 def ceil_div(count: int, unit: int) -> int:
-    """Return how many units hold `count`."""
+    """Return the number of units needed to hold `count`."""
     return -(-count // unit)
 
 
 def round_up(count: int, unit: int) -> int:
-    """Return the smallest multiple of `unit` that is at least `count`."""
+    """Round `count` up to a multiple of `unit`."""
     return ceil_div(count, unit) * unit
 
 
 def padded_index(backend: Backend, index: Indices) -> Indices:
-    """Return `index`, its last element repeated up to a power of two where slices are programs.
+    """Pad `index` to a power of two by repeating its last element, where lengths are compiled.
 
-    A gather or scatter then compiles for few lengths; writing a row twice changes nothing.
+    A gather or scatter is then compiled for few lengths. Rows to scatter are padded likewise
+    (:meth:`NamedArray.pad`): writing the same row several times changes nothing.
     """
     if backend.slices_are_views or not index.size:
         return index
@@ -30,6 +31,6 @@ def padded_index(backend: Backend, index: Indices) -> Indices:
 
 
 def padded_positions(positions: Int32s, width: int) -> Int32s:
-    """Return `positions` with -1, which is no position, behind them: `width` in all."""
+    """Pad `positions` with -1 (no token) to `width` elements."""
     padding = np.full(width - positions.size, -1, dtype=np.int32)
     return np.concatenate([positions, padding])

@@ -7,7 +7,9 @@ With pytest::
     class TestMine(BackendSuite):
         backend = MyBackend()
 
-Without: ``kvcache conformance --backend mine``.
+Without: ``kvcache conformance --backend mine``. Both run every check of
+:mod:`~kvcache.testing.backend_checks` and :mod:`~kvcache.testing.cache_checks`, each for every
+dtype that the backend declares. The docstring of a check is the rule that the backend must keep.
 """
 
 from .run import Result, run_suite

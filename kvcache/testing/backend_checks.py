@@ -1,88 +1,52 @@
-"""What every backend must do, as plain functions: ``check(backend, dtype)`` raises or returns.
+"""The rules that every backend must keep, one check for each.
 
-Expected values are computed with NumPy on the host. Nothing here needs pytest, so that the
-suite runs on a user's hardware from the command line.
+The docstring of a check tells the author of a backend how its primitives must behave. Expected
+values are computed with NumPy on the host, from data that encodes its own position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of
-from kvcache.errors import BoundsError, DTypeError, KVCacheError, ShapeError
+from kvcache.errors import BoundsError, DTypeError, ShapeError
+from kvcache.storage.layout import TOKENS
 
-from .coded import TOKENS, bits, coded, same
+from .checks import check, refuses
+from .coded import bits, coded, same
 
 SHAPE = (2, 3, 10, 4)
+"""Shape of most buffers: every axis of another length, so that mistaking one shows."""
 AXES = range(len(SHAPE))
-# What the reference models and users' code above the caches may count on in `xp`.
+# Names in `xp` for the reference models and for users' code above the caches.
 NAMESPACE = (
     "abs add arange argmax asarray astype bool broadcast_to concat cos divide equal exp "
     "expand_dims float32 full greater int32 isfinite less log matmul max maximum mean min minimum "
     "multiply negative ones permute_dims pow reshape result_type sin sqrt squeeze stack subtract "
     "sum take tanh where zeros zeros_like"
 ).split()
-
-
-@dataclass(frozen=True)
-class Check:
-    """One rule of the contract, for one dtype."""
-
-    name: str
-    dtype: str
-    run: Callable[[Backend, str], None]
-
-    def __str__(self) -> str:
-        return f"{self.name}-{self.dtype}"
-
-
-_CHECKS: list[Callable[[Backend, str], None]] = []
-
-
-def check(function: Callable[[Backend, str], None]) -> Callable[[Backend, str], None]:
-    """Add `function` to the suite."""
-    _CHECKS.append(function)
-    return function
-
-
-def all_checks() -> Iterator[Check]:
-    """Every check for every dtype that kvcache speaks."""
-    for function in _CHECKS:
-        for dtype in HOST_DTYPES:
-            yield Check(function.__name__, dtype, function)
-
-
-@contextmanager
-def refuses(error: type[KVCacheError], *words: str) -> Iterator[None]:
-    """Pass if the block raises `error` with all `words` in its message."""
-    try:
-        yield
-    except error as caught:
-        missing = [word for word in words if word not in str(caught)]
-        if missing:
-            raise AssertionError(f"message lacks {missing}: {caught}") from caught
-    else:
-        raise AssertionError(f"{error.__name__} was not raised")
+Key: TypeAlias = tuple[slice | Sequence[int], ...]
 
 
 def _filled(backend: Backend, dtype: str) -> Array:
+    """Return a new buffer of `SHAPE` with coded content."""
     return backend.from_host(coded(SHAPE, dtype))
 
 
-def _others(backend: Backend, dtype: str) -> list[str]:
+def _other_dtypes(backend: Backend, dtype: str) -> list[str]:
     return [name for name in backend.dtypes if name != dtype]
 
 
 def _resized(axis: int, length: int) -> tuple[int, ...]:
+    """Return `SHAPE` with another length on `axis`."""
     return (*SHAPE[:axis], length, *SHAPE[axis + 1 :])
 
 
-def _at(axis: int, key: Any) -> Any:
+def _at(axis: int, key: slice | Sequence[int]) -> Key:
+    """Return the index of `key` on `axis` of a NumPy array."""
     return (*(slice(None),) * axis, key)
 
 
@@ -91,20 +55,21 @@ def _at(axis: int, key: Any) -> Any:
 
 @check
 def host_round_trip(backend: Backend, dtype: str) -> None:
-    """from_host and to_host keep every bit, NaN payloads included."""
+    """Keep every bit through from_host and to_host, NaN payloads included."""
     host = HOST_DTYPES[dtype]
     if dtype == "bool":
         everything = np.array([False, True])
     elif host.itemsize <= 2:
         everything = np.arange(2 ** (8 * host.itemsize), dtype=f"u{host.itemsize}").view(host)
     else:
+        # A prime step: both halves of the word run through all their values.
         everything = np.arange(0, 2**32, 65537, dtype=np.uint32).view(host)
     same(backend.to_host(backend.from_host(everything)), everything)
 
 
 @check
 def host_copies_are_independent(backend: Backend, dtype: str) -> None:
-    """Neither direction shares memory with the caller."""
+    """Share no memory with the caller in from_host and to_host; give out writeable arrays."""
     source, expected = coded(SHAPE, dtype), coded(SHAPE, dtype)
     array = backend.from_host(source)
     bits(source)[:] = 1
@@ -118,14 +83,14 @@ def host_copies_are_independent(backend: Backend, dtype: str) -> None:
 
 @check
 def host_cast(backend: Backend, dtype: str) -> None:
-    """from_host casts as NumPy does when another dtype is asked for."""
+    """Cast in from_host, when another dtype is asked for, as NumPy casts."""
     numbers = np.arange(8, dtype=np.float64)
     same(backend.to_host(backend.from_host(numbers, dtype)), numbers.astype(HOST_DTYPES[dtype]))
 
 
 @check
 def dtype_is_named(backend: Backend, dtype: str) -> None:
-    """dtype_name inverts dtype, and backend_of finds the owner."""
+    """Name the dtype of an array by dtype_name, the inverse of dtype; be found by backend_of."""
     array = backend.alloc((1,), dtype)
     assert backend.dtype_name(array) == dtype, backend.dtype_name(array)
     assert backend_of(array).name == backend.name, backend_of(array).name
@@ -136,7 +101,7 @@ def dtype_is_named(backend: Backend, dtype: str) -> None:
 
 @check
 def alloc_is_zero_and_unshared(backend: Backend, dtype: str) -> None:
-    """Buffers start as zeros, and writing one leaves the others alone."""
+    """Allocate zeros, in memory of their own: writing one buffer leaves the others alone."""
     zeros = np.zeros(SHAPE, HOST_DTYPES[dtype])
     first, second = backend.alloc(SHAPE, dtype), backend.alloc(SHAPE, dtype)
     same(backend.to_host(first), zeros)
@@ -147,7 +112,7 @@ def alloc_is_zero_and_unshared(backend: Backend, dtype: str) -> None:
 
 @check
 def slice_update_writes_there_only(backend: Backend, dtype: str) -> None:
-    """On every axis, at the start, inside and at the end."""
+    """Write the update and nothing else: on every axis, at the start, inside and at the end."""
     for axis in AXES:
         for tokens in (1, SHAPE[axis]):
             update = coded(_resized(axis, tokens), dtype, first=500)
@@ -161,14 +126,14 @@ def slice_update_writes_there_only(backend: Backend, dtype: str) -> None:
 
 @check
 def slice_update_leaves_the_update_alone(backend: Backend, dtype: str) -> None:
-    """The update stays the caller's: usable again, and not aliased by the buffer."""
+    """Leave the update to its caller: usable again, and never aliased by the buffer."""
     update = backend.from_host(coded(_resized(TOKENS, 3), dtype, first=70))
     one = backend.slice_update(_filled(backend, dtype), update, 0, TOKENS)
     two = backend.slice_update(_filled(backend, dtype), update, 5, TOKENS)
     one = backend.slice_update(one, _filled(backend, dtype), 0, TOKENS)
     same(backend.to_host(update), coded(_resized(TOKENS, 3), dtype, first=70))
     same(backend.to_host(two)[:, :, 5:8], coded(_resized(TOKENS, 3), dtype, first=70))
-    # One as large as the buffer might be taken for it.
+    # An update as large as the buffer tempts a backend to return it as the new buffer.
     whole = backend.from_host(coded(SHAPE, dtype, first=600))
     three = backend.slice_update(_filled(backend, dtype), whole, 0, TOKENS)
     backend.slice_update(three, update, 0, TOKENS)
@@ -177,7 +142,7 @@ def slice_update_leaves_the_update_alone(backend: Backend, dtype: str) -> None:
 
 @check
 def slice_update_chains(backend: Backend, dtype: str) -> None:
-    """Token after token, as decoding writes them, without a sync in between."""
+    """Write token after token into the returned buffer, as decoding does, without any sync."""
     buffer = backend.alloc(_resized(TOKENS, 40), dtype)
     for position in range(40):
         token = backend.from_host(coded(_resized(TOKENS, 1), dtype, first=position))
@@ -187,16 +152,17 @@ def slice_update_chains(backend: Backend, dtype: str) -> None:
 
 @check
 def slice_update_refuses(backend: Backend, dtype: str) -> None:
-    """Out of bounds, misshapen or of another dtype: an error that changes nothing."""
+    """Refuse an update out of bounds, misshapen or of another dtype, and change nothing."""
     buffer, length = _filled(backend, dtype), SHAPE[TOKENS]
     update = backend.from_host(coded(_resized(TOKENS, 2), dtype, first=90))
+    # -1 counts from the end in NumPy, 2**31 wraps in int32, and JAX clamps the others.
     for start in (-1, length - 1, length, 2**31):
         with refuses(BoundsError, "start + tokens <= length", str(start)):
             backend.slice_update(buffer, update, start, TOKENS)
     for shape in ((1, *SHAPE[1:2], 1, SHAPE[3]), (*SHAPE[:2], 1, 1), SHAPE[1:], (1,)):
         with refuses(ShapeError, str(shape)):
             backend.slice_update(buffer, backend.alloc(shape, dtype), 0, TOKENS)
-    for other in _others(backend, dtype):
+    for other in _other_dtypes(backend, dtype):
         with refuses(DTypeError, "Cast it first"):
             backend.slice_update(buffer, backend.alloc(SHAPE, other), 0, TOKENS)
     same(backend.to_host(buffer), coded(SHAPE, dtype))
@@ -204,7 +170,7 @@ def slice_update_refuses(backend: Backend, dtype: str) -> None:
 
 @check
 def scatter_writes_rows(backend: Backend, dtype: str) -> None:
-    """Single rows, runs and any order, on every axis; an empty index writes nothing."""
+    """Write single rows, runs and rows in any order, on every axis; nothing for an empty index."""
     for axis in AXES:
         length = SHAPE[axis]
         for index in (
@@ -219,6 +185,7 @@ def scatter_writes_rows(backend: Backend, dtype: str) -> None:
             buffer = _filled(backend, dtype)
             buffer = backend.scatter(buffer, backend.from_host(rows), np.array(index), axis)
             same(backend.to_host(buffer), expected)
+    # An empty list is an array of floats to NumPy, and must be taken for an index all the same.
     nothing = backend.slice(_filled(backend, dtype), 0, 0, TOKENS)
     buffer = backend.scatter(_filled(backend, dtype), nothing, [], TOKENS)
     same(backend.to_host(buffer), coded(SHAPE, dtype))
@@ -226,7 +193,7 @@ def scatter_writes_rows(backend: Backend, dtype: str) -> None:
 
 @check
 def scatter_refuses(backend: Backend, dtype: str) -> None:
-    """Positions outside, rows that do not match: an error that changes nothing."""
+    """Refuse positions outside the buffer and rows unlike it, and change nothing."""
     buffer = _filled(backend, dtype)
     rows = backend.from_host(coded(_resized(TOKENS, 2), dtype, first=90))
     for index in ([0, SHAPE[TOKENS]], [-1, 0]):
@@ -236,7 +203,7 @@ def scatter_refuses(backend: Backend, dtype: str) -> None:
         backend.scatter(buffer, rows, [1], TOKENS)
     with refuses(ShapeError, "one dimension"):
         backend.scatter(buffer, rows, [[0, 1]], TOKENS)
-    for other in _others(backend, dtype):
+    for other in _other_dtypes(backend, dtype):
         with refuses(DTypeError, "Cast it first"):
             backend.scatter(buffer, backend.alloc(_resized(TOKENS, 2), other), [0, 1], TOKENS)
     same(backend.to_host(buffer), coded(SHAPE, dtype))
@@ -244,7 +211,7 @@ def scatter_refuses(backend: Backend, dtype: str) -> None:
 
 @check
 def gather_reads_rows(backend: Backend, dtype: str) -> None:
-    """In the order asked for, with repeats, on every axis; bounds are checked."""
+    """Read rows in the order asked for, with repeats, on every axis; refuse positions outside."""
     for axis in AXES:
         last = SHAPE[axis] - 1
         for index in ([last], [last, 0, last], []):
@@ -260,7 +227,7 @@ def gather_reads_rows(backend: Backend, dtype: str) -> None:
 
 @check
 def slice_reads_a_range(backend: Backend, dtype: str) -> None:
-    """On every axis, empty and whole ranges included; bounds are checked."""
+    """Read a range on every axis, empty and whole ones included; refuse bounds outside."""
     for axis in AXES:
         length = SHAPE[axis]
         for start, stop in {(0, length), (1, length), (0, length - 1), (1, 1)}:
@@ -273,7 +240,7 @@ def slice_reads_a_range(backend: Backend, dtype: str) -> None:
 
 @check
 def concat_joins(backend: Backend, dtype: str) -> None:
-    """One, two or three arrays, on every axis."""
+    """Join one, two or three arrays, on every axis."""
     for axis in AXES:
         for count in (1, 2, 3):
             parts = [coded(SHAPE, dtype, first=100 * i) for i in range(count)]
@@ -286,7 +253,7 @@ def concat_joins(backend: Backend, dtype: str) -> None:
 
 @check
 def copies_outlive_their_source(backend: Backend, dtype: str) -> None:
-    """gather and concat share nothing with a buffer that is consumed afterwards."""
+    """Return copies from gather and concat: their source may be consumed afterwards."""
     buffer = _filled(backend, dtype)
     rows = backend.gather(buffer, list(range(SHAPE[TOKENS])), TOKENS)
     whole = backend.concat([buffer], TOKENS)
@@ -299,7 +266,7 @@ def copies_outlive_their_source(backend: Backend, dtype: str) -> None:
 
 @check
 def free_spares_others(backend: Backend, dtype: str) -> None:
-    """Freeing one buffer leaves copies of it and other buffers alone."""
+    """Free one buffer and leave copies of it and other buffers alone."""
     buffer, other = _filled(backend, dtype), _filled(backend, dtype)
     copy = backend.concat([buffer], TOKENS)
     backend.free(buffer)
@@ -313,18 +280,20 @@ def free_spares_others(backend: Backend, dtype: str) -> None:
 
 @check
 def conditions_choose(backend: Backend, dtype: str) -> None:
-    """traced_cond gives what the branch that a scalar chooses makes of its operands."""
+    """Return from traced_cond the results of one branch, chosen by a bool scalar."""
     first, second = (coded(SHAPE, dtype, first=start) for start in (0, 100))
-    given = backend.from_host(first), backend.from_host(second)
+    operands = backend.from_host(first), backend.from_host(second)
     for chosen, expected in ((True, first), (False, second)):
         condition = backend.from_host(np.asarray(chosen))
-        found, _ = backend.traced_cond(condition, lambda a, b: (a, b), lambda a, b: (b, a), *given)
-        same(backend.to_host(found), expected)
+        first_result, _ = backend.traced_cond(
+            condition, lambda a, b: (a, b), lambda a, b: (b, a), *operands
+        )
+        same(backend.to_host(first_result), expected)
 
 
 @check
 def detached_is_the_same(backend: Backend, dtype: str) -> None:
-    """Without a graph of operations, an array has the values that it had."""
+    """Detach an array from its graph of operations without changing its values."""
     same(backend.to_host(backend.detached(_filled(backend, dtype))), coded(SHAPE, dtype))
 
 
@@ -333,23 +302,24 @@ def detached_is_the_same(backend: Backend, dtype: str) -> None:
 
 @check
 def dlpack_from_numpy(backend: Backend, dtype: str) -> None:
-    """A NumPy array crosses over with its value, wherever NumPy itself can export it."""
+    """Take over a NumPy array, bit for bit, wherever NumPy itself can export it."""
     source = coded(SHAPE, dtype)
     try:
         source.__dlpack__()
     except (BufferError, TypeError, RuntimeError):
+        # NumPy has no DLPack type for bfloat16 and float8: the fault is not the backend's.
         return
     same(backend.to_host(backend.from_dlpack(source)), source)
 
 
 @check
 def dlpack_from_itself(backend: Backend, dtype: str) -> None:
-    """An array of the backend stays what it is."""
+    """Take over an array of its own unchanged."""
     same(backend.to_host(backend.from_dlpack(_filled(backend, dtype))), coded(SHAPE, dtype))
 
 
 @check
 def namespace_has_the_standard_names(backend: Backend, dtype: str) -> None:
-    """`xp` offers the array-API names that code above the caches is written in."""
+    """Offer in `xp` the array-API names used by code above the caches."""
     missing = [name for name in NAMESPACE if not hasattr(backend.xp, name)]
     assert not missing, f"xp lacks {', '.join(missing)}"

@@ -1,4 +1,4 @@
-"""Run the suite without pytest and say what happened."""
+"""The suite without pytest: run every check, report every outcome."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvcache.backends import Backend
-from kvcache.testing import cache_checks  # noqa: F401 - importing it adds its checks
+from kvcache.testing import (  # noqa: F401 - importing them adds their checks, in this order
+    backend_checks,
+    cache_checks,
+)
 
-from .backend_checks import Check, all_checks
+from .checks import Check, all_checks
 
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of one check. `missing`: the backend declares that it lacks the dtype."""
+    """Outcome of one check. `missing`: the backend does not declare the dtype."""
 
     check: Check
     outcome: Literal["passed", "failed", "missing"]
@@ -22,12 +25,12 @@ class Result:
 
 
 def suite() -> list[Check]:
-    """Every check of backends and of caches, for every dtype."""
+    """Return every check of backends and of caches, for every dtype."""
     return list(all_checks())
 
 
 def run_suite(backend: Backend) -> Iterator[Result]:
-    """Run every check on `backend`, one result at a time."""
+    """Run every check on `backend`; yield one result at a time."""
     for check in suite():
         if check.dtype not in backend.dtypes:
             yield Result(check, "missing", f"{backend.name} has no {check.dtype}")

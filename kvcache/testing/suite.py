@@ -1,4 +1,4 @@
-"""The suite as a pytest class to derive from."""
+"""The suite as a pytest class, to be derived from."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from kvcache.backends import HOST_DTYPES, Backend, get_backend
 from kvcache.errors import DTypeError
 
-from .backend_checks import Check, refuses
+from .checks import Check, refuses
 from .run import suite
 
 
 class BackendSuite:
-    """Derive, set `backend` (an instance or a name), and pytest runs every check on it.
+    """Every check as a test. Derive from it and set `backend`, an instance or a name.
 
-    known_gaps: check name -> why it fails here. Such a check must fail: an entry that has
-    become untrue is reported as an error.
+    known_gaps: reason by check name, with a dtype (``"dlpack_from_numpy-uint8"``) or without.
+    These checks must fail: an entry that has become untrue is reported as an error.
     """
 
     backend: ClassVar[Backend | str]

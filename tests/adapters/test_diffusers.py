@@ -31,7 +31,7 @@ from kvcache.diffusion import (  # noqa: E402
 )
 
 STEPS = 8
-UNLIMITED = Limits(longest_run=1000)
+UNLIMITED = Limits(max_consecutive_skips=1000)
 SCOPES = [None, BlockRange(1), BlockRange(1, 1), BlockRange(0), BlockRange(3, 0)]
 SCOPE_NAMES = ["whole", "F1B0", "F1B1", "F0B0", "F3B0"]
 
@@ -282,8 +282,8 @@ def test_decisions_and_results_are_those_of_first_block_cache(flux, threshold):
         with counted(flux.model, 1) as ours:
             found = denoise(flux, contexts=["cond"])
         assert len(ours) == caching.cache.stats.computed == len(theirs)
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for result, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_first_block_cache_skips_some_at_these_thresholds(flux):
@@ -306,12 +306,12 @@ def test_decisions_and_results_are_those_of_mag_cache(net, threshold):
     other = type(net)()
     diffusers.apply_mag_cache(other.model, config)
     expected = denoise(other)
-    recipe = Recipe(Magnitude(ratios, threshold), limits=Limits(warmup=2, longest_run=3))
+    recipe = Recipe(Magnitude(ratios, threshold), limits=Limits(warmup=2, max_consecutive_skips=3))
     with attach(net.model, recipe, scope=BlockRange(0)) as caching:
         found = denoise(net)
         assert 0 < caching.cache.stats.skipped < STEPS - 2
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for result, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_is_computed_where_first_block_cache_skips(flux):
@@ -345,7 +345,7 @@ def test_shared_streams_decide_together(flux, shared):
     constant = torch.ones(1)
 
     def signal(block, args, kwargs):
-        return constant if caching._now.stream == "uncond" else kwargs["hidden_states"]
+        return constant if caching._call.stream == "uncond" else kwargs["hidden_states"]
 
     recipe = Recipe(Threshold(0.2), limits=UNLIMITED)
     with attach(flux.model, recipe, signal=signal, shared=shared) as caching:

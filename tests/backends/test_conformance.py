@@ -8,7 +8,7 @@ from kvcache import Backend, DTypeError, get_backend
 from kvcache.backends import HOST_DTYPES
 from kvcache.backends._numpy import NumpyBackend
 from kvcache.testing import BackendSuite, run_suite
-from kvcache.testing.backend_checks import all_checks
+from kvcache.testing.checks import all_checks
 
 
 class TestNumpy(BackendSuite):

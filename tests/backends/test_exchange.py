@@ -41,30 +41,30 @@ def address(array: Any) -> int:
     """Where the first element lies."""
     for name in ("data_ptr", "unsafe_buffer_pointer"):
         if hasattr(array, name):
-            found: int = getattr(array, name)()
-            return found
-    where: int = array.ctypes.data
-    return where
+            pointer: int = getattr(array, name)()
+            return pointer
+    memory: int = array.ctypes.data
+    return memory
 
 
 @pytest.mark.parametrize("dtype", get_backend("numpy").dtypes)
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("source", ALL)
 def test_every_bit_crosses(source: str, target: str, dtype: str) -> None:
-    here, there = installed(source, target)
-    for backend in (here, there):
+    exporter, importer = installed(source, target)
+    for backend in (exporter, importer):
         if dtype not in backend.dtypes:
             pytest.skip(f"{backend.name} has no {dtype}")
-    array = here.from_host(coded(SHAPE, dtype))
-    here.sync(array)
+    array = exporter.from_host(coded(SHAPE, dtype))
+    exporter.sync(array)
     if dtype in NOT_IN_NUMPY and source != target and "numpy" in (source, target):
         with pytest.raises(KVCacheError, match="through the host"):
-            there.from_dlpack(array)
-        crossed = there.from_host(here.to_host(array))
+            importer.from_dlpack(array)
+        crossed = importer.from_host(exporter.to_host(array))
     else:
-        crossed = there.from_dlpack(array)
-    same(there.to_host(crossed), coded(SHAPE, dtype))
-    same(here.to_host(array), coded(SHAPE, dtype))
+        crossed = importer.from_dlpack(array)
+    same(importer.to_host(crossed), coded(SHAPE, dtype))
+    same(exporter.to_host(array), coded(SHAPE, dtype))
 
 
 SHARING = [
@@ -78,19 +78,19 @@ SHARING = [
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int32", "bool"])
 @pytest.mark.parametrize(("source", "target"), SHARING)
 def test_memory_is_shared(source: str, target: str, dtype: str) -> None:
-    here, there = installed(source, target)
+    exporter, importer = installed(source, target)
     # NumPy aligns as it likes; what torch and JAX allocate is aligned anyway.
-    array = aligned(dtype) if source == "numpy" else here.from_host(coded(SHAPE, dtype))
+    array = aligned(dtype) if source == "numpy" else exporter.from_host(coded(SHAPE, dtype))
     assert address(array) % 64 == 0
-    assert address(there.from_dlpack(array)) == address(array)
+    assert address(importer.from_dlpack(array)) == address(array)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
 def test_memory_of_small_floats_is_shared(source: str, target: str, dtype: str) -> None:
-    here, there = installed(source, target)
-    array = here.from_host(coded(SHAPE, dtype))
-    assert address(there.from_dlpack(array)) == address(array)
+    exporter, importer = installed(source, target)
+    array = exporter.from_host(coded(SHAPE, dtype))
+    assert address(importer.from_dlpack(array)) == address(array)
 
 
 @pytest.mark.one_backend(name="torch")
@@ -123,8 +123,8 @@ def test_jax_copies_what_is_not_aligned() -> None:
 @pytest.mark.one_backend(name="mlx")
 @pytest.mark.parametrize("source", ["numpy", "torch", "jax"])
 def test_mlx_copies_what_comes_in(source: str) -> None:
-    here, mlx = installed(source, "mlx")
-    array = aligned() if source == "numpy" else here.from_host(aligned())
+    exporter, mlx = installed(source, "mlx")
+    array = aligned() if source == "numpy" else exporter.from_host(aligned())
     crossed = mlx.from_dlpack(array)
     mlx.sync(crossed)
     if source == "jax":
@@ -139,12 +139,12 @@ def test_mlx_copies_what_comes_in(source: str) -> None:
 @pytest.mark.parametrize("target", ["numpy", "torch"])
 def test_mlx_can_be_viewed(target: str, dtype: str) -> None:
     """Twice, and both views lie at one address: neither is a copy."""
-    mlx, there = installed("mlx", target)
+    mlx, importer = installed("mlx", target)
     array = mlx.from_host(coded(SHAPE, dtype))
     mlx.sync(array)
-    one, two = there.from_dlpack(array), there.from_dlpack(array)
+    one, two = importer.from_dlpack(array), importer.from_dlpack(array)
     assert address(one) == address(two)
-    same(there.to_host(one), coded(SHAPE, dtype))
+    same(importer.to_host(one), coded(SHAPE, dtype))
 
 
 @pytest.mark.cross_backend
@@ -167,18 +167,18 @@ def test_what_is_no_array(backend: Backend) -> None:
             backend.from_dlpack(thing)
 
 
-def crossing(here: Backend, there: Backend, array: Any) -> Any:
+def crossing(exporter: Backend, importer: Backend, array: Any) -> Any:
     """Through DLPack or, where that is refused, by what the error advises.
 
     What a cache holds is a part of a larger buffer, and JAX takes whole ones only.
     """
-    here.sync(array)
+    exporter.sync(array)
     try:
-        return there.from_dlpack(array)
+        return importer.from_dlpack(array)
     except KVCacheError as error:
         if "through the host" not in str(error):
             raise
-    return there.from_host(here.to_host(array))
+    return importer.from_host(exporter.to_host(array))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -186,21 +186,21 @@ def crossing(here: Backend, there: Backend, array: Any) -> Any:
 @pytest.mark.parametrize("source", ALL)
 def test_a_cache_takes_what_another_holds(source: str, target: str, dtype: str) -> None:
     """From one framework's cache into another's, as the error message of a mix-up advises."""
-    here, there = installed(source, target)
-    for backend in (here, there):
+    exporter, importer = installed(source, target)
+    for backend in (exporter, importer):
         if dtype not in backend.dtypes:
             pytest.skip(f"{backend.name} has no {dtype}")
-    first, second = KVCache(here), KVCache(there)
-    update = [here.from_host(coded(SHAPE, dtype, first)) for first in (0, 500)]
+    first, second = KVCache(exporter), KVCache(importer)
+    update = [exporter.from_host(coded(SHAPE, dtype, first)) for first in (0, 500)]
     first.update(*update)
-    held = [here.slice(part, 0, SHAPE[2], 2) for part in first.state]
-    moved = [crossing(here, there, part) for part in held]
+    held = [exporter.slice(part, 0, SHAPE[2], 2) for part in first.state]
+    moved = [crossing(exporter, importer, part) for part in held]
     second.update(*moved)
     for part, start in zip(second.state, (0, 500), strict=True):
-        same(there.to_host(part)[:, :, : SHAPE[2]], coded(SHAPE, dtype, start))
+        same(importer.to_host(part)[:, :, : SHAPE[2]], coded(SHAPE, dtype, start))
     first.reset()
     for part, start in zip(second.state, (0, 500), strict=True):
-        same(there.to_host(part)[:, :, : SHAPE[2]], coded(SHAPE, dtype, start))
+        same(importer.to_host(part)[:, :, : SHAPE[2]], coded(SHAPE, dtype, start))
 
 
 # The bounds and the host side, where a silent mistake would cost tokens.

@@ -15,7 +15,7 @@ import pytest
 from kvcache.backends import HOST_DTYPES, Backend
 from kvcache.backends._numpy import NumpyBackend
 from kvcache.testing import run_suite
-from kvcache.testing.backend_checks import all_checks
+from kvcache.testing.checks import all_checks
 
 Array = Any
 

@@ -20,10 +20,10 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Recipe,
     RelativeChange,
     Signal,
+    SkipPolicy,
     StepMask,
     Threshold,
     TimestepChange,
@@ -67,13 +67,17 @@ class Oracle:
 
     def _limited(self, step: int) -> bool:
         limits, policy = self.recipe.limits, self.recipe.policy
-        longest = policy.longest_run if limits.longest_run is None else limits.longest_run
+        longest = (
+            policy.max_consecutive_skips
+            if limits.max_consecutive_skips is None
+            else limits.max_consecutive_skips
+        )
         skipped = sum(not seen.computed for seen in self.run[:-1])
         return (
             step < limits.warmup
             or (limits.steps is not None and step >= limits.steps - limits.tail)
             or (longest is not None and len(self._open()) > longest)
-            or (limits.budget is not None and skipped >= limits.budget)
+            or (limits.max_skips is not None and skipped >= limits.max_skips)
         )
 
     def _open(self) -> list[Seen]:
@@ -81,7 +85,7 @@ class Oracle:
         computed = [number for number, seen in enumerate(self.run) if seen.computed]
         return self.run[computed[-1] + 1 :]
 
-    def _judged(self, policy: Policy) -> bool:
+    def _judged(self, policy: SkipPolicy) -> bool:
         now, measure = self.run[-1], policy.signal
         match policy:
             case Interval():

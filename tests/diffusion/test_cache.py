@@ -29,10 +29,10 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Predictor,
     Recipe,
     RelativeChange,
+    SkipPolicy,
     StepMask,
     StepRecord,
     Taylor,
@@ -73,7 +73,7 @@ def boom(x: Any) -> Any:
 @each_predictor
 @pytest.mark.parametrize("policy", NOTHING, ids=repr)
 def test_what_skips_nothing_changes_nothing(
-    backend: Backend, policy: Policy, predictor: Predictor
+    backend: Backend, policy: SkipPolicy, predictor: Predictor
 ) -> None:
     """Bit for bit."""
     xp, dt = backend.xp, 0.1
@@ -132,7 +132,7 @@ def test_steps_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("again", [0, 3])
 def test_a_step_before_the_last_begins_a_run(again: int) -> None:
-    cache = held(Recipe(Interval(9), HoldOutput(), Limits(budget=5)))
+    cache = held(Recipe(Interval(9), HoldOutput(), Limits(max_skips=5)))
     first = [numbered(cache, step) for step in range(5)]
     assert first == [0] * 5
     old = list(map(ref, cache.arrays()))
@@ -308,18 +308,18 @@ TWICE = {
 @pytest.mark.parametrize("first", ["apply", "predict", "record"])
 def test_a_site_is_passed_once(backend: Backend, first: str, second: str, number: int) -> None:
     """In a step that is skipped, and one that is computed: as if it had not come again."""
-    twins = [DiffusionCache(Recipe(Interval(3), HoldResidual())) for _ in range(2)]
+    caches = [DiffusionCache(Recipe(Interval(3), HoldResidual())) for _ in range(2)]
     x = ones(backend)
-    for cache in twins:
+    for cache in caches:
         for step in range(number):
             cache.run(step, x, lambda x: x * 3)
         with cache.begin(number) as now:
             TWICE[first](now, x)
-            if cache is twins[0]:
+            if cache is caches[0]:
                 with pytest.raises(StepOrderError, match="it has passed 'network' before"):
                     TWICE[second](now, x)
-    assert twins[0].stats == twins[1].stats
-    results = [backend.to_host(cache.run(number + 1, x, never)) for cache in twins]
+    assert caches[0].stats == caches[1].stats
+    results = [backend.to_host(cache.run(number + 1, x, never)) for cache in caches]
     np.testing.assert_array_equal(*results)
     made = {"apply": {1: 3, 3: 7}, "predict": {1: 3, 3: 3}, "record": {1: 7, 3: 7}}
     assert results[0].max() == made[first][number]
@@ -333,7 +333,7 @@ def test_a_network_cannot_pass_its_own_site() -> None:
 
 def test_without_a_function(backend: Backend) -> None:
     """For callers that cannot pass one: the same decisions and outputs."""
-    cache, twin = (DiffusionCache(Recipe(Interval(2), HoldResidual())) for _ in range(2))
+    cache, reference = (DiffusionCache(Recipe(Interval(2), HoldResidual())) for _ in range(2))
     for step in range(5):
         x = ones(backend, step)
         with cache.begin(step) as now:
@@ -342,9 +342,9 @@ def test_without_a_function(backend: Backend) -> None:
                 now.record(x, found)
             else:
                 found = now.predict(x)
-        expected = twin.run(step, x, lambda x, step=step: x * 3 + step)
+        expected = reference.run(step, x, lambda x, step=step: x * 3 + step)
         np.testing.assert_array_equal(backend.to_host(found), backend.to_host(expected))
-    assert cache.stats == twin.stats
+    assert cache.stats == reference.stats
     with (
         cache.begin(5) as now,
         pytest.raises(StepOrderError, match="'other' has not been computed yet"),
@@ -451,7 +451,7 @@ def test_what_fails_changes_nothing(
 
 
 def check_nothing_changes(backend: Backend, predictor: Predictor, case: Bad) -> None:
-    cache, twin = under_way(backend, predictor), under_way(backend, predictor)
+    cache, reference = under_way(backend, predictor), under_way(backend, predictor)
     stats, arrays, nbytes = repr(cache.stats), cache.arrays(), cache.nbytes
     values = [backend.to_host(array).copy() for array in arrays]
     for _ in range(2):
@@ -463,9 +463,9 @@ def check_nothing_changes(backend: Backend, predictor: Predictor, case: Bad) -> 
         np.testing.assert_array_equal(backend.to_host(array), value)
     for step, signal in ((3, 2.5), (4, 2.5), (5, 9.0), (6, 9.0)):
         signals, x = ones(backend, signal), ones(backend, step)
-        both = [c.run(step, x, lambda x: x * 11, signal=signals) for c in (cache, twin)]
+        both = [c.run(step, x, lambda x: x * 11, signal=signals) for c in (cache, reference)]
         np.testing.assert_array_equal(*map(backend.to_host, both))
-    assert repr(cache.stats) == repr(twin.stats)
+    assert repr(cache.stats) == repr(reference.stats)
 
 
 def test_a_failing_first_step_leaves_an_empty_cache() -> None:
@@ -564,7 +564,7 @@ def test_what_it_gives_shares_memory_with_nothing_it_keeps() -> None:
 )
 @each_predictor
 def test_holds_what_it_looks_at(
-    backend: Backend, policy: Policy, reference: int, predictor: Predictor
+    backend: Backend, policy: SkipPolicy, reference: int, predictor: Predictor
 ) -> None:
     """`keeps` outputs per stream and site, and one signal."""
     with DiffusionCache(Recipe(policy, predictor), 2) as cache:
@@ -665,7 +665,7 @@ def test_jax_gets_its_arrays_back() -> None:
     ids=repr,
 )
 def test_one_scalar_per_decision(
-    backend: Backend, policy: Policy, reads: int, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, policy: SkipPolicy, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most; shared streams wait for one between them."""
     owner, shapes = type(backend), []

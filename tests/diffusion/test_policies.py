@@ -18,15 +18,15 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Recipe,
     RelativeChange,
+    SkipPolicy,
     StepMask,
     Taylor,
     Threshold,
     TimestepChange,
 )
-from kvcache.diffusion.policies import Facts
+from kvcache.diffusion.policies import StepFacts
 
 from .oracle import (
     POLICIES,
@@ -56,7 +56,9 @@ def decisions(recipe: Recipe, loop: Loop | None = None, how: Any = eager) -> str
 @each_policy
 @settings(max_examples=100)
 @given(data=st.data(), limits=limits(), loop=loops())
-def test_decides_as_the_oracle(kind: type[Policy], data: Any, limits: Limits, loop: Loop) -> None:
+def test_decides_as_the_oracle(
+    kind: type[SkipPolicy], data: Any, limits: Limits, loop: Loop
+) -> None:
     recipe = Recipe(data.draw(POLICIES[kind]), HoldOutput(), limits)
     expected = whole_decisions(recipe, loop)
     assert eager(recipe, NUMPY, loop)[0] == expected
@@ -76,7 +78,7 @@ def check_same_specs(recipe: Recipe, backend: Backend, loop: Loop, how: Any) -> 
 @settings(max_examples=12)
 @given(data=st.data(), limits=limits(), loop=loops())
 def test_decides_alike_everywhere(
-    backend: Backend, kind: type[Policy], data: Any, limits: Limits, loop: Loop
+    backend: Backend, kind: type[SkipPolicy], data: Any, limits: Limits, loop: Loop
 ) -> None:
     check_same_specs(Recipe(data.draw(POLICIES[kind]), Taylor(1), limits), backend, loop, eager)
 
@@ -85,7 +87,7 @@ def test_decides_alike_everywhere(
 @settings(max_examples=4)
 @given(data=st.data(), limits=limits(), several=st.lists(loops(STEPS), min_size=4, max_size=4))
 def test_decides_alike_in_a_program(
-    backend: Backend, kind: type[Policy], data: Any, limits: Limits, several: list[Loop]
+    backend: Backend, kind: type[SkipPolicy], data: Any, limits: Limits, several: list[Loop]
 ) -> None:
     recipe = Recipe(data.draw(POLICIES[kind]), Taylor(1), limits)
     for loop in several:
@@ -96,7 +98,7 @@ def test_decides_alike_in_a_program(
 @settings(max_examples=30)
 @given(data=st.data(), limits=limits(), loop=loops(), again=loops())
 def test_a_second_run_is_decided_as_the_first(
-    kind: type[Policy], data: Any, limits: Limits, loop: Loop, again: Loop
+    kind: type[SkipPolicy], data: Any, limits: Limits, loop: Loop, again: Loop
 ) -> None:
     recipe = Recipe(data.draw(POLICIES[kind]), HoldOutput(), limits)
     both = Loop(*(first + second for first, second in zip(loop, again, strict=True)))
@@ -120,11 +122,11 @@ MEASURING = [
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("policy", MEASURING, ids=str)
 def test_what_cannot_be_measured_is_computed(
-    backend: Backend, policy: Policy, bad: float, how: Any
+    backend: Backend, policy: SkipPolicy, bad: float, how: Any
 ) -> None:
     signals = list(map(np.copy, fixed(5).signals))
     signals[2][1, 1] = bad
-    recipe = Recipe(policy, HoldOutput(), Limits(longest_run=9))
+    recipe = Recipe(policy, HoldOutput(), Limits(max_consecutive_skips=9))
     computed, outputs = how(recipe, backend, fixed(5)._replace(signals=signals))
     assert computed[:3] == [True, False, True]
     assert computed[4] is False or computed[3] is True  # once there is a good reference again
@@ -135,7 +137,7 @@ def test_what_cannot_be_measured_is_computed(
 def test_after_a_bad_signal_it_goes_on(step: int) -> None:
     signals = list(map(np.copy, fixed(7).signals))
     signals[step][0, 0] = math.nan
-    recipe = Recipe(Threshold(0.5), HoldOutput(), Limits(longest_run=9))
+    recipe = Recipe(Threshold(0.5), HoldOutput(), Limits(max_consecutive_skips=9))
     found = decisions(recipe, fixed(7)._replace(signals=signals))
     assert found == "C" + "." * (step - 1) + "CC" + "." * (5 - step)
 
@@ -160,8 +162,8 @@ def drift(rescale: list[float], changes: list[float]) -> tuple[bool, float]:
     memory: tuple[Any, ...] = (np.float32(0),)
     with np.errstate(all="ignore"):
         for change in changes:
-            facts = Facts(np.int32(1), np.float32(change), np.int32(0))
-            computes, memory = policy.judge(np, facts, memory)
+            facts = StepFacts(np.int32(1), np.float32(change), np.int32(0))
+            computes, memory = policy.should_compute(np, facts, memory)
     assert memory[0].dtype == np.float32
     return bool(computes), float(memory[0])
 
@@ -190,15 +192,17 @@ def test_polynomials(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_ratio_that_is_no_number_computes(bad: float) -> None:
-    recipe = Recipe(Magnitude([1, 1, bad, 1, 1, 1, 1, 1], 0.5), limits=Limits(longest_run=9))
+    recipe = Recipe(
+        Magnitude([1, 1, bad, 1, 1, 1, 1, 1], 0.5), limits=Limits(max_consecutive_skips=9)
+    )
     assert decisions(recipe, fixed(8)) == "C.C....."
 
 
 def test_a_policy_may_keep_nothing_of_its_own_and_still_not_skip_over_nan() -> None:
-    class Never(Policy):
+    class Never(SkipPolicy):
         signal = RelativeChange()  # type: ignore[assignment]
 
-        def judge(self, xp: Any, facts: Any, memory: Any) -> Any:
+        def should_compute(self, xp: Any, facts: Any, memory: Any) -> Any:
             return facts.step < 0, memory
 
     signals = [*fixed(3).signals, np.full((2, 3), np.nan, np.float32), *fixed(3).signals]
@@ -219,37 +223,37 @@ NEVER = StepMask([False] * 40)
         (Interval(1), Limits(), "CCCCCCCCCCCC"),
         (Interval(3), Limits(), "C..C..C..C.."),
         (Interval(3), Limits(warmup=5), "CCCCC..C..C."),
-        (Interval(5), Limits(longest_run=2), "C..C..C..C.."),
+        (Interval(5), Limits(max_consecutive_skips=2), "C..C..C..C.."),
         (NEVER, Limits(), "C..........."),
         (NEVER, Limits(warmup=3), "CCC........."),
         (NEVER, Limits(tail=3, steps=12), "C........CCC"),
         (NEVER, Limits(tail=3, steps=10), "C......CCCCC"),
         (NEVER, Limits(steps=10), "C.........CC"),
         (NEVER, Limits(warmup=5, tail=5, steps=8), "CCCCCCCCCCCC"),
-        (NEVER, Limits(longest_run=0), "CCCCCCCCCCCC"),
-        (NEVER, Limits(longest_run=1), "C.C.C.C.C.C."),
-        (NEVER, Limits(longest_run=4), "C....C....C."),
-        (NEVER, Limits(budget=0), "CCCCCCCCCCCC"),
-        (NEVER, Limits(budget=5), "C.....CCCCCC"),
+        (NEVER, Limits(max_consecutive_skips=0), "CCCCCCCCCCCC"),
+        (NEVER, Limits(max_consecutive_skips=1), "C.C.C.C.C.C."),
+        (NEVER, Limits(max_consecutive_skips=4), "C....C....C."),
+        (NEVER, Limits(max_skips=0), "CCCCCCCCCCCC"),
+        (NEVER, Limits(max_skips=5), "C.....CCCCCC"),
         (NEVER, Limits(2, 1, 2, 5, 12), "CC..C..C.CCC"),
         (StepMask([0, 0, 1, 0]), Limits(), "C.C.CCCCCCCC"),
         (Threshold(1.0), Limits(), "C....C....C."),  # its own longest run
-        (Threshold(1.0), Limits(longest_run=6), "C......C...."),
+        (Threshold(1.0), Limits(max_consecutive_skips=6), "C......C...."),
         (Threshold(2.0, TimestepChange("computed")), Limits(), "C.C.C.C.C.C."),
         (Threshold(2.0, TimestepChange("previous")), Limits(), "C....C....C."),
         (Accumulated(2.5, measure=TIMESTEP), Limits(), "C..C..C..C.."),
         (Accumulated(3.0, measure=TIMESTEP), Limits(), "C..C..C..C.."),  # 3 is not below 3
-        (Accumulated(3.5, (0.5, 0), TIMESTEP), Limits(longest_run=9), "C......C...."),
+        (Accumulated(3.5, (0.5, 0), TIMESTEP), Limits(max_consecutive_skips=9), "C......C...."),
         (Accumulated(3.5, (0.5, 0), TIMESTEP), Limits(), "C....C....C."),
         (Accumulated(5, measure=TimestepChange("computed")), Limits(), "C..C..C..C.."),
         (Magnitude([1.0] * 12), Limits(), "C...C...C..."),  # its own longest run
-        (Magnitude([1.0] * 12), Limits(longest_run=7), "C.......C..."),
+        (Magnitude([1.0] * 12), Limits(max_consecutive_skips=7), "C.......C..."),
         (Magnitude([0.5] * 12, 1.3), Limits(), "C..C..C..C.."),  # 1/2 + 3/4, + 7/8
         (Magnitude([2.0, 0.5] * 6, 2.0), Limits(), "C...C...C..."),
         (Magnitude([1.0] * 8), Limits(), "C...C...CCCC"),  # beyond the last ratio
     ],
 )
-def test_by_hand(policy: Policy, limits: Limits, expected: str, how: Any) -> None:
+def test_by_hand(policy: SkipPolicy, limits: Limits, expected: str, how: Any) -> None:
     assert decisions(Recipe(policy, HoldOutput(), limits), how=how) == expected
 
 
@@ -295,8 +299,11 @@ def test_half_precision_does_not_overflow_the_mean(backend: Backend, dtype: str)
         (lambda: RelativeChange("last"), r"since is one of .*'previous', 'computed'.*got 'last'"),
         (lambda: Limits(warmup=-1), r"warmup must be >= 0 steps; got -1"),
         (lambda: Limits(tail=-1, steps=3), r"tail must be >= 0 steps; got -1"),
-        (lambda: Limits(longest_run=-2), r"longest_run must be >= 0 steps; got -2"),
-        (lambda: Limits(budget=-1), r"budget must be >= 0 steps; got -1"),
+        (
+            lambda: Limits(max_consecutive_skips=-2),
+            r"max_consecutive_skips must be >= 0 steps; got -2",
+        ),
+        (lambda: Limits(max_skips=-1), r"max_skips must be >= 0 steps; got -1"),
         (lambda: Limits(steps=0), r"steps must be >= 1; got 0"),
         (lambda: Limits(tail=2), r"a tail of 2 steps ends where the run does: give steps, too"),
     ],
@@ -324,9 +331,9 @@ def test_a_policy_is_told_of_skips_and_the_change(how: Any) -> None:
     class Told(Interval):
         signal = TimestepChange()  # type: ignore[assignment]
 
-        def judge(self, xp: Any, facts: Facts, memory: Any) -> Any:
+        def should_compute(self, xp: Any, facts: StepFacts, memory: Any) -> Any:
             told.append(tuple(map(float, facts)))
-            return super().judge(xp, facts, memory)
+            return super().should_compute(xp, facts, memory)
 
     steps, times = [0, 1, 4, 5, 0, 1], [1.0, 0.75, 0.5, 0.125, 1.0, 0.5]
     how(Recipe(Told(3)), NUMPY, fixed(6)._replace(numbers=steps, times=times))

@@ -157,7 +157,7 @@ def test_in_a_program(backend: Backend) -> None:
         np.testing.assert_allclose(backend.to_host(found), backend.to_host(expected), rtol=1e-6)
         eagerly = blocks.take()
         assert ran == eagerly or backend.name == "jax"  # which traces both branches
-    assert eager_cache.stats.skipped == int(backend.to_host(state.past.skipped)) == 3
+    assert eager_cache.stats.skipped == int(backend.to_host(state.run.skipped)) == 3
 
 
 @pytest.mark.one_backend(name="jax")
@@ -181,7 +181,7 @@ def test_under_jit() -> None:
         found, state = program(state, step, x)
         np.testing.assert_allclose(found, BlockRange(1, 1).run(cache, step, x, blocks), rtol=1e-5)
     assert [record.computed for record in cache.stats.steps] == [True, False, True, False]
-    assert int(state.past.skipped) == 2
+    assert int(state.run.skipped) == 2
 
 
 def test_options_reach_the_cache() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvcache import Backend, BoundsError, KVCacheError, UnknownBackendError, UnknownStreamError
-from kvcache.diffusion.step_cache import StepCache, StepStats
+from kvcache.diffusion import HitStats, StepCache
 
 
 def feature(backend: Backend, value: float = 1.0, size: int = 6) -> Any:
@@ -126,7 +126,7 @@ def test_a_network_that_computes_deep_layers_every_third_step() -> None:
             assert found is not None
             assert found.tolist() == [step // 3 * 3, layer]
     assert computed == [(step, layer) for step in (0, 3, 6) for layer in deep]
-    assert cache.stats == StepStats(hits=28, misses=0)
+    assert cache.stats == HitStats(hits=28, misses=0)
 
 
 # Streams.

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache import Backend, StepOrderError, UnknownStreamError
-from kvcache.diffusion import TeaCache, TeaStats
+from kvcache.diffusion import HitStats, TeaCache
 
 
 class Made(NamedTuple):
@@ -72,7 +72,7 @@ class Slow:
 @given(made=MADE, steps=st.lists(st.tuples(STEP, LOSES), max_size=14))
 def test_decides_as_a_loop_that_adds_up(made: Made, steps: list[Any]) -> None:
     """Also where steps go back or are left out, updates are missing, or everything is freed."""
-    cache = TeaCache(*made[:3], longest_run=made.longest)
+    cache = TeaCache(*made[:3], max_consecutive_skips=made.longest)
     slow, last, counts = Slow(made), -1, [0, 0]
     for (ahead, time), loses in steps:
         step = max(0, last + (ahead or 1))
@@ -112,14 +112,14 @@ def test_decides_as_a_loop_that_adds_up(made: Made, steps: list[Any]) -> None:
 )
 def test_by_hand(made: Made, expected: str) -> None:
     """Timesteps fall by 1."""
-    cache, found = TeaCache(*made[:3], longest_run=made.longest), ""
+    cache, found = TeaCache(*made[:3], max_consecutive_skips=made.longest), ""
     for step in range(12):
         computes = cache.should_compute(step, 100 - step)
         found += "C" if computes else "."
         if computes:
             cache.update(step)
     assert found == expected
-    assert cache.stats == TeaStats(hits=found.count("."), misses=found.count("C"))
+    assert cache.stats == HitStats(hits=found.count("."), misses=found.count("C"))
 
 
 def test_defaults() -> None:
@@ -146,7 +146,7 @@ def test_drift_is_shown_and_gone_once_computed() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
 def test_a_timestep_that_is_no_number_is_computed(bad: float) -> None:
-    cache = TeaCache(1e30, longest_run=99)
+    cache = TeaCache(1e30, max_consecutive_skips=99)
     cache.should_compute(0, 1.0)
     cache.update("output")
     times = [1.0, bad, 1.0, 1.0]
@@ -243,7 +243,11 @@ def test_refuses_steps_and_streams() -> None:
         (lambda: TeaCache(rescale=math.inf), ValueError, "rescale must be finite coefficients"),
         (lambda: TeaCache(rescale=()), ValueError, "rescale must be finite coefficients"),
         (lambda: TeaCache(skip_early_steps=-1), ValueError, "must be >= 0 steps; got -1"),
-        (lambda: TeaCache(longest_run=-1), ValueError, "longest_run must be >= 0 steps; got -1"),
+        (
+            lambda: TeaCache(max_consecutive_skips=-1),
+            ValueError,
+            "max_consecutive_skips must be >= 0 steps; got -1",
+        ),
         (lambda: TeaCache(streams=0), ValueError, "at least one stream"),
         (lambda: TeaCache(streams=("a", "a")), ValueError, "each of another name"),
         (lambda: TeaCache(streams="ab"), TypeError, r"write \('ab',\)"),

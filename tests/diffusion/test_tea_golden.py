@@ -133,9 +133,9 @@ class Replay:
     def __init__(self, trace: Trace) -> None:
         if trace["config"] is None:  # ours has the same defaults, but for float32
             assert TeaCache()._recipe.policy == Accumulated(0.1, (1.0, 0.0), TimestepChange())
-            assert TeaCache()._recipe.limits == Limits(longest_run=4)
+            assert TeaCache()._recipe.limits == Limits(max_consecutive_skips=4)
         self.cache = TeaCache(
-            *settings_of(trace), streams=("output", "cond", "uncond"), longest_run=10**6
+            *settings_of(trace), streams=("output", "cond", "uncond"), max_consecutive_skips=10**6
         )
         self.alive: WeakValueDictionary[int, Output] = WeakValueDictionary()
 
@@ -227,7 +227,7 @@ def decided_by_parts(trace: Trace) -> Iterator[tuple[Trace, bool, Any]]:
     threshold, factor, early = settings_of(trace)
     measure = TimestepChange(since="computed")
     policy = Accumulated(threshold, (factor, 0.0), measure)
-    recipe = Recipe(policy, limits=Limits(warmup=early, longest_run=10**6))
+    recipe = Recipe(policy, limits=Limits(warmup=early, max_consecutive_skips=10**6))
     past, reference, model = recipe.start(), np.float32(0), Model(trace, FAULTS)
     for op in trace["ops"]:
         if op["op"] == "should_compute":

@@ -19,9 +19,9 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Predictor,
     Recipe,
+    SkipPolicy,
     StepMask,
     Taylor,
     Threshold,
@@ -81,7 +81,7 @@ START = np.arange(-6, 6, dtype=np.float32).reshape(2, 2, 3)
     ("policy", "predictor"), list(zip(NOTHING, PREDICTORS, strict=True)), ids=repr
 )
 def test_what_skips_nothing_changes_nothing(
-    backend: Backend, policy: Policy, predictor: Predictor
+    backend: Backend, policy: SkipPolicy, predictor: Predictor
 ) -> None:
     """Bit for bit."""
     start = backend.from_host(START)
@@ -91,7 +91,7 @@ def test_what_skips_nothing_changes_nothing(
 
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=repr)
 @pytest.mark.parametrize("policy", NOTHING, ids=repr)
-def test_with_every_predictor(policy: Policy, predictor: Predictor) -> None:
+def test_with_every_predictor(policy: SkipPolicy, predictor: Predictor) -> None:
     plain = denoised(NUMPY, None, START, 9)
     np.testing.assert_array_equal(denoised(NUMPY, Recipe(policy, predictor), START, 9), plain)
     skipping = denoised(NUMPY, Recipe(Interval(2), predictor), START, 9)
@@ -106,7 +106,7 @@ def test_a_run_begins_where_steps_do_not_go_up(backend: Backend) -> None:
     numbers = [0, 1, 2, 3, 3, 4, 5, 0, 1, 2, 7]
     times = [float(n) for n in range(11)]
     chance = np.random.default_rng(1).normal(2, 0.2, (11, 2, 3)).astype(np.float32)
-    recipe = Recipe(Accumulated(0.3), Taylor(1), Limits(budget=2))
+    recipe = Recipe(Accumulated(0.3), Taylor(1), Limits(max_skips=2))
     computed, outputs = traced(recipe, backend, Loop(numbers, times, list(chance)))
     start = 0
     for end in (4, 7, 11):
@@ -154,7 +154,7 @@ def test_a_state_is_a_value(backend: Backend) -> None:
     with pytest.raises(StepOrderError, match="'network' before"):
         twice(failing.begin(1), ones(backend))
     assert failing.state is first.state
-    assert int(backend.to_host(state.past.computed)) == 0
+    assert int(backend.to_host(state.run.computed)) == 0
 
 
 def twice(step: TracedStep, x: Any) -> None:
@@ -288,7 +288,7 @@ def test_a_donated_state_is_given_up(jax_backend: Backend, recipe: Recipe) -> No
         assert all(leaf.is_deleted() for leaf in leaves)
         np.testing.assert_array_equal(out, expected)
     assert not x.is_deleted()
-    assert int(state.past.skipped) == int(kept.past.skipped) > 0
+    assert int(state.run.skipped) == int(kept.run.skipped) > 0
 
 
 @pytest.mark.one_backend(name="jax")
@@ -370,7 +370,7 @@ def test_it_decides_as_the_eager_cache_does(jax_backend: Backend) -> None:
 
     times = [1.0, 0.9, 0.85, 0.7, 0.65, 0.5, 0.3, 0.2, 0.1, 0.0]
     x = start = ones(jax_backend, 1.5)
-    recipe = Recipe(Accumulated(0.08), Taylor(1), Limits(longest_run=2))
+    recipe = Recipe(Accumulated(0.08), Taylor(1), Limits(max_consecutive_skips=2))
     eager_cache = DiffusionCache(recipe)
     y, state = start, TracedCache.start(recipe, jax_backend, start, start)
 
@@ -385,5 +385,5 @@ def test_it_decides_as_the_eager_cache_does(jax_backend: Backend) -> None:
         velocity, state = program(state, step, y, time)
         y = y - gap * velocity
     np.testing.assert_allclose(x, y, rtol=1e-5)
-    assert int(state.past.skipped) == eager_cache.stats.skipped > 2
-    assert int(state.past.computed) == eager_cache.stats.computed > 2
+    assert int(state.run.skipped) == eager_cache.stats.skipped > 2
+    assert int(state.run.computed) == eager_cache.stats.computed > 2

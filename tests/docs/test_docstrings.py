@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("griffe", reason="mkdocstrings is not installed")
+griffe = pytest.importorskip("griffe", reason="mkdocstrings is not installed")
 
 pytestmark = pytest.mark.docs
-SOURCE = Path(__file__).parents[2] / "docs" / "docstrings.py"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "docs" / "docstrings.py"
 
 
 def to_markdown(text: str) -> str:
@@ -36,3 +37,14 @@ def to_markdown(text: str) -> str:
 )
 def test_to_markdown(text: str, expected: str) -> None:
     assert to_markdown(text) == expected
+
+
+def test_a_cache_shows_the_docstrings_of_its_contract() -> None:
+    """Members of KVCache that have none would be left out of the site."""
+    package = griffe.load(
+        "kvcache", search_paths=[ROOT], extensions=griffe.load_extensions(str(SOURCE))
+    )
+    members = package["layers.growing.KVCache"].members
+    public = {name: member for name, member in members.items() if not name.startswith("_")}
+    assert {"offset", "trim", "copy"} <= public.keys()
+    assert not [name for name, member in public.items() if member.docstring is None]

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvcache import Backend, KVCache, RotatingKVCache
-from kvcache.testing.coded import TOKENS, coded
+from kvcache.storage.layout import TOKENS
+from kvcache.testing.coded import coded
 
 Rows = list[bytes]
 

@@ -12,7 +12,6 @@ import kvcache.backends
 import kvcache.errors
 
 PUBLIC = [
-    "AudioFileError",
     "Backend",
     "BackendInfo",
     "BackendNotAvailableError",
@@ -32,7 +31,6 @@ PUBLIC = [
     "KVCache",
     "KVCacheError",
     "LayerCaches",
-    "ModelFileError",
     "NewerFileError",
     "NotSupportedError",
     "PrefixCache",
@@ -46,7 +44,6 @@ PUBLIC = [
     "TrimError",
     "UnknownBackendError",
     "UnknownStreamError",
-    "UnsupportedModelError",
     "WrapperCache",
     "available_backends",
     "backend_of",
@@ -156,9 +153,6 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.SharedCellsError, RuntimeError),
         (kvcache.SnapshotMismatchError, ValueError),
         (kvcache.CacheFileError, OSError),
-        (kvcache.ModelFileError, OSError),
-        (kvcache.UnsupportedModelError, ValueError),
-        (kvcache.AudioFileError, OSError),
     ],
 )
 def test_errors_are_builtins_too(error: type[Exception], builtin: type[Exception]) -> None:

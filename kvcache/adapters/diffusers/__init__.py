@@ -9,6 +9,13 @@
 
 It goes by the hooks that diffusers has for its own caches, so that pipelines tell it, too, which
 pass they make (``transformer.cache_context("cond")``) and when they are done.
+
+``attach``        puts a recipe into a transformer, and takes it out again
+``scopes``        the part of the transformer that may be skipped: a range of blocks, or all of it
+``call``          one call of a transformer, while it runs
+``counter``       numbers of steps, and where a run ends
+``blocks``        the blocks of a transformer, and their inputs and outputs
+``hooks``         the hooks of diffusers
 """
 
 from .attach import STREAMS, Attached, Measure, attach

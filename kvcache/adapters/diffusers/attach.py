@@ -1,37 +1,29 @@
-"""Recipes inside the transformers of Hugging Face diffusers.
-
-::
-
-    pipeline = FluxPipeline.from_pretrained(...)
-    recipe = Recipe(Threshold(0.1), limits=Limits(warmup=4))
-    with attach(pipeline.transformer, recipe) as caching:
-        image = pipeline(prompt).images[0]
-
-It goes by the hooks that diffusers has for its own caches, so that pipelines tell it, too, which
-pass they make (``transformer.cache_context("cond")``) and when they are done.
-"""
+"""Puts a recipe into a transformer of diffusers, and takes it out again."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Literal, Self, TypeAlias, cast, get_args
 
 from kvcache.diffusion import BlockRange, DiffusionCache, Recipe, Step
-from kvcache.diffusion.signals import Measured
+from kvcache.diffusion.signals import SignalInput
 from kvcache.diffusion.streams import Stream
 from kvcache.errors import BackendNotAvailableError, NotSupportedError
 
 try:
     import torch
+    from torch import Tensor
     from torch.nn import Module
 
     from kvcache.adapters.diffusers import hooks as _hooks
 
     from .blocks import Arguments
-    from .counter import Clock
-    from .sites import BlockSite, Forward, Measure, Pass, Site, WholeSite
+    from .call import Measure, TransformerCall
+    from .counter import StepCounter
+    from .hooks import Args, Forward, Kwargs
+    from .scopes import BlockScopeHook, ScopeHook, WholeScopeHook
 except ImportError as error:
     raise BackendNotAvailableError(
         f"this needs diffusers and torch, of which one is missing or too old ({error}). "
@@ -44,7 +36,7 @@ FIRST_BLOCK = BlockRange(1)
 Time: TypeAlias = Literal["step", "timestep"]
 
 STREAMS = ("cond", "uncond", "cond_uncond", "uncond_stg", "uncond_modality")
-"""The passes that diffusers' pipelines make, by the names they give them."""
+"""Names that the pipelines of diffusers give to their passes."""
 
 
 def attach(
@@ -57,7 +49,7 @@ def attach(
     signal: Measure | None = None,
     time: Time = "step",
 ) -> Attached:
-    """Let `recipe` decide which steps `transformer` computes, until :meth:`Attached.detach`.
+    """Let `recipe` skip steps of `transformer` until :meth:`Attached.detach`.
 
     transformer: of a pipeline, ``pipeline.transformer``. Its forward, and those of its blocks, are
         wrapped by hooks; weights are not touched.
@@ -105,16 +97,16 @@ class Attached:
         """For its stats, nbytes and arrays."""
         measure = recipe.policy.signal
         self._reads_time = time == "timestep" or (measure is not None and not measure.array)
-        self._clock = Clock(shared=shared, steps=recipe.limits.steps)
-        self._transformer, self._arguments = transformer, Arguments.of(transformer)
-        self._now: Pass | None = None
         self._measures = measure is not None and measure.array
+        self._counter = StepCounter(shared=shared, steps=recipe.limits.steps)
+        self._transformer, self._arguments = transformer, Arguments.of(transformer)
+        self._call: TransformerCall | None = None
         self._number = 0
-        self._site: Site
+        self._scope: ScopeHook
         if scope is None:
-            self._site = WholeSite(transformer, signal, self._measures)
+            self._scope = WholeScopeHook(transformer, signal, self._measures)
         else:
-            self._site = BlockSite(transformer, scope, signal, self._measures)
+            self._scope = BlockScopeHook(transformer, scope, signal, self._measures)
         self._hooked: list[Module] = []
         self._hook()
 
@@ -131,86 +123,88 @@ class Attached:
     def reset(self) -> None:
         """Let go of everything kept; the next step is the first of a run."""
         self.cache.reset()
-        self._clock.reset()
+        self._counter.reset()
 
     def detach(self) -> None:
-        """Give the transformer its own forwards back; what is kept is let go. Again: no effect."""
+        """Give the transformer its own forwards back, and reset. Again: no effect."""
         _hooks.remove(self._hooked)
         self._hooked = []
         self.reset()
 
     def _hook(self) -> None:
-        root = _hooks.RootHook(self._whole, self.reset)
+        """Put a hook on the transformer, and on every block named by the scope."""
+        root = _hooks.RootHook(self._run_whole, self.reset)
         self._context = root.context
         hooks: list[tuple[Module, _hooks.Hook]] = [(self._transformer, root)]
-        for position, block in self._site.hooked:
-            hooks.append((block.module, _hooks.Hook(partial(self._block, position))))
+        for position, block in self._scope.hooked:
+            hooks.append((block.module, _hooks.Hook(partial(self._run_block, position))))
         for module, hook in hooks:
             _hooks.register(module, hook)
         self._hooked = [module for module, _ in hooks]
 
-    def _whole(self, forward: Forward, args: Any, kwargs: Any) -> Any:
-        """In place of the forward of the transformer."""
-        _hooks.check_no_other(self._transformer)
+    def _run_whole(self, forward: Forward, args: Args, kwargs: Kwargs) -> object:
+        """Run in place of the forward of the transformer."""
+        _hooks.check_no_other(self._transformer)  # one may have been enabled since
         context = self._context
         timestep = self._timestep(context.step is not None, args, kwargs)
         stream = self.cache.streams[0] if context.name is None else context.name
         begin = partial(self._begin, stream, context.step, timestep)
-        self._now = now = Pass(stream, begin)
+        self._call = call = TransformerCall(stream, begin)
         try:
-            outputs = self._site.whole(now, forward, args, kwargs)
+            outputs = self._scope.whole(call, forward, args, kwargs)
         finally:
-            self._now = None
-        if now.step is not None:
-            now.step.commit()
-            self._clock.tick(stream, self._number, timestep)
+            # A block that somebody calls by itself later is no part of this call.
+            self._call = None
+        # Only now: a forward that raises leaves the cache as it was.
+        if call.step is not None:
+            call.step.commit()
+            self._counter.advance(stream, self._number, timestep)
         return outputs
 
-    def _block(self, position: int, forward: Forward, args: Any, kwargs: Any) -> Any:
-        """In place of the forward of a block."""
-        if self._now is None:  # somebody calls it by itself
+    def _run_block(self, position: int, forward: Forward, args: Args, kwargs: Kwargs) -> object:
+        """Run in place of the forward of the block at `position`."""
+        if self._call is None:  # somebody calls it by itself
             return forward(*args, **kwargs)
-        return self._site.block(self._now, position, forward, args, kwargs)
+        return self._scope.block(self._call, position, forward, args, kwargs)
 
-    def _begin(self, stream: Stream, told: int | None, timestep: Any, signal: Measured) -> Step:
-        """The step that a call for `stream` is part of.
+    def _begin(
+        self,
+        stream: Stream,
+        told: int | None,
+        timestep: float | Tensor | None,
+        signal: SignalInput,
+    ) -> Step:
+        """Begin the step of a call for `stream`; where timesteps rise, the first of another run.
 
         told: its number, if a pipeline tells it. timestep: a number, or a tensor on the device.
         """
-        number = self._clock.next(stream) if told is None else told
-        before = self._clock.timestep(stream) if told is None and number else None
-        time = timestep if self._reads_time else None
-        if before is None or timestep is None:
+        number, restarts = self._counter.next(stream, told, timestep)
+        time = timestep if self._reads_time and isinstance(timestep, float) else None
+        if isinstance(restarts, Tensor):
+            signal = cast(Tensor, signal() if callable(signal) else signal)
+            step = self._step(number, stream, time, _nan_where(restarts, signal))
+            # NaN may also come of the signal itself: only then does this wait for the device.
+            if not (math.isnan(step.change) and restarts):
+                return step
+        elif not restarts:
             return self._step(number, stream, time, signal)
-        if isinstance(timestep, float):
-            return self._step(self._unless_over(number, timestep, before), stream, time, signal)
-        value: Any = signal() if callable(signal) else signal
-        # Comparing on the device makes the one scalar that a decision waits for tell this, too.
-        marked = value + torch.where(timestep > before, torch.nan, 0.0).to(value)
-        step = self._step(number, stream, time, marked)
-        if not math.isnan(step.change) or self._unless_over(number, timestep, before):
-            return step
-        return self._step(0, stream, time, value)
+        self.reset()
+        return self._step(0, stream, time, signal)
 
-    def _unless_over(self, number: int, timestep: Any, before: Any) -> int:
-        """`number`, or 0 where timesteps rise: another run has begun."""
-        if timestep > before:
-            self.reset()
-            return 0
-        return number
-
-    def _step(self, number: int, stream: Stream, time: float | None, signal: Measured) -> Step:
+    def _step(self, number: int, stream: Stream, time: float | None, signal: SignalInput) -> Step:
         self._number = number
         return self.cache.begin(number, signal=signal, time=time, stream=stream)
 
-    def _timestep(self, told: bool, args: Any, kwargs: Any) -> Any:
-        """The first of the timesteps that the transformer is given; None without.
+    def _timestep(self, told: bool, args: Args, kwargs: Kwargs) -> float | Tensor | None:
+        """Return the first timestep among the arguments of the transformer; None without.
 
-        A number, which has to come to the host, where nothing else of the decision does.
+        A number where decisions need it on the host, a tensor on its device where not.
+
+        Raises: NotSupportedError if the recipe goes by the timestep, and there is none.
         """
-        given = self._arguments.get("timestep", args, kwargs)
-        if given is not None:
-            first = torch.as_tensor(given).flatten()[0]
+        timesteps = self._arguments.get("timestep", args, kwargs)
+        if timesteps is not None:
+            first = torch.as_tensor(timesteps).flatten()[0]
             needed = self._reads_time or not (self._measures or told)
             return float(first) if needed else first
         if self._reads_time:
@@ -219,3 +213,12 @@ class Attached:
                 "timestep=...; it got none. Use a recipe and time that go by the step."
             )
         return None
+
+
+def _nan_where(condition: Tensor, signal: Tensor) -> Tensor:
+    """Return `signal`, all of it NaN where `condition` (bool scalar) holds.
+
+    The change measured of it is NaN then, so that the one scalar that a decision waits for tells
+    of the condition, too, without another wait for the device.
+    """
+    return signal + torch.where(condition, torch.nan, 0.0).to(signal)

@@ -1,13 +1,15 @@
-"""The blocks of a diffusers transformer: where they are, what goes in, and what comes out."""
+"""The blocks of a diffusers transformer: their places, inputs and outputs."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
+
+# Private, but the only place where diffusers tells of the blocks of its models.
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS as LISTS
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.normalization import (
@@ -21,7 +23,7 @@ from torch.nn import Module, ModuleList
 from kvcache.errors import NotSupportedError
 
 States: TypeAlias = tuple[Tensor, ...]
-"""What runs through the blocks: hidden states, then those of the encoder if blocks change them."""
+"""Tensors that run through blocks: hidden states, then the encoder's if blocks change them."""
 
 _MODULATING = (AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX)
 
@@ -34,12 +36,13 @@ class Arguments:
 
     @classmethod
     def of(cls, module: Module) -> Arguments:
-        """Those of `module`, by its class: a hook hides them."""
+        """Return the arguments of the forward of `module`."""
+        # By its class: a hook hides the signature of the instance.
         names = [*inspect.signature(type(uncompiled(module)).forward).parameters][1:]
         return cls({name: position for position, name in enumerate(names)})
 
-    def get(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The argument `name`; None if it is not passed."""
+    def get(self, name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Return the argument `name`; None if it is not passed."""
         position = self.positions.get(name, len(args))
         return kwargs.get(name, args[position] if position < len(args) else None)
 
@@ -51,52 +54,55 @@ class Block:
     module: Module
     arguments: Arguments
     names: tuple[str, ...]
-    """The arguments that are states, hidden states first."""
+    """Names of the arguments that are states, hidden states first."""
     places: tuple[int, ...]
-    """Where each stands in the tuple that the block gives; a single one may come bare."""
+    """Place of each state in the tuple that the block returns; a single one may come bare."""
 
-    def states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> States:
-        """What goes in. One that is None is left out."""
-        found = (self.arguments.get(name, args, kwargs) for name in self.names)
-        return tuple(state for state in found if state is not None)
+    def states_in(self, args: Sequence[object], kwargs: Mapping[str, object]) -> States:
+        """Return the states among the arguments, leaving out None."""
+        states = (self.arguments.get(name, args, kwargs) for name in self.names)
+        return tuple(cast(Tensor, state) for state in states if state is not None)
 
-    def given(self, outputs: Any) -> States:
-        """What came out. One that is None is left out: nobody after the last block reads it."""
+    def states_out(self, outputs: object) -> States:
+        """Return the states among `outputs` of the block, leaving out None."""
         if isinstance(outputs, Tensor):
             return (outputs,)
-        return tuple(outputs[place] for place in self.places if outputs[place] is not None)
+        # None comes from a last block: nobody after it reads that state.
+        several = cast(Sequence[Tensor | None], outputs)
+        states = (several[place] for place in self.places)
+        return tuple(state for state in states if state is not None)
 
-    def outputs(self, states: States) -> Any:
-        """What the block would give, had it made these states."""
+    def outputs(self, states: States) -> Tensor | tuple[Tensor | None, ...]:
+        """Return the outputs of the block, had it made `states`."""
         if len(self.places) == 1:
             return states[0]
-        given = dict(zip(self.places, states, strict=False))
-        return tuple(given.get(place) for place in range(len(self.places)))
+        by_place = dict(zip(self.places, states, strict=False))
+        return tuple(by_place.get(place) for place in range(len(self.places)))
 
     @property
     def modulating(self) -> Module | None:
-        """Its first layer if that is a norm that the timestep modulates, as TeaCache looks at."""
+        """Its first layer if the timestep modulates it, a norm as TeaCache looks at; else None."""
         module = uncompiled(self.module)
         norm = getattr(module, "norm1", getattr(module, "norm", None))
         known = isinstance(norm, _MODULATING) and "temb" in self.arguments.positions
         return norm if known else None
 
-    def modulated(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """What :attr:`modulating` makes of the hidden states: the signal of TeaCache."""
+    def modulated(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+        """Return the hidden states modulated by :attr:`modulating`: the signal of TeaCache."""
         assert self.modulating is not None  # noqa: S101 - asked for where a signal is chosen
         emb = self.arguments.get("temb", args, kwargs)
-        normed: tuple[Tensor, ...] = self.modulating(self.states(args, kwargs)[0], emb=emb)
+        normed: tuple[Tensor, ...] = self.modulating(self.states_in(args, kwargs)[0], emb=emb)
         return normed[0]
 
 
 def uncompiled(module: Module) -> Module:
-    """What ``torch.compile`` has wrapped, or `module` itself."""
+    """Return the module inside a wrapper of ``torch.compile``, or `module` itself."""
     inner: Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def find_blocks(transformer: Module) -> list[Block]:
-    """Every block of `transformer`, in the order in which they run.
+    """Return every block of `transformer`, in the order of their calls.
 
     Raises: NotSupportedError if there is none, or one that diffusers does not describe.
     """
@@ -116,28 +122,30 @@ def find_blocks(transformer: Module) -> list[Block]:
 
 
 def _described(block: Module) -> Block:
+    """Return `block` with the places of its states, as diffusers describes its class.
+
+    Raises: NotSupportedError for a class that diffusers does not describe.
+    """
     kind = type(uncompiled(block))
     try:
-        facts: Any = TransformerBlockRegistry.get(kind)
+        metadata = TransformerBlockRegistry.get(kind)
     except ValueError as error:
         raise NotSupportedError(
             f"diffusers must know what a block gives; it does not for {kind.__name__}. Tell it "
             "with TransformerBlockRegistry.register(), or attach to the whole network: scope=None, "
             "and a policy that measures no array."
         ) from error
-    places = (facts.return_hidden_states_index, facts.return_encoder_hidden_states_index)
-    names = (facts.hidden_states_argument_name, facts.encoder_hidden_states_argument_name)
-    known = [(name, place) for name, place in zip(names, places, strict=True) if place is not None]
-    return Block(
-        block,
-        Arguments.of(block),
-        tuple(name for name, _ in known),
-        tuple(place for _, place in known),
+    # None, whatever diffusers declares, for a state that the block does not return.
+    states: tuple[tuple[str, int | None], ...] = (
+        (metadata.hidden_states_argument_name, metadata.return_hidden_states_index),
+        (metadata.encoder_hidden_states_argument_name, metadata.return_encoder_hidden_states_index),
     )
+    places = {name: place for name, place in states if place is not None}
+    return Block(block, Arguments.of(block), tuple(places), tuple(places.values()))
 
 
 def aligned(states: States, shapes: Sequence[torch.Size]) -> States:
-    """Of the `states` at the first block those that the last one gives on, in these shapes.
+    """Return `states` at the first block as the last block gives them on, in these shapes.
 
     The last block of Stable Diffusion 3 drops the text. In the middle of FLUX.2 text and image
     tokens become one sequence, [text, image].

@@ -1,4 +1,4 @@
-"""What a comparison of appends found."""
+"""The report of a comparison of appends."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcache.bench.harness.contest import MEMMOVE, RAW
-from kvcache.bench.harness.report import Comparison, Placed, Skipped
+from kvcache.bench.harness.contest import RAW
+from kvcache.bench.harness.report import ComparedTiming, Comparison, Skipped
 
+from .case import MEMMOVE
 from .targets import Verdict, judge
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Timing(Placed):
+class Timing(ComparedTiming):
     """One contestant on one backend, dtype and capacity.
 
     rounds_us: microseconds per step, K and V, in every round. steps: steps of one round.
@@ -37,9 +38,9 @@ class Timing(Placed):
 
 @dataclass(frozen=True)
 class AppendReport(Comparison[Timing]):
-    """Cost of appending one token: [batch, heads, 1, head_dim] to K and to V.
+    """Cost of appending one token: ``[batch, heads, 1, head_dim]`` to K and to V.
 
-    machine: where this was measured. versions: of the libraries that took part.
+    machine: on which this was measured. versions: of the libraries that took part.
     """
 
     format: ClassVar[str] = "kvcache.bench.append/1"
@@ -58,14 +59,14 @@ class AppendReport(Comparison[Timing]):
     @property
     def capacities(self) -> list[int]:
         """Capacities measured, ascending."""
-        return self.places
+        return sorted({timing.capacity for timing in self.timings})
 
     @property
     def verdicts(self) -> list[Verdict]:
         return judge(self)
 
     def to_table(self) -> RenderableType:
-        from kvcache.bench.harness.tables import append_tables
+        from .tables import append_tables
 
         return append_tables(self)
 
@@ -74,6 +75,6 @@ class AppendReport(Comparison[Timing]):
 
         Raises: ImportError without matplotlib; says what installs it.
         """
-        from kvcache.bench.harness.figures import draw
+        from .figure import draw
 
         draw(self, path)

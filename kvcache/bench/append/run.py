@@ -1,4 +1,4 @@
-"""What it costs to append one token: our caches, the raw framework call, peers, memmove."""
+"""Measure the cost of appending one token: our caches, the raw framework call, peers, memmove."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from itertools import product
 
 from kvcache._checks import check_sizes
 from kvcache.backends import available_backends, get_backend
+from kvcache.bench.frameworks import framework_of
 from kvcache.bench.harness.compare import check_dtypes, compare
-from kvcache.bench.harness.contest import Cell, Factory, Framework
 from kvcache.bench.harness.report import Skipped, library_versions, this_machine
-from kvcache.bench.harness.timing import Blocks, Progress, ticks
+from kvcache.bench.harness.timing import Progress, TimedBlocks, ticks
 
+from .case import AppendCase
+from .contestants import factories
 from .report import AppendReport, Timing
 
 DTYPES = ("float32", "bfloat16")
@@ -21,9 +23,10 @@ MIN_CAPACITY = 4
 
 
 def installed_backends() -> list[str]:
-    """Names of the backends that can be measured here. Imports every framework installed."""
-    found = available_backends()
-    return [name for name, info in found.items() if info.installed and name != "array_api"]
+    """Return the names of all backends usable here. Imports their frameworks."""
+    infos = available_backends()
+    # array_api needs a library to go with it, which only its user can name.
+    return [name for name, info in infos.items() if info.installed and name != "array_api"]
 
 
 def run_append(
@@ -50,14 +53,18 @@ def run_append(
     check_dtypes(dtypes)
     if min(capacities, default=0) < MIN_CAPACITY:
         raise ValueError(f"capacities must be >= {MIN_CAPACITY} tokens; got {list(capacities)}.")
-    found = {backend.spec: backend for backend in map(get_backend, backends)}
-    contests = list(product(found.values(), dict.fromkeys(dtypes)))
+    # By spec: "numpy" and "numpy:cpu" are one backend, and are measured once.
+    by_spec = {backend.spec: backend for backend in map(get_backend, backends)}
+    contests = list(product(by_spec.values(), dict.fromkeys(dtypes)))
     timings: list[Timing] = []
     skipped: list[Skipped] = []
     for done, (backend, dtype) in enumerate(contests):
-        cells = [Cell(backend, dtype, capacity, **shape) for capacity in sorted(set(capacities))]
+        cases = [AppendCase(backend, dtype, tokens, **shape) for tokens in sorted(set(capacities))]
+        framework = framework_of(backend)
         tick = ticks(progress, done, len(contests), rounds, f"{backend.spec} {dtype}")
-        measured, missing = compare(cells, _factories, _timing, rounds, tick)
+        measured, missing = compare(
+            cases, factories(framework), framework.scope(), _timing, rounds, tick
+        )
         timings += measured
         skipped += missing
     return AppendReport(
@@ -70,11 +77,5 @@ def run_append(
     )
 
 
-def _factories(framework: Framework) -> dict[str, Factory]:
-    return framework.factories()
-
-
-def _timing(cell: Cell, name: str, blocks: Blocks) -> Timing:
-    return Timing(
-        cell.backend.spec, cell.dtype, cell.capacity, name, blocks.steps, blocks.rounds_us
-    )
+def _timing(case: AppendCase, name: str, blocks: TimedBlocks) -> Timing:
+    return Timing(case.backend.spec, case.dtype, case.tokens, name, blocks.steps, blocks.rounds_us)

@@ -1,4 +1,4 @@
-"""What this project promises about the cost of an append, and whether a report keeps it."""
+"""Promises of this project about the cost of an append, and whether a report keeps them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kvcache.bench.harness.contest import OURS, RAW, ROTATING, SLICE_UPDATE, UPDATE
+from kvcache.bench.harness.contest import RAW
+
+from .case import OURS, ROTATING, SLICE_UPDATE, UPDATE
 
 if TYPE_CHECKING:
     from .report import AppendReport
@@ -19,7 +21,8 @@ class Target:
     """A bound on `contestant`, compared with `against` at the same capacity.
 
     "at most": limit of their ratio. "above": limit of their difference in microseconds.
-    "at least": how many times `against` costs more. framework, capacity: where; None: all.
+    "at least": how many times `against` costs more. framework, capacity: for which it holds;
+    None: for all.
     """
 
     contestant: str
@@ -30,7 +33,7 @@ class Target:
     capacity: int | None = None
 
     def measure(self, ours: float, theirs: float) -> float:
-        """The figure that the limit is for, from microseconds per step."""
+        """Return the figure to be limited, from microseconds per step."""
         if self.kind == "above":
             return ours - theirs
         return theirs / ours if self.kind == "at least" else ours / theirs
@@ -45,14 +48,16 @@ class Target:
 
 TARGETS = (
     Target(SLICE_UPDATE, RAW, "at most", 1.3),
+    # Checks and views cost a fixed time, whatever the write costs: no ratio could bound them.
     Target(UPDATE, RAW, "above", 5.0),
     Target(UPDATE, "transformers StaticCache", "at most", 1.2, "torch"),
+    # It concatenates, O(tokens) per step: the more tokens, the wider the gap must be.
     Target(UPDATE, "transformers DynamicCache", "at least", 25.0, "torch", 8192),
     Target(UPDATE, "mlx-lm KVCache", "at most", 1.1, "mlx"),
     Target(ROTATING, "mlx-lm RotatingKVCache", "at most", 1.1, "mlx"),
 )
 FLAT_LIMIT = 1.5
-"""How many times as much an append may cost at the largest capacity as at the smallest."""
+"""Times the cost at the smallest capacity that an append may cost at the largest."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Verdict:
 
 
 def judge(report: AppendReport) -> list[Verdict]:
-    """Every target that the report has figures for, backend by backend."""
+    """Judge every target with figures in the report, backend by backend."""
     return [
         verdict
         for backend, dtype in report.groups
@@ -88,6 +93,7 @@ def judge(report: AppendReport) -> list[Verdict]:
 
 
 def _compared(report: AppendReport, backend: str, dtype: str) -> Iterator[Verdict]:
+    """Judge each target by its worst capacity."""
     name = backend.partition(":")[0]
     for target in TARGETS:
         figures = _figures(report, backend, dtype, target)
@@ -100,14 +106,14 @@ def _compared(report: AppendReport, backend: str, dtype: str) -> Iterator[Verdic
 def _figures(
     report: AppendReport, backend: str, dtype: str, target: Target
 ) -> list[tuple[int, float]]:
-    """Capacities and what was measured there."""
-    found = []
+    """Return capacities, and the figure of `target` at each."""
+    figures = []
     for capacity in report.capacities if target.capacity is None else [target.capacity]:
         ours = report.find(backend, dtype, capacity, target.contestant)
         theirs = report.find(backend, dtype, capacity, target.against)
         if ours and theirs:
-            found.append((capacity, target.measure(ours.us, theirs.us)))
-    return found
+            figures.append((capacity, target.measure(ours.us, theirs.us)))
+    return figures
 
 
 def _verdict(target: Target, backend: str, dtype: str, capacity: int, figure: float) -> Verdict:
@@ -120,7 +126,7 @@ def _verdict(target: Target, backend: str, dtype: str, capacity: int, figure: fl
 
 
 def _flat(report: AppendReport, backend: str, dtype: str) -> Iterator[Verdict]:
-    """The one of ours whose cost rises most from the smallest to the largest capacity."""
+    """Judge the contestant of ours with the steepest cost, from least to largest capacity."""
     small, large = report.capacities[0], report.capacities[-1]
     ends = {
         name: (report.find(backend, dtype, small, name), report.find(backend, dtype, large, name))

@@ -1,11 +1,11 @@
-"""The recipes that ``kvcache bench diffusion`` compares, and the sampler that runs them."""
+"""The recipes of ``kvcache bench diffusion``, and the sampler to run them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,24 +21,29 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Policy,
     Predictor,
     Recipe,
+    SkipPolicy,
     StepMask,
     Taylor,
     Threshold,
 )
+from kvcache.reference.dit.blocks import Streams
 from kvcache.reference.dit.model import DiT, euler, guided, schedule
 from kvcache.reference.dit.toy_shapes import prompt_tokens
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 GUIDANCE = 2.0
+"""Scale of classifier-free guidance."""
 WHOLE = BlockRange(0)
-"""All blocks: what is around them, embedding and projection, is computed in every step."""
+"""All blocks; embedding and projection, before and after them, are computed in every step."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe. family: what it varies; setting: where it stands in it.
+    """One recipe. family: recipes alike but for one parameter; setting: its value here.
 
     scope: the blocks that it may skip; None: the whole network at once.
     """
@@ -50,13 +55,13 @@ class Trial:
 
 
 def trials(steps: int, calibration: Calibration) -> list[Trial]:
-    """What is compared, family by family, from careful to careless."""
-    limits = Limits(warmup=3, tail=1, steps=steps, longest_run=8)
+    """Return all trials, family by family, from careful to careless."""
+    limits = Limits(warmup=3, tail=1, steps=steps, max_consecutive_skips=8)
 
     def family(
         name: str,
-        settings: Sequence[Any],
-        policy: Callable[[Any], Policy],
+        settings: Sequence[float],
+        policy: Callable[[Any], SkipPolicy],
         predictor: Predictor,
         scope: BlockRange | None = None,
     ) -> list[Trial]:
@@ -100,26 +105,26 @@ def trials(steps: int, calibration: Calibration) -> list[Trial]:
 
 
 class Uncached:
-    """Computes every step."""
+    """Stand-in for a cache: computes every step."""
 
-    def run(self, step: int, x: Any, compute: Any, **options: Any) -> Any:
-        """``compute(x)``."""
+    def run(self, step: int, x: T, compute: Callable[[T], R], **options: Any) -> R:
+        """Return ``compute(x)``."""
         return compute(x)
 
     def arrays(self) -> list[Array]:
-        """Nothing."""
+        """Return no arrays: nothing is kept."""
         return []
 
 
 def _thinned(steps: int, computed: int) -> StepMask:
-    """Computes so many steps, ever closer together: the velocity turns most towards the end."""
+    """Compute as many steps, ever closer together: the velocity turns most towards the end."""
     rank = np.linspace(0, 1, computed) ** 0.8 * (steps - 1)
     chosen = set(np.round(rank).astype(int).tolist())
     return StepMask([step in chosen for step in range(steps)])
 
 
 class Sampler:
-    """Draws samples on one backend: both passes of classifier-free guidance as one batch."""
+    """Sampler on one backend: both passes of classifier-free guidance are one batch."""
 
     def __init__(
         self, model: DiT, backend: Backend, prompts: HostArray, steps: int, seed: int = 0
@@ -135,40 +140,52 @@ class Sampler:
         shape = (self._batch, model.config.tokens, model.config.channels)
         noise = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
         self.noise = backend.from_host(noise)
+        # Parts, not the whole: a cache decides on the host which of them run.
         compiled = backend.compile
         self._front, self._back = compiled(self.front), compiled(self.model.finish)
         self._network, self._guide = compiled(self.network), compiled(self.guide)
         self._blocks = [compiled(partial(self.model.block, i)) for i in range(model.config.blocks)]
 
-    def front(self, x: Array, time: Array) -> tuple[Any, Array, Array]:
-        """Both streams before the first block, what modulates, and TeaCache's signal."""
+    def front(self, x: Array, time: Array) -> tuple[Streams, Array, Array]:
+        """Return both streams before the first block, the modulation, and TeaCache's signal."""
         condition = self.model.condition(time, self._prompt)
         streams = self.model.embed(x, self._prompt)
         return streams, condition, self.model.modulated_input(streams, condition)
 
     def network(self, x: Array, time: Array) -> Array:
-        """The velocity of both passes, [2 B, tokens, channels]."""
+        """Return the velocity of both passes, [2 B, tokens, channels]."""
         return self.model(x, time, self._prompt)
 
     def guide(self, both: Array) -> Array:
-        """The velocity that guidance makes of both passes."""
+        """Combine the velocities of both passes, [2 B, ...], to the guided one, [B, ...]."""
         return guided(both[: self._batch], both[self._batch :], GUIDANCE)
 
     def run(self, cache: DiffusionCache | Uncached, scope: BlockRange | None) -> Array:
-        """The samples, [B, tokens, channels], drawn step by step from the host."""
+        """Draw samples, [B, tokens, channels], step by step from the host."""
 
         def velocity(step: int, time: float, x: Array) -> Array:
             when = self.backend.from_host(np.float32(time))
             drift = self.velocity(cache, scope, step, when, x, time)
+            # Arrays kept, too: a lazy framework would compute them in a later, skipped step.
             self.backend.sync(drift, *cache.arrays())
             return drift
 
         return euler(self.noise, self.times, velocity)
 
     def velocity(
-        self, cache: Any, scope: BlockRange | None, step: Any, when: Array, x: Array, time: Any
+        self,
+        cache: Any,
+        scope: BlockRange | None,
+        step: int | Array,
+        when: Array,
+        x: Array,
+        time: float | Array,
     ) -> Array:
-        """Where to go from `x`. when: the time, as an array. time: as the cache takes it."""
+        """Return the guided velocity at `x`, computed or predicted by `cache`.
+
+        cache: eager, traced or `Uncached`. when: the time, as an array. time: the time as `cache`
+        takes it.
+        """
         both = self.backend.xp.concat([x, x], axis=0)
         if scope is None:
             passes = cache.run(step, both, lambda x: self._network(x, when), time=time)
@@ -185,5 +202,7 @@ class Sampler:
         return self._guide(self._back(streams[0], condition))
 
 
-def _swapped(block: Callable[[Any, Array], Any], condition: Array, streams: Any) -> Any:
+def _swapped(
+    block: Callable[[Streams, Array], Streams], condition: Array, streams: Streams
+) -> Streams:
     return block(streams, condition)

@@ -1,4 +1,4 @@
-"""What a cache across denoising steps saves, and what it costs in quality."""
+"""The report of caches across denoising steps: savings, and their cost in quality."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcache.bench.harness.report import Judgement, Measured, Report, Skipped
+from kvcache.bench.harness.report import Judgement, MeasuredTiming, Report, Skipped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,13 +17,14 @@ UNCACHED = "uncached"
 
 
 @dataclass(frozen=True)
-class DiffusionTiming(Measured):
+class DiffusionTiming(MeasuredTiming):
     """One recipe at work.
 
-    place: backend, or the model of somebody else. family, setting: the recipe. skipped: share of
-    the network's work that was not done. error: distance of the samples from those without
-    a cache, relative (L2). quality: how far samples are from what they should show; None if
-    nobody can tell. rounds_us: microseconds per sampling in every round.
+    place: backend, or the model of another library. family, setting: the recipe. skipped: share
+    of the network's work that was not done. error: distance of the samples from those without a
+    cache, relative (L2). quality: mean distance of the samples from the shapes that their prompts
+    ask for; None where prompts ask for none. rounds_us: microseconds per sampling in every round.
+    ours: whether the cache is of kvcache.
     """
 
     place: str
@@ -37,10 +38,10 @@ class DiffusionTiming(Measured):
 
 
 @dataclass(frozen=True)
-class DiffusionReport(Report):
+class DiffusionReport(Report[DiffusionTiming]):
     """Time saved and error, recipe by recipe.
 
-    machine: where this was measured. versions: of the libraries that took part.
+    machine: on which this was measured. versions: of the libraries that took part.
     """
 
     format: ClassVar[str] = "kvcache.bench.diffusion/1"
@@ -64,16 +65,16 @@ class DiffusionReport(Report):
         return list(self._uncached)
 
     def saved(self, timing: DiffusionTiming) -> float:
-        """Share of the wall time without a cache that is saved; negative if it takes longer."""
+        """Return the share of the uncached wall time saved; negative if the recipe takes longer."""
         return 1 - timing.us / self._uncached[timing.place].us
 
     def at(self, place: str) -> list[DiffusionTiming]:
-        """Timings of one place."""
+        """Return the timings of one place."""
         return [timing for timing in self.timings if timing.place == place]
 
     @property
     def verdicts(self) -> Sequence[Judgement]:
-        """For each cache of somebody else: what the best of ours saves at no greater error."""
+        """For each peer, the most saved by a recipe of ours at no greater error."""
         return [
             verdict
             for timing in self.timings
@@ -82,6 +83,7 @@ class DiffusionReport(Report):
         ]
 
     def _judged(self, other: DiffusionTiming) -> list[Judgement]:
+        """Judge the work and the time saved by a peer against the best of ours."""
         ours = [
             timing
             for timing in self.at(other.place)
@@ -90,29 +92,32 @@ class DiffusionReport(Report):
             and timing.error <= other.error * (1 + ROUNDING)
         ]
         at = f"{other.family} {other.setting}"
-        found = []
-        for rule, of, slack in (
+        verdicts = []
+        for rule, share, slack in (
             ("% of work saved", lambda timing: timing.skipped, ROUNDING),
             ("% of time saved", self.saved, NOISE),
         ):
-            theirs, best = of(other), max(map(of, ours), default=0.0)
+            theirs, best = share(other), max(map(share, ours), default=0.0)
             passed, bound = best >= theirs - slack, f">= {100 * theirs:.1f}"
-            found.append(Judgement(other.place, rule, at, 100 * best, bound, passed))
-        return found
+            verdicts.append(Judgement(other.place, rule, at, 100 * best, bound, passed))
+        return verdicts
 
     def to_table(self) -> RenderableType:
-        from kvcache.bench.harness.tables import diffusion_tables
+        from .tables import diffusion_tables
 
         return diffusion_tables(self)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw error over time saved to `path`: one panel per place, one line per family."""
-        from kvcache.bench.harness.figures import draw_diffusion
+        """Write error over time saved to `path`: one panel per place, one line per family.
+
+        Raises: ImportError without matplotlib; says what installs it.
+        """
+        from .figure import draw_diffusion
 
         draw_diffusion(self, path)
 
 
 ROUNDING = 1e-3
-"""Two errors nearer than that, relatively, are the same: sums were taken in another order."""
+"""Relative difference below which two errors are the same: sums were taken in another order."""
 NOISE = 0.02
-"""What two medians of the same thing may differ by, as a share of the time without a cache."""
+"""Difference allowed between two medians of one thing, as a share of the uncached time."""

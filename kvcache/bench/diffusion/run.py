@@ -1,7 +1,7 @@
-"""Measures what caches across denoising steps save, and how far their samples are off.
+"""Measure the time saved by caches across denoising steps, and the error of their samples.
 
-On a small diffusion transformer trained on toy shapes, so that "off" means something: samples are
-compared with those without a cache, and with what they should show.
+On a small diffusion transformer trained on toy shapes, so that an error can be judged: samples are
+compared with those without a cache, and with the shapes that their prompts ask for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvcache.diffusion import Calibration, DiffusionCache, Recorder
 from kvcache.reference.dit.model import DiT
 from kvcache.reference.dit.toy_shapes import FAMILIES, distance
 
-from .recipes import WHOLE, Sampler, Trial, Uncached, trials
+from .recipes import WHOLE, R, Sampler, T, Trial, Uncached, trials
 from .report import UNCACHED, DiffusionReport, DiffusionTiming
 
 STEPS, SAMPLES, ROUNDS = 28, 7, 5
@@ -36,7 +36,7 @@ ONE_PROGRAM = ("interval, Taylor 2", "TeaCache", "first block")
 
 @dataclass
 class Entry:
-    """One recipe that takes part. run: draws the samples, and tells the share it skipped."""
+    """One recipe that takes part. run: draws samples, and returns them and the share skipped."""
 
     place: str
     family: str
@@ -45,7 +45,7 @@ class Entry:
     us: list[float] = field(default_factory=list)
 
     def turn(self) -> None:
-        """Take part in a round."""
+        """Take part in a round: run once, and record the time."""
         start = perf_counter()
         self.run()
         self.us.append((perf_counter() - start) * 1e6)
@@ -63,7 +63,7 @@ def run_diffusion(
 ) -> DiffusionReport:
     """Measure every recipe with `model` on each of `backends`.
 
-    samples: are drawn together; their prompts go round the toy shapes. peers: also compare with the
+    samples: drawn together; their prompts go round the toy shapes. peers: also compare with the
         caches of diffusers, if it is there, in a FLUX with random weights.
 
     Raises: ValueError; nothing was measured then.
@@ -78,13 +78,14 @@ def run_diffusion(
     for number, spec in enumerate(backends):
         sampler = Sampler(model, get_backend(spec), prompts, steps)
         entries = list(_entries(sampler))
+        # A tick per entry while it compiles, then one per round: `ticks` adds one to the rounds.
         tick = ticks(progress, number, len(backends), len(entries) + rounds - 1, spec)
         timings += _measured(entries, prompts, rounds, tick)
     skipped: tuple[Skipped, ...] = ()
     if peers and find_spec("diffusers") is None:
         skipped = (Skipped("torch", "", "diffusers", "it needs pip install 'kvcache[diffusers]'"),)
     elif peers:
-        from .peers import compare
+        from .peers import compare  # late, because it imports diffusers
 
         timings += compare(rounds, steps=steps, progress=progress)
     return DiffusionReport(
@@ -93,13 +94,13 @@ def run_diffusion(
 
 
 def toy_model(path: Path | None = None, progress: Progress | None = None) -> DiT:
-    """The model in `path`; one that is trained now, with torch, and kept there, if it is not there.
+    """Read the model in `path`; where there is none, train it now, with torch, and keep it there.
 
     Raises: ModelFileError if `path` holds something else.
     """
     if path is not None and path.exists():
         return DiT.load(path, get_backend("numpy"))
-    from .training import train
+    from .training import train  # late, because it imports torch
 
     model = train(progress=progress)
     if path is not None:
@@ -108,29 +109,33 @@ def toy_model(path: Path | None = None, progress: Progress | None = None) -> DiT
 
 
 def calibrated(sampler: Sampler) -> Calibration:
-    """What policies have to know about the model of `sampler`, from one run without a cache."""
+    """Calibrate policies for the model of `sampler`, in one run without a cache."""
     recorder = Recorder()
     sampler.run(_Recording(recorder), WHOLE)
     return recorder.calibrate(model="toy shapes", sampler="euler", steps=sampler.steps)
 
 
 class _Recording(Uncached):
+    """Stand-in for a cache: computes every step, and lets a recorder see it."""
+
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
-    def run(self, step: int, x: Any, compute: Any, **options: Any) -> Any:
-        return self.recorder.run(step, x, compute, **options)
+    def run(self, step: int, x: T, compute: Callable[[T], R], **options: Any) -> R:
+        outputs: R = self.recorder.run(step, x, compute, **options)
+        return outputs
 
 
 def _entries(sampler: Sampler) -> Iterator[Entry]:
-    """Everything that runs on the backend of `sampler`, the uncached run first."""
-    found = trials(sampler.steps, calibrated(sampler))
+    """Yield all entries on the backend of `sampler`, the uncached run first."""
+    compared = trials(sampler.steps, calibrated(sampler))
     name = sampler.backend.name
     yield Entry(name, UNCACHED, "", lambda: (_host(sampler, sampler.run(Uncached(), None)), 0.0))
-    for trial in found:
+    for trial in compared:
         yield Entry(name, trial.family, trial.setting, _eager(sampler, trial))
+    # Other backends compile no loop over steps: that would be the eager run again.
     if name == "jax":
-        yield from _programs(sampler, [trial for trial in found if trial.family in ONE_PROGRAM])
+        yield from _programs(sampler, [trial for trial in compared if trial.family in ONE_PROGRAM])
 
 
 def _eager(sampler: Sampler, trial: Trial) -> Callable[[], tuple[HostArray, float]]:
@@ -144,18 +149,19 @@ def _eager(sampler: Sampler, trial: Trial) -> Callable[[], tuple[HostArray, floa
 
 
 def _share(sampler: Sampler, trial: Trial) -> float:
-    """Of the blocks, those that `trial` may skip."""
+    """Return the share of the blocks that `trial` may skip."""
     if trial.scope is None:
         return 1.0
     blocks = sampler.model.config.blocks
     return (blocks - trial.scope.first - trial.scope.last) / blocks
 
 
-def _programs(sampler: Sampler, found: Sequence[Trial]) -> Iterator[Entry]:
-    from .program import program
+def _programs(sampler: Sampler, compared: Sequence[Trial]) -> Iterator[Entry]:
+    """Yield the uncached run and these trials, each as one program of JAX."""
+    from .program import program  # late, because it imports JAX
 
     place = f"{sampler.backend.name}, one program"
-    for trial in (None, *found):
+    for trial in (None, *compared):
         draw = program(sampler, trial)
         share = _share(sampler, trial) if trial else 0.0
         family, setting = (trial.family, trial.setting) if trial else (UNCACHED, "")
@@ -176,6 +182,7 @@ def _host(sampler: Sampler, x: Array) -> HostArray:
 def _measured(
     entries: Sequence[Entry], prompts: HostArray, rounds: int, tick: Callable[[], None]
 ) -> Iterator[DiffusionTiming]:
+    """Run all entries once untimed, for their samples, then in turns, in a new order each round."""
     results = []
     for entry in entries:
         results.append(entry.run())  # compiles, too
@@ -201,6 +208,6 @@ def _measured(
         )
 
 
-def relative_error(found: HostArray, exact: HostArray) -> float:
-    """Length of the difference over that of the exact samples."""
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def relative_error(samples: HostArray, exact: HostArray) -> float:
+    """Return the length of the difference over the length of the exact samples."""
+    return float(np.linalg.norm(samples - exact) / np.linalg.norm(exact))

@@ -1,4 +1,4 @@
-"""Trains the reference diffusion transformer on toy shapes, so that caches skip something real.
+"""Training of the reference diffusion transformer on toy shapes: caches then skip real work.
 
 torch differentiates through the very code that every backend runs; nothing is written twice.
 """
@@ -6,19 +6,18 @@ torch differentiates through the very code that every backend runs; nothing is w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kvcache.backends import Backend, get_backend
 from kvcache.backends.arrays import NativeArray
+from kvcache.bench.harness.timing import Progress
 from kvcache.reference.dit.model import DiT, DiTConfig
 from kvcache.reference.dit.toy_shapes import FAMILIES, prompt_tokens, shapes
-
-Progress: TypeAlias = Callable[[int, int, str], None]
 
 ITERATIONS = 600
 BATCH = 16
@@ -28,16 +27,16 @@ EMPTY_PROMPTS = 0.1
 
 
 class Examples(NamedTuple):
-    """What a model is asked, and what it should say."""
+    """Inputs of a model, and the output it should learn."""
 
     x: NativeArray
     """Between data and noise, float32 [B, tokens, channels]."""
     t: NativeArray
-    """How far towards noise, float32 [B]."""
+    """Share of noise, float32 [B]."""
     prompt: NativeArray
     """int32 [B, text_tokens]."""
     velocity: NativeArray
-    """Like `x`."""
+    """Noise less data, like `x`."""
 
 
 def train(
@@ -46,10 +45,10 @@ def train(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DiT:
-    """A model on torch's CPU that draws what its prompt says; the same one for the same seed.
+    """Train a model on torch's CPU to draw the shape of its prompt; the same for the same seed.
 
     config: needs two channels and a vocabulary beyond the number of shapes; default: DiTConfig().
-    progress: called with ``(iterations done, iterations in all, what the loss is)`` after each.
+    progress: called with ``(iterations done, iterations in all, the loss in words)`` after each.
 
     Raises: ValueError.
     """
@@ -58,6 +57,7 @@ def train(
     backend, rng = get_backend("torch:cpu"), np.random.default_rng(seed)
     model = DiT.random(config, backend, seed)
     tensors: dict[str, NativeArray] = dict(model.weights)
+    # The model's own tensors: it sees every change that the optimizer makes to them.
     parameters = [weight.requires_grad_() for weight in tensors.values()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     for done in range(iterations):
@@ -77,24 +77,27 @@ def train(
 def draw_examples(
     rng: np.random.Generator, config: DiTConfig, backend: Backend, count: int
 ) -> Examples:
-    """Random samples at random times, one prompt in ten of them empty."""
+    """Draw random samples at random times, one prompt in ten of them empty.
+
+    Guidance needs a model that knows the empty prompt, too.
+    """
     ids = rng.integers(1, len(FAMILIES) + 1, count)
     data = shapes(rng, ids, config.tokens)
     noise = rng.normal(size=data.shape)
     t = 1 / (1 + np.exp(-rng.normal(size=count)))  # most often in the middle, as SD3 is trained
     x = data + t[:, None, None] * (noise - data)
-    read = np.where(rng.random(count) < EMPTY_PROMPTS, 0, ids)
+    prompt_ids = np.where(rng.random(count) < EMPTY_PROMPTS, 0, ids)
     put = backend.from_host
     return Examples(
         x=put(x, "float32"),
         t=put(t, "float32"),
-        prompt=put(prompt_tokens(read, config.text_tokens)),
+        prompt=put(prompt_tokens(prompt_ids, config.text_tokens)),
         velocity=put(noise - data, "float32"),
     )
 
 
 def flow_loss(model: DiT, examples: Examples) -> NativeArray:
-    """Mean square of what the model's velocity is off by: a float32 scalar."""
+    """Return the mean square error of the velocity: a float32 scalar."""
     x, t, prompt, velocity = examples
     error = model(x, t, prompt) - velocity
     return model.backend.xp.mean(error * error)
@@ -102,7 +105,7 @@ def flow_loss(model: DiT, examples: Examples) -> NativeArray:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """More gain so small a model little, cost it much on shared cores, and change its bits."""
+    """Run torch on one thread: more gain little here, cost much on shared cores, change bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,7 +115,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _learning_rate(done: int, iterations: int) -> float:
-    """Rises for a few iterations, then falls to nothing along a cosine."""
+    """Return the rate of an iteration: it rises for a few, then falls to nothing along a cosine."""
+    # Warmed up, because AdamW's estimates are poor in the first iterations.
     falling = 0.5 + 0.5 * math.cos(math.pi * done / iterations)
     return LEARNING_RATE * min(1.0, (done + 1) / WARMUP) * falling
 

@@ -1,40 +1,41 @@
-"""Any array-API library: its standard wants an index for every axis."""
+"""Libraries of the array API standard: an index needs a part for every axis."""
 
 from __future__ import annotations
 
-from kvcache.bench.harness.contest import RAW, RAW_VIEWS, Cell, Contestant, Framework, stepping
-from kvcache.bench.step.case import Decoding
+from kvcache.backends.arrays import NativeArray
+from kvcache.bench.harness.contest import Case, Loop
+
+from .base import Framework, at_last_positions
 
 
 class ArrayApiFramework(Framework):
     """Writes in place by assigning to a slice, as the standard has it."""
 
-    def raw(self, cell: Cell) -> Contestant:
-        keys, values = cell.history()
-        k, v = cell.token(), cell.token()
+    def raw(self, case: Case) -> Loop:
+        keys, values = case.history()
+        k, v = case.token(), case.token()
 
         def run(steps: int) -> None:
-            for p in range(cell.capacity - steps, cell.capacity):
+            for p in range(case.tokens - steps, case.tokens):
                 keys[:, :, p : p + 1, :] = k
                 values[:, :, p : p + 1, :] = v
 
-        return Contestant(RAW, run)
+        return run
 
-    def raw_views(self, cell: Cell) -> Contestant:
-        keys, values = cell.history()
-        k, v = cell.token(), cell.token()
+    def raw_views(self, case: Case) -> Loop:
+        keys, values = case.history()
+        k, v = case.token(), case.token()
 
         def run(steps: int) -> None:
-            for p in range(cell.capacity - steps, cell.capacity):
+            for p in range(case.tokens - steps, case.tokens):
                 keys[:, :, p : p + 1, :] = k
                 values[:, :, p : p + 1, :] = v
                 _ = keys[:, :, : p + 1, :], values[:, :, : p + 1, :]
 
-        return Contestant(RAW_VIEWS, run)
+        return run
 
-    def raw_step(self, scene: Decoding) -> Contestant:
-        layers = scene.history()
-        k, v = scene.token(), scene.token()
+    def raw_step(self, case: Case, layers: list[tuple[NativeArray, NativeArray]]) -> Loop:
+        k, v = case.token(), case.token()
 
         def step(p: int) -> None:
             for keys, values in layers:
@@ -42,7 +43,7 @@ class ArrayApiFramework(Framework):
                 values[:, :, p : p + 1, :] = v
                 _ = keys[:, :, : p + 1, :], values[:, :, : p + 1, :]
 
-        return stepping(scene, step)
+        return at_last_positions(case, step)
 
 
 FRAMEWORK = ArrayApiFramework()

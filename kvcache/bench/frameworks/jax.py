@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import jax
 import numpy as np
@@ -11,15 +12,14 @@ from jax import lax
 
 from kvcache.backends.arrays import NativeArray
 from kvcache.bench.harness.contest import (
-    RAW,
-    Cell,
+    Case,
     Contestant,
-    Factory,
-    Framework,
+    Factories,
+    Loop,
     UnavailableError,
-    stepping,
 )
-from kvcache.bench.step.case import Decoding
+
+from .base import Framework, at_last_positions
 
 PLAIN = "raw (plain jit)"
 # On CPU, XLA would convert a whole buffer of these dtypes to float32 to write one token.
@@ -30,26 +30,31 @@ _COPY_ONLY = {
     )
 }
 
+Write: TypeAlias = Callable[[jax.Array, jax.Array, np.int32], jax.Array]
+"""A buffer, consumed, with a token written at a position."""
+
 
 class JaxFramework(Framework):
-    """A step is over when its arrays are ready, as when attention comes next."""
+    """Donated writes. A step is over when its arrays are ready, as when attention comes next."""
 
     lazy: ClassVar[bool] = True
 
-    def finish(self, arrays: tuple[NativeArray, ...]) -> None:
+    def finish(self, arrays: tuple[object, ...]) -> None:
         jax.block_until_ready(arrays)
 
-    def factories(self) -> dict[str, Factory]:
-        return {**super().factories(), PLAIN: self.plain}
+    def others(self) -> Factories[Case]:
+        return {PLAIN: self.plain}
 
-    def raw(self, cell: Cell) -> Contestant:
-        return Contestant(RAW, self._writing(cell, _writer_for(cell)))
+    def raw(self, case: Case) -> Loop:
+        return self._writes(case, _write_for(case))
 
-    def raw_step(self, scene: Decoding) -> Contestant:
-        """Whole buffers are attended to: no views."""
-        write, finish = _writer_for(scene), self.finish
-        layers = scene.history()
-        k, v = scene.token(), scene.token()
+    def raw_views(self, case: Case) -> Loop:
+        raise UnavailableError("a slice is a copy in JAX; what raw returns is attended to whole")
+
+    def raw_step(self, case: Case, layers: list[tuple[NativeArray, NativeArray]]) -> Loop:
+        """Write in all layers; whole buffers are attended to, so there are no views to take."""
+        write, finish = _write_for(case), self.finish
+        k, v = case.token(), case.token()
 
         def step(p: int) -> None:
             at = np.int32(p)
@@ -57,25 +62,23 @@ class JaxFramework(Framework):
                 layers[i] = write(keys, k, at), write(values, v, at)
             finish(tuple(layers))
 
-        return stepping(scene, step)
+        return at_last_positions(case, step)
 
-    def raw_views(self, cell: Cell) -> Contestant:
-        raise UnavailableError("a slice is a copy in JAX; what raw returns is attended to whole")
+    def plain(self, case: Case) -> Contestant:
+        """Make the raw call as most code has it, without the compiler option for O(token)."""
+        if not _converts(case):
+            raise UnavailableError(f"the same as raw for {case.dtype} on {case.backend.device}")
+        return Contestant(PLAIN, self._writes(case, _write()))
 
-    def plain(self, cell: Cell) -> Contestant:
-        """The same without the compiler option that makes it O(1): what one finds in most code."""
-        if not _converts(cell):
-            raise UnavailableError(f"the same as raw for {cell.dtype} on {cell.backend.device}")
-        return Contestant(PLAIN, self._writing(cell, _writer()))
-
-    def _writing(self, cell: Cell, write: Any) -> Any:
+    def _writes(self, case: Case, write: Write) -> Loop:
+        """Return a loop over `write` for K and V, waiting for both in every step."""
         finish = self.finish
-        keys, values = cell.history()
-        k, v = cell.token(), cell.token()
+        keys, values = case.history()
+        k, v = case.token(), case.token()
 
         def run(steps: int) -> None:
             nonlocal keys, values
-            for p in range(cell.capacity - steps, cell.capacity):
+            for p in range(case.tokens - steps, case.tokens):
                 keys = write(keys, k, np.int32(p))
                 values = write(values, v, np.int32(p))
                 finish((keys, values))
@@ -83,21 +86,24 @@ class JaxFramework(Framework):
         return run
 
 
-def _converts(cell: Cell | Decoding) -> bool:
-    return cell.backend.device.startswith("cpu") and cell.dtype in _NORMALIZED
+def _converts(case: Case) -> bool:
+    """Whether XLA, left alone, converts the whole buffer for each write."""
+    return case.backend.device.startswith("cpu") and case.dtype in _NORMALIZED
 
 
-def _writer_for(cell: Cell | Decoding) -> Any:
-    """The writer that costs what it writes, whatever the dtype."""
-    return _writer(tuple(_COPY_ONLY.items())) if _converts(cell) else _writer()
+def _write_for(case: Case) -> Write:
+    """Return the writer at a cost of O(token), whatever the dtype."""
+    return _write(tuple(_COPY_ONLY.items())) if _converts(case) else _write()
 
 
+# One program for all contestants: each would otherwise compile its own.
 @cache
-def _writer(options: tuple[tuple[str, str], ...] = ()) -> Any:
-    def write(buffer: NativeArray, update: NativeArray, position: NativeArray) -> NativeArray:
+def _write(options: tuple[tuple[str, str], ...] = ()) -> Write:
+    def write(buffer: jax.Array, update: jax.Array, position: np.int32) -> jax.Array:
         return lax.dynamic_update_slice(buffer, update, (0, 0, position, 0))
 
-    return jax.jit(write, donate_argnums=0, compiler_options=dict(options) or None)
+    compiled: Write = jax.jit(write, donate_argnums=0, compiler_options=dict(options) or None)
+    return compiled
 
 
 FRAMEWORK = JaxFramework()

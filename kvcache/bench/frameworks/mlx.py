@@ -2,75 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import ClassVar
 
 import mlx.core as mx
 
-from kvcache.backends.arrays import NativeArray
 from kvcache.bench.harness.contest import (
-    RAW,
-    RAW_VIEWS,
-    Cell,
+    Case,
     Contestant,
-    Factory,
-    Framework,
+    Factories,
+    Loop,
     UnavailableError,
 )
+
+from .base import Framework
 
 PEER = "mlx-lm KVCache"
 ROTATING_PEER = "mlx-lm RotatingKVCache"
 
 
 class MlxFramework(Framework):
-    """A step is over when its arrays are evaluated, as when attention comes next."""
+    """Lazy writes. A step is over when its arrays are evaluated, as when attention comes next."""
 
     lazy: ClassVar[bool] = True
 
-    def finish(self, arrays: tuple[NativeArray, ...]) -> None:
+    def finish(self, arrays: tuple[object, ...]) -> None:
         mx.eval(*arrays)
 
-    def factories(self) -> dict[str, Factory]:
-        peers: dict[str, Factory] = {PEER: self.peer, ROTATING_PEER: self.rotating_peer}
-        return {**super().factories(), **peers}
+    def others(self) -> Factories[Case]:
+        return {PEER: self.peer, ROTATING_PEER: self.rotating_peer}
 
-    def raw(self, cell: Cell) -> Contestant:
-        keys, values = cell.history()
-        k, v = cell.token(), cell.token()
+    def raw(self, case: Case) -> Loop:
+        keys, values = case.history()
+        k, v = case.token(), case.token()
 
         def run(steps: int) -> None:
-            for p in range(cell.capacity - steps, cell.capacity):
+            for p in range(case.tokens - steps, case.tokens):
                 keys[:, :, p : p + 1] = k
                 values[:, :, p : p + 1] = v
                 mx.eval(keys, values)
 
-        return Contestant(RAW, run)
+        return run
 
-    def raw_views(self, cell: Cell) -> Contestant:
-        keys, values = cell.history()
-        k, v = cell.token(), cell.token()
+    def raw_views(self, case: Case) -> Loop:
+        keys, values = case.history()
+        k, v = case.token(), case.token()
 
         def run(steps: int) -> None:
-            for p in range(cell.capacity - steps, cell.capacity):
+            for p in range(case.tokens - steps, case.tokens):
                 keys[:, :, p : p + 1] = k
                 values[:, :, p : p + 1] = v
+                # Not kept in a variable: a view that is alive makes the next write copy all.
                 mx.eval(keys[:, :, : p + 1], values[:, :, : p + 1])
 
-        return Contestant(RAW_VIEWS, run)
+        return run
 
-    def peer(self, cell: Cell) -> Contestant:
-        """mlx-lm's growing cache, nearly full."""
-        cache = _mlx_lm().KVCache()
-        self.finish(cache.update_and_fetch(*cell.history()))
-        return Contestant(PEER, self.appending(cell, cache.update_and_fetch), cache.trim)
+    def peer(self, case: Case) -> Contestant:
+        """Make mlx-lm's growing cache, nearly full."""
+        cache = _mlx_lm_caches().KVCache()
+        self.finish(cache.update_and_fetch(*case.history()))
+        return Contestant(PEER, self.updates(case, cache.update_and_fetch), cache.trim)
 
-    def rotating_peer(self, cell: Cell) -> Contestant:
-        """mlx-lm's ring, full."""
-        cache = _mlx_lm().RotatingKVCache(max_size=cell.capacity)
-        self.finish(cache.update_and_fetch(*cell.history()))
-        return Contestant(ROTATING_PEER, self.appending(cell, cache.update_and_fetch))
+    def rotating_peer(self, case: Case) -> Contestant:
+        """Make mlx-lm's ring, full."""
+        cache = _mlx_lm_caches().RotatingKVCache(max_size=case.tokens)
+        self.finish(cache.update_and_fetch(*case.history()))
+        return Contestant(ROTATING_PEER, self.updates(case, cache.update_and_fetch))
 
 
-def _mlx_lm() -> Any:
+def _mlx_lm_caches() -> ModuleType:
     try:
         from mlx_lm.models import cache
     except ImportError as error:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from kvcache.bench.harness.contest import (
-    MEMMOVE,
-    Cell,
+    Case,
     Contestant,
-    Factory,
-    Framework,
+    Factories,
     Loop,
     UnavailableError,
 )
+
+from .base import Framework
 
 DYNAMIC = "transformers DynamicCache"
 STATIC = "transformers StaticCache"
@@ -27,28 +29,29 @@ class TorchFramework(Framework):
     def scope(self) -> AbstractContextManager[object]:
         return torch.inference_mode()
 
-    def factories(self) -> dict[str, Factory]:
-        return {**super().factories(), STATIC: self.static, DYNAMIC: self.dynamic}
+    def others(self) -> Factories[Case]:
+        return {STATIC: self.static, DYNAMIC: self.dynamic}
 
-    def memmove(self, cell: Cell) -> Contestant:
-        if cell.backend.device == "cpu":
-            return super().memmove(cell)
-        keys, values = (cell.zeros(cell.capacity).flatten() for _ in range(2))
-        k, v = (cell.token().flatten() for _ in range(2))
+    def memmove(self, case: Case) -> Loop:
+        if case.backend.device == "cpu":
+            return super().memmove(case)
+        # On a device: copies between flat buffers there.
+        keys, values = (array.flatten() for array in case.history())
+        k, v = (case.token().flatten() for _ in range(2))
 
         def run(steps: int) -> None:
-            for p in range(cell.capacity - steps, cell.capacity):
+            for p in range(case.tokens - steps, case.tokens):
                 keys[p * k.numel() : (p + 1) * k.numel()].copy_(k)
                 values[p * v.numel() : (p + 1) * v.numel()].copy_(v)
 
-        return Contestant(MEMMOVE, run)
+        return run
 
-    def static(self, cell: Cell) -> Contestant:
-        """transformers' preallocated cache, nearly full, of one layer."""
+    def static(self, case: Case) -> Contestant:
+        """Make transformers' preallocated cache, nearly full, of one layer."""
         transformers = _transformers()
         config = transformers.LlamaConfig(num_hidden_layers=1)
-        cache = transformers.StaticCache(config=config, max_cache_len=cell.capacity)
-        cache.update(*cell.history(), 0)
+        cache = transformers.StaticCache(config=config, max_cache_len=case.tokens)
+        cache.update(*case.history(), 0)
         try:
             length = cache.layers[0].cumulative_length
         except AttributeError as error:
@@ -56,26 +59,27 @@ class TorchFramework(Framework):
                 f"transformers {transformers.__version__} keeps the position elsewhere. "
                 "pip install 'transformers>=5'"
             ) from error
-        return Contestant(STATIC, _appending(cell, cache), length.sub_)
+        # The cache cannot be trimmed; but its next position is a tensor, which can be counted back.
+        return Contestant(STATIC, _updates(case, cache.update), length.sub_)
 
-    def dynamic(self, cell: Cell) -> Contestant:
-        """transformers' default cache, of one layer: it concatenates."""
+    def dynamic(self, case: Case) -> Contestant:
+        """Make transformers' default cache, of one layer: it concatenates."""
         transformers = _transformers()
         cache = transformers.DynamicCache()
-        cache.update(*cell.history(), 0)
+        cache.update(*case.history(), 0)
 
         def rewind(_: int) -> None:
-            grown = cache.get_seq_length() - cell.capacity
+            grown = cache.get_seq_length() - case.tokens
             if grown > 0:
                 # Leaves views; the untimed step that comes first makes whole arrays of them.
                 cache.crop(-grown)
 
-        return Contestant(DYNAMIC, _appending(cell, cache), rewind)
+        return Contestant(DYNAMIC, _updates(case, cache.update), rewind)
 
 
-def _appending(cell: Cell, cache: Any) -> Loop:
-    k, v = cell.token(), cell.token()
-    update = cache.update
+def _updates(case: Case, update: Callable[[Tensor, Tensor, int], object]) -> Loop:
+    """Return a loop over the update of a cache of transformers, in its only layer."""
+    k, v = case.token(), case.token()
 
     def run(steps: int) -> None:
         for _ in range(steps):
@@ -84,7 +88,7 @@ def _appending(cell: Cell, cache: Any) -> Loop:
     return run
 
 
-def _transformers() -> Any:
+def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:

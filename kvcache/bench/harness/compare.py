@@ -1,38 +1,20 @@
-"""Contests on backends and dtypes: who takes part, and who cannot."""
+"""Comparisons on one backend and dtype: contestants are made, timed in turns, or excused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import product
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeVar
 
-from kvcache.backends import HOST_DTYPES, Backend
+from kvcache.backends import HOST_DTYPES
 from kvcache.errors import DTypeError
 
-from .contest import Contestant, Framework, UnavailableError, framework_of
+from .contest import AnyCase, Contestant, Factories, UnavailableError
 from .report import Skipped
-from .timing import Blocks, interleave
+from .timing import TimedBlocks, interleave
 
-
-class Scene(Protocol):
-    """What all contestants have in common in one place."""
-
-    @property
-    def backend(self) -> Backend:
-        """Whose arrays they handle."""
-
-    @property
-    def dtype(self) -> str:
-        """Of keys and values."""
-
-    @property
-    def max_steps(self) -> int:
-        """Longest block of steps."""
-
-
-S = TypeVar("S", bound=Scene)
 T = TypeVar("T")
-Factories: TypeAlias = Mapping[str, Callable[[S], Contestant]]
 
 
 def check_dtypes(dtypes: Sequence[str]) -> None:
@@ -43,43 +25,45 @@ def check_dtypes(dtypes: Sequence[str]) -> None:
 
 
 def compare(
-    scenes: Sequence[S],
-    factories: Callable[[Framework], Factories[S]],
-    record: Callable[[S, str, Blocks], T],
+    cases: Sequence[AnyCase],
+    factories: Factories[AnyCase],
+    scope: AbstractContextManager[object],
+    record: Callable[[AnyCase, str, TimedBlocks], T],
     rounds: int,
     tick: Callable[[], None],
 ) -> tuple[list[T], list[Skipped]]:
-    """Time everyone on one backend and dtype, in every scene; who is missing, and why.
+    """Time every contestant in every case; return the timings, and the absent with reasons.
 
-    factories: all contestants by name. record: what to note of one of them in a scene.
+    cases: of one backend and dtype. scope: is entered while contestants are made and timed.
+    record: makes a timing of a case, the name of a contestant and its blocks.
+    tick: called as by :func:`interleave`, also where nothing can be timed.
     """
-    backend, dtype = scenes[0].backend, scenes[0].dtype
+    backend, dtype = cases[0].backend, cases[0].dtype
     if dtype not in backend.dtypes:
-        for _ in range(rounds + 1):
+        for _ in range(rounds + 1):  # a bar that shows progress must not stand still
             tick()
         return [], [Skipped(backend.spec, dtype, "", f"{backend.name} has no {dtype}")]
-    framework = framework_of(backend)
-    with framework.scope():
-        entries, missing = _entries(scenes, factories(framework))
-        contestants = [(entry, scene.max_steps) for scene, entry in entries]
-        found = interleave(contestants, rounds, backend.sync, tick)
+    with scope:
+        entries, missing = _entries(cases, factories)
+        contestants = [(entry, case.max_steps) for case, entry in entries]
+        timed = interleave(contestants, rounds, backend.sync, tick)
     timings = [
-        record(scene, entry.name, blocks)
-        for (scene, entry), blocks in zip(entries, found, strict=True)
+        record(case, entry.name, blocks)
+        for (case, entry), blocks in zip(entries, timed, strict=True)
     ]
     skipped = [Skipped(backend.spec, dtype, name, reason) for name, reason in missing.items()]
     return timings, skipped
 
 
 def _entries(
-    scenes: Sequence[S], factories: Factories[S]
-) -> tuple[list[tuple[S, Contestant]], dict[str, str]]:
-    """Those who take part in every scene, and the reasons of the others."""
-    entries: list[tuple[S, Contestant]] = []
+    cases: Sequence[AnyCase], factories: Factories[AnyCase]
+) -> tuple[list[tuple[AnyCase, Contestant]], dict[str, str]]:
+    """Make every contestant in every case; return them, and by name the reasons of the absent."""
+    entries: list[tuple[AnyCase, Contestant]] = []
     missing: dict[str, str] = {}
-    for scene, (name, make) in product(scenes, factories.items()):
+    for case, (name, make) in product(cases, factories.items()):
         try:
-            entries.append((scene, make(scene)))
+            entries.append((case, make(case)))
         except UnavailableError as error:
             missing[name] = str(error)
     return entries, missing

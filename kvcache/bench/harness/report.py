@@ -1,4 +1,4 @@
-"""What every benchmark writes down: plain records that go to JSON and come back."""
+"""Reports of benchmarks: plain records, written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import os
 import platform
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
+from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+JSON: TypeAlias = dict[str, object]
+"""An object of a JSON file."""
+Place: TypeAlias = int | tuple[int, int]
+"""A point of a comparison within one backend and dtype: a capacity, or sequences and tokens."""
+
 _LIBRARIES = ("diffusers", "jax", "mlx", "mlx_lm", "numpy", "torch", "transformers")
 
 
-class Measured:
-    """Microseconds per step in every round."""
+class MeasuredTiming:
+    """Microseconds per step in every round; a subclass is a frozen dataclass."""
 
     rounds_us: tuple[float, ...]
 
@@ -34,14 +41,15 @@ class Measured:
     @property
     def quartiles(self) -> tuple[float, float]:
         """Microseconds per step of the first and the third quarter of the rounds."""
+        # A slow contestant has a turn in every tenth round only: one value has no quantiles.
         if len(self.rounds_us) < 2:
             return self.us, self.us
         low, _, high = quantiles(self.rounds_us, n=4, method="inclusive")
         return low, high
 
 
-class Placed(Measured):
-    """One contestant on one backend and dtype, at one of the places that a contest has."""
+class ComparedTiming(MeasuredTiming):
+    """One contestant on one backend and dtype, at one of the places of a comparison."""
 
     backend: str
     dtype: str
@@ -49,13 +57,13 @@ class Placed(Measured):
 
     @property
     @abstractmethod
-    def place(self) -> Any:
-        """What is varied within a backend and dtype; places have an order."""
+    def place(self) -> Place:
+        """The quantity varied within a backend and dtype; the places of a report have an order."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """What did not take part, and why. An empty `contestant` stands for all of them."""
+    """An absent contestant, and the reason. An empty `contestant` stands for all of them."""
 
     backend: str
     dtype: str
@@ -64,19 +72,19 @@ class Skipped:
 
 
 class Judged(Protocol):
-    """A target and what was measured for it."""
-
-    @property
-    def rule(self) -> str:
-        """What is bounded."""
+    """A target and the figure measured for it; a dataclass, because reports write it down."""
 
     @property
     def heading(self) -> str:
-        """What targets are listed under."""
+        """Heading of the group in which a table lists the target."""
+
+    @property
+    def rule(self) -> str:
+        """The bounded quantity, in words."""
 
     @property
     def at(self) -> str:
-        """Where the figure was measured."""
+        """The circumstances of the measurement, in words."""
 
     @property
     def measured(self) -> float:
@@ -84,16 +92,16 @@ class Judged(Protocol):
 
     @property
     def bound(self) -> str:
-        """What it has to keep to."""
+        """The limit, in words."""
 
     @property
     def passed(self) -> bool:
-        """Whether it does."""
+        """Whether the figure keeps to the limit."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A bound, and what was measured."""
+    """A target and the figure measured for it, where nothing else needs to be known."""
 
     heading: str
     rule: str
@@ -103,81 +111,90 @@ class Judgement:
     passed: bool
 
 
-class Report:
-    """Timings with the circumstances; a subclass is a frozen dataclass.
+AnyTiming_co = TypeVar("AnyTiming_co", bound=MeasuredTiming, covariant=True)
+
+
+class Report(Generic[AnyTiming_co]):
+    """Timings and their circumstances; a subclass is a frozen dataclass.
 
     format: name and version of its files. timing: class of its timings.
     """
 
     format: ClassVar[str]
-    timing: ClassVar[type[Any]]
+    timing: ClassVar[Callable[..., MeasuredTiming]]
     rounds: int
     machine: str
     versions: dict[str, str]
-    timings: tuple[Any, ...]
+    timings: tuple[AnyTiming_co, ...]
 
     @property
-    def verdicts(self) -> Sequence[Any]:
-        """The project's targets: what was measured, and whether it holds."""
+    def verdicts(self) -> Sequence[Judged]:
+        """Targets of the project with the figures measured, and whether these keep to them."""
         return ()
 
     @abstractmethod
     def to_table(self) -> RenderableType:
-        """Timings, targets and whoever was skipped, for a rich console."""
+        """Return timings, targets and absent contestants, for a rich console."""
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write everything measured, with what follows from it, to a JSON file."""
+        """Write everything measured, and the figures derived from it, to a JSON file."""
         Path(path).write_text(json.dumps(self._record(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Self:
-        """The report that :meth:`to_json` wrote.
+        """Read a report written by :meth:`to_json`.
 
         Raises: ValueError if `path` holds something else.
         """
-        record: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("format") != cls.format:
             raise ValueError(f"from_json reads reports of the format {cls.format}; got {path}.")
+        # JSON turns tuples to lists, which would make two equal reports differ.
         timings = tuple(
-            cls.timing(**{**_given(cls.timing, entry), "rounds_us": tuple(entry["rounds_us"])})
+            _built(cls.timing, {**entry, "rounds_us": tuple(entry["rounds_us"])})
             for entry in record["timings"]
         )
-        skipped = {"skipped": tuple(Skipped(**entry) for entry in record.get("skipped", ()))}
-        return cls(**{**_given(cls, record), "timings": timings, **_given(cls, skipped)})
+        skipped = tuple(Skipped(**entry) for entry in record.get("skipped", ()))
+        return _built(cls, {**record, "timings": timings, "skipped": skipped})
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> JSON:
         return {
             "format": self.format,
-            **asdict(self),  # type: ignore[call-overload]
-            "timings": [self._timing_record(timing) for timing in self.timings],
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            **as_record(self),
+            "timings": self._timing_records(),
+            "verdicts": [as_record(verdict) for verdict in self.verdicts],
         }
 
-    def _timing_record(self, timing: Any) -> dict[str, Any]:
-        """A timing, and what readers would compute from it."""
-        return {**asdict(timing), "us": timing.us, "quartiles_us": timing.quartiles}
+    def _timing_records(self) -> list[JSON]:
+        """Return each timing, and the figures derived from it."""
+        return [
+            {**as_record(timing), "us": timing.us, "quartiles_us": timing.quartiles}
+            for timing in self.timings
+        ]
 
 
-T = TypeVar("T", bound=Placed)
+T = TypeVar("T")
+AnyCompared_co = TypeVar("AnyCompared_co", bound=ComparedTiming, covariant=True)
 
 
-class Comparison(Report, Generic[T]):
+class Comparison(Report[AnyCompared_co], Generic[AnyCompared_co]):
     """Contestants beside each other, by backend, dtype and place."""
 
     against: ClassVar[tuple[str, ...]]
-    """Whom all the others are compared with."""
-    timings: tuple[T, ...]
+    """Contestants with which all the others are compared."""
 
     @cached_property
-    def _index(self) -> dict[tuple[Any, ...], T]:
+    def _index(self) -> dict[tuple[str, str, Place, str], AnyCompared_co]:
         return {(t.backend, t.dtype, t.place, t.contestant): t for t in self.timings}
 
-    def find(self, backend: str, dtype: str, place: Any, contestant: str) -> T | None:
-        """The timing of that contestant, None if it did not take part."""
+    def find(
+        self, backend: str, dtype: str, place: Place, contestant: str
+    ) -> AnyCompared_co | None:
+        """Return the timing of one contestant; None if it did not take part."""
         return self._index.get((backend, dtype, place, contestant))
 
-    def ratio(self, timing: T, to: str) -> float | None:
-        """Median of `timing` over that of the contestant `to` beside it."""
+    def ratio(self, timing: ComparedTiming, to: str) -> float | None:
+        """Divide the median of `timing` by the median of contestant `to` at the same place."""
         other = self.find(timing.backend, timing.dtype, timing.place, to)
         return timing.us / other.us if other else None
 
@@ -186,37 +203,47 @@ class Comparison(Report, Generic[T]):
         """Backends and dtypes, in the order of measurement."""
         return list(dict.fromkeys((timing.backend, timing.dtype) for timing in self.timings))
 
-    @property
-    def places(self) -> list[Any]:
-        """Places measured, ascending."""
-        return sorted({timing.place for timing in self.timings})
-
-    def contestants(self, backend: str, dtype: str) -> dict[str, list[T]]:
-        """Timings, by ascending place, of everyone who took part there."""
-        found: dict[str, list[T]] = {}
-        for timing in sorted(self.timings, key=lambda timing: timing.place):
+    def contestants(self, backend: str, dtype: str) -> dict[str, list[AnyCompared_co]]:
+        """Return by contestant its timings on one backend and dtype, places ascending."""
+        by_name: dict[str, list[AnyCompared_co]] = {}
+        for timing in sorted(self.timings, key=attrgetter("place")):
             if (timing.backend, timing.dtype) == (backend, dtype):
-                found.setdefault(timing.contestant, []).append(timing)
-        return found
+                by_name.setdefault(timing.contestant, []).append(timing)
+        return by_name
 
-    def _timing_record(self, timing: T) -> dict[str, Any]:
-        ratios = {f"ratio_to_{other}": self.ratio(timing, other) for other in self.against}
-        return {**super()._timing_record(timing), **ratios}
+    def _timing_records(self) -> list[JSON]:
+        ratios = [
+            {f"ratio_to_{other}": self.ratio(timing, other) for other in self.against}
+            for timing in self.timings
+        ]
+        return [
+            {**record, **more}
+            for record, more in zip(super()._timing_records(), ratios, strict=True)
+        ]
 
 
-def _given(kind: type[Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `record` that `kind` is made from; the others follow from them."""
-    return {spec.name: record[spec.name] for spec in fields(kind) if spec.name in record}
+def as_record(entry: object) -> JSON:
+    """Return the fields of a dataclass instance by name."""
+    # The types above cannot say "dataclass": a Protocol is none, and typeshed's name is private.
+    if not is_dataclass(entry) or isinstance(entry, type):
+        raise TypeError(f"a record is made of a dataclass instance; got {entry!r}.")
+    return asdict(entry)
+
+
+def _built(make: Callable[..., T], record: Mapping[str, object]) -> T:
+    """Call `make` with its parameters out of `record`; files hold derived entries as well."""
+    return make(**{name: record[name] for name in signature(make).parameters if name in record})
 
 
 def this_machine() -> str:
-    """Where measurements are taken, in words."""
+    """Describe the machine, for the record of a measurement."""
     cores = os.cpu_count()
     return f"{platform.platform()}, {cores} CPUs, Python {platform.python_version()}"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that took part."""
+    """Return the versions of all libraries imported by now, by name of their module."""
+    # A library that was not imported took no part, installed or not.
     return {
         name: importlib.metadata.version(name.replace("_", "-"))
         for name in _LIBRARIES

@@ -1,8 +1,8 @@
-"""Times contestants against each other on a machine that does other things as well.
+"""Timing of contestants against each other, on a machine busy with other things as well.
 
-Every round runs each contestant for one short block of steps, in a new order. What disturbs
-the machine for longer than a block disturbs all of them, and what disturbs one block is an
-outlier that the median over the rounds ignores.
+Every round runs each contestant for one short block of steps, in a new order. A disturbance
+longer than a block hits all of them, and one that hits a single block is an outlier, which the
+median over the rounds ignores.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from time import perf_counter
 from .contest import Contestant
 
 Progress = Callable[[int, int, str], None]
-"""Called with the work done, all work, and what is being measured."""
+"""Called with the work done, all work, and a label for the work in hand."""
 
 BLOCK_MICROSECONDS = 500
-"""Aim for the length of a block: shorter than what disturbs it, longer than the clock notices."""
+"""Length to aim at for a block: shorter than a disturbance, longer than the clock's resolution."""
 SLOW_EVERY = 10
 """A contestant whose single step takes ten such blocks has a turn in every tenth round only."""
 
 
 @dataclass
-class Blocks:
-    """Blocks of one contestant. steps: of one block. us: microseconds per step of each."""
+class TimedBlocks:
+    """Blocks of one contestant. steps: of one block. us: microseconds per step of each block.
+
+    wait: returns once a device has done all queued work. every: rounds from one turn to the next.
+    """
 
     contestant: Contestant
     wait: Callable[[], None]
@@ -36,7 +39,7 @@ class Blocks:
     us: list[float] = field(default_factory=list)
 
     def time(self) -> float:
-        """Microseconds of one more block, not recorded."""
+        """Run one more block, not recorded; return its microseconds."""
         # The first steps find caches and allocators as others left them: not timed.
         lead = max(1, self.steps // 2)
         self.contestant.rewind(lead + self.steps)
@@ -49,16 +52,18 @@ class Blocks:
 
     def warm_up(self, limit: int) -> None:
         """Compile, touch memory, and choose the number of steps, `limit` at most."""
-        self.time()
+        self.time()  # compiles: says nothing about later blocks
         took = self.time()
+        # Doubled until a block lasts long enough for the clock, and half that long at the least.
         while self.steps < limit and took * 2 <= BLOCK_MICROSECONDS:
             self.steps = min(limit, self.steps * 2)
             took = self.time()
+        # Such blocks would make up most of a run; their medians need no more than a few.
         if took > BLOCK_MICROSECONDS * 10 and self.steps == 1:
             self.every = SLOW_EVERY
 
     def turn(self, number: int) -> None:
-        """Take part in that round, perhaps."""
+        """Record a block in round `number`, unless this contestant sits it out."""
         if number % self.every == 0:
             self.us.append(self.time() / self.steps)
 
@@ -69,22 +74,25 @@ class Blocks:
 
 
 def four_digits(us: Sequence[float]) -> tuple[float, ...]:
-    """Microseconds as reports keep them: more digits than that are noise."""
+    """Round microseconds to four significant digits: further ones are noise."""
     return tuple(float(f"{value:.4g}") for value in us)
 
 
 def ticks(
     progress: Progress | None, done: int, contests: int, rounds: int, label: str
 ) -> Callable[[], None]:
-    """What :func:`interleave` calls in one of several contests, told to whoever wants to know."""
-    each = rounds + 1
-    count = done * each
+    """Return the `tick` of one contest: it tells `progress` how far all contests have come.
+
+    done: contests before this one, of as many rounds. A contest ticks ``rounds + 1`` times.
+    """
+    ticks_per_contest = rounds + 1
+    count = done * ticks_per_contest
 
     def tick() -> None:
         nonlocal count
         count += 1
         if progress is not None:
-            progress(count, contests * each, label)
+            progress(count, contests * ticks_per_contest, label)
 
     return tick
 
@@ -94,30 +102,32 @@ def interleave(
     rounds: int,
     wait: Callable[[], None],
     tick: Callable[[], None],
-) -> list[Blocks]:
+) -> list[TimedBlocks]:
     """Time all contestants against each other, `rounds` blocks each.
 
     contestants: each with the longest block of steps that it may take. wait: returns once a
-    device has done what was queued. tick: called after the warm-up and after every round.
+    device has done all queued work. tick: called after the warm-up and after every round.
     """
-    blocks = [Blocks(contestant, wait) for contestant, _ in contestants]
-    for entry, (_, limit) in zip(blocks, contestants, strict=True):
+    entries = [TimedBlocks(contestant, wait) for contestant, _ in contestants]
+    for entry, (_, limit) in zip(entries, contestants, strict=True):
         entry.warm_up(limit)
     tick()
+    # The same orders in every run, so that two runs differ by what they measure only.
     shuffle = random.Random(0).shuffle  # noqa: S311 - an order of turns, no secret
-    turns = list(blocks)
+    turns = list(entries)
     with no_collection():
         for number in range(rounds):
+            # A fixed order would have each contestant find the caches of the same predecessor.
             shuffle(turns)
             for entry in turns:
                 entry.turn(number)
             tick()
-    return blocks
+    return entries
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Without the garbage collector, which would run in whichever block fills its quota."""
+    """Suspend the garbage collector: it would run in whichever block happens to fill its quota."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

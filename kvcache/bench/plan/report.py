@@ -1,4 +1,4 @@
-"""What planning a pass costs, and what this project promises about it."""
+"""The report of planning passes, and the promises of this project about its cost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from kvcache.bench.harness.report import Measured, Report
+from kvcache.bench.harness.report import MeasuredTiming, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 POOL_LIMIT = 1.2
-"""How many times as much planning may cost in a pool of ten times as many cells."""
+"""Times as much as planning may cost in a pool of ten times as many cells."""
 
 
 class Load(NamedTuple):
@@ -25,33 +25,35 @@ class Load(NamedTuple):
 
     @property
     def label(self) -> str:
-        """In words."""
+        """The load in words."""
         return f"{self.sequences} x {self.capacity:,} cells, {self.used:,} used"
 
 
 class Bounds(NamedTuple):
-    """Microseconds that a pass may take at most; None: not judged. go: what the original takes."""
+    """Most microseconds for planning a pass, without and with the mask.
+
+    None: not judged.
+    """
 
     plan: float
     mask: float | None
-    go: float
 
     def limit(self, mask: bool) -> float | None:
-        """Of planning, with or without the mask."""
+        """Return the bound with or without the mask."""
         return self.mask if mask else self.plan
 
 
 BOUNDS = {
-    Load(1, 8192, 8000): Bounds(plan=30, mask=None, go=28),
-    Load(64, 2048, 1500): Bounds(plan=150, mask=3_000, go=22_000),
-    Load(256, 2048, 1500): Bounds(plan=600, mask=60_000, go=620_000),
+    Load(1, 8192, 8000): Bounds(plan=30, mask=None),
+    Load(64, 2048, 1500): Bounds(plan=150, mask=3_000),
+    Load(256, 2048, 1500): Bounds(plan=600, mask=60_000),
 }
 LOADS = tuple(BOUNDS)
 
 
 @dataclass(frozen=True)
-class PlanTiming(Measured):
-    """Planning one pass. pool: how many times the cells its sequences need there are.
+class PlanTiming(MeasuredTiming):
+    """Planning one pass. pool: cells of the pool, as a multiple of its sequences' capacity.
 
     rounds_us: microseconds per pass in every round. steps: passes of one round.
     """
@@ -67,7 +69,7 @@ class PlanTiming(Measured):
 
     @property
     def load(self) -> Load:
-        """What is planned for."""
+        """The load planned for."""
         return Load(self.sequences, self.capacity, self.used)
 
     @property
@@ -78,7 +80,7 @@ class PlanTiming(Measured):
 
 @dataclass(frozen=True)
 class PlanVerdict:
-    """A bound on planning for `load`, and what was measured `at` which window and mask."""
+    """A bound on planning for `load`, and the figure measured `at` some window and mask."""
 
     load: str
     rule: str
@@ -94,10 +96,10 @@ class PlanVerdict:
 
 
 @dataclass(frozen=True)
-class PlanReport(Report):
+class PlanReport(Report[PlanTiming]):
     """Cost of planning one pass on the host, ``Batch`` included.
 
-    machine: where this was measured. versions: of the libraries that took part.
+    machine: on which this was measured. versions: of the libraries that took part.
     """
 
     format: ClassVar[str] = "kvcache.bench.plan/1"
@@ -113,12 +115,12 @@ class PlanReport(Report):
         return {(t.load, t.window, t.pool, t.mask): t for t in self.timings}
 
     def find(self, load: Load, window: int | None, pool: int, mask: bool) -> PlanTiming | None:
-        """That timing, None if it was not measured."""
+        """Return one timing; None if it was not measured."""
         return self._index.get((load, window, pool, mask))
 
     @property
     def loads(self) -> list[Load]:
-        """In the order of measurement."""
+        """The loads in the order of measurement."""
         return list(dict.fromkeys(timing.load for timing in self.timings))
 
     @property
@@ -130,6 +132,7 @@ class PlanReport(Report):
         ]
 
     def _bounded(self, load: Load) -> Iterator[PlanVerdict]:
+        """Judge the planners of a load, in the small pool, by its bounds."""
         for timing in self.timings:
             limit = BOUNDS[load].limit(timing.mask) if load in BOUNDS else None
             if (timing.load, timing.pool) == (load, 1) and limit is not None:
@@ -140,10 +143,11 @@ class PlanReport(Report):
                 )
 
     def _independent_of_pool(self, load: Load) -> Iterator[PlanVerdict]:
-        """The planner whose cost rises most with the pool."""
+        """Judge the planner with the steepest cost, from the small pool to the large one."""
         figures = []
         for timing in self.timings:
             small = self.find(load, timing.window, 1, timing.mask)
+            # Against the same window and mask: these change the cost by themselves.
             if timing.load == load and timing.pool > 1 and small:
                 at = f"{timing.visibility}{', mask' if timing.mask else ''}"
                 figures.append((timing.us / small.us, timing.pool, at))
@@ -153,6 +157,6 @@ class PlanReport(Report):
             yield PlanVerdict(load.label, f"{pool}x the cells", at, figure, bound, passed)
 
     def to_table(self) -> RenderableType:
-        from kvcache.bench.harness.tables import plan_tables
+        from .tables import plan_tables
 
         return plan_tables(self)

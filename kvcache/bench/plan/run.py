@@ -1,4 +1,4 @@
-"""What it costs on the host to plan a pass: which cells it writes and reads, who sees what.
+"""Measure the cost of planning a pass on the host: cells written and read, and visibility.
 
 The cache is on NumPy and has no layers to speak of, so that nothing but planning is measured.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from kvcache._checks import check_sizes
 from kvcache.bench.harness.contest import Contestant
 from kvcache.bench.harness.report import library_versions, this_machine
-from kvcache.bench.harness.timing import Blocks, Progress, interleave, ticks
+from kvcache.bench.harness.timing import Progress, TimedBlocks, interleave, ticks
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
 
@@ -22,7 +22,7 @@ from .report import LOADS, Load, PlanReport, PlanTiming
 ROUNDS = 101
 WINDOW = 1024
 LARGER = 10
-"""How many times as many cells the large pools have."""
+"""Times as many cells as the sequences need, in the large pools."""
 MAX_STEPS = 64
 _PROMPT = 2048
 """Tokens of one pass while a pool is filled."""
@@ -34,7 +34,7 @@ def run_plan(
     rounds: int = ROUNDS,
     progress: Progress | None = None,
 ) -> PlanReport:
-    """Measure ``Batch`` and ``start_forward`` of passes that decode a token of every sequence.
+    """Measure ``Batch`` and ``start_forward`` of passes over one new token per sequence.
 
     Each load is planned with and without a sliding window, with and without the dense mask, and
     in a pool of ten times as many cells. All of one load take turns in every round.
@@ -61,19 +61,20 @@ def run_plan(
 def _measured(
     load: Load, window: int, rounds: int, tick: Callable[[], None]
 ) -> Iterator[PlanTiming]:
-    servers = [Server(load, *how) for how in product((None, window), (1, LARGER))]
-    planners = list(product(servers, (False, True)))
+    """Time all planners of one load against each other."""
+    pools = [PlannedPool(load, *options) for options in product((None, window), (1, LARGER))]
+    planners = list(product(pools, (False, True)))
     limit = max(1, min(MAX_STEPS, load.used // 2))
-    contestants = [(server.contestant(mask), limit) for server, mask in planners]
-    found = interleave(contestants, rounds, lambda: None, tick)
-    for (server, mask), blocks in zip(planners, found, strict=True):
-        yield server.timing(mask, blocks)
+    contestants = [(pool.contestant(mask), limit) for pool, mask in planners]
+    timed = interleave(contestants, rounds, lambda: None, tick)  # no device to wait for
+    for (pool, mask), blocks in zip(planners, timed, strict=True):
+        yield pool.timing(mask, blocks)
 
 
-class Server:
-    """Sequences of a cache that are decoded together; the rest of a larger pool stays empty.
+class PlannedPool:
+    """A pool of sequences decoded together; the rest of a larger pool stays empty.
 
-    Without a window, rewinding removes what a block has added. With one, the sequences are longer
+    Without a window, rewinding removes the tokens of a block. With one, the sequences are longer
     than it, so that every token drops another, and they just go on.
     """
 
@@ -99,32 +100,32 @@ class Server:
         self.cache.put(np.zeros((1, len(positions), 1), np.int8))
 
     def contestant(self, mask: bool) -> Contestant:
-        """Steps of this server, as a contest wants them."""
+        """Return passes over this pool, with the dense mask or without, as a contestant."""
         name = "with mask" if mask else "without mask"
         return Contestant(name, self.plan_and_mask if mask else self.plan, self.rewind)
 
     def plan(self, steps: int) -> None:
-        """Plan so many passes."""
+        """Plan as many passes."""
         start_forward, sequences = self.cache.start_forward, self.sequences
         for position in range(self.position, self.position + steps):
             start_forward(Batch([position] * len(sequences), sequences))
         self.position += steps
 
     def plan_and_mask(self, steps: int) -> None:
-        """The same, and make the mask that the layers of each pass share."""
+        """Plan as many passes, and make the mask of each, shared by its layers."""
         for _ in range(steps):
             self.plan(1)
             self.cache.get()
 
     def rewind(self, steps: int) -> None:
-        """Go back, where that is possible."""
+        """Remove the last `steps` tokens; with a window, do nothing."""
         if self.window is None:
             self.position -= steps
             for sequence in self.sequences:
                 self.cache.remove(sequence, self.position)
 
-    def timing(self, mask: bool, blocks: Blocks) -> PlanTiming:
-        """What was measured of the planner with or without mask."""
+    def timing(self, mask: bool, blocks: TimedBlocks) -> PlanTiming:
+        """Return the timing of the planner with or without mask."""
         load = self.load
         return PlanTiming(
             load.sequences,

@@ -1,4 +1,4 @@
-"""What finding and evicting prefixes costs, and what this project promises about it."""
+"""The report of lookups and evictions of prefixes, and the promises of this project about them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcache.bench.harness.report import Judgement, Measured, Report
+from kvcache.bench.harness.report import Judgement, MeasuredTiming, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,19 +18,19 @@ EXTEND = "SpanIndex.extend"
 SHORT = "RadixTree.match, leaves early"
 LONG = "the same, longer"
 AT_LEAST = {MATCH: 400.0, INSERT: 110.0}
-"""Million tokens per second."""
+"""Million tokens per second, by operation."""
 LONGER_LIMIT = 1.5
-"""How many times as much a query may cost that is ten times as long behind where it leaves."""
+"""Times as much that a query may cost if it is ten times as long behind the point of leaving."""
 PAUSE_LIMIT = 5_000.0
-"""Microseconds that a single eviction may take."""
+"""Microseconds that a single eviction may take at most."""
 
 
 @dataclass(frozen=True)
-class PrefixTiming(Measured):
+class PrefixTiming(MeasuredTiming):
     """One operation. tokens: of a step, 0 for an eviction. steps: of one round.
 
-    rounds_us: microseconds per step in every round. longest_us: the longest single step of a round,
-    median over the rounds; None where steps were not timed one by one.
+    rounds_us: microseconds per step in every round. longest_us: the longest single step of a
+    round, median over the rounds; None where steps were not timed one by one.
     """
 
     name: str
@@ -46,10 +46,10 @@ class PrefixTiming(Measured):
 
 
 @dataclass(frozen=True)
-class PrefixReport(Report):
+class PrefixReport(Report[PrefixTiming]):
     """Costs of a radix tree, of the index of spans on it, and of evictions by every policy.
 
-    machine: where this was measured. versions: of the libraries that took part.
+    machine: on which this was measured. versions: of the libraries that took part.
     """
 
     format: ClassVar[str] = "kvcache.bench.prefix/1"
@@ -64,12 +64,12 @@ class PrefixReport(Report):
 
     @property
     def lookups(self) -> list[PrefixTiming]:
-        """What was measured in tokens."""
+        """Timings of operations on tokens."""
         return [timing for timing in self.timings if timing.tokens]
 
     @property
     def evictions(self) -> list[PrefixTiming]:
-        """What was measured of policies, by whose names they go."""
+        """Timings of evictions, each under the name of its policy."""
         return [timing for timing in self.timings if not timing.tokens]
 
     @property
@@ -86,10 +86,10 @@ class PrefixReport(Report):
                 )
 
     def _independent_of_length(self) -> Iterator[Judgement]:
-        found = {timing.name: timing for timing in self.lookups}
-        if SHORT in found and LONG in found:
-            figure = found[LONG].us / found[SHORT].us
-            at, bound = f"{found[LONG].tokens:,} tokens", f"<= {LONGER_LIMIT:g}x"
+        by_name = {timing.name: timing for timing in self.lookups}
+        if SHORT in by_name and LONG in by_name:
+            figure = by_name[LONG].us / by_name[SHORT].us
+            at, bound = f"{by_name[LONG].tokens:,} tokens", f"<= {LONGER_LIMIT:g}x"
             rule = "a longer query that leaves early"
             yield Judgement("length", rule, at, figure, bound, figure <= LONGER_LIMIT)
 
@@ -100,6 +100,6 @@ class PrefixReport(Report):
             yield Judgement("longest eviction", timing.name, at, longest, bound, passed)
 
     def to_table(self) -> RenderableType:
-        from kvcache.bench.harness.tables import prefix_tables
+        from .tables import prefix_tables
 
         return prefix_tables(self)

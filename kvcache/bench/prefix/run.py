@@ -1,7 +1,7 @@
-"""Measures what it costs to find the prefix of a request, to add to it, and to evict.
+"""Measure the cost of finding the prefix of a request, of adding to it, and of evicting.
 
-All on the host, with token ids alone: payloads are empty. Lookups are timed by the clock, one
-eviction at a time by what the thread has computed, so that nobody else is blamed on a policy.
+All on the host, with token ids alone: payloads are empty. Lookups are timed by the clock; single
+evictions by the CPU time of the thread, so that no policy is blamed for another process.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from .report import EXTEND, FOLLOW, INSERT, LONG, MATCH, SHORT, PrefixReport, Pr
 ROUNDS = 101
 PROMPTS, USERS = 20, 100
 PROMPT, SEQUENCE = 1024, 2048
-"""Tokens that the users of a prompt have in common, and tokens of each."""
+"""Tokens of a prompt, common to all its users, and of a whole sequence."""
 SPANS = 100_000
-"""Spans of which half are evicted."""
+"""Spans of an index, half of which are evicted."""
 EVICTION_ROUNDS = 3
-_LEAVES, _QUERIES = 100, (4_000, 40_000)  # where queries leave the tree, and how long they are
+"""Rounds of evictions at most: filling an index takes seconds."""
+_LEAVES, _QUERIES = 100, (4_000, 40_000)
+"""Position at which queries leave the tree, and their lengths."""
 _MAX_STEPS = 64
 Insert: TypeAlias = Callable[[Tokens], object]
+"""Puts one sequence into a tree or an index."""
 
 
 def run_prefix(
@@ -61,7 +64,7 @@ def run_prefix(
 
 
 def _ticks(progress: Progress | None, total: int) -> Callable[[str], None]:
-    """What is called with a label whenever another part of `total` is done."""
+    """Return a function to call with a label whenever another part of `total` is done."""
     done = 0
 
     def tick(label: str) -> None:
@@ -74,7 +77,7 @@ def _ticks(progress: Progress | None, total: int) -> Callable[[str], None]:
 
 
 def make_sequences(prompts: int, users: int) -> list[Tokens]:
-    """Sequences of int32 ids, those of a prompt's users alike in their first half; shuffled."""
+    """Make int32 sequences, shuffled; the users of one prompt have their first half in common."""
     ids = np.random.default_rng(0)
     heads = ids.integers(0, 50_000, (prompts, PROMPT), np.int32)
     tails = ids.integers(0, 50_000, (prompts * users, SEQUENCE - PROMPT), np.int32)
@@ -86,6 +89,7 @@ def make_sequences(prompts: int, users: int) -> list[Tokens]:
 def _looked_up(
     sequences: Sequence[Tokens], rounds: int, tick: Callable[[str], None]
 ) -> Iterator[PrefixTiming]:
+    """Time lookups and insertions against each other."""
     readers = Readers(sequences, sequences)
     short, long = (Readers(query_of(sequences[0], size), sequences[:1]) for size in _QUERIES)
     contestants = [
@@ -96,24 +100,25 @@ def _looked_up(
         (Contestant(SHORT, short.match), _QUERIES[0]),
         (Contestant(LONG, long.match), _QUERIES[1]),
     ]
-    limit = min(_MAX_STEPS, max(1, len(sequences) * 2 // 3))  # a block is led up to by half of it
-    found = interleave(
+    # An untimed lead of half a block comes first: writers must have sequences left for both.
+    limit = min(_MAX_STEPS, max(1, len(sequences) * 2 // 3))
+    timed = interleave(
         [(contestant, limit) for contestant, _ in contestants],
         rounds,
-        lambda: None,
+        lambda: None,  # no device to wait for
         lambda: tick("lookups"),
     )
-    for (contestant, tokens), blocks in zip(contestants, found, strict=True):
+    for (contestant, tokens), blocks in zip(contestants, timed, strict=True):
         yield PrefixTiming(contestant.name, tokens, blocks.steps, blocks.rounds_us)
 
 
 def query_of(tokens: Tokens, length: int) -> list[Tokens]:
-    """A query of that length that is like `tokens` at first, and then like nothing."""
+    """Make a query: `tokens` at first, and then an id unknown to all sequences."""
     return [np.concatenate([tokens[:_LEAVES], np.full(length - _LEAVES, -1, np.int32)])]
 
 
 class Readers:
-    """Queries in turn, of a tree and of an index in which all of `known` is kept."""
+    """Lookups of `queries` in turn, in a tree and in an index of all of `known`."""
 
     def __init__(self, queries: Sequence[Tokens], known: Sequence[Tokens]) -> None:
         self.tree: RadixTree[None] = RadixTree()
@@ -126,23 +131,24 @@ class Readers:
             keep(self.index, self.spans, tokens, self.now)
 
     def match(self, steps: int) -> None:
-        """Find so many queries in the tree."""
+        """Look up as many queries in the tree."""
         match = self.tree.match
         for tokens in islice(self._queries, steps):
             match(tokens)
 
     def follow_and_use(self, steps: int) -> None:
-        """Find so many in the index, which takes note of it."""
+        """Look up as many in the index, and mark the spans found as used."""
         index, spans, now = self.index, self.spans, self.now
         for tokens in islice(self._queries, steps):
             index.use(index.follow(spans, tokens), now)
+        # Policies order spans by the time of use: uses of one block count as one moment.
         self.now = now + 0.01
 
 
 def keep(
     index: SpanIndex[BlockPayload], tree: RadixTree[Span[BlockPayload]], tokens: Tokens, now: float
 ) -> None:
-    """Ask for `tokens`, and keep what was not there."""
+    """Look up `tokens`, and fill the spans not there yet."""
     spans = index.extend(tree, tokens)
     index.use(spans, now)
     for span in spans:
@@ -151,43 +157,43 @@ def keep(
 
 
 class Writers:
-    """Sequences, one after the other, into what is empty at first and whenever all are in it."""
+    """Insertions of `sequences` one by one; starts anew from `empty` when too few are left."""
 
     def __init__(self, name: str, sequences: Sequence[Tokens], empty: Callable[[], Insert]) -> None:
         self.name, self._sequences, self._empty = name, sequences, empty
         self._at, self._insert = 0, empty()
 
     def contestant(self) -> Contestant:
-        """As a contest wants it."""
+        """Return these insertions as a contestant."""
         return Contestant(self.name, self.insert, self.rewind)
 
     def insert(self, steps: int) -> None:
-        """Put in so many."""
+        """Insert as many."""
         insert = self._insert
         for tokens in self._sequences[self._at : self._at + steps]:
             insert(tokens)
         self._at += steps
 
     def rewind(self, steps: int) -> None:
-        """Begin anew where fewer are left than are to follow."""
+        """Start anew if fewer are left than `steps`; otherwise go on: nothing is taken out."""
         if self._at + steps > len(self._sequences):
             self._at, self._insert = 0, self._empty()
 
 
 def empty_tree() -> Insert:
-    """What inserts into a new tree."""
+    """Return the insertion into a new tree."""
     tree: RadixTree[None] = RadixTree()
     return tree.insert
 
 
 def empty_index() -> Insert:
-    """What inserts into a new tree of a new index."""
+    """Return the insertion into a new tree of a new index."""
     index: SpanIndex[BlockPayload] = SpanIndex(make_policy("lru"))
     return partial(index.extend, RadixTree())
 
 
 def _evicted(name: str, spans: int, repeats: int, tick: Callable[[str], None]) -> PrefixTiming:
-    """Evict half of so many spans, all leaves, a hundred of which were asked for each second."""
+    """Time the eviction of half of `spans`, all leaves, used a hundred per second of model time."""
     means, longest = [], []
     for _ in range(repeats):
         index = full_index(name, spans)
@@ -200,7 +206,7 @@ def _evicted(name: str, spans: int, repeats: int, tick: Callable[[str], None]) -
 
 
 def full_index(name: str, spans: int) -> SpanIndex[BlockPayload]:
-    """An index of sequences of two tokens that have nothing in common."""
+    """Make an index of two-token sequences with nothing in common: every span may be evicted."""
     index: SpanIndex[BlockPayload] = SpanIndex(make_policy(name))
     tree: RadixTree[Span[BlockPayload]] = RadixTree()
     for at in range(spans):
@@ -209,7 +215,7 @@ def full_index(name: str, spans: int) -> SpanIndex[BlockPayload]:
 
 
 def _eviction(index: SpanIndex[BlockPayload], now: float) -> float:
-    """Microseconds that it took."""
+    """Evict the victim of the policy; return the microseconds of CPU time."""
     start = thread_time()
     span = index.victim(now)
     if span is not None:

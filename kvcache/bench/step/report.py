@@ -1,4 +1,4 @@
-"""What a decode step of a whole model costs in the cache."""
+"""The report of decode steps of a whole model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvcache.bench.harness.contest import RAW
-from kvcache.bench.harness.report import Comparison, Placed, Skipped
+from kvcache.bench.harness.report import ComparedTiming, Comparison, Skipped
+
+from .case import ATTEND
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-CAUSAL = "CausalCache"
-ATTEND = "attention alone"
-PROGRAM = "with put"
-
 
 @dataclass(frozen=True)
-class StepTiming(Placed):
-    """One contestant on one backend and dtype, with so many sequences of so many tokens each.
+class StepTiming(ComparedTiming):
+    """One contestant on one backend and dtype, with `sequences` of `tokens` each.
 
     rounds_us: microseconds per step, all layers, in every round. steps: steps of one round.
     """
@@ -41,7 +39,7 @@ class StepTiming(Placed):
 class StepReport(Comparison[StepTiming]):
     """Cost of planning a pass, and of put and get in all layers.
 
-    machine: where this was measured. versions: of the libraries that took part.
+    machine: on which this was measured. versions: of the libraries that took part.
     """
 
     format: ClassVar[str] = "kvcache.bench.step/1"
@@ -57,7 +55,12 @@ class StepReport(Comparison[StepTiming]):
     timings: tuple[StepTiming, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Sequences, and tokens of each, as they were measured, ascending."""
+        return sorted({timing.place for timing in self.timings})
+
     def to_table(self) -> RenderableType:
-        from kvcache.bench.harness.tables import step_tables
+        from .tables import step_tables
 
         return step_tables(self)

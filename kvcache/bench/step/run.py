@@ -1,34 +1,28 @@
-"""What the cache costs in one decode step of a whole model, beside the raw framework calls.
+"""Measure the cost of the cache in one decode step of a model, beside the raw framework calls.
 
-A step plans the pass, then puts keys and values of every layer and gets what attention reads,
-mask included. Raw is what one would write for sequences of equal length in arrays of their own:
-a slice written and a view taken per layer, nothing planned, no mask.
+A step plans the pass, then puts keys and values of every layer and gets the keys, values and mask
+that attention reads. Raw is the code one would write for sequences of equal length in arrays of
+their own: a slice written and a view taken per layer, nothing planned, no mask.
 
-As a program, a step attends, too, and is compiled where the framework compiles: what the write
-adds to that is what a model notices.
+As a program, a step attends, too, and is compiled where the framework compiles: a model notices as
+much of the write as it adds to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
-import numpy as np
-
-from kvcache import functional
 from kvcache._checks import check_sizes
-from kvcache.backends import Array, get_backend
-from kvcache.bench.harness.compare import Factories, check_dtypes, compare
-from kvcache.bench.harness.contest import RAW, Contestant, Framework
+from kvcache.backends import get_backend
+from kvcache.bench.frameworks import framework_of
+from kvcache.bench.harness.compare import check_dtypes, compare
 from kvcache.bench.harness.report import Skipped, library_versions, this_machine
-from kvcache.bench.harness.timing import Blocks, Progress, ticks
-from kvcache.pool.batch import Batch
-from kvcache.pool.causal import CausalCache
-from kvcache.pool.plan import ForwardPlan, PoolState
+from kvcache.bench.harness.timing import Progress, TimedBlocks, ticks
 
-from .case import Decoding
-from .report import ATTEND, CAUSAL, PROGRAM, StepReport, StepTiming
+from .case import DecodeCase
+from .contestants import eager, programs
+from .report import StepReport, StepTiming
 
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 8)
@@ -48,11 +42,11 @@ def run_step(
     progress: Progress | None = None,
     program: bool = False,
 ) -> StepReport:
-    """Measure one decode step of `layers` layers, whatever the model computes aside.
+    """Measure one decode step of `layers` layers, without the computations of the model itself.
 
     program: with attention, as one program over the functional API, with and without the write.
-    batches: sequences that decode together. tokens: what these hold in all, so that every batch
-    needs the same memory. All contestants of one backend, dtype and batch take turns.
+    batches: sequences that decode together. tokens: held by all of a batch together, so that every
+    batch needs the same memory. All contestants of one backend, dtype and batch take turns.
 
     Raises: ValueError, DTypeError, UnknownBackendError, BackendNotAvailableError; nothing was
     measured then.
@@ -64,16 +58,21 @@ def run_step(
         raise ValueError(
             f"batches are >= 1, with 4 tokens for each sequence; got {list(batches)} and {tokens}."
         )
-    factories = _programs if program else _factories
-    found = {backend.spec: backend for backend in map(get_backend, backends)}
-    contests = list(product(found.values(), dict.fromkeys(dtypes), sorted(set(batches))))
+    factories = programs if program else eager
+    # By spec: "numpy" and "numpy:cpu" are one backend, and are measured once.
+    by_spec = {backend.spec: backend for backend in map(get_backend, backends)}
+    contests = list(product(by_spec.values(), dict.fromkeys(dtypes), sorted(set(batches))))
     timings: list[StepTiming] = []
     skipped: list[Skipped] = []
     for done, (backend, dtype, batch) in enumerate(contests):
-        scene = Decoding(backend, dtype, batch, tokens // batch, **shape)
-        label = f"{backend.spec} {dtype} {batch} x {scene.tokens:,}"
+        # One case per contest, unlike appends: the contestants of one batch hold gigabytes.
+        case = DecodeCase(backend, dtype, tokens // batch, batch, **shape)
+        framework = framework_of(backend)
+        label = f"{backend.spec} {dtype} {batch} x {case.tokens:,}"
         tick = ticks(progress, done, len(contests), rounds, label)
-        measured, missing = compare([scene], factories, _timing, rounds, tick)
+        measured, missing = compare(
+            [case], factories(framework), framework.scope(), _timing, rounds, tick
+        )
         timings += measured
         skipped += missing
     return StepReport(
@@ -86,109 +85,13 @@ def run_step(
     )
 
 
-def _factories(framework: Framework) -> Factories[Decoding]:
-    """All contestants by name."""
-    return {RAW: framework.raw_step, CAUSAL: lambda scene: Causal(framework, scene).contestant()}
-
-
-def _programs(framework: Framework) -> Factories[Decoding]:
-    """With attention: what it costs alone, and with the write."""
-    return {
-        ATTEND: lambda scene: Program(framework, scene, ATTEND).contestant(),
-        PROGRAM: lambda scene: Program(framework, scene, PROGRAM).contestant(),
-    }
-
-
-def _timing(scene: Decoding, name: str, blocks: Blocks) -> StepTiming:
+def _timing(case: DecodeCase, name: str, blocks: TimedBlocks) -> StepTiming:
     return StepTiming(
-        scene.backend.spec,
-        scene.dtype,
-        scene.sequences,
-        scene.tokens,
+        case.backend.spec,
+        case.dtype,
+        case.batch,
+        case.tokens,
         name,
         blocks.steps,
         blocks.rounds_us,
     )
-
-
-class Causal:
-    """A `CausalCache` whose sequences are full when a block of steps ends."""
-
-    def __init__(self, framework: Framework, scene: Decoding) -> None:
-        self.framework, self.scene = framework, scene
-        self.cache = CausalCache()
-        self.cache.init(
-            scene.backend,
-            scene.dtype,
-            max_sequences=scene.sequences,
-            capacity=scene.tokens,
-            max_batch=scene.tokens,
-        )
-        self.sequences = list(range(scene.sequences))
-        self.position = scene.tokens
-        for sequence in self.sequences:
-            self.cache.start_forward(Batch(range(scene.tokens), [sequence] * scene.tokens))
-        self.k, self.v = scene.row(), scene.row()
-
-    name = CAUSAL
-
-    def contestant(self) -> Contestant:
-        """Steps, as a contest wants them."""
-        return Contestant(self.name, self.run, self.rewind)
-
-    def run(self, steps: int) -> None:
-        """Take so many steps."""
-        for _ in range(steps):
-            # In a call of its own: a view that is still alive makes MLX copy the buffer.
-            self._step()
-
-    def _step(self) -> None:
-        cache, k, v = self.cache, self.k, self.v
-        cache.start_forward(Batch([self.position] * len(self.sequences), self.sequences))
-        self.position += 1
-        seen: list[Array | None] = []
-        for layer in range(self.scene.layers):
-            cache.set_layer(layer)
-            cache.put(k, v)
-            seen += cache.get()
-        self.framework.finish(tuple(seen))
-
-    def rewind(self, steps: int) -> None:
-        """Remove the last `steps` tokens of every sequence."""
-        self.position -= steps
-        for sequence in self.sequences:
-            self.cache.remove(sequence, self.position)
-
-
-class Program(Causal):
-    """The same with attention, in one program; `name` says whether it writes."""
-
-    def __init__(self, framework: Framework, scene: Decoding, name: str) -> None:
-        super().__init__(framework, scene)
-        self.name = name
-        self.cache.allocate(range(scene.layers), scene.heads, scene.head_dim)
-        self.state = self.cache.program_state
-        self.hidden = scene.backend.from_host(np.float32(-np.inf))
-        self.program = scene.backend.compile(self._apply, donate=[0])
-
-    def _step(self) -> None:
-        plan = self.cache.plan(Batch([self.position] * len(self.sequences), self.sequences))
-        self.position += 1
-        self.state, out = self.program(self.state, plan, self.k, self.v)
-        self.framework.finish((out,))
-
-    def _apply(self, state: PoolState, plan: ForwardPlan, k: Array, v: Array) -> Any:
-        xp, backend = self.scene.backend.xp, self.scene.backend
-        wide = backend.dtype("float32")
-        x = xp.astype(k, wide)
-        for layer in range(self.scene.layers):
-            if self.name == PROGRAM:
-                state = functional.put(state, plan, layer, k, v)
-            keys, values, mask = functional.get(state, plan, layer)
-            # Scaled so that nothing overflows, without the pass that looks for the largest.
-            x = x * self.scene.head_dim**-1
-            scores = xp.matmul(x, xp.permute_dims(xp.astype(keys, wide), (0, 2, 1)))
-            weights = xp.exp(xp.where(mask, scores, self.hidden))
-            weights = weights / xp.sum(weights, axis=-1, keepdims=True)
-            x = xp.matmul(weights, xp.astype(values, wide))
-        return state, x

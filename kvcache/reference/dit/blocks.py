@@ -1,7 +1,8 @@
-"""What the diffusion transformer is made of and computes, over the array API."""
+"""Sizes, weights and computation of the diffusion transformer, over the array API."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeAlias
@@ -11,11 +12,13 @@ from kvcache.backends.arrays import Namespace
 from kvcache.reference._math import layer_norm, softmax
 
 Streams: TypeAlias = tuple[Array, Array]
-"""What a block takes and returns: hidden [B, tokens, width], text [B, text_tokens, width]."""
+"""Input and output of a block: hidden [B, tokens, width], text [B, text_tokens, width]."""
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
+"""Shapes of weights by name."""
 
 STREAMS = ("hidden", "text")
+"""Names of the two streams, in the order of :data:`Streams`."""
 _EPS = 1e-6
 
 
@@ -23,8 +26,9 @@ _EPS = 1e-6
 class DiTConfig:
     """Sizes of a model.
 
-    channels, tokens: a sample is [tokens, channels]. vocabulary, text_tokens: a prompt is
-    `text_tokens` ids below `vocabulary`, where 0 everywhere is the empty prompt.
+    channels, tokens: a sample is [tokens, channels].
+    vocabulary, text_tokens: a prompt is `text_tokens` ids below `vocabulary`, where 0 everywhere is
+        the empty prompt.
     """
 
     channels: int = 2
@@ -39,7 +43,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             size = getattr(self, field.name)
-            if type(size) is not int or size < 1:
+            if type(size) is not int or size < 1:  # True is an int for isinstance
                 raise ValueError(f"every size must be an int >= 1; got {field.name}={size!r}.")
         if self.vocabulary < 2:
             raise ValueError("vocabulary must be >= 2, the empty prompt and another; got 1.")
@@ -51,11 +55,11 @@ class DiTConfig:
 
     def _next_width(self) -> int:
         step = self.heads if self.heads % 2 == 0 else 2 * self.heads
-        return -(-self.width // step) * step
+        return math.ceil(self.width / step) * step
 
 
 def weight_shapes(config: DiTConfig) -> Shapes:
-    """Name and shape of every weight, in the order in which random ones are drawn."""
+    """Return the shape of every weight by name. Random weights are drawn in this order."""
     width = config.width
     shapes: Shapes = {
         "prompts": (config.vocabulary, width),
@@ -85,10 +89,10 @@ def _linear(name: str, inputs: int, outputs: int) -> Shapes:
     return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
 
 
-class Blocks:
-    """The parts of a model, each a pure function of arrays; ``weights`` and ``xp`` are constants.
+class DiTBlocks:
+    """Stages of a model, each a pure function of arrays; ``weights`` and ``xp`` are constants.
 
-    weights: those of :func:`weight_shapes`, by name.
+    weights: arrays by the names of :func:`weight_shapes`.
     """
 
     def __init__(self, xp: Namespace, heads: int, weights: Mapping[str, Array]) -> None:
@@ -97,41 +101,42 @@ class Blocks:
         self.weights = weights
 
     def linear(self, name: str, x: Array) -> Array:
-        """``x @ weight + bias`` of the layer called `name`: [..., in] to [..., out]."""
+        """Return ``x @ weight + bias`` of the layer called `name`: [..., in] to [..., out]."""
         product = self.xp.matmul(x, self.weights[f"{name}.weight"])
         return product + self.weights[f"{name}.bias"]
 
     def words(self, prompt: Array) -> Array:
-        """Embeddings of the tokens of `prompt`, [B, text_tokens]: [B, text_tokens, width]."""
+        """Embed the tokens of `prompt`, [B, text_tokens]: [B, text_tokens, width]."""
         # take() of the array API knows indices of one dimension only.
         flat = self.xp.take(self.weights["prompts"], self.xp.reshape(prompt, (-1,)), axis=0)
         return self.xp.reshape(flat, (*prompt.shape, -1))
 
     def condition(self, t: Array | float, speeds: Array, prompt: Array) -> Array:
-        """What modulates every block: [B, width].
+        """Return the condition of every block, from the time and the pooled prompt: [B, width].
 
         t: [B] or one for all. speeds: radians per unit of time, [width / 2].
         prompt: integers [B, text_tokens].
         """
         xp = self.xp
         pooled = xp.mean(self.words(prompt), axis=1)
+        # Zeros of the batch spread a time given as one number, without asking for its type.
         angles = (xp.zeros_like(pooled[:, 0]) + t)[:, None] * speeds
         waves = xp.concat([xp.sin(angles), xp.cos(angles)], axis=1)
         wide = silu(xp, self.linear("condition.up", waves + pooled))
         return silu(xp, self.linear("condition.down", wide))
 
     def modulations(self, name: str, condition: Array, parts: int) -> tuple[Array, ...]:
-        """The `parts` vectors that layer `name` makes of `condition`: [B, 1, width] each."""
+        """Return `parts` vectors, made by layer `name` of `condition`: [B, 1, width] each."""
         together = self.linear(name, condition)[:, None, :]
         width = together.shape[-1] // parts
         return tuple(together[:, :, i * width : (i + 1) * width] for i in range(parts))
 
     def modulated(self, x: Array, shift: Array, scale: Array) -> Array:
-        """`x` normed over its last axis, scaled by 1 + `scale` and shifted."""
+        """Norm `x` over its last axis, scale it by 1 + `scale` and shift it (adaLN)."""
         return layer_norm(self.xp, x, 1.0 + scale, shift, _EPS)
 
     def block(self, name: str, streams: Streams, condition: Array) -> Streams:
-        """Both streams after they have attended to each other and passed their own MLPs."""
+        """Return both streams after joint attention and the MLP of each."""
         names = [f"{name}.{stream}" for stream in STREAMS]
         vectors = [self.modulations(f"{half}.modulation", condition, 6) for half in names]
         qkv = [
@@ -145,7 +150,7 @@ class Blocks:
         return hidden, text
 
     def _attend(self, qkv: Array) -> Array:
-        """Attention of [B, N, 3 * width] over all N, of either stream: [B, N, width]."""
+        """Attend from every token of [B, N, 3 * width] to all N of both streams: [B, N, width]."""
         xp = self.xp
         split = xp.reshape(qkv, (*qkv.shape[:2], 3 * self.heads, -1))
         split = xp.permute_dims(split, (0, 2, 1, 3))
@@ -157,7 +162,7 @@ class Blocks:
     def _after_attention(
         self, name: str, x: Array, attended: Array, vectors: tuple[Array, ...]
     ) -> Array:
-        """One stream, [B, N, width], with what it has attended to and its MLP added."""
+        """Add attention output and MLP to one stream, [B, N, width], gated by `vectors`."""
         _, _, gate, shift, scale, mlp_gate = vectors
         x = x + gate * self.linear(f"{name}.out", attended)
         wide = self.linear(f"{name}.up", self.modulated(x, shift, scale))
@@ -165,6 +170,7 @@ class Blocks:
 
 
 def silu(xp: Namespace, x: Array) -> Array:
-    """`x` times its logistic function, which as a tanh cannot overflow."""
+    """Return `x` times its logistic function."""
+    # By way of tanh, which cannot overflow as exp(-x) can.
     half = 0.5 * x
     return half + half * xp.tanh(half)

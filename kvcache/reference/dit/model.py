@@ -1,10 +1,12 @@
 """A small diffusion transformer, written once over the array API.
 
-Two streams, what is drawn and the prompt, attend to each other in every block and are modulated by
-the time and the pooled prompt, as in MMDiT. It is there for the caches of :mod:`kvcache.diffusion`
-to be measured on: every part that a cache may skip is a method of its own, and a pure function.
+Two streams, the sample and the prompt, attend to each other in every block and are modulated by the
+time and the pooled prompt, as in MMDiT (Esser et al., 2024) after DiT (Peebles and Xie, 2022). The
+caches of :mod:`kvcache.diffusion` are tested and measured on it: every part that a cache may skip
+is a method of its own, and a pure function.
 
-Times run from 1, noise, to 0, data; the model predicts the velocity ``noise - data``.
+Times run from 1, noise, to 0, data; the model predicts the velocity ``noise - data``, as rectified
+flows do (Liu et al., 2022).
 """
 
 from __future__ import annotations
@@ -23,28 +25,30 @@ import safetensors
 import safetensors.numpy
 
 from kvcache.backends import Array, Backend, HostArray
-from kvcache.errors import ModelFileError, ShapeError
+from kvcache.errors import ShapeError
+from kvcache.reference.errors import ModelFileError
 
-from .blocks import Blocks, DiTConfig, Streams, weight_shapes
+from .blocks import DiTBlocks, DiTConfig, Streams, weight_shapes
 
 __all__ = ["DiT", "DiTConfig", "Streams", "euler", "guided", "schedule"]
 
 Velocity: TypeAlias = Callable[[int, float, Array], Array]
+"""``velocity(step, time, x)``: the direction from data to noise at `x`, of its shape."""
 
-_KEY = "kvcache.dit"
-# Radians that the fastest wave runs through while time goes from 0 to 1: few, because what the
-# model computes is to change little from one step to the next.
+_KEY = "kvcache.dit"  # in the metadata of a model file
+# Radians that the fastest wave runs through while time goes from 0 to 1: few, so that the output
+# of the model changes little from one step to the next, as that of large models does.
 _FASTEST = 16.0
 
 
 class DiT:
     """A model on one backend, computing in float32.
 
-    A block takes and returns both streams. In the last one nobody reads the text any more.
+    A block takes and returns both streams. The text stream of the last one is not used.
     """
 
     def __init__(self, config: DiTConfig, weights: Mapping[str, Array], backend: Backend) -> None:
-        """`weights`: arrays of `backend`, by the names of :meth:`random`'s; they are not copied.
+        """Take `weights`, arrays of `backend` by the names of :meth:`random`'s, without a copy.
 
         Raises: ShapeError if one is missing, superfluous or misshapen.
         """
@@ -52,13 +56,13 @@ class DiT:
         self.config = config
         self.weights = dict(weights)
         self.backend = backend
-        self._blocks = Blocks(backend.xp, config.heads, self.weights)
+        self._blocks = DiTBlocks(backend.xp, config.heads, self.weights)
         speeds = np.geomspace(1, _FASTEST, config.width // 2)
         self._speeds = backend.from_host(speeds.astype(np.float32))
 
     @classmethod
     def random(cls, config: DiTConfig, backend: Backend, seed: int = 0) -> DiT:
-        """A model with random weights, the same bits on every backend.
+        """Make a model with random weights, the same bits on every backend.
 
         Gates are random as well, not zero: every block matters, trained or not.
         """
@@ -67,7 +71,7 @@ class DiT:
         return cls(config, {name: backend.from_host(w) for name, w in weights.items()}, backend)
 
     def to_backend(self, backend: Backend) -> DiT:
-        """A copy of this model on `backend`, bit for bit."""
+        """Copy this model to `backend`, bit for bit."""
         moved = {name: backend.from_host(array) for name, array in self._on_host().items()}
         return DiT(self.config, moved, backend)
 
@@ -78,9 +82,9 @@ class DiT:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backend: Backend) -> DiT:
-        """The model that :meth:`save` wrote to `path`, on `backend`.
+        """Load a model written by :meth:`save` onto `backend`.
 
-        Raises: ModelFileError if there is none.
+        Raises: ModelFileError if there is none at `path`.
         """
         config, weights = _read(path)
         try:
@@ -93,7 +97,7 @@ class DiT:
         return {name: self.backend.to_host(array) for name, array in self.weights.items()}
 
     def __call__(self, x: Array, t: Array | float, prompt: Array) -> Array:
-        """The velocity at `x`: float32 [B, tokens, channels].
+        """Return the velocity at `x`: float32 [B, tokens, channels].
 
         x: float32 [B, tokens, channels]. t, prompt: as for :meth:`condition`.
         """
@@ -104,10 +108,11 @@ class DiT:
         return self.finish(streams[0], condition)
 
     def condition(self, t: Array | float, prompt: Array) -> Array:
-        """What modulates every block: float32 [B, width].
+        """Return the condition of every block: float32 [B, width].
 
         t: time in [0, 1], float32 [B] or one for all.
-        prompt: ids below ``config.vocabulary``, int32 [B, text_tokens]; no one checks their range.
+        prompt: ids below ``config.vocabulary``, int32 [B, text_tokens]; their range is not checked,
+            because they may be on a device.
         """
         self._check("a prompt", prompt, self.config.text_tokens)
         # A float64 of NumPy passes for a float, and would turn everything to float64.
@@ -115,20 +120,21 @@ class DiT:
         return self._blocks.condition(time, self._speeds, prompt)
 
     def embed(self, x: Array, prompt: Array) -> Streams:
-        """Both streams before the first block; arguments as for a call."""
+        """Return both streams before the first block; arguments as for a call."""
         self._check("a sample", x, self.config.tokens, self.config.channels)
         self._check("a prompt", prompt, self.config.text_tokens)
         hidden = self._blocks.linear("input", x) + self.weights["positions"]
         return hidden, self._blocks.words(prompt) + self.weights["text_positions"]
 
     def block(self, index: int, streams: Streams, condition: Array) -> Streams:
-        """Both streams after block `index`, which is in [0, ``config.blocks``)."""
+        """Return both streams after block `index`, in [0, ``config.blocks``)."""
         return self._blocks.block(f"blocks.{index}", streams, condition)
 
     def modulated_input(self, streams: Streams, condition: Array) -> Array:
-        """What the hidden stream shows the first block's attention: [B, tokens, width].
+        """Return the hidden stream as the first block's attention gets it: [B, tokens, width].
 
-        streams: of :meth:`embed`. Cheap, and changes from step to step about as the output does.
+        streams: of :meth:`embed`. The signal of TeaCache (Liu et al., 2024): cheap, and changes
+            from step to step about as the output does.
         """
         shift, scale, *_ = self._blocks.modulations(
             "blocks.0.hidden.modulation", condition, parts=6
@@ -136,7 +142,7 @@ class DiT:
         return self._blocks.modulated(streams[0], shift, scale)
 
     def finish(self, hidden: Array, condition: Array) -> Array:
-        """The velocity, [B, tokens, channels], from the hidden stream after the last block."""
+        """Return the velocity, [B, tokens, channels], from the hidden stream of the last block."""
         shift, scale = self._blocks.modulations("final.modulation", condition, parts=2)
         return self._blocks.linear("final.output", self._blocks.modulated(hidden, shift, scale))
 
@@ -147,7 +153,7 @@ class DiT:
 
 
 def schedule(steps: int, shift: float = 1.0) -> list[float]:
-    """Times of a sampler that takes `steps` steps: `steps` + 1 of them, from 1 down to 0.
+    """Return the times of a sampler of `steps` steps: `steps` + 1 of them, from 1 down to 0.
 
     shift: above 1 spends more steps near the noise, as SD3 does for large images.
 
@@ -166,48 +172,55 @@ def euler(noise: Array, times: Sequence[float], velocity: Velocity) -> Array:
 
     noise: float32 [B, tokens, channels]. times: strictly decreasing, as of :func:`schedule`.
     velocity: called as ``velocity(step, time, x)``, once at the start of each step.
-    Returns: where that leads, of the shape and dtype of `noise`.
+    Returns: the point at the last time, of the shape and dtype of `noise`.
 
     Raises: ValueError.
     """
-    hosts = [float(time) for time in times]
-    if len(hosts) < 2 or any(not after < time for time, after in pairwise(hosts)):
+    floats = [float(time) for time in times]
+    # "not <" rather than ">=": a time of NaN is refused, too.
+    if len(floats) < 2 or any(not after < time for time, after in pairwise(floats)):
         raise ValueError(
-            f"times must be two or more and strictly decreasing; got {hosts}. "
+            f"times must be two or more and strictly decreasing; got {floats}. "
             "schedule(steps) makes such."
         )
     x = noise
-    for step, (time, after) in enumerate(pairwise(hosts)):
+    for step, (time, after) in enumerate(pairwise(floats)):
         x = x + (after - time) * velocity(step, time, x)
     return x
 
 
 def guided(cond: Array, uncond: Array, scale: float) -> Array:
-    """Classifier-free guidance: `uncond` at scale 0, `cond` at 1, and further that way above."""
+    """Return `uncond` at scale 0, `cond` at 1, and the point beyond `cond` above 1.
+
+    cond, uncond: velocities with and without the prompt, of one shape. Classifier-free guidance
+    (Ho and Salimans, 2022).
+    """
     return uncond + float(scale) * (cond - uncond)
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> HostArray:
-    """Normal; matrices keep the size of what they multiply, embeddings have size 1."""
+    """Draw a weight from a normal distribution. Matrices keep the size of their input."""
     scale = {"weight": shape[0] ** -0.5, "bias": 0.1}.get(name.rpartition(".")[2], 1.0)
     drawn: HostArray = (scale * rng.normal(size=shape)).astype(np.float32)
     return drawn
 
 
-def _check_shapes(config: DiTConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ShapeError unless `shapes` are the shapes of all weights of a model, by name."""
     wanted = weight_shapes(config)
     wrong = sorted(
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)
     )
     if wrong:
         name = wrong[0]
         raise ShapeError(
             f"{len(wrong)} weights do not fit {config}: {name!r} must be {wanted.get(name)}; "
-            f"got {found.get(name)}. Pass the sizes that the model was made with."
+            f"got {shapes.get(name)}. Pass the sizes that the model was made with."
         )
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[DiTConfig, dict[str, HostArray]]:
+    """Read sizes and weights from a model file. Raise ModelFileError if it holds none."""
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}

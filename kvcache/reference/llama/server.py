@@ -1,68 +1,75 @@
 """Continuous batching: many prompts decoded together, in one pool of cells.
 
-Sequences join and leave while others go on. A pass holds the next token of each, and pieces of
-the prompts that join. It is one program: compiled on JAX, once per padded length.
+Sequences join and leave while others go on (Orca: Yu et al., OSDI 2022). A pass holds the next
+token of each, and pieces of the prompts that join (chunked prefill, Sarathi: Agrawal et al., 2023).
+It is one program: compiled on JAX, once per padded length.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from kvcache import CacheFullError, CausalCache, RoPEShift
 
 from .model import Llama
-from .pooled import Part, PooledPass
+from .pooled import PassPart, PooledPass
 
 __all__ = ["Request", "Server"]
+
+EndReason: TypeAlias = Literal["end token", "max tokens", "capacity"]
 
 
 @dataclass
 class Request:
-    """A prompt and what becomes of it."""
+    """A prompt, its progress and its result."""
 
     number: int
     """Counted from 1, in the order of submission."""
     max_tokens: int
     tokens: list[int]
-    """What its sequence consists of: the prompt and what was generated, less what was dropped."""
+    """Tokens of its sequence: the prompt and the generated ones, without dropped ones."""
     generated: list[int] = field(default_factory=list)
-    finish: Literal["", "end token", "max tokens", "capacity"] = ""
-    """Why it is over, empty before."""
+    finish: EndReason | Literal[""] = ""
+    """Reason why it is over; empty until then."""
     sequence: int | None = None
     """Its sequence in the pool; None while it waits and when it is over."""
     held: int = 0
-    """How many of `tokens` the cache holds."""
+    """Number of `tokens` in the cache."""
 
     @property
-    def place(self) -> int:
-        """Its sequence, while it has one."""
+    def active_sequence(self) -> int:
+        """Its sequence in the pool. Raises ValueError while it has none."""
         if self.sequence is None:
             raise ValueError(f"request {self.number} has no sequence: it waits or is over.")
         return self.sequence
 
     @property
     def pending(self) -> int:
-        """Tokens that the cache does not hold yet."""
+        """Number of tokens to be fed before the next one comes out."""
         return len(self.tokens) - self.held
 
-    def part(self, count: int) -> Part:
-        """The next `count` of its tokens, for a pass."""
+    def part(self, count: int) -> PassPart:
+        """Return the next `count` of its tokens, for a pass."""
         ids = self.tokens[self.held : self.held + count]
-        return Part(self.place, self.held, ids, count == self.pending)
+        return PassPart(self.active_sequence, self.held, ids, count == self.pending)
 
 
 class Server:
-    """Decodes requests greedily, as many at once as there is room for.
+    """A greedy decoder of many requests at once, as many as there is room for.
 
-    max_sequences: how many at once. capacity: tokens of one sequence. cells: tokens of all of them
-    together, `max_sequences * capacity` by default; when they are used up, the newest waits until
-    others have left, and is computed again. max_batch: tokens of one pass.
-    window: sliding window; the pool is sized by it then. dtype: what the cache holds.
-    context_shift: a sequence that reaches its capacity drops its middle, but for the first `keep`
-    tokens, and goes on; else it ends. note: told what happens to a request, in one line.
+    max_sequences: requests decoded at once. capacity: tokens of one sequence. cells: tokens of all
+        sequences together, `max_sequences * capacity` by default; when they are used up, the newest
+        request is preempted: it waits until others have left, and is computed again.
+    max_batch: tokens of one pass.
+    window: sliding window; the pool is then sized by it. dtype: of keys and values in the cache.
+    context_shift: True lets a sequence that reaches its capacity drop its middle, but for the first
+        `keep` tokens, and go on, as in llama.cpp; else the sequence ends.
+    eos_id: token that ends a request; it is not returned. None goes on past it.
+    note: called with one line of text for each event of a request: waiting, preemption, a shift.
 
     Raises: ValueError for sizes below 1, and for `cells` or `context_shift` with a window.
     """
@@ -88,7 +95,7 @@ class Server:
             )
         if not 0 <= keep < capacity - 1:
             raise ValueError(f"keep must leave room in the capacity of {capacity}; got {keep}.")
-        per_sequence = capacity if cells is None else -(-cells // max_sequences)
+        per_sequence = capacity if cells is None else math.ceil(cells / max_sequences)
         shift = RoPEShift(model.weights.inverse_frequencies) if context_shift else None
         self.cache = CausalCache(window=window, shift=shift)
         self.cache.init(
@@ -101,20 +108,23 @@ class Server:
         self.capacity = min(capacity, max_sequences * per_sequence)
         self.cells = self.cache.cells
         self.passes = 0
+        # Within a window a sequence never fills its capacity, however long it grows.
         self._bounded = window is not None and window < per_sequence
         self._pass = PooledPass(model, self.cache, dtype)
         self._max_batch, self._keep, self._eos = max_batch, keep, eos_id
         self._context_shift, self._note = context_shift, note or (lambda _: None)
-        self._places = list(range(max_sequences))
+        self._free_sequences = list(range(max_sequences))
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
+        # After a preemption nobody is admitted until cells are freed: the newest would otherwise
+        # take them back at once and be preempted again.
         self._full = False
         self._count = 0
 
     def submit(self, prompt_ids: Sequence[int], max_tokens: int = 64) -> Request:
-        """Let a prompt join as soon as there is room.
+        """Queue a prompt; it joins as soon as there is room.
 
-        Raises: ValueError for an empty prompt, one that no sequence has room for, max_tokens < 1.
+        Raises: ValueError for an empty prompt, one longer than the capacity, max_tokens < 1.
         """
         if not prompt_ids or (len(prompt_ids) > self.capacity and not self._bounded):
             raise ValueError(
@@ -125,47 +135,51 @@ class Server:
         self._count += 1
         request = Request(self._count, max_tokens, list(prompt_ids))
         self._waiting.append(request)
-        if len(self._waiting) > len(self._places):
-            places = len(self._places) + len(self._running)
-            self._note(f"Prompt {request.number} waits: all of {places} sequences are in use.")
+        if len(self._waiting) > len(self._free_sequences):
+            total = len(self._free_sequences) + len(self._running)
+            self._note(f"Prompt {request.number} waits: all of {total} sequences are in use.")
         return request
 
     def run(self) -> Iterator[tuple[Request, int]]:
-        """Yield tokens and whose they are until all requests are over."""
+        """Yield each token with its request until all requests are over."""
         while self._running or self._waiting:
             yield from self.step()
 
     def step(self) -> list[tuple[Request, int]]:
-        """One pass: the next token of every sequence whose prompt has been fed."""
+        """Run one pass; return the next token of every sequence with a complete prompt.
+
+        Raises: CacheFullError if a request does not fit even alone.
+        """
         self._admit()
-        for request in list(self._running):
-            self._limit(request)
+        for request in list(self._running):  # a copy: a request at its capacity may leave
+            self._enforce_capacity(request)
         if not self._running:
             return []
-        turns, found = self._forward()
+        scheduled, tokens = self._forward()
         self.passes += 1
-        for request, count in turns:
+        for request, count in scheduled:
             request.held += count
-        ready = [request for request, _ in turns if not request.pending]
-        return [pair for pair in zip(ready, found, strict=True) if self._accept(*pair)]
+        ready = [request for request, _ in scheduled if not request.pending]
+        return [pair for pair in zip(ready, tokens, strict=True) if self._accept(*pair)]
 
     def _admit(self) -> None:
-        while self._waiting and self._places and not self._full:
+        while self._waiting and self._free_sequences and not self._full:
             request = self._waiting.popleft()
-            request.sequence = self._places.pop(0)
+            request.sequence = self._free_sequences.pop(0)
             self._running.append(request)
 
-    def _limit(self, request: Request) -> None:
-        """What happens to a sequence that has grown beyond its capacity."""
+    def _enforce_capacity(self, request: Request) -> None:
+        """End a sequence longer than its capacity, or drop its middle."""
         if self._bounded or len(request.tokens) <= self.capacity:
             return
         if not self._context_shift:
-            self._leave(request, "capacity")
+            self._finish(request, "capacity")
             return
+        # Half of what may go, so that a shift, which moves all keys behind it, is rare.
         start = min(self._keep, self.capacity // 2)
         stop = start + (self.capacity - start + 1) // 2
         if request.held:
-            self.cache.remove(request.place, start, stop)
+            self.cache.remove(request.active_sequence, start, stop)
             request.held -= stop - start
         del request.tokens[start:stop]
         self._full = False
@@ -175,30 +189,37 @@ class Server:
         )
 
     def _forward(self) -> tuple[list[tuple[Request, int]], list[int]]:
+        """Run a pass, preempting the newest requests until it fits into the pool.
+
+        Returns: the scheduled requests with their tokens in the pass, and the tokens that came out.
+        """
         while True:
-            turns = self._compose()
+            scheduled = self._schedule()
             try:
-                return turns, self._pass([each.part(count) for each, count in turns])
+                return scheduled, self._pass([request.part(count) for request, count in scheduled])
             except CacheFullError:
                 if len(self._running) == 1:
                     raise
-                self._push_back(self._running[-1])
+                self._preempt(self._running[-1])
 
-    def _compose(self) -> list[tuple[Request, int]]:
-        """Who is in the next pass, with how many tokens: those first that need just one."""
-        left, turns = self._max_batch, []
-        for request in sorted(self._running, key=lambda request: request.pending > 1):
+    def _schedule(self) -> list[tuple[Request, int]]:
+        """Choose the requests of the next pass and their number of tokens in it.
+
+        Decode steps come first: a long prompt then takes only the rest of a pass, and delays none.
+        """
+        left, scheduled = self._max_batch, []
+        decoding = [request for request in self._running if request.pending <= 1]
+        prefilling = [request for request in self._running if request.pending > 1]
+        for request in decoding + prefilling:
             count = min(left, request.pending)
             if count:
-                turns.append((request, count))
+                scheduled.append((request, count))
                 left -= count
-        return turns
+        return scheduled
 
-    def _push_back(self, request: Request) -> None:
-        self.cache.remove(request.place, 0)
-        self._running.remove(request)
-        self._places.append(request.place)
-        request.sequence, request.held = None, 0
+    def _preempt(self, request: Request) -> None:
+        """Free the cells of a request and put it in front of the queue, to be computed again."""
+        self._release(request)
         self._waiting.appendleft(request)
         self._full = True
         self._note(
@@ -207,19 +228,25 @@ class Server:
         )
 
     def _accept(self, request: Request, token: int) -> bool:
-        """Take a token; whether it is one to show."""
+        """Record a token of a request. Return False for the end token, not to be yielded."""
         if token == self._eos:
-            self._leave(request, "end token")
+            self._finish(request, "end token")
             return False
         request.tokens.append(token)
         request.generated.append(token)
         if len(request.generated) == request.max_tokens:
-            self._leave(request, "max tokens")
+            self._finish(request, "max tokens")
         return True
 
-    def _leave(self, request: Request, why: Literal["end token", "max tokens", "capacity"]) -> None:
-        self.cache.remove(request.place, 0)
-        self._running.remove(request)
-        self._places.append(request.place)
-        request.sequence, request.held, request.finish = None, 0, why
+    def _finish(self, request: Request, reason: EndReason) -> None:
+        self._release(request)
+        request.finish = reason
         self._full = False
+
+    def _release(self, request: Request) -> None:
+        """Free the cells and the sequence of a running request."""
+        sequence = request.active_sequence
+        self.cache.remove(sequence, 0)
+        self._running.remove(request)
+        self._free_sequences.append(sequence)
+        request.sequence, request.held = None, 0

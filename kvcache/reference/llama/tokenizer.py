@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
-from .gguf import GGUFFile
+from .gguf import GGUFFile, Metadata
 
 try:
     import jinja2
@@ -21,7 +20,9 @@ except ImportError as error:
 
 __all__ = ["TextStream", "Tokenizer"]
 
+# Types of tokens in a GGUF file.
 _CONTROL, _USER_DEFINED = 3, 4
+# Llama 3's rule of splitting words, which the file names but does not hold.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,31 +32,32 @@ _LLAMA3_WORDS = (
 class Tokenizer:
     """Text to token ids and back, as the model in a GGUF file was trained.
 
-    bos_id: token that the file wants in front of every prompt, or None.
+    bos_id: token to put in front of every prompt, or None.
     eos_id: token that ends an answer, or None.
     """
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        """`metadata`: that of a :class:`~kvcache.reference.llama.gguf.GGUFFile`.
+    def __init__(self, metadata: Metadata) -> None:
+        """Build a tokenizer from the metadata of an open GGUF file.
 
         Raises: UnsupportedModelError for another algorithm than byte-level BPE, or for rules
             of splitting words that are not known here; ModelFileError without a vocabulary.
         """
         vocabulary = _Vocabulary(metadata)
-        self.eos_id: int | None = vocabulary.get("eos_token_id")
+        self.eos_id = vocabulary.token_id("eos")
         adds_bos = vocabulary.get("add_bos_token", vocabulary.pre == "llama-bpe")
-        self.bos_id: int | None = vocabulary.get("bos_token_id") if adds_bos else None
-        self._template: str | None = metadata.get("tokenizer.chat_template")
-        self._names = {f"{key}_token": vocabulary.name(f"{key}_token_id") for key in ("bos", "eos")}
+        self.bos_id = vocabulary.token_id("bos") if adds_bos else None
+        template = metadata.get("tokenizer.chat_template")
+        self._template = template if isinstance(template, str) else None
+        self._names = {f"{role}_token": vocabulary.name(role) for role in ("bos", "eos")}
         self._bpe = vocabulary.build()
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """The tokenizer of an open model file. Raises what the constructor raises."""
+        """Build the tokenizer of an open model file. Raises as the constructor does."""
         return cls(file.metadata)
 
     def encode(self, text: str, special: bool = False, bos: bool = False) -> list[int]:
-        """Token ids of `text`.
+        """Return the token ids of `text`.
 
         special: read ``<|im_start|>`` and its like as the tokens they name; otherwise they
             are ordinary characters, so that a user's text cannot pose as a turn of its own.
@@ -66,15 +68,15 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens included; incomplete UTF-8 becomes U+FFFD."""
+        """Return the text of `ids`, special tokens included; incomplete UTF-8 becomes U+FFFD."""
         return str(self._bpe.decode(list(ids), skip_special_tokens=False))
 
     def stream(self) -> TextStream:
-        """A decoder that takes tokens one at a time."""
+        """Return a decoder for tokens coming one at a time."""
         return TextStream(self._bpe)
 
     def apply_chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the file's own chat template, ready for the answer.
+        """Return token ids of a conversation in the file's own chat template, up to the answer.
 
         messages: ``[{"role": "user", "content": "..."}, ...]``, or the text of one user turn.
 
@@ -85,7 +87,7 @@ class Tokenizer:
         return self.encode(self.render_chat(messages), special=True)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Text of a conversation in the file's own chat template, as :meth:`apply_chat` reads it.
+        """Return the text of a conversation in the file's own chat template, up to the answer.
 
         Raises: as :meth:`apply_chat`.
         """
@@ -107,21 +109,21 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns tokens into text as they come, holding back what is not complete UTF-8 yet."""
+    """Text of tokens as they come; bytes of an incomplete character are held back."""
 
     def __init__(self, bpe: tokenizers.Tokenizer) -> None:
         self._bpe = bpe
         self._stream = decoders.DecodeStream(skip_special_tokens=False)
 
     def push(self, token_id: int) -> str:
-        """Text that `token_id` completes, possibly ``""``."""
+        """Return the text completed by `token_id`, possibly ``""``."""
         return self._stream.step(self._bpe, token_id) or ""
 
 
 class _Vocabulary:
     """The ``tokenizer.ggml.*`` keys of a file's metadata."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata
         if self.get("model") != "gpt2":
             raise UnsupportedModelError(
@@ -131,14 +133,20 @@ class _Vocabulary:
         self.pre = str(self.get("pre"))
         self.splitter = _splitter(self.pre)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
-    def name(self, key: str) -> str:
-        token_id = self.get(key)
+    def token_id(self, role: str) -> int | None:
+        """Return the token of a role, ``"bos"`` or ``"eos"``, if the file names one."""
+        token_id = self.get(f"{role}_token_id")
+        return token_id if isinstance(token_id, int) else None
+
+    def name(self, role: str) -> str:
+        token_id = self.token_id(role)
         return "" if token_id is None else str(self._list("tokens")[token_id])
 
     def build(self) -> tokenizers.Tokenizer:
+        """Return the algorithm with this vocabulary, its rules and its added tokens."""
         ids = {token: i for i, token in enumerate(self._list("tokens"))}
         merges = [
             (left, right) for left, _, right in (m.partition(" ") for m in self._list("merges"))
@@ -153,21 +161,25 @@ class _Vocabulary:
         return bpe
 
     def _added(self, kind: int) -> list[AddedToken]:
-        pairs = zip(self._list("tokens"), self.get("token_type", ()), strict=False)
+        kinds = self.get("token_type")
+        if not isinstance(kinds, list):  # the key is optional: then all tokens are ordinary ones
+            return []
+        pairs = zip(self._list("tokens"), kinds, strict=False)
         special = kind == _CONTROL
         return [AddedToken(t, normalized=False, special=special) for t, k in pairs if k == kind]
 
     def _list(self, key: str) -> Sequence[str]:
-        found = self.get(key)
-        if not isinstance(found, list):
+        """Return a list of strings of the vocabulary. Raise ModelFileError without one."""
+        strings = self.get(key)
+        if not isinstance(strings, list):
             raise ModelFileError(
                 f"the model file has no vocabulary: tokenizer.ggml.{key} is missing."
             )
-        return found
+        return strings
 
 
 def _splitter(pre: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words before byte pairs are merged."""
+    """Return the rule called `pre` for cutting text into words, before byte pairs are merged."""
     match pre:
         case "smollm":
             digits = pre_tokenizers.Digits(individual_digits=True)

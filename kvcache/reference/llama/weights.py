@@ -1,21 +1,19 @@
-"""From the tensors of a GGUF file to the weights that the decoder multiplies with."""
+"""The weights of a decoder, made of the tensors of a GGUF file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from kvcache.backends import Array, HostArray
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference._progress import Progress, Put
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
 from .gguf import GGUFFile
 
-Put: TypeAlias = Callable[[HostArray], Array]
-Progress: TypeAlias = Callable[[int, int], None]
-
+# Every tensor of a plain llama decoder. One more (a bias, an expert) would be left out silently.
 _KNOWN = re.compile(
     r"(token_embd|output|output_norm|rope_freqs"
     r"|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
@@ -23,7 +21,7 @@ _KNOWN = re.compile(
 
 
 class Layer(NamedTuple):
-    """One block, float32. Linear weights are ``[in, out]``: ``x @ w`` reads them in order."""
+    """Weights of one block, float32. Linear ones are ``[in, out]``, so ``x @ w`` reads in order."""
 
     attention_norm: Array  # [hidden]
     qkv: Array  # [hidden, (heads + 2 * kv_heads) * head_dim]
@@ -34,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A whole decoder, float32."""
+    """Weights of a whole decoder, float32."""
 
     embedding: Array  # [hidden, vocab]
     layers: tuple[Layer, ...]
@@ -46,7 +44,7 @@ class Weights(NamedTuple):
 def load_weights(file: GGUFFile, put: Put, progress: Progress | None = None) -> Weights:
     """Dequantise every tensor of `file` and hand it to `put`, one after the other.
 
-    put: what becomes of each host array, for example ``backend.from_host``.
+    put: called with each host array; the result goes into the weights.
     progress: called with ``(bytes done, bytes in all)`` of the file after each tensor.
 
     Raises: UnsupportedModelError if there are tensors that a llama decoder has no place for
@@ -56,6 +54,8 @@ def load_weights(file: GGUFFile, put: Put, progress: Progress | None = None) -> 
 
 
 class _Loader:
+    """One walk through a file, with a count of the bytes done."""
+
     def __init__(self, file: GGUFFile, put: Put, progress: Progress | None) -> None:
         self.file = file
         self.config = file.config
@@ -67,6 +67,7 @@ class _Loader:
         self._refuse_unknown()
         hidden, vocab = self.config.hidden_size, self.config.vocab_size
         embedding = self._linear(self._read("token_embd.weight", vocab, hidden))
+        # Tied embeddings: one array on the device serves both ends of the decoder.
         head = embedding
         if "output.weight" in self.file.tensors:
             head = self._linear(self._read("output.weight", vocab, hidden))
@@ -75,6 +76,7 @@ class _Loader:
         return Weights(embedding, layers, norm, head, self._inverse_frequencies())
 
     def _layer(self, prefix: str) -> Layer:
+        """Read the weights of the block with this prefix, ``blk.0.`` for the first."""
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
         rows = self.config.heads * self.config.head_dim
         return Layer(
@@ -90,6 +92,7 @@ class _Loader:
         )
 
     def _qkv(self, prefix: str) -> tuple[HostArray, HostArray, HostArray]:
+        """Read rows of queries, keys and values, [heads * head_dim, hidden] each."""
         hidden, dim = self.config.hidden_size, self.config.head_dim
         rows, kv_rows = self.config.heads * dim, self.config.kv_heads * dim
         return (
@@ -106,12 +109,14 @@ class _Loader:
 
     def _inverse_frequencies(self) -> HostArray:
         half = self.config.head_dim // 2
+        # float64 on the host: angles are computed from them there, position by position.
         inverse = self.config.rope_theta ** -(np.arange(half, dtype=np.float64) / half)
         if "rope_freqs.weight" in self.file.tensors:  # Llama 3.1: slower rotation of long waves
             inverse = inverse / self._read("rope_freqs.weight", half)
         return inverse
 
     def _read(self, name: str, *shape: int) -> HostArray:
+        """Read a tensor, dequantised, and report progress. Raise unless it has this shape."""
         array = self.file.read(name)
         if array.shape != shape:
             raise ModelFileError(
@@ -133,10 +138,10 @@ class _Loader:
 
 
 def _split_halves(weight: HostArray, head_dim: int) -> HostArray:
-    """Reorder the rows of every head so that rotation pairs row i with row i + head_dim / 2.
+    """Reorder the rows of each head for a rotation of row i with row i + head_dim / 2.
 
-    GGUF files of this architecture interleave them, row 2i with row 2i + 1. Queries and keys
-    are reordered alike, so that their products stay what they were.
+    weight: [heads * head_dim, hidden]. GGUF files of this architecture interleave the pairs,
+    row 2i with row 2i + 1. Queries and keys are reordered alike, so their products are the same.
     """
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

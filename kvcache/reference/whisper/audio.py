@@ -1,4 +1,4 @@
-"""Recordings: sound files of any rate and number of channels, as Whisper wants them."""
+"""Recordings: sound files of any rate and number of channels, brought to Whisper's input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from kvcache.backends import HostArray
-from kvcache.errors import AudioFileError
+from kvcache.reference.errors import AudioFileError
 
 from .mel import RATE
 
@@ -23,10 +23,10 @@ except ImportError as missing:
 
 
 def read_recording(path: Path) -> HostArray:
-    """The sound in a file: float32, channels averaged, resampled to 16 kHz.
+    """Read a sound file: float32 [samples], channels averaged, resampled to 16 kHz.
 
     Raises: AudioFileError if it is missing, damaged, of a format that libsndfile does not read,
-        or holds numbers that are no sound.
+        or holds NaN or infinity.
     """
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -35,6 +35,7 @@ def read_recording(path: Path) -> HostArray:
             f"a recording must be a sound file (WAV, FLAC, Ogg, MP3); cannot read {path}: {error} "
             "Check the path, or convert it to WAV."
         ) from error
+    # One NaN would spread over the whole window in the resampler and the spectrogram.
     if not np.isfinite(samples).all():
         raise AudioFileError(
             f"a recording must hold finite samples; {path} holds NaN or infinity. "

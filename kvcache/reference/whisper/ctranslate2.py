@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from kvcache.backends import HostArray
-from kvcache.errors import ModelFileError
+from kvcache.reference.errors import ModelFileError
 
 VERSION = 6
 _DTYPES = tuple(
@@ -30,7 +30,7 @@ class CTranslate2File:
     """An open file.
 
     path: the file.
-    kind: what sort of model it holds, for example ``"WhisperSpec"``.
+    kind: of model, for example ``"WhisperSpec"``.
     variables: every array by name; aliases name the array that they stand for.
 
     Raises: ModelFileError if it is missing, damaged, truncated, or of another version.
@@ -49,13 +49,14 @@ class CTranslate2File:
 
 
 class _Reader:
-    """Reads one thing after the other; ValueError where the bytes cannot be what they should."""
+    """A position in the bytes of a file. Reading raises ValueError where they make no sense."""
 
     def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)
         self._at = 0
 
     def file(self) -> tuple[str, dict[str, HostArray]]:
+        """Read everything: the kind of model, and its variables and aliases by name."""
         if (version := self._number(4)) != VERSION:
             raise ValueError(f"version {version}")
         kind, _revision = self._text(), self._number(4)
@@ -65,6 +66,7 @@ class _Reader:
             if name not in variables:
                 raise ValueError(f"{alias} stands for {name}, which is not there")
             variables[alias] = variables[name]
+        # A whole file ends here; more bytes mean that a count or size in it is damaged.
         if rest := len(self._data) - self._at:
             raise ValueError(f"{rest} bytes too many")
         return kind, variables
@@ -86,4 +88,5 @@ class _Reader:
         kind, size = self._number(1), self._number(4)
         if kind >= len(_DTYPES) or math.prod(shape) * _DTYPES[kind].itemsize != size:
             raise ValueError(f"dtype {kind} and shape {shape} for {size} bytes")
+        # A view of the file's bytes: models are large, and every weight is copied on its way out.
         return np.frombuffer(self._bytes(size), _DTYPES[kind]).reshape(shape)

@@ -1,4 +1,4 @@
-"""Whisper's words: what its decoder begins with, may say, and what that means as text."""
+"""The vocabulary of Whisper: the prompt of its decoder, the allowed tokens, and their text."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from kvcache.backends import HostArray
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
-# Models of many languages have one more token in front of it, and want a language named.
+try:
+    from tokenizers import Tokenizer
+except ImportError as missing:
+    raise ImportError(
+        f"the words of Whisper need {missing.name}; it is not installed. "
+        "pip install 'kvcache[audio]'",
+        name=missing.name,
+    ) from missing
+
+# Models of many languages have one more token in front of it, and need a language in the prompt.
 _ENGLISH_START = 50257
 
 
 class Vocabulary:
     """The tokenizer of a model folder, and the rules for its decoder.
 
-    prompt: the tokens that every text begins with.
-    end: the token that ends it.
-    bias: what to add to logits, float32 [2, size]: 0 where a token may follow and -inf where
+    prompt: the first tokens of every text.
+    end: the token that ends a text.
+    bias: to be added to logits, float32 [2, size]: 0 where a token may follow and -inf where
         not; row 0 is for the first token of a text, row 1 for later ones.
 
     Raises: ModelFileError if files are missing or damaged; UnsupportedModelError for a model of
@@ -52,11 +60,12 @@ class Vocabulary:
         self.end: int = end
 
     def text(self, ids: Iterable[int]) -> str:
-        """What `ids` say, special tokens left out."""
+        """Return the text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def _bias(size: int, never: list[int], first: list[int]) -> HostArray:
+    """Return a bias of -inf for the tokens `never` and, in row 0, for the tokens `first`."""
     bias = np.zeros((2, size), np.float32)
     bias[:, never] = -np.inf
     bias[0, first] = -np.inf

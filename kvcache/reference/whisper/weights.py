@@ -1,44 +1,42 @@
-"""From the variables of a converted Whisper model to the weights that are multiplied with."""
+"""The weights of Whisper, made of the variables of a converted model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from kvcache.backends import Array, HostArray
-from kvcache.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference._progress import Put
+from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
 from .ctranslate2 import CTranslate2File
 from .mel import BINS, FRAMES
 
-Put: TypeAlias = Callable[[HostArray], Array]
-
 KIND = "WhisperSpec"
 _OTHER_MODEL = "Use an English-only Whisper model, converted in float16 or float32."
-# What the converter writes for every Whisper model; anything else would compute something else.
+# The converter writes these for every Whisper model; other values ask for another computation.
 _CONSTANTS = {"activation": 3, "alibi": 0, "pre_norm": 1, "scale_embeddings": 0}
 _TAPS = 3
 
 
 class Linear(NamedTuple):
-    """``x @ weight + bias``."""
+    """A linear layer: ``x @ weight + bias``."""
 
     weight: Array  # [in, out]
     bias: Array  # [out]
 
 
 class Norm(NamedTuple):
-    """What a layer norm scales and shifts by."""
+    """Scale and shift of a layer norm."""
 
     scale: Array  # [hidden]
     shift: Array  # [hidden]
 
 
 class SelfAttention(NamedTuple):
-    """A sequence looks at itself."""
+    """Attention of a sequence to itself."""
 
     norm: Norm
     qkv: Linear  # [hidden, 3 * hidden]
@@ -46,7 +44,7 @@ class SelfAttention(NamedTuple):
 
 
 class CrossAttention(NamedTuple):
-    """The decoder looks at what the encoder made of the sound."""
+    """Attention of the decoder to the output of the encoder."""
 
     norm: Norm
     query: Linear  # [hidden, hidden]
@@ -78,7 +76,7 @@ class DecoderLayer(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """From a spectrogram to what the decoder looks at."""
+    """The encoder: from a spectrogram to hidden states of the sound."""
 
     conv1: Linear  # [3 * BINS, hidden]: the frame before, the frame, the frame after
     conv2: Linear  # [3 * hidden, hidden]
@@ -88,7 +86,7 @@ class Encoder(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """From tokens, and what the encoder made, to the next token."""
+    """The decoder: from tokens and the output of the encoder to the next token."""
 
     embedding: Array  # [hidden, vocab], also the last layer
     positions: Array  # [positions, hidden]
@@ -97,7 +95,7 @@ class Decoder(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A whole model, float32."""
+    """Weights of a whole model, float32."""
 
     encoder: Encoder
     decoder: Decoder
@@ -105,7 +103,10 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """Sizes of a model. positions: tokens that the decoder can place, its prompt included."""
+    """Sizes of a model.
+
+    positions: tokens of a text at most, its prompt included. There is an embedding for each.
+    """
 
     hidden_size: int
     heads: int
@@ -114,7 +115,7 @@ class WhisperConfig:
 
 
 def load_weights(file: CTranslate2File, put: Put) -> tuple[WhisperConfig, Weights]:
-    """Sizes and weights of the model in `file`, every tensor handed to `put` as float32.
+    """Return sizes and weights of the model in `file`, every tensor put as float32.
 
     Raises: UnsupportedModelError for another kind of model, or a quantised one; ModelFileError
         if variables are missing or misshapen.
@@ -129,6 +130,8 @@ def load_weights(file: CTranslate2File, put: Put) -> tuple[WhisperConfig, Weight
 
 
 class _Loader:
+    """Sizes and weights out of one file."""
+
     def __init__(self, file: CTranslate2File, put: Put) -> None:
         self.file = file
         self.put = put
@@ -143,6 +146,7 @@ class _Loader:
         return Weights(self._encoder("encoder/"), self._decoder("decoder/"))
 
     def _check_constants(self, half: str) -> None:
+        """Raise UnsupportedModelError unless a half has the constants of Whisper."""
         for name, needed in (_CONSTANTS | {"num_heads": self.config.heads}).items():
             got = self.file.variables.get(f"{half}/{name}", needed)
             if got != needed:
@@ -152,6 +156,7 @@ class _Loader:
                 )
 
     def _encoder(self, prefix: str) -> Encoder:
+        """Read the encoder: variables under `prefix`."""
         hidden = self.config.hidden_size
         return Encoder(
             self._convolution(prefix + "conv1/", BINS),
@@ -162,18 +167,19 @@ class _Loader:
         )
 
     def _decoder(self, prefix: str) -> Decoder:
+        """Read the decoder: variables under `prefix`."""
         config = self.config
         embedding = self._read(prefix + "embeddings/weight", config.vocab_size, config.hidden_size)
-        places = prefix + "position_encodings/encodings"
+        encodings = prefix + "position_encodings/encodings"
         return Decoder(
             self.put(np.ascontiguousarray(embedding.T)),
-            self.put(self._read(places, config.positions, config.hidden_size)),
+            self.put(self._read(encodings, config.positions, config.hidden_size)),
             tuple(self._decoder_layer(layer) for layer in self._layers(prefix)),
             self._norm(prefix),
         )
 
     def _layers(self, prefix: str) -> list[str]:
-        """Prefixes of the layers, as many as there are."""
+        """Return the prefixes of all layers under `prefix`."""
         count = 0
         while f"{prefix}layer_{count}/ffn/linear_0/weight" in self.file.variables:
             count += 1
@@ -219,7 +225,7 @@ class _Loader:
         )
 
     def _convolution(self, prefix: str, inputs: int) -> Linear:
-        """A convolution over three frames as a linear layer over the three beside each other."""
+        """Read a convolution over three frames as a linear layer over the frames, joined."""
         hidden = self.config.hidden_size
         weight = self._read(prefix + "weight", hidden, inputs, _TAPS)
         beside = np.ascontiguousarray(weight.transpose(2, 1, 0)).reshape(_TAPS * inputs, hidden)
@@ -233,6 +239,7 @@ class _Loader:
         )
 
     def _read(self, name: str, *shape: int) -> HostArray:
+        """Return a variable as float32. Raise unless it has this shape and holds floats."""
         array = self._find(name, len(shape))
         if array.shape != shape:
             raise ModelFileError(
@@ -247,6 +254,7 @@ class _Loader:
         return array.astype(np.float32)
 
     def _find(self, name: str, rank: int) -> HostArray:
+        """Return a variable as it is in the file. Raise unless it is there, of this rank."""
         array = self.file.variables.get(name)
         if array is None or array.ndim != rank:
             raise ModelFileError(

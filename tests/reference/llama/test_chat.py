@@ -1,0 +1,140 @@
+"""Conversations: what is reused, and that the answers are those of a model that starts anew."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
+pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
+
+from kvcache.reference.llama.chat import Chat, Conversation, Turn, pieces
+from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.llama.tokenizer import Tokenizer
+
+KINDS = ["kv", "rotating", "pool"]
+SIZES = {"max_size": 14, "keep": 2, "capacity": 160}
+
+
+def cold(model, kind, prompt, count, **sizes):
+    sizes = {name: sizes[name] for name in ("max_size", "keep")}
+    caches = make_caches(model.backend, model.config, kind if kind != "pool" else "kv", **sizes)
+    return list(generate(model, prompt, caches, count))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_turn_goes_on_from_those_before(tiny, kind):
+    chat = Chat(tiny, kind, **SIZES)
+    rng = np.random.default_rng(3)
+    said = []
+    for number in range(5):
+        said += rng.integers(0, 64, 1 + number).tolist()
+        turn = Turn(list(said))
+        answer = list(chat.reply(turn, 5))
+        assert answer == turn.tokens == cold(tiny, kind, said, 5, **SIZES)
+        # All of the turn before but the last token of its answer, which nobody fed.
+        assert turn.reused == len(said) - (2 + number if number else 1)
+        said += answer
+    assert chat.prefix.stats.active == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_may_be_asked_for_again(tiny, kind):
+    """The same prompt is found up to its last token, an edited one up to the edit at most."""
+    chat = Chat(tiny, kind, **SIZES)
+    prompt = list(range(1, 30))
+    first, again, edited = Turn(prompt), Turn(prompt), Turn([*prompt[:20], 50, 51])
+    for turn in (first, again, edited):
+        assert list(chat.reply(turn, 4)) == cold(tiny, kind, turn.prompt, 4, **SIZES)
+    assert again.tokens == first.tokens
+    assert (first.reused, again.reused) == (0, 28)
+    assert edited.reused == (2 if kind == "rotating" else 20)  # the sinks
+    # Where requests have parted once, a ring can go on from the second time.
+    third = Turn([*prompt[:20], 60])
+    assert list(chat.reply(third, 4)) == cold(tiny, kind, third.prompt, 4, **SIZES)
+    assert third.reused == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_token_and_an_abandoned_answer(tiny, kind):
+    prompt = list(range(5))
+    expected = cold(tiny, kind, prompt, 6, **SIZES)
+    turn = Turn(prompt)
+    chat = Chat(tiny, kind, eos_id=expected[3], compare=True, **SIZES)
+    end = expected.index(expected[3])
+    assert list(chat.reply(turn, 6)) == expected[:end]
+    assert turn.seconds > 0
+    assert turn.cold_seconds > 0
+    before = chat.prefix.stats
+    answer = chat.reply(Turn([*prompt, 9]), 6)
+    next(answer)
+    answer.close()
+    after = chat.prefix.stats
+    assert (after.nbytes, after.active, after.pinned) == (before.nbytes, 0, 0)
+
+
+def test_pieces_have_few_lengths_where_each_is_compiled():
+    assert list(pieces(0, 8, powers_of_two=True)) == []
+    assert list(pieces(21, 8, powers_of_two=False)) == [(0, 8), (8, 16), (16, 21)]
+    lengths = {
+        stop - start for n in range(1, 70) for start, stop in pieces(n, 8, powers_of_two=True)
+    }
+    assert lengths == {1, 2, 4, 8}
+    assert [stop for _, stop in pieces(21, 8, powers_of_two=True)] == [8, 16, 20, 21]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_file):
+    return Tokenizer.from_gguf(smollm2_file)
+
+
+@pytest.mark.model
+def test_what_was_said_stays_as_the_tokens_that_were_said(tokenizer):
+    conversation = Conversation(tokenizer, "Be brief.")
+    first = conversation.ask("Hello")
+    odd = [*tokenizer.encode("He"), *tokenizer.encode("llo")]  # one token if encoded together
+    assert tokenizer.encode(tokenizer.decode(odd)) != odd
+    assert conversation.answer(odd) == "Hello"
+    second = conversation.ask("Again")
+    assert second[: len(first) + len(odd)] == [*first, *odd]
+    messages = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hello")]
+    messages = [{"role": role, "content": text} for role, text in [*messages, ("user", "Again")]]
+    assert tokenizer.decode(second) == tokenizer.render_chat(messages)
+
+
+def test_a_template_that_rewrites_what_was_said():
+    class Rewriting:
+        def render_chat(self, messages):
+            return f"{len(messages)}:" + "".join(message["content"] for message in messages)
+
+        def encode(self, text, special):
+            assert special
+            return [ord(letter) for letter in text]
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    conversation = Conversation(Rewriting())
+    assert conversation.ask("a") == [*map(ord, "1:a")]
+    conversation.answer([*map(ord, "b")])
+    assert conversation.ask("c") == [*map(ord, "3:abc")]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_turns_with_a_real_model(smollm2, tokenizer, kind):
+    """Reuses all earlier turns, and says what it would say without."""
+    if smollm2.backend.name == "mlx" and kind != "rotating":
+        pytest.skip("a prompt of 200 tokens takes MLX 10 s on CPU, once is enough")
+    sizes = {"max_size": 80, "keep": 4, "capacity": 600}
+    chat = Chat(smollm2, kind, eos_id=tokenizer.eos_id, **sizes)
+    conversation = Conversation(tokenizer)
+    held = 0
+    for number in range(10):
+        turn = Turn(conversation.ask(f"Say {number}."))
+        assert list(chat.reply(turn, 2)) == turn.tokens
+        assert turn.reused == held
+        conversation.answer(turn.tokens)
+        # The cache has not seen the last token, unless the end token came behind it.
+        ended = len(turn.tokens) < 2
+        held = len(turn.prompt) + len(turn.tokens) - (0 if ended else 1)
+    expected = cold(smollm2, kind, turn.prompt, 2, **sizes)[: len(turn.tokens)]
+    assert turn.tokens == expected
