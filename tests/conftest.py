@@ -10,7 +10,7 @@ Marks say where a test runs (the sessions of noxfile.py select by them, and by n
 - ``cross_backend``: needs several frameworks in one process, so it runs where all are together. A
   test gets it by itself if its parameters and marks name several.
 - ``model``: runs a real model, for minutes; where all are together.
-- ``installation``: depends on what is installed, so it runs in every session.
+- ``installation``: depends on what else is installed, so it runs in every session.
 - ``docs``: about the documentation, so it runs where that is built.
 - ``slow``: takes seconds; `nox -s quick` leaves it out.
 

@@ -211,6 +211,7 @@ def test_a_report_of_nothing_still_prints():
     assert "Not measured: everyone on mlx:cpu float8_e5m2" in rendered(report)
 
 
+@pytest.mark.installation
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_the_plot_is_written(report, tmp_path, suffix):
     pytest.importorskip("matplotlib")
