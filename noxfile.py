@@ -217,7 +217,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests_newest(session: nox.Session) -> None:
-    """The tests of NumPy and torch on the newest Python that is here beside the oldest."""
+    """The fast tests of NumPy and torch on the newest Python that is here beside the oldest."""
     found = newest_python()
     if not found:
         session.skip(f"of {', '.join(PYTHONS)} only the oldest is here, on the path or pyenv's")
@@ -226,7 +226,7 @@ def tests_newest(session: nox.Session) -> None:
     env.install_project("demo,torch", "test")
     env.run("python", "-c", ONLY, "torch")
     session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
-    env.test(f"({NUMPY}) or ({ALONE.format('torch')})")
+    env.test(f"(({NUMPY}) or ({ALONE.format('torch')})) and not slow")
 
 
 def newest_python() -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ Marks say where a test runs (the sessions of noxfile.py select by them, and by n
 - ``cross_backend``: needs several frameworks in one process, so it runs where all are together. A
   test gets it by itself if its parameters and marks name several.
 - ``model``: runs a real model, for minutes; where all are together.
-- ``installation``: depends on what is installed, so it runs in every session.
+- ``installation``: depends on what else is installed, so it runs in every session.
 - ``docs``: about the documentation, so it runs where that is built.
 - ``slow``: takes seconds; `nox -s quick` leaves it out.
 
@@ -24,10 +24,8 @@ it is the same few every time.
 
 import json
 import os
-from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -54,19 +52,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_backend_from_the_environment() -> Iterator[None]:
+def _no_backend_from_the_environment():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("KVCACHE_BACKEND", raising=False)
         yield
 
 
 @pytest.fixture(params=BACKENDS, scope="session")
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request):
     """Each backend in turn."""
     return get_backend(request.param)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     """Writes a record of this run where $KVCACHE_RECORD says."""
     path = os.environ.get("KVCACHE_RECORD")
     if path and not hasattr(config, "workerinput"):  # xdist's workers report to the one process
@@ -76,32 +74,30 @@ def pytest_configure(config: pytest.Config) -> None:
 class Record:
     """Which tests ran, or why not: `nox -s complete` compares the records of all sessions."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
-        self.tests: dict[str, str] = {}
+        self.tests = {}
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+    def pytest_collectreport(self, report):
         if report.skipped:  # a whole file
             self.tests[report.nodeid] = f"skipped: {report.longrepr[2]}"
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
+    def pytest_collection_finish(self, session):
         for item in session.items:
             self.tests[item.nodeid] = "collected"
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def pytest_runtest_logreport(self, report):
         if report.skipped and not hasattr(report, "wasxfail"):
             self.tests[report.nodeid] = f"skipped: {report.longrepr[2]}"
         elif report.when == "call":
             self.tests[report.nodeid] = "ran"
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self):
         self.path.write_text(json.dumps(self.tests, indent=0))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> Generator[None, Any, Any]:
+def pytest_collection_modifyitems(config, items):
     """Marks tests before `-m` selects, and then looks for those that cannot run here."""
     for item in items:
         mark(item)
@@ -110,7 +106,7 @@ def pytest_collection_modifyitems(
     return result
 
 
-def mark(item: pytest.Item) -> None:
+def mark(item):
     """Marks a test that is about one framework, or about several."""
     marked = {mark.kwargs["name"] for mark in item.iter_markers("one_backend")}
     names = marked | frameworks_of(item)
@@ -121,13 +117,13 @@ def mark(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.one_backend(name=frameworks.pop()))
 
 
-def parameters_of(item: pytest.Item) -> dict[str, Any]:
+def parameters_of(item):
     """The parameters of a test; its backend may be an attribute of its class instead."""
     inherited = {"backend": getattr(getattr(item, "cls", None), "backend", None)}
     return inherited | getattr(getattr(item, "callspec", None), "params", {})
 
 
-def frameworks_of(item: pytest.Item) -> set[str]:
+def frameworks_of(item):
     """The frameworks among the parameters of a test."""
     found = parameters_of(item).values()
     names = {value.name for value in found if isinstance(value, Backend)}
@@ -136,14 +132,14 @@ def frameworks_of(item: pytest.Item) -> set[str]:
     return {RUNS_ON.get(name, name) for name in names}
 
 
-def leave_one_of_each_missing(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_one_of_each_missing(config, items):
     """Of all tests on a backend that this machine lacks, leaves one, which is skipped."""
-    groups: dict[str, list[pytest.Item]] = {}
+    groups = {}
     for item in items:
         spec = parameters_of(item)["backend"]
         if spec in BACKENDS and why_missing(spec):
             groups.setdefault(spec, []).append(item)
-    gone: set[pytest.Item] = set()
+    gone = set()
     for spec, (first, *others) in groups.items():
         also = f" {1 + len(others)} tests need it." if others else ""
         first.add_marker(pytest.mark.skip(reason=why_missing(spec) + also))
@@ -154,7 +150,7 @@ def leave_one_of_each_missing(config: pytest.Config, items: list[pytest.Item]) -
 
 
 @cache
-def why_missing(spec: str) -> str:
+def why_missing(spec):
     """Why the backend called `spec` cannot be used here; nothing if it can."""
     try:
         get_backend(spec)

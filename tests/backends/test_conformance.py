@@ -1,10 +1,10 @@
 """Every backend of kvcache passes the suite that comes with it; what it lacks is declared."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
-from kvcache import Backend, DTypeError, get_backend
+from kvcache import DTypeError, get_backend
 from kvcache.backends import HOST_DTYPES
 from kvcache.backends._numpy import NumpyBackend
 from kvcache.testing import BackendSuite, run_suite
@@ -50,7 +50,7 @@ class TestMine(BackendSuite):
 class WithAGap(NumpyBackend):
     """Its framework cannot exchange bytes."""
 
-    def from_dlpack(self, array: Any) -> Any:
+    def from_dlpack(self, array):
         if array.dtype == "uint8":
             raise BufferError("no uint8 through DLPack")
         return super().from_dlpack(array)
@@ -66,7 +66,7 @@ class TestKnownGap(BackendSuite):
     }
 
 
-def test_a_gap_that_has_closed_is_reported() -> None:
+def test_a_gap_that_has_closed_is_reported():
     class Closed(BackendSuite):
         backend = NumpyBackend()
         known_gaps: ClassVar[dict[str, str]] = {"host_round_trip": "it used to fail"}
@@ -87,7 +87,7 @@ LACKS = {
 }
 
 
-def test_dtype_matrix(backend: Backend) -> None:
+def test_dtype_matrix(backend):
     assert list(backend.dtypes) == [name for name in HOST_DTYPES if name in backend.dtypes]
     assert set(HOST_DTYPES) - set(backend.dtypes) == LACKS[backend.name]
     for name in backend.dtypes:
@@ -97,22 +97,22 @@ def test_dtype_matrix(backend: Backend) -> None:
             backend.dtype(name)
 
 
-def test_every_check_says_what_it_checks() -> None:
+def test_every_check_says_what_it_checks():
     for check in all_checks():
         assert (check.run.__doc__ or "").strip(), check.name
 
 
-def test_the_report_counts_every_check() -> None:
+def test_the_report_counts_every_check():
     results = list(run_suite(get_backend("numpy")))
     assert [result.check for result in results] == list(all_checks())
     assert {result.outcome for result in results} == {"passed"}
 
 
-def test_the_report_tells_missing_from_failed() -> None:
+def test_the_report_tells_missing_from_failed():
     few = ("float32", "int32", "bool")
 
     class FewTypes(NumpyBackend):
-        def _framework_dtypes(self) -> dict[str, Any]:
+        def _framework_dtypes(self):
             return {name: HOST_DTYPES[name] for name in few}
 
     results = list(run_suite(FewTypes()))
@@ -122,7 +122,7 @@ def test_the_report_tells_missing_from_failed() -> None:
         assert bool(result.reason) == (expected == "missing")
 
 
-def test_devices_and_spec(backend: Backend) -> None:
+def test_devices_and_spec(backend):
     assert get_backend(backend.spec).device == backend.device
     assert type(get_backend(backend.spec)) is type(backend)
     if backend.name != "array_api":

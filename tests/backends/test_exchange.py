@@ -1,15 +1,11 @@
 """Arrays cross between frameworks with their bits, and without a copy where both allow it."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
-from kvcache import Backend, KVCache, KVCacheError, get_backend
+from kvcache import KVCache, KVCacheError, get_backend
 from kvcache.testing.coded import coded, same
 
 SHAPE = (1, 2, 16, 8)
@@ -18,7 +14,7 @@ ALL = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict")
 NOT_IN_NUMPY = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 
 
-def installed(*specs: str) -> list[Backend]:
+def installed(*specs):
     """Backends by name; skips the test if one is missing."""
     try:
         return [get_backend(spec) for spec in specs]
@@ -26,7 +22,7 @@ def installed(*specs: str) -> list[Backend]:
         pytest.skip(str(error))
 
 
-def aligned(dtype: str = "float32", offset: int = 0) -> np.ndarray[Any, Any]:
+def aligned(dtype="float32", offset=0):
     """A NumPy array that begins `offset` bytes behind a multiple of 64."""
     source = coded(SHAPE, dtype)
     memory = np.zeros(source.nbytes + 128, np.uint8)
@@ -37,20 +33,18 @@ def aligned(dtype: str = "float32", offset: int = 0) -> np.ndarray[Any, Any]:
     return array
 
 
-def address(array: Any) -> int:
+def address(array):
     """Where the first element lies."""
     for name in ("data_ptr", "unsafe_buffer_pointer"):
         if hasattr(array, name):
-            pointer: int = getattr(array, name)()
-            return pointer
-    memory: int = array.ctypes.data
-    return memory
+            return getattr(array, name)()
+    return array.ctypes.data
 
 
 @pytest.mark.parametrize("dtype", get_backend("numpy").dtypes)
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("source", ALL)
-def test_every_bit_crosses(source: str, target: str, dtype: str) -> None:
+def test_every_bit_crosses(source, target, dtype):
     exporter, importer = installed(source, target)
     for backend in (exporter, importer):
         if dtype not in backend.dtypes:
@@ -77,7 +71,7 @@ SHARING = [
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int32", "bool"])
 @pytest.mark.parametrize(("source", "target"), SHARING)
-def test_memory_is_shared(source: str, target: str, dtype: str) -> None:
+def test_memory_is_shared(source, target, dtype):
     exporter, importer = installed(source, target)
     # NumPy aligns as it likes; what torch and JAX allocate is aligned anyway.
     array = aligned(dtype) if source == "numpy" else exporter.from_host(coded(SHAPE, dtype))
@@ -87,14 +81,14 @@ def test_memory_is_shared(source: str, target: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
-def test_memory_of_small_floats_is_shared(source: str, target: str, dtype: str) -> None:
+def test_memory_of_small_floats_is_shared(source, target, dtype):
     exporter, importer = installed(source, target)
     array = exporter.from_host(coded(SHAPE, dtype))
     assert address(importer.from_dlpack(array)) == address(array)
 
 
 @pytest.mark.one_backend(name="torch")
-def test_what_is_written_shows_on_the_other_side() -> None:
+def test_what_is_written_shows_on_the_other_side():
     """Where both may be written. A JAX array must never change, so nobody writes to those."""
     numpy, torch = installed("numpy", "torch")
     array = aligned()
@@ -109,7 +103,7 @@ def test_what_is_written_shows_on_the_other_side() -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_jax_copies_what_is_not_aligned() -> None:
+def test_jax_copies_what_is_not_aligned():
     """Bit for bit all the same."""
     (jax,) = installed("jax")
     for offset in (4, 16, 32):
@@ -122,7 +116,7 @@ def test_jax_copies_what_is_not_aligned() -> None:
 
 @pytest.mark.one_backend(name="mlx")
 @pytest.mark.parametrize("source", ["numpy", "torch", "jax"])
-def test_mlx_copies_what_comes_in(source: str) -> None:
+def test_mlx_copies_what_comes_in(source):
     exporter, mlx = installed(source, "mlx")
     array = aligned() if source == "numpy" else exporter.from_host(aligned())
     crossed = mlx.from_dlpack(array)
@@ -137,7 +131,7 @@ def test_mlx_copies_what_comes_in(source: str) -> None:
 @pytest.mark.one_backend(name="mlx")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("target", ["numpy", "torch"])
-def test_mlx_can_be_viewed(target: str, dtype: str) -> None:
+def test_mlx_can_be_viewed(target, dtype):
     """Twice, and both views lie at one address: neither is a copy."""
     mlx, importer = installed("mlx", target)
     array = mlx.from_host(coded(SHAPE, dtype))
@@ -148,7 +142,7 @@ def test_mlx_can_be_viewed(target: str, dtype: str) -> None:
 
 
 @pytest.mark.cross_backend
-def test_bfloat16_of_mlx_through_torch() -> None:
+def test_bfloat16_of_mlx_through_torch():
     """`torch.asarray` makes something else of it; this does not."""
     mlx, torch = installed("mlx", "torch")
     array = mlx.from_host(coded(SHAPE, "bfloat16"))
@@ -156,18 +150,18 @@ def test_bfloat16_of_mlx_through_torch() -> None:
     same(torch.to_host(torch.from_dlpack(array)), coded(SHAPE, "bfloat16"))
 
 
-def test_its_own_arrays_stay_what_they_are(backend: Backend) -> None:
+def test_its_own_arrays_stay_what_they_are(backend):
     array = backend.from_host(aligned())
     assert backend.from_dlpack(array) is array or backend.name == "array_api"
 
 
-def test_what_is_no_array(backend: Backend) -> None:
+def test_what_is_no_array(backend):
     for thing in ([1.0], None, 3, "text"):
         with pytest.raises((KVCacheError, TypeError, AttributeError)):
             backend.from_dlpack(thing)
 
 
-def crossing(exporter: Backend, importer: Backend, array: Any) -> Any:
+def crossing(exporter, importer, array):
     """Through DLPack or, where that is refused, by what the error advises.
 
     What a cache holds is a part of a larger buffer, and JAX takes whole ones only.
@@ -184,7 +178,7 @@ def crossing(exporter: Backend, importer: Backend, array: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("source", ALL)
-def test_a_cache_takes_what_another_holds(source: str, target: str, dtype: str) -> None:
+def test_a_cache_takes_what_another_holds(source, target, dtype):
     """From one framework's cache into another's, as the error message of a mix-up advises."""
     exporter, importer = installed(source, target)
     for backend in (exporter, importer):
@@ -224,11 +218,11 @@ def test_a_cache_takes_what_another_holds(source: str, target: str, dtype: str) 
     ],
     ids=repr,
 )
-def test_positions_are_whole_numbers_within_bounds(backend: Backend, index: Any) -> None:
+def test_positions_are_whole_numbers_within_bounds(backend, index):
     """Nothing wraps, is rounded, or is taken for a mask."""
     buffer = backend.from_host(aligned())
     row = backend.alloc((1, 2, math.prod(np.shape(index)), 8), "float32")
-    calls: list[Callable[[], object]] = [
+    calls = [
         lambda: backend.scatter(buffer, row, index, 2),
         lambda: backend.gather(buffer, index, 2),
     ]
@@ -240,7 +234,7 @@ def test_positions_are_whole_numbers_within_bounds(backend: Backend, index: Any)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.int8, np.int64, np.uint16, np.uint64])
-def test_positions_may_come_in_any_whole_type(backend: Backend, kind: Any) -> None:
+def test_positions_may_come_in_any_whole_type(backend, kind):
     index = kind([3, 1]) if kind in (list, tuple) else np.array([3, 1], kind)
     buffer = backend.from_host(aligned())
     expected = coded(SHAPE, "float32")[:, :, [3, 1]]
@@ -249,7 +243,7 @@ def test_positions_may_come_in_any_whole_type(backend: Backend, kind: Any) -> No
     same(backend.to_host(buffer), coded(SHAPE, "float32"))
 
 
-def test_host_arrays_in_any_memory_order(backend: Backend) -> None:
+def test_host_arrays_in_any_memory_order(backend):
     source = coded(SHAPE, "float32")
     for array in (
         source.transpose(0, 1, 3, 2),
@@ -263,7 +257,7 @@ def test_host_arrays_in_any_memory_order(backend: Backend) -> None:
         same(backend.to_host(backend.from_host(array)), expected)
 
 
-def test_read_only_host_arrays(backend: Backend) -> None:
+def test_read_only_host_arrays(backend):
     source = coded(SHAPE, "float32")
     source.flags.writeable = False
     array = backend.from_host(source)
@@ -272,7 +266,7 @@ def test_read_only_host_arrays(backend: Backend) -> None:
     same(source, coded(SHAPE, "float32"))
 
 
-def test_scalars_and_empty_arrays(backend: Backend) -> None:
+def test_scalars_and_empty_arrays(backend):
     for shape in ((), (0,), (1, 0, 3), (1,)):
         array = backend.from_host(np.ones(shape, np.float32))
         assert tuple(array.shape) == shape
@@ -280,6 +274,6 @@ def test_scalars_and_empty_arrays(backend: Backend) -> None:
         assert tuple(backend.alloc(shape, "int32").shape) == shape
 
 
-def test_sync_of_anything(backend: Backend) -> None:
+def test_sync_of_anything(backend):
     backend.sync()
     backend.sync(backend.alloc((2,), "float32"), backend.alloc((0,), "int32"))

@@ -1,13 +1,10 @@
 """Finding a backend: by name, by device, by array; and what is said when it is not there."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +45,7 @@ def without(*missing):
 """
 
 
-def run(program: str, *path: Path, **environment: str) -> str:
+def run(program, *path, **environment):
     """Runs a program in an interpreter of its own, `path` importable; returns what it printed."""
     env = {name: value for name, value in os.environ.items() if name != "KVCACHE_BACKEND"}
     before = filter(None, [env.get("PYTHONPATH")])
@@ -64,7 +61,7 @@ def run(program: str, *path: Path, **environment: str) -> str:
 # By name.
 
 
-def test_every_installed_backend_by_name(backend: Backend) -> None:
+def test_every_installed_backend_by_name(backend):
     assert isinstance(get_backend(backend.spec), Backend)
     assert get_backend(backend.spec).name == backend.name
     assert get_backend(backend) is backend
@@ -72,7 +69,7 @@ def test_every_installed_backend_by_name(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "Torch", "", "numpy ", "cuda"])
-def test_unknown_name(name: str) -> None:
+def test_unknown_name(name):
     with pytest.raises(
         UnknownBackendError, match=rf"no backend is called '{name}'; there are array_api, .*torch"
     ):
@@ -82,7 +79,7 @@ def test_unknown_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, 3, np.zeros(1), NumpyBackend])
-def test_no_name_at_all(name: Any) -> None:
+def test_no_name_at_all(name):
     with pytest.raises(UnknownBackendError, match="named by a string; got "):
         get_backend(name)
 
@@ -90,7 +87,7 @@ def test_no_name_at_all(name: Any) -> None:
 @pytest.mark.parametrize(
     "spec", ["torch:cuda:7", "torch:tpu", "jax:gpu:9", "jax:abacus", "mlx:abacus", "numpy:cuda"]
 )
-def test_a_device_that_is_not_here(spec: str) -> None:
+def test_a_device_that_is_not_here(spec):
     name, _, device = spec.partition(":")
     if name != "numpy" and not importlib.util.find_spec(name):
         pytest.skip(f"{name} is not installed")
@@ -100,18 +97,18 @@ def test_a_device_that_is_not_here(spec: str) -> None:
         get_backend(name, device=device)
 
 
-def test_two_devices_are_one_too_many() -> None:
+def test_two_devices_are_one_too_many():
     with pytest.raises(UnknownBackendError, match=r"name one device; got 'numpy:cpu' and"):
         get_backend("numpy:cpu", device="cuda")
 
 
 @pytest.mark.parametrize("library", ["no_such_library", "json", "a.b.c"])
-def test_an_array_api_library_that_is_none(library: str) -> None:
+def test_an_array_api_library_that_is_none(library):
     with pytest.raises(BackendNotAvailableError, match=library):
         get_backend(f"array_api:{library}")
 
 
-def test_instances_are_independent_of_each_other() -> None:
+def test_instances_are_independent_of_each_other():
     """No current backend: two kinds in one process, in any order, interleaved."""
     one, two = KVCache("numpy"), KVCache("array_api:array_api_strict")
     for cache in (one, two, one, two):
@@ -124,7 +121,7 @@ def test_instances_are_independent_of_each_other() -> None:
     assert backend_of(two.state[0]).name == "array_api"
 
 
-def test_all_backends_in_one_process() -> None:
+def test_all_backends_in_one_process():
     caches = [KVCache(name) for name, info in available_backends().items() if info.installed]
     for cache in caches * 2:
         assert cache.backend is not None
@@ -138,7 +135,7 @@ def test_all_backends_in_one_process() -> None:
 # "auto" and the environment.
 
 
-def test_the_environment_chooses_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_chooses_for_auto(monkeypatch):
     monkeypatch.setenv("KVCACHE_BACKEND", "array_api:array_api_strict")
     assert get_backend().spec == get_backend("auto").spec == "array_api:array_api_strict"
     assert get_backend("numpy").name == "numpy"
@@ -149,13 +146,13 @@ def test_the_environment_chooses_for_auto(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("value", ["", "auto"])
-def test_an_environment_that_chooses_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_chooses_nothing(value, monkeypatch):
     expected = get_backend("auto").spec
     monkeypatch.setenv("KVCACHE_BACKEND", value)
     assert get_backend("auto").spec == expected
 
 
-def test_auto_takes_the_best_that_is_installed() -> None:
+def test_auto_takes_the_best_that_is_installed():
     order = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
     installed = [name for name in order if available_backends()[name].installed]
     for count in range(len(installed) + 1):
@@ -164,7 +161,7 @@ def test_auto_takes_the_best_that_is_installed() -> None:
         assert run(program) == [*installed, "numpy"][count]
 
 
-def test_auto_is_not_taken_in_by_a_folder_of_that_name(tmp_path: Path) -> None:
+def test_auto_is_not_taken_in_by_a_folder_of_that_name(tmp_path):
     """A checkout, or somebody's data, that happens to lie on the path: it is no package."""
     for name in FRAMEWORKS:
         (tmp_path / name).mkdir()
@@ -183,7 +180,7 @@ print(*(name for name, info in kvcache.available_backends().items() if info.inst
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_not_installed(name: str) -> None:
+def test_not_installed(name):
     """In an environment of one framework this is the real thing; elsewhere it is hidden."""
     program = f"""{WITHOUT}
 without({name!r})
@@ -212,7 +209,7 @@ cache = kvcache.KVCache("numpy")
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_not_installed_for_real(name: str) -> None:
+def test_not_installed_for_real(name):
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed; test_not_installed hides it")
     with pytest.raises(BackendNotAvailableError, match=rf"pip install 'kvcache\[{name}\]'"):
@@ -220,7 +217,7 @@ def test_not_installed_for_real(name: str) -> None:
     assert not available_backends()[name].installed
 
 
-def test_an_installation_that_is_broken(tmp_path: Path) -> None:
+def test_an_installation_that_is_broken(tmp_path):
     """A framework whose import fails in whatever way is one that is not available."""
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").write_text("raise ImportError('libmlx.so: cannot open')")
@@ -244,7 +241,7 @@ print(kvcache.get_backend().name)
     assert lines[-1] in ("jax", "numpy")
 
 
-def test_a_framework_that_finds_no_device() -> None:
+def test_a_framework_that_finds_no_device():
     """JAX told to use a platform that is not here fails when asked for devices, not on import."""
     if not importlib.util.find_spec("jax"):
         pytest.skip("jax is not installed")
@@ -264,7 +261,7 @@ except kvcache.BackendNotAvailableError as error:
     assert "rocm" in error
 
 
-def test_available_backends(backend: Backend) -> None:
+def test_available_backends(backend):
     infos = available_backends()
     assert list(infos) == sorted(infos)
     assert set(BUILT_IN) <= set(infos)
@@ -278,7 +275,7 @@ def test_available_backends(backend: Backend) -> None:
 # By array.
 
 
-def test_owner_of_an_array(backend: Backend) -> None:
+def test_owner_of_an_array(backend):
     array = backend.alloc((2, 3), "float32")
     assert backend_of(array).spec == backend.spec
     assert backend_of(array) is backend_of(array)
@@ -289,7 +286,7 @@ class Sub(np.ndarray):
     """A subclass from elsewhere is an array of its framework all the same."""
 
 
-def test_owner_of_a_subclass() -> None:
+def test_owner_of_a_subclass():
     assert backend_of(np.zeros(3).view(Sub)).name == "numpy"
     if importlib.util.find_spec("torch"):
         import torch
@@ -300,19 +297,19 @@ def test_owner_of_a_subclass() -> None:
 class Foreign:
     """Says that it follows the standard, but its library is none."""
 
-    def __array_namespace__(self, **_: Any) -> Any:
+    def __array_namespace__(self, **_):
         return np
 
 
 @pytest.mark.parametrize("thing", [[1.0], (1.0,), 1.0, "array", None, object(), Foreign(), Foreign])
-def test_nobody_owns_it(thing: object) -> None:
+def test_nobody_owns_it(thing):
     kind = type(thing)
     name = rf"got {kind.__module__}\.{kind.__qualname__}\. register_backend adds others"
     with pytest.raises(UnknownBackendError, match=name):
         backend_of(thing)
 
 
-def test_asking_for_the_owner_imports_nothing() -> None:
+def test_asking_for_the_owner_imports_nothing():
     program = f"""
 import sys, kvcache, numpy as np
 assert kvcache.backend_of(np.zeros(1)).name == "numpy"
@@ -342,7 +339,7 @@ class AbacusBackend(NumpyBackend):
 """
 
 
-def distribution(folder: Path, name: str, entry: str) -> None:
+def distribution(folder, name, entry):
     """What an installed package leaves behind, entry point included."""
     info = folder / f"{name.replace('-', '_')}-1.2.dist-info"
     info.mkdir()
@@ -352,7 +349,7 @@ def distribution(folder: Path, name: str, entry: str) -> None:
     (info / "top_level.txt").write_text("abacus\n")
 
 
-def test_an_installed_package_adds_a_backend(tmp_path: Path) -> None:
+def test_an_installed_package_adds_a_backend(tmp_path):
     distribution(tmp_path, "kvcache-abacus", "abacus = abacus:AbacusBackend")
     (tmp_path / "abacus.py").write_text(PLUGIN)
     program = """
@@ -374,7 +371,7 @@ print(kvcache.backend_of(Arrays()).name)
     ]
 
 
-def test_an_installed_package_that_is_broken(tmp_path: Path) -> None:
+def test_an_installed_package_that_is_broken(tmp_path):
     """It is reported, and nobody else suffers."""
     distribution(tmp_path, "kvcache-abacus", "abacus = abacus_that_is_gone:AbacusBackend")
     program = """
@@ -391,7 +388,7 @@ print(kvcache.backend_of(numpy.zeros(1)).name)
     assert owner == "numpy"
 
 
-def test_a_package_cannot_replace_a_backend_of_ours(tmp_path: Path) -> None:
+def test_a_package_cannot_replace_a_backend_of_ours(tmp_path):
     distribution(tmp_path, "kvcache-abacus", "numpy = abacus:AbacusBackend")
     (tmp_path / "abacus.py").write_text(PLUGIN)
     program = "import kvcache; print(type(kvcache.get_backend('numpy')).__module__)"
@@ -404,7 +401,7 @@ kvcache.register_backend("abacus", "abacus:AbacusBackend", "abacus", "pip instal
 """
 
 
-def test_register_backend(tmp_path: Path) -> None:
+def test_register_backend(tmp_path):
     (tmp_path / "abacus.py").write_text(PLUGIN)
     program = f"""{REGISTERED}
 import sys
@@ -420,7 +417,7 @@ one = backend.from_host(np.ones((1, 1, 2, 1), np.float32))
     assert run(program, tmp_path).splitlines() == ["abacus:cpu", "abacus", "True"]
 
 
-def test_registered_but_not_installed() -> None:
+def test_registered_but_not_installed():
     program = f"""{REGISTERED}
 try:
     kvcache.get_backend("abacus")
@@ -434,7 +431,7 @@ print(kvcache.available_backends()["abacus"].remedy)
     assert remedy == "pip install beads"
 
 
-def test_a_name_that_is_taken() -> None:
+def test_a_name_that_is_taken():
     with pytest.raises(UnknownBackendError, match=r"named 'numpy' exists already\. Choose another"):
         register_backend("numpy", "abacus:AbacusBackend", "abacus", "pip install beads")
     assert type(get_backend("numpy")) is NumpyBackend
@@ -444,7 +441,7 @@ def test_a_name_that_is_taken() -> None:
 
 
 @pytest.mark.parametrize("name", ["backends", "elsewhere.backends"])
-def test_under_another_name_it_cannot_be_imported(name: str) -> None:
+def test_under_another_name_it_cannot_be_imported(name):
     """In a checkout `import backends` would find it, and every class would exist twice."""
     file = kvcache.backends.__file__
     spec = importlib.util.spec_from_file_location(name, file)
@@ -457,7 +454,7 @@ def test_under_another_name_it_cannot_be_imported(name: str) -> None:
         spec.loader.exec_module(module)
 
 
-def test_import_of_the_folder() -> None:
+def test_import_of_the_folder():
     folder = Path(kvcache.backends.__file__).parent
     program = f"""
 import sys

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +16,20 @@ from kvcache.backends._numpy import NumpyBackend
 from kvcache.testing import run_suite
 from kvcache.testing.checks import all_checks
 
-Array = Any
-
 
 class Faulty(NumpyBackend):
     """NumPy with few dtypes, of different kinds: enough to find a fault by."""
 
     finds: str
 
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self):
         return {name: HOST_DTYPES[name] for name in ("float32", "bfloat16", "int32", "bool")}
 
 
 class WritesOneToTheRight(Faulty):
     finds = "slice_update_writes_there_only"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         shift = 1 if stop < buffer.shape[axis] else 0
         return super().write_slice(buffer, update, start + shift, stop + shift, axis)
 
@@ -40,7 +37,7 @@ class WritesOneToTheRight(Faulty):
 class WritesOneLess(Faulty):
     finds = "slice_update_writes_there_only"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         if stop - start == 1:
             return super().write_slice(buffer, update, start, stop, axis)
         some = update[(*(slice(None),) * axis, slice(0, -1))]
@@ -50,7 +47,7 @@ class WritesOneLess(Faulty):
 class WritesOnTheTokenAxisOnly(Faulty):
     finds = "slice_update_writes_there_only"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         if axis != 2:
             buffer[...] = update if update.shape == buffer.shape else buffer
             return buffer
@@ -60,7 +57,7 @@ class WritesOnTheTokenAxisOnly(Faulty):
 class WritesTheFirstBatchOnly(Faulty):
     finds = "slice_update_writes_there_only"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         if axis == 0:
             return super().write_slice(buffer, update, start, stop, axis)
         super().write_slice(buffer[:1], update[:1], start, stop, axis)
@@ -70,14 +67,14 @@ class WritesTheFirstBatchOnly(Faulty):
 class WritesNothing(Faulty):
     finds = "slice_update_chains"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         return buffer
 
 
 class AddsInsteadOfWriting(Faulty):
     finds = "slice_update_writes_there_only"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         key = (*(slice(None),) * axis, slice(start, stop))
         with np.errstate(all="ignore"):
             return super().write_slice(buffer, buffer[key] + update, start, stop, axis)
@@ -86,7 +83,7 @@ class AddsInsteadOfWriting(Faulty):
 class KeepsTheUpdateWhenItFillsTheBuffer(Faulty):
     finds = "slice_update_leaves_the_update_alone"
 
-    def write_slice(self, buffer: Array, update: Array, start: int, stop: int, axis: int) -> Array:
+    def write_slice(self, buffer, update, start, stop, axis):
         if update.shape == buffer.shape:
             return update
         return super().write_slice(buffer, update, start, stop, axis)
@@ -95,7 +92,7 @@ class KeepsTheUpdateWhenItFillsTheBuffer(Faulty):
 class ChecksNoBounds(Faulty):
     finds = "slice_update_refuses"
 
-    def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
+    def slice_update(self, buffer, update, start, axis):
         start = max(0, min(start, buffer.shape[axis] - update.shape[axis]))  # as JAX clamps
         return self.write_slice(buffer, update, start, start + update.shape[axis], axis)
 
@@ -103,7 +100,7 @@ class ChecksNoBounds(Faulty):
 class Broadcasts(Faulty):
     finds = "slice_update_refuses"
 
-    def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
+    def slice_update(self, buffer, update, start, axis):
         stop = start + update.shape[min(axis, update.ndim - 1)]
         return self.write_slice(buffer, update, start, stop, axis)
 
@@ -111,7 +108,7 @@ class Broadcasts(Faulty):
 class WritesBeforeItChecks(Faulty):
     finds = "slice_update_refuses"
 
-    def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
+    def slice_update(self, buffer, update, start, axis):
         if 0 <= start < buffer.shape[axis] and update.ndim == buffer.ndim == axis + 2:
             buffer[:, :, start:] = update[:, :, : buffer.shape[axis] - start]
         return super().slice_update(buffer, update, start, axis)
@@ -120,18 +117,18 @@ class WritesBeforeItChecks(Faulty):
 class SharesZeros(Faulty):
     finds = "alloc_is_zero_and_unshared"
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.made: dict[tuple[Any, ...], Array] = {}
+        self.made = {}
 
-    def alloc(self, shape: Any, dtype: str) -> Array:
+    def alloc(self, shape, dtype):
         return self.made.setdefault((tuple(shape), dtype), super().alloc(shape, dtype))
 
 
 class AllocatesUninitialised(Faulty):
     finds = "alloc_is_zero_and_unshared"
 
-    def alloc(self, shape: Any, dtype: str) -> Array:
+    def alloc(self, shape, dtype):
         buffer = np.empty(math.prod(shape) * HOST_DTYPES[dtype].itemsize, np.uint8)
         buffer[:] = 0x5A  # what np.empty may give on an unlucky day
         return buffer.view(self.dtype(dtype)).reshape(shape)
@@ -140,14 +137,14 @@ class AllocatesUninitialised(Faulty):
 class ToHostIsAView(Faulty):
     finds = "host_copies_are_independent"
 
-    def to_host(self, array: Array) -> Array:
+    def to_host(self, array):
         return array
 
 
 class ToHostIsReadOnly(Faulty):
     finds = "host_copies_are_independent"
 
-    def to_host(self, array: Array) -> Array:
+    def to_host(self, array):
         host = super().to_host(array)
         host.flags.writeable = False
         return host
@@ -156,14 +153,14 @@ class ToHostIsReadOnly(Faulty):
 class FromHostAliases(Faulty):
     finds = "host_copies_are_independent"
 
-    def from_host(self, array: Any, dtype: str | None = None) -> Array:
+    def from_host(self, array, dtype=None):
         return self._host(array, dtype)
 
 
 class FromHostCleansNans(Faulty):
     finds = "host_round_trip"
 
-    def from_host(self, array: Any, dtype: str | None = None) -> Array:
+    def from_host(self, array, dtype=None):
         host = super().from_host(array, dtype)
         if host.dtype == np.float32:
             host[np.isnan(host)] = np.nan
@@ -173,7 +170,7 @@ class FromHostCleansNans(Faulty):
 class GoesThroughFloat32(Faulty):
     finds = "host_round_trip"
 
-    def to_host(self, array: Array) -> Array:
+    def to_host(self, array):
         with np.errstate(all="ignore"):
             return array.astype(np.float32).astype(array.dtype)
 
@@ -181,7 +178,7 @@ class GoesThroughFloat32(Faulty):
 class FlushesSubnormals(Faulty):
     finds = "host_round_trip"
 
-    def to_host(self, array: Array) -> Array:
+    def to_host(self, array):
         host = super().to_host(array)
         if host.dtype == np.float32:
             host[np.abs(host) < np.finfo(np.float32).tiny] = 0
@@ -191,7 +188,7 @@ class FlushesSubnormals(Faulty):
 class LosesTheSignOfZero(Faulty):
     finds = "host_round_trip"
 
-    def to_host(self, array: Array) -> Array:
+    def to_host(self, array):
         host = super().to_host(array)
         host[host == 0] = 0
         return host
@@ -200,7 +197,7 @@ class LosesTheSignOfZero(Faulty):
 class IgnoresTheDtypeAskedFor(Faulty):
     finds = "host_cast"
 
-    def from_host(self, array: Any, dtype: str | None = None) -> Array:
+    def from_host(self, array, dtype=None):
         host = np.asarray(array)
         return host.astype(np.float32) if host.dtype == np.float64 else host.copy()
 
@@ -208,7 +205,7 @@ class IgnoresTheDtypeAskedFor(Faulty):
 class GatherIsAView(Faulty):
     finds = "copies_outlive_their_source"
 
-    def read_rows(self, buffer: Array, index: Any, axis: int) -> Array:
+    def read_rows(self, buffer, index, axis):
         if index.size and np.array_equal(index, np.arange(index[0], index[0] + index.size)):
             return self.read_slice(buffer, int(index[0]), int(index[0]) + index.size, axis)
         return super().read_rows(buffer, index, axis)
@@ -217,28 +214,28 @@ class GatherIsAView(Faulty):
 class GatherSorts(Faulty):
     finds = "gather_reads_rows"
 
-    def read_rows(self, buffer: Array, index: Any, axis: int) -> Array:
+    def read_rows(self, buffer, index, axis):
         return super().read_rows(buffer, np.sort(index), axis)
 
 
 class GatherDropsRepeats(Faulty):
     finds = "gather_reads_rows"
 
-    def read_rows(self, buffer: Array, index: Any, axis: int) -> Array:
+    def read_rows(self, buffer, index, axis):
         return super().read_rows(buffer, np.array(list(dict.fromkeys(index.tolist())), int), axis)
 
 
 class ScatterSorts(Faulty):
     finds = "scatter_writes_rows"
 
-    def write_rows(self, buffer: Array, rows: Array, index: Any, axis: int) -> Array:
+    def write_rows(self, buffer, rows, index, axis):
         return super().write_rows(buffer, rows, np.sort(index), axis)
 
 
 class ScatterWritesARun(Faulty):
     finds = "scatter_writes_rows"
 
-    def write_rows(self, buffer: Array, rows: Array, index: Any, axis: int) -> Array:
+    def write_rows(self, buffer, rows, index, axis):
         first = min(int(index[0]), buffer.shape[axis] - index.size)
         return self.write_slice(buffer, rows, first, first + index.size, axis)
 
@@ -246,7 +243,7 @@ class ScatterWritesARun(Faulty):
 class ScatterWritesTheFirstRowOnly(Faulty):
     finds = "scatter_writes_rows"
 
-    def write_rows(self, buffer: Array, rows: Array, index: Any, axis: int) -> Array:
+    def write_rows(self, buffer, rows, index, axis):
         some = rows[(*(slice(None),) * axis, slice(0, 1))]
         return super().write_rows(buffer, some, index[:1], axis)
 
@@ -254,7 +251,7 @@ class ScatterWritesTheFirstRowOnly(Faulty):
 class ScatterWraps(Faulty):
     finds = "scatter_refuses"
 
-    def scatter(self, buffer: Array, rows: Array, index: Any, axis: int) -> Array:
+    def scatter(self, buffer, rows, index, axis):
         wrapped = np.asarray(index, np.int32) % buffer.shape[axis]
         return super().scatter(buffer, rows, wrapped, axis)
 
@@ -262,50 +259,50 @@ class ScatterWraps(Faulty):
 class SliceIsTooLong(Faulty):
     finds = "slice_reads_a_range"
 
-    def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def read_slice(self, buffer, start, stop, axis):
         return super().read_slice(buffer, start, stop + 1, axis)
 
 
 class SliceCountsFromTheEnd(Faulty):
     finds = "slice_reads_a_range"
 
-    def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
+    def slice(self, buffer, start, stop, axis):
         return self.read_slice(buffer, start, stop, axis)
 
 
 class ConcatOfOneIsThatOne(Faulty):
     finds = "copies_outlive_their_source"
 
-    def concat(self, arrays: Any, axis: int) -> Array:
+    def concat(self, arrays, axis):
         return arrays[0] if len(arrays) == 1 else super().concat(arrays, axis)
 
 
 class ConcatIgnoresTheAxis(Faulty):
     finds = "concat_joins"
 
-    def concat(self, arrays: Any, axis: int) -> Array:
+    def concat(self, arrays, axis):
         return super().concat(arrays, 2)
 
 
 class ConcatReverses(Faulty):
     finds = "concat_joins"
 
-    def concat(self, arrays: Any, axis: int) -> Array:
+    def concat(self, arrays, axis):
         return super().concat(arrays[::-1], axis)
 
 
 class FreeClearsEverything(Faulty):
     finds = "free_spares_others"
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.made: list[Array] = []
+        self.made = []
 
-    def from_host(self, array: Any, dtype: str | None = None) -> Array:
+    def from_host(self, array, dtype=None):
         self.made.append(super().from_host(array, dtype))
         return self.made[-1]
 
-    def free(self, buffer: Array) -> None:
+    def free(self, buffer):
         for array in self.made:
             array[...] = 0
 
@@ -313,21 +310,21 @@ class FreeClearsEverything(Faulty):
 class NamesTheWrongDtype(Faulty):
     finds = "dtype_is_named"
 
-    def dtype_name(self, array: Array) -> str:
+    def dtype_name(self, array):
         return "float32"
 
 
 class FromDlpackCastsIt(Faulty):
     finds = "dlpack_from_numpy"
 
-    def from_dlpack(self, array: Any) -> Array:
+    def from_dlpack(self, array):
         return np.asarray(array).astype(np.float32)
 
 
 class ItsOwnArraysComeBackFlat(Faulty):
     finds = "dlpack_from_itself"
 
-    def from_dlpack(self, array: Any) -> Array:
+    def from_dlpack(self, array):
         return array.reshape(-1)
 
 
@@ -355,33 +352,33 @@ FAULTS = Faulty.__subclasses__()
 
 
 @cache
-def failed_checks(fault: type[Faulty]) -> set[str]:
+def failed_checks(fault):
     return {result.check.name for result in run_suite(fault()) if result.outcome == "failed"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_suite_finds(fault: type[Faulty]) -> None:
+def test_the_suite_finds(fault):
     assert fault.finds in failed_checks(fault)
 
 
-def test_it_finds_nothing_where_there_is_nothing() -> None:
+def test_it_finds_nothing_where_there_is_nothing():
     class Sound(Faulty):
         finds = ""
 
     assert {result.outcome for result in run_suite(Sound())} == {"passed", "missing"}
 
 
-def test_every_check_finds_something() -> None:
+def test_every_check_finds_something():
     """A check that no fault makes fail might as well be missing."""
     checks = {check.name for check in all_checks()}
     assert checks == set().union(*map(failed_checks, FAULTS))
 
 
-def test_a_crash_is_a_failure_and_the_report_goes_on() -> None:
+def test_a_crash_is_a_failure_and_the_report_goes_on():
     class Crashes(Faulty):
         finds = ""
 
-        def concat(self, arrays: Any, axis: int) -> Array:
+        def concat(self, arrays, axis):
             raise ZeroDivisionError("at the worst moment")
 
     results = {str(result.check): result for result in run_suite(Crashes())}
@@ -390,9 +387,9 @@ def test_a_crash_is_a_failure_and_the_report_goes_on() -> None:
     assert results["gather_reads_rows-int32"].outcome == "passed"
 
 
-def test_an_incomplete_backend_cannot_be_made() -> None:
+def test_an_incomplete_backend_cannot_be_made():
     class Half(Backend):
         name = "half"
 
     with pytest.raises(TypeError, match="abstract"):
-        Half()  # type: ignore[abstract]
+        Half()

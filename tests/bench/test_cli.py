@@ -1,8 +1,5 @@
 """The commands: options reach the benchmark, and what it finds reaches the screen and a file."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 import kvcache.bench
@@ -15,20 +12,20 @@ testing = pytest.importorskip("typer.testing")
 TINY_STEP = "--backends numpy --dtypes float32 --layers 2 --heads 2 --head-dim 4 --rounds 2"
 
 
-def invoke(arguments: str, *more: str) -> Any:
+def invoke(arguments, *more):
     from kvcache.cli import app
 
     return testing.CliRunner().invoke(app, ["bench", *arguments.split(), *more])
 
 
 @pytest.fixture
-def small_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_loads(monkeypatch):
     monkeypatch.setattr(
         kvcache.bench.run_plan, "__defaults__", ((Load(2, 16, 12),), 1024, 101, None)
     )
 
 
-def test_append(tmp_path: Path) -> None:
+def test_append(tmp_path):
     path = tmp_path / "append.json"
     options = "--backends numpy --dtypes float32 --capacities 8,16 --heads 1 --rounds 2"
     result = invoke(f"append {options} --json", str(path))
@@ -40,7 +37,7 @@ def test_append(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_loads")
-def test_plan(tmp_path: Path) -> None:
+def test_plan(tmp_path):
     path = tmp_path / "plan.json"
     result = invoke("plan --window 4 --rounds 2 --json", str(path))
     assert result.exit_code == 0, result.output
@@ -51,13 +48,13 @@ def test_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_loads")
-def test_a_window_that_drops_nothing_is_refused() -> None:
+def test_a_window_that_drops_nothing_is_refused():
     result = invoke("plan --window 12 --rounds 2")
     assert isinstance(result.exception, ValueError)
     assert "shorter than what is used" in str(result.exception)
 
 
-def test_step(tmp_path: Path) -> None:
+def test_step(tmp_path):
     path = tmp_path / "step.json"
     result = invoke(f"step --batches 1,2 --tokens 16 {TINY_STEP} --json", str(path))
     assert result.exit_code == 0, result.output
@@ -68,7 +65,7 @@ def test_step(tmp_path: Path) -> None:
     assert (report.layers, report.heads, report.head_dim, report.rounds) == (2, 2, 4, 2)
 
 
-def test_diffusion(tmp_path: Path) -> None:
+def test_diffusion(tmp_path):
     model = tmp_path / "model.safetensors"
     tiny = DiTConfig(tokens=8, width=8, heads=2, blocks=3)
     DiT.random(tiny, kvcache.get_backend("numpy")).save(model)
@@ -79,14 +76,14 @@ def test_diffusion(tmp_path: Path) -> None:
     assert DiffusionReport.from_json(tmp_path / "it.json").places == ["numpy"]
 
 
-def test_diffusion_without_torch_wants_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusion_without_torch_wants_a_model(monkeypatch):
     monkeypatch.setattr("kvcache.cli.bench.find_spec", lambda name: None)
     result = invoke("diffusion --backends numpy")
     assert result.exit_code == 2
     assert "training the model needs torch" in " ".join(result.output.split())
 
 
-def test_without_backends_all_installed_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_backends_all_installed_are_measured(monkeypatch):
     monkeypatch.setattr("kvcache.cli.bench.installed_backends", lambda: ["numpy"])
     result = invoke("step --dtypes float32 --batches 1 --tokens 8 --layers 1 --rounds 1")
     assert result.exit_code == 0, result.output
@@ -94,7 +91,7 @@ def test_without_backends_all_installed_are_measured(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("command", ["append", "diffusion", "plan", "step"])
-def test_help_teaches_by_an_example(command: str) -> None:
+def test_help_teaches_by_an_example(command):
     result = invoke(f"{command} --help")
     assert result.exit_code == 0
     assert f"kvcache bench {command} --" in result.stdout
@@ -102,9 +99,7 @@ def test_help_teaches_by_an_example(command: str) -> None:
         assert option in result.stdout
 
 
-def test_a_plot_without_matplotlib_is_refused_before_measuring(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_plot_without_matplotlib_is_refused_before_measuring(monkeypatch):
     monkeypatch.setattr("kvcache.cli.bench.find_spec", lambda name: None)
     result = invoke("append --plot append.png")
     assert result.exit_code == 2

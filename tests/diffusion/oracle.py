@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -13,7 +12,6 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from kvcache import Backend
 from kvcache.diffusion import (
     Accumulated,
     DiffusionCache,
@@ -22,8 +20,6 @@ from kvcache.diffusion import (
     Magnitude,
     Recipe,
     RelativeChange,
-    Signal,
-    SkipPolicy,
     StepMask,
     Threshold,
     TimestepChange,
@@ -48,10 +44,10 @@ class Oracle:
 
     recipe: Recipe
 
-    def __post_init__(self) -> None:
-        self.run: list[Seen] = []
+    def __post_init__(self):
+        self.run = []
 
-    def computes(self, step: int, signal: Any = None, time: float | None = None) -> bool:
+    def computes(self, step, signal=None, time=None):
         measure = self.recipe.policy.signal
         when = step if time is None else time
         value = None if measure is None else np.float64(signal if measure.array else when)
@@ -62,10 +58,10 @@ class Oracle:
         self.run[-1] = self.run[-1]._replace(computed=answer)
         return answer
 
-    def _first(self) -> bool:
+    def _first(self):
         return not any(seen.computed for seen in self.run)
 
-    def _limited(self, step: int) -> bool:
+    def _limited(self, step):
         limits, policy = self.recipe.limits, self.recipe.policy
         longest = (
             policy.max_consecutive_skips
@@ -80,12 +76,12 @@ class Oracle:
             or (limits.max_skips is not None and skipped >= limits.max_skips)
         )
 
-    def _open(self) -> list[Seen]:
+    def _open(self):
         """The steps since the last computed one, and the present one."""
         computed = [number for number, seen in enumerate(self.run) if seen.computed]
         return self.run[computed[-1] + 1 :]
 
-    def _judged(self, policy: SkipPolicy) -> bool:
+    def _judged(self, policy):
         now, measure = self.run[-1], policy.signal
         match policy:
             case Interval():
@@ -113,7 +109,7 @@ class Oracle:
                 return reached(error, policy.threshold, error)
         raise AssertionError(measure)
 
-    def _changes(self, measure: Signal) -> list[float]:
+    def _changes(self, measure):
         """That of every step since the last computed one."""
         steps = self.run[-len(self._open()) - 1 :]
         if measure.since == "computed":
@@ -121,14 +117,14 @@ class Oracle:
         return [change(measure, new.value, old.value) for old, new in pairwise(steps)]
 
 
-def change(measure: Signal, new: Any, old: Any) -> float:
+def change(measure, new, old):
     with np.errstate(all="ignore"):
         if isinstance(measure, TimestepChange):
             return float(abs(new - old))
         return float(np.abs(new - old).mean() / np.abs(old).mean())
 
 
-def reached(value: float, threshold: float, size: float) -> bool:
+def reached(value, threshold, size):
     """Whether it is not below; `size` is that of what it was added up from."""
     assume(not threshold or not abs(value - threshold) <= 1e-4 * (threshold + size))
     return not value < threshold
@@ -155,7 +151,7 @@ FEW = st.none() | st.integers(0, 6)
 
 
 @st.composite
-def limits(draw: st.DrawFn) -> Limits:
+def limits(draw):
     steps = draw(st.none() | st.integers(1, STEPS + 2))
     tail = 0 if steps is None else draw(st.integers(0, 4))
     return Limits(draw(st.integers(0, 3)), tail, draw(FEW), draw(FEW), steps)
@@ -173,7 +169,7 @@ class Loop(NamedTuple):
 
 
 @st.composite
-def loops(draw: st.DrawFn, least: int = 2) -> Loop:
+def loops(draw, least=2):
     """Numbers that may leave some out, times that fall by uneven gaps, signals that wander."""
     count = draw(st.integers(least, STEPS))
     gaps = draw(st.lists(st.sampled_from([1, 1, 1, 2, 3]), min_size=count, max_size=count))
@@ -185,25 +181,25 @@ def loops(draw: st.DrawFn, least: int = 2) -> Loop:
     return Loop(numbers, times.tolist(), list(signals))
 
 
-def fixed(count: int = STEPS) -> Loop:
+def fixed(count=STEPS):
     """Steps 0, 1, ... at times of these numbers, all signals 1."""
     return Loop(
         list(range(count)), list(map(float, range(count))), [np.ones((2, 3), np.float32)] * count
     )
 
 
-def whole_decisions(recipe: Recipe, loop: Loop) -> list[bool]:
+def whole_decisions(recipe, loop):
     """Of the oracle."""
     oracle = Oracle(recipe)
     return [oracle.computes(step, signal, time) for step, time, signal in zip(*loop, strict=True)]
 
 
-def coded(step: Any, x: Any) -> Any:
+def coded(step, x):
     """A network whose outputs tell the step they are of: 100 steps more each time."""
     return x * 0.5 + step * 100
 
 
-def eager(recipe: Recipe, backend: Backend, loop: Loop) -> tuple[list[bool], list[Host]]:
+def eager(recipe, backend, loop):
     """Decisions, and outputs of :func:`coded` for signals as inputs."""
     cache, outputs = DiffusionCache(recipe), []
     for step, time, signal in zip(*loop, strict=True):
@@ -213,7 +209,7 @@ def eager(recipe: Recipe, backend: Backend, loop: Loop) -> tuple[list[bool], lis
     return [record.computed for record in cache.stats.steps], outputs
 
 
-def traced(recipe: Recipe, backend: Backend, loop: Loop) -> tuple[list[bool], list[Host]]:
+def traced(recipe, backend, loop):
     """As :func:`eager`: one program where the framework compiles loops, else step by step."""
     numbers = np.array(loop.numbers, np.int32), np.array(loop.times, np.float32)
     inputs = [backend.from_host(array) for array in (*numbers, np.stack(loop.signals))]
@@ -224,10 +220,10 @@ def traced(recipe: Recipe, backend: Backend, loop: Loop) -> tuple[list[bool], li
 
 
 @lru_cache(maxsize=4)
-def program(recipe: Recipe, backend: Backend) -> Callable[[Any, Any], Any]:
+def program(recipe, backend):
     """Of a state and steps, times and signals: the state after it, decisions, outputs."""
 
-    def body(state: Any, inputs: Any) -> tuple[Any, Any]:
+    def body(state, inputs):
         step, time, signal = inputs
         cache = TracedCache(recipe, backend, state)
         with cache.begin(step, signal=signal, time=time) as now:
@@ -238,14 +234,14 @@ def program(recipe: Recipe, backend: Backend) -> Callable[[Any, Any], Any]:
     return scan_of(backend, body)
 
 
-def scan_of(backend: Backend, body: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def scan_of(backend, body):
     """``jax.lax.scan`` with `body`, compiled; or the same in Python."""
     if backend.name == "jax":
         import jax
 
         return jax.jit(partial(jax.lax.scan, body))
 
-    def loop(state: Any, inputs: Sequence[Any]) -> Any:
+    def loop(state, inputs):
         rows = []
         for n in range(inputs[0].shape[0]):
             state, row = body(state, [array[n, ...] for array in inputs])

@@ -29,17 +29,13 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Predictor,
     Recipe,
     RelativeChange,
-    SkipPolicy,
     StepMask,
     StepRecord,
     Taylor,
     Threshold,
 )
-
-from .oracle import Host
 
 NUMPY = get_backend("numpy")
 PREDICTORS = [HoldOutput(), HoldResidual(), Taylor(0, True), Taylor(1), Taylor(3), Taylor(2, True)]
@@ -55,15 +51,15 @@ NOTHING = [
 """Policies that skip nothing."""
 
 
-def ones(backend: Backend, value: float = 1.0, shape: tuple[int, ...] = (2, 3)) -> Any:
+def ones(backend, value=1.0, shape=(2, 3)):
     return backend.from_host(np.full(shape, value, np.float32))
 
 
-def never(x: Any) -> Any:
+def never(x):
     raise AssertionError("a skipped step calls no network")
 
 
-def boom(x: Any) -> Any:
+def boom(x):
     raise RuntimeError("out of memory")
 
 
@@ -72,13 +68,11 @@ def boom(x: Any) -> Any:
 
 @each_predictor
 @pytest.mark.parametrize("policy", NOTHING, ids=repr)
-def test_what_skips_nothing_changes_nothing(
-    backend: Backend, policy: SkipPolicy, predictor: Predictor
-) -> None:
+def test_what_skips_nothing_changes_nothing(backend, policy, predictor):
     """Bit for bit."""
     xp, dt = backend.xp, 0.1
 
-    def net(x: Any) -> Any:
+    def net(x):
         return xp.tanh(x * 1.7) - 0.3 * x * x
 
     start = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
@@ -92,7 +86,7 @@ def test_what_skips_nothing_changes_nothing(
     assert len(cache.stats.steps) == 9
 
 
-def test_something_skipped_changes_something() -> None:
+def test_something_skipped_changes_something():
     """Otherwise the test before would say nothing."""
     x = plain = ones(NUMPY)
     cache = DiffusionCache(Recipe(Interval(2)))
@@ -105,16 +99,16 @@ def test_something_skipped_changes_something() -> None:
 # The order of steps.
 
 
-def numbered(cache: DiffusionCache, step: int, stream: Any = 0) -> float:
+def numbered(cache, step, stream=0):
     """What comes of a step whose network gives its number: that of the computed step."""
     return float(cache.run(step, ones(NUMPY), lambda x: x * step, stream=stream)[0, 0])
 
 
-def held(recipe: Recipe | None = None, *args: Any, **options: Any) -> DiffusionCache:
+def held(recipe=None, *args, **options):
     return DiffusionCache(recipe or Recipe(Interval(3), HoldOutput()), *args, **options)
 
 
-def test_a_step_is_passed_once() -> None:
+def test_a_step_is_passed_once():
     cache = held()
     numbered(cache, 4)
     message = r"a step is passed once; stream 0 has passed step 4\. Number the calls"
@@ -125,13 +119,13 @@ def test_a_step_is_passed_once() -> None:
         cache.begin(5)
 
 
-def test_steps_may_be_left_out() -> None:
+def test_steps_may_be_left_out():
     cache = held()
     assert [numbered(cache, step) for step in (0, 2, 7, 9, 30, 31)] == [0, 0, 0, 9, 9, 9]
 
 
 @pytest.mark.parametrize("again", [0, 3])
-def test_a_step_before_the_last_begins_a_run(again: int) -> None:
+def test_a_step_before_the_last_begins_a_run(again):
     cache = held(Recipe(Interval(9), HoldOutput(), Limits(max_skips=5)))
     first = [numbered(cache, step) for step in range(5)]
     assert first == [0] * 5
@@ -144,7 +138,7 @@ def test_a_step_before_the_last_begins_a_run(again: int) -> None:
     assert not any(array() for array in old)
 
 
-def test_a_new_run_measures_anew(backend: Backend) -> None:
+def test_a_new_run_measures_anew(backend):
     """Shapes, too, may be others then."""
     cache = DiffusionCache(Recipe(Threshold(0.5), Taylor(2)))
     for shape in ((2, 3), (1, 5)):
@@ -157,7 +151,7 @@ def test_a_new_run_measures_anew(backend: Backend) -> None:
         assert cache.nbytes == 3 * math.prod(shape) * 4  # two computed steps and the reference
 
 
-def test_streams_have_runs_of_their_own() -> None:
+def test_streams_have_runs_of_their_own():
     cache = held(None, ["cond", "uncond"])
     assert cache.streams == ("cond", "uncond")
     assert [numbered(cache, step, "cond") for step in range(4)] == [0, 0, 0, 3]
@@ -172,7 +166,7 @@ def test_streams_have_runs_of_their_own() -> None:
         numbered(cache, 4, "uncond")
 
 
-def test_streams_measure_each_their_own() -> None:
+def test_streams_measure_each_their_own():
     cache = DiffusionCache(Recipe(Threshold(0.5), HoldOutput()), 2)
     for step, values in enumerate([(1, 1), (1, 2), (2, 2)]):
         for stream, value in enumerate(values):
@@ -182,7 +176,7 @@ def test_streams_measure_each_their_own() -> None:
     assert [record.change for record in cache.stats.steps[2:]] == [0, 1, 1, 0]
 
 
-def test_shared_streams_go_by_the_first_that_comes() -> None:
+def test_shared_streams_go_by_the_first_that_comes():
     """In whatever order; what the others give as a signal is not even asked for."""
     cache = DiffusionCache(Recipe(Threshold(0.5), HoldOutput()), ("cond", "uncond"), shared=True)
     calls = []
@@ -190,7 +184,7 @@ def test_shared_streams_go_by_the_first_that_comes() -> None:
         order = ("uncond", "cond") if step == 1 else ("cond", "uncond")
         for stream, signal in zip(order, (ones(NUMPY, value), boom), strict=True):
 
-            def network(x: Any, call: Any = (step, stream)) -> Any:
+            def network(x, call=(step, stream)):
                 calls.append(call)
                 return x + len(calls)
 
@@ -204,7 +198,7 @@ def test_shared_streams_go_by_the_first_that_comes() -> None:
             cache.begin(2, stream=stream)
 
 
-def test_shared_streams_begin_anew_together() -> None:
+def test_shared_streams_begin_anew_together():
     cache = held(None, 2, shared=True)
     for step in range(3):
         assert [numbered(cache, step, stream) for stream in (0, 1)] == [0, 0]
@@ -216,7 +210,7 @@ def test_shared_streams_begin_anew_together() -> None:
     assert [numbered(cache, 2, stream) for stream in (0, 1)] == [1, 1]
 
 
-def test_a_stream_that_joins_where_others_skip_is_computed() -> None:
+def test_a_stream_that_joins_where_others_skip_is_computed():
     cache = held(None, 2, shared=True)
     numbered(cache, 0, 0)
     numbered(cache, 1, 0)
@@ -224,7 +218,7 @@ def test_a_stream_that_joins_where_others_skip_is_computed() -> None:
     assert [numbered(cache, 2, stream) for stream in (0, 1)] == [0, 1]
 
 
-def test_steps_do_not_overlap() -> None:
+def test_steps_do_not_overlap():
     for options in ({}, {"streams": 2, "shared": True}):
         cache = held(None, **options)
         first, second = cache.begin(0), cache.begin(1)
@@ -238,7 +232,7 @@ def test_steps_do_not_overlap() -> None:
         assert [record.step for record in cache.stats.steps] == [0, 2]
 
 
-def test_a_join_overlaps_as_well() -> None:
+def test_a_join_overlaps_as_well():
     cache = held(None, 2, shared=True)
     numbered(cache, 0, 0)
     joined = cache.begin(0, stream=1)
@@ -247,7 +241,7 @@ def test_a_join_overlaps_as_well() -> None:
         joined.commit()
 
 
-def test_a_step_does_not_outlive_a_reset() -> None:
+def test_a_step_does_not_outlive_a_reset():
     cache = held()
     numbered(cache, 0)
     with pytest.raises(StepOrderError, match="or a reset; step 1 of stream 0"), cache.begin(1):
@@ -256,7 +250,7 @@ def test_a_step_does_not_outlive_a_reset() -> None:
     assert cache.arrays() == []
 
 
-def test_streams_on_their_own_may_overlap() -> None:
+def test_streams_on_their_own_may_overlap():
     cache = held(None, 2)
     with cache.begin(0, stream=0) as first, cache.begin(0, stream=1) as second:
         first.apply(ones(NUMPY), lambda x: x)
@@ -265,7 +259,7 @@ def test_streams_on_their_own_may_overlap() -> None:
     assert cache.nbytes == 48
 
 
-def test_a_step_that_is_not_committed_never_was() -> None:
+def test_a_step_that_is_not_committed_never_was():
     cache = held()
     cache.begin(0).apply(ones(NUMPY), lambda x: x)
     assert cache.stats.steps == ()
@@ -276,11 +270,11 @@ def test_a_step_that_is_not_committed_never_was() -> None:
 # Sites.
 
 
-def test_sites_are_kept_apart(backend: Backend) -> None:
+def test_sites_are_kept_apart(backend):
     """One decision for all; one that comes up in a skipped step is computed in it."""
     cache, calls = DiffusionCache(Recipe(Interval(3), HoldResidual())), []
 
-    def network(site: Any, step: int) -> Callable[[Any], Any]:
+    def network(site, step):
         return lambda x: calls.append((step, site)) or x + 10 * site + step
 
     for step in range(4):
@@ -306,7 +300,7 @@ TWICE = {
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("second", TWICE)
 @pytest.mark.parametrize("first", ["apply", "predict", "record"])
-def test_a_site_is_passed_once(backend: Backend, first: str, second: str, number: int) -> None:
+def test_a_site_is_passed_once(backend, first, second, number):
     """In a step that is skipped, and one that is computed: as if it had not come again."""
     caches = [DiffusionCache(Recipe(Interval(3), HoldResidual())) for _ in range(2)]
     x = ones(backend)
@@ -325,13 +319,13 @@ def test_a_site_is_passed_once(backend: Backend, first: str, second: str, number
     assert results[0].max() == made[first][number]
 
 
-def test_a_network_cannot_pass_its_own_site() -> None:
+def test_a_network_cannot_pass_its_own_site():
     cache = held()
     with cache.begin(0) as now, pytest.raises(StepOrderError, match="'network' before"):
         now.apply(ones(NUMPY), lambda x: now.apply(x, lambda x: x))
 
 
-def test_without_a_function(backend: Backend) -> None:
+def test_without_a_function(backend):
     """For callers that cannot pass one: the same decisions and outputs."""
     cache, reference = (DiffusionCache(Recipe(Interval(2), HoldResidual())) for _ in range(2))
     for step in range(5):
@@ -363,11 +357,11 @@ class Bad(NamedTuple):
     message: str
 
 
-def bad(error: type[Exception], message: str, step: Any = 3, network: Any = None,
-        signal: Any = 2.0, x: Any = (2, 3), **options: Any) -> Bad:  # fmt: skip
+def bad(error, message, step=3, network=None,
+        signal=2.0, x=(2, 3), **options):  # fmt: skip
     """A step with a signal of this value, or what a function makes of the backend."""
 
-    def call(cache: DiffusionCache, backend: Backend) -> Any:
+    def call(cache, backend):
         value = signal(backend) if callable(signal) else signal and ones(backend, signal)
         given = ones(backend, 1.0, x)
         return cache.run(step, given, network or (lambda x: x), signal=value, **options)
@@ -375,11 +369,11 @@ def bad(error: type[Exception], message: str, step: Any = 3, network: Any = None
     return Bad(call, error, message)
 
 
-def wider(x: Any) -> Any:
+def wider(x):
     return ones(backend_of(x), 1, (2, 6))
 
 
-def other_dtype(x: Any) -> Any:
+def other_dtype(x):
     return backend_of(x).from_host(np.ones(x.shape, np.int32))
 
 
@@ -432,7 +426,7 @@ CASES = {
 }
 
 
-def under_way(backend: Backend, predictor: Predictor) -> DiffusionCache:
+def under_way(backend, predictor):
     """Steps 0 and 1 computed, 2 skipped; stream b has been through one step."""
     cache = DiffusionCache(Recipe(Accumulated(0.5), predictor), ("a", "b"))
     for step, signal in enumerate((1.0, 2.0, 2.0)):
@@ -443,14 +437,12 @@ def under_way(backend: Backend, predictor: Predictor) -> DiffusionCache:
 
 
 @pytest.mark.parametrize(("case", "predictors"), CASES.values(), ids=CASES)
-def test_what_fails_changes_nothing(
-    backend: Backend, case: Bad, predictors: tuple[Predictor, ...]
-) -> None:
+def test_what_fails_changes_nothing(backend, case, predictors):
     for predictor in predictors:
         check_nothing_changes(backend, predictor, case)
 
 
-def check_nothing_changes(backend: Backend, predictor: Predictor, case: Bad) -> None:
+def check_nothing_changes(backend, predictor, case):
     cache, reference = under_way(backend, predictor), under_way(backend, predictor)
     stats, arrays, nbytes = repr(cache.stats), cache.arrays(), cache.nbytes
     values = [backend.to_host(array).copy() for array in arrays]
@@ -468,7 +460,7 @@ def check_nothing_changes(backend: Backend, predictor: Predictor, case: Bad) -> 
     assert repr(cache.stats) == repr(reference.stats)
 
 
-def test_a_failing_first_step_leaves_an_empty_cache() -> None:
+def test_a_failing_first_step_leaves_an_empty_cache():
     cache = DiffusionCache(Recipe(Threshold(), Taylor(1)))
     with pytest.raises(RuntimeError, match="out of memory"):
         cache.run(0, ones(NUMPY), boom, signal=ones(NUMPY))
@@ -485,7 +477,7 @@ def test_a_failing_first_step_leaves_an_empty_cache() -> None:
         ("ab", TypeError, r"write \('ab',\)"),
     ],
 )
-def test_no_streams(streams: Any, error: type[Exception], message: str) -> None:
+def test_no_streams(streams, error, message):
     with pytest.raises(error, match=message):
         DiffusionCache(Recipe(Interval()), streams)
 
@@ -493,7 +485,7 @@ def test_no_streams(streams: Any, error: type[Exception], message: str) -> None:
 # Whose arrays they are.
 
 
-def overwrite(array: Any) -> None:
+def overwrite(array):
     """In place, where the framework has that."""
     if hasattr(array, "at") and not hasattr(array, "data_ptr") and not hasattr(array, "flags"):
         try:
@@ -505,9 +497,7 @@ def overwrite(array: Any) -> None:
 
 
 @each_predictor
-def test_callers_may_write_to_what_they_gave_and_got(
-    backend: Backend, predictor: Predictor
-) -> None:
+def test_callers_may_write_to_what_they_gave_and_got(backend, predictor):
     mask = StepMask([True, True, False, False, True, False])
     recipes = [
         Recipe(mask, predictor),
@@ -515,7 +505,7 @@ def test_callers_may_write_to_what_they_gave_and_got(
         Recipe(Accumulated(0.3), predictor),
     ]
     for recipe in recipes:
-        results: list[list[Host]] = []
+        results = []
         changes = []
         for writes in (False, True):
             cache, outputs = DiffusionCache(recipe), []
@@ -534,7 +524,7 @@ def test_callers_may_write_to_what_they_gave_and_got(
 
 
 @pytest.mark.one_backend(name="torch")
-def test_it_does_write_in_this_test() -> None:
+def test_it_does_write_in_this_test():
     array = ones(NUMPY)
     overwrite(array)
     assert (array == -999).all()
@@ -544,7 +534,7 @@ def test_it_does_write_in_this_test() -> None:
     assert (tensor == -999).all()
 
 
-def test_what_it_gives_shares_memory_with_nothing_it_keeps() -> None:
+def test_what_it_gives_shares_memory_with_nothing_it_keeps():
     for predictor in PREDICTORS:
         cache = DiffusionCache(Recipe(Interval(2), predictor))
         for step in range(4):
@@ -563,9 +553,7 @@ def test_what_it_gives_shares_memory_with_nothing_it_keeps() -> None:
     ids=repr,
 )
 @each_predictor
-def test_holds_what_it_looks_at(
-    backend: Backend, policy: SkipPolicy, reference: int, predictor: Predictor
-) -> None:
+def test_holds_what_it_looks_at(backend, policy, reference, predictor):
     """`keeps` outputs per stream and site, and one signal."""
     with DiffusionCache(Recipe(policy, predictor), 2) as cache:
         assert cache.nbytes == 0
@@ -584,7 +572,7 @@ def test_holds_what_it_looks_at(
 
 
 @pytest.mark.parametrize("how", ["reset", "exit", "exception", "run", "slide"])
-def test_freed_means_freed(backend: Backend, how: str) -> None:
+def test_freed_means_freed(backend, how):
     """By reset, at the end of a with, by a new run, and where newer steps push out older."""
     cache = DiffusionCache(Recipe(Threshold(0), Taylor(1)))
     for step in range(3):
@@ -613,10 +601,10 @@ def test_freed_means_freed(backend: Backend, how: str) -> None:
 
 
 @pytest.mark.one_backend(name="mlx")
-def test_mlx_gets_its_memory_back() -> None:
+def test_mlx_gets_its_memory_back():
     mx = pytest.importorskip("mlx.core")
 
-    def run(cache: DiffusionCache) -> None:
+    def run(cache):
         for step in range(5):
             x = mx.full((64, 1024), 1.0 + step)
             mx.eval(cache.run(step, x, lambda x: x * 2, signal=x), cache.arrays())
@@ -632,11 +620,11 @@ def test_mlx_gets_its_memory_back() -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_jax_gets_its_arrays_back() -> None:
+def test_jax_gets_its_arrays_back():
     jax = pytest.importorskip("jax")
     large = 4321
 
-    def live() -> int:
+    def live():
         return sum(array.size == large for array in jax.live_arrays())
 
     for predictor in PREDICTORS:
@@ -664,9 +652,7 @@ def test_jax_gets_its_arrays_back() -> None:
     ],
     ids=repr,
 )
-def test_one_scalar_per_decision(
-    backend: Backend, policy: SkipPolicy, reads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_scalar_per_decision(backend, policy, reads, monkeypatch):
     """At most; shared streams wait for one between them."""
     owner, shapes = type(backend), []
     to_host = owner.to_host
@@ -685,20 +671,20 @@ def test_one_scalar_per_decision(
 
 
 @pytest.mark.one_backend(name="torch")
-def test_torch_reads_no_other_scalar() -> None:
+def test_torch_reads_no_other_scalar():
     """That a condition or an index might wait for."""
     pytest.importorskip("torch")
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = str(function)
             waits = ("_local_scalar_dense", "nonzero", "equal.", "is_nonzero", "item")
             reads.extend(name for wait in waits if wait in name and "not_equal" not in name)
             return function(*args, **(kwargs or {}))
 
-    reads: list[str] = []
+    reads = []
     with Watch():
         float(torch.ones(1).sum())
     assert reads, "it does watch"
@@ -714,7 +700,7 @@ def test_torch_reads_no_other_scalar() -> None:
     assert reads == []
 
 
-def test_a_signal_function_is_called_once_per_decision_and_only_then() -> None:
+def test_a_signal_function_is_called_once_per_decision_and_only_then():
     calls = []
     for policy, expected in (
         (Threshold(0.5), 4),
@@ -731,7 +717,7 @@ def test_a_signal_function_is_called_once_per_decision_and_only_then() -> None:
 # Numbers.
 
 
-def test_stats() -> None:
+def test_stats():
     cache = DiffusionCache(Recipe(Accumulated(0.5), HoldOutput()), ("a", "b"))
     assert cache.stats == DiffusionStats(())
     assert (cache.stats.computed, cache.stats.skipped, cache.stats.skip_rate) == (0, 0, 0.0)
@@ -753,7 +739,7 @@ def test_stats() -> None:
     assert cache.stats.steps == ()
 
 
-def test_a_step_tells_what_was_decided() -> None:
+def test_a_step_tells_what_was_decided():
     cache = DiffusionCache(Recipe(Threshold(0.5), HoldOutput()))
     told = []
     for step, value in enumerate((1.0, 1.25, 2.0)):
@@ -764,7 +750,7 @@ def test_a_step_tells_what_was_decided() -> None:
     assert (told[0][0], *told[1:]) == (True, (False, 0.25), (True, 1.0))
 
 
-def test_times_are_numbers_of_steps_unless_given() -> None:
+def test_times_are_numbers_of_steps_unless_given():
     """With a line through the last two steps: 2 per step, or 2 per tenth."""
     for times, expected in (
         ((None,) * 5, [0, 2, 4, 6, 8]),
@@ -778,20 +764,20 @@ def test_times_are_numbers_of_steps_unless_given() -> None:
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_float64_stays() -> None:
+def test_float64_stays():
     for predictor in PREDICTORS:
         cache = DiffusionCache(Recipe(Interval(2), predictor))
         for step in range(4):
             assert cache.run(step, np.ones((1, 2)), lambda x: x).dtype == np.float64
 
 
-def test_relative_change_is_the_default() -> None:
+def test_relative_change_is_the_default():
     assert Threshold().signal == RelativeChange("computed")
     assert Accumulated().signal == RelativeChange("previous")
     assert Recipe(Interval()).predictor == HoldResidual()
 
 
-def test_who_joins_a_skipped_step_with_nothing_to_go_by_is_computed() -> None:
+def test_who_joins_a_skipped_step_with_nothing_to_go_by_is_computed():
     cache = DiffusionCache(Recipe(Interval(3), HoldOutput()), ("a", "b"), shared=True)
     x = np.ones((2, 3), np.float32)
     for step, streams in enumerate(("a", "ab", "ab")):
@@ -808,7 +794,7 @@ def test_who_joins_a_skipped_step_with_nothing_to_go_by_is_computed() -> None:
     assert cache.stats.computed == 2
 
 
-def test_a_signal_without_axes_is_refused(backend: Backend) -> None:
+def test_a_signal_without_axes_is_refused(backend):
     cache = DiffusionCache(Recipe(Threshold(0.1)))
     scalar = backend.from_host(np.float32(1))
     with pytest.raises(ShapeError, match="at least one axis"):
@@ -816,7 +802,7 @@ def test_a_signal_without_axes_is_refused(backend: Backend) -> None:
     assert not cache.arrays()
 
 
-def test_shapes_are_checked_before_the_network_runs() -> None:
+def test_shapes_are_checked_before_the_network_runs():
     cache = DiffusionCache(Recipe(Interval(1)))
     cache.run(0, np.ones((2, 3), np.float32), lambda x: x)
     with pytest.raises(ShapeError, match="what goes into a site"):
@@ -825,7 +811,7 @@ def test_shapes_are_checked_before_the_network_runs() -> None:
 
 @pytest.mark.one_backend(name="torch")
 @pytest.mark.parametrize("predictor", [HoldOutput(), HoldResidual(), Taylor(1)])
-def test_no_autograd_graph_is_kept(predictor: Predictor) -> None:
+def test_no_autograd_graph_is_kept(predictor):
     torch = pytest.importorskip("torch")
     weight = torch.ones(3, requires_grad=True)
     cache = DiffusionCache(Recipe(Interval(2), predictor))
@@ -835,7 +821,7 @@ def test_no_autograd_graph_is_kept(predictor: Predictor) -> None:
     assert not any(array.requires_grad for array in cache.arrays())
 
 
-def test_integers_are_held_exactly(backend: Backend) -> None:
+def test_integers_are_held_exactly(backend):
     cache = DiffusionCache(Recipe(Interval(2), HoldOutput()))
     exact = backend.from_host(np.full((2, 3), 2**24 + 1, np.int32))
     found = [cache.run(step, exact, lambda x: x) for step in range(2)][1]

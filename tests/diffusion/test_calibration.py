@@ -2,13 +2,11 @@
 
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from kvcache import Backend, DamagedFileError, ForeignFileError, NewerFileError
+from kvcache import DamagedFileError, ForeignFileError, NewerFileError
 from kvcache.diffusion import (
     Accumulated,
     Calibration,
@@ -23,16 +21,16 @@ SHRINK = 0.9
 """The residual of a step over that of the step before."""
 
 
-def signal_at(step: int) -> np.ndarray:
+def signal_at(step):
     """Changes by 1, 2, 3, ... percent from step to step."""
     return np.full((2, 3, 4), np.prod([1 + 0.01 * (i + 1) for i in range(step)]), np.float32)
 
 
-def output_change(change: float) -> float:
+def output_change(change):
     return 2 * change**2 + 0.5 * change
 
 
-def record(recorder: Recorder, backend: Backend, steps: int = 9, stream: Any = 0) -> None:
+def record(recorder, backend, steps=9, stream=0):
     """A run whose outputs change by a polynomial of what the signal changes by."""
     output = 1.0
     for step in range(steps):
@@ -46,14 +44,14 @@ def record(recorder: Recorder, backend: Backend, steps: int = 9, stream: Any = 0
 
 
 @pytest.fixture
-def calibration(backend: Backend) -> Calibration:
+def calibration(backend):
     recorder = Recorder()
     record(recorder, backend)
     record(recorder, backend)  # a second run, which must not be compared with the first
     return recorder.calibrate(degree=2, model="known", steps=9)
 
 
-def test_polynomial_and_ratios_are_found(calibration: Calibration) -> None:
+def test_polynomial_and_ratios_are_found(calibration):
     assert calibration.points == 16
     assert np.allclose(calibration.polynomial, (2, 0.5, 0), atol=2e-2)
     assert calibration.explained > 0.9999
@@ -61,14 +59,14 @@ def test_polynomial_and_ratios_are_found(calibration: Calibration) -> None:
     assert calibration.ratios == pytest.approx([1] + [SHRINK] * 8, rel=1e-4)
 
 
-def test_provenance_is_kept(calibration: Calibration) -> None:
+def test_provenance_is_kept(calibration):
     given = {"model": "known", "steps": 9}
     assert calibration.provenance.items() >= given.items()
     assert calibration.provenance["kvcache"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", calibration.provenance["created"])
 
 
-def test_streams_are_not_compared_with_each_other(backend: Backend) -> None:
+def test_streams_are_not_compared_with_each_other(backend):
     apart, together = Recorder(), Recorder()
     record(apart, backend, stream="cond")
     record(apart, backend, stream="uncond")
@@ -77,7 +75,7 @@ def test_streams_are_not_compared_with_each_other(backend: Backend) -> None:
     assert apart.calibrate(2).points == 2 * together.calibrate(2).points
 
 
-def test_fit_is_what_policies_take(calibration: Calibration) -> None:
+def test_fit_is_what_policies_take(calibration):
     """Skips while the output, not the signal, has changed by less than the threshold."""
     cache = DiffusionCache(Recipe(Accumulated(0.03, calibration.polynomial), HoldResidual()))
     x = np.ones((2, 3, 4), np.float32)
@@ -92,7 +90,7 @@ def test_fit_is_what_policies_take(calibration: Calibration) -> None:
     assert Magnitude(calibration.ratios).ratios == calibration.ratios
 
 
-def test_caller_may_write_to_what_was_recorded() -> None:
+def test_caller_may_write_to_what_was_recorded():
     recorder = Recorder()
     x, y, signal = (np.zeros((2, 4), np.float32) for _ in range(3))
     for step in range(4):
@@ -105,7 +103,7 @@ def test_caller_may_write_to_what_was_recorded() -> None:
     assert calibration.ratios == pytest.approx((1, 2, 3 / 2, 4 / 3))
 
 
-def test_ratios_are_means_over_tokens() -> None:
+def test_ratios_are_means_over_tokens():
     recorder = Recorder()
     residuals = ([[3, 4], [1, 0]], [[6, 8], [3, 0]])  # [tokens, width]: twice and three times
     for step, residual in enumerate(np.array(residuals, np.float32)):
@@ -113,7 +111,7 @@ def test_ratios_are_means_over_tokens() -> None:
     assert recorder.calibrate().ratios == (1, 2.5)
 
 
-def test_other_lengths_shrink_as_much(calibration: Calibration) -> None:
+def test_other_lengths_shrink_as_much(calibration):
     whole = np.prod(calibration.ratios)
     for steps in (2, 5, 9, 40):
         resampled = calibration.ratios_for(steps)
@@ -128,7 +126,7 @@ def test_other_lengths_shrink_as_much(calibration: Calibration) -> None:
         Calibration().ratios_for(3)
 
 
-def test_files_round_trip(calibration: Calibration, tmp_path: Path) -> None:
+def test_files_round_trip(calibration, tmp_path):
     path = tmp_path / "it.json"
     calibration.save(path)
     assert Calibration.load(path) == calibration
@@ -146,16 +144,14 @@ def test_files_round_trip(calibration: Calibration, tmp_path: Path) -> None:
         ('{"format": "kvcache.diffusion.calibration", "version": 1}', DamagedFileError, "lacks"),
     ],
 )
-def test_other_files_are_refused(
-    text: str, error: type[Exception], match: str, tmp_path: Path
-) -> None:
+def test_other_files_are_refused(text, error, match, tmp_path):
     path = tmp_path / "it.json"
     path.write_text(text)
     with pytest.raises(error, match=match):
         Calibration.load(path)
 
 
-def test_too_little_is_refused() -> None:
+def test_too_little_is_refused():
     recorder = Recorder()
     with pytest.raises(ValueError, match="at least two steps; got none"):
         recorder.calibrate()
@@ -167,7 +163,7 @@ def test_too_little_is_refused() -> None:
     assert recorder.calibrate(1).points == 2
 
 
-def test_without_a_signal_there_are_ratios_only() -> None:
+def test_without_a_signal_there_are_ratios_only():
     recorder = Recorder()
     for step in range(3):
         x = np.full((2, 4), 2.0**step, np.float32)
@@ -177,7 +173,7 @@ def test_without_a_signal_there_are_ratios_only() -> None:
     assert found.ratios == (1, 2, 2)
 
 
-def test_outputs_of_another_shape_have_no_ratios() -> None:
+def test_outputs_of_another_shape_have_no_ratios():
     recorder = Recorder()
     for step in range(3):
         x = np.full((2, 4), 2.0**step, np.float32)
@@ -187,7 +183,7 @@ def test_outputs_of_another_shape_have_no_ratios() -> None:
     assert found.polynomial == pytest.approx((1.0,))
 
 
-def test_what_is_no_number_is_left_out() -> None:
+def test_what_is_no_number_is_left_out():
     recorder = Recorder()
     for step in range(4):
         x = np.full((2, 4), 0.0 if step < 2 else step, np.float32)

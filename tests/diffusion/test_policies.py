@@ -1,16 +1,13 @@
 """Decisions: every policy, limit and signal against the oracle, on every framework."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvcache import Backend, get_backend
+from kvcache import get_backend
 from kvcache.diffusion import (
     TIMESTEP,
     Accumulated,
@@ -45,7 +42,7 @@ NUMPY = get_backend("numpy")
 each_policy = pytest.mark.parametrize("kind", POLICIES, ids=lambda kind: kind.__name__)
 
 
-def decisions(recipe: Recipe, loop: Loop | None = None, how: Any = eager) -> str:
+def decisions(recipe, loop=None, how=eager):
     """One letter per step: C, computed, or a dot."""
     return "".join("C" if computed else "." for computed in how(recipe, NUMPY, loop or fixed())[0])
 
@@ -56,15 +53,13 @@ def decisions(recipe: Recipe, loop: Loop | None = None, how: Any = eager) -> str
 @each_policy
 @settings(max_examples=100)
 @given(data=st.data(), limits=limits(), loop=loops())
-def test_decides_as_the_oracle(
-    kind: type[SkipPolicy], data: Any, limits: Limits, loop: Loop
-) -> None:
+def test_decides_as_the_oracle(kind, data, limits, loop):
     recipe = Recipe(data.draw(POLICIES[kind]), HoldOutput(), limits)
     expected = whole_decisions(recipe, loop)
     assert eager(recipe, NUMPY, loop)[0] == expected
 
 
-def check_same_specs(recipe: Recipe, backend: Backend, loop: Loop, how: Any) -> None:
+def check_same_specs(recipe, backend, loop, how):
     """Decided as the oracle does; and outputs are those of NumPy."""
     expected = whole_decisions(recipe, loop)
     computed, outputs = how(recipe, backend, loop)
@@ -77,18 +72,14 @@ def check_same_specs(recipe: Recipe, backend: Backend, loop: Loop, how: Any) -> 
 @each_policy
 @settings(max_examples=12)
 @given(data=st.data(), limits=limits(), loop=loops())
-def test_decides_alike_everywhere(
-    backend: Backend, kind: type[SkipPolicy], data: Any, limits: Limits, loop: Loop
-) -> None:
+def test_decides_alike_everywhere(backend, kind, data, limits, loop):
     check_same_specs(Recipe(data.draw(POLICIES[kind]), Taylor(1), limits), backend, loop, eager)
 
 
 @each_policy
 @settings(max_examples=4)
 @given(data=st.data(), limits=limits(), several=st.lists(loops(STEPS), min_size=4, max_size=4))
-def test_decides_alike_in_a_program(
-    backend: Backend, kind: type[SkipPolicy], data: Any, limits: Limits, several: list[Loop]
-) -> None:
+def test_decides_alike_in_a_program(backend, kind, data, limits, several):
     recipe = Recipe(data.draw(POLICIES[kind]), Taylor(1), limits)
     for loop in several:
         check_same_specs(recipe, backend, loop, traced)
@@ -97,9 +88,7 @@ def test_decides_alike_in_a_program(
 @each_policy
 @settings(max_examples=30)
 @given(data=st.data(), limits=limits(), loop=loops(), again=loops())
-def test_a_second_run_is_decided_as_the_first(
-    kind: type[SkipPolicy], data: Any, limits: Limits, loop: Loop, again: Loop
-) -> None:
+def test_a_second_run_is_decided_as_the_first(kind, data, limits, loop, again):
     recipe = Recipe(data.draw(POLICIES[kind]), HoldOutput(), limits)
     both = Loop(*(first + second for first, second in zip(loop, again, strict=True)))
     expected = whole_decisions(recipe, loop) + whole_decisions(recipe, again)
@@ -121,9 +110,7 @@ MEASURING = [
 @pytest.mark.parametrize("how", [eager, traced])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("policy", MEASURING, ids=str)
-def test_what_cannot_be_measured_is_computed(
-    backend: Backend, policy: SkipPolicy, bad: float, how: Any
-) -> None:
+def test_what_cannot_be_measured_is_computed(backend, policy, bad, how):
     signals = list(map(np.copy, fixed(5).signals))
     signals[2][1, 1] = bad
     recipe = Recipe(policy, HoldOutput(), Limits(max_consecutive_skips=9))
@@ -134,7 +121,7 @@ def test_what_cannot_be_measured_is_computed(
 
 
 @pytest.mark.parametrize("step", range(1, 4))
-def test_after_a_bad_signal_it_goes_on(step: int) -> None:
+def test_after_a_bad_signal_it_goes_on(step):
     signals = list(map(np.copy, fixed(7).signals))
     signals[step][0, 0] = math.nan
     recipe = Recipe(Threshold(0.5), HoldOutput(), Limits(max_consecutive_skips=9))
@@ -147,7 +134,7 @@ def test_after_a_bad_signal_it_goes_on(step: int) -> None:
 @example(rescale=[-1.0, -1.0], loop=fixed(), seed=0)
 @example(rescale=[0.0], loop=fixed(), seed=0)
 @example(rescale=[-1e38, 0.0, 0.0, 0.0], loop=fixed(), seed=0)
-def test_a_threshold_of_0_skips_nothing(rescale: list[float], loop: Loop, seed: int) -> None:
+def test_a_threshold_of_0_skips_nothing(rescale, loop, seed):
     scale = 10.0 ** np.random.default_rng(seed).integers(-40, 38)
     for measure in (RelativeChange("previous"), RelativeChange("computed"), TIMESTEP):
         times = [time * scale for time in loop.times]
@@ -156,10 +143,10 @@ def test_a_threshold_of_0_skips_nothing(rescale: list[float], loop: Loop, seed: 
     assert all(eager(Recipe(Magnitude([1.0] * STEPS * 3, 0)), NUMPY, loop)[0])
 
 
-def drift(rescale: list[float], changes: list[float]) -> tuple[bool, float]:
+def drift(rescale, changes):
     """Whether the last of these changes computes, and what all add up to."""
     policy = Accumulated(1e30, rescale)
-    memory: tuple[Any, ...] = (np.float32(0),)
+    memory = (np.float32(0),)
     with np.errstate(all="ignore"):
         for change in changes:
             facts = StepFacts(np.int32(1), np.float32(change), np.int32(0))
@@ -184,25 +171,23 @@ def drift(rescale: list[float], changes: list[float]) -> tuple[bool, float]:
         ([0.0], [math.nan, 0.0], True, math.inf),
     ],
 )
-def test_polynomials(
-    rescale: list[float], changes: list[float], computes: bool, total: float
-) -> None:
+def test_polynomials(rescale, changes, computes, total):
     assert drift(rescale, changes) == (computes, total)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_ratio_that_is_no_number_computes(bad: float) -> None:
+def test_a_ratio_that_is_no_number_computes(bad):
     recipe = Recipe(
         Magnitude([1, 1, bad, 1, 1, 1, 1, 1], 0.5), limits=Limits(max_consecutive_skips=9)
     )
     assert decisions(recipe, fixed(8)) == "C.C....."
 
 
-def test_a_policy_may_keep_nothing_of_its_own_and_still_not_skip_over_nan() -> None:
+def test_a_policy_may_keep_nothing_of_its_own_and_still_not_skip_over_nan():
     class Never(SkipPolicy):
-        signal = RelativeChange()  # type: ignore[assignment]
+        signal = RelativeChange()
 
-        def should_compute(self, xp: Any, facts: Any, memory: Any) -> Any:
+        def should_compute(self, xp, facts, memory):
             return facts.step < 0, memory
 
     signals = [*fixed(3).signals, np.full((2, 3), np.nan, np.float32), *fixed(3).signals]
@@ -253,24 +238,24 @@ NEVER = StepMask([False] * 40)
         (Magnitude([1.0] * 8), Limits(), "C...C...CCCC"),  # beyond the last ratio
     ],
 )
-def test_by_hand(policy: SkipPolicy, limits: Limits, expected: str, how: Any) -> None:
+def test_by_hand(policy, limits, expected, how):
     assert decisions(Recipe(policy, HoldOutput(), limits), how=how) == expected
 
 
-def test_a_computed_step_does_not_count_into_the_next_drift() -> None:
+def test_a_computed_step_does_not_count_into_the_next_drift():
     """By Limits as well as by the policy; the change to the step after it does."""
     recipe = Recipe(Accumulated(2.5, measure=TIMESTEP), limits=Limits(warmup=5))
     assert decisions(recipe) == "CCCCC..C..C."
 
 
-def test_mean_over_mean() -> None:
+def test_mean_over_mean():
     old, new = np.array([[1, -3], [0, 4]], np.float16), np.array([[2, -3], [0, 1]], np.float16)
     found = RelativeChange().change(np, new, old)
     assert (float(found), found.dtype) == (0.5, np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_does_not_overflow_the_mean(backend: Backend, dtype: str) -> None:
+def test_half_precision_does_not_overflow_the_mean(backend, dtype):
     """Sums of it would, and so would the difference of numbers of either sign."""
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
@@ -308,12 +293,12 @@ def test_half_precision_does_not_overflow_the_mean(backend: Backend, dtype: str)
         (lambda: Limits(tail=2), r"a tail of 2 steps ends where the run does: give steps, too"),
     ],
 )
-def test_refused(make: Any, message: str) -> None:
+def test_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_tables_are_kept_as_given() -> None:
+def test_tables_are_kept_as_given():
     """A policy is what it was made as, whatever becomes of a caller's list."""
     mask, ratios, rescale = [0, 1], [1, 0.5], [2, 0]
     policies = StepMask(mask), Magnitude(ratios), Accumulated(0.1, rescale)
@@ -324,14 +309,14 @@ def test_tables_are_kept_as_given() -> None:
 
 
 @pytest.mark.parametrize("how", [eager, traced])
-def test_a_policy_is_told_of_skips_and_the_change(how: Any) -> None:
+def test_a_policy_is_told_of_skips_and_the_change(how):
     """In the first step of a run there is none, whatever the run before has left."""
     told = []
 
     class Told(Interval):
-        signal = TimestepChange()  # type: ignore[assignment]
+        signal = TimestepChange()
 
-        def should_compute(self, xp: Any, facts: StepFacts, memory: Any) -> Any:
+        def should_compute(self, xp, facts, memory):
             told.append(tuple(map(float, facts)))
             return super().should_compute(xp, facts, memory)
 

@@ -1,39 +1,32 @@
 """What a skipped step gives: the polynomial through the kept steps, in exact arithmetic."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache import Backend, DTypeError, ShapeError, get_backend
+from kvcache import DTypeError, ShapeError, get_backend
 from kvcache.diffusion import (
     DiffusionCache,
     HoldOutput,
     HoldResidual,
     Interval,
-    Predictor,
     Recipe,
     StepMask,
     Taylor,
     TracedCache,
 )
 
-from .oracle import Host, scan_of
+from .oracle import scan_of
 
 NUMPY = get_backend("numpy")
 SHAPE = (2, 3)
-Steps = Sequence[tuple[float, bool]]
-"""Time of each step, and whether it is computed."""
 
 
-def through(points: Sequence[tuple[Fraction, Fraction]], at: Fraction) -> Fraction:
+def through(points, at):
     """The polynomial through these points (Neville's scheme: no weights as in the code)."""
     values = [y for _, y in points]
     for size in range(1, len(points)):
@@ -43,12 +36,12 @@ def through(points: Sequence[tuple[Fraction, Fraction]], at: Fraction) -> Fracti
     return values[0]
 
 
-def polynomial(coefficients: Sequence[Host], time: float) -> Host:
+def polynomial(coefficients, time):
     """Exact in float64 for the few bits that are used here."""
-    return sum(c * time**n for n, c in enumerate(coefficients))  # type: ignore[return-value]
+    return sum(c * time**n for n, c in enumerate(coefficients))
 
 
-def predictions(order: int, coefficients: Sequence[Host], steps: Steps) -> list[Host]:
+def predictions(order, coefficients, steps):
     """Exact, by element; of computed steps what they gave."""
     found, known = [], []
     for time, computed in steps:
@@ -66,7 +59,7 @@ def predictions(order: int, coefficients: Sequence[Host], steps: Steps) -> list[
     return found
 
 
-def cached(backend: Backend, predictor: Predictor, trajectory: Any, steps: Steps) -> list[Host]:
+def cached(backend, predictor, trajectory, steps):
     """Outputs of a cache. Inputs differ from step to step; a residual follows the trajectory."""
     recipe = Recipe(StepMask([computed for _, computed in steps]), predictor)
     cache, outputs = DiffusionCache(recipe), []
@@ -78,12 +71,12 @@ def cached(backend: Backend, predictor: Predictor, trajectory: Any, steps: Steps
     return outputs
 
 
-def step_of(predictor: Predictor, trajectory: Any, number: int, time: float) -> tuple[Host, Host]:
+def step_of(predictor, trajectory, number, time):
     x = np.full(SHAPE, 64.0 * number)
     return x, trajectory(time) + (x if predictor.residual else 0)
 
 
-def compiled(backend: Backend, predictor: Predictor, trajectory: Any, steps: Steps) -> list[Host]:
+def compiled(backend, predictor, trajectory, steps):
     """As :func:`cached`, in a program."""
     recipe = Recipe(StepMask([computed for _, computed in steps]), predictor)
     pairs = [step_of(predictor, trajectory, n, time) for n, (time, _) in enumerate(steps)]
@@ -92,7 +85,7 @@ def compiled(backend: Backend, predictor: Predictor, trajectory: Any, steps: Ste
     stacked = (np.stack(arrays).astype(np.float32) for arrays in zip(*pairs, strict=True))
     inputs = [backend.from_host(array) for array in (numbers, times, *stacked)]
 
-    def body(state: Any, inputs: Any) -> Any:
+    def body(state, inputs):
         number, time, x, out = inputs
         cache = TracedCache(recipe, backend, state)
         result = cache.run(number, x, lambda _: out, time=time)
@@ -106,7 +99,7 @@ def compiled(backend: Backend, predictor: Predictor, trajectory: Any, steps: Ste
     ]
 
 
-def check(how: Any, backend: Backend, predictor: Taylor, degree: int, steps: Steps) -> None:
+def check(how, backend, predictor, degree, steps):
     """Against exact arithmetic, on a polynomial of this degree in every element."""
     chance = np.random.default_rng(degree)
     coefficients = chance.integers(-2, 3, (degree + 1, *SHAPE)).astype(float)
@@ -119,7 +112,7 @@ def check(how: Any, backend: Backend, predictor: Taylor, degree: int, steps: Ste
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6 * (size + 64 * len(steps)))
 
 
-def amplified(order: int, steps: Steps) -> float:
+def amplified(order, steps):
     """The sum of the sizes of the weights, for a step that is predicted."""
     (time, computed), known = steps[-1], [time for time, computed in steps if computed]
     latest = known[-order - 1 :]
@@ -132,7 +125,7 @@ GAPS = st.lists(st.integers(1, 6), min_size=2, max_size=9)
 PATTERN = st.lists(st.booleans(), min_size=8, max_size=8)
 
 
-def steps_of(gaps: list[int], computed: list[bool], falling: bool) -> Steps:
+def steps_of(gaps, computed, falling):
     """Times in eighths, upwards or downwards; the first step is computed in any case."""
     times = np.cumsum([0, *gaps]) / 8 * (-1 if falling else 1)
     return list(zip(times.tolist(), [True, *computed], strict=False))
@@ -144,14 +137,8 @@ def steps_of(gaps: list[int], computed: list[bool], falling: bool) -> Steps:
 @settings(max_examples=25)
 @given(gaps=GAPS, computed=PATTERN, falling=st.booleans(), degree=st.integers(0, 5))
 def test_is_the_polynomial_through_the_last_steps(
-    how: Any,
-    order: int,
-    residual: bool,
-    gaps: list[int],
-    computed: list[bool],
-    falling: bool,
-    degree: int,
-) -> None:
+    how, order, residual, gaps, computed, falling, degree
+):
     """Of lower order until there are enough of them, whatever the true degree is."""
     steps = steps_of(gaps, computed, falling)
     check(how, NUMPY, Taylor(order, residual), degree, steps)
@@ -159,7 +146,7 @@ def test_is_the_polynomial_through_the_last_steps(
 
 @pytest.mark.parametrize("how", [cached, compiled])
 @pytest.mark.parametrize("order", range(5))
-def test_on_every_backend(backend: Backend, order: int, how: Any) -> None:
+def test_on_every_backend(backend, order, how):
     pattern = [False, True, False, True, True, True, False, False, True, True, False]
     steps = steps_of([1, 3, 2, 1, 4, 1, 2, 3, 1, 1, 2], pattern, falling=True)
     check(how, backend, Taylor(order, residual=order % 2 == 1), order, steps)
@@ -171,9 +158,7 @@ def test_on_every_backend(backend: Backend, order: int, how: Any) -> None:
 @given(
     gaps=st.lists(st.integers(1, 6), min_size=7, max_size=7), leading=st.sampled_from([0, 2, -3])
 )
-def test_the_error_is_that_of_one_degree_more(
-    order: int, residual: bool, gaps: list[int], leading: int
-) -> None:
+def test_the_error_is_that_of_one_degree_more(order, residual, gaps, leading):
     """None for degree `order`; above it the leading term times the distance to each known time."""
     times = (np.cumsum([0, *gaps]) / 8).tolist()[: order + 2]
     steps = [(time, n <= order) for n, time in enumerate(times)]
@@ -190,7 +175,7 @@ def test_the_error_is_that_of_one_degree_more(
 
 
 @pytest.mark.parametrize("order", range(5))
-def test_weights_are_1_in_sum_and_0_for_what_is_unknown(order: int) -> None:
+def test_weights_are_1_in_sum_and_0_for_what_is_unknown(order):
     for count in range(1, order + 2):
         times = tuple(map(np.float32, (5.0, 4.0, 2.5, 1.0, 0.0)[: order + 1]))
         weights = Taylor(order).weights(np, times, count, np.float32(6.5))
@@ -207,14 +192,14 @@ def test_weights_are_1_in_sum_and_0_for_what_is_unknown(order: int) -> None:
 # Holding.
 
 
-def test_holds_the_latest_output(backend: Backend) -> None:
+def test_holds_the_latest_output(backend):
     steps = [(0.0, True), (1.0, False), (2.0, True), (3.0, False), (7.0, False)]
     found = cached(backend, HoldOutput(), lambda time: np.full(SHAPE, 100 + time), steps)
     assert [output.min() for output in found] == [100, 100, 102, 102, 102]
     assert all((output == output.min()).all() for output in found)
 
 
-def test_adds_the_latest_residual_to_what_comes_in(backend: Backend) -> None:
+def test_adds_the_latest_residual_to_what_comes_in(backend):
     cache = DiffusionCache(Recipe(Interval(3), HoldResidual()))
     results = [
         backend.to_host(
@@ -228,7 +213,7 @@ def test_adds_the_latest_residual_to_what_comes_in(backend: Backend) -> None:
     assert [result[0, 0] for result in results] == [2, 11, 101, 2003, 11003, 101003]
 
 
-def test_several_arrays_are_predicted_each_by_its_own(backend: Backend) -> None:
+def test_several_arrays_are_predicted_each_by_its_own(backend):
     """Of different shapes, by a line in time; a site that gives a tuple goes on giving one."""
     cache = DiffusionCache(Recipe(StepMask([True, True, False]), Taylor(1, residual=True)))
     for step in range(3):
@@ -243,7 +228,7 @@ def test_several_arrays_are_predicted_each_by_its_own(backend: Backend) -> None:
 
 @pytest.mark.parametrize("predictor", [HoldOutput(), HoldResidual(), Taylor(1), Taylor(2, True)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtypes_stay(backend: Backend, dtype: str, predictor: Predictor) -> None:
+def test_dtypes_stay(backend, dtype, predictor):
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
     x = backend.from_host(np.full(SHAPE, 2.0, np.float32), dtype)
@@ -257,7 +242,7 @@ def test_dtypes_stay(backend: Backend, dtype: str, predictor: Predictor) -> None
     assert cache.nbytes == predictor.keeps * 6 * 2
 
 
-def test_it_extrapolates_in_float32(backend: Backend) -> None:
+def test_it_extrapolates_in_float32(backend):
     """What is added up on the way is out of reach of float16."""
     if "float16" not in backend.dtypes:
         pytest.skip(f"{backend.name} has no float16")
@@ -272,12 +257,12 @@ def test_it_extrapolates_in_float32(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("order", [-1, 5])
-def test_orders(order: int) -> None:
+def test_orders(order):
     with pytest.raises(ValueError, match=f"order must be 0 to 4, .*; got {order}"):
         Taylor(order)
 
 
-def test_keeps_as_many_steps_as_it_looks_at() -> None:
+def test_keeps_as_many_steps_as_it_looks_at():
     assert [Taylor(order).keeps for order in range(5)] == [1, 2, 3, 4, 5]
     assert (HoldOutput().keeps, HoldOutput().residual) == (1, False)
     assert (HoldResidual().keeps, HoldResidual().residual) == (1, True)
@@ -285,7 +270,7 @@ def test_keeps_as_many_steps_as_it_looks_at() -> None:
 
 
 @pytest.mark.parametrize("predictor", [HoldResidual(), Taylor(2, residual=True)])
-def test_residuals_need_outputs_like_inputs(backend: Backend, predictor: Predictor) -> None:
+def test_residuals_need_outputs_like_inputs(backend, predictor):
     x = backend.from_host(np.ones((2, 3), np.float32))
     wide, whole = (backend.from_host(np.ones(s, d)) for s, d in (((2, 4), "f4"), ((2, 3), "i4")))
     cache = DiffusionCache(Recipe(Interval(), predictor))
@@ -300,7 +285,7 @@ def test_residuals_need_outputs_like_inputs(backend: Backend, predictor: Predict
 
 
 @pytest.mark.parametrize("times", [(1, 1), (1, 2, 1), (4, 3, 2, 3), (1, 1 + 1e-9)])
-def test_extrapolation_needs_different_times(times: tuple[float, ...]) -> None:
+def test_extrapolation_needs_different_times(times):
     cache = DiffusionCache(Recipe(Interval(1), Taylor(3)))
     x = np.ones(SHAPE, np.float32)
     for step, time in enumerate(times[:-1]):
@@ -311,7 +296,7 @@ def test_extrapolation_needs_different_times(times: tuple[float, ...]) -> None:
     cache.run(9, x, lambda x: x, time=0)
 
 
-def test_a_time_may_come_again_once_it_is_forgotten() -> None:
+def test_a_time_may_come_again_once_it_is_forgotten():
     for predictor, times in ((Taylor(1), (1, 2, 1, 2)), (HoldOutput(), (1, 1, 1)),
                              (Taylor(2), (1, 2, 3, 1, 2))):  # fmt: skip
         cache = DiffusionCache(Recipe(Interval(1), predictor))

@@ -1,14 +1,12 @@
 """BlockRange: which blocks every step computes, what the signal is, and what is corrected."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvcache import Backend, get_backend
+from kvcache import get_backend
 from kvcache.diffusion import (
     Accumulated,
     BlockRange,
@@ -27,37 +25,37 @@ NUMPY = get_backend("numpy")
 ENDS = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (1, 3), (3, 0)]
 
 
-def array(backend: Backend, value: float, shape: tuple[int, ...] = (1, 2, 3)) -> Any:
+def array(backend, value, shape=(1, 2, 3)):
     return backend.from_host(np.full(shape, value, np.float32))
 
 
 class Blocks(Sequence[Callable[[Any], Any]]):
     """Block i adds 10**i times the present step to each array, and notes that it ran."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count):
         self.count, self.step, self.ran = count, 0, list[int]()
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.count
 
-    def __getitem__(self, which: Any) -> Any:
+    def __getitem__(self, which):
         if isinstance(which, slice):
             return [self[i] for i in range(*which.indices(self.count))]
         number = range(self.count)[which]
         return lambda x: self.block(number, x)
 
-    def block(self, i: int, x: Any) -> Any:
+    def block(self, i, x):
         self.ran.append(i)
         added = 10**i * self.step
         return tuple(a + added for a in x) if isinstance(x, tuple) else x + added
 
-    def take(self) -> list[int]:
+    def take(self):
         ran, self.ran = self.ran, []
         return ran
 
 
 @pytest.mark.parametrize(("first", "last"), ENDS)
-def test_either_end_is_always_computed(backend: Backend, first: int, last: int) -> None:
+def test_either_end_is_always_computed(backend, first, last):
     """Numbers in decimal: the digit of block i is the step it was computed in."""
     cache, blocks = DiffusionCache(Recipe(Interval(3), HoldResidual())), Blocks(5)
     for step in range(5):
@@ -71,7 +69,7 @@ def test_either_end_is_always_computed(backend: Backend, first: int, last: int) 
         np.testing.assert_array_equal(backend.to_host(found), np.float32(expected))
 
 
-def test_a_single_block_may_be_skipped() -> None:
+def test_a_single_block_may_be_skipped():
     cache, blocks = DiffusionCache(Recipe(Interval(2), HoldResidual())), Blocks(3)
     for step in range(4):
         BlockRange(1, 1).run(cache, step, array(NUMPY, 0), blocks)
@@ -79,7 +77,7 @@ def test_a_single_block_may_be_skipped() -> None:
 
 
 @pytest.mark.parametrize("first", [1, 2])
-def test_the_signal_is_what_the_first_ones_add(backend: Backend, first: int) -> None:
+def test_the_signal_is_what_the_first_ones_add(backend, first):
     """Whatever comes in: also where that changes much more than it."""
     cache, blocks = DiffusionCache(Recipe(Threshold(0.4), HoldOutput())), Blocks(4)
     for step, number in enumerate((4, 5, 6, 3)):
@@ -91,7 +89,7 @@ def test_the_signal_is_what_the_first_ones_add(backend: Backend, first: int) -> 
     assert [record.computed for record in cache.stats.steps] == [True, False, True, True]
 
 
-def test_any_other_signal_goes_before() -> None:
+def test_any_other_signal_goes_before():
     for signal in (lambda value: value, lambda value: lambda: value):
         cache, blocks = DiffusionCache(Recipe(Accumulated(0.4))), Blocks(3)
         for step, number in enumerate((4, 5)):
@@ -101,7 +99,7 @@ def test_any_other_signal_goes_before() -> None:
         assert cache.stats.steps[1].change == pytest.approx(0.1)
 
 
-def test_without_first_blocks_a_signal_is_needed() -> None:
+def test_without_first_blocks_a_signal_is_needed():
     cache, blocks = DiffusionCache(Recipe(Threshold())), Blocks(3)
     with pytest.raises(ValueError, match=r"RelativeChange measures an array.*got none"):
         BlockRange(0, 1).run(cache, 0, array(NUMPY, 0), blocks)
@@ -110,9 +108,9 @@ def test_without_first_blocks_a_signal_is_needed() -> None:
     assert len(cache.stats.steps) == 1
 
 
-def test_nothing_is_measured_unless_asked_for() -> None:
+def test_nothing_is_measured_unless_asked_for():
     class Watched(RelativeChange):
-        def change(self, *args: Any) -> Any:
+        def change(self, *args):
             raise AssertionError
 
     cache, blocks = DiffusionCache(Recipe(Interval(2))), Blocks(3)
@@ -122,12 +120,12 @@ def test_nothing_is_measured_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("how", ["eager", "traced"])
-def test_image_and_text_go_through_together(backend: Backend, how: str) -> None:
+def test_image_and_text_go_through_together(backend, how):
     """The first of them is measured."""
     recipe = Recipe(Threshold(0.3), HoldResidual())
     shapes = ((1, 2, 3), (1, 5, 2))
     x = tuple(array(backend, 0, shape) for shape in shapes)
-    cache: Any = DiffusionCache(recipe)
+    cache = DiffusionCache(recipe)
     state = TracedCache.start(recipe, backend, x, x[0])
     blocks, found = Blocks(3), []
     for step, number in enumerate((4, 5, 9)):
@@ -141,7 +139,7 @@ def test_image_and_text_go_through_together(backend: Backend, how: str) -> None:
     assert found == [[444, 444], [545, 1545], [999, 2999]]
 
 
-def test_in_a_program(backend: Backend) -> None:
+def test_in_a_program(backend):
     """As eagerly, block by block."""
     recipe = Recipe(Accumulated(0.5), Taylor(1))
     eager_cache, blocks = DiffusionCache(recipe), Blocks(4)
@@ -161,7 +159,7 @@ def test_in_a_program(backend: Backend) -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_under_jit() -> None:
+def test_under_jit():
     """The default signal is traced as well."""
     jax = pytest.importorskip("jax")
     backend = get_backend("jax")
@@ -170,7 +168,7 @@ def test_under_jit() -> None:
     blocks = [lambda x, w=w: x + w * jax.numpy.tanh(x) for w in weights]
 
     @jax.jit
-    def program(state: Any, step: Any, x: Any) -> Any:
+    def program(state, step, x):
         cache = TracedCache(recipe, backend, state)
         return BlockRange(1, 1).run(cache, step, x, blocks), cache.state
 
@@ -184,7 +182,7 @@ def test_under_jit() -> None:
     assert int(state.run.skipped) == 2
 
 
-def test_options_reach_the_cache() -> None:
+def test_options_reach_the_cache():
     cache, blocks = DiffusionCache(Recipe(Interval(2), Taylor(1)), ("a", "b")), Blocks(3)
     for step in range(2):
         BlockRange(1).run(cache, step, array(NUMPY, 0), blocks, stream="b", time=0.5 - step / 2)
@@ -196,7 +194,7 @@ def test_options_reach_the_cache() -> None:
 @pytest.mark.parametrize(
     ("first", "last", "blocks"), [(1, 0, 1), (2, 1, 3), (0, 3, 3), (4, 0, 3), (0, 5, 3), (0, 0, 0)]
 )
-def test_something_must_be_left(first: int, last: int, blocks: int) -> None:
+def test_something_must_be_left(first, last, blocks):
     cache, layers = DiffusionCache(Recipe(Interval())), Blocks(blocks)
     message = f"{first} first and {last} last of {blocks} blocks leave none to skip. Make the scope"
     with pytest.raises(ValueError, match=message):
@@ -205,12 +203,12 @@ def test_something_must_be_left(first: int, last: int, blocks: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [(-1, 0), (0, -1)])
-def test_no_range(first: int, last: int) -> None:
+def test_no_range(first, last):
     with pytest.raises(ValueError, match=f"blocks count from 0; got first {first}, last {last}"):
         BlockRange(first, last)
 
 
-def test_a_first_block_that_fails_begins_no_step() -> None:
+def test_a_first_block_that_fails_begins_no_step():
     cache, blocks = DiffusionCache(Recipe(Interval())), Blocks(2)
     with pytest.raises(ZeroDivisionError):
         BlockRange(1).run(cache, 0, array(NUMPY, 0), [lambda x: 1 // 0, *blocks])

@@ -1,9 +1,6 @@
 """What is kept between denoising steps: what was set, once each, and nothing that was let go of."""
 
-from __future__ import annotations
-
 import gc
-from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import numpy as np
@@ -11,11 +8,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvcache import Backend, BoundsError, KVCacheError, UnknownBackendError, UnknownStreamError
+from kvcache import BoundsError, KVCacheError, UnknownBackendError, UnknownStreamError
 from kvcache.diffusion import HitStats, StepCache
 
 
-def feature(backend: Backend, value: float = 1.0, size: int = 6) -> Any:
+def feature(backend, value=1.0, size=6):
     return backend.from_host(np.full((2, size), value, np.float32))
 
 
@@ -29,19 +26,19 @@ class AgainstADict(RuleBasedStateMachine):
     """Nobody but the cache holds the arrays; array n has n bytes."""
 
     @initialize(num_layers=st.integers(0, 4), streams=st.sampled_from([1, 3, ("a", "b")]))
-    def start(self, num_layers: int, streams: int | tuple[str, ...]) -> None:
+    def start(self, num_layers, streams):
         self.cache = StepCache(num_layers, streams)
-        self.slots: dict[Any, int | None] = {"constant": None}
+        self.slots = {"constant": None}
         for stream in range(streams) if isinstance(streams, int) else streams:
             self.slots |= {(stream, layer): None for layer in range(num_layers)}
-        self.alive: WeakValueDictionary[int, np.ndarray[Any, Any]] = WeakValueDictionary()
+        self.alive = WeakValueDictionary()
         self.hits = self.misses = 0
 
-    def array(self, number: int | None) -> Any:
+    def array(self, number):
         fresh = np.zeros(number or 0, np.uint8)
         return None if number is None else self.alive.setdefault(number, fresh)
 
-    def slot(self, layer: int, stream: int | str) -> tuple[int | str, int] | None:
+    def slot(self, layer, stream):
         """Where an address leads; None if nowhere."""
         streams = self.cache.streams
         if isinstance(stream, int) and 0 <= stream < len(streams):
@@ -49,7 +46,7 @@ class AgainstADict(RuleBasedStateMachine):
         return (stream, layer) if (stream, layer) in self.slots else None
 
     @rule(layer=LAYERS, stream=NUMBERS | st.sampled_from("abc"), number=ARRAYS)
-    def set(self, layer: int, stream: int | str, number: int | None) -> None:
+    def set(self, layer, stream, number):
         slot = self.slot(layer, stream)
         if slot is None:
             with pytest.raises((BoundsError, UnknownStreamError), match="Nothing was changed"):
@@ -59,7 +56,7 @@ class AgainstADict(RuleBasedStateMachine):
             self.slots[slot] = number
 
     @rule(layer=LAYERS, stream=NUMBERS | st.sampled_from("abc"))
-    def get(self, layer: int, stream: int | str) -> None:
+    def get(self, layer, stream):
         slot = self.slot(layer, stream)
         if slot is None:
             with pytest.raises((BoundsError, UnknownStreamError)):
@@ -71,17 +68,17 @@ class AgainstADict(RuleBasedStateMachine):
             self.misses += number is None
 
     @rule(number=ARRAYS)
-    def constant(self, number: int | None) -> None:
+    def constant(self, number):
         self.cache.constant = self.array(number)
         self.slots["constant"] = number
 
     @rule()
-    def free(self) -> None:
+    def free(self):
         self.cache.free()
         self.slots = dict.fromkeys(self.slots)
 
     @invariant()
-    def holds_what_the_dict_says(self) -> None:
+    def holds_what_the_dict_says(self):
         cache = self.cache
         held = list(dict.fromkeys(filter(None, self.slots.values())))
         assert [array.size for array in cache.arrays()] == held
@@ -101,20 +98,20 @@ TestAgainstADict = AgainstADict.TestCase
 @pytest.mark.parametrize(
     ("interval", "steps"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (5, [0, 5]), (99, [0])]
 )
-def test_the_first_step_of_each_interval_refreshes(interval: int, steps: list[int]) -> None:
+def test_the_first_step_of_each_interval_refreshes(interval, steps):
     cache = StepCache(1)
     assert [step for step in range(7) if cache.should_refresh(step, interval)] == steps
-    assert cache.should_refresh(np.int64(steps[-1]), np.int64(interval)) is True  # type: ignore[arg-type]
+    assert cache.should_refresh(np.int64(steps[-1]), np.int64(interval)) is True
 
 
 @pytest.mark.parametrize(("step", "interval"), [(3, 0), (3, -1), (-1, 1), (-2, -2)])
-def test_what_is_no_step_or_interval(step: int, interval: int) -> None:
+def test_what_is_no_step_or_interval(step, interval):
     message = f"an interval is at least 1 .*; got step {step} and interval {interval}"
     with pytest.raises(ValueError, match=message):
         StepCache.should_refresh(step, interval)
 
 
-def test_a_network_that_computes_deep_layers_every_third_step() -> None:
+def test_a_network_that_computes_deep_layers_every_third_step():
     deep, steps, computed = range(2, 6), range(7), []
     cache = StepCache(6, streams=1)
     for step in steps:
@@ -132,17 +129,17 @@ def test_a_network_that_computes_deep_layers_every_third_step() -> None:
 # Streams.
 
 
-def test_named_streams_have_numbers_too() -> None:
+def test_named_streams_have_numbers_too():
     cache = StepCache(2, streams=["cond", "uncond"])
     assert cache.streams == ("cond", "uncond")
     cache.set(1, "c", "cond")
     cache.set(1, "u", 1)
     assert cache.get(1) == cache.get(1, 0) == cache.get(1, "cond") == "c"
-    assert cache.get(1, np.int8(1)) == cache.get(1, "uncond") == "u"  # type: ignore[arg-type]
+    assert cache.get(1, np.int8(1)) == cache.get(1, "uncond") == "u"
     assert cache.arrays() == ["c", "u"]
 
 
-def test_two_numbered_streams_by_default() -> None:
+def test_two_numbered_streams_by_default():
     cache = StepCache(3)
     assert (cache.num_layers, cache.streams) == (3, (0, 1))
     cache.set(0, "u", stream=1)
@@ -150,7 +147,7 @@ def test_two_numbered_streams_by_default() -> None:
     assert cache.stats == (1, 1)
 
 
-def test_stream_by_stream_then_layer_by_layer() -> None:
+def test_stream_by_stream_then_layer_by_layer():
     cache = StepCache(2, streams=2)
     for stream, layer in ((1, 0), (0, 1), (1, 1), (0, 0)):
         cache.set(layer, f"{stream}{layer}", stream)
@@ -163,7 +160,7 @@ def test_stream_by_stream_then_layer_by_layer() -> None:
 
 
 @pytest.mark.parametrize(("layer", "remedy"), [(3, 4), (7, 8), (-1, 1)])
-def test_a_layer_there_is_not(layer: int, remedy: int) -> None:
+def test_a_layer_there_is_not(layer, remedy):
     cache = StepCache(3)
     cache.set(2, "kept")
     message = rf"got {layer} with 3 layers\. Count layers from 0, .* StepCache\({remedy}\)\."
@@ -185,7 +182,7 @@ def test_a_layer_there_is_not(layer: int, remedy: int) -> None:
         (("cond", "uncond"), 2, "got 2"),
     ],
 )
-def test_a_stream_there_is_not(streams: Any, stream: Any, message: str) -> None:
+def test_a_stream_there_is_not(streams, stream, message):
     cache = StepCache(1, streams)
     cache.set(0, "kept")
     with pytest.raises(UnknownStreamError, match=message):
@@ -208,23 +205,23 @@ def test_a_stream_there_is_not(streams: Any, stream: Any, message: str) -> None:
         ((1, 1.5), TypeError, "float"),
     ],
 )
-def test_a_cache_that_cannot_be(arguments: Any, error: type[Exception], message: str) -> None:
+def test_a_cache_that_cannot_be(arguments, error, message):
     with pytest.raises(error, match=message):
         StepCache(*arguments)
 
 
-def test_what_is_no_number_is_no_layer() -> None:
+def test_what_is_no_number_is_no_layer():
     cache = StepCache(2)
     for layer in (1.0, "1", None):
         with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-            cache.set(layer, "new")  # type: ignore[arg-type]
+            cache.set(layer, "new")
     assert cache.arrays() == []
 
 
 # Who holds what.
 
 
-def test_what_it_lets_go_of_is_freed_at_once(backend: Backend) -> None:
+def test_what_it_lets_go_of_is_freed_at_once(backend):
     cache = StepCache(2)
     cache.set(0, feature(backend))
     cache.set(1, feature(backend), stream=1)
@@ -241,7 +238,7 @@ def test_what_it_lets_go_of_is_freed_at_once(backend: Backend) -> None:
     assert [array() for array in rest] == [None, None]
 
 
-def test_what_others_hold_stays_whole(backend: Backend) -> None:
+def test_what_others_hold_stays_whole(backend):
     cache, mine = StepCache(2), feature(backend, 7)
     cache.set(0, mine)
     cache.set(0, mine)  # again: what it lets go of is what it takes
@@ -254,7 +251,7 @@ def test_what_others_hold_stays_whole(backend: Backend) -> None:
     np.testing.assert_array_equal(backend.to_host(mine), np.full((2, 6), 7, np.float32))
 
 
-def test_an_array_in_two_slots_leaves_with_the_last() -> None:
+def test_an_array_in_two_slots_leaves_with_the_last():
     cache, array = StepCache(2), np.ones(3)
     gone = ref(array)
     cache.set(0, array)
@@ -266,7 +263,7 @@ def test_an_array_in_two_slots_leaves_with_the_last() -> None:
     assert gone() is None
 
 
-def test_bytes_of_each_array_once(backend: Backend) -> None:
+def test_bytes_of_each_array_once(backend):
     cache, array = StepCache(3), feature(backend)
     assert cache.nbytes == 0
     cache.set(0, array)
@@ -278,13 +275,13 @@ def test_bytes_of_each_array_once(backend: Backend) -> None:
     assert type(cache.nbytes) is int
 
 
-def test_bytes_of_dtypes_that_kvcache_never_writes() -> None:
+def test_bytes_of_dtypes_that_kvcache_never_writes():
     cache = StepCache(1)
     cache.set(0, np.zeros(4, np.complex128))
     assert cache.nbytes == 64
 
 
-def test_what_has_no_size_can_be_held_but_not_counted() -> None:
+def test_what_has_no_size_can_be_held_but_not_counted():
     cache = StepCache(1)
     cache.set(0, ("two", "tensors"))
     assert cache.get(0) == ("two", "tensors")
@@ -292,7 +289,7 @@ def test_what_has_no_size_can_be_held_but_not_counted() -> None:
         _ = cache.nbytes
 
 
-def allocated(backend: Backend) -> int:
+def allocated(backend):
     """Bytes that the framework says it has handed out."""
     if backend.name == "mlx":
         import mlx.core as mx
@@ -308,7 +305,7 @@ def allocated(backend: Backend) -> int:
 
 
 @pytest.mark.parametrize("backend", ["mlx", "jax", "torch:cuda", "jax:gpu"], indirect=True)
-def test_many_steps_allocate_as_much_as_one(backend: Backend) -> None:
+def test_many_steps_allocate_as_much_as_one(backend):
     gc.collect()  # what other tests left
     size, before, used = 1 << 18, allocated(backend), []
     cache = StepCache(3)
@@ -326,7 +323,7 @@ def test_many_steps_allocate_as_much_as_one(backend: Backend) -> None:
 # The end of a run.
 
 
-def test_a_run_ends_with_an_empty_cache() -> None:
+def test_a_run_ends_with_an_empty_cache():
     cache = StepCache(2)
     with cache as entered:
         assert entered is cache
@@ -338,10 +335,10 @@ def test_a_run_ends_with_an_empty_cache() -> None:
     assert cache.stats == (1, 0), "still there to be read"
 
 
-def test_also_after_an_exception() -> None:
+def test_also_after_an_exception():
     cache, gone = StepCache(2), []
 
-    def run() -> None:
+    def run():
         with cache:
             cache.set(1, np.ones(3))
             gone.append(ref(cache.get(1)))
@@ -353,7 +350,7 @@ def test_also_after_an_exception() -> None:
     assert cache.arrays() == []
 
 
-def test_free_is_not_the_end() -> None:
+def test_free_is_not_the_end():
     cache = StepCache(2, streams=("a", "b"))
     for run in ("first", "second"):
         cache.free()

@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 import pytest
@@ -19,8 +18,7 @@ from kvcache import BoundsError
 from kvcache.diffusion.step_cache import StepCache
 
 DATA = Path(__file__).parents[1] / "data" / "step.json.gz"
-Trace = dict[str, Any]
-TRACES: list[Trace] = json.loads(gzip.decompress(DATA.read_bytes()))
+TRACES = json.loads(gzip.decompress(DATA.read_bytes()))
 
 
 @dataclass(eq=False)
@@ -33,12 +31,12 @@ class Feature:
 class Replay:
     """A cache that goes through a trace, and which array each slot must hold by now."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace):
         self.cache = StepCache(trace["num_layers"])
-        self.alive: WeakValueDictionary[int, Feature] = WeakValueDictionary()
-        self.slots: dict[Any, int] = {}
+        self.alive = WeakValueDictionary()
+        self.slots = {}
 
-    def step(self, op: Trace) -> str:
+    def step(self, op):
         """Does `op` as recorded; returns in what way ours differs, "" if it does not."""
         before = set(self.alive)
         result, error = self._attempt(op)
@@ -55,13 +53,13 @@ class Replay:
         assert not op["err"]
         return told_twice(op, result) or freed_otherwise(op, before - held, held)
 
-    def _attempt(self, op: Trace) -> tuple[Any, Exception | None]:
+    def _attempt(self, op):
         try:
             return self._do(op), None
         except (BoundsError, ValueError) as error:
             return None, error.with_traceback(None)  # whose frames hold the array
 
-    def _do(self, op: Trace) -> Any:
+    def _do(self, op):
         """What the cache returns, with numbers for arrays."""
         cache, name = self.cache, op["op"]
         match name:
@@ -84,23 +82,23 @@ class Replay:
                 return cache.free()
         raise AssertionError(name)
 
-    def _array(self, op: Trace) -> Feature | None:
+    def _array(self, op):
         which = op["array"]
         return which and self.alive.setdefault(which, Feature(which))
 
 
-def number(array: Feature | None) -> int | None:
+def number(array):
     return None if array is None else array.number
 
 
-def slot(op: Trace) -> Any:
+def slot(op):
     return op["op"], op.get("layer")
 
 
 # The differences. Each function asserts the whole of what it names.
 
 
-def refused(op: Trace, error: Exception, num_layers: int) -> str:
+def refused(op, error, num_layers):
     """An address or interval that makes no sense: ignored, answered or a panic there."""
     if op["op"] == "should_refresh":
         assert isinstance(error, ValueError)
@@ -119,7 +117,7 @@ def refused(op: Trace, error: Exception, num_layers: int) -> str:
     return "layer beyond: " + ("set" if op["op"].startswith("set") else "get")
 
 
-def told_twice(op: Trace, result: Any) -> str:
+def told_twice(op, result):
     """`arrays` lists an array once for each slot there."""
     if result == op["result"]:
         return ""
@@ -128,7 +126,7 @@ def told_twice(op: Trace, result: Any) -> str:
     return "listed twice"
 
 
-def freed_otherwise(op: Trace, freed: set[int], held: set[int]) -> str:
+def freed_otherwise(op, freed, held):
     """There an array is freed by the first of its slots that lets go of it, here by the last."""
     if sorted(op["freed"]) == sorted(freed):  # in what order memory goes is the interpreter's
         return ""
@@ -137,17 +135,17 @@ def freed_otherwise(op: Trace, freed: set[int], held: set[int]) -> str:
     return "freed while held"
 
 
-def replayed(trace: Trace) -> Counter[str]:
+def replayed(trace):
     replay = Replay(trace)
     return Counter(replay.step(op) for op in trace["ops"])
 
 
 @pytest.mark.parametrize("trace", TRACES, ids=lambda trace: str(trace["seed"]))
-def test_replays(trace: Trace) -> None:
+def test_replays(trace):
     assert sum(replayed(trace).values()) == len(trace["ops"])
 
 
-def test_how_often_ours_differs() -> None:
+def test_how_often_ours_differs():
     found = sum(map(replayed, TRACES), Counter())
     assert found == {
         "": 663,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache import Backend, StepOrderError, UnknownStreamError
+from kvcache import StepOrderError, UnknownStreamError
 from kvcache.diffusion import HitStats, TeaCache
 
 
@@ -42,10 +42,10 @@ FREES, LOSES = st.booleans(), st.integers(0, 9)
 class Slow:
     """All steps of a run are remembered, and added up each time."""
 
-    def __init__(self, made: Made) -> None:
+    def __init__(self, made):
         self.made, self.steps = made, list[tuple[int, float, bool]]()
 
-    def computes(self, step: int, time: float, holds: bool) -> bool:
+    def computes(self, step, time, holds):
         if not holds or (self.steps and step < self.steps[-1][0]):
             self.steps = []
         computed = [n for n, (*_, computed) in enumerate(self.steps) if computed]
@@ -59,7 +59,7 @@ class Slow:
         self.steps.append((step, time, answer))
         return answer
 
-    def drift(self, times: list[float]) -> float:
+    def drift(self, times):
         changes = [abs(new - old) for old, new in pairwise(times)]
         if any(map(math.isnan, changes)):
             return math.inf
@@ -70,7 +70,7 @@ class Slow:
 
 @settings(max_examples=300)
 @given(made=MADE, steps=st.lists(st.tuples(STEP, LOSES), max_size=14))
-def test_decides_as_a_loop_that_adds_up(made: Made, steps: list[Any]) -> None:
+def test_decides_as_a_loop_that_adds_up(made, steps):
     """Also where steps go back or are left out, updates are missing, or everything is freed."""
     cache = TeaCache(*made[:3], max_consecutive_skips=made.longest)
     slow, last, counts = Slow(made), -1, [0, 0]
@@ -110,7 +110,7 @@ def test_decides_as_a_loop_that_adds_up(made: Made, steps: list[Any]) -> None:
         (Made(9.0, (-1.0, 0.0), 0, 5), "C.....C....."),
     ],
 )
-def test_by_hand(made: Made, expected: str) -> None:
+def test_by_hand(made, expected):
     """Timesteps fall by 1."""
     cache, found = TeaCache(*made[:3], max_consecutive_skips=made.longest), ""
     for step in range(12):
@@ -122,7 +122,7 @@ def test_by_hand(made: Made, expected: str) -> None:
     assert cache.stats == HitStats(hits=found.count("."), misses=found.count("C"))
 
 
-def test_defaults() -> None:
+def test_defaults():
     cache, found = TeaCache(), ""
     for step in range(12):
         computes = cache.should_compute(step, 1 - step / 64)
@@ -133,7 +133,7 @@ def test_defaults() -> None:
     assert TeaCache(0.0625).should_compute(0, 1.0) is not False
 
 
-def test_drift_is_shown_and_gone_once_computed() -> None:
+def test_drift_is_shown_and_gone_once_computed():
     cache = TeaCache(1.0, 2.0)
     cache.should_compute(0, 3.0)
     cache.update("output")
@@ -145,7 +145,7 @@ def test_drift_is_shown_and_gone_once_computed() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-def test_a_timestep_that_is_no_number_is_computed(bad: float) -> None:
+def test_a_timestep_that_is_no_number_is_computed(bad):
     cache = TeaCache(1e30, max_consecutive_skips=99)
     cache.should_compute(0, 1.0)
     cache.update("output")
@@ -156,7 +156,7 @@ def test_a_timestep_that_is_no_number_is_computed(bad: float) -> None:
     assert cache.drift == 0
 
 
-def test_as_long_as_nothing_is_held_all_is_computed() -> None:
+def test_as_long_as_nothing_is_held_all_is_computed():
     cache = TeaCache(99.0, streams=2)
     assert all(cache.should_compute(step, 1.0) for step in range(9))
     cache.update("output", 1)
@@ -166,7 +166,7 @@ def test_as_long_as_nothing_is_held_all_is_computed() -> None:
 # What it holds.
 
 
-def test_arrays_are_held_and_given_as_they_are(backend: Backend) -> None:
+def test_arrays_are_held_and_given_as_they_are(backend):
     one, two = (backend.from_host(np.full((2, 3), v, np.float32)) for v in (1, 2))
     with TeaCache(streams=("cond", "uncond")) as cache:
         assert (cache.get(), cache.get("uncond"), cache.nbytes) == (None, None, 0)
@@ -186,7 +186,7 @@ class Output:
     """Can be seen to be gone."""
 
 
-def test_lets_go_of_what_was_before() -> None:
+def test_lets_go_of_what_was_before():
     cache, seen = TeaCache(streams=2), []
     for stream in (0, 1, 0):
         cache.update(Output(), stream)
@@ -197,7 +197,7 @@ def test_lets_go_of_what_was_before() -> None:
     assert [array() is None for array in seen] == [True] * 3
 
 
-def test_after_free_a_run_begins_and_counts_go_on() -> None:
+def test_after_free_a_run_begins_and_counts_go_on():
     cache = TeaCache(1.0)
     for step, time in ((3, 1.0), (4, 0.5)):
         cache.should_compute(step, time)
@@ -214,7 +214,7 @@ def test_after_free_a_run_begins_and_counts_go_on() -> None:
 # What it refuses: nothing has changed then.
 
 
-def test_refuses_steps_and_streams() -> None:
+def test_refuses_steps_and_streams():
     cache = TeaCache(1.0, streams=("a", "b"))
     cache.should_compute(0, 1.0)
     cache.update("output", "b")
@@ -253,12 +253,12 @@ def test_refuses_steps_and_streams() -> None:
         (lambda: TeaCache(streams="ab"), TypeError, r"write \('ab',\)"),
     ],
 )
-def test_no_tea_cache(make: Any, error: type[Exception], message: str) -> None:
+def test_no_tea_cache(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_a_polynomial_may_be_an_array() -> None:
+def test_a_polynomial_may_be_an_array():
     given = [TeaCache(0.1, rescale) for rescale in ((2.0, 0.5, 0.0), np.array([2.0, 0.5, 0.0]))]
     decisions = []
     for cache in given:

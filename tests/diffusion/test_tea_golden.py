@@ -10,10 +10,8 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,8 +20,7 @@ import pytest
 from kvcache.diffusion import Accumulated, Limits, Recipe, TeaCache, TimestepChange
 
 DATA = Path(__file__).parents[1] / "data" / "teacache.json.gz"
-Trace = dict[str, Any]
-TRACES: list[Trace] = json.loads(gzip.decompress(DATA.read_bytes()))
+TRACES = json.loads(gzip.decompress(DATA.read_bytes()))
 each_trace = pytest.mark.parametrize("trace", TRACES, ids=lambda trace: str(trace["seed"]))
 
 TWICE = "what was skipped counts again"
@@ -44,7 +41,7 @@ UPDATES = {
 }
 
 
-def settings_of(trace: Trace) -> tuple[float, float, int]:
+def settings_of(trace):
     """Threshold, factor and early steps, as float32."""
     config = trace["config"]
     if config is None:
@@ -56,14 +53,14 @@ def settings_of(trace: Trace) -> tuple[float, float, int]:
 class Model:
     """The original, in float32, with such of its faults as are asked for."""
 
-    def __init__(self, trace: Trace, faults: frozenset[str]) -> None:
+    def __init__(self, trace, faults):
         self.threshold, self.factor, self.early = settings_of(trace)
         self.faults = faults
-        self.slots: dict[str, int | None] = dict.fromkeys(("output", "cond", "uncond"))
+        self.slots = dict.fromkeys(("output", "cond", "uncond"))
         self.drift = self.time = np.float32(0)
         self.counts = Counter[str]()
 
-    def do(self, op: Trace) -> Any:
+    def do(self, op):
         name = op["op"]
         if name in SLOTS:
             self.counts["hits"] += READS in self.faults
@@ -85,7 +82,7 @@ class Model:
                 self.drift = self.drift if SURVIVES in self.faults else np.float32(0)
         return None
 
-    def decide(self, step: int, time: Any) -> bool:
+    def decide(self, step, time):
         computes = step < self.early or not self.any_held()
         if not computes:
             self.drift = self.drift + abs(time - self.time) * np.float32(self.factor)
@@ -96,19 +93,19 @@ class Model:
         self.counts["misses" if computes else "hits"] += READS not in self.faults
         return computes
 
-    def any_held(self) -> bool:
+    def any_held(self):
         pair = (self.slots["cond"] is not None) + (self.slots["uncond"] is not None)
         return self.slots["output"] is not None or pair >= 1 + (HALF in self.faults)
 
-    def held(self) -> list[int]:
+    def held(self):
         return [number for number in self.slots.values() if number is not None]
 
-    def shown(self) -> tuple[float, int, int]:
+    def shown(self):
         return float(self.drift), self.counts["hits"], self.counts["misses"]
 
 
 @each_trace
-def test_with_all_its_faults_the_model_is_the_original(trace: Trace) -> None:
+def test_with_all_its_faults_the_model_is_the_original(trace):
     model = Model(trace, FAULTS)
     for op in trace["ops"]:
         assert model.do(op) == op["result"]
@@ -130,16 +127,16 @@ class Output:
 class Replay:
     """A cache that goes through a trace, and alone holds the arrays."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace):
         if trace["config"] is None:  # ours has the same defaults, but for float32
             assert TeaCache()._recipe.policy == Accumulated(0.1, (1.0, 0.0), TimestepChange())
             assert TeaCache()._recipe.limits == Limits(max_consecutive_skips=4)
         self.cache = TeaCache(
             *settings_of(trace), streams=("output", "cond", "uncond"), max_consecutive_skips=10**6
         )
-        self.alive: WeakValueDictionary[int, Output] = WeakValueDictionary()
+        self.alive = WeakValueDictionary()
 
-    def do(self, op: Trace) -> Any:
+    def do(self, op):
         """What the cache returns, with numbers for arrays."""
         cache, name = self.cache, op["op"]
         if name in SLOTS:
@@ -159,19 +156,19 @@ class Replay:
                 cache.free()
         return None
 
-    def array(self, which: int | None) -> Output | None:
+    def array(self, which):
         return which and self.alive.setdefault(which, Output(which))
 
-    def shown(self) -> tuple[float, int, int]:
+    def shown(self):
         return self.cache.drift, *self.cache.stats
 
 
-def number(array: Output | None) -> int | None:
+def number(array):
     return None if array is None else array.number
 
 
 @each_trace
-def test_without_its_faults_the_model_is_ours(trace: Trace) -> None:
+def test_without_its_faults_the_model_is_ours(trace):
     model, replay = Model(trace, frozenset()), Replay(trace)
     for op in trace["ops"]:
         before = set(replay.alive)
@@ -181,7 +178,7 @@ def test_without_its_faults_the_model_is_ours(trace: Trace) -> None:
         assert sorted(op["freed"]) == sorted(before - set(replay.alive))
 
 
-def differences(trace: Trace, faults: frozenset[str]) -> Iterator[str]:
+def differences(trace, faults):
     """What these faults alone change of what is seen after each op."""
     sound, faulty = Model(trace, frozenset()), Model(trace, faults)
     for op in trace["ops"]:
@@ -194,7 +191,7 @@ def differences(trace: Trace, faults: frozenset[str]) -> Iterator[str]:
             yield "counters"
 
 
-def counted(*faults: str) -> Counter[str]:
+def counted(*faults):
     return sum((Counter(differences(trace, frozenset(faults))) for trace in TRACES), Counter())
 
 
@@ -208,11 +205,11 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_how_often_a_fault_makes_a_difference(fault: str) -> None:
+def test_how_often_a_fault_makes_a_difference(fault):
     assert counted(fault) == DIFFERENT[fault]
 
 
-def test_how_often_ours_differs() -> None:
+def test_how_often_ours_differs():
     ops = [op["op"] for trace in TRACES for op in trace["ops"]]
     assert (len(TRACES), len(ops), ops.count("should_compute")) == (30, 1450, 674)
     found = counted(*FAULTS)
@@ -222,7 +219,7 @@ def test_how_often_ours_differs() -> None:
 # The original's rule for drift, by the parts ours is made of.
 
 
-def decided_by_parts(trace: Trace) -> Iterator[tuple[Trace, bool, Any]]:
+def decided_by_parts(trace):
     """Each decision: as recorded, and what a recipe makes of changes since the last update."""
     threshold, factor, early = settings_of(trace)
     measure = TimestepChange(since="computed")
@@ -240,7 +237,7 @@ def decided_by_parts(trace: Trace) -> Iterator[tuple[Trace, bool, Any]]:
         model.do(op)
 
 
-def test_the_parts_decide_as_the_original_did() -> None:
+def test_the_parts_decide_as_the_original_did():
     """Also in float32, bit by bit; but no recipe lets drift survive a free."""
     found = Counter[str]()
     for trace in TRACES:

@@ -1,15 +1,12 @@
 """TracedCache: the same recipe inside a program; where nothing compiles, the same step by step."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 
-from kvcache import Backend, DTypeError, ShapeError, StepOrderError, get_backend
+from kvcache import DTypeError, ShapeError, StepOrderError, get_backend
 from kvcache.diffusion import (
     TIMESTEP,
     Accumulated,
@@ -19,17 +16,14 @@ from kvcache.diffusion import (
     Interval,
     Limits,
     Magnitude,
-    Predictor,
     Recipe,
-    SkipPolicy,
     StepMask,
     Taylor,
     Threshold,
     TracedCache,
-    TracedStep,
 )
 
-from .oracle import Host, Loop, eager, fixed, scan_of, traced
+from .oracle import Loop, eager, fixed, scan_of, traced
 
 NUMPY = get_backend("numpy")
 NOTHING = [
@@ -50,17 +44,17 @@ SOME = [
 ]
 
 
-def ones(backend: Backend, value: float = 1.0, shape: tuple[int, ...] = (2, 3)) -> Any:
+def ones(backend, value=1.0, shape=(2, 3)):
     return backend.from_host(np.full(shape, value, np.float32))
 
 
-def denoised(backend: Backend, recipe: Recipe | None, start: Any, steps: int) -> Host:
+def denoised(backend, recipe, start, steps):
     """After so many steps with a network of which every operation is exact, cached or not."""
 
-    def net(x: Any) -> Any:
+    def net(x):
         return abs(x - 3) - backend.xp.floor(x * 0.5)
 
-    def body(carry: Any, inputs: Any) -> Any:
+    def body(carry, inputs):
         x, state = carry
         if recipe is None:
             return (x + 0.5 * net(x), state), ()
@@ -80,9 +74,7 @@ START = np.arange(-6, 6, dtype=np.float32).reshape(2, 2, 3)
 @pytest.mark.parametrize(
     ("policy", "predictor"), list(zip(NOTHING, PREDICTORS, strict=True)), ids=repr
 )
-def test_what_skips_nothing_changes_nothing(
-    backend: Backend, policy: SkipPolicy, predictor: Predictor
-) -> None:
+def test_what_skips_nothing_changes_nothing(backend, policy, predictor):
     """Bit for bit."""
     start = backend.from_host(START)
     found = denoised(backend, Recipe(policy, predictor), start, 9)
@@ -91,7 +83,7 @@ def test_what_skips_nothing_changes_nothing(
 
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=repr)
 @pytest.mark.parametrize("policy", NOTHING, ids=repr)
-def test_with_every_predictor(policy: SkipPolicy, predictor: Predictor) -> None:
+def test_with_every_predictor(policy, predictor):
     plain = denoised(NUMPY, None, START, 9)
     np.testing.assert_array_equal(denoised(NUMPY, Recipe(policy, predictor), START, 9), plain)
     skipping = denoised(NUMPY, Recipe(Interval(2), predictor), START, 9)
@@ -101,7 +93,7 @@ def test_with_every_predictor(policy: SkipPolicy, predictor: Predictor) -> None:
 # Runs.
 
 
-def test_a_run_begins_where_steps_do_not_go_up(backend: Backend) -> None:
+def test_a_run_begins_where_steps_do_not_go_up(backend):
     """At the same step again, too: a program cannot raise for a value."""
     numbers = [0, 1, 2, 3, 3, 4, 5, 0, 1, 2, 7]
     times = [float(n) for n in range(11)]
@@ -119,7 +111,7 @@ def test_a_run_begins_where_steps_do_not_go_up(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nothing_of_the_run_before_shows_through(backend: Backend, bad: float) -> None:
+def test_nothing_of_the_run_before_shows_through(backend, bad):
     """Not even 0 times what was not finite."""
     recipe = Recipe(StepMask([True, False, True, False]), Taylor(2))
     signals = [np.full((2, 3), value, np.float32) for value in (bad, bad, bad, bad, 1, 1, 2, 2)]
@@ -131,7 +123,7 @@ def test_nothing_of_the_run_before_shows_through(backend: Backend, bad: float) -
     assert [output[0, 0] for output in outputs[4:]] == [0.5, 0.5, 201, 301.25]
 
 
-def test_times_that_are_equal_show(backend: Backend) -> None:
+def test_times_that_are_equal_show(backend):
     recipe = Recipe(StepMask([True, True, False]), Taylor(1))
     _, outputs = traced(recipe, backend, fixed(3)._replace(times=[1.0, 1.0, 2.0]))
     assert np.isfinite(outputs[1]).all()
@@ -141,7 +133,7 @@ def test_times_that_are_equal_show(backend: Backend) -> None:
 # A step.
 
 
-def test_a_state_is_a_value(backend: Backend) -> None:
+def test_a_state_is_a_value(backend):
     """Two steps from the same state are two futures of it; an exception makes none."""
     recipe = Recipe(Interval(9), HoldOutput())
     state = TracedCache.start(recipe, backend, ones(backend))
@@ -157,13 +149,13 @@ def test_a_state_is_a_value(backend: Backend) -> None:
     assert int(backend.to_host(state.run.computed)) == 0
 
 
-def twice(step: TracedStep, x: Any) -> None:
+def twice(step, x):
     with step:
         step.apply(x, lambda x: x)
         step.apply(x, lambda x: x)
 
 
-def test_sites_of_one_step(backend: Backend) -> None:
+def test_sites_of_one_step(backend):
     """One that comes up in a skipped step is computed in it, as others are not."""
     recipe, calls = Recipe(Interval(3), HoldResidual()), []
     state = TracedCache.start(recipe, backend, {1: ones(backend), "b": ones(backend, 1, (1, 4))})
@@ -185,7 +177,7 @@ def test_sites_of_one_step(backend: Backend) -> None:
         assert calls == [(0, 1), (1, "b"), (3, 1), (3, "b")]
 
 
-def test_several_arrays(backend: Backend) -> None:
+def test_several_arrays(backend):
     """A tuple stays one where the step is skipped."""
     for predictor in (HoldOutput(), Taylor(1, residual=True)):
         recipe = Recipe(Interval(2), predictor)
@@ -200,7 +192,7 @@ def test_several_arrays(backend: Backend) -> None:
             assert [tuple(a.shape) for a in found] == [(2, 3), (1, 4, 1)]
 
 
-def test_refused(backend: Backend) -> None:
+def test_refused(backend):
     recipe = Recipe(Interval(2), HoldResidual())
     x = ones(backend)
     cache = TracedCache(recipe, backend, TracedCache.start(recipe, backend, x))
@@ -222,7 +214,7 @@ def test_refused(backend: Backend) -> None:
         TracedCache(Recipe(Threshold()), backend, measured).run(0, x, lambda x: x)
 
 
-def test_start_holds_what_it_will(backend: Backend) -> None:
+def test_start_holds_what_it_will(backend):
     """New zeros: as many arrays as predictor and signal need."""
     example, signal = ones(backend, 7), ones(backend, 7, (1, 2))
     for predictor in PREDICTORS:
@@ -237,7 +229,7 @@ def test_start_holds_what_it_will(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtypes_stay(backend: Backend, dtype: str) -> None:
+def test_dtypes_stay(backend, dtype):
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
     recipe = Recipe(Accumulated(1e9, (1,)), Taylor(1, residual=True), Limits(warmup=2))
@@ -257,13 +249,13 @@ def test_dtypes_stay(backend: Backend, dtype: str) -> None:
 
 
 @pytest.fixture
-def jax_backend() -> Backend:
+def jax_backend():
     pytest.importorskip("jax")
     return get_backend("jax")
 
 
-def step_of(recipe: Recipe, backend: Backend, network: Any) -> Any:
-    def step(state: Any, number: Any, x: Any) -> Any:
+def step_of(recipe, backend, network):
+    def step(state, number, x):
         cache = TracedCache(recipe, backend, state)
         return cache.run(number, x, network, signal=x), cache.state
 
@@ -272,7 +264,7 @@ def step_of(recipe: Recipe, backend: Backend, network: Any) -> Any:
 
 @pytest.mark.one_backend(name="jax")
 @pytest.mark.parametrize("recipe", SOME, ids=repr)
-def test_a_donated_state_is_given_up(jax_backend: Backend, recipe: Recipe) -> None:
+def test_a_donated_state_is_given_up(jax_backend, recipe):
     """Every array of it, in every step, and outputs are as without donation."""
     import jax
 
@@ -293,7 +285,7 @@ def test_a_donated_state_is_given_up(jax_backend: Backend, recipe: Recipe) -> No
 
 @pytest.mark.one_backend(name="jax")
 @pytest.mark.parametrize("recipe", SOME, ids=repr)
-def test_nothing_in_the_program_waits_for_the_host(jax_backend: Backend, recipe: Recipe) -> None:
+def test_nothing_in_the_program_waits_for_the_host(jax_backend, recipe):
     import jax
 
     x = jax.ShapeDtypeStruct((2, 3), np.float32)
@@ -306,18 +298,18 @@ def test_nothing_in_the_program_waits_for_the_host(jax_backend: Backend, recipe:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_a_skipped_step_does_not_run_the_network(jax_backend: Backend) -> None:
+def test_a_skipped_step_does_not_run_the_network(jax_backend):
     import jax
 
-    calls: list[int] = []
+    calls = []
 
-    def network(step: Any, x: Any) -> Any:
+    def network(step, x):
         jax.debug.callback(lambda step: calls.append(int(step)), step)
         return x + step
 
     recipe = Recipe(Interval(3), HoldResidual())
 
-    def body(carry: Any, step: Any) -> Any:
+    def body(carry, step):
         x, state = carry
         cache = TracedCache(recipe, jax_backend, state)
         return (cache.run(step, x, partial(network, step)), cache.state), ()
@@ -331,7 +323,7 @@ def test_a_skipped_step_does_not_run_the_network(jax_backend: Backend) -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_one_program_serves_every_step(jax_backend: Backend) -> None:
+def test_one_program_serves_every_step(jax_backend):
     """The state keeps its shapes and dtypes, so nothing is compiled again."""
     import jax
 
@@ -346,7 +338,7 @@ def test_one_program_serves_every_step(jax_backend: Backend) -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_start_takes_shapes_alone(jax_backend: Backend) -> None:
+def test_start_takes_shapes_alone(jax_backend):
     import jax
 
     recipe = Recipe(Threshold(), Taylor(1))
@@ -361,11 +353,11 @@ def test_start_takes_shapes_alone(jax_backend: Backend) -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_it_decides_as_the_eager_cache_does(jax_backend: Backend) -> None:
+def test_it_decides_as_the_eager_cache_does(jax_backend):
     """A loop that feeds on itself, with a network that is not exact."""
     import jax
 
-    def network(x: Any) -> Any:
+    def network(x):
         return jax.numpy.tanh(x) - 0.2 * x
 
     times = [1.0, 0.9, 0.85, 0.7, 0.65, 0.5, 0.3, 0.2, 0.1, 0.0]
@@ -375,7 +367,7 @@ def test_it_decides_as_the_eager_cache_does(jax_backend: Backend) -> None:
     y, state = start, TracedCache.start(recipe, jax_backend, start, start)
 
     @jax.jit
-    def program(state: Any, step: Any, y: Any, time: Any) -> Any:
+    def program(state, step, y, time):
         cache = TracedCache(recipe, jax_backend, state)
         return cache.run(step, y, network, signal=y, time=time), cache.state
 

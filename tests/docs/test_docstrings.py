@@ -12,14 +12,13 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "docs" / "docstrings.py"
 
 
-def to_markdown(text: str) -> str:
+def to_markdown(text):
     spec = importlib.util.spec_from_file_location("docstrings", SOURCE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    markdown: str = module.to_markdown(text)
-    return markdown
+    return module.to_markdown(text)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +34,11 @@ def to_markdown(text: str) -> str:
         ("Note that it is: so.", "Note that it is: so."),
     ],
 )
-def test_to_markdown(text: str, expected: str) -> None:
+def test_to_markdown(text, expected):
     assert to_markdown(text) == expected
 
 
-def test_a_cache_shows_the_docstrings_of_its_contract() -> None:
+def test_a_cache_shows_the_docstrings_of_its_contract():
     """Members of KVCache that have none would be left out of the site."""
     package = griffe.load(
         "kvcache", search_paths=[ROOT], extensions=griffe.load_extensions(str(SOURCE))

@@ -26,7 +26,7 @@ CHECKER = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-def transcript(text: str) -> list[tuple[str, str]]:
+def transcript(text):
     """Splits a console block into commands and the output that each is said to print."""
     parts = ("\n" + text).split("\n$ ")
     assert not parts[0].strip(), f"a console block begins with '$ ', not with {parts[0]!r}"
@@ -35,7 +35,7 @@ def transcript(text: str) -> list[tuple[str, str]]:
     ]
 
 
-def run_console(example: "sybil.Example") -> None:
+def run_console(example):
     """Runs a console block with the programs of this environment first on the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for command, expected in transcript(str(example.parsed)):
@@ -52,7 +52,7 @@ def run_console(example: "sybil.Example") -> None:
             assert same, f"$ {command}\n{result.stdout}\nbut the document shows\n{expected}"
 
 
-def parsers() -> list[object]:
+def parsers():
     return [
         markdown.PythonCodeBlockParser(),
         markdown.CodeBlockParser("console", run_console),
@@ -60,7 +60,7 @@ def parsers() -> list[object]:
     ]
 
 
-def run(path: Path) -> None:
+def run(path):
     """Runs the examples of a document; a skipped one is none, a failed one raises."""
     for example in sybil.document.Document.parse(str(path), *parsers()).examples():
         try:
@@ -70,7 +70,7 @@ def run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_document(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_document(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(path)
 
@@ -82,7 +82,7 @@ FENCE = "```"
     "block",
     ["python\nassert 1 == 2", "console\n$ false", "console\n$ echo one\ntwo", "python\nx = y"],
 )
-def test_a_wrong_example_fails(block: str, tmp_path: Path) -> None:
+def test_a_wrong_example_fails(block, tmp_path):
     document = tmp_path / "wrong.md"
     document.write_text(f"{FENCE}{block}\n{FENCE}\n")
     with pytest.raises((AssertionError, NameError)):
@@ -98,7 +98,7 @@ def test_a_wrong_example_fails(block: str, tmp_path: Path) -> None:
         f'<!-- skip: next "needs a GPU" -->\n\n{FENCE}python\nassert False\n{FENCE}\n',
     ],
 )
-def test_a_right_example_passes(text: str, tmp_path: Path) -> None:
+def test_a_right_example_passes(text, tmp_path):
     document = tmp_path / "right.md"
     document.write_text(text)
     run(document)

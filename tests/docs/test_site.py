@@ -6,7 +6,6 @@
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,11 +42,11 @@ PUBLIC = (
 OF_REFERENCE = {"AudioFileError", "ModelFileError", "UnsupportedModelError"}
 
 
-def name(page: Path) -> str:
+def name(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def test_every_page_is_in_the_navigation_once() -> None:
+def test_every_page_is_in_the_navigation_once():
     listed = re.findall(
         r"^ +- (?:.*: )?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
     )
@@ -55,24 +54,24 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_path_exists(page: Path) -> None:
+def test_every_path_exists(page):
     for path in set(PATH.findall(page.read_text())) - TO_COME:
         assert (ROOT / path).exists(), path
         assert (ROOT / path).is_dir() == path.endswith("/"), path
 
 
-def test_what_is_to_come_has_not_come() -> None:
+def test_what_is_to_come_has_not_come():
     assert not [path for path in TO_COME if (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_listed_name_is_in_its_module(page: Path) -> None:
+def test_every_listed_name_is_in_its_module(page):
     for path, names in LISTED.findall(page.read_text()):
         for listed in re.findall(r"`(\w+)`", names):
             assert defines((ROOT / path).read_text(), listed), f"{listed} in {path}"
 
 
-def test_every_call_of_the_diagrams_is_in_its_module() -> None:
+def test_every_call_of_the_diagrams_is_in_its_module():
     """``CellTable.insert   kvcache/pool/cells.py``: the class and the method are there."""
     text = (DOCS / "architecture.md").read_text()
     calls = [
@@ -85,29 +84,29 @@ def test_every_call_of_the_diagrams_is_in_its_module() -> None:
             assert defines(source, part) or inherits(source, part), f"{call} in {path}"
 
 
-def defines(source: str, wanted: str) -> bool:
+def defines(source, wanted):
     """Whether a module has a class, function or constant of that name, at any depth."""
     return bool(re.search(rf"^ *(?:class|def) {wanted}\b|^{wanted}\b.*=", source, re.MULTILINE))
 
 
-def inherits(source: str, wanted: str) -> bool:
+def inherits(source, wanted):
     """Backend.write_slice in `_torch.py`: the module has a subclass."""
     return bool(re.search(rf"^class \w+\((?:\w+, )*{wanted}\b", source, re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name)
-def test_examples_use_nothing_private(page: Path) -> None:
+def test_examples_use_nothing_private(page):
     for block in BLOCK.findall(page.read_text()):
         code = re.sub(r"#.*", "", block)
         assert not re.search(r"\bkvcache(?:\.\w+)*\._|import _|[\w)\]]\._[a-z]", code), block
 
 
-def reference() -> str:
+def reference():
     return "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
-def test_the_reference_has_every_public_name(module: object) -> None:
+def test_the_reference_has_every_public_name(module):
     text = reference()
     documented = set(re.findall(r"^::: [\w.]*\.(\w+)$", text, re.MULTILINE))
     documented |= set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*)\]", text))))
@@ -116,13 +115,13 @@ def test_the_reference_has_every_public_name(module: object) -> None:
     assert not missing
 
 
-def test_the_reference_names_nothing_that_is_not_there() -> None:
+def test_the_reference_names_nothing_that_is_not_there():
     for path in re.findall(r"^::: ([\w.]+)$", reference(), re.MULTILINE):
         if not path.startswith("kvcache.adapters."):  # needs what it adapts
             assert resolve(path) is not None, path
 
 
-def resolve(path: str) -> object:
+def resolve(path):
     module, _, attribute = path.rpartition(".")
     try:
         return importlib.import_module(path)
@@ -130,12 +129,12 @@ def resolve(path: str) -> object:
         return getattr(importlib.import_module(module), attribute, None)
 
 
-def rooms() -> Iterator[str]:
+def rooms():
     for module in pkgutil.iter_modules([str(ROOT / "kvcache")]):
         if not module.name.startswith("_"):
             yield module.name
 
 
-def test_architecture_shows_every_room() -> None:
+def test_architecture_shows_every_room():
     picture = (DOCS / "architecture.md").read_text().split("```")[1]
     assert not {room for room in rooms() if not re.search(rf"\b{room}\b", picture)}

@@ -9,9 +9,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 
-from kvcache import Backend, DTypeError, KVCacheError, ShapeError, UnknownBackendError
-
-from .oracle import Shape
+from kvcache import DTypeError, KVCacheError, ShapeError, UnknownBackendError
 
 Host = np.ndarray[Any, Any]
 
@@ -35,7 +33,7 @@ AGREE = "must agree in batch, kv_heads and tokens; got"
 EMPTY = "at least one token; got .* Skip it"
 
 
-def _also(array: Host, axis: int) -> Host:
+def _also(array, axis):
     return np.concatenate([array, array], axis)
 
 
@@ -69,11 +67,11 @@ BAD = {
 """What can be said on every backend, once `on` has brought it there."""
 
 
-def _other(array: Host) -> Host:
+def _other(array):
     return np.zeros(array.shape, np.uint8 if array.dtype != np.uint8 else np.int32)
 
 
-def arrays(backend: Backend, shape: Shape, name: str, tokens: int = 1) -> tuple[Any, Any]:
+def arrays(backend, shape, name, tokens=1):
     """The bad update `name` on `backend`, for a cache that was updated with `shape`."""
     keys, values = BAD[name].wrong(shape.keys(tokens, 900), shape.values(tokens, 900))
     return backend.from_host(keys), backend.from_host(values)
@@ -89,7 +87,7 @@ STRANGERS = (
 """What is no array of the backend at all."""
 
 
-def stranger(backend: Backend, shape: Shape, name: str) -> tuple[Any, Any, type[KVCacheError], str]:
+def stranger(backend, shape, name):
     """Keys and values that are no arrays of `backend`, the error and what it says."""
     keys, values = shape.keys(1, 900), shape.values(1, 900)
     k, v = backend.from_host(keys), backend.from_host(values)
@@ -97,7 +95,7 @@ def stranger(backend: Backend, shape: Shape, name: str) -> tuple[Any, Any, type[
     foreign = array_api_strict.asarray(other) if backend.name == "numpy" else other
     elsewhere = f"must be an array of {backend.name}.* where this cache lives; got .*Convert it"
     unknown = "must be arrays of a framework that has a backend .*got builtins.{}"
-    updates: dict[str, tuple[Any, Any, type[KVCacheError], str]] = {
+    updates = {
         "lists": (keys.tolist(), values.tolist(), UnknownBackendError, unknown.format("list")),
         "keys None": (None, v, UnknownBackendError, unknown.format("NoneType")),
         "values a list": (k, values.tolist(), UnknownBackendError, unknown.format("list")),

@@ -6,17 +6,14 @@ rotating cache holds of it, and what a query may see, is a list comprehension.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from kvcache import Backend, KVCache, RotatingKVCache
+from kvcache import RotatingKVCache
 from kvcache.storage.layout import TOKENS
 from kvcache.testing.coded import coded
-
-Rows = list[bytes]
 
 
 class Token(NamedTuple):
@@ -35,10 +32,10 @@ class Oracle:
     tokens: list[Token] = field(default_factory=list)
 
     @property
-    def offset(self) -> int:
+    def offset(self):
         return len(self.tokens)
 
-    def visible(self, query: int, window: int | None = None) -> list[int]:
+    def visible(self, query, window=None):
         """Positions that the token at `query` sees: its window, itself included, and the sinks."""
         widths = [window or query + 1, query + 1]
         if self.max_size is not None:
@@ -46,23 +43,23 @@ class Oracle:
         oldest = query - min(widths) + 1
         return [p for p in range(query + 1) if p >= oldest or p < self.keep]
 
-    def held(self) -> list[int]:
+    def held(self):
         """Positions still stored: what a query at the last position would see."""
         return self.visible(self.offset - 1) if self.tokens else []
 
-    def can_trim(self, tokens: int) -> bool:
+    def can_trim(self, tokens):
         displaced = len(self.held()) < self.offset
         return tokens == 0 or (0 <= tokens <= self.offset and not displaced)
 
-    def cut(self, offset: int) -> None:
+    def cut(self, offset):
         """Forgets the tokens from position `offset` on."""
         del self.tokens[offset:]
 
-    def copy(self) -> Oracle:
+    def copy(self):
         return Oracle(self.max_size, self.keep, list(self.tokens))
 
 
-def oracle_for(cache: KVCache) -> Oracle:
+def oracle_for(cache):
     """An empty oracle with the limits of `cache`."""
     if isinstance(cache, RotatingKVCache):
         return Oracle(cache.max_size, cache.keep)
@@ -78,10 +75,10 @@ class Shape(NamedTuple):
     value_dim: int = 3
     dtype: str = "float32"
 
-    def keys(self, tokens: int, stamp: int) -> np.ndarray[Any, Any]:
+    def keys(self, tokens, stamp):
         return coded((self.batch, self.kv_heads, tokens, self.key_dim), self.dtype, stamp)
 
-    def values(self, tokens: int, stamp: int) -> np.ndarray[Any, Any]:
+    def values(self, tokens, stamp):
         # Others than the keys, also where the head_dims agree.
         return coded((self.batch, self.kv_heads, tokens, self.value_dim), self.dtype, stamp + 5000)
 
@@ -89,19 +86,17 @@ class Shape(NamedTuple):
 SHAPE = Shape()
 
 
-def rows(array: np.ndarray[Any, Any]) -> Rows:
+def rows(array):
     """The bytes of each token of ``[B, kv_heads, tokens, head_dim]``."""
     return [np.ascontiguousarray(row).tobytes() for row in np.moveaxis(array, TOKENS, 0)]
 
 
-def host_rows(backend: Backend, arrays: Sequence[Any]) -> list[Token]:
+def host_rows(backend, arrays):
     """Keys and values on a backend as tokens."""
     return [Token(*row) for row in zip(*(rows(backend.to_host(a)) for a in arrays), strict=True)]
 
 
-def push(
-    cache: KVCache, oracle: Oracle, tokens: int, shape: Shape = SHAPE, stamp: int | None = None
-) -> list[Token]:
+def push(cache, oracle, tokens, shape=SHAPE, stamp=None):
     """Updates both with `tokens` new tokens and compares what came back; returns the columns."""
     backend = cache.backend
     assert backend is not None, "push needs a cache that was given its backend"
@@ -116,13 +111,7 @@ def push(
     return columns
 
 
-def check_columns(
-    cache: KVCache,
-    oracle: Oracle,
-    columns: Sequence[Token],
-    tokens: int,
-    window: int | None = None,
-) -> None:
+def check_columns(cache, oracle, columns, tokens, window=None):
     """The last `tokens` queries see exactly what they should, in `columns`, through the mask."""
     positions = cache.positions
     assert positions.dtype == np.int32
@@ -134,13 +123,13 @@ def check_columns(
         assert sorted(seen) == wanted, f"query {query} of {cache!r}: {_difference(seen, wanted)}"
 
 
-def _difference(seen: Iterable[tuple[int, Token]], wanted: Iterable[tuple[int, Token]]) -> str:
+def _difference(seen, wanted):
     """For reading: byte strings tell nobody where they come from."""
     got, expected = sorted(position for position, _ in seen), [position for position, _ in wanted]
     return f"sees {got}, not {expected}" if got != expected else "a position holds another token"
 
 
-def _mask_rows(cache: KVCache, tokens: int, window: int | None) -> np.ndarray[Any, Any]:
+def _mask_rows(cache, tokens, window):
     mask = cache.mask(tokens, window)
     if mask is None:
         return np.ones((tokens, cache.positions.size), bool)
@@ -154,7 +143,7 @@ def _mask_rows(cache: KVCache, tokens: int, window: int | None) -> np.ndarray[An
     return allowed
 
 
-def check_state(cache: KVCache, oracle: Oracle) -> None:
+def check_state(cache, oracle):
     """Counters, and the tokens held in whatever order."""
     assert cache.offset == oracle.offset
     assert type(cache.offset) is int
@@ -168,7 +157,7 @@ def check_state(cache: KVCache, oracle: Oracle) -> None:
     assert sorted(held) == sorted(oracle.tokens[position] for position in oracle.held())
 
 
-def check_whole(cache: KVCache, oracle: Oracle) -> None:
+def check_whole(cache, oracle):
     """`check_state`, and that every column of a copy is where its position says."""
     check_state(cache, oracle)
     if oracle.offset:
@@ -177,12 +166,12 @@ def check_whole(cache: KVCache, oracle: Oracle) -> None:
         check_columns(twin, oracle, host_rows(twin.backend, twin.state), 1)
 
 
-def fingerprint(cache: KVCache) -> tuple[object, ...]:
+def fingerprint(cache):
     """Everything that can be seen of a cache, every byte it holds included."""
     return tuple(_seen(cache))
 
 
-def _seen(cache: KVCache) -> Iterator[object]:
+def _seen(cache):
     yield cache.offset, cache.len, cache.dtype, cache.nbytes, cache.growths, repr(cache)
     yield cache.backend
     yield cache.positions.tobytes()

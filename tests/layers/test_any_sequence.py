@@ -8,7 +8,7 @@ one they must be, to the byte, what they were.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,12 @@ class Pair:
     mark: int | None = None
 
     @property
-    def maskable(self) -> int:
+    def maskable(self):
         """Queries whose whole window is among the columns."""
         displaced = len(self.oracle.held()) < self.oracle.offset
         return self.latest if displaced else self.oracle.offset
 
-    def forget_columns(self) -> None:
+    def forget_columns(self):
         self.columns, self.latest, self.mark = (), 1, None
 
 
@@ -86,16 +86,16 @@ class CacheMachine(RuleBasedStateMachine):
     shapes: st.SearchStrategy[Shape]
     options: st.SearchStrategy[dict[str, int]]
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stamp = 0
         self.folder = tempfile.TemporaryDirectory()
 
-    def teardown(self) -> None:
+    def teardown(self):
         self.folder.cleanup()
 
     @initialize(data=st.data())
-    def start(self, data: st.DataObject) -> None:
+    def start(self, data):
         self.shape = data.draw(self.shapes, label="shape")
         options = data.draw(self.options, label="options")
         named = data.draw(st.booleans(), label="dtype named")
@@ -103,11 +103,11 @@ class CacheMachine(RuleBasedStateMachine):
         cache = self.kind(backend=self.backend, dtype=dtype, **options)
         self.pairs = [Pair(cache, oracle_for(cache))]
 
-    def pair(self, which: int) -> Pair:
+    def pair(self, which):
         return self.pairs[which % len(self.pairs)]
 
     @invariant()
-    def every_cache_agrees_with_its_oracle(self) -> None:
+    def every_cache_agrees_with_its_oracle(self):
         for pair in getattr(self, "pairs", []):
             check_state(pair.cache, pair.oracle)
 
@@ -118,16 +118,16 @@ class CacheMachine(RuleBasedStateMachine):
     # Calls that succeed.
 
     @rule(which=WHICH, times=st.integers(1, 12))
-    def decode(self, which: int, times: int) -> None:
+    def decode(self, which, times):
         for _ in range(times):
             self.push(self.pair(which), 1)
 
     @rule(which=WHICH, tokens=st.integers(2, 24))
-    def prefill(self, which: int, tokens: int) -> None:
+    def prefill(self, which, tokens):
         self.push(self.pair(which), tokens)
 
     @rule(which=WHICH, drafts=st.lists(st.integers(1, 24), min_size=1, max_size=4), share=SHARE)
-    def speculate(self, which: int, drafts: list[int], share: int) -> None:
+    def speculate(self, which, drafts, share):
         pair = self.pair(which)
         mark = pair.oracle.offset
         pair.cache.checkpoint()
@@ -138,13 +138,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.cut(pair, mark + accepted)
 
     @rule(which=WHICH)
-    def checkpoint(self, which: int) -> None:
+    def checkpoint(self, which):
         pair = self.pair(which)
         pair.cache.checkpoint()
         pair.mark = pair.oracle.offset
 
     @rule(which=WHICH, share=SHARE)
-    def rollback(self, which: int, share: int) -> None:
+    def rollback(self, which, share):
         pair = self.pair(which)
         if pair.mark is not None:
             accepted = (pair.oracle.offset - pair.mark) * share // 8
@@ -152,7 +152,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cut(pair, pair.mark + accepted)
 
     @rule(which=WHICH, share=SHARE)
-    def trim(self, which: int, share: int) -> None:
+    def trim(self, which, share):
         pair = self.pair(which)
         tokens = pair.oracle.offset * share // 8
         if pair.oracle.can_trim(tokens):
@@ -160,7 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cut(pair, pair.oracle.offset - tokens)
 
     @rule(share=SHARE)
-    def trim_layers(self, share: int) -> None:
+    def trim_layers(self, share):
         caches = [pair.cache for pair in self.pairs]
         tokens = max(pair.oracle.offset for pair in self.pairs) * share // 8
         before = [fingerprint(cache) for cache in caches]
@@ -174,7 +174,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert [fingerprint(cache) for cache in caches] == before
 
     @rule(which=WHICH)
-    def reset(self, which: int) -> None:
+    def reset(self, which):
         pair = self.pair(which)
         pair.cache.reset()
         pair.oracle.cut(0)
@@ -184,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert pair.cache.growths == 0
 
     @rule(which=WHICH)
-    def copy(self, which: int) -> None:
+    def copy(self, which):
         pair = self.pair(which)
         twin = Pair(pair.cache.copy(), pair.oracle.copy())
         twin.shape = pair.shape if twin.oracle.offset else None
@@ -193,7 +193,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.pairs = [*self.pairs, twin][-3:]
 
     @rule(which=WHICH, by_way_of_numpy=st.booleans())
-    def save_and_load(self, which: int, by_way_of_numpy: bool) -> None:
+    def save_and_load(self, which, by_way_of_numpy):
         pair, path = self.pair(which), Path(self.folder.name) / "cache"
         before = fingerprint(pair.cache)
         pair.cache.save(path)
@@ -206,7 +206,7 @@ class CacheMachine(RuleBasedStateMachine):
         check_whole(pair.cache, pair.oracle)
 
     @rule(which=WHICH, share=SHARE, window=st.none() | st.integers(1, 30))
-    def mask(self, which: int, share: int, window: int | None) -> None:
+    def mask(self, which, share, window):
         pair = self.pair(which)
         if pair.oracle.offset:
             columns = pair.columns or host_rows(self.backend, pair.cache.state)
@@ -216,7 +216,7 @@ class CacheMachine(RuleBasedStateMachine):
     # Calls that are refused, and must have changed nothing.
 
     @rule(which=WHICH, name=st.sampled_from(REFUSED), by=st.integers(1, 9))
-    def refuse(self, which: int, name: str, by: int) -> None:
+    def refuse(self, which, name, by):
         pair = self.pair(which)
         if name in bad_updates.BAD and pair.shape is None and not bad_updates.BAD[name].always:
             return  # a new cache takes its first geometry, whatever it is
@@ -226,9 +226,7 @@ class CacheMachine(RuleBasedStateMachine):
             call()
         assert fingerprint(pair.cache) == before
 
-    def refused(
-        self, pair: Pair, name: str, by: int
-    ) -> tuple[Callable[[], object], type[Exception], str]:
+    def refused(self, pair, name, by):
         """The call `name`, wrong by `by`; the error and message it must end in."""
         cache, oracle = pair.cache, pair.oracle
         if name in bad_updates.BAD:
@@ -253,7 +251,7 @@ class CacheMachine(RuleBasedStateMachine):
             "load a damaged file": (lambda: self.load_damaged(cache, by), OSError, "damaged|whole"),
         }[name]
 
-    def load_damaged(self, cache: KVCache, missing: int) -> None:
+    def load_damaged(self, cache, missing):
         path = Path(self.folder.name) / "damaged"
         cache.save(path)
         path.write_bytes(path.read_bytes()[:-missing])
@@ -261,7 +259,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Helpers.
 
-    def push(self, pair: Pair, tokens: int) -> None:
+    def push(self, pair, tokens):
         tokens = min(tokens, 3 * (pair.oracle.max_size or 8))
         if self.backend.name == "jax":
             tokens = max(few for few in (1, 2, 5, 13, 24) if few <= tokens)
@@ -270,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.stamp += tokens
 
     @staticmethod
-    def cut(pair: Pair, offset: int) -> None:
+    def cut(pair, offset):
         pair.oracle.cut(offset)
         pair.forget_columns()
         check_whole(pair.cache, pair.oracle)
@@ -279,14 +277,14 @@ class CacheMachine(RuleBasedStateMachine):
 # What is drawn. JAX compiles a program for every shape, so it gets few; its buffers grow by 256.
 
 
-def shapes(backend: Backend) -> st.SearchStrategy[Shape]:
+def shapes(backend):
     if backend.name == "jax":
         return st.sampled_from([Shape(2, 1, 2, 3, dtype) for dtype in ("float32", "bfloat16")])
     few = st.integers(1, 3)
     return st.builds(Shape, few, few, few, st.integers(1, 4), st.sampled_from(backend.dtypes))
 
 
-def options(backend: Backend, kind: type[KVCache]) -> st.SearchStrategy[dict[str, int]]:
+def options(backend, kind):
     jax = backend.name == "jax"
     step = st.fixed_dictionaries({"step": st.sampled_from([1, 256] if jax else [1, 2, 3, 7, 256])})
     if kind is KVCache:
@@ -302,7 +300,7 @@ SHARE = {"numpy": 150, "torch": 80, "array_api": 40, "mlx": 60, "jax": 12}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KVCache, RotatingKVCache])
-def test_any_sequence(backend: Backend, kind: type[KVCache]) -> None:
+def test_any_sequence(backend, kind):
     class Machine(CacheMachine):
         pass
 

@@ -1,9 +1,6 @@
 """What kvcache offers, by name: a change of this list is a change for every user."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Iterator
 
 import pytest
 
@@ -65,12 +62,12 @@ traced_cond traced_form traced_index traced_read traced_write write_rows write_s
 """.split()
 
 
-def test_names() -> None:
+def test_names():
     assert kvcache.__all__ == PUBLIC
     assert all(hasattr(kvcache, name) for name in PUBLIC)
 
 
-def test_nothing_else_is_public() -> None:
+def test_nothing_else_is_public():
     found = {
         name
         for name, member in vars(kvcache).items()
@@ -79,27 +76,27 @@ def test_nothing_else_is_public() -> None:
     assert found == set(PUBLIC)
 
 
-def test_star_import() -> None:
-    namespace: dict[str, object] = {}
+def test_star_import():
+    namespace = {}
     exec("from kvcache import *", namespace)  # a star is allowed at module level only
     assert set(namespace) - {"__builtins__"} == set(PUBLIC)
 
 
-def members(kind: type) -> set[str]:
+def members(kind):
     return {name for name in dir(kind) if not name.startswith("_")}
 
 
-def test_members_of_the_caches() -> None:
+def test_members_of_the_caches():
     assert members(kvcache.KVCache) == set(CACHE)
     ring = kvcache.RotatingKVCache(2)
     assert {name for name in dir(ring) if not name.startswith("_")} == {*CACHE, *ROTATING}
 
 
-def test_members_of_a_backend() -> None:
+def test_members_of_a_backend():
     assert members(type(kvcache.get_backend("numpy"))) | {"device"} == set(BACKEND)
 
 
-def public_objects() -> Iterator[tuple[str, object]]:
+def public_objects():
     for name in PUBLIC:
         member = getattr(kvcache, name)
         yield name, member
@@ -114,7 +111,7 @@ OBJECTS = dict(public_objects())
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_has_a_docstring(name: str) -> None:
+def test_has_a_docstring(name):
     """A method that overrides another may leave it to that one."""
     doc = inspect.getdoc(OBJECTS[name])
     owner, _, method = name.partition(".")
@@ -124,7 +121,7 @@ def test_has_a_docstring(name: str) -> None:
     assert doc[0].isupper() or doc[0] in "`:", f"{name}: {doc}"
 
 
-def test_errors_are_drawn_where_they_are_defined() -> None:
+def test_errors_are_drawn_where_they_are_defined():
     """The tree at the top of errors.py names every error, and no other."""
     tree = kvcache.errors.__doc__ or ""
     drawn = {word for word in tree.split() if word.endswith("Error")}
@@ -155,12 +152,12 @@ def test_errors_are_drawn_where_they_are_defined() -> None:
         (kvcache.CacheFileError, OSError),
     ],
 )
-def test_errors_are_builtins_too(error: type[Exception], builtin: type[Exception]) -> None:
+def test_errors_are_builtins_too(error, builtin):
     assert issubclass(error, kvcache.KVCacheError)
     assert issubclass(error, builtin)
 
 
-def test_backends_offers_its_own_part() -> None:
+def test_backends_offers_its_own_part():
     shared = set(kvcache.backends.__all__) & set(PUBLIC)
     assert "Backend" in shared
     for name in shared:

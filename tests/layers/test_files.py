@@ -1,7 +1,5 @@
 """Saved caches: live tokens only, bit for bit on any backend, whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -10,9 +8,6 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +16,6 @@ import safetensors.numpy
 
 import kvcache
 from kvcache import (
-    Backend,
     CacheFileError,
     DamagedFileError,
     DTypeError,
@@ -39,7 +33,7 @@ from .oracle import Oracle, Shape, check_whole, fingerprint, oracle_for, push
 READERS = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict")
 
 
-def layers(backend: Backend | str = "numpy", dtype: str = "float32") -> list[KVCache]:
+def layers(backend="numpy", dtype="float32"):
     """A model of four layers, no two alike, one of them empty."""
     where = get_backend(backend)
     caches = [
@@ -56,12 +50,12 @@ def layers(backend: Backend | str = "numpy", dtype: str = "float32") -> list[KVC
     return caches
 
 
-def described(caches: list[KVCache]) -> list[object]:
+def described(caches):
     """All that a file must keep of caches: every bit, and how they go on."""
     return [tuple(_described(cache.copy())) for cache in caches]
 
 
-def _described(cache: KVCache) -> Iterator[object]:
+def _described(cache):
     yield type(cache), cache.offset, cache.len, cache.dtype, cache.positions[: cache.len].tolist()
     yield {name: value for name, value in cache.options.items() if name != "backend"}
     for part in cache.state:
@@ -71,7 +65,7 @@ def _described(cache: KVCache) -> Iterator[object]:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     return tmp_path / "cache.safetensors"
 
 
@@ -80,9 +74,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("dtype", get_backend("numpy").dtypes)
-def test_any_backend_reads_what_any_other_wrote(
-    backend: Backend, reader: str, dtype: str, path: Path
-) -> None:
+def test_any_backend_reads_what_any_other_wrote(backend, reader, dtype, path):
     try:
         where = get_backend(reader)
     except ImportError as error:
@@ -100,7 +92,7 @@ def test_any_backend_reads_what_any_other_wrote(
     assert {cache.backend.spec for cache in loaded if cache.backend} == {where.spec}
 
 
-def test_a_loaded_cache_goes_on(backend: Backend, path: Path) -> None:
+def test_a_loaded_cache_goes_on(backend, path):
     for cache in (KVCache(backend, step=4), RotatingKVCache(5, 1, backend, step=4)):
         oracle = oracle_for(cache)
         for tokens in (3, 4):
@@ -115,7 +107,7 @@ def test_a_loaded_cache_goes_on(backend: Backend, path: Path) -> None:
         push(loaded, oracle_for(loaded), 7)
 
 
-def test_load_is_numpy_unless_told(path: Path) -> None:
+def test_load_is_numpy_unless_told(path):
     caches = layers()
     caches[0].save(path)
     for loaded in (KVCache.load(path), *LayerCaches.load(path), *LayerCaches.load(str(path))):
@@ -123,14 +115,14 @@ def test_load_is_numpy_unless_told(path: Path) -> None:
         assert loaded.backend.name == "numpy"
 
 
-def test_no_layers_at_all(path: Path) -> None:
+def test_no_layers_at_all(path):
     LayerCaches([]).save(path)
     assert list(LayerCaches.load(path)) == []
     with pytest.raises(ForeignFileError, match=r"KVCache\.load reads one KVCache"):
         KVCache.load(path)
 
 
-def test_a_cache_emptied_by_trim(path: Path) -> None:
+def test_a_cache_emptied_by_trim(path):
     cache, oracle = KVCache("numpy"), Oracle()
     push(cache, oracle, 4)
     cache.trim(4)
@@ -139,7 +131,7 @@ def test_a_cache_emptied_by_trim(path: Path) -> None:
     assert (loaded.offset, loaded.nbytes, loaded.state) == (0, 0, ())
 
 
-def test_saving_changes_nothing(backend: Backend, path: Path) -> None:
+def test_saving_changes_nothing(backend, path):
     caches = layers(backend)
     caches[1].checkpoint()
     before = [fingerprint(cache) for cache in caches]
@@ -148,7 +140,7 @@ def test_saving_changes_nothing(backend: Backend, path: Path) -> None:
     caches[1].rollback()
 
 
-def test_live_tokens_only(backend: Backend, path: Path) -> None:
+def test_live_tokens_only(backend, path):
     """Neither spare capacity, nor trimmed or displaced tokens, nor padding."""
     grown, ring = KVCache(backend, step=4096), RotatingKVCache(16, 4, backend, step=4096)
     shape = Shape(1, 4, 32, 16)
@@ -163,7 +155,7 @@ def test_live_tokens_only(backend: Backend, path: Path) -> None:
             assert [file.get_tensor(key).shape[2] for key in file.keys()] == [held, held]  # noqa: SIM118
 
 
-def test_any_safetensors_reader_reads_the_tensors(path: Path) -> None:
+def test_any_safetensors_reader_reads_the_tensors(path):
     cache, oracle, shape = KVCache("numpy"), Oracle(), Shape()
     push(cache, oracle, 5, shape)
     cache.save(path)
@@ -177,13 +169,13 @@ def test_any_safetensors_reader_reads_the_tensors(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "cache"
     LayerCaches(layers()).save(path)
     return path.read_bytes()
 
 
-def test_one_damaged_byte_anywhere(whole: bytes, path: Path) -> None:
+def test_one_damaged_byte_anywhere(whole, path):
     """It is found, or it was of no meaning: never another cache, never another kind of error."""
     expected = described(layers())
     found, meaningless = 0, []
@@ -201,7 +193,7 @@ def test_one_damaged_byte_anywhere(whole: bytes, path: Path) -> None:
     assert found > 0.97 * len(whole), f"bytes without meaning: {meaningless}"
 
 
-def test_one_damaged_byte_in_a_tensor(whole: bytes, path: Path) -> None:
+def test_one_damaged_byte_in_a_tensor(whole, path):
     (size,) = struct.unpack("<Q", whole[:8])
     for index in range(8 + size, len(whole), 7):
         path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
@@ -209,7 +201,7 @@ def test_one_damaged_byte_in_a_tensor(whole: bytes, path: Path) -> None:
             LayerCaches.load(path)
 
 
-def test_truncated_anywhere(whole: bytes, path: Path) -> None:
+def test_truncated_anywhere(whole, path):
     for length in range(0, len(whole), 3):
         path.write_bytes(whole[:length])
         with pytest.raises(CacheFileError, match=r"cache\.safetensors"):
@@ -220,7 +212,7 @@ def test_truncated_anywhere(whole: bytes, path: Path) -> None:
             LayerCaches.load(path)
 
 
-def test_something_behind_the_end(whole: bytes, path: Path) -> None:
+def test_something_behind_the_end(whole, path):
     path.write_bytes(whole + b"\0")
     with pytest.raises(DamagedFileError):
         LayerCaches.load(path)
@@ -231,22 +223,20 @@ def test_something_behind_the_end(whole: bytes, path: Path) -> None:
     [b"", b"\0", b"hello", b"PK\3\4" + bytes(100), bytes(5000), b"\xff" * 5000, os.urandom(64)],
     ids=["empty", "one byte", "text", "zip", "zeros", "ones", "noise"],
 )
-def test_not_safetensors(content: bytes, path: Path) -> None:
+def test_not_safetensors(content, path):
     path.write_bytes(content)
     with pytest.raises(ForeignFileError, match=r"cache\.safetensors is not a .*safetensors file"):
         LayerCaches.load(path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_safetensors_of_somebody_else(metadata: dict[str, str] | None, path: Path) -> None:
+def test_safetensors_of_somebody_else(metadata, path):
     safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, path, metadata)
     with pytest.raises(ForeignFileError, match=r"has 'kvcache' in its metadata; .*Load files that"):
         LayerCaches.load(path)
 
 
-def rewritten(
-    whole: bytes, path: Path, change: Callable[[dict[str, Any]], object], sealed: bool = True
-) -> None:
+def rewritten(whole, path, change, sealed=True):
     """Writes the file with another header: on purpose, or (not sealed) by damage."""
     (size,) = struct.unpack("<Q", whole[:8])
     outer = json.loads(whole[8 : 8 + size])
@@ -261,13 +251,13 @@ def rewritten(
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_rewriting_is_what_it_says(whole: bytes, path: Path, sealed: bool) -> None:
+def test_rewriting_is_what_it_says(whole, path, sealed):
     rewritten(whole, path, lambda header: None, sealed)
     assert described(LayerCaches.load(path)) == described(layers())
 
 
 @pytest.mark.parametrize("version", [3, 17])
-def test_a_newer_format(whole: bytes, path: Path, version: int) -> None:
+def test_a_newer_format(whole, path, version):
     rewritten(whole, path, lambda header: header.update(version=version))
     with pytest.raises(NewerFileError, match=rf"up to 2; .* has {version}\. Upgrade kvcache"):
         LayerCaches.load(path)
@@ -294,22 +284,20 @@ def test_a_newer_format(whole: bytes, path: Path, version: int) -> None:
         lambda header: header["tensors"]["0.keys"].update(sha256="0" * 64),
     ],
 )
-def test_a_header_that_is_not_what_was_written(
-    whole: bytes, path: Path, change: Callable[[dict[str, Any]], object]
-) -> None:
+def test_a_header_that_is_not_what_was_written(whole, path, change):
     rewritten(whole, path, change, sealed=False)
     with pytest.raises(DamagedFileError, match=r"cache\.safetensors is damaged: its header does"):
         LayerCaches.load(path)
 
 
-def test_a_header_without_a_seal(whole: bytes, path: Path) -> None:
+def test_a_header_without_a_seal(whole, path):
     path.write_bytes(whole.replace(b"kvcache.sha256", b"kvcache.sha512"))
     with pytest.raises(DamagedFileError):
         LayerCaches.load(path)
 
 
 @pytest.mark.parametrize("part", ["0.keys", "1.values"])
-def test_a_tensor_that_is_missing(path: Path, part: str) -> None:
+def test_a_tensor_that_is_missing(path, part):
     """Another tool may have filtered the file and kept its metadata."""
     LayerCaches(layers()).save(path)
     with safetensors.safe_open(path, "np") as file:
@@ -321,7 +309,7 @@ def test_a_tensor_that_is_missing(path: Path, part: str) -> None:
         LayerCaches.load(path)
 
 
-def test_a_tensor_of_another_shape(path: Path) -> None:
+def test_a_tensor_of_another_shape(path):
     """The same bytes, so that no checksum of them would tell."""
     LayerCaches(layers()).save(path)
     with safetensors.safe_open(path, "np") as file:
@@ -333,7 +321,7 @@ def test_a_tensor_of_another_shape(path: Path) -> None:
         LayerCaches.load(path)
 
 
-def test_another_kind_of_cache(path: Path) -> None:
+def test_another_kind_of_cache(path):
     grown, ring, *_ = layers()
     grown.save(path)
     with pytest.raises(ForeignFileError, match=r"RotatingKVCache.load reads one .* holds KVCache"):
@@ -350,13 +338,13 @@ def test_another_kind_of_cache(path: Path) -> None:
         KVCache.load(path)
 
 
-def test_a_kind_from_elsewhere(whole: bytes, path: Path) -> None:
+def test_a_kind_from_elsewhere(whole, path):
     rewritten(whole, path, lambda header: header["caches"][0].update(kind="tape"))
     with pytest.raises(ForeignFileError, match=r"of the kinds kv, .*rotating.* holds 'tape'"):
         LayerCaches.load(path)
 
 
-def test_a_subclass_does_not_take_over_the_files_of_its_base(path: Path) -> None:
+def test_a_subclass_does_not_take_over_the_files_of_its_base(path):
     program = """
 import sys, kvcache, numpy as np
 class Mine(kvcache.KVCache):
@@ -376,7 +364,7 @@ assert type(kvcache.LayerCaches.load(sys.argv[1])[0]) is Other
     run(program, path)
 
 
-def run(program: str, *arguments: Any) -> str:
+def run(program, *arguments):
     """Runs a program in an interpreter of its own and returns what it printed."""
     command = [sys.executable, "-P", "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -384,18 +372,18 @@ def run(program: str, *arguments: Any) -> str:
     return done.stdout
 
 
-def test_no_file(path: Path) -> None:
+def test_no_file(path):
     for load in (LayerCaches.load, KVCache.load, RotatingKVCache.load):
         with pytest.raises(FileNotFoundError, match=r"cache\.safetensors"):
             load(path)
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_a_folder(tmp_path):
     with pytest.raises(OSError, match=re.escape(str(tmp_path)) + "|directory|device"):
         LayerCaches.load(tmp_path)
 
 
-def test_a_failed_load_makes_nothing(whole: bytes, path: Path, tmp_path: Path) -> None:
+def test_a_failed_load_makes_nothing(whole, path, tmp_path):
     path.write_bytes(whole[:-1])
     with pytest.raises(DamagedFileError):
         LayerCaches.load(path)
@@ -409,17 +397,15 @@ def test_a_failed_load_makes_nothing(whole: bytes, path: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("owner", "function"), [(safetensors.numpy, "save_file"), (os, "fsync"), (os, "replace")]
 )
-def test_a_failed_save_leaves_the_old_file(
-    owner: Any, function: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_file(owner, function, path, tmp_path, monkeypatch):
     first, second = layers()[:2]
     first.save(path)
     before = path.read_bytes()
 
-    def full(*args: Any) -> None:
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     for failure, error in ((full, OSError), (interrupted, KeyboardInterrupt)):
@@ -433,7 +419,7 @@ def test_a_failed_save_leaves_the_old_file(
     assert described([RotatingKVCache.load(path)]) == described([second])
 
 
-def test_a_full_disk_leaves_the_old_file(path: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file(path, tmp_path):
     """The operating system's own refusal, half way through the file."""
     layers()[0].save(path)
     before = path.read_bytes()
@@ -455,12 +441,12 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         layers()[0].save(tmp_path / "nowhere" / "cache")
 
 
-def test_a_reader_sees_the_old_file_or_the_new_one(path: Path) -> None:
+def test_a_reader_sees_the_old_file_or_the_new_one(path):
     """Saving replaces the name; who has the old file open keeps reading the old one."""
     first, second = layers()[:2]
     first.save(path)
@@ -471,7 +457,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one(path: Path) -> None:
     assert path.read_bytes() != before
 
 
-def test_who_may_read_it_is_for_the_user_to_say(path: Path) -> None:
+def test_who_may_read_it_is_for_the_user_to_say(path):
     """As any other new file: the temporary one's 0600 is not what stays."""
     if os.name != "posix":
         pytest.skip("permissions are those of POSIX")
@@ -483,7 +469,7 @@ def test_who_may_read_it_is_for_the_user_to_say(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_errors_are_os_errors() -> None:
+def test_errors_are_os_errors():
     for error in (DamagedFileError, ForeignFileError, NewerFileError):
         assert issubclass(error, CacheFileError)
         assert issubclass(error, OSError)

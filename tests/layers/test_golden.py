@@ -4,8 +4,6 @@
 recordings themselves show where the original loses, misplaces or invents tokens.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import Counter
@@ -16,24 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcache import Backend, KVCache, RotatingKVCache
+from kvcache import KVCache, RotatingKVCache
 
 from .oracle import Oracle, Token, check_columns, check_state, host_rows, rows
 
 DATA = Path(__file__).parents[1] / "data"
-Trace = dict[str, Any]
 Host = np.ndarray[Any, Any]
 
 
 @cache
-def traces(kind: str) -> list[Trace]:
+def traces(kind):
     """The traces of one kind."""
     with gzip.open(DATA / f"{kind}.json.gz", "rt") as file:
-        loaded: list[Trace] = json.load(file)
-    return loaded
+        return json.load(file)
 
 
-def incoming(op: Trace) -> tuple[Host, Host]:
+def incoming(op):
     """Keys and values of a recorded update: consecutive numbers."""
     parts = ((op["k_first"], op["k_shape"]), (op["v_first"], op["v_shape"]))
     keys, values = (
@@ -43,7 +39,7 @@ def incoming(op: Trace) -> tuple[Host, Host]:
     return keys, values
 
 
-def outgoing(op: Trace) -> tuple[Host, Host]:
+def outgoing(op):
     """Keys and values that the original returned."""
     keys, values = (
         np.array(op[f"out_{part}"], np.float32).reshape(op[f"out_{part}_shape"]) for part in "kv"
@@ -51,7 +47,7 @@ def outgoing(op: Trace) -> tuple[Host, Host]:
     return keys, values
 
 
-def test_imagegen_kv_replays_exactly(backend: Backend) -> None:
+def test_imagegen_kv_replays_exactly(backend):
     updates = 0
     for trace in traces("imagegen_kv"):
         cache = KVCache(backend, step=trace["step"])
@@ -67,7 +63,7 @@ def test_imagegen_kv_replays_exactly(backend: Backend) -> None:
     assert updates > 450
 
 
-def _replay(backend: Backend, cache: KVCache, op: Trace) -> None:
+def _replay(backend, cache, op):
     keys, values = incoming(op)
     returned = cache.update(backend.from_host(keys), backend.from_host(values))
     for got, recorded in zip(returned, outgoing(op), strict=True):
@@ -81,7 +77,7 @@ def _replay(backend: Backend, cache: KVCache, op: Trace) -> None:
     assert cache.nbytes >= keys[:, :, :1].nbytes * op["len"] + values[:, :, :1].nbytes * op["len"]
 
 
-def test_every_query_of_imagegen_rotating_sees_its_true_window(backend: Backend) -> None:
+def test_every_query_of_imagegen_rotating_sees_its_true_window(backend):
     queries = 0
     recorded = traces("imagegen_rotating")
     if backend.name == "jax":
@@ -111,7 +107,7 @@ ZERO = None
 """A column that no token was ever written to."""
 
 
-def recorded_positions(history: list[Token], op: Trace) -> list[int | None]:
+def recorded_positions(history, op):
     """Positions of the columns that the original returned."""
     where = {token: position for position, token in enumerate(history)}
     columns = [Token(*row) for row in zip(*map(rows, outgoing(op)), strict=True)]
@@ -119,7 +115,7 @@ def recorded_positions(history: list[Token], op: Trace) -> list[int | None]:
     return [ZERO if column == zero else where[column] for column in columns]
 
 
-def deviations(trace: Trace) -> list[tuple[int, set[str]]]:
+def deviations(trace):
     """For each recorded update, by its index among the ops, how it deviates from the true window.
 
     "cut": the oldest tokens of some query's window are missing. A prefill is cut down to max_size
@@ -129,8 +125,8 @@ def deviations(trace: Trace) -> list[tuple[int, set[str]]]:
         after rotation takes the order in the ring for the order of age.
     "zero": a column was never written. Decoding allocates ahead, a prefill appends behind that.
     """
-    found: list[tuple[int, set[str]]] = []
-    history: list[Token] = []
+    found = []
+    history = []
     for index, op in enumerate(trace["ops"]):
         if op["op"] == "reset":
             history = []
@@ -159,13 +155,13 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_the_original_deviates_in_a_named_trace(kind: str) -> None:
+def test_the_original_deviates_in_a_named_trace(kind):
     name, index = EXAMPLES[kind]
     (trace,) = (trace for trace in traces("imagegen_rotating") if trace["name"] == name)
     assert kind in dict(deviations(trace))[index]
 
 
-def test_how_often_the_original_deviates() -> None:
+def test_how_often_the_original_deviates():
     """The numbers that docs/semantics.md cites."""
     found = [[kinds for _, kinds in deviations(trace)] for trace in traces("imagegen_rotating")]
     updates = Counter(kind for trace in found for kinds in trace for kind in kinds)

@@ -1,7 +1,5 @@
 """What is particular to JAX: donated buffers, padding, devices, and what compiles when."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 
@@ -17,7 +15,7 @@ jnp = jax.numpy
 pytestmark = pytest.mark.one_backend(name="jax")
 
 
-def test_what_an_update_returned_is_gone_after_the_next() -> None:
+def test_what_an_update_returned_is_gone_after_the_next():
     """Donated: using it raises, instead of showing what was overwritten."""
     cache, one = KVCache("jax"), jnp.ones((1, 2, 1, 4))
     keys, values = cache.update(one, one)
@@ -30,14 +28,14 @@ def test_what_an_update_returned_is_gone_after_the_next() -> None:
     assert not one.is_deleted(), "the update stays the caller's"
 
 
-def test_reset_deletes_the_buffers() -> None:
+def test_reset_deletes_the_buffers():
     cache, one = KVCache("jax"), jnp.ones((1, 2, 1, 4))
     keys, _ = cache.update(one, one)
     cache.reset()
     assert keys.is_deleted()
 
 
-def test_growing_gives_the_old_buffers_back() -> None:
+def test_growing_gives_the_old_buffers_back():
     """Not when some reference to them is dropped: now, while the new ones are there."""
     cache, one = KVCache("jax"), jnp.ones((1, 2, 256, 4))
     old = cache.update(one, one)
@@ -46,7 +44,7 @@ def test_growing_gives_the_old_buffers_back() -> None:
     assert [part.is_deleted() for part in old] == [True, True]
 
 
-def test_copies_outlive_their_source() -> None:
+def test_copies_outlive_their_source():
     for cache in (KVCache("jax"), RotatingKVCache(4, 1, "jax")):
         oracle = oracle_for(cache)
         push(cache, oracle, 6)
@@ -56,7 +54,7 @@ def test_copies_outlive_their_source() -> None:
         check_whole(twin, twins)
 
 
-def test_all_lengths_are_multiples_of_the_padding() -> None:
+def test_all_lengths_are_multiples_of_the_padding():
     shape, lengths = Shape(), set()
     cache, oracle = KVCache("jax", step=1), Oracle()
     for tokens in (1, 1, 254, 1, 1):
@@ -65,7 +63,7 @@ def test_all_lengths_are_multiples_of_the_padding() -> None:
     assert cache.positions.tolist() == [*range(258), *[-1] * 254]
 
 
-def test_decoding_compiles_once_per_capacity() -> None:
+def test_decoding_compiles_once_per_capacity():
     """Neither the position nor the length of the history is part of a program."""
     cache, one = KVCache("jax"), jnp.zeros((1, 1, 1, 6))
     cache.update(one, one)
@@ -79,17 +77,17 @@ def test_decoding_compiles_once_per_capacity() -> None:
 class _compilations:  # noqa: N801 - used as a function
     """Names of what JAX says that it compiles."""
 
-    def __enter__(self) -> list[str]:
+    def __enter__(self):
         import logging
 
-        self.names: list[str] = []
+        self.names = []
         self.handler = logging.Handler()
-        self.handler.emit = lambda record: self.names.append(record.getMessage())  # type: ignore[method-assign]
+        self.handler.emit = lambda record: self.names.append(record.getMessage())
         self.logger = logging.getLogger("jax")
         self.logger.addHandler(self.handler)
         return self.names
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         self.logger.removeHandler(self.handler)
 
 
@@ -130,14 +128,14 @@ for home in (0, 1):
 """
 
 
-def test_two_devices() -> None:
+def test_two_devices():
     done = subprocess.run(
         [sys.executable, "-P", "-c", TWO_DEVICES], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_weak_types_and_numpy_scalars_are_no_trap() -> None:
+def test_weak_types_and_numpy_scalars_are_no_trap():
     """`jnp.full` with a Python number makes a weakly typed array: the same dtype all the same."""
     cache = KVCache("jax")
     for _ in range(2):

@@ -1,56 +1,50 @@
 """What a cache refuses: a named error that says what to do, and nothing has changed."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
 import kvcache
-from kvcache import Backend, DTypeError, KVCache, LayerCaches, RotatingKVCache, TrimError
+from kvcache import DTypeError, KVCache, LayerCaches, RotatingKVCache, TrimError
 
 from .. import peek
 from . import bad_updates
 from .oracle import SHAPE, Oracle, check_whole, fingerprint, oracle_for, push
 
-Made = tuple[KVCache, Oracle]
 
-
-def new(cache: KVCache) -> Made:
+def new(cache):
     return cache, oracle_for(cache)
 
 
-def used(cache: KVCache) -> Made:
+def used(cache):
     made = new(cache)
     for tokens in (3, 1):
         push(*made, tokens)
     return made
 
 
-def wrapped(cache: KVCache) -> Made:
+def wrapped(cache):
     made = used(cache)
     push(*made, 7)
     return made
 
 
-def trimmed_to_nothing(cache: KVCache) -> Made:
+def trimmed_to_nothing(cache):
     made = used(cache)
     cache.trim(4)
     made[1].cut(0)
     return made
 
 
-def reset(cache: KVCache) -> Made:
+def reset(cache):
     cache, oracle = wrapped(cache)
     cache.reset()
     oracle.cut(0)
     return cache, oracle
 
 
-def drafting(cache: KVCache) -> Made:
+def drafting(cache):
     made = wrapped(cache)
     cache.checkpoint()
     push(*made, 2)
@@ -62,12 +56,11 @@ KINDS = (KVCache, lambda backend: RotatingKVCache(5, 1, backend))
 
 
 @pytest.fixture(params=KINDS, ids=("kv", "rotating"))
-def cache(request: pytest.FixtureRequest, backend: Backend) -> KVCache:
-    made: KVCache = request.param(backend)
-    return made
+def cache(request, backend):
+    return request.param(backend)
 
 
-def check_refused(made: Made, update: tuple[Any, Any], error: type[Exception], match: str) -> None:
+def check_refused(made, update, error, match):
     """The update is refused, and the cache is to the byte what it was, and goes on from there."""
     cache, oracle = made
     before = fingerprint(cache)
@@ -85,9 +78,7 @@ def check_refused(made: Made, update: tuple[Any, Any], error: type[Exception], m
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", bad_updates.BAD)
-def test_a_bad_update(
-    cache: KVCache, backend: Backend, state: Callable[[KVCache], Made], name: str
-) -> None:
+def test_a_bad_update(cache, backend, state, name):
     bad = bad_updates.BAD[name]
     made = state(cache)
     if not bad.always and state in (new, reset):
@@ -97,14 +88,12 @@ def test_a_bad_update(
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", bad_updates.STRANGERS)
-def test_what_is_no_array_of_this_backend(
-    cache: KVCache, backend: Backend, state: Callable[[KVCache], Made], name: str
-) -> None:
+def test_what_is_no_array_of_this_backend(cache, backend, state, name):
     keys, values, error, match = bad_updates.stranger(backend, SHAPE, name)
     check_refused(state(cache), (keys, values), error, match)
 
 
-def test_arrays_of_two_frameworks_bind_nothing(backend: Backend) -> None:
+def test_arrays_of_two_frameworks_bind_nothing(backend):
     """A cache without a backend of its own has none after a first update that fails, either."""
     cache = KVCache()
     keys, values, error, match = bad_updates.stranger(backend, SHAPE, "values of another framework")
@@ -118,7 +107,7 @@ def test_arrays_of_two_frameworks_bind_nothing(backend: Backend) -> None:
     assert cache.backend.name == "numpy"
 
 
-def test_dtype_is_what_was_asked_for(backend: Backend) -> None:
+def test_dtype_is_what_was_asked_for(backend):
     cache = KVCache(backend, dtype="float32")
     wrong = (backend.alloc((1, 2, 1, 4), "int32"),) * 2
     with pytest.raises(DTypeError, match=r"this cache holds float32; got int32\. Cast"):
@@ -130,14 +119,14 @@ def test_dtype_is_what_was_asked_for(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "nonsense", ""])
 @pytest.mark.parametrize("kind", [KVCache, lambda **options: RotatingKVCache(4, **options)])
-def test_unknown_dtype(backend: Backend, kind: Callable[..., KVCache], dtype: str) -> None:
+def test_unknown_dtype(backend, kind, dtype):
     for where in (backend, None):
         with pytest.raises(DTypeError, match=re.escape(repr(dtype))) as caught:
             kind(backend=where, dtype=dtype)
         assert "float32" in str(caught.value), "what there is must be named"
 
 
-def test_dtype_that_this_framework_lacks(backend: Backend) -> None:
+def test_dtype_that_this_framework_lacks(backend):
     lacking = set(kvcache.get_backend("numpy").dtypes) - set(backend.dtypes)
     if not lacking:
         pytest.skip(f"{backend.name} has every dtype")
@@ -162,21 +151,21 @@ def test_dtype_that_this_framework_lacks(backend: Backend) -> None:
         ({"max_size": 4, "step": -1}, "step must be >= 1 token; got -1"),
     ],
 )
-def test_rotating_options(options: dict[str, int], match: str) -> None:
+def test_rotating_options(options, match):
     with pytest.raises(ValueError, match=match):
         RotatingKVCache(**options)
 
 
 @pytest.mark.parametrize("step", [0, -256])
-def test_step(step: int) -> None:
+def test_step(step):
     with pytest.raises(ValueError, match=f"step must be >= 1 token; got {step}"):
         KVCache(step=step)
 
 
 @pytest.mark.parametrize("number", [1.5, 1.0, "1", None])
-def test_counts_are_whole_numbers(number: object) -> None:
+def test_counts_are_whole_numbers(number):
     cache, oracle = used(KVCache("numpy"))
-    calls: list[Callable[[Any], object]] = [
+    calls = [
         cache.trim,
         cache.rollback,
         cache.mask,
@@ -192,7 +181,7 @@ def test_counts_are_whole_numbers(number: object) -> None:
     check_whole(cache, oracle)
 
 
-def test_counts_may_come_from_numpy(tmp_path: Any) -> None:
+def test_counts_may_come_from_numpy(tmp_path):
     """Accepted tokens are counted with arrays; what comes of it is an int, and can be saved."""
     cache = RotatingKVCache(np.int64(9), keep=np.int32(2), backend="numpy", step=np.int64(4))
     oracle = Oracle(9, 2)
@@ -212,7 +201,7 @@ def test_counts_may_come_from_numpy(tmp_path: Any) -> None:
 # Going back.
 
 
-def test_over_trim(cache: KVCache) -> None:
+def test_over_trim(cache):
     cache, _ = used(cache)
     before = fingerprint(cache)
     for tokens in (5, 100, -1):
@@ -221,7 +210,7 @@ def test_over_trim(cache: KVCache) -> None:
     assert fingerprint(cache) == before
 
 
-def test_trim_after_displacement() -> None:
+def test_trim_after_displacement():
     cache, oracle = wrapped(RotatingKVCache(5, 1, "numpy"))
     before = fingerprint(cache)
     with pytest.raises(TrimError, match=r"11 came, it holds 5\. Use checkpoint\(\) and rollback"):
@@ -231,7 +220,7 @@ def test_trim_after_displacement() -> None:
     check_whole(cache, oracle)
 
 
-def test_rollback_without_checkpoint(cache: KVCache) -> None:
+def test_rollback_without_checkpoint(cache):
     cache, oracle = used(cache)
     before = fingerprint(cache)
     with pytest.raises(
@@ -242,7 +231,7 @@ def test_rollback_without_checkpoint(cache: KVCache) -> None:
     check_whole(cache, oracle)
 
 
-def test_rollback_of_too_much_keeps_the_checkpoint(cache: KVCache) -> None:
+def test_rollback_of_too_much_keeps_the_checkpoint(cache):
     cache, oracle = wrapped(cache)
     cache.checkpoint()
     push(cache, oracle, 3)
@@ -256,7 +245,7 @@ def test_rollback_of_too_much_keeps_the_checkpoint(cache: KVCache) -> None:
     check_whole(cache, oracle)
 
 
-def test_trim_of_layers_is_all_or_nothing(backend: Backend) -> None:
+def test_trim_of_layers_is_all_or_nothing(backend):
     layers = [KVCache(backend), RotatingKVCache(5, 1, backend), KVCache(backend)]
     oracles = [oracle_for(layer) for layer in layers]
     for layer, oracle, tokens in zip(layers, oracles, (4, 4, 3), strict=True):
@@ -276,7 +265,7 @@ def test_trim_of_layers_is_all_or_nothing(backend: Backend) -> None:
     assert [fingerprint(layer) for layer in layers] == before
 
 
-def test_a_cache_that_layers_share_is_trimmed_once() -> None:
+def test_a_cache_that_layers_share_is_trimmed_once():
     cache, oracle = used(KVCache("numpy"))
     LayerCaches([cache, cache]).trim(3)
     oracle.cut(1)
@@ -286,7 +275,7 @@ def test_a_cache_that_layers_share_is_trimmed_once() -> None:
 # Memory.
 
 
-def test_an_allocation_that_fails_leaves_a_new_cache_new() -> None:
+def test_an_allocation_that_fails_leaves_a_new_cache_new():
     """The usual reaction to MemoryError is to try again with a smaller batch."""
     huge = np.broadcast_to(np.zeros((1, 1, 1, 1), np.float32), (1 << 22, 1, 1 << 22, 1))
     for cache in (KVCache(), RotatingKVCache(1 << 22)):
@@ -301,9 +290,7 @@ def test_an_allocation_that_fails_leaves_a_new_cache_new() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 6])
 @pytest.mark.parametrize("state", [used, wrapped, drafting])
 @pytest.mark.parametrize("size", [None, 5, 12])
-def test_running_out_of_memory_loses_nothing(
-    primitive: str, tokens: int, state: Callable[[KVCache], Made], size: int | None
-) -> None:
+def test_running_out_of_memory_loses_nothing(primitive, tokens, state, size):
     """Whichever of the allocations of an update fails, first or second."""
     for call in (1, 2, 3):
         backend = _Poor()
@@ -326,25 +313,25 @@ def test_running_out_of_memory_loses_nothing(
                 check_whole(cache, oracle)
 
 
-class _Poor(type(kvcache.get_backend("numpy"))):  # type: ignore[misc]
+class _Poor(type(kvcache.get_backend("numpy"))):
     """NumPy, but `failing` runs out of memory when it has been called `left` times."""
 
     failing, left = "", 0
 
-    def _count(self, primitive: str) -> None:
+    def _count(self, primitive):
         if primitive == self.failing:
             self.left -= 1
             if self.left == 0:
                 raise MemoryError(primitive)
 
-    def alloc(self, shape: Any, dtype: str) -> Any:
+    def alloc(self, shape, dtype):
         self._count("alloc")
         return super().alloc(shape, dtype)
 
-    def concat(self, arrays: Any, axis: int) -> Any:
+    def concat(self, arrays, axis):
         self._count("concat")
         return super().concat(arrays, axis)
 
-    def read_rows(self, buffer: Any, index: Any, axis: int) -> Any:
+    def read_rows(self, buffer, index, axis):
         self._count("read_rows")
         return super().read_rows(buffer, index, axis)

@@ -1,12 +1,8 @@
 """The ring: what it holds and shows, whatever the chunks, and how a draft is taken back."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
 import pytest
 
-from kvcache import Backend, KVCache, RotatingKVCache, TrimError
+from kvcache import KVCache, RotatingKVCache, TrimError
 
 from .oracle import (
     Oracle,
@@ -36,9 +32,7 @@ CHUNKS = {
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize(("size", "keep"), SIZES)
-def test_every_query_sees_its_window_and_the_sinks(
-    backend: Backend, size: int, keep: int, chunks: Sequence[int]
-) -> None:
+def test_every_query_sees_its_window_and_the_sinks(backend, size, keep, chunks):
     cache, oracle = RotatingKVCache(size, keep, backend, step=2), Oracle(size, keep)
     for tokens in chunks:
         push(cache, oracle, tokens)
@@ -46,7 +40,7 @@ def test_every_query_sees_its_window_and_the_sinks(
 
 
 @pytest.mark.parametrize(("size", "keep"), [(7, 0), (7, 3)])
-def test_chunks_make_no_difference(backend: Backend, size: int, keep: int) -> None:
+def test_chunks_make_no_difference(backend, size, keep):
     """What a query sees, and in the end the cache, are the same in any division of 40 tokens."""
     ends = set()
     for chunk in (1, 5, 7, 8, 40):
@@ -57,14 +51,14 @@ def test_chunks_make_no_difference(backend: Backend, size: int, keep: int) -> No
     assert len(ends) == 1
 
 
-def fingerprint_of_slots(cache: RotatingKVCache) -> tuple[object, ...]:
+def fingerprint_of_slots(cache):
     twin = cache.copy()
     assert twin.backend is not None
     columns = zip(twin.positions.tolist(), host_rows(twin.backend, twin.state), strict=True)
     return tuple(sorted((position, token) for position, token in columns if position >= 0))
 
 
-def test_a_ring_that_never_fills_is_a_growing_cache(backend: Backend) -> None:
+def test_a_ring_that_never_fills_is_a_growing_cache(backend):
     ring, grown, oracle = RotatingKVCache(300, 4, backend), KVCache(backend), Oracle()
     for tokens in (3, 1, 8):
         columns = push(grown, oracle, tokens)
@@ -78,7 +72,7 @@ def test_a_ring_that_never_fills_is_a_growing_cache(backend: Backend) -> None:
         assert ring.positions[live].tolist() == grown.positions[live].tolist()
 
 
-def test_a_window_narrower_than_the_ring(backend: Backend) -> None:
+def test_a_window_narrower_than_the_ring(backend):
     cache, oracle = RotatingKVCache(9, 2, backend), Oracle(9, 2)
     for tokens in (6, 1, 5, 1):
         columns = push(cache, oracle, tokens)
@@ -86,7 +80,7 @@ def test_a_window_narrower_than_the_ring(backend: Backend) -> None:
             check_columns(cache, oracle, columns, tokens, window)
 
 
-def test_mask_covers_the_last_update_only_once_tokens_are_gone(backend: Backend) -> None:
+def test_mask_covers_the_last_update_only_once_tokens_are_gone(backend):
     """A query of the update before would miss tokens: asking for it is an error."""
     cache, oracle = RotatingKVCache(5, backend=backend), Oracle(5)
     push(cache, oracle, 5)
@@ -100,7 +94,7 @@ def test_mask_covers_the_last_update_only_once_tokens_are_gone(backend: Backend)
     assert cache.copy().mask(1) is None or backend.config.padding > 1
 
 
-def test_sinks_stay_for_good(backend: Backend) -> None:
+def test_sinks_stay_for_good(backend):
     cache, oracle = RotatingKVCache(6, 2, backend), Oracle(6, 2)
     for tokens in (1, 3, 11, 1, 1, 9):
         push(cache, oracle, tokens)
@@ -111,9 +105,7 @@ def test_sinks_stay_for_good(backend: Backend) -> None:
 # Speculative decoding: checkpoint, draft, rollback to what was accepted.
 
 
-def check_rollback(
-    backend: Backend, size: int, keep: int, before: Sequence[int], drafts: Sequence[int]
-) -> None:
+def check_rollback(backend, size, keep, before, drafts):
     """For every number of accepted tokens: as if only those had come, then and afterwards."""
     for accepted in range(sum(drafts) + 1):
         cache, oracle = RotatingKVCache(size, keep, backend, step=2), Oracle(size, keep)
@@ -156,11 +148,11 @@ ROLLBACKS = {
 
 
 @pytest.mark.parametrize("case", ROLLBACKS.values(), ids=ROLLBACKS)
-def test_rollback(backend: Backend, case: tuple[int, int, list[int], list[int]]) -> None:
+def test_rollback(backend, case):
     check_rollback(backend, *case)
 
 
-def test_checkpoint_after_checkpoint(backend: Backend) -> None:
+def test_checkpoint_after_checkpoint(backend):
     """Decoding by drafts from beginning to end: each one partly accepted, across many wraps."""
     cache, oracle = RotatingKVCache(7, 2, backend), Oracle(7, 2)
     push(cache, oracle, 3)
@@ -174,7 +166,7 @@ def test_checkpoint_after_checkpoint(backend: Backend) -> None:
         push(cache, oracle, 1, stamp=700 + mark)
 
 
-def test_a_new_checkpoint_replaces_the_open_one(backend: Backend) -> None:
+def test_a_new_checkpoint_replaces_the_open_one(backend):
     cache, oracle = RotatingKVCache(5, 1, backend), Oracle(5, 1)
     push(cache, oracle, 6)
     cache.checkpoint()
@@ -186,7 +178,7 @@ def test_a_new_checkpoint_replaces_the_open_one(backend: Backend) -> None:
     check_whole(cache, oracle)
 
 
-def test_rollback_of_nothing(backend: Backend) -> None:
+def test_rollback_of_nothing(backend):
     cache, oracle = RotatingKVCache(5, 1, backend), Oracle(5, 1)
     for tokens in (0, 8):
         if tokens:
@@ -196,7 +188,7 @@ def test_rollback_of_nothing(backend: Backend) -> None:
         check_whole(cache, oracle)
 
 
-def test_a_checkpoint_keeps_no_view_of_the_draft() -> None:
+def test_a_checkpoint_keeps_no_view_of_the_draft():
     """Models write the next keys and values into the arrays of the last ones."""
     cache, oracle, shape = RotatingKVCache(4, 1, "numpy"), Oracle(4, 1), Shape()
     push(cache, oracle, 6)
@@ -210,7 +202,7 @@ def test_a_checkpoint_keeps_no_view_of_the_draft() -> None:
     check_whole(cache, oracle)
 
 
-def test_a_full_ring_does_not_move(backend: Backend) -> None:
+def test_a_full_ring_does_not_move(backend):
     """It is allocated once; from then on an update costs what it writes."""
     cache, oracle = RotatingKVCache(8, 2, backend, step=4), Oracle(8, 2)
     for tokens in (3, 3, 2):
@@ -222,7 +214,7 @@ def test_a_full_ring_does_not_move(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8])
-def test_as_long_as_nothing_is_displaced_no_copy_is_made(backend: Backend, tokens: int) -> None:
+def test_as_long_as_nothing_is_displaced_no_copy_is_made(backend, tokens):
     """Up to the last token that fits, and after that for single tokens."""
     if backend.name not in ("numpy", "torch"):
         pytest.skip(f"memory of {backend.name} cannot be looked at")
@@ -239,7 +231,7 @@ def test_as_long_as_nothing_is_displaced_no_copy_is_made(backend: Backend, token
             assert (backend.to_host(held) == count).all(), "a copy"
 
 
-def test_trim_below_the_size_then_on(backend: Backend) -> None:
+def test_trim_below_the_size_then_on(backend):
     cache, oracle = RotatingKVCache(5, 1, backend), Oracle(5, 1)
     push(cache, oracle, 5)
     cache.trim(4)
@@ -251,14 +243,14 @@ def test_trim_below_the_size_then_on(backend: Backend) -> None:
     assert cache.can_trim(0)
 
 
-def test_trim_of_nothing_is_always_possible(backend: Backend) -> None:
+def test_trim_of_nothing_is_always_possible(backend):
     cache, oracle = RotatingKVCache(3, backend=backend), Oracle(3)
     push(cache, oracle, 5)
     cache.trim(0)
     check_whole(cache, oracle)
 
 
-def test_rollback_of_another_cache_changes_nothing_here(backend: Backend) -> None:
+def test_rollback_of_another_cache_changes_nothing_here(backend):
     cache, oracle = RotatingKVCache(4, 1, backend), Oracle(4, 1)
     push(cache, oracle, 7)
     twin, twins = cache.copy(), oracle.copy()
@@ -273,7 +265,7 @@ def test_rollback_of_another_cache_changes_nothing_here(backend: Backend) -> Non
 
 
 @pytest.mark.parametrize("reading", [lambda cache: cache.mask(1), lambda cache: cache.positions])
-def test_looking_changes_nothing(backend: Backend, reading: Callable[[KVCache], object]) -> None:
+def test_looking_changes_nothing(backend, reading):
     cache, oracle = RotatingKVCache(4, 1, backend), Oracle(4, 1)
     push(cache, oracle, 7)
     before = fingerprint(cache)

@@ -1,10 +1,5 @@
 """Snapshots of per-layer caches: a cache that is put back goes on as if it had never stopped."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -20,7 +15,6 @@ from hypothesis.stateful import (
 
 import kvcache
 from kvcache import (
-    Backend,
     KVCache,
     KVCacheError,
     LayerCaches,
@@ -36,7 +30,7 @@ from .oracle import SHAPE, Oracle, Shape, fingerprint, host_rows, oracle_for, pu
 
 NUMPY = get_backend("numpy")
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-KINDS: dict[str, Any] = {
+KINDS = {
     "kv": lambda **rest: KVCache(step=8, **rest),
     "rotating": lambda **rest: RotatingKVCache(5, step=4, **rest),
     "sinks": lambda **rest: RotatingKVCache(7, 2, step=4, **rest),
@@ -45,7 +39,7 @@ KINDS: dict[str, Any] = {
 LAYERS = ("kv", "rotating", "sinks", "one")
 
 
-def installed() -> list[Backend]:
+def installed():
     found = []
     for spec in ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict"):
         try:
@@ -56,27 +50,25 @@ def installed() -> list[Backend]:
 
 
 @pytest.fixture(params=installed(), ids=lambda backend: backend.name)
-def target(request: pytest.FixtureRequest) -> Backend:
+def target(request):
     """Each backend that is installed, in turn: the other end."""
-    found: Backend = request.param
-    return found
+    return request.param
 
 
-def make(kind: str, backend: Backend = NUMPY, **options: Any) -> KVCache:
-    cache: KVCache = KINDS[kind](backend=backend, **options)
-    return cache
+def make(kind, backend=NUMPY, **options):
+    return KINDS[kind](backend=backend, **options)
 
 
-def feed(cache: KVCache, tokens: int, shape: Shape = SHAPE) -> tuple[Any, Any]:
+def feed(cache, tokens, shape=SHAPE):
     """The next tokens, whose bits tell their positions."""
-    backend: Any = cache.backend
+    backend = cache.backend
     keys, values = shape.keys(tokens, cache.offset), shape.values(tokens, cache.offset)
     return cache.update(backend.from_host(keys), backend.from_host(values))
 
 
-def all_of(cache: KVCache, tokens: int) -> list[object]:
+def all_of(cache, tokens):
     """What an update returns, columns of padding aside, with positions and mask."""
-    columns = host_rows(cache.backend, feed(cache, tokens))  # type: ignore[arg-type]
+    columns = host_rows(cache.backend, feed(cache, tokens))
     real = np.flatnonzero(cache.positions >= 0)
     mask, backend = cache.mask(tokens), cache.backend
     assert backend is not None
@@ -84,7 +76,7 @@ def all_of(cache: KVCache, tokens: int) -> list[object]:
     return [cache.positions[real].tolist(), [columns[i] for i in real], seen.tolist()]
 
 
-def going_on(kind: str, backend: Backend, offset: int, dtype: str = "float32") -> KVCache:
+def going_on(kind, backend, offset, dtype="float32"):
     """A cache that never stopped."""
     cache = make(kind, backend)
     for _ in range(offset):
@@ -93,7 +85,7 @@ def going_on(kind: str, backend: Backend, offset: int, dtype: str = "float32") -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_that_is_put_back_returns_the_same_bits(backend: Backend, kind: str) -> None:
+def test_a_cache_that_is_put_back_returns_the_same_bits(backend, kind):
     for offset in (1, 4, 5, 12):
         cache, again = going_on(kind, backend, offset), make(kind, backend)
         with cache.snapshot() as snapshot:
@@ -104,7 +96,7 @@ def test_a_cache_that_is_put_back_returns_the_same_bits(backend: Backend, kind: 
 
 @pytest.mark.parametrize("chunks", [[40], [1] * 40, [3, 30, 7], [19, 21], [6, 1, 1, 32]], ids=str)
 @pytest.mark.parametrize("kind", ["rotating", "sinks", "one"])
-def test_what_is_scheduled_is_kept_wherever_updates_end(kind: str, chunks: list[int]) -> None:
+def test_what_is_scheduled_is_kept_wherever_updates_end(kind, chunks):
     places, cache = [1, 3, 7, 8, 19, 30, 39, 40], make(kind)
     cache.schedule(places)
     for tokens in chunks:
@@ -120,7 +112,7 @@ def test_what_is_scheduled_is_kept_wherever_updates_end(kind: str, chunks: list[
         assert all_of(again, 2) == all_of(going_on(kind, NUMPY, place), 2)
 
 
-def test_what_is_scheduled_outlasts_a_rollback_and_what_is_rejected_does_not() -> None:
+def test_what_is_scheduled_outlasts_a_rollback_and_what_is_rejected_does_not():
     cache = make("rotating")
     cache.schedule([8, 14, 20])
     feed(cache, 6)
@@ -140,7 +132,7 @@ def test_what_is_scheduled_outlasts_a_rollback_and_what_is_rejected_does_not() -
         assert all_of(again, 1) == all_of(going_on("rotating", NUMPY, place), 1)
 
 
-def test_a_snapshot_copies_nothing_until_its_slots_change() -> None:
+def test_a_snapshot_copies_nothing_until_its_slots_change():
     for kind in LAYERS:
         cache = make(kind)
         feed(cache, 9)
@@ -166,32 +158,32 @@ class LayersMachine(RuleBasedStateMachine):
         kinds=st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3),
         tokens=st.integers(1, 12),
     )
-    def make(self, kinds: list[str], tokens: int) -> None:
+    def make(self, kinds, tokens):
         self.kinds = kinds
         self.fresh()
-        self.taken: list[tuple[Snapshot, list[Oracle]]] = []
+        self.taken = []
         self.stamp = 0
         self.push(tokens)
         self.take(0)
 
-    def fresh(self) -> None:
+    def fresh(self):
         self.caches = [make(kind, self.backend) for kind in self.kinds]
         self.oracles = [oracle_for(cache) for cache in self.caches]
-        self.due: set[int] = set()
-        self.mark: list[Oracle] = []
+        self.due = set()
+        self.mark = []
 
     @property
-    def offset(self) -> int:
+    def offset(self):
         return self.caches[0].offset
 
     @rule(tokens=st.integers(1, 17))
-    def push(self, tokens: int) -> None:
+    def push(self, tokens):
         for cache, oracle in zip(self.caches, self.oracles, strict=True):
             push(cache, oracle, tokens, stamp=self.stamp)
         self.stamp = (self.stamp + tokens) % 300
 
     @rule(ahead=st.sets(st.integers(0, 20), max_size=4))
-    def schedule(self, ahead: set[int]) -> None:
+    def schedule(self, ahead):
         places = {self.offset + each for each in ahead} - {0}
         for cache in self.caches:
             cache.schedule(sorted(places))
@@ -199,25 +191,25 @@ class LayersMachine(RuleBasedStateMachine):
             self.due |= places
 
     @rule(tokens=st.integers(0, 4))
-    def trim(self, tokens: int) -> None:
+    def trim(self, tokens):
         if all(cache.can_trim(tokens) for cache in self.caches):
             LayerCaches(self.caches).trim(tokens)
             self.cut(self.offset)
 
-    def cut(self, offset: int) -> None:
+    def cut(self, offset):
         for oracle in self.oracles:
             oracle.cut(offset)
         self.mark = []
 
     @rule()
-    def checkpoint(self) -> None:
+    def checkpoint(self):
         for cache in self.caches:
             cache.checkpoint()
         self.mark = [oracle.copy() for oracle in self.oracles]
 
     @precondition(lambda self: self.mark)
     @rule(data=st.data())
-    def rollback(self, data: Any) -> None:
+    def rollback(self, data):
         accepted = data.draw(st.integers(0, self.offset - self.mark[0].offset))
         offset = self.mark[0].offset + accepted
         for cache in self.caches:
@@ -225,21 +217,21 @@ class LayersMachine(RuleBasedStateMachine):
         self.cut(offset)
 
     @rule()
-    def reset(self) -> None:
+    def reset(self):
         for cache in self.caches:
             cache.reset()
         self.cut(0)
         self.due = set()
 
     @rule()
-    def export_and_import(self) -> None:
+    def export_and_import(self):
         if self.offset:
             for cache in self.caches:
                 cache.import_state(cache.export_state(3))
             self.mark = []
 
     @rule(part=st.integers(0, 9))
-    def take(self, part: int) -> None:
+    def take(self, part):
         if not self.offset:
             return
         snapshot = LayerCaches(self.caches).snapshot()
@@ -251,7 +243,7 @@ class LayersMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
-    def restore(self, data: Any) -> None:
+    def restore(self, data):
         snapshot, oracles = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
         limit = data.draw(st.integers(1, snapshot.stop))
         place = last_resumable([snapshot], limit)
@@ -264,7 +256,7 @@ class LayersMachine(RuleBasedStateMachine):
             self.put_back(snapshot, oracles, data.draw(st.booleans()))
         snapshot.close()
 
-    def put_back(self, snapshot: Snapshot, oracles: list[Oracle], halve: bool) -> None:
+    def put_back(self, snapshot, oracles, halve):
         self.refused(snapshot)
         self.fresh()
         halves = snapshot.split(snapshot.stop // 2) if halve and snapshot.stop > 1 else (snapshot,)
@@ -275,7 +267,7 @@ class LayersMachine(RuleBasedStateMachine):
         self.cut(snapshot.stop)
         self.push(1)
 
-    def refused(self, snapshot: Snapshot) -> None:
+    def refused(self, snapshot):
         if self.offset:
             before = [fingerprint(cache) for cache in self.caches]
             with pytest.raises(ValueError, match="empty caches"):
@@ -283,12 +275,12 @@ class LayersMachine(RuleBasedStateMachine):
             assert [fingerprint(cache) for cache in self.caches] == before
 
     @invariant()
-    def lends_to_those_that_stay(self) -> None:
+    def lends_to_those_that_stay(self):
         for cache in getattr(self, "caches", ()):
             rows = peek.layer_pins(cache)
             assert all(peek.layer_pins_of(row.owner) is rows for row in rows)
 
-    def teardown(self) -> None:
+    def teardown(self):
         for snapshot, _ in getattr(self, "taken", ()):
             snapshot.close()
         for cache in getattr(self, "caches", ()):
@@ -300,7 +292,7 @@ SHARE = {"numpy": 100, "torch": 15, "array_api": 12, "mlx": 12, "jax": 2}
 
 
 @pytest.mark.slow
-def test_any_sequence(backend: Backend) -> None:
+def test_any_sequence(backend):
     machine = type("Machine", (LayersMachine,), {"backend": backend})
     count = max(1, settings().max_examples * SHARE[backend.name] // 100)
     run_state_machine_as_test(
@@ -312,7 +304,7 @@ def test_any_sequence(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kind", ["kv", "sinks"])
-def test_every_bit_crosses(backend: Backend, target: Backend, kind: str, tmp_path: Path) -> None:
+def test_every_bit_crosses(backend, target, kind, tmp_path):
     for dtype in DTYPES:
         if dtype not in backend.dtypes or dtype not in target.dtypes:
             continue
@@ -330,7 +322,7 @@ def test_every_bit_crosses(backend: Backend, target: Backend, kind: str, tmp_pat
                 same(target.to_host(one)[:, :, :width], backend.to_host(other)[:, :, :width])
 
 
-def test_a_cache_that_names_no_backend_is_told_one() -> None:
+def test_a_cache_that_names_no_backend_is_told_one():
     with going_on("kv", NUMPY, 3).snapshot() as snapshot:
         nowhere = KVCache()
         with pytest.raises(ValueError, match="on a backend that they or the call name"):
@@ -351,7 +343,7 @@ def test_a_cache_that_names_no_backend_is_told_one() -> None:
         (lambda: RotatingKVCache(5, backend="numpy", dtype="float16"), "dtype"),
     ],
 )
-def test_other_caches_refuse(make_other: Any, kind: str) -> None:
+def test_other_caches_refuse(make_other, kind):
     other = make_other()
     before = fingerprint(other)
     with pytest.raises(kvcache.SnapshotMismatchError, match=kind):
@@ -359,7 +351,7 @@ def test_other_caches_refuse(make_other: Any, kind: str) -> None:
     assert fingerprint(other) == before
 
 
-def test_a_restore_that_fails_half_way_leaves_all_empty() -> None:
+def test_a_restore_that_fails_half_way_leaves_all_empty():
     """float8 is nothing that the second cache's backend has."""
     strict = [each for each in installed() if "bfloat16" not in each.dtypes]
     if not strict:
@@ -374,7 +366,7 @@ def test_a_restore_that_fails_half_way_leaves_all_empty() -> None:
     assert [fingerprint(cache) for cache in caches] == before
 
 
-def test_where_it_cannot_go_on_it_says_where_it_can() -> None:
+def test_where_it_cannot_go_on_it_says_where_it_can():
     cache = make("rotating")
     cache.schedule([7])
     feed(cache, 30)
@@ -387,17 +379,17 @@ def test_where_it_cannot_go_on_it_says_where_it_can() -> None:
 
 
 @pytest.mark.parametrize("span", [(0, 10), (3, 3), (-1, 4), (5, 3)])
-def test_spans_that_are_none(span: tuple[int, int]) -> None:
+def test_spans_that_are_none(span):
     with pytest.raises(ValueError, match="0 <= start < stop <= offset"):
         going_on("kv", NUMPY, 9).snapshot(*span)
 
 
-def test_layers_at_different_positions_have_no_snapshot() -> None:
+def test_layers_at_different_positions_have_no_snapshot():
     with pytest.raises(ValueError, match="the same in all caches"):
         LayerCaches([going_on("kv", NUMPY, 3), going_on("kv", NUMPY, 4)]).snapshot()
 
 
-def test_a_split_lies_inside_and_what_merges_meets() -> None:
+def test_a_split_lies_inside_and_what_merges_meets():
     snapshot = going_on("kv", NUMPY, 9).snapshot()
     for at in (0, 9):
         with pytest.raises(ValueError, match="is split inside"):
@@ -413,13 +405,13 @@ def test_a_split_lies_inside_and_what_merges_meets() -> None:
     assert "resident" in repr(one.merge(two))
 
 
-def filled(count: int = 3, **options: Any) -> KVCache:
+def filled(count=3, **options):
     cache = make("kv", **options)
     push(cache, Oracle(), count)
     return cache
 
 
-def test_what_snapshot_refuses() -> None:
+def test_what_snapshot_refuses():
     one, two = filled(), filled(4)
     rule = r"^a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
     with pytest.raises(ValueError, match=rule + r"\[0, 4\) of 2 caches at \[3, 4\]\.$"):
@@ -432,7 +424,7 @@ def test_what_snapshot_refuses() -> None:
         LayerCaches([]).snapshot()
 
 
-def test_what_restore_refuses() -> None:
+def test_what_restore_refuses():
     taken = LayerCaches([filled(), filled()]).snapshot()
     rule = r"^what is restored goes to empty caches, on a backend that they or the call name; got "
     one = r"<KVCache offset=3 len=3 on numpy:cpu>"

@@ -1,16 +1,12 @@
 """What both caches do beyond holding the right tokens: room, views, masks, copies, trim."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
 import kvcache
-from kvcache import Backend, CacheConfig, KVCache, RotatingKVCache, get_backend
+from kvcache import CacheConfig, KVCache, RotatingKVCache, get_backend
 from kvcache.backends._numpy import NumpyBackend
 
 from .oracle import (
@@ -29,16 +25,15 @@ KINDS = {"kv": KVCache, "rotating": lambda *args, **rest: RotatingKVCache(11, 2,
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
-def kind(request: pytest.FixtureRequest) -> Callable[..., KVCache]:
-    made: Callable[..., KVCache] = request.param
-    return made
+def kind(request):
+    return request.param
 
 
 # Room.
 
 
 @pytest.mark.parametrize("step", [1, 16, 256])
-def test_growth_is_amortised(backend: Backend, step: int) -> None:
+def test_growth_is_amortised(backend, step):
     """n tokens, one at a time, grow the buffers O(log n) times, and use most of them."""
     cache, shape, tokens = KVCache(backend, step=step), Shape(1, 1, 1, 2), 1500
     if backend.name == "jax":
@@ -57,7 +52,7 @@ def test_growth_is_amortised(backend: Backend, step: int) -> None:
     assert step < tokens or cache.growths == 0
 
 
-def test_buffers_are_filled_before_they_grow(backend: Backend) -> None:
+def test_buffers_are_filled_before_they_grow(backend):
     step = 4 * backend.config.padding
     cache, oracle = KVCache(backend, step=step), Oracle()
     for _ in range(step):
@@ -69,13 +64,13 @@ def test_buffers_are_filled_before_they_grow(backend: Backend) -> None:
     assert cache.nbytes == full, "there was room for the token that was lent for"
 
 
-def test_the_default_step() -> None:
+def test_the_default_step():
     cache = KVCache("numpy")
     push(cache, Oracle(), 1, Shape(1, 1, 1, 1, "int8"))
     assert cache.nbytes == 2 * 256
 
 
-def test_growth_keeps_every_token(backend: Backend) -> None:
+def test_growth_keeps_every_token(backend):
     for cache in (KVCache(backend, step=1), RotatingKVCache(300, 2, backend, step=1)):
         oracle = oracle_for(cache)
         for tokens in (1, 1, 2, 1, 5, 1, 1, 260, 1, 90, 1):
@@ -84,7 +79,7 @@ def test_growth_keeps_every_token(backend: Backend) -> None:
         assert cache.growths > 0
 
 
-def test_a_rotating_cache_never_holds_more_than_its_size(backend: Backend) -> None:
+def test_a_rotating_cache_never_holds_more_than_its_size(backend):
     for size, step in ((11, 4), (11, 256), (300, 256), (1, 1)):
         cache = RotatingKVCache(size, backend=backend, step=step)
         shape = Shape(1, 1, 2, 2)
@@ -95,7 +90,7 @@ def test_a_rotating_cache_never_holds_more_than_its_size(backend: Backend) -> No
             assert cache.len * 16 <= cache.nbytes <= padded * 16
 
 
-def test_nbytes_counts_keys_and_values(backend: Backend) -> None:
+def test_nbytes_counts_keys_and_values(backend):
     cache = KVCache(backend, step=256)
     assert cache.nbytes == 0
     shape = Shape(2, 3, 5, 7, "int8")
@@ -110,7 +105,7 @@ def test_nbytes_counts_keys_and_values(backend: Backend) -> None:
     assert cache.nbytes == 0
 
 
-def test_reset_is_a_new_start(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_reset_is_a_new_start(backend, kind):
     """Another geometry, another dtype, and for a cache without a backend another one."""
     cache = kind(step=4)
     oracle = oracle_for(cache)
@@ -134,7 +129,7 @@ def test_reset_is_a_new_start(backend: Backend, kind: Callable[..., KVCache]) ->
     check_whole(cache, oracle)
 
 
-def test_named_options_survive_reset(backend: Backend) -> None:
+def test_named_options_survive_reset(backend):
     cache = RotatingKVCache(4, 1, backend, dtype="float32")
     oracle = Oracle(4, 1)
     push(cache, oracle, 6)
@@ -146,7 +141,7 @@ def test_named_options_survive_reset(backend: Backend) -> None:
     push(cache, oracle, 6)
 
 
-def test_repr_says_what_and_where(backend: Backend) -> None:
+def test_repr_says_what_and_where(backend):
     cache = RotatingKVCache(4)
     assert repr(cache) == ("<RotatingKVCache offset=0 len=0 on the backend of its first array>")
     cache = RotatingKVCache(4, backend=backend)
@@ -155,7 +150,7 @@ def test_repr_says_what_and_where(backend: Backend) -> None:
     assert repr(KVCache(backend)) == f"<KVCache offset=0 len=0 on {backend.spec}>"
 
 
-def test_a_cache_is_true_when_empty(kind: Callable[..., KVCache]) -> None:
+def test_a_cache_is_true_when_empty(kind):
     """Models write ``if cache``; an empty one is not no cache."""
     assert bool(kind())
     assert not hasattr(kind(), "__len__")
@@ -164,7 +159,7 @@ def test_a_cache_is_true_when_empty(kind: Callable[..., KVCache]) -> None:
 # Views.
 
 
-def test_what_update_returns_is_the_buffer_itself_where_views_are_free(backend: Backend) -> None:
+def test_what_update_returns_is_the_buffer_itself_where_views_are_free(backend):
     if backend.name not in ("numpy", "torch"):
         pytest.skip(f"memory of {backend.name} cannot be looked at")
     cache, shape = KVCache(backend, step=8), Shape()
@@ -180,12 +175,11 @@ def test_what_update_returns_is_the_buffer_itself_where_views_are_free(backend: 
     assert (backend.to_host(cache.state[0]) == 7).all()
 
 
-def _address(array: Any) -> int:
-    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
-    return address
+def _address(array):
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
 
 
-def test_state_is_what_update_returned(backend: Backend) -> None:
+def test_state_is_what_update_returned(backend):
     cache, oracle = KVCache(backend), Oracle()
     for tokens in (1, 5, 1):
         columns = push(cache, oracle, tokens)
@@ -194,7 +188,7 @@ def test_state_is_what_update_returned(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", get_backend("numpy").dtypes)
-def test_every_dtype(backend: Backend, dtype: str) -> None:
+def test_every_dtype(backend, dtype):
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
     shape = Shape(1, 2, 4, 3, dtype)
@@ -206,7 +200,7 @@ def test_every_dtype(backend: Backend, dtype: str) -> None:
         check_whole(cache, oracle)
 
 
-def test_batches_and_heads_stay_apart(backend: Backend) -> None:
+def test_batches_and_heads_stay_apart(backend):
     """Every element, not only every token, is where it was put."""
     cache, shape = RotatingKVCache(4, backend=backend), Shape(3, 4, 5, 2)
     for position in range(6):
@@ -221,7 +215,7 @@ def test_batches_and_heads_stay_apart(backend: Backend) -> None:
 # Copies.
 
 
-def test_a_copy_is_independent(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_a_copy_is_independent(backend, kind):
     cache = kind(backend, step=2)
     oracle = oracle_for(cache)
     push(cache, oracle, 14)
@@ -245,7 +239,7 @@ def test_a_copy_is_independent(backend: Backend, kind: Callable[..., KVCache]) -
     check_whole(cache, oracle)
 
 
-def test_a_copy_holds_live_tokens_only(backend: Backend) -> None:
+def test_a_copy_holds_live_tokens_only(backend):
     cache, oracle = KVCache(backend, step=256), Oracle()
     push(cache, oracle, 513)
     cache.trim(510)
@@ -256,7 +250,7 @@ def test_a_copy_holds_live_tokens_only(backend: Backend) -> None:
     check_whole(twin, oracle)
 
 
-def test_a_copy_of_an_empty_cache(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_a_copy_of_an_empty_cache(backend, kind):
     twin = kind(backend, dtype="float32").copy()
     assert (twin.offset, twin.nbytes, twin.dtype) == (0, 0, "float32")
     assert twin.backend is backend
@@ -267,7 +261,7 @@ def test_a_copy_of_an_empty_cache(backend: Backend, kind: Callable[..., KVCache]
 # Masks.
 
 
-def test_mask_is_none_when_nothing_is_hidden(backend: Backend) -> None:
+def test_mask_is_none_when_nothing_is_hidden(backend):
     exact = backend.config.padding == 1
     cache, oracle = KVCache(backend), Oracle()
     push(cache, oracle, 1)
@@ -290,7 +284,7 @@ def test_mask_is_none_when_nothing_is_hidden(backend: Backend) -> None:
     assert ring.mask(1, window=257) is None
 
 
-def test_mask_of_some_of_the_queries(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_mask_of_some_of_the_queries(backend, kind):
     cache = kind(backend)
     oracle = oracle_for(cache)
     for update in (9, 6):
@@ -302,7 +296,7 @@ def test_mask_of_some_of_the_queries(backend: Backend, kind: Callable[..., KVCac
         cache.mask(16)
 
 
-def test_an_empty_cache_has_no_queries(kind: Callable[..., KVCache]) -> None:
+def test_an_empty_cache_has_no_queries(kind):
     for cache in (kind(), kind("numpy")):
         with pytest.raises(ValueError, match="mask covers 1 to"):
             cache.mask(1)
@@ -321,7 +315,7 @@ class Brain(NumpyBackend):
 
 
 @pytest.mark.parametrize("made", [Half, Single, Brain])
-def test_float_masks(made: type[NumpyBackend], kind: Callable[..., KVCache]) -> None:
+def test_float_masks(made, kind):
     """0 = attend, -inf = hidden: what is added to the logits."""
     cache = kind(made())
     oracle = oracle_for(cache)
@@ -334,7 +328,7 @@ def test_float_masks(made: type[NumpyBackend], kind: Callable[..., KVCache]) -> 
     assert set(np.unique(mask.astype(np.float32))) == {0, -np.inf}
 
 
-def test_bool_masks(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_bool_masks(backend, kind):
     cache = kind(backend)
     push(cache, oracle_for(cache), 3)
     assert backend.dtype_name(cache.mask(3)) == "bool"
@@ -362,9 +356,7 @@ class PaddedWhole(NumpyBackend):
 
 @pytest.mark.parametrize("made", [Padded, Whole, PaddedWhole])
 @pytest.mark.parametrize("step", [1, 3, 6, 256])
-def test_other_configurations(
-    made: type[NumpyBackend], kind: Callable[..., KVCache], step: int
-) -> None:
+def test_other_configurations(made, kind, step):
     backend = made()
     cache = kind(backend, step=step)
     oracle = oracle_for(cache)
@@ -383,7 +375,7 @@ def test_other_configurations(
     check_state(cache.copy(), oracle)
 
 
-def test_padding_repeats_few_shapes() -> None:
+def test_padding_repeats_few_shapes():
     """One program serves many lengths: the point of padding."""
     cache, oracle = KVCache(Padded(), step=4), Oracle()
     lengths = {len(push(cache, oracle, 1)) for _ in range(16)}
@@ -393,7 +385,7 @@ def test_padding_repeats_few_shapes() -> None:
 # Trim.
 
 
-def test_trimmed_tokens_never_come_back(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_trimmed_tokens_never_come_back(backend, kind):
     cache = kind(backend)
     oracle = oracle_for(cache)
     push(cache, oracle, 10)
@@ -407,7 +399,7 @@ def test_trimmed_tokens_never_come_back(backend: Backend, kind: Callable[..., KV
     check_whole(cache, oracle)
 
 
-def test_trim_ends_a_checkpoint(backend: Backend) -> None:
+def test_trim_ends_a_checkpoint(backend):
     cache, oracle = KVCache(backend), Oracle()
     push(cache, oracle, 4)
     cache.checkpoint()
@@ -416,7 +408,7 @@ def test_trim_ends_a_checkpoint(backend: Backend) -> None:
         cache.rollback()
 
 
-def test_rollback_of_a_growing_cache(backend: Backend) -> None:
+def test_rollback_of_a_growing_cache(backend):
     cache, oracle = KVCache(backend, step=4), Oracle()
     push(cache, oracle, 3)
     for accepted in (0, 2, 7):
@@ -431,7 +423,7 @@ def test_rollback_of_a_growing_cache(backend: Backend) -> None:
         cache.rollback()
 
 
-def test_inputs_stay_the_callers(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_inputs_stay_the_callers(backend, kind):
     """The same arrays may be given again, and to several caches."""
     shape = Shape()
     keys, values = shape.keys(4, 0), shape.values(4, 0)
@@ -446,7 +438,7 @@ def test_inputs_stay_the_callers(backend: Backend, kind: Callable[..., KVCache])
     assert fingerprint(caches[0]) == fingerprint(caches[1])
 
 
-def test_the_cache_keeps_no_view_of_its_inputs() -> None:
+def test_the_cache_keeps_no_view_of_its_inputs():
     keys, values = Shape().keys(4, 0), Shape().values(4, 0)
     cache = KVCache()
     cache.update(keys, values)
@@ -455,7 +447,7 @@ def test_the_cache_keeps_no_view_of_its_inputs() -> None:
     assert fingerprint(cache) == before
 
 
-def test_inputs_in_any_memory_order(backend: Backend) -> None:
+def test_inputs_in_any_memory_order(backend):
     """What models really hand over: a transposed projection, a slice, a broadcast."""
     shape = Shape()
     keys, values = shape.keys(6, 0), shape.values(6, 0)

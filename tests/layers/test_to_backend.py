@@ -1,15 +1,12 @@
 """Per-layer caches that change the framework: every bit crosses, and both go on on their own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 import kvcache
-from kvcache import Backend, CacheConfig, KVCache, RotatingKVCache, get_backend
+from kvcache import CacheConfig, KVCache, RotatingKVCache, get_backend
 from kvcache.backends._numpy import NumpyBackend
 
 from .oracle import (
@@ -30,7 +27,7 @@ KINDS = {
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
-def installed() -> list[Backend]:
+def installed():
     found = []
     for spec in ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict"):
         try:
@@ -41,27 +38,23 @@ def installed() -> list[Backend]:
 
 
 @pytest.fixture(params=installed(), ids=lambda backend: backend.name)
-def target(request: pytest.FixtureRequest) -> Backend:
+def target(request):
     """Each backend that is installed, in turn: the other end."""
-    found: Backend = request.param
-    return found
+    return request.param
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
-def kind(request: pytest.FixtureRequest) -> Callable[..., KVCache]:
-    made: Callable[..., KVCache] = request.param
-    return made
+def kind(request):
+    return request.param
 
 
-def test_every_bit_crosses_and_both_go_on(
-    backend: Backend, target: Backend, kind: Callable[..., KVCache]
-) -> None:
+def test_every_bit_crosses_and_both_go_on(backend, target, kind):
     for dtype in DTYPES:
         if dtype in backend.dtypes and dtype in target.dtypes:
             cross(backend, target, kind, Shape(dtype=dtype))
 
 
-def cross(backend: Backend, target: Backend, kind: Callable[..., KVCache], shape: Shape) -> None:
+def cross(backend, target, kind, shape):
     """The ring has turned by then, the growing cache has spare room."""
     cache = kind(backend)
     oracle = oracle_for(cache)
@@ -86,9 +79,7 @@ def cross(backend: Backend, target: Backend, kind: Callable[..., KVCache], shape
 
 
 @pytest.mark.parametrize("tokens", [(5,), (1, 40)])
-def test_goes_on_as_without(
-    backend: Backend, target: Backend, kind: Callable[..., KVCache], tokens: tuple[int, ...]
-) -> None:
+def test_goes_on_as_without(backend, target, kind, tokens):
     """Before the ring is full, and in the middle of a turn."""
     cache = kind(backend)
     oracle = oracle_for(cache)
@@ -107,7 +98,7 @@ def test_goes_on_as_without(
     check_whole(cache, oracle)
 
 
-def test_trimmed_tokens_stay_behind(backend: Backend, target: Backend) -> None:
+def test_trimmed_tokens_stay_behind(backend, target):
     cache = KVCache(backend)
     oracle = oracle_for(cache)
     push(cache, oracle, 10)
@@ -121,7 +112,7 @@ def test_trimmed_tokens_stay_behind(backend: Backend, target: Backend) -> None:
     check_whole(cache.to_backend(target), oracle)
 
 
-def test_a_checkpoint_stays_behind(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_a_checkpoint_stays_behind(backend, kind):
     cache = kind(backend)
     oracle = oracle_for(cache)
     push(cache, oracle, 12)
@@ -134,7 +125,7 @@ def test_a_checkpoint_stays_behind(backend: Backend, kind: Callable[..., KVCache
     check_whole(cache, oracle)
 
 
-def test_before_its_first_update(target: Backend) -> None:
+def test_before_its_first_update(target):
     cache = RotatingKVCache(9, 3, step=2, dtype="float32")
     twin = cache.to_backend(target)
     assert (twin.backend, cache.backend) == (target, None)
@@ -144,7 +135,7 @@ def test_before_its_first_update(target: Backend) -> None:
     check_whole(twin, oracle)
 
 
-def test_a_reset_leaves_it_there(target: Backend) -> None:
+def test_a_reset_leaves_it_there(target):
     cache = KVCache()  # takes the backend of its first array, again and again
     cache.update(Shape().keys(4, 0), Shape().values(4, 0))
     twin = cache.to_backend(target)
@@ -154,14 +145,12 @@ def test_a_reset_leaves_it_there(target: Backend) -> None:
 
 
 class NoFloat8(NumpyBackend):
-    def _framework_dtypes(self) -> dict[str, Any]:
+    def _framework_dtypes(self):
         return {n: d for n, d in super()._framework_dtypes().items() if "float8" not in n}
 
 
 @pytest.mark.parametrize("named", [None, "float8_e5m2"])
-def test_a_dtype_that_the_other_lacks(
-    backend: Backend, kind: Callable[..., KVCache], named: str | None
-) -> None:
+def test_a_dtype_that_the_other_lacks(backend, kind, named):
     if "float8_e5m2" not in backend.dtypes:
         pytest.skip(f"{backend.name} has no float8 either")
     cache = kind(backend, dtype=named)
@@ -172,7 +161,7 @@ def test_a_dtype_that_the_other_lacks(
     assert fingerprint(cache) == before
 
 
-def test_an_unknown_backend(kind: Callable[..., KVCache]) -> None:
+def test_an_unknown_backend(kind):
     with pytest.raises(kvcache.UnknownBackendError, match="no backend is called 'pen'"):
         kind("numpy").to_backend("pen")
 
@@ -180,11 +169,11 @@ def test_an_unknown_backend(kind: Callable[..., KVCache]) -> None:
 class NoHost(NumpyBackend):
     """Whose arrays must not take the way through the host."""
 
-    def to_host(self, array: Any) -> Any:
+    def to_host(self, array):
         raise AssertionError("a copy through the host")
 
 
-def test_nothing_goes_through_the_host_where_dlpack_does(target: Backend) -> None:
+def test_nothing_goes_through_the_host_where_dlpack_does(target):
     cache = KVCache(NoHost())
     oracle = oracle_for(cache)
     keys, values = Shape().keys(5, 0), Shape().values(5, 0)
@@ -200,22 +189,22 @@ class FarArray(np.ndarray[Any, Any]):
 class Far(NumpyBackend):
     """Whose from_dlpack leaves an array where it was."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.device = "far"
 
     @staticmethod
-    def device_of(array: Any) -> str:
+    def device_of(array):
         return "far" if isinstance(array, FarArray) else "cpu"
 
-    def alloc(self, *args: Any) -> Any:
+    def alloc(self, *args):
         return super().alloc(*args).view(FarArray)
 
-    def from_host(self, *args: Any) -> Any:
+    def from_host(self, *args):
         return super().from_host(*args).view(FarArray)
 
 
-def test_another_device_of_one_framework(kind: Callable[..., KVCache]) -> None:
+def test_another_device_of_one_framework(kind):
     cache = kind("numpy")
     oracle = oracle_for(cache)
     push(cache, oracle, 14)
@@ -230,7 +219,7 @@ class PaddedWhole(NumpyBackend):
     slices_are_views = False
 
 
-def test_other_configurations(backend: Backend, kind: Callable[..., KVCache]) -> None:
+def test_other_configurations(backend, kind):
     """There and back, between backends that hand out other lengths."""
     cache = kind(backend)
     oracle = oracle_for(cache)
@@ -246,21 +235,21 @@ def test_other_configurations(backend: Backend, kind: Callable[..., KVCache]) ->
 class Late(NumpyBackend):
     """Reads and writes nothing before it is synced: as late as a framework may."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.waiting: list[Callable[[], object]] = []
+        self.waiting = []
 
-    def write_slice(self, buffer: Any, *update: Any) -> Any:
+    def write_slice(self, buffer, *update):
         write = super().write_slice
         self.waiting.append(lambda: write(buffer, *update))
         return buffer
 
-    def sync(self, *arrays: Any) -> None:
+    def sync(self, *arrays):
         while self.waiting:
             self.waiting.pop(0)()
 
 
-def test_who_goes_on_at_once_disturbs_nobody(kind: Callable[..., KVCache]) -> None:
+def test_who_goes_on_at_once_disturbs_nobody(kind):
     """Frameworks that compute in the background have read everything on return."""
     cache = kind("numpy")
     oracle = oracle_for(cache)
@@ -272,7 +261,7 @@ def test_who_goes_on_at_once_disturbs_nobody(kind: Callable[..., KVCache]) -> No
     check_state(twin, twins)
 
 
-def test_what_is_still_to_be_written_comes_along() -> None:
+def test_what_is_still_to_be_written_comes_along():
     cache, oracle = KVCache(Late()), oracle_for(KVCache())
     push(KVCache("numpy"), oracle, 7)
     cache.update(Shape().keys(7, 0), Shape().values(7, 0))

@@ -1,13 +1,8 @@
 """What is particular to torch: autograd, inference mode, and tensors that alias a buffer."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import pytest
 
@@ -28,25 +23,22 @@ MODES = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
 }
-Mode = Callable[[], AbstractContextManager[Any]]
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
-def cache(request: pytest.FixtureRequest) -> KVCache:
-    made: KVCache = request.param()
-    return made
+def cache(request):
+    return request.param()
 
 
 @pytest.fixture(params=MODES.values(), ids=MODES)
-def mode(request: pytest.FixtureRequest) -> Mode:
-    entered: Mode = request.param
-    return entered
+def mode(request):
+    return request.param
 
 
 other_mode = mode
 
 
-def everything(cache: KVCache, oracle: Oracle) -> None:
+def everything(cache, oracle):
     """Every kind of update, of rollback and of copy."""
     for tokens in (1, 3, 1, 7, 1):
         push(cache, oracle, tokens, stamp=oracle.offset)
@@ -59,13 +51,13 @@ def everything(cache: KVCache, oracle: Oracle) -> None:
     cache.copy().update(*(torch.ones(1, 2, 1, dim) for dim in (4, 3)))
 
 
-def test_in_every_mode(cache: KVCache, mode: Mode) -> None:
+def test_in_every_mode(cache, mode):
     with mode():
         everything(cache, oracle_for(cache))
 
 
 @pytest.mark.parametrize("later", MODES.values(), ids=MODES)
-def test_made_in_one_mode_and_used_in_another(cache: KVCache, mode: Mode, later: Mode) -> None:
+def test_made_in_one_mode_and_used_in_another(cache, mode, later):
     oracle = oracle_for(cache)
     with mode():
         everything(cache, oracle)
@@ -78,7 +70,7 @@ def test_made_in_one_mode_and_used_in_another(cache: KVCache, mode: Mode, later:
         everything(cache, oracle)
 
 
-def test_inference_tensors_may_be_stored(cache: KVCache) -> None:
+def test_inference_tensors_may_be_stored(cache):
     with torch.inference_mode():
         update = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 3)
     assert update[0].is_inference()
@@ -88,13 +80,13 @@ def test_inference_tensors_may_be_stored(cache: KVCache) -> None:
     assert bool((values[:, :, :3] == 1).all())
 
 
-def needs_grad(tokens: int) -> tuple[Any, Any]:
+def needs_grad(tokens):
     """Keys and values as a model in training makes them: results of a graph."""
     weight = torch.ones(4, requires_grad=True)
     return torch.ones(1, 2, tokens, 4) * weight, torch.ones(1, 2, tokens, 4) * weight
 
 
-def test_nothing_that_is_returned_or_held_has_a_graph(cache: KVCache) -> None:
+def test_nothing_that_is_returned_or_held_has_a_graph(cache):
     for tokens in (2, 3, 1, 4, 9, 1):
         for part in (*cache.update(*needs_grad(tokens)), *cache.state, *cache.copy().state):
             assert not part.requires_grad
@@ -102,7 +94,7 @@ def test_nothing_that_is_returned_or_held_has_a_graph(cache: KVCache) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_the_graph_of_an_update_can_be_freed(cache: KVCache, tokens: int) -> None:
+def test_the_graph_of_an_update_can_be_freed(cache, tokens):
     """Also while a checkpoint is open, which keeps copies of what comes."""
     cache.update(*needs_grad(4))
     cache.checkpoint()
@@ -114,7 +106,7 @@ def test_the_graph_of_an_update_can_be_freed(cache: KVCache, tokens: int) -> Non
     assert node() is None, "the cache keeps the graph, and with it the weights, alive"
 
 
-def test_parameters_and_subclasses_are_tensors(cache: KVCache) -> None:
+def test_parameters_and_subclasses_are_tensors(cache):
     class Mine(torch.Tensor):
         pass
 
@@ -127,7 +119,7 @@ def test_parameters_and_subclasses_are_tensors(cache: KVCache) -> None:
     assert kvcache.backend_of(plain.as_subclass(Mine)).name == "torch"
 
 
-def test_views_survive_what_comes_after() -> None:
+def test_views_survive_what_comes_after():
     """Their contents are no longer defined; looking at them must not crash the process."""
     for end in (KVCache.reset, lambda cache: cache.update(*[torch.ones(1, 2, 50, 4)] * 2)):
         cache = KVCache("torch", step=8)
@@ -141,7 +133,7 @@ def test_views_survive_what_comes_after() -> None:
             assert bool((values == 1).all())
 
 
-def test_reset_gives_the_memory_back() -> None:
+def test_reset_gives_the_memory_back():
     cache = KVCache("torch", step=8)
     cache.update(*[torch.ones(1, 2, 8, 4)] * 2)
     (keys, values), before = cache.state, cache.nbytes
@@ -151,13 +143,13 @@ def test_reset_gives_the_memory_back() -> None:
     assert values.untyped_storage().nbytes() == 0
 
 
-def test_threads_of_one_mode_each() -> None:
+def test_threads_of_one_mode_each():
     """Modes belong to threads; a cache does not."""
     import threading
 
     cache, oracle, failures = RotatingKVCache(5, 1, "torch"), Oracle(5, 1), []
 
-    def work(mode: Mode) -> None:
+    def work(mode):
         try:
             with mode():
                 everything(cache, oracle)
@@ -172,7 +164,7 @@ def test_threads_of_one_mode_each() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu:0", "cpu"])
-def test_every_way_to_write_cpu(device: str) -> None:
+def test_every_way_to_write_cpu(device):
     cache = KVCache()
     update = torch.ones(1, 2, 1, 4, device=device), torch.ones(1, 2, 1, 4, device="cpu")
     cache.update(*update)
@@ -181,7 +173,7 @@ def test_every_way_to_write_cpu(device: str) -> None:
     assert cache.backend.device == "cpu"
 
 
-def test_tensors_of_another_device(cache: KVCache) -> None:
+def test_tensors_of_another_device(cache):
     """The meta device is one that every machine has."""
     oracle, shape = oracle_for(cache), Shape()
     here = [torch.ones(1, 2, 1, dim) for dim in (4, 3)]

@@ -13,7 +13,7 @@ SOURCES = ("LICENSE", "README.md", "backends", "kvcache", "pyproject.toml")
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     """The wheel, made from the sdist: what either one forgets is missing here."""
     pytest.importorskip("build", reason="build is not installed")
     pytest.importorskip("setuptools", minversion="77", reason="setuptools >= 77 is not installed")
@@ -29,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel, tmp_path_factory):
     """A folder that holds what installing the wheel would put on the path."""
     folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(wheel) as archive:

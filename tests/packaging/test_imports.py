@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"cupy", "jax", "mlx", "tensorflow", "torch"}
 
 
-def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+def lint_imports(folder):
     """Runs import-linter over the package in `folder`: it looks in its working directory first."""
     pytest.importorskip("importlinter", reason="import-linter is not installed")
     program = (
@@ -22,7 +22,7 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_imports_run_one_way(installed: Path) -> None:
+def test_imports_run_one_way(installed):
     result = lint_imports(installed)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "5 kept, 0 broken" in result.stdout
@@ -41,9 +41,7 @@ def test_imports_run_one_way(installed: Path) -> None:
         ("layers/growing.py", "def late():\n    import torch.nn", "frameworks are imported by"),
     ],
 )
-def test_a_wrong_import_breaks_a_contract(
-    installed: Path, tmp_path: Path, module: str, line: str, broken: str
-) -> None:
+def test_a_wrong_import_breaks_a_contract(installed, tmp_path, module, line, broken):
     shutil.copytree(installed / "kvcache", tmp_path / "kvcache")
     with (tmp_path / "kvcache" / module).open("a") as file:
         file.write(f"\n{line}\n")
@@ -52,7 +50,7 @@ def test_a_wrong_import_breaks_a_contract(
     assert re.search(rf"{broken}.* BROKEN", result.stdout)
 
 
-def imported_with(statement: str) -> set[str]:
+def imported_with(statement):
     """Returns the top-level modules that a fresh interpreter holds after `statement`."""
     program = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     command = [sys.executable, "-P", "-c", program]
@@ -69,10 +67,10 @@ def imported_with(statement: str) -> set[str]:
         "import kvcache, numpy; kvcache.backend_of(numpy.zeros(1))",
     ],
 )
-def test_importing_kvcache_imports_no_framework_but_numpy(statement: str) -> None:
+def test_importing_kvcache_imports_no_framework_but_numpy(statement):
     assert imported_with(statement) & (FRAMEWORKS | {"numpy"}) == {"numpy"}
 
 
-def test_the_probe_sees_a_framework_that_is_imported() -> None:
+def test_the_probe_sees_a_framework_that_is_imported():
     assert "numpy" not in imported_with("import json")
     assert "torch" in imported_with("sys.modules['torch'] = sys")

@@ -115,7 +115,7 @@ class Replay:
     def __init__(self, trace, backend):
         self.trace, self.backend = trace, backend
         self.config = trace["config"]
-        self.differences: list[tuple[str, int]] = []
+        self.differences = []
         self.gets = 0
         self.parts = [
             make_cache(settings, backend, self.config["shift"])
@@ -124,7 +124,7 @@ class Replay:
         self.cache = self.parts[0] if len(self.parts) == 1 else WrapperCache(*self.parts)
         self.cache.set_config(CacheConfig(padding=max(1, self.config["padding"]), **LAYOUT))
         self.mirrors = [Mirror() for _ in self.parts]
-        self.overwritten: set[tuple[int, int]] = set()
+        self.overwritten = set()
         """(layer, cell) that the original lost in a reserve pass."""
 
     def run(self):
@@ -367,9 +367,9 @@ class Replay:
         return "can_resume beyond the end"
 
 
-def difference_table(replays: dict[object, Replay]):
+def difference_table(replays):
     """``{what differs: {trace: [op indices]}}``."""
-    table: dict[str, dict[object, list[int]]] = {}
+    table = {}
     for name, replay in replays.items():
         for what, index in replay.differences:
             table.setdefault(what, {}).setdefault(name, []).append(index)

@@ -5,8 +5,6 @@ same keys and values. `DIFFERENCES` names every op of every trace where that is 
 nothing else differs.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np
@@ -429,11 +427,11 @@ class EncoderReplay:
 
     def __init__(self, trace, backend):
         self.trace, self.backend = trace, backend
-        self.found: Counter[str] = Counter()
-        self.lost: set[int] = set()  # layers that the original overwrote in a reserve pass
-        self.fresh: set[int] = set()  # layers that ours holds
+        self.found = Counter()
+        self.lost = set()  # layers that the original overwrote in a reserve pass
+        self.fresh = set()  # layers that ours holds
         self.reserved = False
-        self.passing: set[int] = set()  # layers put in the current pass, if it is a reserve pass
+        self.passing = set()  # layers put in the current pass, if it is a reserve pass
         self.cache = EncoderCache()
         self.cache.set_config(CacheConfig(**LAYOUT))
         self.cache.init(backend, max_sequences=2)  # 1 in the trace, but it copies to another

@@ -143,7 +143,7 @@ class Server:
     def __init__(self, model, **options):
         self.model = model
         self.prefix = PrefixCache(model.given, **({"budget": None} | options))
-        self.stored: list[list[int]] = []
+        self.stored = []
 
     def begin(self, ids, salt="", **options):
         """A session for a prompt, which has been looked at."""

@@ -1,38 +1,27 @@
 """One small report per backend, shared: measuring is what takes time."""
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
 
-from kvcache import Backend
-from kvcache.bench import AppendReport, run_append
-from kvcache.bench.harness import timing
+from kvcache.bench import run_append
 
 CAPACITIES = (32, 8)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _all_take_every_turn() -> Iterator[None]:
-    """The slow as well: whether somebody is depends on what else this machine does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "SLOW_EVERY", 1)
-        yield
-
-
 @cache
-def measured(spec: str) -> AppendReport:
+def measured(spec):
     """Returns a report of two capacities, two dtypes and two rounds on that backend."""
     return run_append([spec], capacities=CAPACITIES, heads=2, head_dim=4, rounds=2)
 
 
 @pytest.fixture
-def report(backend: Backend) -> AppendReport:
+def report(backend):
     """What was measured on each backend in turn."""
     return measured(backend.spec)
 
 
 @pytest.fixture
-def numpy_report() -> AppendReport:
+def numpy_report():
     """What was measured on NumPy."""
     return measured("numpy")

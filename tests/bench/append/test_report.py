@@ -3,8 +3,6 @@
 import builtins
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +11,7 @@ from kvcache.bench import AppendReport, Skipped, Timing
 ALL = ["memmove", "raw", "slice_update", "KVCache.update", "RotatingKVCache.update"]
 
 
-def made_of(
-    costs: dict[str, float], backend: str = "numpy:cpu", capacities: tuple[int, ...] = (1024,)
-) -> AppendReport:
+def made_of(costs, backend="numpy:cpu", capacities=(1024,)):
     timings = tuple(
         Timing(backend, "float32", capacity, name, 8, (us, us, us))
         for name, us in costs.items()
@@ -24,20 +20,20 @@ def made_of(
     return AppendReport(1, 8, 128, 3, "a machine", {"numpy": "2.0"}, timings)
 
 
-def verdict(report: AppendReport, rule: str) -> tuple[float, bool]:
+def verdict(report, rule):
     """Returns the measured figure of that rule and whether it holds."""
     (judged,) = (verdict for verdict in report.verdicts if verdict.rule == rule)
     return judged.measured, judged.passed
 
 
-def test_the_median_counts() -> None:
+def test_the_median_counts():
     timing = Timing("numpy:cpu", "float32", 8, "raw", 4, (1.0, 900.0, 3.0, 2.0, 4.0))
     assert timing.us == 3.0
     assert timing.quartiles == (2.0, 4.0)
     assert Timing("numpy:cpu", "float32", 8, "raw", 4, (7.0,)).quartiles == (7.0, 7.0)
 
 
-def test_ratios_are_to_the_contestant_beside() -> None:
+def test_ratios_are_to_the_contestant_beside():
     report = made_of({"raw": 2.0, "slice_update": 3.0})
     timing = report.find("numpy:cpu", "float32", 1024, "slice_update")
     assert timing is not None
@@ -90,20 +86,18 @@ def test_ratios_are_to_the_contestant_beside() -> None:
         ),
     ],
 )
-def test_targets_are_judged_by_their_bound(
-    backend: str, costs: dict[str, float], rule: str, measured: float, passed: bool
-) -> None:
+def test_targets_are_judged_by_their_bound(backend, costs, rule, measured, passed):
     report = made_of(costs, backend, capacities=(8192,))
     assert verdict(report, rule) == (pytest.approx(measured), passed)
 
 
-def test_the_concatenating_peer_is_judged_at_8k_only() -> None:
+def test_the_concatenating_peer_is_judged_at_8k_only():
     costs = {"transformers DynamicCache": 10.0, "KVCache.update": 10.0}
     assert not made_of(costs, "torch:cpu", capacities=(1024,)).verdicts
     assert not made_of(costs, "numpy:cpu", capacities=(8192,)).verdicts
 
 
-def test_the_worst_capacity_counts() -> None:
+def test_the_worst_capacity_counts():
     timings = tuple(
         Timing("numpy:cpu", "float32", capacity, name, 8, (us,))
         for name, capacity, us in [
@@ -119,7 +113,7 @@ def test_the_worst_capacity_counts() -> None:
 
 
 @pytest.mark.parametrize(("large", "passed"), [(15.0, True), (16.0, False)])
-def test_cost_must_not_rise_with_capacity(large: float, passed: bool) -> None:
+def test_cost_must_not_rise_with_capacity(large, passed):
     timings = tuple(
         Timing("numpy:cpu", "float32", capacity, name, 8, (us,))
         for name, capacity, us in [
@@ -133,14 +127,12 @@ def test_cost_must_not_rise_with_capacity(large: float, passed: bool) -> None:
     assert verdict(report, "KVCache.update, 32,768 / 1,024") == (large / 10, passed)
 
 
-def test_a_report_survives_its_file(report: AppendReport, tmp_path: Path) -> None:
+def test_a_report_survives_its_file(report, tmp_path):
     report.to_json(tmp_path / "report.json")
     assert AppendReport.from_json(tmp_path / "report.json") == report
 
 
-def test_the_file_holds_what_a_reader_would_compute(
-    numpy_report: AppendReport, tmp_path: Path
-) -> None:
+def test_the_file_holds_what_a_reader_would_compute(numpy_report, tmp_path):
     numpy_report.to_json(tmp_path / "report.json")
     record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     raw = [entry for entry in record["timings"] if entry["contestant"] == "raw"]
@@ -151,13 +143,13 @@ def test_the_file_holds_what_a_reader_would_compute(
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": "kvcache.bench.append/2"}', "no"])
-def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "other.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"from_json reads|Expecting value"):
         AppendReport.from_json(tmp_path / "other.json")
 
 
-def rendered(report: AppendReport) -> str:
+def rendered(report):
     console = pytest.importorskip("rich.console").Console(width=80, file=io.StringIO())
     console.print(report.to_table())
     text = str(console.file.getvalue())
@@ -165,7 +157,7 @@ def rendered(report: AppendReport) -> str:
     return text
 
 
-def test_the_table_shows_every_figure_in_80_columns() -> None:
+def test_the_table_shows_every_figure_in_80_columns():
     report = made_of(
         {
             "memmove": 0.5,
@@ -187,7 +179,7 @@ def test_the_table_shows_every_figure_in_80_columns() -> None:
     assert ["slice_update,", "32,768", "/", "1,024", "<=", "1.5x", "1.00", "32,768", "pass"] in rows
 
 
-def test_ratios_that_differ_are_shown_from_least_to_greatest() -> None:
+def test_ratios_that_differ_are_shown_from_least_to_greatest():
     timings = tuple(
         Timing("numpy:cpu", "float32", capacity, name, 8, (us,))
         for name, capacity, us in [
@@ -201,7 +193,7 @@ def test_ratios_that_differ_are_shown_from_least_to_greatest() -> None:
     assert "1.50 - 2.00" in text
 
 
-def test_the_table_says_who_is_missing_and_who_missed(report: AppendReport) -> None:
+def test_the_table_says_who_is_missing_and_who_missed(report):
     text = " ".join(rendered(report).split())
     for skip in report.skipped:
         assert f"{skip.contestant or 'everyone'} on" in text
@@ -212,32 +204,31 @@ def test_the_table_says_who_is_missing_and_who_missed(report: AppendReport) -> N
     assert text.count("pass") == len(report.verdicts) - missed
 
 
-def test_a_report_of_nothing_still_prints() -> None:
+def test_a_report_of_nothing_still_prints():
     skipped = (Skipped("mlx:cpu", "float8_e5m2", "", "mlx has no float8_e5m2"),)
     report = AppendReport(1, 8, 128, 3, "a machine", {}, (), skipped)
     assert not report.verdicts
     assert "Not measured: everyone on mlx:cpu float8_e5m2" in rendered(report)
 
 
+@pytest.mark.installation
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_the_plot_is_written(report: AppendReport, tmp_path: Path, suffix: str) -> None:
+def test_the_plot_is_written(report, tmp_path, suffix):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"report.{suffix}"
     report.plot(path)
     assert path.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
 
 
-def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_plot_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this report has none"):
         AppendReport(1, 8, 128, 3, "a machine", {}).plot(tmp_path / "report.png")
 
 
-def test_without_matplotlib_a_plot_says_what_installs_it(
-    numpy_report: AppendReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real: Callable[..., object] = builtins.__import__
+def test_without_matplotlib_a_plot_says_what_installs_it(numpy_report, tmp_path, monkeypatch):
+    real = builtins.__import__
 
-    def missing(name: str, *args: object) -> object:
+    def missing(name, *args):
         if name.startswith("matplotlib"):
             raise ImportError("No module named 'matplotlib'")
         return real(name, *args)

@@ -4,18 +4,16 @@ import subprocess
 import sys
 import weakref
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import pytest
 
 import kvcache
-from kvcache import Backend
-from kvcache.bench import AppendReport, installed_backends, run_append
+from kvcache.bench import installed_backends, run_append
 from kvcache.bench.append.case import MEMMOVE, OURS, RAW_VIEWS, AppendCase
 from kvcache.bench.append.contestants import factories
 from kvcache.bench.frameworks import framework_of
-from kvcache.bench.harness.contest import RAW, Contestant, UnavailableError
+from kvcache.bench.harness.contest import RAW, UnavailableError
 
 EVERYONE = {MEMMOVE, RAW, RAW_VIEWS, *OURS}
 PEERS = {
@@ -24,11 +22,11 @@ PEERS = {
 }
 
 
-def dtypes_of(backend: Backend) -> list[str]:
+def dtypes_of(backend):
     return [dtype for dtype in ("float32", "bfloat16") if dtype in backend.dtypes]
 
 
-def contestants(backend: Backend, dtype: str = "float32", capacity: int = 16) -> list[Contestant]:
+def contestants(backend, dtype="float32", capacity=16):
     case = AppendCase(backend, dtype, capacity, batch=1, heads=2, head_dim=4)
     framework, able = framework_of(backend), []
     with framework.scope():
@@ -40,9 +38,7 @@ def contestants(backend: Backend, dtype: str = "float32", capacity: int = 16) ->
     return able
 
 
-def test_everyone_takes_part_at_every_capacity_or_says_why(
-    backend: Backend, report: AppendReport
-) -> None:
+def test_everyone_takes_part_at_every_capacity_or_says_why(backend, report):
     expected = EVERYONE | PEERS.get(backend.name, ("", set()))[1]
     assert [(backend.spec, dtype) for dtype in dtypes_of(backend)] == report.groups
     for _, dtype in report.groups:
@@ -56,13 +52,13 @@ def test_everyone_takes_part_at_every_capacity_or_says_why(
             assert [timing.capacity for timing in timings] == [8, 32]
 
 
-def test_ours_and_raw_are_never_excused(report: AppendReport) -> None:
+def test_ours_and_raw_are_never_excused(report):
     for group in report.groups:
         assert {RAW, *OURS} <= report.contestants(*group).keys()
 
 
 @pytest.mark.installation
-def test_peers_take_part_where_they_are_installed(backend: Backend, report: AppendReport) -> None:
+def test_peers_take_part_where_they_are_installed(backend, report):
     module, peers = PEERS.get(backend.name, ("", set()))
     if not peers:
         pytest.skip("no other library has a cache for these arrays")
@@ -73,7 +69,7 @@ def test_peers_take_part_where_they_are_installed(backend: Backend, report: Appe
         assert peers <= report.contestants(backend.spec, "float32").keys()
 
 
-def test_every_round_is_recorded(report: AppendReport) -> None:
+def test_every_round_is_recorded(report):
     for timing in report.timings:
         # Whoever is very slow has a turn in the first of the two rounds only.
         assert len(timing.rounds_us) in {1, 2}
@@ -81,10 +77,10 @@ def test_every_round_is_recorded(report: AppendReport) -> None:
         assert 1 <= timing.steps <= timing.capacity // 4
 
 
-def test_a_dtype_the_framework_lacks_is_skipped_with_the_reason() -> None:
+def test_a_dtype_the_framework_lacks_is_skipped_with_the_reason():
     pytest.importorskip("array_api_strict")
     spec = "array_api:array_api_strict"
-    ticks: list[int] = []
+    ticks = []
     report = run_append(
         [spec], ["bfloat16"], [8], rounds=3, progress=lambda done, *_: ticks.append(done)
     )
@@ -95,8 +91,8 @@ def test_a_dtype_the_framework_lacks_is_skipped_with_the_reason() -> None:
     assert "bfloat16" in skip.reason
 
 
-def test_progress_counts_to_the_end() -> None:
-    seen: list[tuple[int, int, str]] = []
+def test_progress_counts_to_the_end():
+    seen = []
     run_append(
         ["numpy"],
         capacities=[8],
@@ -110,7 +106,7 @@ def test_progress_counts_to_the_end() -> None:
     assert [label for _, _, label in seen] == ["numpy:cpu float32"] * 3 + ["numpy:cpu bfloat16"] * 3
 
 
-def test_a_backend_named_twice_is_measured_once(numpy_report: AppendReport) -> None:
+def test_a_backend_named_twice_is_measured_once(numpy_report):
     twice = run_append(["numpy", "numpy:cpu"], ["float32", "float32"], [8, 8], heads=1, rounds=1)
     assert twice.groups == [("numpy:cpu", "float32")]
     assert len(twice.timings) == len(numpy_report.contestants("numpy:cpu", "float32"))
@@ -125,31 +121,31 @@ def test_a_backend_named_twice_is_measured_once(numpy_report: AppendReport) -> N
         ({"capacities": []}, "capacities must be >= 4 tokens; got"),
     ],
 )
-def test_senseless_requests_are_refused(wrong: dict[str, object], match: str) -> None:
+def test_senseless_requests_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         run_append(**{"backends": ["numpy"], **wrong})
 
 
-def test_an_unknown_dtype_is_refused() -> None:
+def test_an_unknown_dtype_is_refused():
     with pytest.raises(kvcache.DTypeError, match=r"a dtype is one of float32, .*; got 'float33'"):
         run_append(["numpy"], ["float32", "float33"])
 
 
-def test_an_unknown_backend_is_refused_before_anything_is_measured() -> None:
-    ticks: list[int] = []
+def test_an_unknown_backend_is_refused_before_anything_is_measured():
+    ticks = []
     with pytest.raises(kvcache.UnknownBackendError):
         run_append(["numpy", "nonsense"], progress=lambda done, *_: ticks.append(done))
     assert not ticks
 
 
-def test_installed_backends_can_all_be_made() -> None:
+def test_installed_backends_can_all_be_made():
     names = installed_backends()
     assert "numpy" in names
     assert [kvcache.get_backend(name).name for name in names] == names
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_of_everyone_can_be_repeated_without_end(backend: Backend, dtype: str) -> None:
+def test_a_step_of_everyone_can_be_repeated_without_end(backend, dtype):
     """Rewinding undoes a block exactly, so that no cache grows or runs full while it is timed."""
     if dtype not in backend.dtypes:
         pytest.skip(f"{backend.name} has no {dtype}")
@@ -160,13 +156,11 @@ def test_a_step_of_everyone_can_be_repeated_without_end(backend: Backend, dtype:
                 contestant.run(steps)
 
 
-def test_our_caches_are_as_full_as_they_claim_and_never_grow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[weakref.ref[kvcache.KVCache]] = []
+def test_our_caches_are_as_full_as_they_claim_and_never_grow(monkeypatch):
+    made = []
     start = kvcache.KVCache._start
 
-    def remember(cache: kvcache.KVCache) -> None:
+    def remember(cache):
         made.append(weakref.ref(cache))
         start(cache)
 
@@ -181,17 +175,17 @@ def test_our_caches_are_as_full_as_they_claim_and_never_grow(
     assert [(cache.len, cache.growths) for cache in caches] == [(16, 0), (16, 0)]
 
 
-def test_peers_hold_as_much_history_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_hold_as_much_history_as_ours(monkeypatch):
     transformers = pytest.importorskip("transformers")
-    made: dict[str, Any] = {}
+    made = {}
 
     class Dynamic(transformers.DynamicCache):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             made["dynamic"] = self
 
     class Static(transformers.StaticCache):
-        def __init__(self, **options: Any) -> None:
+        def __init__(self, **options):
             super().__init__(**options)
             made["static"] = self
 
@@ -207,12 +201,12 @@ def test_peers_hold_as_much_history_as_ours(monkeypatch: pytest.MonkeyPatch) -> 
     assert made["static"].get_seq_length() == 16
 
 
-def test_mlx_peers_hold_as_much_history_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlx_peers_hold_as_much_history_as_ours(monkeypatch):
     peers = pytest.importorskip("mlx_lm.models.cache")
-    made: list[Any] = []
+    made = []
 
     class Remembered(peers.KVCache):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             made.append(self)
 
@@ -225,11 +219,11 @@ def test_mlx_peers_hold_as_much_history_as_ours(monkeypatch: pytest.MonkeyPatch)
     assert (cache.offset, cache.keys.shape[2]) == (256, 256)
 
 
-def test_memmove_moves_the_bytes_of_one_token_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[bytearray] = []
+def test_memmove_moves_the_bytes_of_one_token_per_step(monkeypatch):
+    made = []
 
     class Remembered(bytearray):
-        def __init__(self, size: int) -> None:
+        def __init__(self, size):
             super().__init__(b"\xff" * size)
             made.append(self)
 
@@ -243,10 +237,10 @@ def test_memmove_moves_the_bytes_of_one_token_per_step(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", [RAW, RAW_VIEWS, "slice_update"])
-def test_writers_write_the_last_slots(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_writers_write_the_last_slots(monkeypatch, name):
     backend, made = kvcache.get_backend("numpy"), []
 
-    def remembered(self: Backend, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    def remembered(self, shape, dtype):
         made.append(np.zeros(shape, dtype))
         return made[-1]
 
@@ -259,7 +253,7 @@ def test_writers_write_the_last_slots(monkeypatch: pytest.MonkeyPatch, name: str
         assert (buffer[:, :, :-3] == 0).all()
 
 
-def test_importing_it_imports_no_framework_and_no_printer() -> None:
+def test_importing_it_imports_no_framework_and_no_printer():
     program = "import sys, kvcache.bench; print(*{name.partition('.')[0] for name in sys.modules})"
     result = subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True

@@ -1,7 +1,6 @@
 """Recipes are measured against the run without a cache, and judged against those of others."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,29 +18,29 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def model() -> DiT:
+def model():
     return DiT.random(TINY, kvcache.get_backend("numpy"))
 
 
 @pytest.fixture(scope="module")
-def report(model: DiT) -> DiffusionReport:
+def report(model):
     return run_diffusion(model, ["numpy"], steps=STEPS, samples=2, rounds=2, peers=False)
 
 
-def sampler(model: DiT, spec: str = "numpy") -> Sampler:
+def sampler(model, spec="numpy"):
     return Sampler(model, kvcache.get_backend(spec), np.array([1, 2]), STEPS)
 
 
-def timing(family: str, us: float, *, ours: bool = True, **more: float) -> DiffusionTiming:
+def timing(family, us, *, ours=True, **more):
     figures = {"skipped": 0.0, "error": 0.0, "quality": None, **more}
     return DiffusionTiming("here", family, "", rounds_us=(us,), ours=ours, **figures)
 
 
-def reported(*timings: DiffusionTiming) -> DiffusionReport:
+def reported(*timings):
     return DiffusionReport(28, 2, 1, "a machine", {}, (timing(UNCACHED, 100.0), *timings))
 
 
-def test_every_recipe_is_measured(model: DiT, report: DiffusionReport) -> None:
+def test_every_recipe_is_measured(model, report):
     compared = trials(STEPS, calibrated(sampler(model)))
     names = [(timing.family, timing.setting) for timing in report.timings]
     assert names == [(UNCACHED, ""), *((trial.family, trial.setting) for trial in compared)]
@@ -50,14 +49,14 @@ def test_every_recipe_is_measured(model: DiT, report: DiffusionReport) -> None:
     assert report.timings[0].skipped == report.timings[0].error == 0
 
 
-def test_who_skips_is_off_and_who_does_not_is_not(report: DiffusionReport) -> None:
+def test_who_skips_is_off_and_who_does_not_is_not(report):
     assert any(timing.skipped for timing in report.timings)
     for timing in report.timings:
         assert (timing.error > 1e-6) == (timing.skipped > 0), timing.family
         assert 0 <= timing.quality <= 1
 
 
-def test_shares_of_blocks_are_what_ran(model: DiT, report: DiffusionReport) -> None:
+def test_shares_of_blocks_are_what_ran(model, report):
     """Counts the blocks that run, whatever the caches say."""
     shot = sampler(model)
     ran = 0
@@ -81,7 +80,7 @@ def test_shares_of_blocks_are_what_ran(model: DiT, report: DiffusionReport) -> N
             assert entry.skipped == pytest.approx(1 - ran / (STEPS * TINY.blocks))
 
 
-def test_samplers_agree_with_and_without_an_idle_cache(model: DiT) -> None:
+def test_samplers_agree_with_and_without_an_idle_cache(model):
     shot = sampler(model)
     exact = shot.run(Uncached(), None)
     for trial in trials(STEPS, calibrated(shot)):
@@ -91,7 +90,7 @@ def test_samplers_agree_with_and_without_an_idle_cache(model: DiT) -> None:
 
 
 @pytest.mark.one_backend(name="jax")
-def test_one_program_skips_as_many(model: DiT) -> None:
+def test_one_program_skips_as_many(model):
     pytest.importorskip("jax")
     from kvcache.bench.diffusion.program import program
 
@@ -107,17 +106,17 @@ def test_one_program_skips_as_many(model: DiT) -> None:
         assert relative_error(drawn, eager) < 1e-4 < relative_error(drawn, exact)
 
 
-def test_too_few_steps_are_refused(model: DiT) -> None:
+def test_too_few_steps_are_refused(model):
     with pytest.raises(ValueError, match="steps >= 6"):
         run_diffusion(model, ["numpy"], steps=5)
 
 
-def test_time_saved() -> None:
+def test_time_saved():
     report = reported(timing("a", 25.0), timing("b", 120.0))
     assert [report.saved(timing) for timing in report.timings] == [0, 0.75, pytest.approx(-0.2)]
 
 
-def test_others_are_met_by_ours_at_no_greater_error() -> None:
+def test_others_are_met_by_ours_at_no_greater_error():
     theirs = timing("theirs", 60.0, ours=False, skipped=0.5, error=0.1)
     good = timing("good", 50.0, skipped=0.5, error=0.1)
     careless = timing("careless", 10.0, skipped=0.9, error=0.2)
@@ -136,7 +135,7 @@ def test_others_are_met_by_ours_at_no_greater_error() -> None:
     assert not reported(good).verdicts
 
 
-def test_report_round_trips_and_prints(report: DiffusionReport, tmp_path: Path) -> None:
+def test_report_round_trips_and_prints(report, tmp_path):
     path = tmp_path / "it.json"
     report.to_json(path)
     assert DiffusionReport.from_json(path) == report
@@ -147,7 +146,7 @@ def test_report_round_trips_and_prints(report: DiffusionReport, tmp_path: Path) 
     assert "uncached" in text.getvalue()
 
 
-def test_plot(report: DiffusionReport, tmp_path: Path) -> None:
+def test_plot(report, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "it.svg"
     report.plot(path)
@@ -156,14 +155,14 @@ def test_plot(report: DiffusionReport, tmp_path: Path) -> None:
         DiffusionReport(28, 2, 1, "", {}).plot(path)
 
 
-def test_a_model_is_read_where_it_was_kept(model: DiT, tmp_path: Path) -> None:
+def test_a_model_is_read_where_it_was_kept(model, tmp_path):
     path = tmp_path / "toy.safetensors"
     model.save(path)
     assert toy_model(path).config == TINY
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_the_caches_of_diffusers(monkeypatch):
     """Where the rule is the same, so are work and error."""
     pytest.importorskip("diffusers")
     from kvcache.bench.diffusion import peers as _diffusers
@@ -188,7 +187,7 @@ def test_beside_the_caches_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(work) == sum(not t.ours for t in timings)
 
 
-def test_without_diffusers_it_says_so(model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_it_says_so(model, monkeypatch):
     monkeypatch.setattr("kvcache.bench.diffusion.run.find_spec", lambda name: None)
     report = run_diffusion(model, ["numpy"], steps=STEPS, samples=1, rounds=1)
     assert [skip.reason for skip in report.skipped] == ["it needs pip install 'kvcache[diffusers]'"]

@@ -1,9 +1,7 @@
 """Planning is measured in a steady state, and judged by bounds that are known."""
 
 import io
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 import kvcache
@@ -18,19 +16,17 @@ WINDOW = 4
 
 
 @pytest.fixture(scope="module")
-def planned() -> PlanReport:
+def planned():
     return run_plan(SMALL, WINDOW, rounds=2)
 
 
-def occupancy(pool: PlannedPool) -> tuple[int, list[int]]:
+def occupancy(pool):
     """Returns how many cells are free, and how many each sequence holds."""
     table = peek.table(pool.cache)
     return table.free, [table.cells_of(sequence).size for sequence in pool.sequences]
 
 
-def test_every_load_is_planned_with_and_without_window_mask_and_larger_pool(
-    planned: PlanReport,
-) -> None:
+def test_every_load_is_planned_with_and_without_window_mask_and_larger_pool(planned):
     assert planned.loads == list(SMALL)
     for load in SMALL:
         for window in (None, WINDOW):
@@ -46,9 +42,7 @@ def test_every_load_is_planned_with_and_without_window_mask_and_larger_pool(
 @pytest.mark.parametrize("load", [*SMALL, Load(2, 3000, 2500)], ids=lambda load: load.label)
 @pytest.mark.parametrize("pool", [1, planning.LARGER])
 @pytest.mark.parametrize("mask", [False, True])
-def test_a_pool_without_a_window_goes_back_to_where_it_was(
-    load: Load, pool: int, mask: bool
-) -> None:
+def test_a_pool_without_a_window_goes_back_to_where_it_was(load, pool, mask):
     filled = PlannedPool(load, None, pool)
     cells = load.sequences * pool * load.capacity
     full = cells - load.sequences * load.used, [load.used] * load.sequences
@@ -65,7 +59,7 @@ def test_a_pool_without_a_window_goes_back_to_where_it_was(
 @pytest.mark.parametrize("load", SMALL, ids=lambda load: load.label)
 @pytest.mark.parametrize("pool", [1, planning.LARGER])
 @pytest.mark.parametrize("mask", [False, True])
-def test_a_pool_with_a_window_evicts_as_many_as_it_adds(load: Load, pool: int, mask: bool) -> None:
+def test_a_pool_with_a_window_evicts_as_many_as_it_adds(load, pool, mask):
     filled = PlannedPool(load, WINDOW, pool)
     contestant = filled.contestant(mask)
     contestant.run(1)
@@ -81,20 +75,18 @@ def test_a_pool_with_a_window_evicts_as_many_as_it_adds(load: Load, pool: int, m
     assert oldest == filled.position - steady[1][0]
 
 
-def test_the_larger_pool_has_ten_times_the_cells_and_the_same_sequences() -> None:
+def test_the_larger_pool_has_ten_times_the_cells_and_the_same_sequences():
     small, large = (PlannedPool(SMALL[1], None, pool) for pool in (1, 10))
     assert peek.table(large.cache).cells == 10 * peek.table(small.cache).cells
     assert occupancy(large)[1] == occupancy(small)[1]
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_only_the_planner_with_mask_makes_one_and_one_per_pass(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_planner_with_mask_makes_one_and_one_per_pass(window, monkeypatch):
     filled, made = PlannedPool(SMALL[1], window, 1), []
     from_host = type(peek.buffers(filled.cache).backend).from_host
 
-    def remembered(backend: kvcache.Backend, array: np.ndarray, *dtype: str) -> np.ndarray:
+    def remembered(backend, array, *dtype):
         made.append(array)
         return from_host(backend, array, *dtype)
 
@@ -108,8 +100,8 @@ def test_only_the_planner_with_mask_makes_one_and_one_per_pass(
     ]
 
 
-def test_progress_counts_to_the_end() -> None:
-    seen: list[tuple[int, int, str]] = []
+def test_progress_counts_to_the_end():
+    seen = []
     run_plan(SMALL, WINDOW, rounds=2, progress=lambda *what: seen.append(what))
     assert [done for done, _, _ in seen] == [1, 2, 3, 4, 5, 6]
     assert {total for _, total, _ in seen} == {6}
@@ -127,12 +119,12 @@ def test_progress_counts_to_the_end() -> None:
         ({"loads": [Load(1, 32, 8)], "window": 8}, "a window .* every token drops"),
     ],
 )
-def test_senseless_requests_are_refused(wrong: dict[str, object], match: str) -> None:
+def test_senseless_requests_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         run_plan(**{"loads": SMALL, "window": WINDOW, **wrong})
 
 
-def made_of(*timings: tuple[Load, int | None, int, bool, float]) -> PlanReport:
+def made_of(*timings):
     return PlanReport(
         3,
         "a machine",
@@ -156,7 +148,7 @@ def made_of(*timings: tuple[Load, int | None, int, bool, float]) -> PlanReport:
 )
 @pytest.mark.parametrize("window", [None, 1024])
 @pytest.mark.parametrize("passed", [True, False])
-def test_bounds(load: Load, mask: bool, limit: float, window: int | None, passed: bool) -> None:
+def test_bounds(load, mask, limit, window, passed):
     us = limit if passed else limit + 1
     (verdict,) = made_of((load, window, 1, mask, us)).verdicts
     assert (verdict.load, verdict.measured, verdict.passed) == (load.label, us, passed)
@@ -165,13 +157,13 @@ def test_bounds(load: Load, mask: bool, limit: float, window: int | None, passed
     assert verdict.at == ("all tokens" if window is None else "window 1,024")
 
 
-def test_nothing_bounds_a_mask_of_one_sequence_nor_other_loads() -> None:
+def test_nothing_bounds_a_mask_of_one_sequence_nor_other_loads():
     assert not made_of((LOADS[0], None, 1, True, 1e9)).verdicts
     assert not made_of((Load(2, 8, 4), None, 1, False, 1e9)).verdicts
 
 
 @pytest.mark.parametrize(("large", "passed"), [(12.0, True), (12.5, False)])
-def test_cost_must_not_rise_with_the_pool_and_the_worst_counts(large: float, passed: bool) -> None:
+def test_cost_must_not_rise_with_the_pool_and_the_worst_counts(large, passed):
     load = Load(2, 8, 4)
     (verdict,) = made_of(
         (load, None, 1, False, 10.0),
@@ -183,18 +175,18 @@ def test_cost_must_not_rise_with_the_pool_and_the_worst_counts(large: float, pas
     assert (verdict.measured, verdict.passed) == (large / 10, passed)
 
 
-def test_a_report_survives_its_file(planned: PlanReport, tmp_path: Path) -> None:
+def test_a_report_survives_its_file(planned, tmp_path):
     planned.to_json(tmp_path / "report.json")
     assert PlanReport.from_json(tmp_path / "report.json") == planned
 
 
-def test_reports_of_other_benchmarks_are_refused(planned: PlanReport, tmp_path: Path) -> None:
+def test_reports_of_other_benchmarks_are_refused(planned, tmp_path):
     planned.to_json(tmp_path / "report.json")
     with pytest.raises(ValueError, match=r"reads reports of the format kvcache\.bench\.append/1"):
         kvcache.bench.AppendReport.from_json(tmp_path / "report.json")
 
 
-def test_the_table_shows_every_figure_in_80_columns() -> None:
+def test_the_table_shows_every_figure_in_80_columns():
     console = pytest.importorskip("rich.console").Console(width=80, file=io.StringIO())
     load = LOADS[2]
     report = made_of(

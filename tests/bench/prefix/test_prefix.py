@@ -2,7 +2,6 @@
 
 import io
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +20,12 @@ from kvcache.prefix.policies import POLICIES
 
 
 @pytest.fixture(scope="module")
-def measured() -> PrefixReport:
+def measured():
     return run_prefix(prompts=2, users=3, spans=50, rounds=2)
 
 
 @pytest.mark.slow
-def test_everything_is_measured(measured: PrefixReport) -> None:
+def test_everything_is_measured(measured):
     names = [timing.name for timing in measured.timings]
     lookups = [promised.MATCH, promised.FOLLOW, promised.INSERT, promised.EXTEND]
     assert names == [*lookups, promised.SHORT, promised.LONG, *POLICIES]
@@ -37,7 +36,7 @@ def test_everything_is_measured(measured: PrefixReport) -> None:
     assert (measured.sequences, measured.spans, measured.rounds) == (6, 50, 2)
 
 
-def test_users_of_a_prompt_begin_alike() -> None:
+def test_users_of_a_prompt_begin_alike():
     sequences = make_sequences(3, 4)
     assert {(tokens.size, tokens.dtype.name) for tokens in sequences} == {(2048, "int32")}
     heads = [bytes(tokens[:1024]) for tokens in sequences]
@@ -45,7 +44,7 @@ def test_users_of_a_prompt_begin_alike() -> None:
     assert len({bytes(tokens) for tokens in sequences}) == 12
 
 
-def test_readers_find_all_and_queries_leave_early() -> None:
+def test_readers_find_all_and_queries_leave_early():
     sequences = make_sequences(2, 2)
     readers = Readers(sequences, sequences)
     assert [readers.tree.match(tokens).length for tokens in sequences] == [2048] * 4
@@ -59,9 +58,9 @@ def test_readers_find_all_and_queries_leave_early() -> None:
     assert (query.size, readers.tree.match(query).length) == (4_000, 100)
 
 
-def test_writers_begin_anew_when_too_few_are_left() -> None:
-    came: list[int] = []
-    begun: list[int] = []
+def test_writers_begin_anew_when_too_few_are_left():
+    came = []
+    begun = []
 
     def empty():
         begun.append(len(came))
@@ -78,7 +77,7 @@ def test_writers_begin_anew_when_too_few_are_left() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_all_spans_of_a_full_index_may_go(name: str) -> None:
+def test_all_spans_of_a_full_index_may_go(name):
     index = full_index(name, 20)
     index.budget = 0
     index.trim(1.0)
@@ -86,8 +85,8 @@ def test_all_spans_of_a_full_index_may_go(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_progress_counts_to_the_end() -> None:
-    seen: list[tuple[int, int, str]] = []
+def test_progress_counts_to_the_end():
+    seen = []
     run_prefix(1, 3, 4, rounds=2, progress=lambda *what: seen.append(what))
     assert [done for done, _, _ in seen] == list(range(1, 4 + 2 * len(POLICIES)))
     assert {total for _, total, _ in seen} == {len(seen)}
@@ -95,12 +94,12 @@ def test_progress_counts_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["prompts", "users", "spans", "rounds"])
-def test_senseless_requests_are_refused(wrong: str) -> None:
+def test_senseless_requests_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{wrong} must be >= 1; got 0"):
         run_prefix(**{wrong: 0})
 
 
-def made_of(*timings: tuple[str, int, float, float | None]) -> PrefixReport:
+def made_of(*timings):
     return PrefixReport(
         2000,
         100_000,
@@ -113,7 +112,7 @@ def made_of(*timings: tuple[str, int, float, float | None]) -> PrefixReport:
 
 @pytest.mark.parametrize(("name", "rate"), [(promised.MATCH, 400), (promised.INSERT, 110)])
 @pytest.mark.parametrize("passed", [True, False])
-def test_bounds_of_lookups(name: str, rate: float, passed: bool) -> None:
+def test_bounds_of_lookups(name, rate, passed):
     us = 2048 / (rate if passed else rate - 1)
     (verdict,) = made_of((name, 2048, us, None), (promised.FOLLOW, 2048, 1e9, None)).verdicts
     assert (verdict.rule, verdict.bound, verdict.passed) == (name, f">= {rate}M/s", passed)
@@ -121,7 +120,7 @@ def test_bounds_of_lookups(name: str, rate: float, passed: bool) -> None:
 
 
 @pytest.mark.parametrize(("us", "passed"), [(3.0, True), (3.1, False)])
-def test_a_longer_query_may_not_cost_more(us: float, passed: bool) -> None:
+def test_a_longer_query_may_not_cost_more(us, passed):
     (verdict,) = made_of(
         (promised.SHORT, 4_000, 2.0, None), (promised.LONG, 40_000, us, None)
     ).verdicts
@@ -129,17 +128,17 @@ def test_a_longer_query_may_not_cost_more(us: float, passed: bool) -> None:
 
 
 @pytest.mark.parametrize(("longest", "passed"), [(5_000.0, True), (5_001.0, False)])
-def test_no_eviction_may_take_long(longest: float, passed: bool) -> None:
+def test_no_eviction_may_take_long(longest, passed):
     (verdict,) = made_of(("lru", 0, 1.0, longest)).verdicts
     assert (verdict.rule, verdict.measured, verdict.passed) == ("lru", longest, passed)
 
 
-def test_a_report_survives_its_file(measured: PrefixReport, tmp_path: Path) -> None:
+def test_a_report_survives_its_file(measured, tmp_path):
     measured.to_json(tmp_path / "report.json")
     assert PrefixReport.from_json(tmp_path / "report.json") == measured
 
 
-def test_the_table_shows_every_figure_in_80_columns() -> None:
+def test_the_table_shows_every_figure_in_80_columns():
     console = pytest.importorskip("rich.console").Console(width=80, file=io.StringIO())
     report = made_of((promised.MATCH, 2048, 4.0, None), ("gittins", 0, 41.0, 6_000.0))
     console.print(report.to_table())
@@ -153,7 +152,7 @@ def test_the_table_shows_every_figure_in_80_columns() -> None:
 
 
 @pytest.mark.slow
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path):
     testing = pytest.importorskip("typer.testing")
     from kvcache.cli import app
 

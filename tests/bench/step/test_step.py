@@ -2,14 +2,11 @@
 
 import io
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import kvcache
-from kvcache import Backend
 from kvcache.bench import StepReport, StepTiming, run_step
 from kvcache.bench.frameworks import framework_of
 from kvcache.bench.harness.contest import RAW
@@ -18,24 +15,24 @@ from kvcache.bench.step.contestants import CausalSteps, ProgramSteps, eager
 
 from ... import peek
 
-TINY: dict[str, Any] = {"tokens": 16, "layers": 2, "heads": 2, "head_dim": 4}
+TINY = {"tokens": 16, "layers": 2, "heads": 2, "head_dim": 4}
 
 
 @cache
-def measured(spec: str) -> StepReport:
+def measured(spec):
     return run_step([spec], batches=(2, 1), rounds=2, **TINY)
 
 
 @pytest.fixture
-def stepped(backend: Backend) -> StepReport:
+def stepped(backend):
     return measured(backend.spec)
 
 
-def case_of(backend: Backend, sequences: int, dtype: str = "float32") -> DecodeCase:
+def case_of(backend, sequences, dtype="float32"):
     return DecodeCase(backend, dtype, tokens=16, batch=sequences, heads=2, head_dim=4, layers=2)
 
 
-def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepReport) -> None:
+def test_everyone_takes_part_in_every_batch(backend, stepped):
     dtypes = [dtype for dtype in ("float32", "bfloat16") if dtype in backend.dtypes]
     assert stepped.groups == [(backend.spec, dtype) for dtype in dtypes]
     for group in stepped.groups:
@@ -47,7 +44,7 @@ def test_everyone_takes_part_in_every_batch(backend: Backend, stepped: StepRepor
             assert all(min(timing.rounds_us) > 0 for timing in timings)
 
 
-def test_as_a_program_with_and_without_the_write(backend: Backend) -> None:
+def test_as_a_program_with_and_without_the_write(backend):
     report = run_step([backend.spec], ["float32"], [2, 1], rounds=2, program=True, **TINY)
     by_name = report.contestants(backend.spec, "float32")
     assert list(by_name) == [ATTEND, PROGRAM]
@@ -55,7 +52,7 @@ def test_as_a_program_with_and_without_the_write(backend: Backend) -> None:
     assert report.ratio(both, ATTEND) == pytest.approx(both.us / alone.us)
 
 
-def test_the_write_is_what_the_two_programs_differ_in() -> None:
+def test_the_write_is_what_the_two_programs_differ_in():
     case = case_of(kvcache.get_backend("numpy"), 2)
     written = {}
     for name in (ATTEND, PROGRAM):
@@ -67,7 +64,7 @@ def test_the_write_is_what_the_two_programs_differ_in() -> None:
     assert written == {ATTEND: [False] * 2, PROGRAM: [True] * 2}
 
 
-def test_a_dtype_the_framework_lacks_is_skipped_once_with_the_reason() -> None:
+def test_a_dtype_the_framework_lacks_is_skipped_once_with_the_reason():
     pytest.importorskip("array_api_strict")
     report = run_step(
         ["array_api:array_api_strict"], ["bfloat16"], batches=[1, 2], rounds=1, **TINY
@@ -78,7 +75,7 @@ def test_a_dtype_the_framework_lacks_is_skipped_once_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_steps_can_be_repeated_without_end(backend: Backend, sequences: int) -> None:
+def test_steps_can_be_repeated_without_end(backend, sequences):
     case, framework = case_of(backend, sequences), framework_of(backend)
     with framework.scope():
         contestants = [make(case) for make in eager(framework).values()]
@@ -89,7 +86,7 @@ def test_steps_can_be_repeated_without_end(backend: Backend, sequences: int) -> 
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_our_sequences_are_full_after_every_block(sequences: int) -> None:
+def test_our_sequences_are_full_after_every_block(sequences):
     case = case_of(kvcache.get_backend("numpy"), sequences)
     causal = CausalSteps(framework_of(case.backend), case)
     table = peek.table(causal.cache)
@@ -103,10 +100,10 @@ def test_our_sequences_are_full_after_every_block(sequences: int) -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_everyone_writes_the_last_tokens_of_all_layers(backend: Backend, sequences: int) -> None:
+def test_everyone_writes_the_last_tokens_of_all_layers(backend, sequences):
     """Filled with zeros, 3 steps of ones: every array ends as the others do, token by token."""
     case, framework = case_of(backend, sequences), framework_of(backend)
-    sums: dict[str, list[np.ndarray]] = {}
+    sums = {}
     with framework.scope():
         histories = case.histories()
         framework.raw_step(case, histories)(3)
@@ -131,7 +128,7 @@ def test_everyone_writes_the_last_tokens_of_all_layers(backend: Backend, sequenc
         np.testing.assert_array_equal(array, expected)
 
 
-def test_our_step_takes_the_mask_of_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_step_takes_the_mask_of_every_sequence(monkeypatch):
     case = case_of(kvcache.get_backend("numpy"), 3)
     framework, seen = framework_of(case.backend), []
     monkeypatch.setattr(type(framework), "finish", lambda _, arrays: seen.append(arrays))
@@ -155,18 +152,18 @@ def test_our_step_takes_the_mask_of_every_sequence(monkeypatch: pytest.MonkeyPat
         ({"batches": []}, "batches are >= 1"),
     ],
 )
-def test_senseless_requests_are_refused(wrong: dict[str, object], match: str) -> None:
+def test_senseless_requests_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         run_step(**{"backends": ["numpy"], "batches": [1], **TINY, **wrong})
 
 
-def test_an_unknown_dtype_is_refused() -> None:
+def test_an_unknown_dtype_is_refused():
     with pytest.raises(kvcache.DTypeError, match="got 'float33'"):
         run_step(["numpy"], ["float33"], **TINY)
 
 
-def test_progress_counts_to_the_end() -> None:
-    seen: list[tuple[int, int, str]] = []
+def test_progress_counts_to_the_end():
+    seen = []
     run_step(
         ["numpy"],
         ["float32"],
@@ -179,12 +176,12 @@ def test_progress_counts_to_the_end() -> None:
     assert seen == [(i + 1, 4, label) for i, label in enumerate(labels)]
 
 
-def test_a_report_survives_its_file(stepped: StepReport, tmp_path: Path) -> None:
+def test_a_report_survives_its_file(stepped, tmp_path):
     stepped.to_json(tmp_path / "report.json")
     assert StepReport.from_json(tmp_path / "report.json") == stepped
 
 
-def test_the_table_shows_ratios_to_raw_in_80_columns() -> None:
+def test_the_table_shows_ratios_to_raw_in_80_columns():
     console = pytest.importorskip("rich.console").Console(width=80, file=io.StringIO())
     timings = tuple(
         StepTiming("numpy:cpu", "float32", sequences, 8192 // sequences, name, 8, (us,))

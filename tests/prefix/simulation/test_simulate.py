@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +49,7 @@ def by_trying(requests, budget):
     best = {frozenset(): 0}
     for request in requests:
         ids = request.blocks.tolist()
-        after: dict[frozenset[int], int] = {}
+        after = {}
         for kept, found in best.items():
             at_hand = kept.union(ids)
             for size in range(min(budget, len(at_hand)) + 1):
@@ -67,7 +66,7 @@ def by_trying(requests, budget):
     st.integers(1, 4),
 )
 def test_nobody_finds_more_than_the_optimum_and_somebody_does_find_that(prompts, budget):
-    numbers: dict[tuple[int, ...], int] = {}
+    numbers = {}
     requests = requests_for(
         *(
             [numbers.setdefault(tuple(ids[: at + 1]), len(numbers)) for at in range(len(ids))]
@@ -176,7 +175,7 @@ def test_units():
 # the command
 
 
-def invoke(*arguments: Any) -> Any:
+def invoke(*arguments):
     testing = pytest.importorskip("typer.testing")
     from kvcache.cli import app
 
