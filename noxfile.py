@@ -98,22 +98,28 @@ class Env:
             _wheels.extend((WORK / "wheel").glob("kvcache-*.whl"))
         return _wheels[0]
 
-    def test(self, marks: str, *args: str) -> None:
-        """Runs the tests with these marks, some at a time; `-- -n 0` runs one after another.
+    def test(self, marks: str) -> None:
+        """Runs all tests with these marks, and records which they were.
 
-        Records which they were, unless the arguments of the session chose some among them.
+        If the session has arguments, it runs some of them, and keeps no record.
         """
-        self.session.env["OMP_NUM_THREADS"] = "1"  # each process has one core
         if not self.session.posargs:
             RECORDS.mkdir(parents=True, exist_ok=True)
             record = RECORDS / f"{self.session.name}.json"
             record.unlink(missing_ok=True)
             self.session.env["KVCACHE_RECORD"] = str(record)
-        shared_out = ("-n", WORKERS, "--dist", "worksteal")
-        self.run("pytest", "-m", marks, *shared_out, *args, *self.session.posargs)
+        self.pytest("-m", marks)
+        if not self.session.posargs:
+            _recorded[self.session.name] = record
+
+    def pytest(self, *args: str) -> None:
+        """Runs tests, some at a time; `-- -n 0` runs one after another."""
+        self.session.env["OMP_NUM_THREADS"] = "1"  # each process has one core
+        self.run("pytest", "-n", WORKERS, "--dist", "worksteal", *args, *self.session.posargs)
 
 
 _wheels: list[Path] = []
+_recorded: dict[str, Path] = {}  # in this run of nox
 
 
 def shared(session: nox.Session, name: str, python: str = sys.executable) -> Env:
@@ -203,8 +209,11 @@ def tests_mlx(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests_all(session: nox.Session) -> None:
-    """All frameworks in one process: what needs several, real models, and what needs none."""
-    everything(session).test(TOGETHER)
+    """All frameworks in one process: what needs several, real models, and what is left."""
+    env = everything(session)
+    if before := _recorded.get("tests_numpy"):  # what passed there need not be repeated here
+        session.env["KVCACHE_RAN"] = str(before)
+    env.test(TOGETHER)
 
 
 @nox.session(venv_backend="none")
@@ -282,7 +291,7 @@ def quick(session: nox.Session) -> None:
     env.install(*(line for line in GROUPS["dependency-groups"]["lint"] if line.startswith("ruff")))
     ruff(env)
     session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
-    env.test(f"{NUMPY} and not slow", "-x")
+    env.pytest("-m", f"{NUMPY} and not slow", "-x")
 
 
 @nox.session(venv_backend="none", default=False)

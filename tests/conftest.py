@@ -14,7 +14,8 @@ Marks say where a test runs (the sessions of noxfile.py select by them, and by n
 - ``docs``: about the documentation, so it runs where that is built.
 - ``slow``: takes seconds; `nox -s quick` leaves it out.
 
-A test without any of the first five runs on NumPy alone, and once more where all are together.
+A test without any of the first five knows NumPy at most. It runs on NumPy alone, and where all are
+together if it was skipped there, for want of a package; or if that session did not run before.
 `nox -s complete` fails if a test ran nowhere.
 
 A framework or device that is missing shows as one skipped test that says why, and how many more
@@ -33,6 +34,7 @@ from hypothesis import HealthCheck, Phase, settings
 from kvcache import Backend, get_backend
 
 BACKENDS = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict", "torch:cuda", "jax:gpu")
+PLACES = ("one_backend", "cross_backend", "model", "installation", "docs")
 RUNS_ON = {"array_api": "numpy"}  # array-api-strict, which has no arrays of its own
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -102,6 +104,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         mark(item)
     result = yield
+    leave_out_what_ran(config, items)
     leave_one_of_each_missing(config, items)
     return result
 
@@ -132,6 +135,27 @@ def frameworks_of(item):
     return {RUNS_ON.get(name, name) for name in names}
 
 
+def leave_out_what_ran(config, items):
+    """Leaves out tests without marks that ran on NumPy alone: $KVCACHE_RAN is the record of it."""
+    path = os.environ.get("KVCACHE_RAN")
+    ran = json.loads(Path(path).read_text()) if path else {}
+    deselect(
+        config, items, {item for item in items if is_plain(item) and ran.get(item.nodeid) == "ran"}
+    )
+
+
+def is_plain(item):
+    """Whether no mark says where a test runs."""
+    return not any(item.get_closest_marker(name) for name in PLACES)
+
+
+def deselect(config, items, gone):
+    """Takes tests away, and has them counted as deselected."""
+    if gone:
+        config.hook.pytest_deselected(items=list(gone))
+        items[:] = [item for item in items if item not in gone]
+
+
 def leave_one_of_each_missing(config, items):
     """Of all tests on a backend that this machine lacks, leaves one, which is skipped."""
     groups = {}
@@ -144,9 +168,7 @@ def leave_one_of_each_missing(config, items):
         also = f" {1 + len(others)} tests need it." if others else ""
         first.add_marker(pytest.mark.skip(reason=why_missing(spec) + also))
         gone.update(others)
-    if gone:
-        config.hook.pytest_deselected(items=list(gone))
-        items[:] = [item for item in items if item not in gone]
+    deselect(config, items, gone)
 
 
 @cache

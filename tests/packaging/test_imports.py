@@ -58,6 +58,7 @@ def imported_with(statement):
     return set(result.stdout.split())
 
 
+@pytest.mark.installation
 @pytest.mark.parametrize(
     "statement",
     [

@@ -253,6 +253,7 @@ def test_writers_write_the_last_slots(monkeypatch, name):
         assert (buffer[:, :, :-3] == 0).all()
 
 
+@pytest.mark.installation
 def test_importing_it_imports_no_framework_and_no_printer():
     program = "import sys, kvcache.bench; print(*{name.partition('.')[0] for name in sys.modules})"
     result = subprocess.run(
