@@ -180,6 +180,8 @@ def alone(session: nox.Session, extra: str, *frameworks: str) -> Env:
     env = shared(session, f"alone-{'-'.join(frameworks) or 'numpy'}")
     env.install_project(extra, "test")
     env.run("python", "-c", ONLY, *frameworks)
+    if frameworks:  # random operations run at length on NumPy; elsewhere, enough of them
+        session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
     return env
 
 

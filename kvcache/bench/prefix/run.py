@@ -217,7 +217,7 @@ def full_index(name: str, spans: int) -> SpanIndex[BlockPayload]:
 def _eviction(index: SpanIndex[BlockPayload], now: float) -> float:
     """Evict the victim of the policy; return the microseconds of CPU time."""
     start = thread_time()
-    span = index.victim(now)
-    if span is not None:
+    span = index.policy.victim(now)
+    if isinstance(span, Span):
         index.evict(span, now)
     return (thread_time() - start) * 1e6

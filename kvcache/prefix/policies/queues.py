@@ -57,13 +57,17 @@ class Fifo:
 
     def __init__(self, main: bool) -> None:
         self.nbytes = 0
-        self.queue = Queue(lambda span: _turn_in(span, main))
+        self.queue = Queue(_turn_in(main))
 
 
-def _turn_in(span: PolicySpan, main: bool) -> int | None:
-    """Return the turn of `span` in the main or small queue, None if it is in the other."""
-    slot = span.policy_data
-    return slot.turn if isinstance(slot, QueueSlot) and slot.main == main else None
+def _turn_in(main: bool) -> Callable[[PolicySpan], int | None]:
+    """Return the key of a queue: the turn of a span, None if it is in the other queue."""
+
+    def turn(span: PolicySpan) -> int | None:
+        slot = span.policy_data
+        return slot.turn if isinstance(slot, QueueSlot) and slot.main == main else None
+
+    return turn
 
 
 class S3FIFO(EvictionPolicy):
