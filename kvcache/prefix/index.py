@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Generic, Protocol, Self, TypeVar
 
 from kvcache.errors import KVCacheError
+from kvcache.storage.lengths import ceil_div
 
 from .policies import EvictionPolicy
 from .radix import Node, RadixTree, Tokens
@@ -215,7 +216,7 @@ class SpanIndex(Generic[P]):
         tokens = span.stop - span.start
         if span.payload is not None and span.payload.resumable_anywhere and span.nbytes:
             # Rounded up; and no less than the grain, or many calls would take a token each.
-            surplus = max(self._grain, -(-excess * tokens // span.nbytes))
+            surplus = max(self._grain, ceil_div(excess * tokens, span.nbytes))
             if surplus < tokens:
                 self._split(span, tokens - surplus)
         self.evict(span, now)
