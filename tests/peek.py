@@ -52,7 +52,7 @@ def unreached(cache):
 
 def forward_pass(cache):
     """The pass under way of a causal cache, or None."""
-    return cache._pool.current
+    return cache._pool.passes.current
 
 
 def maybe_expired(cache):

@@ -75,6 +75,14 @@ class CellAllocator:
             self._stack[self._top] = cell
             self._top += 1
 
+    def reset(self, refcounts: Int32s) -> None:
+        """Take over `refcounts`, int32 [cells], and count and stack the free cells anew."""
+        free = np.flatnonzero(refcounts == 0).astype(np.int32)
+        self.refcounts = refcounts
+        self._stacked = refcounts == 0
+        self._stack[: free.size] = free[::-1]  # the lowest on top
+        self.free = self._top = free.size
+
     def copy(self, cells: int) -> CellAllocator:
         """Return an independent allocator in the same state. cells: at least as many as here."""
         clone, more = CellAllocator(cells), cells - self.cells

@@ -240,12 +240,13 @@ class PoolBuffers:
     @property
     def token_bytes(self) -> int:
         """Bytes of one cell in all layers allocated."""
-        layers = list(self._allocated().values())  # a list: a pass may add a layer meanwhile
+        layers = list(self.layers.values())  # a list: a pass may add a layer meanwhile
         shapes = [tuple(buffer.shape) for buffers in layers for buffer in buffers]
         return sum(nbytes(shape, self.dtype) for shape in shapes) // self.cells
 
-    def _allocated(self) -> PoolState:
-        """Return the buffers by layer, exported or not, to look at their shapes only."""
+    @property
+    def layers(self) -> PoolState:
+        """Buffers by layer, exported or not, to look at their numbers and shapes only."""
         return self._exported if self._exported is not None else self._buffers
 
     def read(self, cells: Indices) -> LayerRows:
@@ -276,7 +277,7 @@ class PoolBuffers:
     def check_rows(self, rows: LayerRows) -> None:
         """Raise SnapshotMismatchError unless `rows` fit every layer allocated."""
         host = ArrayLayout("", HOST_AXES)
-        for layer, buffers in list(self._allocated().items()):
+        for layer, buffers in list(self.layers.items()):
             pairs = zip(self.layouts, buffers, strict=False)
             own = [layout.sizes(buffer) for layout, buffer in pairs]
             given = [host.sizes(array.data) for array in rows.get(layer, ())]
@@ -316,7 +317,7 @@ class PoolBuffers:
 
     def free(self) -> None:
         """Free all memory, and drop pending rows."""
-        for buffers in self._allocated().values():
+        for buffers in self.layers.values():
             for buffer in buffers:
                 self.backend.free(buffer)
         self._buffers, self._exported = {}, None

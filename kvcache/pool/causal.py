@@ -10,6 +10,7 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import KVCacheError, NotSupportedError, SharedCellsError
@@ -23,7 +24,7 @@ from .batch import Batch
 from .buffers import PoolBuffers, kv_layouts
 from .cells import CellTable
 from .passes import CellPool
-from .plan import ForwardPlan, PoolState
+from .plan import ForwardPlan, PoolState, TokensAhead
 from .programs import plan_current, plan_steps
 
 Shift: TypeAlias = Callable[[int, Array, Array], Array]
@@ -96,6 +97,7 @@ class CausalCache(Cache):
             cells = max_sequences * (retained - 1) + max_batch
         cells = round_up(cells, config.padding)
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
+        self._max_batch = max_batch
         self._cell_pool = self._pool_of(
             CellTable(cells, max_sequences), buffers, config, retained, self.lock
         )
@@ -119,6 +121,7 @@ class CausalCache(Cache):
             retained=retained,
             config=config,
             lock=lock,
+            unfinished=lambda: self.unfinished,
         )
 
     def _tokens_retained(self, max_sequences: int, capacity: int) -> int | None:
@@ -170,16 +173,25 @@ class CausalCache(Cache):
         begin = self._pool.prepare(batch, reserve)
 
         def commit() -> None:
-            begin()
             self._mask = None  # made by the first get, for all layers of the pass
+            begin()
 
         return commit
 
-    def set_causal(self, except_: Sequence[int] = ()) -> None:
+    def revert_forward(self) -> None:
+        self._pool.revert()
+
+    def pass_complete(self) -> bool:
+        return self._cell_pool is None or self._cell_pool.passes.complete
+
+    def drop_pass(self) -> None:
+        self._pool.take_back()
+
+    def set_causal(self, except_: TokensAhead = ()) -> None:
         forward_pass = self._pool.current_pass()
-        if forward_pass.ahead != frozenset(except_):
-            forward_pass.ahead = frozenset(except_)
-            self._mask = None
+        ahead = forward_pass.ahead_of(except_)
+        if forward_pass.ahead != ahead:
+            forward_pass.ahead, self._mask = ahead, None
 
     # Layers.
 
@@ -189,7 +201,14 @@ class CausalCache(Cache):
     def put(self, keys: Array, values: Array | None = None) -> None:
         pool = self._pool
         arrays = (keys,) if values is None else (keys, values)
-        pool.buffers.put(self._layer, arrays, pool.current_pass())
+        forward_pass = pool.current_pass()
+        if forward_pass.detached and forward_pass.complete:
+            raise KVCacheError(
+                "a pass is over once every layer was put and a sequence of it has changed: its "
+                "cells may belong to another one. Call start_forward."
+            )
+        pool.buffers.put(self._layer, arrays, forward_pass)
+        forward_pass.put_layers.add(self._layer)
 
     def get(self) -> tuple[Array, Array | None, Array]:
         pool = self._pool
@@ -207,7 +226,8 @@ class CausalCache(Cache):
     def program_state(self) -> PoolState:
         """Buffers of all layers, by layer, for :mod:`kvcache.functional`.
 
-        A program consumes buffers donated to it: assign the state that it returns.
+        A program consumes buffers donated to it: assign the state that it returns. That completes
+        the passes planned so far.
 
         Raises: on assignment, ShapeError if layers, shapes or dtypes differ.
         """
@@ -215,10 +235,17 @@ class CausalCache(Cache):
 
     @program_state.setter
     def program_state(self, state: PoolState) -> None:
-        self._pool.buffers.import_state(state)
+        with self.lock:
+            self._pool.buffers.import_state(state)
+            self._pool.passes.confirm()
 
     def plan(self, batch: Batch | None = None, tokens: int | None = None) -> ForwardPlan:
         """Begin the pass of `batch`, as :meth:`start_forward` does, and return it as a plan.
+
+        Its tokens become history when the state that the program returns is assigned to
+        :attr:`program_state`. Until then more passes can be planned, each after the one before. If
+        a program fails, plan its pass again, which takes this and later ones back, or call
+        :meth:`abort`, which takes back all passes planned since the state was last assigned.
 
         batch: None for the current pass (begun by a wrapper, or changed by set_causal).
         tokens: repeat the last token up to so many, so that a program is compiled for few
@@ -230,69 +257,94 @@ class CausalCache(Cache):
         count = len(self._pool.current_pass().cells if batch is None else batch)
         if tokens is not None and tokens < count:
             raise ValueError(f"a pass is padded to its length or more; got {tokens} for {count}.")
-        if batch is not None:
-            self.start_forward(batch)
         with self.lock:
-            return plan_current(self._pool, count, tokens)
+            if batch is None:
+                return plan_current(self._pool, count, tokens)
+            self._go_on_from_plans(batch)
+            before = self._pool.passes.current
+            self.begin_pass(batch, reserve=False)
+            try:
+                return plan_current(self._pool, count, tokens)
+            except BaseException:
+                self._pool.drop([self._pool.current_pass()], before)
+                raise
 
     def plan_steps(self, batch: Batch, steps: int) -> ForwardPlan:
         """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
 
         Every leaf of the plan has one more axis in front, the steps, for ``lax.scan`` or a loop.
+        The passes become history as for :meth:`plan`.
 
         Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
             sequence, or a token that does not come after its last. Nothing has changed then.
         """
         with self.lock:
-            return plan_steps(self._pool, batch, steps, self.start_forward)
+            self._go_on_from_plans(batch)
+            return plan_steps(self._pool, batch, steps, self._begin_step)
+
+    def _begin_step(self, batch: Batch) -> None:
+        self.begin_pass(batch, reserve=False)
+
+    def _go_on_from_plans(self, batch: Batch) -> None:
+        """Take back what the passes of a new plan do not go on from: unfinished or failed ones."""
+        passes = self._pool.passes
+        if not passes.planned:
+            self.abort()
+        elif failed := passes.conflicting(batch.positions, batch.sequences):
+            with uninterrupted():
+                self._pool.take_back(failed)
 
     # Sequences.
 
     def can_resume(self, sequence: int, position: int) -> bool:
-        table = self._pool.table
-        check_ids(table.max_sequences, sequence)
+        pool = self._pool
+        check_ids(pool.table.max_sequences, sequence)
         with self.lock:
-            lowest = int(self._pool.attended.lowest(np.array(position)))
+            lowest = int(pool.attended.lowest(np.array(position)))
             # Positions are unique, so a full count means that none is missing.
-            held = table.find(sequence, position) - table.find(sequence, lowest)
+            held = pool.passes.find(sequence, position) - pool.passes.find(sequence, lowest)
             return held == position - lowest
 
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
-        table = self._pool.table
-        check_ids(table.max_sequences, source, target)
+        pool = self._pool
+        check_ids(pool.table.max_sequences, source, target)
         if length < 0:
             raise ValueError(f"a prefix has a length >= 0; got {length}.")
-        if not table.cells_of(source).size:
+        cells = pool.passes.history(source)
+        if not cells.size:
             raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
-        kept = table.find(source, length)
+        kept = cells[: pool.passes.find(source, length)].copy()
         if source == target:
-            return lambda: self._truncate(source, kept)
-        return lambda: self._share(source, target, kept)
+            return lambda: self._truncate(source, kept.size)
+        return lambda: self._share(target, kept)
 
     def _truncate(self, sequence: int, length: int) -> None:
-        self._pool.table.truncate(sequence, length)
-        self._changed(sequence)
-
-    def _changed(self, sequence: int) -> None:
-        """Drop rows retained beyond the end of a changed sequence, and end a pass over it."""
+        """Keep the first `length` tokens of the history of a sequence."""
         pool = self._pool
+        self._detach(sequence)
+        pool.table.truncate(sequence, length)
         pool.pins.forget(sequence, pool.table.next_position(sequence))
-        pool.end_pass_of(sequence)
 
-    def _share(self, source: int, target: int, length: int) -> None:
+    def _detach(self, sequence: int) -> None:
+        """Take a sequence about to change out of the current pass, which goes on without it."""
+        self._pool.passes.detach(sequence)
+
+    def _share(self, target: int, cells: Int32s) -> None:
+        """Make `target` hold `cells`, of another sequence."""
         pool = self._pool
+        self._detach(target)
         pool.pins.forget(target, 0)  # rows retained from its old content
-        pool.table.share(source, target, length)
+        pool.table.set_row(target, cells)
         pool.maybe_expired.add(target)
-        self._changed(target)
 
     def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
-        table = self._pool.table
-        check_ids(table.max_sequences, sequence)
+        passes = self._pool.passes
+        check_ids(self._pool.table.max_sequences, sequence)
         check_range(start, stop)
-        first = table.find(sequence, start)
-        last = table.cells_of(sequence).size if stop is None else table.find(sequence, stop)
-        moving = table.cells_of(sequence)[last:].copy()  # the view changes with its row
+        cells = passes.history(sequence)
+        first = passes.find(sequence, start)
+        last = cells.size if stop is None else passes.find(sequence, stop)
+        moving = cells[last:].copy()  # a view changes with its row
         if stop is None or not moving.size:
             return lambda: self._truncate(sequence, first)
         if start == stop:
@@ -323,10 +375,10 @@ class CausalCache(Cache):
         self, sequence: int, start: int, removed: range, offset: int, keys: dict[int, Array]
     ) -> None:
         pool = self._pool
+        self._detach(sequence)
         pool.pins.forget(sequence, start)
         moved = pool.table.remove_middle(sequence, removed.start, removed.stop, offset)
         pool.buffers.set_keys(moved, keys)
-        self._changed(sequence)
 
     # Snapshots.
 
@@ -345,7 +397,7 @@ class CausalCache(Cache):
 
     def next_position(self, sequence: int) -> int:
         with self.lock:
-            return self._pool.table.next_position(sequence)
+            return self._pool.passes.next_position(sequence)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         check_ids(self._pool.table.max_sequences, sequence)
@@ -361,9 +413,13 @@ class CausalCache(Cache):
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
         pool, rows = self._pool, [part.rows for [part] in parts]
+        if not self.unfinished:
+            pool.passes.release()  # the last pass is over, though no other has begun
         restore = pool.pins.prepare_restore(sequence, rows, position)
 
         def commit() -> None:
+            self._detach(sequence)  # tokens of an unfinished pass are all it may have
+            pool.passes.restored(sequence)
             restore()
             pool.maybe_expired.add(sequence)
 
@@ -371,13 +427,14 @@ class CausalCache(Cache):
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._mask = threading.RLock(), None
+        clone.lock, clone._mask, clone._enclosing = threading.RLock(), None, None
         pool = self._cell_pool
         if pool is not None:
             config = self._config or target.config
             cells = round_up(pool.table.cells, config.padding)
             table = pool.table.copy(cells)
             pool.pins.unpin_in_copy(table)  # snapshots keep cells of this cache, not of its copy
+            pool.passes.leave_out(table)
             buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
             clone._cell_pool = clone._pool_of(table, buffers, config, pool.retained, clone.lock)
             clone._cell_pool.maybe_expired = set(pool.maybe_expired)

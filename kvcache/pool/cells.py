@@ -7,22 +7,14 @@ position in all of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.errors import CacheFullError
 
 from .allocator import CellAllocator
+from .changes import Dropped, Eviction, RowEnds
 from .sorted_batch import SortedBatch, sorted_batch
-
-
-class Eviction(NamedTuple):
-    """Cells to drop: the `counts` oldest cells of each sequence in `ids`."""
-
-    ids: Int32s
-    counts: Indices
 
 
 class CellTable:
@@ -162,12 +154,19 @@ class CellTable:
 
     # Changing.
 
-    def evict(self, eviction: Eviction) -> None:
-        """Drop the oldest cells of sequences."""
+    def to_drop(self, eviction: Eviction) -> Dropped | None:
+        """Return the cells to drop with their sequences and positions; None if there are none."""
         if not eviction.ids.size:
+            return None
+        cells, ids = self._oldest(eviction), eviction.ids
+        owners = ids if cells.size == ids.size else np.repeat(ids, eviction.counts)
+        return Dropped(owners, cells, self.positions[cells])
+
+    def evict(self, eviction: Eviction, dropped: Dropped | None) -> None:
+        """Drop the oldest cells of sequences. dropped: result of :meth:`to_drop`."""
+        if dropped is None:
             return
-        cells, ids, counts = self._oldest(eviction), eviction.ids, eviction.counts
-        owners = ids if cells.size == ids.size else np.repeat(ids, counts)
+        ids, counts, (owners, cells, _) = eviction.ids, eviction.counts, dropped
         at_edge = (cells == self.low[owners]) | (cells == self.high[owners])
         self.first[ids] += counts
         self.allocator.decref(cells)
@@ -227,14 +226,6 @@ class CellTable:
         """Return whether one of `cells` has more than one reference."""
         return bool((self.allocator.refcounts[cells] > 1).any())
 
-    def share(self, source: int, target: int, length: int) -> None:
-        """Make `target` hold the first `length` cells of `source`, and nothing else."""
-        cells = self.cells_of(source)[:length].copy()
-        # Before the old cells are dropped, which may be the same ones and must not become free.
-        self.allocator.refcounts[cells] += 1
-        self.truncate(target, 0)
-        self._fill(target, cells)
-
     def copy(self, cells: int) -> CellTable:
         """Return an independent table with the same content. cells: at least as many as here."""
         clone = CellTable(cells, self.max_sequences)
@@ -244,11 +235,41 @@ class CellTable:
         clone.low, clone.high = self.low.copy(), self.high.copy()
         return clone
 
-    def restore(self, saved: CellTable) -> None:
-        """Return to the state of `saved`, an earlier copy, which is consumed."""
-        self.allocator, self.positions = saved.allocator, saved.positions
-        self.rows, self.first, self.last = saved.rows, saved.first, saved.last
-        self.low, self.high = saved.low, saved.high
+    # Undoing.
+
+    def row_ends(self, inserts: bool) -> RowEnds:
+        """Return the ends of all rows, for :meth:`revert`.
+
+        inserts: True to save the rows as well, because tokens are to be inserted into them.
+        """
+        rows = self.rows.copy() if inserts else self.rows
+        return RowEnds(rows, self.first.copy(), self.last.copy())
+
+    def revert(self, saved: RowEnds, dropped: Dropped | None, references: Int32s) -> None:
+        """Return to the rows of `saved`, whatever was done to the table since, half or whole.
+
+        For the eviction and insertion of one pass, which change the content of no saved row.
+
+        dropped: cells evicted since, whose positions may have been overwritten.
+        references: number of references to each cell besides those of sequences, int32 [cells].
+        """
+        self.rows, self.first, self.last = saved
+        if dropped is not None:
+            self.positions[np.asarray(dropped.cells)] = dropped.positions
+        counts = references.copy()
+        for sequence in range(self.max_sequences):
+            counts[self.cells_of(sequence)] += 1
+            self._recompute_range(sequence)
+        self.allocator.reset(counts)
+
+    def set_row(self, sequence: int, cells: Int32s) -> None:
+        """Make `cells`, ordered by position and free or not, the cells of a sequence."""
+        claimed = self.allocator.claim(cells)
+        self.allocator.free -= int(np.count_nonzero(claimed))
+        # Referenced before the old cells are dropped, which may be the same ones.
+        self.allocator.refcounts[cells[~claimed]] += 1
+        self.truncate(sequence, 0)
+        self._fill(sequence, cells)
 
     # For snapshots, which hold references, too, and are restored to empty sequences.
 

@@ -312,7 +312,7 @@ class EncoderCache(Cache):
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._batch = threading.RLock(), None
+        clone.lock, clone._batch, clone._enclosing = threading.RLock(), None, None
         entries: dict[int, _Entry] = {}
         if self._backend is not None:
             target.dtype(self._dtype)

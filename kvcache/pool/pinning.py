@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from kvcache.snapshots.visibility import Visibility
 
 from .base import Commit
 from .buffers import PoolBuffers
-from .cells import CellTable, Eviction
+from .cells import CellTable
+from .changes import Eviction
 
 
 class PoolPins:
@@ -25,11 +26,18 @@ class PoolPins:
     pass needs cells referenced by snapshots only, the oldest rows are spilled to the host.
 
     visibility: rule for the rows needed to resume. lock: that of the cache, held during changes.
+    history: returns the cells of a sequence without the tokens of an unfinished pass.
     """
 
     def __init__(
-        self, table: CellTable, buffers: PoolBuffers, visibility: Visibility, lock: threading.RLock
+        self,
+        table: CellTable,
+        buffers: PoolBuffers,
+        visibility: Visibility,
+        lock: threading.RLock,
+        history: Callable[[int], Int32s],
     ) -> None:
+        self._history = history
         self._table, self._buffers, self._visibility = table, buffers, visibility
         self.lock = lock
         self._rows: dict[TokenRows, None] = {}  # a set in order of pinning: the oldest spill first
@@ -84,17 +92,10 @@ class PoolPins:
             if cells is None or np.isin(rows.slots, cells).any():
                 rows.to_host()
 
-    def save_pins(self) -> dict[TokenRows, Slots]:
-        """Return the rows pinned now and their cells, for :meth:`restore_pins`."""
-        return {rows: rows.slots for rows in self._rows}
-
-    def restore_pins(self, saved: dict[TokenRows, Slots]) -> None:
-        """Unpin rows spilled since :meth:`save_pins`, in a table just restored to that time.
-
-        The table counts their references again, but the rows are on the host and stay there.
-        """
-        for rows in saved.keys() - self._rows.keys():
-            self._table.decref(saved[rows])
+    @property
+    def references(self) -> Int32s:
+        """Number of rows that pin each cell, int32 [cells]."""
+        return self._references
 
     def unpin_in_copy(self, table: CellTable) -> None:
         """Drop all references of snapshots in `table`, a copy for another cache."""
@@ -105,12 +106,12 @@ class PoolPins:
 
     def capture(self, sequence: int, start: int, stop: int) -> TokenRows:
         """Return the rows of positions ``[start, stop)``, held by the sequence or retained."""
-        rows = self._pinned(sequence, start, stop)
+        rows = self._pinned(self._history(sequence), start, stop)
         points = self._points.get(sequence)
         return rows if points is None else points.add_to(rows, start, stop)
 
-    def _pinned(self, sequence: int, start: int, stop: int) -> TokenRows:
-        cells = self._table.cells_of(sequence)
+    def _pinned(self, cells: Int32s, start: int, stop: int) -> TokenRows:
+        """Return the rows of positions ``[start, stop)`` among `cells`, pinned."""
         positions = self._table.positions[cells]
         inside = (positions >= start) & (positions < stop)
         return TokenRows.resident(positions[inside], self, cells[inside].astype(np.int64))
@@ -123,7 +124,7 @@ class PoolPins:
         Raises: ValueError if the sequence is not empty, CacheFullError, SnapshotMismatchError for
             rows of other heads or head_dim.
         """
-        if self._table.cells_of(sequence).size:
+        if self._history(sequence).size:
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
         needed = [
             np.flatnonzero(self._visibility.needed(rows.positions, position)) for rows in parts
@@ -200,7 +201,8 @@ class PoolPins:
             points = self._points[sequence]
             for position in points.due(self._table.next_position(sequence)):
                 lowest = self._visibility.lowest_needed(position)
-                points.retain(position, self._pinned(sequence, lowest, position))
+                cells = self._table.cells_of(sequence)
+                points.retain(position, self._pinned(cells, lowest, position))
             self._settle(sequence, points)
 
     def forget(self, sequence: int, start: int) -> None:
@@ -209,6 +211,13 @@ class PoolPins:
         if points is not None:
             points.unschedule(start)
             points.forget(start)
+            self._settle(sequence, points)
+
+    def take_back(self, sequence: int, start: int) -> None:
+        """Drop rows retained from position `start` on; resume points after it are ahead again."""
+        points = self._points.get(sequence)
+        if points is not None:
+            points.take_back(start)
             self._settle(sequence, points)
 
 

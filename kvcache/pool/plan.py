@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcache._types import Bools, Int32s
 from kvcache.backends import Array
@@ -15,7 +16,10 @@ from kvcache.backends.arrays import TracedIndex
 from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
+from .changes import Dropped
 
+TokensAhead: TypeAlias = Collection[int] | Collection[Collection[int]]
+"""Batch indices of tokens that see others ahead, or groups of such indices."""
 PoolState: TypeAlias = Mapping[int, tuple[Array, ...]]
 """The arrays of every layer, by its number: keys and values, or keys alone."""
 
@@ -44,16 +48,21 @@ class ForwardPlan(NamedTuple):
         return self.key_like, self.value_like
 
 
-@dataclass
+@dataclass(eq=False)  # two passes of equal tokens are still two
 class Pass:
     """A forward pass on the host: the cells written, the range read, and the visibility.
+
+    Its tokens are history once it is complete: every layer that was allocated when it began has
+    been put. Until then it can be taken back.
 
     cells: cell of each token, int32 [tokens].
     start, stop: the range of cells returned by `get`.
     positions, sequences: of each token, int32 [tokens].
     visibility: rule for the earlier tokens of its sequence that a token sees.
+    expected: layers to put. dropped: cells evicted to make room, for taking the pass back.
     stores: False for a reserve pass, which only allocates.
-    ahead: batch indices of tokens that see later tokens as well.
+    ahead: by batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
+        beyond the rule.
     """
 
     table: CellTable
@@ -63,8 +72,19 @@ class Pass:
     positions: Int32s
     sequences: Int32s
     visibility: Visibility
+    expected: frozenset[int] = frozenset()
+    dropped: Dropped | None = None
     stores: bool = True
-    ahead: frozenset[int] = frozenset()
+    ahead: dict[int, tuple[int, int]] = field(default_factory=dict)
+    put_layers: set[int] = field(default_factory=set)
+    """Layers put so far."""
+    detached: dict[int, tuple[Int32s, Int32s]] = field(default_factory=dict)
+    """Cells and positions of sequences that were changed during the pass, as it reads them."""
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing is left to put."""
+        return self.expected <= self.put_layers or not self.stores
 
     @cached_property
     def first_cell(self) -> int | None:
@@ -74,15 +94,59 @@ class Pass:
             return int(cells[0])
         return int(cells[0]) if (np.diff(cells) == 1).all() else None
 
+    def ahead_of(self, tokens: TokensAhead) -> dict[int, tuple[int, int]]:
+        """Return :attr:`ahead` for `tokens` that see all of their sequence, or of their group.
+
+        Raises: ValueError for anything but batch indices, or a group of several sequences.
+        """
+        tokens = tokens if hasattr(tokens, "__array__") else list(tokens)  # or a set
+        grouped = [np.ndim(token) > 0 for token in tokens]
+        if any(grouped):
+            if not all(grouped):
+                raise ValueError(f"set_causal takes batch indices, or groups of them; got {tokens}.")
+            seen: dict[int, tuple[int, int]] = {}
+            for group in tokens:
+                seen |= self._group(self._batch_indices(group))
+            return seen
+        end = int(np.iinfo(np.int32).max)
+        return {i: (int(self.positions[i]), end) for i in self._batch_indices(tokens)}
+
+    def _group(self, tokens: list[int]) -> dict[int, tuple[int, int]]:
+        """Return, for each of `tokens`, the range of positions around all of them."""
+        if len(set(self.sequences[tokens].tolist())) > 1:
+            raise ValueError(f"a group belongs to one sequence; got batch indices {tokens}.")
+        positions = self.positions[tokens].tolist()
+        return {token: (min(positions), max(positions) + 1) for token in tokens}
+
+    def _batch_indices(self, tokens: npt.ArrayLike) -> list[int]:
+        """Return batch indices, given as NumPy takes them: a mask, or integers, also negative."""
+        index = np.asarray(tokens) if np.size(tokens) else np.empty(0, np.int64)
+        try:
+            if index.dtype.kind not in "biu" or index.ndim != 1:
+                raise IndexError
+            return np.arange(self.cells.size)[index].tolist()
+        except IndexError:
+            raise ValueError(
+                f"set_causal takes indices into the batch of {self.cells.size} tokens, or a mask "
+                f"of them; got {tokens}."
+            ) from None
+
     def visible(self) -> Iterator[Int32s]:
         """Yield the cells visible to each token, by the current state of the table."""
         lows = self.visibility.lowest(self.positions).tolist()
         tokens = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
-        find = self.table.find
         for token, (sequence, position, low) in enumerate(tokens):
-            cells = self.table.cells_of(sequence)
-            last = cells.size if token in self.ahead else find(sequence, position + 1)
-            yield cells[find(sequence, low) : last]
+            start, stop = self.ahead.get(token, (low, position + 1))
+            yield self._between(sequence, min(low, start), stop)
+
+    def _between(self, sequence: int, start: int, stop: int) -> Int32s:
+        """Return the cells of positions ``[start, stop)`` of a sequence."""
+        if sequence in self.detached:
+            cells, positions = self.detached[sequence]
+            first, last = np.searchsorted(positions, [start, stop])
+            return cells[first:last]
+        find = self.table.find
+        return self.table.cells_of(sequence)[find(sequence, start) : find(sequence, stop)]
 
     def mask(self) -> Bools:
         """Return the mask, bool ``[tokens, stop - start]``, True = attend."""

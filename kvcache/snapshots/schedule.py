@@ -19,6 +19,7 @@ class ResumePoints:
     def __init__(self, scheduled: Iterable[int] = ()) -> None:
         self.scheduled = set(scheduled)
         self.retained: TokenRows | None = None
+        self._passed: set[int] = set()  # positions whose rows were retained
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Add `positions`: their rows are to be retained once they are reached."""
@@ -35,6 +36,7 @@ class ResumePoints:
             rows = rows.narrowed(new).join(self.retained)
         self.retained = rows
         self.scheduled.discard(position)
+        self._passed.add(position)
 
     def add_to(self, rows: TokenRows, start: int, stop: int) -> TokenRows:
         """Return `rows` together with the retained ones of ``[start, stop)``; close `rows`."""
@@ -52,6 +54,13 @@ class ResumePoints:
         self.retained = kept if kept.positions.size else None
         if self.retained is None:
             kept.close()  # even without rows, its owner still lists it as pinned
+
+    def take_back(self, position: int) -> None:
+        """Drop the rows retained from `position` on, and schedule the points after it again."""
+        self.forget(position)
+        again = {passed for passed in self._passed if passed > position}
+        self.scheduled |= again
+        self._passed -= again
 
     def unschedule(self, position: int) -> None:
         """Remove scheduled positions after `position`."""

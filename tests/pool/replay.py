@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvcache import Batch, CacheConfig, CausalCache, KVCacheError, WrapperCache
-from kvcache.pool.cells import Eviction
+from kvcache.pool.changes import Eviction
 
 from .. import peek
 
@@ -206,7 +206,8 @@ class Replay:
                 gone = len(ours) - len(theirs)
                 assert theirs == ours[gone:]  # only the oldest
                 one = np.array([sequence], np.int32)
-                table.evict(Eviction(one[: bool(gone)], np.array([gone])[: bool(gone)]))
+                eviction = Eviction(one[: bool(gone)], np.array([gone])[: bool(gone)])
+                table.evict(eviction, table.to_drop(eviction))
 
     def _layer_of(self, op):
         which = op["layer"] % len(self.parts)

@@ -56,6 +56,23 @@ def test_types_and_layers():
         WrapperCache()
 
 
+def test_the_layer_and_its_type_may_be_set_in_either_order():
+    wrapper = make(CausalCache(window=2), CausalCache())
+    for position in range(3):
+        wrapper.start_forward(Batch([position], [0]))
+        for layer in range(4):
+            wrapper.set_layer(layer)
+            wrapper.set_layer_type(layer % 2)
+            token = np.full((1, 1, 1), 10 * layer + position, np.float32)
+            wrapper.put(token, token)
+    for layer in range(4):
+        wrapper.set_layer(layer)
+        wrapper.set_layer_type(layer % 2)
+        keys, _, mask = wrapper.get()
+        first = 1 if layer % 2 == 0 else 0
+        assert keys[0, mask[0], 0].tolist() == [10 * layer + p for p in range(first, 3)]
+
+
 def test_all_must_be_able_to_resume():
     wrapper = make(CausalCache(), CausalCache(window=2))
     store(wrapper, range(6))
