@@ -24,7 +24,7 @@ def uninterrupted() -> Iterator[None]:
         return
     arrived: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: FrameType | None) -> None:
         arrived.append(number)
 
     signal.signal(signal.SIGINT, note)

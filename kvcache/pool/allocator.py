@@ -25,7 +25,7 @@ class CellAllocator:
         # Scratch space of `claim`, kept so that a call costs as much as its batch, not the pool.
         self._claims = np.zeros(cells, np.int64)
 
-    def claim(self, cells: Indices) -> Bools:
+    def claim(self, cells: Indices | Int32s) -> Bools:
         """Reference the free ones among `cells`, once each; return a mask of those claimed.
 
         The caller subtracts them from :attr:`free`, together with cells from :meth:`pop`.

@@ -14,8 +14,8 @@ from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.errors import NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
+from .ahead import TokensAhead
 from .batch import Batch
-from .plan import TokensAhead
 
 Commit: TypeAlias = Callable[[], None]
 """A change, checked before, that can no longer fail."""
@@ -69,8 +69,9 @@ class Cache(ABC):
 
         dtype: of keys and values, a name in ``HOST_DTYPES``.
         max_sequences: sequence ids are 0 to ``max_sequences - 1``.
-        capacity: tokens per sequence.
-        max_batch: most tokens of one forward pass.
+        capacity: tokens per sequence on average: together they size the pool, and one sequence may
+            use more while others use less.
+        max_batch: tokens of a pass that a pool with a window has room for, however full it is.
 
         Raises: ValueError for sizes below 1, DTypeError where the backend lacks the dtype,
             UnknownBackendError, BackendNotAvailableError.
@@ -88,7 +89,8 @@ class Cache(ABC):
         Raises: CacheFullError, ValueError; nothing has changed then.
         """
         with self.lock:
-            self.abort()
+            if self._enclosing is not None or not self.pass_complete():
+                self.abort()
             self.begin_pass(batch, reserve)
 
     def begin_pass(self, batch: Batch, reserve: bool) -> None:
@@ -155,8 +157,8 @@ class Cache(ABC):
 
         stop: None for the end.
 
-        Tokens of an unfinished pass are not part of it. Rows stay in their cells, uncopied, where the cache can pin these
-        (not :class:`EncoderCache`). The caller closes the snapshot.
+        Tokens of an unfinished pass are not part of it. Rows stay in their cells, uncopied, where
+        the cache can pin these (not :class:`EncoderCache`). The caller closes the snapshot.
 
         Raises: ValueError, NotSupportedError for a cache without snapshots.
         """
@@ -221,14 +223,14 @@ class Cache(ABC):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         """Check :meth:`start_forward` and return its commit."""
 
-    def revert_forward(self) -> None:
+    def revert_forward(self) -> None:  # noqa: B027 - a cache may have nothing to undo
         """Undo the commit of :meth:`prepare_forward`, interrupted or not begun."""
 
     def pass_complete(self) -> bool:
         """Return whether the last pass has been put in every layer, or there was none."""
         return True
 
-    def drop_pass(self) -> None:
+    def drop_pass(self) -> None:  # noqa: B027 - likewise
         """Take back the last pass, complete or not: see :meth:`abort`."""
 
     @abstractmethod

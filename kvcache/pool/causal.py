@@ -19,12 +19,13 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
+from .ahead import TokensAhead, seen_ahead
 from .base import Cache, Commit
 from .batch import Batch
 from .buffers import PoolBuffers, kv_layouts
 from .cells import CellTable
 from .passes import CellPool
-from .plan import ForwardPlan, PoolState, TokensAhead
+from .plan import ForwardPlan, PoolState
 from .programs import plan_current, plan_steps
 
 Shift: TypeAlias = Callable[[int, Array, Array], Array]
@@ -97,7 +98,6 @@ class CausalCache(Cache):
             cells = max_sequences * (retained - 1) + max_batch
         cells = round_up(cells, config.padding)
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
-        self._max_batch = max_batch
         self._cell_pool = self._pool_of(
             CellTable(cells, max_sequences), buffers, config, retained, self.lock
         )
@@ -189,7 +189,7 @@ class CausalCache(Cache):
 
     def set_causal(self, except_: TokensAhead = ()) -> None:
         forward_pass = self._pool.current_pass()
-        ahead = forward_pass.ahead_of(except_)
+        ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
             forward_pass.ahead, self._mask = ahead, None
 

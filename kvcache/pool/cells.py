@@ -255,7 +255,7 @@ class CellTable:
         """
         self.rows, self.first, self.last = saved
         if dropped is not None:
-            self.positions[np.asarray(dropped.cells)] = dropped.positions
+            self.positions[dropped.cells] = dropped.positions
         counts = references.copy()
         for sequence in range(self.max_sequences):
             counts[self.cells_of(sequence)] += 1
@@ -273,11 +273,11 @@ class CellTable:
 
     # For snapshots, which hold references, too, and are restored to empty sequences.
 
-    def incref(self, cells: Indices) -> None:
+    def incref(self, cells: Indices | Int32s) -> None:
         """Add a reference to each of `cells`, none of them free."""
         self.allocator.refcounts[cells] += 1
 
-    def decref(self, cells: Indices) -> None:
+    def decref(self, cells: Indices | Int32s) -> None:
         """Drop a reference to each of `cells`."""
         self.allocator.decref(cells.astype(np.int32))
 

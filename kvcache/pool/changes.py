@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from kvcache._types import Indices, Int32s
 
@@ -16,11 +17,23 @@ class Eviction(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Cells evicted for a pass, each with its sequence and position; ascending by sequence."""
+    """Cells evicted for a pass, each with its sequence and position."""
 
-    sequences: Sequence[int] | Int32s
-    cells: Sequence[int] | Int32s
-    positions: Sequence[int] | Int32s
+    sequences: Int32s
+    cells: Int32s
+    positions: Int32s
+
+
+class DroppedCell(NamedTuple):
+    """The one cell evicted by a step of one token: without arrays, which cost time to make."""
+
+    sequence: int
+    cell: int
+    position: int
+
+    def as_arrays(self) -> Dropped:
+        """Return the cell as arrays of one element."""
+        return Dropped(*(np.array([number], np.int32) for number in self))
 
 
 class RowEnds(NamedTuple):

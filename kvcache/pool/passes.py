@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,12 +18,18 @@ from .base import Commit
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
-from .changes import Dropped, Eviction, RowEnds
+from .changes import Dropped, DroppedCell, Eviction, RowEnds
 from .pinning import PoolPins
 from .plan import Pass
 from .single import SingleTokenStep, commit_single, plan_single
 from .sorted_batch import SortedBatch
 from .unfinished import OpenPasses
+
+_Before: TypeAlias = tuple[
+    RowEnds | SingleTokenStep, Dropped | DroppedCell | None, Pass | None, set[int]
+]
+"""State of a pool before a pass: the ends of all rows (or the step that tells those of the only
+row it changes), the cells that are evicted, the current pass, the sequences maybe expired."""
 
 
 class CellPool:
@@ -77,7 +83,8 @@ class CellPool:
         Raises: CacheFullError, ValueError.
         """
         self._before = None
-        self.passes.release()
+        if self.passes.held:
+            self.passes.release()
         positions, sequences = batch.positions, batch.sequences
         if reserve:
             return lambda: self._reserve(positions, sequences)
@@ -101,16 +108,17 @@ class CellPool:
 
     def revert(self) -> None:
         """Undo the commit of a pass that was interrupted, at whatever point."""
-        before = self._before
-        if before is None:  # it had not begun
+        if self._before is None:  # it had not begun
             return
-        ends, dropped = before.ends, before.dropped
+        ends, dropped, current, maybe_expired = self._before
         if isinstance(ends, SingleTokenStep):
             table, step = self.table, ends
             table.first[step.sequence], table.last[step.sequence] = step.first, step.last
             ends = RowEnds(table.rows, table.first, table.last)
+        if isinstance(dropped, DroppedCell):
+            dropped = dropped.as_arrays()
         self.table.revert(ends, dropped, self.pins.references + self.passes.references)
-        self.passes.current, self.maybe_expired = before.current, before.maybe_expired
+        self.passes.current, self.maybe_expired = current, maybe_expired
 
     def take_back(self, passes: list[Pass] | None = None) -> None:
         """Take back the tokens of `passes`, the newest ones; None: of all, complete or not."""
@@ -129,9 +137,8 @@ class CellPool:
     def _reserve(self, positions: Int32s, sequences: Int32s) -> None:
         """Begin the largest possible pass: it reads the whole pool, and stores nothing."""
         cells = np.arange(positions.size, dtype=np.int32)
-        self._before = _Before(
-            self.table.row_ends(inserts=False), None, self.passes.current, self.maybe_expired
-        )
+        ends = self.table.row_ends(inserts=False)
+        self._before = ends, None, self.passes.current, self.maybe_expired
         self._begin(cells, 0, self.table.cells, positions, sequences, stores=False)
 
     def _plan_single(self, sequence: int, position: int) -> SingleTokenStep | None:
@@ -146,8 +153,8 @@ class CellPool:
         dropped = None
         if step.dropped is not None:
             position = int(self.table.positions[step.dropped])
-            dropped = Dropped((step.sequence,), (step.dropped,), (position,))
-        self._before = _Before(step, dropped, self.passes.current, self.maybe_expired)
+            dropped = DroppedCell(step.sequence, step.dropped, position)
+        self._before = step, dropped, self.passes.current, self.maybe_expired
         commit_single(self.table, step)
         cells = np.array([step.cell], np.int32)
         start, stop = self._range(step.low, step.high + 1)
@@ -174,12 +181,11 @@ class CellPool:
         eviction: Eviction | None,
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
-        table, dropped = self.table, None
-        before = table.row_ends(groups.inserts), None, self.passes.current, self.maybe_expired
-        self._before = _Before(*before)
+        table = self.table
+        dropped = None if eviction is None else table.to_drop(eviction)
+        ends = table.row_ends(groups.inserts)
+        self._before = ends, dropped, self.passes.current, self.maybe_expired
         if eviction is not None:
-            self._before = self._before._replace(dropped=table.to_drop(eviction))
-            dropped = self._before.dropped
             table.evict(eviction, dropped)
             self.maybe_expired = set(groups.ids.tolist())
         cells = table.insert(groups)
@@ -196,7 +202,7 @@ class CellPool:
         stop: int,
         positions: Int32s,
         sequences: Int32s,
-        dropped: Dropped | None = None,
+        dropped: Dropped | DroppedCell | None = None,
         stores: bool = True,
     ) -> None:
         """Make a pass with these cells, reading ``[start, stop)``, the current one."""
@@ -221,15 +227,3 @@ class CellPool:
     def range_of(self, passes: list[Pass]) -> tuple[int, int]:
         """Return a range to read around the ranges of all `passes`."""
         return self._range(min(p.start for p in passes), max(p.stop for p in passes))
-
-
-class _Before(NamedTuple):
-    """State of a pool before a pass begins.
-
-    ends: of all rows, or the step that tells those of its sequence, the only one that changes.
-    """
-
-    ends: RowEnds | SingleTokenStep
-    dropped: Dropped | None
-    current: Pass | None
-    maybe_expired: set[int]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcache._types import Bools, Int32s
 from kvcache.backends import Array
@@ -16,10 +15,8 @@ from kvcache.backends.arrays import TracedIndex
 from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
-from .changes import Dropped
+from .changes import Dropped, DroppedCell
 
-TokensAhead: TypeAlias = Collection[int] | Collection[Collection[int]]
-"""Batch indices of tokens that see others ahead, or groups of such indices."""
 PoolState: TypeAlias = Mapping[int, tuple[Array, ...]]
 """The arrays of every layer, by its number: keys and values, or keys alone."""
 
@@ -48,7 +45,6 @@ class ForwardPlan(NamedTuple):
         return self.key_like, self.value_like
 
 
-@dataclass(eq=False)  # two passes of equal tokens are still two
 class Pass:
     """A forward pass on the host: the cells written, the range read, and the visibility.
 
@@ -61,25 +57,32 @@ class Pass:
     visibility: rule for the earlier tokens of its sequence that a token sees.
     expected: layers to put. dropped: cells evicted to make room, for taking the pass back.
     stores: False for a reserve pass, which only allocates.
-    ahead: by batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
-        beyond the rule.
     """
 
-    table: CellTable
-    cells: Int32s
-    start: int
-    stop: int
-    positions: Int32s
-    sequences: Int32s
-    visibility: Visibility
-    expected: frozenset[int] = frozenset()
-    dropped: Dropped | None = None
-    stores: bool = True
-    ahead: dict[int, tuple[int, int]] = field(default_factory=dict)
-    put_layers: set[int] = field(default_factory=set)
-    """Layers put so far."""
-    detached: dict[int, tuple[Int32s, Int32s]] = field(default_factory=dict)
+    ahead: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    """By batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
+    beyond the rule."""
+    detached: Mapping[int, tuple[Int32s, Int32s]] = MappingProxyType({})
     """Cells and positions of sequences that were changed during the pass, as it reads them."""
+
+    def __init__(
+        self,
+        table: CellTable,
+        cells: Int32s,
+        start: int,
+        stop: int,
+        positions: Int32s,
+        sequences: Int32s,
+        visibility: Visibility,
+        expected: frozenset[int] = frozenset(),
+        dropped: Dropped | DroppedCell | None = None,
+        stores: bool = True,
+    ) -> None:
+        self.table, self.cells, self.start, self.stop = table, cells, start, stop
+        self.positions, self.sequences, self.visibility = positions, sequences, visibility
+        self.expected, self.dropped, self.stores = expected, dropped, stores
+        self.put_layers: set[int] = set()
+        """Layers put so far."""
 
     @property
     def complete(self) -> bool:
@@ -93,43 +96,6 @@ class Pass:
         if cells.size == 1:
             return int(cells[0])
         return int(cells[0]) if (np.diff(cells) == 1).all() else None
-
-    def ahead_of(self, tokens: TokensAhead) -> dict[int, tuple[int, int]]:
-        """Return :attr:`ahead` for `tokens` that see all of their sequence, or of their group.
-
-        Raises: ValueError for anything but batch indices, or a group of several sequences.
-        """
-        tokens = tokens if hasattr(tokens, "__array__") else list(tokens)  # or a set
-        grouped = [np.ndim(token) > 0 for token in tokens]
-        if any(grouped):
-            if not all(grouped):
-                raise ValueError(f"set_causal takes batch indices, or groups of them; got {tokens}.")
-            seen: dict[int, tuple[int, int]] = {}
-            for group in tokens:
-                seen |= self._group(self._batch_indices(group))
-            return seen
-        end = int(np.iinfo(np.int32).max)
-        return {i: (int(self.positions[i]), end) for i in self._batch_indices(tokens)}
-
-    def _group(self, tokens: list[int]) -> dict[int, tuple[int, int]]:
-        """Return, for each of `tokens`, the range of positions around all of them."""
-        if len(set(self.sequences[tokens].tolist())) > 1:
-            raise ValueError(f"a group belongs to one sequence; got batch indices {tokens}.")
-        positions = self.positions[tokens].tolist()
-        return {token: (min(positions), max(positions) + 1) for token in tokens}
-
-    def _batch_indices(self, tokens: npt.ArrayLike) -> list[int]:
-        """Return batch indices, given as NumPy takes them: a mask, or integers, also negative."""
-        index = np.asarray(tokens) if np.size(tokens) else np.empty(0, np.int64)
-        try:
-            if index.dtype.kind not in "biu" or index.ndim != 1:
-                raise IndexError
-            return np.arange(self.cells.size)[index].tolist()
-        except IndexError:
-            raise ValueError(
-                f"set_causal takes indices into the batch of {self.cells.size} tokens, or a mask "
-                f"of them; got {tokens}."
-            ) from None
 
     def visible(self) -> Iterator[Int32s]:
         """Yield the cells visible to each token, by the current state of the table."""

@@ -49,7 +49,8 @@ def plan_steps(
     """
     check_sizes(steps=steps)
     _check_steps(pool, batch)
-    pins, before, passes = pool.pins, pool.passes.current, []
+    pins, before = pool.pins, pool.passes.current
+    passes: list[Pass] = []
     pins.retain_due()
     # Meanwhile resume points retain nothing: their rows could have to be spilled, and so read,
     # before a program has written them.

@@ -9,7 +9,7 @@ import numpy as np
 from kvcache._types import Bools, Int32s
 
 from .cells import CellTable
-from .changes import Dropped
+from .changes import Dropped, DroppedCell
 from .plan import Pass
 
 
@@ -30,7 +30,8 @@ class OpenPasses:
         self.current: Pass | None = None
         self.planned: list[Pass] = []
         """Passes planned since the state of the programs came back, oldest first."""
-        self._held: list[Int32s] = []  # cells that a pass may still write to, though nobody's
+        self.held: list[Int32s] = []
+        """Cells that a pass may still write to, though their sequences gave them up."""
         self._changed: set[int] = set()  # sequences changed since the oldest of the passes began
         self._reused = False  # True if evicted cells may have been given to a restored sequence
 
@@ -50,7 +51,7 @@ class OpenPasses:
 
     def begin(self, forward_pass: Pass) -> None:
         """Make `forward_pass` the current pass."""
-        if not self.planned:
+        if (self._changed or self._reused) and not self.planned:
             self._changed, self._reused = set(), False
         self.current = forward_pass
 
@@ -68,14 +69,14 @@ class OpenPasses:
 
     def release(self) -> None:
         """Free the cells held for sequences that changed during passes, which are over."""
-        while self._held:
-            self._table.decref(self._held.pop())
+        while self.held:
+            self._table.decref(self.held.pop())
 
     @property
     def references(self) -> Int32s:
         """Number of references to each cell that are held here, int32 [cells]."""
         counts = np.zeros(self._table.cells, np.int32)
-        for cells in self._held:
+        for cells in self.held:
             counts[cells] += 1
         return counts
 
@@ -102,7 +103,7 @@ class OpenPasses:
 
     def leave_out(self, table: CellTable) -> None:
         """Take everything that is not history out of `table`, a copy for another cache."""
-        for cells in self._held:
+        for cells in self.held:
             table.decref(cells)
         for sequence in {s for p in self._all() for s in p.sequences.tolist() if p.stores}:
             table.set_row(sequence, self.history(sequence))
@@ -125,10 +126,10 @@ class OpenPasses:
         row, history = self._table.cells_of(sequence).copy(), self.history(sequence).copy()
         positions = self._table.positions[row]
         if self._unfinished():
-            self._held.append(row)
+            self.held.append(row)
             self._table.incref(row)
         for forward_pass in passes:
-            forward_pass.detached[sequence] = row, positions
+            forward_pass.detached = {**forward_pass.detached, sequence: (row, positions)}
         self._table.set_row(sequence, history)
 
     def restored(self, sequence: int) -> None:
@@ -157,7 +158,10 @@ class OpenPasses:
             if forward_pass.stores:
                 taken |= self._remove_tokens(forward_pass)
             if forward_pass.dropped is not None and not self._reused:
-                self._give_back(forward_pass.dropped, overwritten)
+                dropped = forward_pass.dropped
+                if isinstance(dropped, DroppedCell):
+                    dropped = dropped.as_arrays()
+                self._give_back(dropped, overwritten)
         self.planned = [p for p in self.planned if p not in passes]
         self.current = None
         return taken
@@ -172,7 +176,7 @@ class OpenPasses:
 
     def _give_back(self, dropped: Dropped, overwritten: Int32s) -> None:
         """Give evicted cells back to their sequences, the newest ones that are all intact."""
-        sequences, cells, positions = map(np.asarray, dropped)
+        sequences, cells, positions = dropped
         for sequence in set(sequences.tolist()).difference(self._changed):
             own = np.flatnonzero(sequences == sequence)
             lost = np.flatnonzero(_is_in(cells[own], overwritten))
@@ -188,8 +192,10 @@ class OpenPasses:
         passes had no state to go on from.
         """
         for number, forward_pass in enumerate(self.planned):
-            planned = zip(forward_pass.sequences.tolist(), forward_pass.positions.tolist())
-            for sequence, position in planned:
+            tokens = zip(
+                forward_pass.sequences.tolist(), forward_pass.positions.tolist(), strict=True
+            )
+            for sequence, position in tokens:
                 if (positions[sequences == sequence] <= position).any():
                     return self.planned[number:]
         return []

@@ -10,9 +10,9 @@ from typing import Self
 from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
+from .ahead import TokensAhead
 from .base import Cache, Commit
 from .batch import Batch
-from .plan import TokensAhead
 
 
 class WrapperCache(Cache):

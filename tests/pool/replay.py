@@ -280,7 +280,11 @@ class Replay:
 
     def _set_causal(self, op):
         self._layer_of(op)
-        self.cache.set_causal(op["except"])
+        tokens, size = op["except"] or [], len(self.locs[0])
+        if max(tokens, default=0) >= size:
+            assert "set_causal takes indices" in str(self._try(self.cache.set_causal, tokens))
+            self.differ("set_causal: the original ignores indices outside the batch")
+        self.cache.set_causal([token for token in tokens if token < size])
 
     def _copy_prefix(self, op):
         empty = [not mirror.positions(op["src"]) for mirror in self.mirrors]

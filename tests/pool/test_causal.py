@@ -127,7 +127,14 @@ def test_set_causal_is_for_this_pass():
 
 @pytest.mark.parametrize(
     "tokens",
-    [[1, 2], (1, 2), np.array([1, 2]), np.array([1, 2], np.uint8), [-3, -2], [False, True, True, False]],
+    [
+        [1, 2],
+        (1, 2),
+        np.array([1, 2]),
+        np.array([1, 2], np.uint8),
+        [-3, -2],
+        [False, True, True, False],
+    ],
 )
 def test_set_causal_takes_indices_as_numpy_does(tokens):
     cache = make()

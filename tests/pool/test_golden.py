@@ -30,6 +30,7 @@ COPY_ONTO_ITSELF = "copy_prefix onto itself"  # it drops the sequence
 NO_SHIFT_NEEDED = "remove with nothing behind needs no shift"
 MEMORY = "memory below window"  # it raises the memory, if there are several sequences
 RESERVE = "reserve: the original overwrites the first cells"
+OUTSIDE = "set_causal: the original ignores indices outside the batch"
 PANIC = "named error instead of a panic"
 
 DIFFERENCES = {
@@ -255,6 +256,7 @@ DIFFERENCES = {
 """``{kind: {what differs: {seed: [op indices]}}}``."""
 
 EDGE_DIFFERENCES = {
+    OUTSIDE: {"set_causal_scope": [2, 4]},
     FULL: {"full_error_keeps_old": [6], "wrapper_unwind": [5]},
     FAILED_REMOVE: {
         "remove_middle_shared": [7],
