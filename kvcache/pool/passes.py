@@ -123,6 +123,8 @@ class CellPool:
     def take_back(self, passes: list[Pass] | None = None) -> None:
         """Take back the tokens of `passes`, the newest ones; None: of all, complete or not."""
         known = self.passes
+        for forward_pass in known.all if passes is None else passes:
+            self.maybe_expired |= forward_pass.maybe_expired
         taken = known.take_back_all() if passes is None else known.take_back(passes)
         for sequence, position in taken.items():
             self.pins.take_back(sequence, position)
@@ -220,6 +222,7 @@ class CellPool:
                 self.attended,
                 self._layers,
                 dropped,
+                self._before[3] if self._before else set(),
                 stores,
             )
         )

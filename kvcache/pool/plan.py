@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
@@ -56,6 +56,7 @@ class Pass:
     positions, sequences: of each token, int32 [tokens].
     visibility: rule for the earlier tokens of its sequence that a token sees.
     expected: layers to put. dropped: cells evicted to make room, for taking the pass back.
+    maybe_expired: sequences with new tokens by then since they were last cut down, likewise.
     stores: False for a reserve pass, which only allocates.
     """
 
@@ -76,11 +77,13 @@ class Pass:
         visibility: Visibility,
         expected: frozenset[int] = frozenset(),
         dropped: Dropped | DroppedCell | None = None,
+        maybe_expired: Set[int] = frozenset(),
         stores: bool = True,
     ) -> None:
         self.table, self.cells, self.start, self.stop = table, cells, start, stop
         self.positions, self.sequences, self.visibility = positions, sequences, visibility
         self.expected, self.dropped, self.stores = expected, dropped, stores
+        self.maybe_expired = maybe_expired
         self.put_layers: set[int] = set()
         """Layers put so far."""
 

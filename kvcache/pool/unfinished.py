@@ -40,8 +40,9 @@ class OpenPasses:
         """True if no pass of this pool is left to be finished."""
         return not self.planned and (self.current is None or self.current.complete)
 
-    def _all(self) -> list[Pass]:
-        """Return the planned passes and the current one, which may be one of them."""
+    @property
+    def all(self) -> list[Pass]:
+        """The planned passes and the current one, which may be one of them, oldest first."""
         current = self.current
         if current is None or (self.planned and self.planned[-1] is current):
             return self.planned
@@ -85,7 +86,7 @@ class OpenPasses:
     def history(self, sequence: int) -> Int32s:
         """Return the cells of a sequence, ordered by position, without unfinished tokens."""
         cells = self._table.cells_of(sequence)
-        unfinished = self._all() if self._unfinished() else []
+        unfinished = self.all if self._unfinished() else []
         for forward_pass in unfinished:
             if sequence in forward_pass.sequences and sequence not in forward_pass.detached:
                 cells = cells[~_is_in(cells, forward_pass.cells)]
@@ -105,7 +106,7 @@ class OpenPasses:
         """Take everything that is not history out of `table`, a copy for another cache."""
         for cells in self.held:
             table.decref(cells)
-        for sequence in {s for p in self._all() for s in p.sequences.tolist() if p.stores}:
+        for sequence in {s for p in self.all for s in p.sequences.tolist() if p.stores}:
             table.set_row(sequence, self.history(sequence))
 
     # Changes in the middle of a pass.
@@ -118,7 +119,7 @@ class OpenPasses:
         self._changed.add(sequence)
         passes = [
             forward_pass
-            for forward_pass in self._all()
+            for forward_pass in self.all
             if sequence in forward_pass.sequences and sequence not in forward_pass.detached
         ]
         if not passes:
@@ -141,7 +142,7 @@ class OpenPasses:
 
     def take_back_all(self) -> dict[int, int]:
         """Take back every pass, complete or not; return as :meth:`take_back`."""
-        taken = self.take_back(self._all())
+        taken = self.take_back(self.all)
         self.release()
         return taken
 
