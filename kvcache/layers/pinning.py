@@ -37,7 +37,7 @@ class LayerPins:
         self.rows[rows] = None
 
     def unpin(self, rows: TokenRows) -> None:
-        del self.rows[rows]
+        self.rows.pop(rows, None)
 
     def spill(self, position: int = 0) -> None:
         """Copy rows that reach `position` or beyond to the host, before their slots change."""
