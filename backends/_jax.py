@@ -129,12 +129,18 @@ class JaxBackend(Backend):
         return _keeping_result(compiled) if donate else compiled
 
     def traced_form(self, buffer: NativeArray) -> NativeArray:
-        bits = _BITS.get(buffer.dtype.name) if self._copy_only else None
-        return _caster(bits)(buffer) if bits else buffer
+        return self.traced_forms((buffer,))[0]
 
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
+        return self.from_traced_forms((buffer,), dtype)[0]
+
+    def traced_forms(self, buffers: NativeArrays) -> NativeArrays:
+        bits = _BITS.get(buffers[0].dtype.name) if self._copy_only else None
+        return _caster(bits)(buffers) if bits else buffers
+
+    def from_traced_forms(self, buffers: NativeArrays, dtype: str) -> NativeArrays:
         wanted = self.dtype(dtype)
-        return buffer if buffer.dtype == wanted else _caster(wanted)(buffer)
+        return buffers if buffers[0].dtype == wanted else _caster(wanted)(buffers)
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
@@ -210,9 +216,13 @@ def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -
 
 
 @cache
-def _caster(dtype: DType) -> Callable[[NativeArray], NativeArray]:
-    """Return a program to reinterpret a donated buffer as `dtype`, of the same width."""
-    return _donating(lambda buffer: lax.bitcast_convert_type(buffer, dtype))
+def _caster(dtype: DType) -> Callable[[NativeArrays], NativeArrays]:
+    """Return a program to reinterpret donated buffers as `dtype`, of the same width."""
+
+    def cast_all(buffers: NativeArrays) -> NativeArrays:
+        return tuple(lax.bitcast_convert_type(buffer, dtype) for buffer in buffers)
+
+    return _donating(cast_all)
 
 
 def _options(copy_only: bool) -> dict[str, str] | None:

@@ -312,6 +312,14 @@ class Backend(ABC):
         """Undo :meth:`traced_form` of a buffer of `dtype`; consumes it."""
         return buffer
 
+    def traced_forms(self, buffers: Arrays) -> Arrays:
+        """Do :meth:`traced_form` for all `buffers`; none is consumed if it raises."""
+        return tuple(map(self.traced_form, buffers))
+
+    def from_traced_forms(self, buffers: Arrays, dtype: str) -> Arrays:
+        """Do :meth:`from_traced` for all `buffers`; none is consumed if it raises."""
+        return tuple(self.from_traced(buffer, dtype) for buffer in buffers)
+
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         """Return host ints as an argument of programs, without recompilation when they change."""
         return start

@@ -19,7 +19,6 @@ from .archive import Record, read_archive, write_archive
 from .rows import TokenRows, change_all
 from .visibility import Visibility
 
-
 R = TypeVar("R")
 
 
