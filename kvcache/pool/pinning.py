@@ -59,12 +59,15 @@ class PoolPins:
 
     def pin(self, rows: TokenRows) -> None:
         with self.lock:
-            self._table.incref(rows.slots)
-            self._references[rows.slots] += 1
-            self._rows[rows] = None
+            if rows not in self._rows:
+                self._table.incref(rows.slots)
+                self._references[rows.slots] += 1
+                self._rows[rows] = None
 
     def unpin(self, rows: TokenRows) -> None:
         with self.lock:
+            if rows not in self._rows:
+                return
             del self._rows[rows]
             self._references[rows.slots] -= 1
             self._table.decref(rows.slots)
