@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
-from typing import Self, TypeAlias
+from typing import Self
 
 import numpy as np
 
 from kvcache._checks import check_ids, check_range, check_sizes
-from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
-from kvcache.errors import KVCacheError, NotSupportedError, SharedCellsError
+from kvcache.errors import KVCacheError
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
@@ -20,14 +19,14 @@ from kvcache.storage.masks import device_mask
 
 from .base import Cache, Commit
 from .batch import Batch
-from .buffers import PoolBuffers, kv_layouts
+from .buffers import PoolBuffers
 from .cells import CellTable
+from .layouts import kv_layouts
+from .originals import Shift
 from .passes import CellPool
 from .plan import ForwardPlan, PoolState
 from .programs import plan_current, plan_steps
-
-Shift: TypeAlias = Callable[[int, Array, Array], Array]
-"""``shift(layer, keys, offsets) -> keys``: move keys by `offsets` positions, int32 [tokens]."""
+from .removal import prepare_removal
 
 
 class CausalCache(Cache):
@@ -37,7 +36,10 @@ class CausalCache(Cache):
     memory: tokens kept per sequence, to resume it further back; at least `window`, the default.
         With several sequences, at least one more than the window is kept.
     chunk: a token sees only its own chunk of so many positions (chunked attention, Llama 4).
-    shift: moves keys when the middle of a sequence is removed; None: not supported.
+    shift: ``shift(layer, keys, offsets)`` moves keys by `offsets` positions, int32 [tokens], when
+        the middle of a sequence is removed; None: not supported. Shifts of a key add up: it is
+        given the key as it was put, and its whole way from there, so that it is rounded once. For
+        that, the first removal from the middle allocates a second buffer of keys for each layer.
 
     Sequences with a common prefix share its cells, as in llama.cpp's unified KV cache.
 
@@ -150,7 +152,7 @@ class CausalCache(Cache):
     def allocate(
         self, layers: Iterable[int], kv_heads: int, head_dim: int, value_dim: int | None = None
     ) -> None:
-        """Allocate the buffers of `layers` now instead of at their first put.
+        """Allocate the buffers of all `layers` now, or of none, instead of at their first put.
 
         value_dim: head_dim of the values, if it differs from that of the keys; 0: keys only.
 
@@ -161,8 +163,7 @@ class CausalCache(Cache):
         check_sizes(kv_heads=kv_heads, head_dim=head_dim)
         if width < 0:
             raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
-        for layer in layers:
-            self._pool.buffers.allocate(layer, kv_heads, (head_dim, width) if width else [head_dim])
+        self._pool.buffers.allocate(layers, kv_heads, (head_dim, width) if width else [head_dim])
 
     # Passes.
 
@@ -292,41 +293,17 @@ class CausalCache(Cache):
         check_range(start, stop)
         first = table.find(sequence, start)
         last = table.cells_of(sequence).size if stop is None else table.find(sequence, stop)
-        moving = table.cells_of(sequence)[last:].copy()  # the view changes with its row
-        if stop is None or not moving.size:
+        if stop is None or last == table.cells_of(sequence).size:
             return lambda: self._truncate(sequence, first)
         if start == stop:
             return lambda: None
-        # The keys are shifted now, because that may raise; the commit only stores them.
-        keys = self._shifted(sequence, moving, stop, start - stop)
-        return lambda: self._remove_middle(sequence, start, range(first, last), start - stop, keys)
+        remove = prepare_removal(self._pool, self.shift, sequence, range(first, last), start, stop)
 
-    def _shifted(self, sequence: int, cells: Int32s, stop: int, offset: int) -> dict[int, Array]:
-        """Return the shifted keys of `cells` by layer; nothing is stored yet."""
-        pool = self._pool
-        pool.pins.spill(cells)  # first: a pin counts as a reference, but can give way
-        if pool.table.is_shared(cells):
-            raise SharedCellsError(
-                f"cells that move must belong to one sequence; some at or behind position {stop} "
-                f"of sequence {sequence} are shared. Remove the other sequences first."
-            )
-        if self.shift is None:
-            raise NotSupportedError(
-                "removing from the middle moves later tokens, and this cache has no shift. "
-                "Make it with CausalCache(shift=...)."
-            )
-        shift, buffers = self.shift, pool.buffers
-        offsets = buffers.backend.from_host(np.full(cells.size, offset, np.int32))
-        return buffers.shifted_keys(cells, lambda layer, keys: shift(layer, keys, offsets))
+        def commit() -> None:
+            remove()
+            self._changed(sequence)
 
-    def _remove_middle(
-        self, sequence: int, start: int, removed: range, offset: int, keys: dict[int, Array]
-    ) -> None:
-        pool = self._pool
-        pool.pins.forget(sequence, start)
-        moved = pool.table.remove_middle(sequence, removed.start, removed.stop, offset)
-        pool.buffers.set_keys(moved, keys)
-        self._changed(sequence)
+        return commit
 
     # Snapshots.
 
@@ -372,20 +349,26 @@ class CausalCache(Cache):
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), copy(self)
         clone.lock, clone._mask = threading.RLock(), None
-        pool = self._cell_pool
-        if pool is not None:
-            config = self._config or target.config
-            cells = round_up(pool.table.cells, config.padding)
-            table = pool.table.copy(cells)
-            pool.pins.unpin_in_copy(table)  # snapshots keep cells of this cache, not of its copy
-            buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
-            clone._cell_pool = clone._pool_of(table, buffers, config, pool.retained, clone.lock)
-            clone._cell_pool.maybe_expired = set(pool.maybe_expired)
+        with self.lock:  # other threads may change sequences meanwhile
+            if self._cell_pool is not None:
+                clone._cell_pool = clone._copy_of(self._cell_pool, target)
         return clone
+
+    def _copy_of(self, pool: CellPool, target: Backend) -> CellPool:
+        """Return a copy of `pool` on `target`, with the lock of this cache."""
+        config = self._config or target.config
+        cells = round_up(pool.table.cells, config.padding)
+        table = pool.table.copy(cells)
+        pool.pins.unpin_in_copy(table)  # snapshots keep cells of that cache, not of its copy
+        buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
+        copied = self._pool_of(table, buffers, config, pool.retained, self.lock)
+        copied.maybe_expired = set(pool.maybe_expired)
+        return copied
 
     def close(self) -> None:
         with self.lock:
-            if self._cell_pool is not None:
-                self._cell_pool.pins.spill()  # snapshots outlive the cache
-                self._cell_pool.buffers.free()
-            self._cell_pool = None
+            pool = self._cell_pool
+            if pool is not None:
+                pool.pins.prepare_spill()()  # snapshots outlive the cache
+                self._cell_pool = self._mask = None
+                pool.buffers.free()

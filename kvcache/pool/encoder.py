@@ -21,7 +21,7 @@ from kvcache.storage.masks import device_mask
 
 from .base import Cache, Commit
 from .batch import Batch
-from .buffers import ArrayLayout, Arrays, kv_layouts
+from .layouts import ArrayLayout, Arrays, kv_layouts
 
 FRAME_AXES = "thd"
 """Axes of encoder output on the host, without the row axis: frames, kv_heads, head_dim."""

@@ -81,9 +81,13 @@ class TokenRows:
         with self._owner_lock():
             if self.owner is not None:
                 # Read before unpinning: free slots may be written to at any time.
-                self._layers = self.owner.read(self.slots)
-                self._unpin()
+                self.move_to_host(self.owner.read(self.slots))
             return self._layers
+
+    def move_to_host(self, layers: LayerRows) -> None:
+        """Hold `layers`, just read from the owner under its lock, instead of its slots."""
+        self._layers = layers
+        self._unpin()
 
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""

@@ -1,0 +1,55 @@
+"""Removal from the middle of a sequence: later tokens move to lower positions."""
+
+from __future__ import annotations
+
+from kvcache._types import Int32s
+from kvcache.errors import NotSupportedError, SharedCellsError
+
+from .base import Commit
+from .originals import Shift
+from .passes import CellPool
+
+
+def prepare_removal(
+    pool: CellPool, shift: Shift | None, sequence: int, removed: range, start: int, stop: int
+) -> Commit:
+    """Check the removal of positions ``[start, stop)``, before the last token of a sequence.
+
+    removed: these tokens, counted from the first one held.
+
+    Keys are shifted and pinned rows copied now, because that may fail. The commit stores both
+    without calling the framework.
+
+    Raises: NotSupportedError without a shift, SharedCellsError for cells of several sequences.
+    """
+    cells = pool.table.cells_of(sequence)[removed.stop :].copy()  # the view changes with its row
+    checked = _check_moving(pool, shift, sequence, cells, stop)
+    offset = start - stop
+    store = pool.buffers.prepare_shift(cells, pool.table.moved_by(cells), offset, checked)
+    spill = pool.pins.prepare_spill(cells)
+
+    def commit() -> None:
+        with pool.pins.undone_on_error():
+            spill()
+            pool.pins.forget(sequence, start)
+            pool.table.remove_middle(sequence, removed.start, removed.stop, offset)
+            store()
+
+    return commit
+
+
+def _check_moving(
+    pool: CellPool, shift: Shift | None, sequence: int, cells: Int32s, stop: int
+) -> Shift:
+    """Return `shift`, which is there, once `cells` may move."""
+    if pool.pins.is_shared(cells):
+        raise SharedCellsError(
+            f"cells that move must belong to one sequence; some at or behind position {stop} "
+            f"of sequence {sequence} are shared. Remove the other sequences first."
+        )
+    if shift is None:
+        raise NotSupportedError(
+            "removing from the middle moves later tokens, and this cache has no shift. "
+            "Make it with CausalCache(shift=...)."
+        )
+    return shift
