@@ -11,7 +11,7 @@ import numpy as np
 
 from kvcache._checks import check_ids, check_range, check_sizes
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
-from kvcache.errors import KVCacheError
+from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
@@ -187,7 +187,11 @@ class CausalCache(Cache):
     def set_layer(self, layer: int) -> None:
         self._layer = layer
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
+        if frames is not None:
+            raise NotSupportedError("frames are of encoder output; this cache stores tokens.")
         pool = self._pool
         arrays = (keys,) if values is None else (keys, values)
         pool.buffers.put(self._layer, arrays, pool.current_pass())

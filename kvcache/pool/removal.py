@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from kvcache._types import Int32s
-from kvcache.errors import NotSupportedError, SharedCellsError
+from kvcache.errors import NotSupportedError, ShapeError, SharedCellsError
 
 from .base import Commit
 from .originals import Shift
 from .passes import CellPool
+from .rope import RoPEShift
 
 
 def prepare_removal(
@@ -20,7 +21,8 @@ def prepare_removal(
     Keys are shifted and pinned rows copied now, because that may fail. The commit stores both
     without calling the framework.
 
-    Raises: NotSupportedError without a shift, SharedCellsError for cells of several sequences.
+    Raises: NotSupportedError without a shift, SharedCellsError for cells of several sequences,
+        ShapeError or DTypeError for a shift that does not suit the keys.
     """
     cells = pool.table.cells_of(sequence)[removed.stop :].copy()  # the view changes with its row
     checked = _check_moving(pool, shift, sequence, cells, stop)
@@ -51,5 +53,12 @@ def _check_moving(
         raise NotSupportedError(
             "removing from the middle moves later tokens, and this cache has no shift. "
             "Make it with CausalCache(shift=...)."
+        )
+    layout = pool.buffers.layouts[0].axes
+    # It could not tell by itself where as many tokens move as there are heads.
+    if isinstance(shift, RoPEShift) and shift.layout != layout:
+        raise ShapeError(
+            f"keys of this cache are in layout {layout!r}; its RoPEShift is made for "
+            f"{shift.layout!r}. Make it with RoPEShift(..., layout={layout!r})."
         )
     return shift

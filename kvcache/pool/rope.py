@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -97,9 +96,9 @@ class RoPEShift:
         sizes = dict(zip(self.layout, shape, strict=False))
         if len(shape) != 3 or offsets != (sizes["t"],):
             raise ShapeError(
-                f"there is one offset for each token of keys in layout {self.layout!r} (h kv_heads, "
-                f"t tokens, d head_dim); got offsets {offsets} for keys {shape}. Make the shift "
-                "with the layout of the cache's keys: RoPEShift(..., layout=...)."
+                f"there is one offset for each token of keys in layout {self.layout!r} "
+                f"(h kv_heads, t tokens, d head_dim); got offsets {offsets} for keys {shape}. Make "
+                "the shift with the layout of the cache's keys: RoPEShift(..., layout=...)."
             )
         if stop > sizes["d"]:
             raise ShapeError(

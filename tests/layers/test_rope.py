@@ -81,5 +81,5 @@ def test_refusals(arguments, error, message):
 
 def test_keys_too_narrow(backend):
     keys = backend.from_host(np.ones((1, 1, 4), np.float32))
-    with pytest.raises(ShapeError, match="6 dimensions rotate, but keys have a head_dim of 4"):
+    with pytest.raises(ShapeError, match="dimensions 0 to 5 rotate, but keys have a head_dim of 4"):
         RoPEShift(FREQUENCIES)(0, keys, backend.from_host(np.array([1], np.int32)))

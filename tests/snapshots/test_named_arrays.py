@@ -7,8 +7,8 @@ import pytest
 
 from kvcache import SnapshotMismatchError
 from kvcache.pool.buffers import PoolBuffers
-from kvcache.pool.layouts import ArrayLayout
 from kvcache.pool.cells import CellTable
+from kvcache.pool.layouts import ArrayLayout
 from kvcache.pool.plan import Pass
 from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.schedule import ResumePoints
