@@ -8,7 +8,8 @@ not constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from typing import ClassVar, Unpack, cast
 
 import jax
@@ -17,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
-from .base import FULL_SLICES, Backend, FastKey, P, R, Ts
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
+from .base import Backend, FastKey, P, R, Ts
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -90,6 +92,16 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         return _row_writer(axis, self._copy_only)(buffer, rows, index)
 
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        return _slices_writer(axis, self._copy_only)(buffers, updates, np.int32(start))
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        return _row_sets_writer(axis, self._copy_only)(buffers, rows, index)
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _row_reader(axis, self._copy_only)(buffer, index)
 
@@ -114,7 +126,7 @@ class JaxBackend(Backend):
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))
-        return compiled
+        return _keeping_result(compiled) if donate else compiled
 
     def traced_form(self, buffer: NativeArray) -> NativeArray:
         bits = _BITS.get(buffer.dtype.name) if self._copy_only else None
@@ -176,10 +188,31 @@ def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
+def _keeping_result(program: Callable[P, R]) -> Callable[P, R]:
+    """Return `program`, which consumes arguments, such that Ctrl-C cannot lose its result.
+
+    Python runs signal handlers when a call returns, before its result is assigned. Raised there,
+    a KeyboardInterrupt would leave the caller with nothing but the consumed buffer. An iterator is
+    unpacked by one instruction, after which no handler runs.
+    """
+
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        run = partial(program, **options) if options else program
+        [result] = map(run, *zip(arguments, strict=True))
+        return result
+
+    return call
+
+
+def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -> Callable[P, R]:
+    """Return `function` compiled, with its first argument donated."""
+    return _keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
+
+
 @cache
 def _caster(dtype: DType) -> Callable[[NativeArray], NativeArray]:
     """Return a program to reinterpret a donated buffer as `dtype`, of the same width."""
-    return jax.jit(lambda buffer: lax.bitcast_convert_type(buffer, dtype), donate_argnums=0)
+    return _donating(lambda buffer: lax.bitcast_convert_type(buffer, dtype))
 
 
 def _options(copy_only: bool) -> dict[str, str] | None:
@@ -191,19 +224,43 @@ def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def write_slice(buffer: NativeArray, update: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
 
-    return jax.jit(write_slice, donate_argnums=0, compiler_options=_options(copy_only))
+    return _donating(write_slice, _options(copy_only))
+
+
+@cache
+def _slices_writer(axis: Axes, copy_only: bool) -> Callable[..., NativeArrays]:
+    def write_slices(
+        buffers: NativeArrays, updates: NativeArrays, start: NativeArray
+    ) -> NativeArrays:
+        write = lax.dynamic_update_slice_in_dim
+        return tuple(map(write, buffers, updates, repeat(start), axes_of(buffers, axis)))
+
+    return _donating(write_slices, _options(copy_only))
 
 
 @cache
 def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def write_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray) -> NativeArray:
-        def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
-            row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
-            return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
+    return _donating(partial(_write_rows, axis=axis), _options(copy_only))
 
-        return lax.fori_loop(0, index.shape[0], write_row, buffer)
 
-    return jax.jit(write_rows, donate_argnums=0, compiler_options=_options(copy_only))
+@cache
+def _row_sets_writer(axis: Axes, copy_only: bool) -> Callable[..., NativeArrays]:
+    def write_row_sets(
+        buffers: NativeArrays, rows: NativeArrays, index: NativeArray
+    ) -> NativeArrays:
+        return tuple(map(_write_rows, buffers, rows, repeat(index), axes_of(buffers, axis)))
+
+    return _donating(write_row_sets, _options(copy_only))
+
+
+def _write_rows(
+    buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
+) -> NativeArray:
+    def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
+        row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
+        return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
+
+    return lax.fori_loop(0, index.shape[0], write_row, buffer)
 
 
 @cache

@@ -21,9 +21,11 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
-from .arrays import Array, DType, HostArray, Namespace, NativeArray, TracedIndex
+from .arguments import check_dtype, fitting, host_index
+from .arrays import Array, Arrays, DType, HostArray, Namespace, NativeArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +41,8 @@ class Backend(ABC):
     Public primitives check their arguments on the host and raise before anything is
     touched: JAX would clamp an out-of-range write onto older tokens, NumPy and torch would
     broadcast or cast. A subclass implements the hooks behind them (``write_slice``,
-    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments.
+    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments. Those for
+    several buffers (``write_slices``, ``write_row_sets``) write one by one unless overridden.
 
     ``axis``, ``start`` and ``stop`` are host ints, ``axis`` not negative; an ``index`` is a
     host integer array. Instances are cheap and independent of each other.
@@ -144,9 +147,9 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        tokens, last_start = _fitting(buffer.shape, update.shape, axis)
+        tokens, last_start = fitting(buffer.shape, update.shape, axis)
         if buffer.dtype != update.dtype:  # spares the call in nearly every case
-            _check_dtype(buffer, update)
+            check_dtype(buffer, update)
         if not 0 <= start <= last_start:
             raise BoundsError(
                 f"a write must satisfy 0 <= start and start + tokens <= length; got {start} + "
@@ -161,9 +164,9 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        checked = _host_index(index, buffer.shape[axis], axis)
-        count, _ = _fitting(buffer.shape, rows.shape, axis)
-        _check_dtype(buffer, rows)
+        checked = host_index(index, buffer.shape[axis], axis)
+        count, _ = fitting(buffer.shape, rows.shape, axis)
+        check_dtype(buffer, rows)
         if count != checked.size:
             raise ShapeError(
                 f"one row per position; got {count} rows for {checked.size} positions."
@@ -172,7 +175,7 @@ class Backend(ABC):
 
     def gather(self, buffer: Array, index: npt.ArrayLike, axis: int) -> Array:
         """Return a copy of the rows at `index` of `axis`, in that order. Raises: as `scatter`."""
-        return self.read_rows(buffer, _host_index(index, buffer.shape[axis], axis), axis)
+        return self.read_rows(buffer, host_index(index, buffer.shape[axis], axis), axis)
 
     def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Return rows ``[start, stop)`` of `axis`, a view where possible. Raises: BoundsError."""
@@ -211,6 +214,43 @@ class Backend(ABC):
     @abstractmethod
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Do :meth:`slice` without checks, for checked arguments."""
+
+    # All arrays of a layer at once, so that nothing can come between them: a layer whose keys are
+    # written and whose values are not is lost if the write overwrote something still needed.
+
+    def write_slices(
+        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
+    ) -> Arrays:
+        """Do :meth:`write_slice` for all `buffers`, ``updates[i]`` to ``buffers[i]``.
+
+        If it raises, no buffer is written or consumed. A framework whose writes can fail overrides
+        this default, which keeps that promise for the first buffer only.
+        """
+        return tuple(
+            self.write_slice(buffer, update, start, stop, own_axis)
+            for buffer, update, own_axis in zip(
+                buffers, updates, axes_of(buffers, axis), strict=True
+            )
+        )
+
+    def write_row_sets(self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes) -> Arrays:
+        """Do :meth:`write_rows` for all `buffers`, ``rows[i]`` to ``buffers[i]``.
+
+        If it raises, no buffer is written or consumed; see :meth:`write_slices`.
+        """
+        return tuple(
+            self.write_rows(buffer, own_rows, index, own_axis)
+            for buffer, own_rows, own_axis in zip(
+                buffers, rows, axes_of(buffers, axis), strict=True
+            )
+        )
+
+    def evaluate(self, *arrays: Array) -> None:  # noqa: B027 - eager frameworks have nothing to do
+        """Begin to compute `arrays`, so that they no longer hold what they are computed from.
+
+        For arrays that a cache keeps but does not return: a lazy framework would keep their
+        inputs, and could compute them only in the thread that asked for them.
+        """
 
     def detached(self, array: Array) -> Array:
         """Return `array` without its autograd graph (torch), or unchanged."""
@@ -348,49 +388,3 @@ class Backend(ABC):
 def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
     return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
-
-
-FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))
-"""Full slices for the axes in front: ``(*FULL_SLICES[axis], key)`` indexes `axis` by key."""
-
-
-# Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.
-@lru_cache(maxsize=1024)
-def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """Return the number of rows in `new`, and their last possible start on `axis` of `have`.
-
-    Raises: ShapeError where another axis differs.
-    """
-    have, new = tuple(have), tuple(new)
-    if len(have) != len(new) or have[:axis] + have[axis + 1 :] != new[:axis] + new[axis + 1 :]:
-        raise ShapeError(
-            f"an update must match its buffer on every axis but {axis}; got {new} for {have}."
-        )
-    return new[axis], have[axis] - new[axis]
-
-
-def _check_dtype(buffer: Array, update: Array) -> None:
-    """Raise DTypeError unless the two have one dtype."""
-    if buffer.dtype != update.dtype:
-        raise DTypeError(
-            f"an update must have the dtype of its buffer; got {update.dtype} for "
-            f"{buffer.dtype}. Cast it first."
-        )
-
-
-def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
-    """Return `index` as int32, checked against an axis of `length`.
-
-    Raises: ShapeError, DTypeError, BoundsError.
-    """
-    checked = np.asarray(index)
-    if checked.ndim != 1:
-        raise ShapeError(f"an index must have one dimension; got shape {checked.shape}.")
-    if checked.size and checked.dtype.kind not in "iu":
-        raise DTypeError(f"an index must hold integers; got {checked.dtype}.")
-    if checked.size and not (checked.min() >= 0 and checked.max() < length):
-        raise BoundsError(
-            f"positions must lie in [0, {length}) on axis {axis}; "
-            f"got {checked.min()} to {checked.max()}."
-        )
-    return checked.astype(np.int32, copy=False)
