@@ -49,7 +49,7 @@ class PoolBuffers:
         backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
-        self._token_axes = [layout.token_axis for layout in self.layouts]
+        self._token_axes = tuple(layout.token_axis for layout in self.layouts)
         self.dtype = dtype
         self.cells = cells
         self._layers: dict[int, Buffers] = {}
@@ -140,17 +140,17 @@ class PoolBuffers:
             layers[layer] = buffers  # a new layer only once written
 
     def _write_pass(self, buffers: Buffers, arrays: Arrays, forward_pass: Pass) -> None:
-        """Write the tokens of a pass to its cells, storing the successor of each buffer at once."""
+        """Write the tokens of a pass to its cells, in all `buffers` of a layer or in none."""
         cells, first = forward_pass.cells, forward_pass.first_cell
-        pairs = enumerate(zip(arrays, self._token_axes, strict=False))
+        axes = self._token_axes[: len(arrays)]
+        # Unpacked from map(): Python runs signal handlers when a call returns, before its result
+        # is assigned, and the buffers may be consumed by then. None runs while unpacking.
         if first is None:
-            write_rows = self.backend.write_rows
-            for i, (rows, axis) in pairs:
-                buffers[i] = write_rows(buffers[i], rows, cells, axis)
+            write_rows = self.backend.write_row_sets
+            [buffers[:]] = map(write_rows, (tuple(buffers),), (arrays,), (cells,), (axes,))
         else:
-            write_slice, stop = self.backend.write_slice, first + cells.size
-            for i, (rows, axis) in pairs:
-                buffers[i] = write_slice(buffers[i], rows, first, stop, axis)
+            write, stop = self.backend.write_slices, first + cells.size
+            [buffers[:]] = map(write, (tuple(buffers),), (arrays,), (first,), (stop,), (axes,))
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
@@ -309,8 +309,9 @@ class PoolBuffers:
                 for layout, array in pairs
             ]
             buffers = self._layers.get(layer) or self._alloc_like(moved)
-            for i, (part, axis) in enumerate(zip(moved, self._token_axes, strict=False)):
-                buffers[i] = self.backend.write_rows(buffers[i], part, index, axis)
+            buffers[:] = self.backend.write_row_sets(
+                tuple(buffers), tuple(moved), index, self._token_axes[: len(moved)]
+            )
             self._layers[layer] = buffers  # a new layer only once written
 
     def free(self) -> None:

@@ -64,7 +64,7 @@ def run(first, start, stop):
 def test_a_put_that_fails_leaves_every_layer_usable(backend, monkeypatch, sequences):
     cache = filled(backend)
     positions = [cache.next_position(sequence) for sequence in sequences]
-    hook = "write_slice" if len(sequences) == 1 else "write_rows"
+    hook = "write_slices" if len(sequences) == 1 else "write_row_sets"
     cache.start_forward(Batch(positions, sequences))
     names = [100 * s + p for s, p in zip(sequences, positions, strict=True)]
     for _ in failures_of(
@@ -78,11 +78,11 @@ def test_a_put_that_fails_leaves_every_layer_usable(backend, monkeypatch, sequen
         assert seen == [run(100 * s, 0, p + 1) for s, p in zip(sequences, positions, strict=True)]
 
 
-@pytest.mark.parametrize("hook", ["alloc", "write_slice"])
-def test_a_first_put_that_fails_allocates_nothing(backend, monkeypatch, hook):
+@pytest.mark.parametrize(("hook", "call"), [("alloc", 1), ("alloc", 2), ("write_slices", 1)])
+def test_a_first_put_that_fails_allocates_nothing(backend, monkeypatch, hook, call):
     cache = make(backend)
     cache.start_forward(Batch(range(4), [0] * 4))
-    with failing(monkeypatch, backend, hook, 2):
+    with failing(monkeypatch, backend, hook, call):
         put_tokens(backend, cache, range(4), range(4))
     assert not peek.layers(cache)
     put_tokens(backend, cache, range(4), range(4))
@@ -99,7 +99,7 @@ def test_layers_are_allocated_together(backend, monkeypatch):
     assert sorted(peek.layers(cache)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("hook", ["alloc", "from_host", "write_rows"])
+@pytest.mark.parametrize("hook", ["alloc", "from_host", "write_row_sets"])
 @pytest.mark.parametrize("allocated", [True, False])
 def test_rows_whose_write_fails_are_written_by_the_next_access(
     backend, monkeypatch, hook, allocated
