@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import repeat
-from typing import TypeAlias
 
 import numpy as np
 
@@ -23,9 +22,6 @@ from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
 from .plan import Pass, PoolState
 from .rows import PendingRows, PendingWrites
-
-Buffers: TypeAlias = list[Array]
-"""The buffers of one layer, each replaced by its successor as soon as it is written."""
 
 
 class PoolBuffers:
@@ -50,16 +46,21 @@ class PoolBuffers:
         self.backend = backend
         self.layouts = tuple(layouts)
         self._token_axes = tuple(layout.token_axis for layout in self.layouts)
+        # By the number of arrays of a layer: one axis where all have the same, which writes faster.
+        self._write_axes = [
+            axes[0] if len(set(axes)) == 1 else axes
+            for axes in (self._token_axes[:count] for count in range(len(self.layouts) + 1))
+        ]
         self.dtype = dtype
         self.cells = cells
-        self._layers: dict[int, Buffers] = {}
+        self._layers: dict[int, Arrays] = {}
         self._originals = OriginalKeys(backend, dtype, self.layouts[0])
         # The buffers as exported last, unless the cache has used them since.
         self._exported: PoolState | None = None
         self._maybe_traced = False  # True while any buffer may be in the form for programs
         self._pending = PendingWrites()
 
-    def _settled(self) -> dict[int, Buffers]:
+    def _settled(self) -> dict[int, Arrays]:
         """Return the buffers by layer, back from programs and with all pending rows written."""
         if self._maybe_traced:
             self._take_back()
@@ -77,7 +78,7 @@ class PoolBuffers:
                 layers = self._settled()
                 self._maybe_traced = True
                 convert(layers, self.backend.traced_form)
-                self._exported = {layer: tuple(buffers) for layer, buffers in layers.items()}
+                self._exported = dict(layers)
         return self._exported
 
     def import_state(self, state: PoolState) -> None:
@@ -91,7 +92,7 @@ class PoolBuffers:
         else:
             expected = form_of(self._exported)
         check_form(expected, state)
-        imported, layers = dict(state), {layer: list(arrays) for layer, arrays in state.items()}
+        imported, layers = dict(state), dict(state)
         with self._pending.lock:
             self._layers, self._exported, self._maybe_traced = layers, imported, True
 
@@ -135,22 +136,18 @@ class PoolBuffers:
         with self._pending.lock:
             layers = self._settled()
             buffers = layers.get(layer) or self._alloc_like(arrays)
-            if forward_pass.stores:
-                self._write_pass(buffers, arrays, forward_pass)
-            layers[layer] = buffers  # a new layer only once written
-
-    def _write_pass(self, buffers: Buffers, arrays: Arrays, forward_pass: Pass) -> None:
-        """Write the tokens of a pass to its cells, in all `buffers` of a layer or in none."""
-        cells, first = forward_pass.cells, forward_pass.first_cell
-        axes = self._token_axes[: len(arrays)]
-        # Unpacked from map(): Python runs signal handlers when a call returns, before its result
-        # is assigned, and the buffers may be consumed by then. None runs while unpacking.
-        if first is None:
-            write_rows = self.backend.write_row_sets
-            [buffers[:]] = map(write_rows, (tuple(buffers),), (arrays,), (cells,), (axes,))
-        else:
-            write, stop = self.backend.write_slices, first + cells.size
-            [buffers[:]] = map(write, (tuple(buffers),), (arrays,), (first,), (stop,), (axes,))
+            cells, first = forward_pass.cells, forward_pass.first_cell
+            axis = self._write_axes[len(arrays)]
+            if not forward_pass.stores:
+                layers[layer] = buffers
+            # Unpacked from map(): Python runs signal handlers when a call returns, before its
+            # result is assigned, and the buffers may be consumed by then. None runs meanwhile.
+            elif first is None:
+                write_rows = self.backend.write_row_sets
+                [layers[layer]] = map(write_rows, (buffers,), (arrays,), (cells,), (axis,))
+            else:
+                write, stop = self.backend.write_slices, first + cells.size
+                [layers[layer]] = map(write, (buffers,), (arrays,), (first,), (stop,), (axis,))
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
@@ -162,7 +159,7 @@ class PoolBuffers:
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         start, stop = forward_pass.start, forward_pass.stop
         if start == 0 and stop == self.cells:
-            return tuple(layers[layer])
+            return layers[layer]
         read, buffers = self.backend.read_slice, layers[layer]
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
@@ -202,11 +199,12 @@ class PoolBuffers:
 
         return commit
 
-    def _write_keys(self, cells: Int32s, keys: dict[int, Array]) -> None:
+    def _write_keys(self, cells: Int32s, shifted: dict[int, Array]) -> None:
         """Write queued keys to `cells`; in the thread of the passes."""
-        for layer, rows in keys.items():
-            buffers = self._layers[layer]
-            buffers[0] = self.backend.write_rows(buffers[0], rows, cells, self._token_axes[0])
+        axis, write_rows = self._token_axes[0], self.backend.write_rows
+        for layer, rows in shifted.items():
+            keys, *others = self._layers[layer]
+            self._layers[layer] = write_rows(keys, rows, cells, axis), *others
 
     def _keys_to_host(self, keys: dict[int, Array]) -> LayerRows:
         """Return queued keys as rows on the host."""
@@ -225,10 +223,10 @@ class PoolBuffers:
         clone = PoolBuffers(backend, layouts, self.dtype, cells)
         for layer, buffers in self._settled().items():
             parts = zip(buffers, self.layouts, clone.layouts, strict=False)
-            clone._layers[layer] = [
+            clone._layers[layer] = tuple(
                 clone._copied(transfer(buffer, self.backend, backend), old, new)
                 for buffer, old, new in parts
-            ]
+            )
         for layer, keys in self._originals.buffers.items():
             clone._originals.buffers[layer] = clone._copied(
                 transfer(keys, self.backend, backend), self.layouts[0], clone.layouts[0]
@@ -304,20 +302,19 @@ class PoolBuffers:
         index = padded_index(self.backend, cells).astype(np.int32)
         for layer, arrays in rows.items():
             pairs = list(zip(self.layouts, arrays, strict=False))
-            moved = [
+            moved = tuple(
                 self.backend.from_host(layout.from_host_layout(array.pad(index.size).data))
                 for layout, array in pairs
-            ]
-            buffers = self._layers.get(layer) or self._alloc_like(moved)
-            buffers[:] = self.backend.write_row_sets(
-                tuple(buffers), tuple(moved), index, self._token_axes[: len(moved)]
             )
-            self._layers[layer] = buffers  # a new layer only once written
+            buffers = self._layers.get(layer) or self._alloc_like(moved)
+            axes = self._write_axes[len(moved)]
+            # A new layer is stored only once it is written.
+            self._layers[layer] = self.backend.write_row_sets(buffers, moved, index, axes)
 
     def free(self) -> None:
         """Free all memory, and drop pending rows. What fails to be freed goes with its last use."""
         with self._pending.lock:  # another thread may be reading rows
-            freed = [*self._layers.values(), list(self._originals.buffers.values())]
+            freed = [*self._layers.values(), tuple(self._originals.buffers.values())]
             self._layers, self._exported, self._maybe_traced = {}, None, False
             self._originals.buffers = {}
             self._pending.clear()
@@ -326,7 +323,7 @@ class PoolBuffers:
 
     # Checks.
 
-    def _validate(self, layer: int, arrays: Arrays, tokens: int, buffers: Buffers | None) -> None:
+    def _validate(self, layer: int, arrays: Arrays, tokens: int, buffers: Arrays | None) -> None:
         """Raise DTypeError or ShapeError unless `arrays` hold `tokens` tokens and fit `buffers`."""
         for layout, array in zip(self.layouts, arrays, strict=False):
             check_dtype(self.backend, self.dtype, layout.name, array)
@@ -334,16 +331,16 @@ class PoolBuffers:
         if buffers is not None:
             self._check_fit(layer, [array.shape for array in arrays], buffers)
 
-    def _check_fit(self, layer: int, shapes: Sequence[Sequence[int]], buffers: Buffers) -> None:
+    def _check_fit(self, layer: int, shapes: Sequence[Sequence[int]], buffers: Arrays) -> None:
         """Raise ShapeError unless arrays of `shapes` have the sizes of `buffers`."""
         if len(shapes) != len(buffers):
             raise ShapeError(f"layer {layer} has values in every pass or in none.")
         for layout, shape, buffer in zip(self.layouts, shapes, buffers, strict=False):
             check_heads(layout, shape, buffer)
 
-    def _alloc_like(self, arrays: Sequence[Array]) -> Buffers:
+    def _alloc_like(self, arrays: Sequence[Array]) -> Arrays:
         pairs = zip(self.layouts, arrays, strict=False)
         return self._alloc([layout.resized(array, self.cells) for layout, array in pairs])
 
-    def _alloc(self, shapes: Iterable[Sequence[int]]) -> Buffers:
-        return [self.backend.alloc(shape, self.dtype) for shape in shapes]
+    def _alloc(self, shapes: Iterable[Sequence[int]]) -> Arrays:
+        return tuple(self.backend.alloc(shape, self.dtype) for shape in shapes)

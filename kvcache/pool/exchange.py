@@ -9,21 +9,23 @@ from kvcache.backends import Array, Backend
 from kvcache.backends.arrays import DType
 from kvcache.errors import ShapeError
 
+from .layouts import Arrays
 from .plan import PoolState
 
 Form: TypeAlias = dict[int, list[tuple[tuple[int, ...], DType]]]
 """Shape and dtype of the arrays of every layer."""
 
 
-def convert(layers: Mapping[int, list[Array]], conversion: Callable[[Array], Array]) -> None:
-    """Replace every buffer by its ``conversion``, which may consume it.
+def convert(layers: dict[int, Arrays], conversion: Callable[[Array], Array]) -> None:
+    """Replace every buffer by its `conversion`, which may consume it.
 
     Each is replaced in the statement that converts it. If one fails, all are usable in one form or
     the other, and converting them again, in either direction, is right.
     """
-    for buffers in layers.values():
+    for layer, buffers in layers.items():
         for i in range(len(buffers)):
-            buffers[i] = conversion(buffers[i])
+            done, (buffer, *rest) = buffers[:i], buffers[i:]
+            layers[layer] = *done, conversion(buffer), *rest
 
 
 def form_of(state: Mapping[int, Sequence[Array]]) -> Form:

@@ -122,12 +122,10 @@ def test_layers_with_frequencies_of_their_own(backend):
         assert distances.min() < 1e-5
 
 
-@pytest.mark.parametrize("count", [200, 1000])
-def test_many_shifts_round_once(backend, count):
-    """A thousand shifts of one position, in a dtype of three digits, are one of a thousand."""
+def test_many_shifts_round_once(backend):
+    """A thousand shifts of one position are one of a thousand, in a dtype of three digits."""
     dtype = "bfloat16" if "bfloat16" in backend.dtypes else "float32"
-    if count == 1000 and backend.name != "numpy":
-        pytest.skip("fewer say the same on slower backends")
+    count = 1000 if backend.name == "numpy" else 100  # fewer say the same on slower backends
     shift = RoPEShift(FREQUENCIES)
     cache = CausalCache(shift=shift)
     cache.init(backend, dtype, capacity=16, max_batch=8)
