@@ -62,6 +62,10 @@ class NumpyBackend(Backend):
             # In one statement, without a call: no signal handler runs between the two.
             keys[:, :, start:stop], values[:, :, start:stop] = updates
             return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
         return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
 
     def write_row_sets(

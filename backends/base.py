@@ -304,12 +304,13 @@ class Backend(ABC):
     def traced_form(self, buffer: Array) -> Array:
         """Return `buffer` in the form for compiled programs (bits, if need be); consumes it.
 
-        :meth:`from_traced` undoes that. The ``traced_`` functions below accept either form.
+        A buffer in that form already is returned unchanged. :meth:`from_traced` undoes that. The
+        ``traced_`` functions below accept either form.
         """
         return buffer
 
     def from_traced(self, buffer: Array, dtype: str) -> Array:
-        """Undo :meth:`traced_form` of a buffer of `dtype`; consumes it."""
+        """Undo :meth:`traced_form` of a buffer of `dtype`, in either form; consumes it."""
         return buffer
 
     def traced_forms(self, buffers: Arrays) -> Arrays:

@@ -91,7 +91,25 @@ def stacked(table):
 
 def entries(cache):
     """The encoder output by sequence."""
-    return cache._entries
+    return cache._stored()
+
+
+def set_output_position(cache, sequence, position):
+    """Puts the output of a sequence of an encoder cache somewhere else."""
+    entry = cache._stored()[sequence]._replace(position=position)
+    cache._entries = {**cache._entries, sequence: entry}
+    if sequence in cache._arriving:
+        cache._arriving[sequence] = position
+
+
+def store_unfinished(cache):
+    """Stores what the current pass of an encoder cache has put, although layers are missing."""
+    cache._known &= cache._put_layers
+
+
+def arriving(cache):
+    """The sequences of which an encoder cache will store what the current pass puts."""
+    return cache._arriving
 
 
 def encoder_batch(cache):

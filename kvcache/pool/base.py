@@ -246,11 +246,14 @@ class Cache(ABC):
         """Choose the layer for :meth:`put` and :meth:`get`."""
 
     @abstractmethod
-    def put(self, keys: Array, values: Array | None = None) -> None:
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
         """Store the keys and values of the pass's tokens, ``[kv_heads, tokens, head_dim]``.
 
         Axes are in the layout of the cache, ``"htd"`` by default. values: None for a layer of keys
-        only. The arrays are copied, and stay the caller's.
+        only. frames: for :meth:`EncoderCache.put` alone. The arrays are copied, and stay the
+        caller's.
 
         Raises: ShapeError, DTypeError, KVCacheError without a pass; nothing is stored then.
         """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
-from typing import Self, TypeAlias
+from typing import Self
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from kvcache._checks import check_ids, check_range, check_sizes
 from kvcache._interrupts import uninterrupted
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
-from kvcache.errors import KVCacheError, NotSupportedError, SharedCellsError
+from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
@@ -22,14 +22,14 @@ from kvcache.storage.masks import device_mask
 from .ahead import TokensAhead, seen_ahead
 from .base import Cache, Commit
 from .batch import Batch
-from .buffers import PoolBuffers, kv_layouts
+from .buffers import PoolBuffers
 from .cells import CellTable
+from .layouts import kv_layouts
+from .originals import Shift
 from .passes import CellPool
 from .plan import ForwardPlan, PoolState
 from .programs import plan_current, plan_steps
-
-Shift: TypeAlias = Callable[[int, Array, Array], Array]
-"""``shift(layer, keys, offsets) -> keys``: move keys by `offsets` positions, int32 [tokens]."""
+from .removal import prepare_removal
 
 
 class CausalCache(Cache):
@@ -39,7 +39,10 @@ class CausalCache(Cache):
     memory: tokens kept per sequence, to resume it further back; at least `window`, the default.
         With several sequences, at least one more than the window is kept.
     chunk: a token sees only its own chunk of so many positions (chunked attention, Llama 4).
-    shift: moves keys when the middle of a sequence is removed; None: not supported.
+    shift: ``shift(layer, keys, offsets)`` moves keys by `offsets` positions, int32 [tokens], when
+        the middle of a sequence is removed; None: not supported. Shifts of a key add up: it is
+        given the key as it was put, and its whole way from there, so that it is rounded once. For
+        that, the first removal from the middle allocates a second buffer of keys for each layer.
 
     Sequences with a common prefix share its cells, as in llama.cpp's unified KV cache.
 
@@ -153,7 +156,7 @@ class CausalCache(Cache):
     def allocate(
         self, layers: Iterable[int], kv_heads: int, head_dim: int, value_dim: int | None = None
     ) -> None:
-        """Allocate the buffers of `layers` now instead of at their first put.
+        """Allocate the buffers of all `layers` now, or of none, instead of at their first put.
 
         value_dim: head_dim of the values, if it differs from that of the keys; 0: keys only.
 
@@ -164,8 +167,7 @@ class CausalCache(Cache):
         check_sizes(kv_heads=kv_heads, head_dim=head_dim)
         if width < 0:
             raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
-        for layer in layers:
-            self._pool.buffers.allocate(layer, kv_heads, (head_dim, width) if width else [head_dim])
+        self._pool.buffers.allocate(layers, kv_heads, (head_dim, width) if width else [head_dim])
 
     # Passes.
 
@@ -198,7 +200,11 @@ class CausalCache(Cache):
     def set_layer(self, layer: int) -> None:
         self._layer = layer
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
+        if frames is not None:
+            raise NotSupportedError("frames are of encoder output; this cache stores tokens.")
         pool = self._pool
         arrays = (keys,) if values is None else (keys, values)
         forward_pass = pool.current_pass()
@@ -321,18 +327,14 @@ class CausalCache(Cache):
     def _truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens of the history of a sequence."""
         pool = self._pool
-        self._detach(sequence)
+        pool.passes.detach(sequence)
         pool.table.truncate(sequence, length)
         pool.pins.forget(sequence, pool.table.next_position(sequence))
-
-    def _detach(self, sequence: int) -> None:
-        """Take a sequence about to change out of the current pass, which goes on without it."""
-        self._pool.passes.detach(sequence)
 
     def _share(self, target: int, cells: Int32s) -> None:
         """Make `target` hold `cells`, of another sequence."""
         pool = self._pool
-        self._detach(target)
+        pool.passes.detach(target)
         pool.pins.forget(target, 0)  # rows retained from its old content
         pool.table.set_row(target, cells)
         pool.maybe_expired.add(target)
@@ -344,41 +346,11 @@ class CausalCache(Cache):
         cells = passes.history(sequence)
         first = passes.find(sequence, start)
         last = cells.size if stop is None else passes.find(sequence, stop)
-        moving = cells[last:].copy()  # a view changes with its row
-        if stop is None or not moving.size:
+        if stop is None or last == cells.size:
             return lambda: self._truncate(sequence, first)
         if start == stop:
             return lambda: None
-        # The keys are shifted now, because that may raise; the commit only stores them.
-        keys = self._shifted(sequence, moving, stop, start - stop)
-        return lambda: self._remove_middle(sequence, start, range(first, last), start - stop, keys)
-
-    def _shifted(self, sequence: int, cells: Int32s, stop: int, offset: int) -> dict[int, Array]:
-        """Return the shifted keys of `cells` by layer; nothing is stored yet."""
-        pool = self._pool
-        pool.pins.spill(cells)  # first: a pin counts as a reference, but can give way
-        if pool.table.is_shared(cells):
-            raise SharedCellsError(
-                f"cells that move must belong to one sequence; some at or behind position {stop} "
-                f"of sequence {sequence} are shared. Remove the other sequences first."
-            )
-        if self.shift is None:
-            raise NotSupportedError(
-                "removing from the middle moves later tokens, and this cache has no shift. "
-                "Make it with CausalCache(shift=...)."
-            )
-        shift, buffers = self.shift, pool.buffers
-        offsets = buffers.backend.from_host(np.full(cells.size, offset, np.int32))
-        return buffers.shifted_keys(cells, lambda layer, keys: shift(layer, keys, offsets))
-
-    def _remove_middle(
-        self, sequence: int, start: int, removed: range, offset: int, keys: dict[int, Array]
-    ) -> None:
-        pool = self._pool
-        self._detach(sequence)
-        pool.pins.forget(sequence, start)
-        moved = pool.table.remove_middle(sequence, removed.start, removed.stop, offset)
-        pool.buffers.set_keys(moved, keys)
+        return prepare_removal(self._pool, self.shift, sequence, range(first, last), start, stop)
 
     # Snapshots.
 
@@ -418,7 +390,7 @@ class CausalCache(Cache):
         restore = pool.pins.prepare_restore(sequence, rows, position)
 
         def commit() -> None:
-            self._detach(sequence)  # tokens of an unfinished pass are all it may have
+            pool.passes.detach(sequence)  # tokens of an unfinished pass are all it may have
             pool.passes.restored(sequence)
             restore()
             pool.maybe_expired.add(sequence)
@@ -428,21 +400,27 @@ class CausalCache(Cache):
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), copy(self)
         clone.lock, clone._mask, clone._enclosing = threading.RLock(), None, None
-        pool = self._cell_pool
-        if pool is not None:
-            config = self._config or target.config
-            cells = round_up(pool.table.cells, config.padding)
-            table = pool.table.copy(cells)
-            pool.pins.unpin_in_copy(table)  # snapshots keep cells of this cache, not of its copy
-            pool.passes.leave_out(table)
-            buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
-            clone._cell_pool = clone._pool_of(table, buffers, config, pool.retained, clone.lock)
-            clone._cell_pool.maybe_expired = set(pool.maybe_expired)
+        with self.lock:  # other threads may change sequences meanwhile
+            if self._cell_pool is not None:
+                clone._cell_pool = clone._copy_of(self._cell_pool, target)
         return clone
+
+    def _copy_of(self, pool: CellPool, target: Backend) -> CellPool:
+        """Return a copy of `pool` on `target`, with the lock of this cache."""
+        config = self._config or target.config
+        cells = round_up(pool.table.cells, config.padding)
+        table = pool.table.copy(cells)
+        pool.pins.unpin_in_copy(table)  # snapshots keep cells of that cache, not of its copy
+        pool.passes.leave_out(table)
+        buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
+        copied = self._pool_of(table, buffers, config, pool.retained, self.lock)
+        copied.maybe_expired = set(pool.maybe_expired)
+        return copied
 
     def close(self) -> None:
         with self.lock:
-            if self._cell_pool is not None:
-                self._cell_pool.pins.spill()  # snapshots outlive the cache
-                self._cell_pool.buffers.free()
-            self._cell_pool = None
+            pool = self._cell_pool
+            if pool is not None:
+                pool.pins.prepare_spill()()  # snapshots outlive the cache
+                self._cell_pool = self._mask = None
+                pool.buffers.free()

@@ -29,6 +29,9 @@ class CellTable:
         self.max_sequences = max_sequences
         self.allocator = CellAllocator(cells)
         self.positions = np.zeros(cells, np.int32)
+        # By cell: positions by which its key was shifted since it was put. None, and so free for
+        # every pass, until the first removal from the middle.
+        self.shifts: Int32s | None = None
         self.rows = np.zeros((max_sequences, 64), np.int32)
         self.first = np.zeros(max_sequences, np.int64)
         self.last = np.zeros(max_sequences, np.int64)
@@ -196,6 +199,8 @@ class CellTable:
         self.allocator.refcounts[cells] = 1
         self.allocator.free -= cells.size
         self.positions[cells] = groups.positions
+        if self.shifts is not None:
+            self.shifts[cells] = 0
         self._append(groups, cells)
         by_token = np.empty_like(cells)
         by_token[groups.order] = cells
@@ -218,19 +223,32 @@ class CellTable:
         self.last[sequence] -= stop - start
         self.cells_of(sequence)[start:] = rest
         self.positions[rest] += shift
+        if self.shifts is None:
+            self.shifts = np.zeros(self.cells, np.int32)
+        self.shifts[rest] += shift
         self.allocator.decref(row[start:stop])
         self._recompute_range(sequence)
         return rest
 
-    def is_shared(self, cells: Int32s) -> bool:
-        """Return whether one of `cells` has more than one reference."""
-        return bool((self.allocator.refcounts[cells] > 1).any())
+    def is_shared(self, cells: Int32s, pins: Int32s | int = 0) -> bool:
+        """Return whether one of `cells` has more than one reference.
+
+        pins: number of references of snapshots to each cell of the pool, which do not count.
+        """
+        return bool(((self.allocator.refcounts - pins)[cells] > 1).any())
+
+    def moved_by(self, cells: Int32s) -> Int32s:
+        """Return the number of positions by which the keys of `cells` were shifted."""
+        return np.zeros_like(cells) if self.shifts is None else self.shifts[cells]
 
     def copy(self, cells: int) -> CellTable:
         """Return an independent table with the same content. cells: at least as many as here."""
         clone = CellTable(cells, self.max_sequences)
         clone.allocator = self.allocator.copy(cells)
         clone.positions[: self.cells] = self.positions
+        if self.shifts is not None:
+            clone.shifts = np.zeros(cells, np.int32)
+            clone.shifts[: self.cells] = self.shifts
         clone.rows, clone.first, clone.last = self.rows.copy(), self.first.copy(), self.last.copy()
         clone.low, clone.high = self.low.copy(), self.high.copy()
         return clone
@@ -301,6 +319,8 @@ class CellTable:
         cells[missing] = new = self.allocator.pop(int(np.count_nonzero(missing)))
         self.allocator.free -= new.size
         self.positions[new] = positions[missing]
+        if self.shifts is not None:
+            self.shifts[new] = 0
         self.allocator.refcounts[cells] += 1
         self._fill(sequence, cells.astype(np.int32))
         return cells

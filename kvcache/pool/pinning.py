@@ -89,11 +89,28 @@ class PoolPins:
                 return True
         return False
 
-    def spill(self, cells: Int32s | None = None) -> None:
-        """Copy rows pinned in any of `cells` to the host, as these will change; None: all rows."""
-        for rows in list(self._rows):  # a list: to_host() unpins, and so changes `self._rows`
-            if cells is None or np.isin(rows.slots, cells).any():
-                rows.to_host()
+    def prepare_spill(self, cells: Int32s | None = None) -> Commit:
+        """Copy rows pinned in any of `cells`, which will change, to the host; None: all rows.
+
+        Return the commit, which unpins them.
+        """
+        return self._spilled(
+            [rows for rows in self._rows if cells is None or np.isin(rows.slots, cells).any()]
+        )
+
+    def _spilled(self, leaving: Sequence[TokenRows]) -> Commit:
+        """Copy the rows of `leaving` to the host; return the commit, which unpins them."""
+        copies = [self._buffers.read(rows.slots) for rows in leaving]
+
+        def commit() -> None:
+            for rows, layers in zip(leaving, copies, strict=True):
+                rows.move_to_host(layers)
+
+        return commit
+
+    def is_shared(self, cells: Int32s) -> bool:
+        """Return whether one of `cells` belongs to several sequences; pins can give way."""
+        return self._table.is_shared(cells, self._references)
 
     @property
     def references(self) -> Int32s:
@@ -111,7 +128,11 @@ class PoolPins:
         """Return the rows of positions ``[start, stop)``, held by the sequence or retained."""
         rows = self._pinned(self._history(sequence), start, stop)
         points = self._points.get(sequence)
-        return rows if points is None else points.add_to(rows, start, stop)
+        try:
+            return rows if points is None else points.add_to(rows, start, stop)
+        except BaseException:
+            rows.close()  # or its cells would be pinned for good
+            raise
 
     def _pinned(self, cells: Int32s, start: int, stop: int) -> TokenRows:
         """Return the rows of positions ``[start, stop)`` among `cells`, pinned."""
@@ -132,15 +153,46 @@ class PoolPins:
         needed = [
             np.flatnonzero(self._visibility.needed(rows.positions, position)) for rows in parts
         ]
-        while (missing := self._cells_missing(parts, needed)) > self._table.free:
-            # Rows of `parts` go last: resident rows are shared, and need no free cell.
-            if not self.spill_one(keep=parts) and not self.spill_one():
-                raise CacheFullError(
-                    f"restoring needs {missing} free cells; {self._table.free} of "
-                    f"{self._table.cells} are free. Remove sequences."
+        leaving = self._rows_to_spill(parts, needed)
+        shared = [rows.owner is self and rows not in leaving for rows in parts]
+        written = self._rows_to_write(parts, needed, shared)
+        spill = self._spilled(leaving)
+
+        def commit() -> None:
+            cells = self._cells_shared(parts, needed, shared)
+            spill()
+            self._restore(sequence, parts, needed, cells, written)
+
+        return commit
+
+    def _rows_to_spill(
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots]
+    ) -> list[TokenRows]:
+        """Return the pinned rows to spill, the oldest first, for a restore of `parts`.
+
+        Raises: CacheFullError if there is no room without any of them.
+        """
+        missing, free = self._cells_missing(parts, needed), self._table.free
+        leaving: list[TokenRows] = []
+        if missing <= free:
+            return leaving
+        held = self._table.referenced_by_others(self._references, None)
+        references, kept = self._table.allocator.refcounts.copy(), set(parts)
+        # Rows of `parts` go last: resident rows are shared, and need no free cell.
+        for rows in sorted(self._rows, key=kept.__contains__):
+            if missing > free and not held[rows.slots].all():
+                leaving.append(rows)
+                references[rows.slots] -= 1
+                free += int(np.count_nonzero(references[rows.slots] == 0))
+                missing += sum(
+                    index.size for part, index in zip(parts, needed, strict=True) if part is rows
                 )
-        written = self._rows_to_write(parts, needed)
-        return lambda: self._restore(sequence, parts, needed, written)
+        if missing > free:
+            raise CacheFullError(
+                f"restoring needs {missing} free cells; {free} of {self._table.cells} are free or "
+                "can be freed. Remove sequences."
+            )
+        return leaving
 
     def _cells_missing(self, parts: Sequence[TokenRows], needed: Sequence[Slots]) -> int:
         """Return the number of free cells needed: one for each row outside this pool."""
@@ -148,28 +200,34 @@ class PoolPins:
         return sum(index.size for rows, index in pairs if rows.owner is not self)
 
     def _rows_to_write(
-        self, parts: Sequence[TokenRows], needed: Sequence[Slots]
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
     ) -> list[LayerRows]:
-        """Return the checked content to write for each of `parts`: empty for resident rows."""
+        """Return the checked content to write for each of `parts`: empty where cells are shared."""
         written: list[LayerRows] = []
-        for rows, index in zip(parts, needed, strict=True):
-            written.append({} if rows.owner is self or not index.size else rows.read(index))
+        for rows, index, shares in zip(parts, needed, shared, strict=True):
+            written.append({} if shares or not index.size else rows.read(index))
             if written[-1]:
                 self._buffers.check_rows(written[-1])
         return written
+
+    def _cells_shared(
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
+    ) -> list[Slots]:
+        """Return the cell of every row needed, -1 where it gets a free one."""
+        return [
+            rows.slots[index] if shares else np.full(index.size, -1, np.int64)
+            for rows, index, shares in zip(parts, needed, shared, strict=True)
+        ]
 
     def _restore(
         self,
         sequence: int,
         parts: Sequence[TokenRows],
         needed: Sequence[Slots],
+        resident: Sequence[Slots],
         written: Sequence[LayerRows],
     ) -> None:
         """Assign cells to the sequence, and queue the rows outside this pool to be written."""
-        resident = []  # the cell of every row, -1 where it gets a free one
-        for rows, index in zip(parts, needed, strict=True):
-            in_cells = rows.owner is self
-            resident.append(rows.slots[index] if in_cells else np.full(index.size, -1, np.int64))
         positions = [rows.positions[index] for rows, index in zip(parts, needed, strict=True)]
         cells = self._table.assign(sequence, np.concatenate(positions), np.concatenate(resident))
         for layers, slots in zip(written, _split_like(cells, resident), strict=True):

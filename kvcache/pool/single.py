@@ -83,6 +83,8 @@ def commit_single(table: CellTable, step: SingleTokenStep) -> None:
     table.last[sequence] = last + 1
     allocator.refcounts[cell] = 1
     table.positions[cell] = position
+    if table.shifts is not None:
+        table.shifts[cell] = 0
     table.low[sequence], table.high[sequence] = low, high
     if dropped is None:
         allocator.free -= 1

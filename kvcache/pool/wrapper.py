@@ -103,8 +103,13 @@ class WrapperCache(Cache):
         self._layer = layer
         self.underlying_cache.set_layer(layer)
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
-        self.underlying_cache.put(keys, values)
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
+        if frames is None:
+            self.underlying_cache.put(keys, values)
+        else:
+            self.underlying_cache.put(keys, values, frames)
 
     def get(self) -> tuple[Array, Array | None, Array | None]:
         return self.underlying_cache.get()

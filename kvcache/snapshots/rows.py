@@ -97,6 +97,10 @@ class TokenRows:
         with self._owner_lock():
             return self._layers if self.owner is None else self.owner.read(self.slots)
 
+    def move_to_host(self, layers: LayerRows) -> None:
+        """Hold `layers`, just read from the owner under its lock, instead of its slots."""
+        self._become(self.positions, layers)
+
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""
         with self._owner_lock():

@@ -314,6 +314,7 @@ class SnapshotMachine(RuleBasedStateMachine):
             self.encoder.put(
                 laid_out(self.backend, every + np.float32(layer), config.key_layout),
                 laid_out(self.backend, -every[:, :, :2], config.value_layout),
+                [FRAMES] * len(names),
             )
 
     def look(self, positions, sequences):

@@ -150,9 +150,11 @@ def test_encoder_and_decoder():
     wrapper.start_forward(Batch([0, 0], [0, 1], [0, 1]))
     wrapper.set_layer_type(0)
     frames = np.ones((1, 6, 2), np.float32)
-    wrapper.put(frames, frames)
+    wrapper.put(frames, frames, frames=[3, 3])
     assert wrapper.get()[2].shape == (2, 6)
     wrapper.set_layer_type(1)
+    with pytest.raises(NotSupportedError, match="frames are of encoder output"):
+        wrapper.put(np.ones((1, 2, 2), np.float32), frames=[1, 1])
     wrapper.put(np.ones((1, 2, 2), np.float32))
     assert wrapper.get()[2].sum() == 2
     with pytest.raises(ValueError, match="holds position 0 already"):
