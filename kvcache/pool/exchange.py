@@ -22,10 +22,10 @@ def convert(layers: dict[int, Arrays], conversion: Callable[[Array], Array]) -> 
     Each is replaced in the statement that converts it. If one fails, all are usable in one form or
     the other, and converting them again, in either direction, is right.
     """
-    for layer, buffers in layers.items():
-        for i in range(len(buffers)):
-            done, (buffer, *rest) = buffers[:i], buffers[i:]
-            layers[layer] = *done, conversion(buffer), *rest
+    for layer in list(layers):
+        for i, buffer in enumerate(layers[layer]):
+            present = layers[layer]  # with the buffers converted so far
+            layers[layer] = *present[:i], conversion(buffer), *present[i + 1 :]
 
 
 def form_of(state: Mapping[int, Sequence[Array]]) -> Form:
