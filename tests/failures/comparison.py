@@ -31,7 +31,7 @@ class Reference:
 
         def lose(world):
             make(world)
-            world.result = None
+            world.lose()
 
         self.before = course(scenario, place, lambda _: None)
         self.after = course(scenario, place, make)

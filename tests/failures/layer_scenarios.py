@@ -83,15 +83,14 @@ def _restored(world, snapshot):
     caches = LayerCaches(
         type(cache).make(world.backend, cache.options) for cache in world.caches
     )
-    error = attempt(caches.restore, snapshot)
+    error = attempt(caches.restore, snapshot, backend=world.backend)
     return [error, look_at_layers(caches)]
 
 
 def _end(world):
     """Close and reset everything, and begin anew."""
-    for snapshot in world.snapshots.values():
-        snapshot.close()
-    errors = attempt(world.caches.reset)
+    errors = [attempt(snapshot.close) for snapshot in world.snapshots.values()]
+    errors.append(attempt(world.caches.reset))
     left = [len(peek.layer_pins(cache)) for cache in world.caches]
     return [errors, left, world.caches.nbytes, world.feed(2), look_at_layers(world.caches)]
 
@@ -251,7 +250,8 @@ def _foreign(world):
 
 
 def _restore(world):
-    world.caches.restore(world.snapshots["first"], world.snapshots["second"])
+    snapshots = world.snapshots["first"], world.snapshots["second"]
+    world.caches.restore(*snapshots, backend=world.backend)
 
 
 def _file(world):
@@ -288,6 +288,7 @@ ROLLBACKS = [
     Act("rollback 0", lambda world: world.caches.rollback()),
     Act("rollback 2", lambda world: world.caches.rollback(2)),
 ]
+ROLLBACK_AT_ONCE = Act("rollback at once", lambda world: world.caches.rollback(), silent=True)
 UPDATES = [_updating(count) for count in (1, 3, 9)]
 EXPORT = Act("export_state", lambda world: _export(world), finish=_come_back)
 IMPORT = Act("import_state", _give_back, _lend)
@@ -312,7 +313,7 @@ ACTS = {
     "part of ring": [*UPDATES, TRIM, *PROGRAMS],
     "full ring": [*UPDATES, TRIM, IMPORT],
     "turned ring": [*UPDATES, *FOR_ANY, *PROGRAMS],
-    "ring to turn": [*UPDATES, *ROLLBACKS[:1], TRIM],
+    "ring to turn": [*UPDATES, ROLLBACK_AT_ONCE, TRIM],
     "ring checkpoint": [*UPDATES, *ROLLBACKS, IMPORT],
     "ring schedule": [*UPDATES, *FOR_ANY, *PROGRAMS],
     "ring retained": [*UPDATES, *ROLLBACKS, FOR_ANY[1], FOR_ANY[2], FOR_ANY[3], FOR_ANY[4]],

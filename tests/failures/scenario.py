@@ -40,6 +40,10 @@ class World:
         self.given = None
         self._stamps = itertools.count(1)
 
+    def lose(self):
+        """Forget the result of the call, as a caller does that is interrupted as it returns."""
+        self.result = None
+
     def array(self, host, dtype="float32"):
         return self.backend.from_host(np.asarray(host, np.float32), dtype)
 
