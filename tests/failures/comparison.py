@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .injection import InjectedError, Moments, hooks, interrupt, lines, numbered, telling
+from .injection import (
+    InjectedError,
+    Moments,
+    chosen_of,
+    fail,
+    hooks,
+    interrupt,
+    lines,
+    numbered,
+)
 from .observation import differences
 
 DONE_BEFORE_FREE = ("free",)
@@ -23,6 +32,7 @@ class Reference:
 
     before: of a twin without the call. after: of a twin that made the call.
     lost: of a twin that made the call and lost its result.
+    instead: of a twin that made the call that a failure may turn into; None if there is none.
     """
 
     def __init__(self, scenario, place):
@@ -36,6 +46,18 @@ class Reference:
         self.before = course(scenario, place, lambda _: None)
         self.after = course(scenario, place, make)
         self.lost = course(scenario, place, lose) if scenario.act.resource else self.after
+        instead = scenario.act.instead
+        self.instead = None if instead is None else course(scenario, place, instead)
+
+    def expected_after_failure(self, world, struck):
+        """Return the twin that a failed call has to equal.
+
+        It is the one without the call, unless the failure turned into another call, or came when
+        the change was made and memory was given up.
+        """
+        if self.instead is not None and _is(world, self.instead):
+            return self.instead
+        return self.after if struck in DONE_BEFORE_FREE and _is(world, self.after) else self.before
 
 
 def course(scenario, place, step):
@@ -52,14 +74,14 @@ def course(scenario, place, step):
 # Hooks.
 
 
-def hook_differences(scenario, place):
-    """Return a line for each difference that a failing hook call leaves."""
+def hook_differences(scenario, place, strike=fail):
+    """Return a line for each difference that a failing hook call leaves. strike: how it fails."""
     reference = Reference(scenario, place)
     names = list(numbered(moments_of_hooks(scenario, place).names))
     return [
         f"{name} fails, {line}"
         for number, name in enumerate(names, 1)
-        for line in _after_hook(scenario, place, reference, number)
+        for line in _after_hook(scenario, place, reference, Moments(number, strike))
     ]
 
 
@@ -71,37 +93,42 @@ def moments_of_hooks(scenario, place):
     return moments
 
 
-def _after_hook(scenario, place, reference, number):
+def _after_hook(scenario, place, reference, chosen):
     for later, calls in enumerate(scenario.laters):
         for retried in (False, True):
-            world = scenario.start(place)
-            moments = Moments(number)
-            raised = _fails(scenario, world, hooks(place.backends, moments), moments)
+            world, moments = scenario.start(place), Moments(chosen.chosen, chosen.strike)
+            raised = _fails(scenario, world, hooks(place.backends, moments))
             if isinstance(raised, str):
                 yield raised
                 return
             if raised:
-                lines = _after_failure(scenario, world, reference, later, calls, retried, moments)
+                yield from _after_failure(
+                    scenario, world, reference, later, calls, retried, moments.struck
+                )
             else:  # swallowed, so the call has to have done everything
                 scenario.act.finish(world)
-                lines = _compared("the call returned", world, reference.after, later, calls)
-            yield from lines
+                yield from _compared("returned", world, reference.after, later, calls)
 
 
-def _after_failure(scenario, world, reference, later, calls, retried, moments):
-    is_done = moments.struck in DONE_BEFORE_FREE and _is(world, reference.after)
-    if retried and not is_done:
-        error = _attempted(scenario, world)
-        return [error] if error else _compared("retried", world, reference.after, later, calls)
-    expected = reference.after if is_done else reference.before
+def _after_failure(scenario, world, reference, later, calls, retried, struck):
+    if scenario.in_pass and retried:  # looking first would end the pass
+        return _retried(scenario, world, reference, later, calls)
+    expected = reference.expected_after_failure(world, struck)
+    if retried and expected is reference.before:
+        return _retried(scenario, world, reference, later, calls)
     return _compared("given up", world, expected, later, calls)
 
 
+def _retried(scenario, world, reference, later, calls):
+    error = _attempted(scenario, world)
+    return [error] if error else _compared("retried", world, reference.after, later, calls)
+
+
 def _is(world, expected):
-    return not differences(expected.state, world.look())
+    return expected.state == world.look()
 
 
-def _fails(scenario, world, injection, moments):
+def _fails(scenario, world, injection):
     """Make the call under injection; return whether it raised, or words for a wrong error."""
     try:
         with injection:
@@ -123,10 +150,15 @@ def _attempted(scenario, world):
 
 
 def _compared(moment, world, expected, later, calls):
-    """Return the differences of a world from `expected`, those of its later calls included."""
+    """Return the differences of a world from `expected`, in its state or in later calls.
+
+    calls: the later calls; None to leave them out.
+    """
     state = differences(expected.state, world.look())
     if state:
         return [f"{moment}: {_first_of(state)}"]
+    if calls is None:
+        return []
     followed = differences(expected.later[later], calls(world))
     return [f"{moment}, later: {_first_of(followed)}"] if followed else []
 
@@ -139,60 +171,57 @@ def _first_of(differing):
 
 # Interrupts.
 
+LOOK_AHEAD = 8
+"""Later calls are compared after one of so many interrupts: the state says nearly everything."""
 
-def interrupt_differences(scenario, place, repeats=None, stride=1):
-    """Return a line for each difference that Ctrl-C leaves at some line of the package."""
+
+def interrupt_differences(scenario, place, limit=None):
+    """Return a line for each difference that Ctrl-C leaves at some line of the package.
+
+    limit: most lines to interrupt, evenly spread over those that run; None for every line, each
+        time that it runs.
+    """
     reference = Reference(scenario, place)
     names = moments_of_lines(scenario, place).names
     described = list(numbered(names))
     return [
         f"before {described[number - 1]}, {line}"
-        for number in telling(names, repeats)[::stride]
-        for line in _after_interrupt(scenario, place, reference, number)
+        for turn, number in enumerate(chosen_of(names, limit))
+        for line in _after_interrupt(scenario, place, reference, number, turn % LOOK_AHEAD == 0)
     ]
 
 
 def moments_of_lines(scenario, place):
     """Return the moments of a call without interrupts."""
+    scenario.act.run(scenario.start(place))  # fills the caches of functions
     world, moments = scenario.start(place), Moments()
     with lines(moments):
         scenario.act.run(world)
     return moments
 
 
-def _after_interrupt(scenario, place, reference, number):
-    """Yield differences: nothing has changed, or everything is done."""
-    later = number % len(scenario.laters)
-    calls = scenario.laters[later]
-    world = scenario.start(place)
-    moments = Moments(number, interrupt)
-    raised = _fails(scenario, world, lines(moments), moments)
+def _after_interrupt(scenario, place, reference, number, ahead):
+    """Return differences: nothing has changed, or everything is done."""
+    world, moments = scenario.start(place), Moments(number, interrupt)
+    raised = _fails(scenario, world, lines(moments))
     if isinstance(raised, str):
-        yield raised
-    elif not raised:
+        return [raised]
+    later = number % len(scenario.laters)
+    calls = scenario.laters[later] if ahead else None
+    if not raised:
         scenario.act.finish(world)
-        yield from _compared("the call returned", world, reference.after, later, calls)
-    elif scenario.in_pass:
-        yield from _after_interrupt_in_pass(scenario, world, reference, later, calls)
-    else:
-        yield from _before_or_after(scenario, world, reference, later, calls)
+        return _compared("returned", world, reference.after, later, calls)
+    if scenario.in_pass:  # looking first would end the pass
+        return _retried(scenario, world, reference, later, calls)
+    return _before_or_after(scenario, world, reference, later, calls)
 
 
 def _before_or_after(scenario, world, reference, later, calls):
     state = world.look()
-    if not differences(reference.before.state, state):
-        error = _attempted(scenario, world)
-        yield from [error] if error else _compared(
-            "retried", world, reference.after, later, calls
-        )
-        return
-    for done in (reference.after, reference.lost):
-        if not differences(done.state, state):
-            return
-    yield f"neither before nor after: {_first_of(differences(reference.before.state, state))}"
-
-
-def _after_interrupt_in_pass(scenario, world, reference, later, calls):
-    """Yield differences where looking ends the pass: the call is made again first."""
-    error = _attempted(scenario, world)
-    yield from [error] if error else _compared("retried", world, reference.after, later, calls)
+    if reference.before.state == state:
+        return _retried(scenario, world, reference, later, calls)
+    done = (reference.after, reference.lost, reference.instead)
+    if any(course is not None and course.state == state for course in done):
+        return []
+    lines = differences(reference.before.state, state)
+    return [f"neither before nor after: {_first_of(lines)}"]

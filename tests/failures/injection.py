@@ -127,14 +127,17 @@ def numbered(names):
         yield f"{shown(name)} {counts[name]}"
 
 
-def telling(names, repeats):
-    """Return the numbers of moments to strike at: the first `repeats` of each name, and its last.
+def chosen_of(names, limit):
+    """Return the numbers of at most `limit` moments, spread evenly over the names; None: of all.
 
-    repeats: None for all.
+    Of moments with one name, such as those of a loop, only the first and the last count.
     """
-    if repeats is None:
+    if limit is None:
         return list(range(1, len(names) + 1))
     places = {}
     for number, name in enumerate(names, 1):
-        places.setdefault(name, []).append(number)
-    return sorted({n for numbers in places.values() for n in [*numbers[:repeats], numbers[-1]]})
+        first, _ = places.get(name, (number, number))
+        places[name] = first, number
+    numbers = sorted({number for pair in places.values() for number in pair})
+    step = max(1, -(-len(numbers) // limit))
+    return numbers[::step]

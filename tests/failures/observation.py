@@ -103,7 +103,7 @@ def look_at_layer(cache):
         "options": dict(cache.options),
         "positions": attempt(lambda: cache.positions.tolist()),
         "held": attempt(_held, cache),
-        "masks": [attempt(_mask, cache, tokens) for tokens in range(1, min(offset, 4) + 1)],
+        "masks": [attempt(_mask, cache, tokens) for tokens in range(1, min(offset, 2) + 1)],
         "can trim": [tokens for tokens in range(offset + 2) if cache.can_trim(tokens)],
     }
 

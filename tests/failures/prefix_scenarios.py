@@ -18,6 +18,9 @@ PROMPT = [11, 12, 13, 14, 15, 16, 17]
 FORKED = [11, 12, 13, 14, 25, 26]
 OTHER = [31, 32, 33, 34]
 ANSWER = [41, 42]
+# The place of rows, and the number of spans that hold them: a session that fails may have split
+# one, whose rows are then those of two.
+NOT_CONTENT = ("resident", "spans", "evictions")
 
 
 class PrefixWorld(World):
@@ -60,7 +63,7 @@ class PrefixWorld(World):
             "stats": {
                 name: value
                 for name, value in asdict(self.prefix.stats).items()
-                if name != "resident"  # a place, not content
+                if name not in NOT_CONTENT
             },
             "session": attempt(lambda: self.session and self.session.matched),
             **self.look_at_source(),
@@ -207,9 +210,9 @@ BEGINS = [
     Act("begin forked", _begin(FORKED), resource=True),
 ]
 ENDS = [
-    Act("end new", _exit, _computed([71, 72, 73])),
-    Act("end forked", _exit, _computed(FORKED)),
-    Act("end again", _exit, _computed(PROMPT)),
+    Act("end new", _exit, instead=_fail, prepare=_computed([71, 72, 73])),
+    Act("end forked", _exit, instead=_fail, prepare=_computed(FORKED)),
+    Act("end again", _exit, instead=_fail, prepare=_computed(PROMPT)),
     Act("end failed", _fail, _computed(FORKED)),
 ]
 CLEAR = Act("clear", lambda world: world.prefix.clear())

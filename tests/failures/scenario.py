@@ -88,6 +88,7 @@ class Act:
 
     run: the call itself. prepare: whatever it needs, made before it.
     finish: the rest of the pass that the call is part of.
+    instead: call that a failure may turn into, where the caller has no second chance.
     resource: True if its result has to be closed, and is lost with an interrupt as it returns.
     silent: True if no difference can be seen afterwards.
     """
@@ -96,6 +97,7 @@ class Act:
     run: Callable[[World], object]
     prepare: Callable[[World], object] = nothing
     finish: Callable[[World], object] = nothing
+    instead: Callable[[World], object] | None = None
     resource: bool = False
     silent: bool = False
 
