@@ -74,14 +74,21 @@ def course(scenario, place, step):
 # Hooks.
 
 
-def hook_differences(scenario, place, strike=fail):
-    """Return a line for each difference that a failing hook call leaves. strike: how it fails."""
+def hook_differences(scenario, place, strike=fail, apart=True):
+    """Return a line for each difference that a failing hook call leaves. strike: how it fails.
+
+    apart: compare the later calls of a world where the failed call is given up, too. Otherwise it
+        is made again in every world.
+    """
     reference = Reference(scenario, place)
     names = list(numbered(moments_of_hooks(scenario, place).names))
+    ways = (False, True) if apart or scenario.in_pass else (True,)
     return [
         f"{name} fails, {line}"
         for number, name in enumerate(names, 1)
-        for line in _after_hook(scenario, place, reference, Moments(number, strike))
+        for later, _ in enumerate(scenario.laters)
+        for retried in ways
+        for line in _after_hook(scenario, place, reference, Moments(number, strike), later, retried)
     ]
 
 
@@ -93,30 +100,21 @@ def moments_of_hooks(scenario, place):
     return moments
 
 
-def _after_hook(scenario, place, reference, chosen):
-    for later, calls in enumerate(scenario.laters):
-        for retried in (False, True):
-            world, moments = scenario.start(place), Moments(chosen.chosen, chosen.strike)
-            raised = _fails(scenario, world, hooks(place.backends, moments))
-            if isinstance(raised, str):
-                yield raised
-                return
-            if raised:
-                yield from _after_failure(
-                    scenario, world, reference, later, calls, retried, moments.struck
-                )
-            else:  # swallowed, so the call has to have done everything
-                scenario.act.finish(world)
-                yield from _compared("returned", world, reference.after, later, calls)
-
-
-def _after_failure(scenario, world, reference, later, calls, retried, struck):
+def _after_hook(scenario, place, reference, moments, later, retried):
+    world, calls = scenario.start(place), scenario.laters[later]
+    raised = _fails(scenario, world, hooks(place.backends, moments))
+    if isinstance(raised, str):
+        return [raised]
+    if not raised:  # swallowed, so the call has to have done everything
+        scenario.act.finish(world)
+        return _compared("returned", world, reference.after, later, calls)
     if scenario.in_pass and retried:  # looking first would end the pass
         return _retried(scenario, world, reference, later, calls)
-    expected = reference.expected_after_failure(world, struck)
-    if retried and expected is reference.before:
-        return _retried(scenario, world, reference, later, calls)
-    return _compared("given up", world, expected, later, calls)
+    expected = reference.expected_after_failure(world, moments.struck)
+    if not retried or expected is not reference.before:
+        return _compared("given up", world, expected, later, calls)
+    unlike = _compared("given up", world, expected, later, None)
+    return unlike or _retried(scenario, world, reference, later, calls)
 
 
 def _retried(scenario, world, reference, later, calls):

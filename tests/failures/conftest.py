@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvcache import CacheConfig, get_backend
+from kvcache import CacheConfig
 
 from .scenario import Place
 

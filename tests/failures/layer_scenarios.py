@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcache import KVCache, LayerCaches, RotatingKVCache, Snapshot, functional
+from kvcache import KVCache, LayerCaches, RotatingKVCache, functional
 
 from .. import peek
 from .observation import attempt, columns, look_at_layers
@@ -80,9 +80,7 @@ def goes_on(world):
 
 
 def _restored(world, snapshot):
-    caches = LayerCaches(
-        type(cache).make(world.backend, cache.options) for cache in world.caches
-    )
+    caches = LayerCaches(type(cache).make(world.backend, cache.options) for cache in world.caches)
     error = attempt(caches.restore, snapshot, backend=world.backend)
     return [error, look_at_layers(caches)]
 
@@ -241,7 +239,9 @@ def _come_back(world):
 
 def _foreign(world):
     """Take snapshots of other caches of the same kinds, one in its cache and one on the host."""
-    source = LayerWorld(world.place, *(type(c).make(world.backend, c.options) for c in world.caches))
+    source = LayerWorld(
+        world.place, *(type(c).make(world.backend, c.options) for c in world.caches)
+    )
     source._stamps = world._stamps
     source.feed(3, 3)
     world.snapshots["first"] = source.caches.snapshot(0, 3).to_host()
@@ -330,7 +330,13 @@ def _laters(state, act):
     """Return later calls: with an open checkpoint, also those that begin with a rollback."""
     if "checkpoint" in act.name:
         return (rolls_back(0),)
-    if state in ("growing checkpoint", "ring to turn", "ring checkpoint", "ring retained", "stack checkpoint"):
+    if state in (
+        "growing checkpoint",
+        "ring to turn",
+        "ring checkpoint",
+        "ring retained",
+        "stack checkpoint",
+    ):
         return (goes_on, rolls_back(1))
     return (goes_on,)
 

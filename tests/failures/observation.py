@@ -152,7 +152,7 @@ def look_at_pool(cache):
         return {"sequences": sequences}
     return {
         "sequences": [_look_at_sequence(cache, sequence) for sequence in range(sequences)],
-        "specs": [tuple(spec) for spec in cache.specs],
+        "specs": attempt(lambda: [tuple(spec) for spec in cache.specs]),
         "parts": [_look_at_part(part) for part in parts(cache)],
     }
 
@@ -182,7 +182,11 @@ def attended(backend, cache):
     if mask is None:
         return [Bits(keys), Bits(values)]
     visible = mask if mask.dtype == np.bool_ else mask == 0
-    rows = [array.reshape(-1, array.shape[1], array.shape[2]) for array in (keys, values) if array is not None]
+    rows = [
+        array.reshape(-1, array.shape[1], array.shape[2])
+        for array in (keys, values)
+        if array is not None
+    ]
     flat = np.concatenate([row.transpose(1, 0, 2).reshape(row.shape[1], -1) for row in rows], 1)
     return [sorted(map(tuple, flat[line].tolist())) for line in visible]
 

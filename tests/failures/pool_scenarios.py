@@ -10,10 +10,8 @@ import numpy as np
 
 from kvcache import (
     Batch,
-    CacheFullError,
     CausalCache,
     EncoderCache,
-    KVCacheError,
     WrapperCache,
     functional,
 )
@@ -223,7 +221,7 @@ def _fill_up(world):
 
 
 def _end(world):
-    """Close and remove everything; nothing may be left in a cell, and a new pass is as the first."""
+    """Close and remove everything; no cell may be in use then, and a new pass is as the first."""
     errors = [attempt(snapshot.close) for snapshot in world.snapshots.values()]
     errors += [attempt(world.cache.remove, sequence, 0) for sequence in range(SEQUENCES)]
     causal = [cache for cache in parts(world.cache) if isinstance(cache, CausalCache)]
@@ -528,19 +526,55 @@ CUTS = [
 BETWEEN = [*CHANGES, *CUTS, *RESTORES]
 REMOVE_MIDDLE = Act("remove middle", lambda world: world.cache.remove(0, 1, 2))
 RESTORE_HELD = Act("restore held", lambda world: world.cache.restore(0, world.snapshots["held"]))
-ON_HOST = Act("snapshot to_host", lambda world: world.snapshots["held"].to_host() and None, silent=True)
+ON_HOST = Act(
+    "snapshot to_host", lambda world: world.snapshots["held"].to_host() and None, silent=True
+)
 
 ACTS = {
     "uninitialised": [Act("init", _init)],
     "new wrapper": [Act("init", _init)],
-    "new": [Act("allocate", _allocate, silent=True), _start("first", {0: 3}), *_puts("first", {0: 3})],
-    "plain": [*STARTS, *PUTS, *_gets(PAIR), SET_CAUSAL, RESERVE, *PROGRAMS, TAKE_STATE, ASSIGN_STATE, *BETWEEN],
-    "crowded": [_start("spill", {0: 3}), _start("spill one", {0: 1}), TIGHT_STEPS, RESTORE_HELD, ON_HOST, CLOSE],
+    "new": [
+        Act("allocate", _allocate, silent=True),
+        _start("first", {0: 3}),
+        *_puts("first", {0: 3}),
+    ],
+    "plain": [
+        *STARTS,
+        *PUTS,
+        *_gets(PAIR),
+        SET_CAUSAL,
+        RESERVE,
+        *PROGRAMS,
+        TAKE_STATE,
+        ASSIGN_STATE,
+        *BETWEEN,
+    ],
+    "crowded": [
+        _start("spill", {0: 3}),
+        _start("spill one", {0: 1}),
+        TIGHT_STEPS,
+        RESTORE_HELD,
+        ON_HOST,
+        CLOSE,
+    ],
     "windowed": [*STARTS, *PUTS[2:], *PROGRAMS, *BETWEEN],
     "one window": [_start("one", ONE), _start("three", {0: 3}), *PUTS[:2], PROGRAMS[0]],
     "scattered": [*_puts("scattered", {1: 4}), REMOVE_MIDDLE, PROGRAMS[0]],
-    "arriving": [*_puts("one", ONE), *_gets(ONE), REMOVE_MIDDLE, TAKE_STATE, PROGRAMS[0], *CHANGES, *CUTS],
-    "wrapper": [*STARTS, *(a for n in range(1, 4) for a in _puts("pair", PAIR, [n])), *_puts("image", {2: 2}, [4, 5]), *BETWEEN],
+    "arriving": [
+        *_puts("one", ONE),
+        *_gets(ONE),
+        REMOVE_MIDDLE,
+        TAKE_STATE,
+        PROGRAMS[0],
+        *CHANGES,
+        *CUTS,
+    ],
+    "wrapper": [
+        *STARTS,
+        *(a for n in range(1, 4) for a in _puts("pair", PAIR, [n])),
+        *_puts("image", {2: 2}, [4, 5]),
+        *BETWEEN,
+    ],
     "shifting wrapper": [REMOVE_MIDDLE, *_puts("pair", PAIR, [2])],
     "encoder": [*_puts("image", THREE), *_gets(PAIR), *CHANGES, *RESTORES],
     "bfloat16": [TAKE_STATE, ASSIGN_STATE, PROGRAMS[0]],
@@ -551,7 +585,9 @@ IN_PASS = ("start_forward", "put", "get", "set_causal", "reserve", "plan")
 
 def _scenario(state, act):
     in_pass = act.name.startswith(IN_PASS)
-    laters = (goes_on, gives_up) if in_pass and state in ("plain", "windowed", "wrapper") else (goes_on,)
+    laters = (
+        (goes_on, gives_up) if in_pass and state in ("plain", "windowed", "wrapper") else (goes_on,)
+    )
     return Scenario(state, STATES[state], act, laters, in_pass)
 
 

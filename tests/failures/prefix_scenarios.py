@@ -217,7 +217,9 @@ ENDS = [
 ]
 CLEAR = Act("clear", lambda world: world.prefix.clear())
 EXTEND = Act("extend", lambda world: world.session.extend([81]), _computed(PROMPT), silent=True)
-SCHEDULE = Act("schedule", lambda world: world.session.schedule([12]), _computed(FORKED), silent=True)
+SCHEDULE = Act(
+    "schedule", lambda world: world.session.schedule([12]), _computed(FORKED), silent=True
+)
 
 STATES = {
     "pool": _state(PoolPrefixWorld, [PROMPT]),
