@@ -290,7 +290,7 @@ ROLLBACKS = [
 ]
 ROLLBACK_AT_ONCE = Act("rollback at once", lambda world: world.caches.rollback(), silent=True)
 UPDATES = [_updating(count) for count in (1, 3, 9)]
-EXPORT = Act("export_state", lambda world: _export(world), finish=_come_back)
+EXPORT = Act("export_state", _export, finish=_come_back)
 IMPORT = Act("import_state", _give_back, _lend)
 PROGRAMS = [EXPORT, IMPORT]
 RESTORE = Act("restore", _restore, _foreign)

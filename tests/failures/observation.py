@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import kvcache
-from kvcache import Backend, EncoderCache, KVCache, WrapperCache
+from kvcache import EncoderCache, KVCache, WrapperCache
 
 from .. import peek
 
@@ -101,11 +101,15 @@ def look_at_layer(cache):
         "dtype": cache.dtype,
         "backend": cache.backend and cache.backend.spec,
         "options": dict(cache.options),
-        "positions": attempt(lambda: cache.positions.tolist()),
+        "positions": attempt(_positions, cache),
         "held": attempt(_held, cache),
         "masks": [attempt(_mask, cache, tokens) for tokens in range(1, min(offset, 2) + 1)],
         "can trim": [tokens for tokens in range(offset + 2) if cache.can_trim(tokens)],
     }
+
+
+def _positions(cache):
+    return cache.positions.tolist()
 
 
 def _held(cache):
@@ -114,7 +118,7 @@ def _held(cache):
     return [Bits(_on_host(cache.backend, array)[:, :, : cache.len]) for array in state]
 
 
-def _on_host(backend: Backend, array):
+def _on_host(backend, array):
     return None if array is None else backend.to_host(array)
 
 
