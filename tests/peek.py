@@ -138,3 +138,8 @@ def layer_retained(cache):
 def checkpoint(cache):
     """The open checkpoint of a per-layer cache, or None."""
     return cache._checkpoint
+
+
+def room(cache):
+    """The number of cells of a causal cache without a sequence: as many tokens can be stored."""
+    return int((~table(cache).referenced_by_others(pin_references(cache), None)).sum())
