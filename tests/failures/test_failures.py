@@ -28,11 +28,13 @@ def check(lines):
     assert not lines, "\n".join([f"{len(lines)} differences", *lines])
 
 
+@pytest.mark.slow
 @every_scenario
 def test_a_framework_fails(place, scenario):
     check(hook_differences(scenario, place, apart=place.backend.name == "numpy"))
 
 
+@pytest.mark.slow
 @every_scenario
 def test_an_interrupt_comes_between_two_lines(place, scenario):
     limit = INTERRUPTS.get(place.backend.name, FEW_INTERRUPTS)
@@ -41,6 +43,7 @@ def test_an_interrupt_comes_between_two_lines(place, scenario):
     check(interrupt_differences(scenario, place, limit))
 
 
+@pytest.mark.slow
 @some_scenarios
 def test_a_signal_comes_before_a_framework_does_its_work(place, scenario):
     check(hook_differences(scenario, place, send_signal, apart=False))
