@@ -82,7 +82,7 @@ def _counted(hook, name, moments):
 
 def interrupt():
     """Raise as Ctrl-C does."""
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def send_signal():
