@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from kvcache.errors import BackendNotAvailableError, UnknownBackendError
+from kvcache.errors import (
+    BackendNotAvailableError,
+    KVCacheError,
+    NotSupportedError,
+    UnknownBackendError,
+)
 
 from .arrays import Array
 from .base import Backend, root_modules
@@ -91,6 +96,23 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
         if name == "auto"
         else _backend(name, device or suffix or None)
     )
+
+
+def portable_spec(backend: Backend) -> str:
+    """Return the spec of `backend`, by which another process finds it.
+
+    Raises: NotSupportedError for an object that its spec does not lead to.
+    """
+    try:
+        known = type(get_backend(backend.spec)) is type(backend)
+    except KVCacheError:
+        known = False
+    if not known:
+        raise NotSupportedError(
+            f"a pickled cache names its backend, and {backend.spec!r} does not lead to "
+            f"{type(backend).__name__}. Make it known with register_backend."
+        )
+    return backend.spec
 
 
 def backend_of(array: Array) -> Backend:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from kvcache._checks import as_limit, as_sizes
 from kvcache.backends import Array, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.layers.state import LayerState, RingState
@@ -137,8 +138,10 @@ def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
     Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
     visible. `window` W lets a token see itself and the W - 1 tokens before it.
     """
+    [tokens] = as_sizes(tokens=tokens)
+    limit = as_limit(window, "window")
     first = (state.offset - tokens)[None]
-    rule = Visibility(None if window is None else window - 1)
+    rule = Visibility(None if limit is None else limit - 1)
     columns = state.positions[None, :]
     if isinstance(state, RingState):
         return rule.sees(first[:, None], columns, state.sinks)

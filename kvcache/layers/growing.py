@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import as_index, as_indices, as_limit
 from kvcache._types import Bools, Int32s
 from kvcache.backends import Array, Backend, get_backend
 from kvcache.errors import BoundsError, KVCacheError, TrimError
@@ -59,7 +59,7 @@ class KVCache(StandaloneCache):
 
         limit: most slots ever needed. Not in ``__init__``, whose signature differs by kind.
         """
-        self._step = operator.index(step)
+        self._step = as_index(step, "step")
         if self._step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
         self._limit = limit
@@ -173,11 +173,10 @@ class KVCache(StandaloneCache):
 
         Raises: ValueError for more tokens than the last update allows, or a window below 1.
         """
-        tokens = operator.index(tokens)
+        tokens = as_index(tokens, "tokens")
+        window = as_limit(window, "window")
         if not 1 <= tokens <= self._maskable():
             raise ValueError(f"mask covers 1 to {self._maskable()} latest tokens; got {tokens}.")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be >= 1 token; got {window}.")
         queries = np.arange(self._offset - tokens, self._offset, dtype=np.int32)[:, None]
         visible: Bools = np.asarray(self._attended(window).sees(queries, self.positions))
         if visible.all():
@@ -196,7 +195,7 @@ class KVCache(StandaloneCache):
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
-        return 0 <= tokens <= self._offset
+        return 0 <= as_index(tokens, "tokens") <= self._offset
 
     def check_trim(self, tokens: int) -> None:
         if not self.can_trim(tokens):
@@ -205,7 +204,7 @@ class KVCache(StandaloneCache):
             )
 
     def trim(self, tokens: int) -> None:
-        tokens = operator.index(tokens)
+        tokens = as_index(tokens, "tokens")
         self.check_trim(tokens)
         self._rewind(self._offset - tokens)
 
@@ -229,7 +228,7 @@ class KVCache(StandaloneCache):
         checkpoint = self._checkpoint
         if checkpoint is None:
             raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
-        accepted = operator.index(accepted)
+        accepted = as_index(accepted, "accepted")
         since = self._offset - checkpoint.offset
         if not 0 <= accepted <= since:
             raise TrimError(f"accepted must be 0 to {since} tokens, those since; got {accepted}.")
@@ -257,7 +256,9 @@ class KVCache(StandaloneCache):
 
         Raises: KVCacheError for a cache that never held a token: it has no shape yet.
         """
-        tokens = operator.index(tokens)
+        tokens = as_index(tokens, "tokens")
+        if tokens < 0:
+            raise ValueError(f"room is for >= 0 tokens; got {tokens}.")
         if self._admission.geometry is None:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
         buffers = self._buffers
@@ -307,7 +308,8 @@ class KVCache(StandaloneCache):
         return Visibility()
 
     def schedule(self, positions: Iterable[int]) -> None:
-        """Do nothing: every position of a growing cache stays resumable."""
+        """Check `positions` and do nothing: every position of a growing cache stays resumable."""
+        as_indices(positions, "positions")
 
     def capture(self, start: int, stop: int) -> TokenRows:
         if self._pins is None:

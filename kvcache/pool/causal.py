@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from copy import copy
 from typing import Self, TypeAlias
 
 import numpy as np
 
-from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._checks import (
+    NO_LIMIT,
+    as_batch_indices,
+    as_index,
+    as_indices,
+    as_limit,
+    as_sizes,
+    check_ids,
+    check_range,
+)
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import KVCacheError, NotSupportedError, SharedCellsError
@@ -33,7 +41,8 @@ Shift: TypeAlias = Callable[[int, Array, Array], Array]
 class CausalCache(Cache):
     """Causal attention over many sequences, within an optional window or chunk.
 
-    window: a token sees itself and the ``window - 1`` tokens before it; None: all of them.
+    window: a token sees itself and the ``window - 1`` tokens before it; None, or a number beyond
+        every position such as ``2**31 - 1``: all of them.
     memory: tokens kept per sequence, to resume it further back; at least `window`, the default.
         With several sequences, at least one more than the window is kept.
     chunk: a token sees only its own chunk of so many positions (chunked attention, Llama 4).
@@ -59,12 +68,10 @@ class CausalCache(Cache):
         shift: Shift | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("window", window), ("memory", memory), ("chunk", chunk)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1 token, or None for no limit; got {value}.")
-        self.window = window
-        self.memory = memory
-        self.chunk = chunk
+        self.window = as_limit(window, "window")
+        # Not a limit: None stands for the window here, and a huge number for everything.
+        self.memory = None if memory is None else as_sizes(memory=memory)[0]
+        self.chunk = as_limit(chunk, "chunk")
         self.shift = shift
         self._config: CacheConfig | None = None
         self._cell_pool: CellPool | None = None
@@ -87,7 +94,9 @@ class CausalCache(Cache):
         capacity: int,
         max_batch: int,
     ) -> None:
-        check_sizes(max_sequences=max_sequences, capacity=capacity, max_batch=max_batch)
+        max_sequences, capacity, max_batch = as_sizes(
+            max_sequences=max_sequences, capacity=capacity, max_batch=max_batch
+        )
         target = get_backend(backend)
         config = self._config or target.config
         retained = self._tokens_retained(max_sequences, capacity)
@@ -106,7 +115,7 @@ class CausalCache(Cache):
         buffers: PoolBuffers,
         config: CacheConfig,
         retained: int | None,
-        lock: threading.RLock,
+        lock: Lock,
     ) -> CellPool:
         """Return a pool over `table` and `buffers` with the rules of this cache."""
         before = None if self.window is None else self.window - 1
@@ -123,7 +132,8 @@ class CausalCache(Cache):
 
     def _tokens_retained(self, max_sequences: int, capacity: int) -> int | None:
         """Return the number of tokens kept per sequence, the newest included; None for all."""
-        if self.memory is not None and (self.window is None or self.memory < self.window):
+        needed = NO_LIMIT if self.window is None else self.window
+        if self.memory is not None and self.memory < needed:
             raise ValueError(
                 f"memory must be at least the window; got {self.memory} for {self.window}."
             )
@@ -143,6 +153,10 @@ class CausalCache(Cache):
         return self._cell_pool
 
     @property
+    def backend(self) -> Backend | None:
+        return None if self._cell_pool is None else self._cell_pool.buffers.backend
+
+    @property
     def cells(self) -> int:
         """Size of the pool in tokens, for all sequences together."""
         return self._pool.table.cells
@@ -157,11 +171,11 @@ class CausalCache(Cache):
         Raises: ValueError for sizes below 1, KVCacheError before :meth:`init`, ShapeError for a
             layer that exists with other sizes.
         """
-        width = head_dim if value_dim is None else value_dim
-        check_sizes(kv_heads=kv_heads, head_dim=head_dim)
+        kv_heads, head_dim = as_sizes(kv_heads=kv_heads, head_dim=head_dim)
+        width = head_dim if value_dim is None else as_index(value_dim, "value_dim")
         if width < 0:
             raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
-        for layer in layers:
+        for layer in as_indices(layers, "layers"):
             self._pool.buffers.allocate(layer, kv_heads, (head_dim, width) if width else [head_dim])
 
     # Passes.
@@ -177,14 +191,15 @@ class CausalCache(Cache):
 
     def set_causal(self, except_: Sequence[int] = ()) -> None:
         forward_pass = self._pool.current_pass()
-        if forward_pass.ahead != frozenset(except_):
-            forward_pass.ahead = frozenset(except_)
+        ahead = frozenset(as_batch_indices(except_, forward_pass.cells.size, "except_"))
+        if forward_pass.ahead != ahead:
+            forward_pass.ahead = ahead
             self._mask = None
 
     # Layers.
 
     def set_layer(self, layer: int) -> None:
-        self._layer = layer
+        self._layer = layer if type(layer) is int else as_index(layer, "layer")
 
     def put(self, keys: Array, values: Array | None = None) -> None:
         pool = self._pool
@@ -228,6 +243,7 @@ class CausalCache(Cache):
             a reserve pass.
         """
         count = len(self._pool.current_pass().cells if batch is None else batch)
+        tokens = None if tokens is None else as_index(tokens, "tokens")
         if tokens is not None and tokens < count:
             raise ValueError(f"a pass is padded to its length or more; got {tokens} for {count}.")
         if batch is not None:
@@ -243,6 +259,7 @@ class CausalCache(Cache):
         Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
             sequence, or a token that does not come after its last. Nothing has changed then.
         """
+        [steps] = as_sizes(steps=steps)
         with self.lock:
             return plan_steps(self._pool, batch, steps, self.start_forward)
 
@@ -250,6 +267,7 @@ class CausalCache(Cache):
 
     def can_resume(self, sequence: int, position: int) -> bool:
         table = self._pool.table
+        sequence, position = as_index(sequence, "sequence"), as_index(position, "position")
         check_ids(table.max_sequences, sequence)
         with self.lock:
             lowest = int(self._pool.attended.lowest(np.array(position)))
@@ -262,12 +280,13 @@ class CausalCache(Cache):
         check_ids(table.max_sequences, source, target)
         if length < 0:
             raise ValueError(f"a prefix has a length >= 0; got {length}.")
-        if not table.cells_of(source).size:
-            raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
         kept = table.find(source, length)
         if source == target:
             return lambda: self._truncate(source, kept)
         return lambda: self._share(source, target, kept)
+
+    def holds_tokens(self, sequence: int) -> bool:
+        return bool(self._pool.table.cells_of(sequence).size)
 
     def _truncate(self, sequence: int, length: int) -> None:
         self._pool.table.truncate(sequence, length)
@@ -330,7 +349,7 @@ class CausalCache(Cache):
 
     # Snapshots.
 
-    def share_lock(self, lock: threading.RLock) -> None:
+    def share_lock(self, lock: Lock) -> None:
         super().share_lock(lock)
         if self._cell_pool is not None:
             self._cell_pool.pins.lock = lock
@@ -344,14 +363,17 @@ class CausalCache(Cache):
         return [CacheSpec("causal", self._pool.resumed, self._pool.buffers.dtype)]
 
     def next_position(self, sequence: int) -> int:
+        sequence = as_index(sequence, "sequence")
+        check_ids(self._pool.table.max_sequences, sequence)
         with self.lock:
             return self._pool.table.next_position(sequence)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        sequence, points = as_index(sequence, "sequence"), as_indices(positions, "positions")
         check_ids(self._pool.table.max_sequences, sequence)
         if self._pool.retained is not None:  # otherwise no token is ever dropped
             with self.lock:
-                self._pool.pins.schedule(sequence, positions)
+                self._pool.pins.schedule(sequence, points)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         [spec] = self.specs
@@ -370,8 +392,8 @@ class CausalCache(Cache):
         return commit
 
     def to_backend(self, backend: str | Backend) -> Self:
-        target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._mask = threading.RLock(), None
+        target, clone = get_backend(backend), self._shallow_copy()
+        clone._mask = None
         pool = self._cell_pool
         if pool is not None:
             config = self._config or target.config

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 
-from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._checks import as_index, as_sizes, check_ids, check_range
 from kvcache.backends import Array, Backend, CacheConfig, HostArray, get_backend, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
@@ -68,10 +66,14 @@ class EncoderCache(Cache):
         max_batch: int = 1,
     ) -> None:
         """Size the cache. Output has any length, so `capacity` and `max_batch` are ignored."""
-        check_sizes(max_sequences=max_sequences)
+        [max_sequences] = as_sizes(max_sequences=max_sequences)
         self._backend = get_backend(backend)
         self._dtype, self._max_sequences = dtype, max_sequences
         self._backend.dtype(dtype)
+
+    @property
+    def backend(self) -> Backend | None:
+        return self._backend
 
     def _bound(self) -> Backend:
         """Return the backend. Raises: KVCacheError before :meth:`init`."""
@@ -110,7 +112,7 @@ class EncoderCache(Cache):
     # Layers.
 
     def set_layer(self, layer: int) -> None:
-        self._layer = layer
+        self._layer = layer if type(layer) is int else as_index(layer, "layer")
 
     def put(self, keys: Array, values: Array | None = None) -> None:
         """Store encoder output, ``[kv_heads, frames, head_dim]``, of the multimodal tokens.
@@ -238,8 +240,19 @@ class EncoderCache(Cache):
 
         return commit
 
+    def holds_tokens(self, sequence: int) -> bool:
+        return sequence in self._entries
+
     def can_resume(self, sequence: int, position: int) -> bool:
+        as_index(position, "position")
+        self._checked_id(sequence)
         return True
+
+    def _checked_id(self, sequence: int) -> int:
+        sequence = as_index(sequence, "sequence")
+        self._bound()
+        check_ids(self._max_sequences, sequence)
+        return sequence
 
     # Snapshots.
 
@@ -252,7 +265,7 @@ class EncoderCache(Cache):
         return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:
-        entry = self._entries.get(sequence)
+        entry = self._entries.get(self._checked_id(sequence))
         return 0 if entry is None else entry.position + 1
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
@@ -311,8 +324,8 @@ class EncoderCache(Cache):
         )
 
     def to_backend(self, backend: str | Backend) -> Self:
-        target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._batch = threading.RLock(), None
+        target, clone = get_backend(backend), self._shallow_copy()
+        clone._batch = None
         entries: dict[int, _Entry] = {}
         if self._backend is not None:
             target.dtype(self._dtype)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, KVCacheError
@@ -40,7 +39,7 @@ class CellPool:
         resumed: Visibility,
         retained: int | None,
         config: CacheConfig,
-        lock: threading.RLock,
+        lock: Lock,
     ) -> None:
         self.table = table
         self.buffers = buffers

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.errors import CacheFullError
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
@@ -28,7 +28,7 @@ class PoolPins:
     """
 
     def __init__(
-        self, table: CellTable, buffers: PoolBuffers, visibility: Visibility, lock: threading.RLock
+        self, table: CellTable, buffers: PoolBuffers, visibility: Visibility, lock: Lock
     ) -> None:
         self._table, self._buffers, self._visibility = table, buffers, visibility
         self.lock = lock

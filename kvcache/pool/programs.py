@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvcache._checks import check_ids, check_sizes
+from kvcache._checks import check_ids
 from kvcache._types import Bools, Int32s
 from kvcache.errors import CacheFullError, NotSupportedError
 from kvcache.storage.masks import device_mask
@@ -41,7 +41,6 @@ def plan_steps(
 
     Raises: CacheFullError, ValueError; nothing has changed then.
     """
-    check_sizes(steps=steps)
     _check_steps(pool, batch)
     # With a free cell for every token no step can fail, and nothing needs to be saved.
     if pool.table.free >= steps * len(batch):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
+from kvcache._locks import Lock
 from kvcache._types import Indices
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays
@@ -23,7 +23,7 @@ class PendingWrites:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.queue: deque[tuple[Indices, LayerRows]] = deque()
         """Cells and rows, the oldest first; empty most of the time."""
 

@@ -144,7 +144,7 @@ class TokenRows:
         if other.positions.size and self.positions.size:
             joined = self._merged_with(other)
         else:
-            joined = (self if self.positions.size else other)._renewed()
+            joined = (self if self.positions.size else other).renewed()
         self.close()
         other.close()
         return joined
@@ -161,7 +161,7 @@ class TokenRows:
         # for each other.
         return TokenRows(positions[order], _merged(self.to_host(), other.to_host(), order))
 
-    def _renewed(self) -> TokenRows:
+    def renewed(self) -> TokenRows:
         """Return the same rows, uncopied, as another object: closing one leaves the other open."""
         with self._owner_lock():
             if self.owner is not None:
