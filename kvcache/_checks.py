@@ -43,7 +43,7 @@ def as_indices(values: Iterable[SupportsIndex], name: str) -> list[int]:
     numbers = list(listed)
     if any(isinstance(number, bool) for number in numbers):
         raise TypeError(f"{name} must be a list of integers; got bools, {reprlib.repr(values)}.")
-    return [as_index(number, name) for number in numbers]
+    return [as_index(number, f"each of {name}") for number in numbers]
 
 
 def as_int32s(values: npt.ArrayLike, name: str) -> Int32s:
@@ -77,7 +77,7 @@ def as_batch_indices(values: Sequence[int], tokens: int, name: str) -> tuple[int
     return tuple(array.tolist())
 
 
-def _as_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.generic]:
+def _as_array(values: npt.ArrayLike | Iterable[object], name: str) -> npt.NDArray[np.generic]:
     try:
         # NumPy would make one object of a set or an iterator.
         return np.asarray(list(values) if isinstance(values, Set | Iterator) else values)

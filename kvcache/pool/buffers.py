@@ -13,7 +13,7 @@ from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, CacheConfig, HostArray, nbytes, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
-from kvcache.storage.admission import refuse_several_devices
+from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.arrays import NamedArray
 from kvcache.storage.lengths import ceil_div, padded_index
 
@@ -342,7 +342,7 @@ class PoolBuffers:
             refuse_several_devices(self.backend, array)
             raise DTypeError(
                 f"{name} must be {self.dtype} arrays of {self.backend.spec}; got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
+                f"{described(array)}. Convert them."
             )
 
     def _alloc_like(self, arrays: Arrays) -> Arrays:

@@ -14,7 +14,7 @@ from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.admission import refuse_several_devices
+from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.masks import device_mask
 
@@ -157,7 +157,7 @@ class EncoderCache(Cache):
             refuse_several_devices(backend, array)
             raise DTypeError(
                 f"{layout.name} must be {self._dtype} arrays of {backend.spec}; got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
+                f"{described(array)}. Convert them."
             )
         axis = layout.token_axis
         if len(array.shape) != 3 or not parts or array.shape[axis] % parts:

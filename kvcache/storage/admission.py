@@ -120,6 +120,12 @@ def _check_framework(backend: Backend, keys: Array, values: Array | None) -> Non
             )
 
 
+def described(array: Array) -> str:
+    """Return type and dtype of what was given as an array, for an error."""
+    name = type(array).__name__
+    return f"{name} of {array.dtype}" if hasattr(array, "dtype") else f"{name}, which is no array"
+
+
 def refuse_several_devices(backend: Backend, array: Array) -> None:
     """Raise UnknownBackendError if `array` is of the framework of `backend`, on several devices."""
     if hasattr(array, "dtype") and backend_type(array) is type(backend):
