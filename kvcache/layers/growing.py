@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Self
@@ -10,6 +9,7 @@ from typing import ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit, as_room
 from kvcache._types import Bools, Int32s
 from kvcache.backends import Array, Backend, get_backend
 from kvcache.errors import BoundsError, KVCacheError, TrimError
@@ -68,9 +68,11 @@ class KVCache(StandaloneCache):
 
         limit: most slots ever needed. Not in ``__init__``, whose signature differs by kind.
         """
-        self._step = operator.index(step)
+        self._step = as_index(step, "step")
         if self._step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
+        if self._step > NO_LIMIT:
+            raise ValueError(f"step must be < 2**31 tokens; got {step}.")
         self._limit = limit
         self._asked_backend, self._asked_dtype = backend, dtype
         self._admission = Admission(backend, dtype)
@@ -210,11 +212,10 @@ class KVCache(StandaloneCache):
 
         Raises: ValueError for more tokens than the last update allows, or a window below 1.
         """
-        tokens = operator.index(tokens)
+        tokens = as_index(tokens, "tokens")
+        window = as_limit(window, "window")
         if not 1 <= tokens <= self._maskable():
             raise ValueError(f"mask covers 1 to {self._maskable()} latest tokens; got {tokens}.")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be >= 1 token; got {window}.")
         queries = np.arange(self._offset - tokens, self._offset, dtype=np.int32)[:, None]
         visible: Bools = np.asarray(self._attended(window).sees(queries, self.positions))
         if visible.all():
@@ -233,7 +234,7 @@ class KVCache(StandaloneCache):
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
-        return 0 <= tokens <= self._offset
+        return 0 <= as_index(tokens, "tokens") <= self._offset
 
     def check_trim(self, tokens: int) -> None:
         if not self.can_trim(tokens):
@@ -242,7 +243,7 @@ class KVCache(StandaloneCache):
             )
 
     def trim(self, tokens: int) -> None:
-        tokens = operator.index(tokens)
+        tokens = as_index(tokens, "tokens")
         self.check_trim(tokens)
         self._atomic(partial(self._rewind, self._offset - tokens))
 
@@ -266,7 +267,7 @@ class KVCache(StandaloneCache):
         checkpoint = self._checkpoint
         if checkpoint is None:
             raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
-        accepted = operator.index(accepted)
+        accepted = as_index(accepted, "accepted")
         since = self._offset - checkpoint.offset
         if not 0 <= accepted <= since:
             raise TrimError(f"accepted must be 0 to {since} tokens, those since; got {accepted}.")
@@ -295,7 +296,7 @@ class KVCache(StandaloneCache):
 
         Raises: KVCacheError for a cache that never held a token: it has no shape yet.
         """
-        tokens = operator.index(tokens)
+        tokens = as_room(tokens, "tokens")
         if self._admission.geometry is None:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
         undo = self.savepoint()
@@ -353,7 +354,8 @@ class KVCache(StandaloneCache):
         return Visibility()
 
     def schedule(self, positions: Iterable[int]) -> None:
-        """Do nothing: every position of a growing cache stays resumable."""
+        """Check `positions` and do nothing: every position of a growing cache stays resumable."""
+        as_indices(positions, "positions")
 
     def capture(self, start: int, stop: int) -> TokenRows:
         if self._pins is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import ClassVar, TypeVar
 
 import numpy as np
 
+from kvcache._checks import NO_LIMIT, as_index, as_indices
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend
 from kvcache.errors import TrimError
@@ -47,7 +47,7 @@ class RotatingKVCache(KVCache):
         step: int = 256,
         dtype: str | None = None,
     ) -> None:
-        max_size, keep, step = (operator.index(number) for number in (max_size, keep, step))
+        max_size, keep = as_index(max_size, "max_size"), as_index(keep, "keep")
         if max_size < 1:
             raise ValueError(f"max_size must be >= 1 token; got {max_size}.")
         if not 0 <= keep < max_size:
@@ -55,10 +55,13 @@ class RotatingKVCache(KVCache):
                 f"keep must be 0 to max_size - 1, so that a window is left; "
                 f"got keep={keep} with max_size={max_size}."
             )
-        self.max_size = max_size
-        self.keep = keep
-        self._window = max_size - keep
-        self._configure(backend, step, dtype, limit=max_size)
+        # A larger ring never turns either, and larger numbers do not fit the int32 of masks.
+        self.max_size = min(max_size, NO_LIMIT)
+        self.keep = min(keep, self.max_size - 1)
+        self._window = self.max_size - self.keep
+        # A buffer never outgrows the ring, whatever its step.
+        step = min(as_index(step, "step"), NO_LIMIT)
+        self._configure(backend, step, dtype, limit=self.max_size)
 
     def _start(self) -> None:
         super()._start()
@@ -260,11 +263,13 @@ class RotatingKVCache(KVCache):
 
     def schedule(self, positions: Iterable[int]) -> None:
         # Rows for earlier positions may be displaced already: too late to retain them.
-        self._points.schedule(position for position in positions if position >= self._offset)
+        points = as_indices(positions, "positions")
+        self._points.schedule(point for point in points if point >= self._offset)
 
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
+        tokens = as_index(tokens, "tokens")
         return tokens == 0 or (super().can_trim(tokens) and self._offset <= self.max_size)
 
     def check_trim(self, tokens: int) -> None:

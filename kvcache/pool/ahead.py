@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 
+from kvcache._checks import as_batch_indices
 from kvcache._types import Int32s
 
-TokensAhead: TypeAlias = Collection[int] | Collection[Collection[int]]
+TokensAhead: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 """Batch indices of tokens that see others ahead, or groups of such indices."""
 Seen: TypeAlias = dict[int, tuple[int, int]]
 """By batch index: the positions ``[start, stop)`` that a token sees beyond the rule."""
 
 _END = int(np.iinfo(np.int32).max)
+_NAME = "except_"  # of the argument, in errors
 
 
 def seen_ahead(tokens: TokensAhead, positions: Int32s, sequences: Int32s) -> Seen:
@@ -24,12 +26,13 @@ def seen_ahead(tokens: TokensAhead, positions: Int32s, sequences: Int32s) -> See
 
     Raises: ValueError for anything but indices of the batch, or a group of several sequences.
     """
-    items = list(tokens)  # of a list, a set, or an array of any framework
-    if not any(np.ndim(np.asarray(item)) for item in items):
-        return {i: (int(positions[i]), _END) for i in _batch_indices(items, positions.size)}
+    groups = _groups(tokens)
+    if groups is None:
+        indices = as_batch_indices(tokens, positions.size, _NAME)
+        return {token: (int(positions[token]), _END) for token in indices}
     seen: Seen = {}
-    for item in items:
-        group = _batch_indices(item, positions.size)
+    for items in groups:
+        group = list(as_batch_indices(items, positions.size, _NAME))
         if len(set(sequences[group].tolist())) > 1:
             raise ValueError(f"a group belongs to one sequence; got batch indices {group}.")
         held = positions[group].tolist()
@@ -37,17 +40,9 @@ def seen_ahead(tokens: TokensAhead, positions: Int32s, sequences: Int32s) -> See
     return seen
 
 
-def _batch_indices(tokens: object, size: int) -> list[int]:
-    """Return indices of a batch of `size` tokens from a mask of it, or integers as in NumPy."""
-    index = np.asarray(tokens)
-    if not index.size:
-        return []
-    mask = index.dtype.kind == "b" and index.shape == (size,)
-    integers = index.dtype.kind in "iu" and index.ndim == 1
-    if not mask and not (integers and -size <= index.min() and index.max() < size):
-        raise ValueError(
-            f"set_causal takes indices into the batch of {size} tokens, a mask of it, or groups of "
-            f"indices; got {tokens!r}."
-        )
-    chosen: list[int] = np.arange(size)[index].tolist()
-    return chosen
+def _groups(tokens: TokensAhead) -> list[Sequence[int]] | None:
+    """Return `tokens` as groups of indices; None if they are indices, or nothing of the kind."""
+    if not isinstance(tokens, Sequence):
+        return None
+    groups = [item for item in tokens if np.ndim(np.asarray(item)) == 1]
+    return groups if groups and len(groups) == len(tokens) else None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self, TypeAlias, TypeVar
 
-from kvcache._checks import check_ids, check_range
+from kvcache._checks import as_index, check_ids, check_range
 from kvcache._interrupts import uninterrupted
-from kvcache.backends import Array, Backend, CacheConfig
+from kvcache._locks import Lock
+from kvcache.backends import Array, Backend, CacheConfig, get_backend, portable_spec
 from kvcache.errors import NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
@@ -19,6 +19,7 @@ from .batch import Batch
 
 Commit: TypeAlias = Callable[[], None]
 """A change, checked before, that can no longer fail."""
+C = TypeVar("C", bound="Cache")
 
 
 class Cache(ABC):
@@ -33,11 +34,11 @@ class Cache(ABC):
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = Lock()
         """Held during changes: other threads may change sequences while a pass runs."""
         self._enclosing: Cache | None = None
 
-    def share_lock(self, lock: threading.RLock) -> None:
+    def share_lock(self, lock: Lock) -> None:
         """Use `lock`, the lock of an enclosing cache, instead of its own."""
         self.lock = lock
 
@@ -50,6 +51,11 @@ class Cache(ABC):
             raise ValueError("a cache is a part of one wrapper only. Make a cache for each.")
         self._enclosing = wrapper
         self.share_lock(wrapper.lock)
+
+    @property
+    def backend(self) -> Backend | None:
+        """Backend of the memory; None before :meth:`init`."""
+        raise NotSupportedError(f"{type(self).__name__} does not say which backend it is on.")
 
     @abstractmethod
     def set_config(self, config: CacheConfig) -> None:
@@ -116,23 +122,34 @@ class Cache(ABC):
                 with uninterrupted():
                     self.drop_pass()
 
-    @property
-    def unfinished(self) -> bool:
-        """True if the last pass is not complete, here or in another part of the same wrapper."""
+    def is_unfinished(self) -> bool:
+        """Return whether the last pass is not complete, here or elsewhere in the same wrapper."""
         if self._enclosing is not None:
-            return self._enclosing.unfinished
+            return self._enclosing.is_unfinished()
         return not self.pass_complete()
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Make `target` hold just the positions of `source` below `length`.
 
-        Cells are shared, not copied. ``source == target`` truncates. Tokens of an unfinished pass
-        are not shared, and those of `target` are dropped.
+        Cells are shared, not copied. ``source == target`` truncates. The target can resume
+        wherever the source can, up to `length`. Tokens of an unfinished pass are not shared, and
+        those of `target` are dropped.
 
         Raises: ValueError for a source that holds nothing; nothing has changed then.
         """
+        source, target = as_index(source, "source"), as_index(target, "target")
+        length = as_index(length, "length")
         with self.lock:
-            self._commit(self.prepare_copy_prefix(source, target, length))
+            commit = self.prepare_copy_prefix(source, target, length)
+            if not self.holds_tokens(source):
+                raise ValueError(
+                    f"copy_prefix needs a source that holds tokens; {source} is empty."
+                )
+            self._commit(commit)
+
+    def holds_tokens(self, sequence: int) -> bool:
+        """Return whether a sequence holds anything; of a wrapper, in any of its caches."""
+        return True
 
     def remove(self, sequence: int, start: int, stop: int | None = None) -> None:
         """Forget positions ``[start, stop)`` of a sequence, to its end if `stop` is None.
@@ -143,6 +160,8 @@ class Cache(ABC):
         Raises: ValueError, NotSupportedError without a shift, SharedCellsError where a cell
             that would move belongs to another sequence too; nothing has changed then.
         """
+        sequence, start = as_index(sequence, "sequence"), as_index(start, "start")
+        stop = None if stop is None else as_index(stop, "stop")
         with self.lock:
             self._commit(self.prepare_remove(sequence, start, stop))
 
@@ -162,6 +181,8 @@ class Cache(ABC):
 
         Raises: ValueError, NotSupportedError for a cache without snapshots.
         """
+        sequence, start = as_index(sequence, "sequence"), as_index(start, "start")
+        stop = None if stop is None else as_index(stop, "stop")
         with self.lock:
             check_ids(self.max_sequences, sequence)
             stop = self.next_position(sequence) if stop is None else stop
@@ -177,6 +198,7 @@ class Cache(ABC):
         Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError if the last one
             stops at no resume point; nothing has changed then.
         """
+        sequence = as_index(sequence, "sequence")
         with self.lock:
             check_ids(self.max_sequences, sequence)
             stop = check_contiguous(snapshots, self.specs)
@@ -272,7 +294,7 @@ class Cache(ABC):
     def set_causal(self, except_: TokensAhead = ()) -> None:
         """Let some tokens see others ahead of them (images), for this pass.
 
-        except_: batch indices, or a mask of the batch: these tokens see all of their sequence that
+        except_: batch indices, or one bool per token of the batch, in any list or array: these tokens see all of their sequence that
             is in the cache by then. Or groups of indices, one for each image: its tokens see each
             other and what comes before them, but no later image or text.
 
@@ -299,6 +321,41 @@ class Cache(ABC):
             BackendNotAvailableError.
         """
 
+    def copy(self) -> Self:
+        """Return an independent cache on the same backend, as :meth:`to_backend` does.
+
+        ``copy.copy`` and ``copy.deepcopy`` do the same. Snapshots and scheduled resume points stay
+        with this cache. Takes the lock, so it may be called from any thread between passes.
+
+        Raises: NotSupportedError for a cache that does not say which backend it is on.
+        """
+        with self.lock:
+            # Before init there is nothing to copy, so any backend serves.
+            return self.to_backend(self.backend or "numpy")
+
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[object, ...]]:
+        """Pickle the options, sequences and tokens, through the host, and the name of the backend.
+
+        Raises: NotSupportedError for a backend that has no name.
+        """
+        with self.lock:
+            spec = None if self.backend is None else portable_spec(self.backend)
+            host = self.to_backend("numpy")
+        return _unpickled, (type(self), host.__dict__, spec)
+
+    def _shallow_copy(self) -> Self:
+        """Return a cache that shares all with this one but the lock, for :meth:`to_backend`."""
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        clone.lock, clone._enclosing = Lock(), None
+        return clone
+
     @abstractmethod
     def close(self) -> None:
         """Free all memory. The cache is of no further use."""
@@ -313,6 +370,20 @@ class Cache(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _unpickled(kind: type[C], state: dict[str, object], spec: str | None) -> C:
+    """Return a cache from its state on the host, moved to the backend called `spec`.
+
+    Raises: UnknownBackendError, BackendNotAvailableError if that backend is not there.
+    """
+    target = None if spec is None else get_backend(spec)
+    cache = object.__new__(kind)
+    cache.__dict__.update(state)
+    if target is not None:
+        cache = cache.to_backend(target)
+    cache.share_lock(Lock())  # one for all that it wraps, each of which was pickled with its own
+    return cache
 
 
 def _cannot_snapshot(cache: Cache) -> NotSupportedError:

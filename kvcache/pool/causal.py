@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
-from copy import copy
 from typing import Self
 
 import numpy as np
 
-from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._checks import (
+    NO_LIMIT,
+    as_index,
+    as_indices,
+    as_limit,
+    as_room,
+    as_sizes,
+    as_tokens_or_none,
+    check_ids,
+    check_range,
+)
 from kvcache._interrupts import uninterrupted
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import KVCacheError, NotSupportedError
@@ -35,7 +44,8 @@ from .removal import prepare_removal
 class CausalCache(Cache):
     """Causal attention over many sequences, within an optional window or chunk.
 
-    window: a token sees itself and the ``window - 1`` tokens before it; None: all of them.
+    window: a token sees itself and the ``window - 1`` tokens before it; None, or a number beyond
+        every position such as ``2**31 - 1``: all of them.
     memory: tokens kept per sequence, to resume it further back; at least `window`, the default.
         With several sequences, at least one more than the window is kept.
     chunk: a token sees only its own chunk of so many positions (chunked attention, Llama 4).
@@ -64,12 +74,10 @@ class CausalCache(Cache):
         shift: Shift | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("window", window), ("memory", memory), ("chunk", chunk)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1 token, or None for no limit; got {value}.")
-        self.window = window
-        self.memory = memory
-        self.chunk = chunk
+        self.window = as_limit(window, "window")
+        # Kept as it is: None stands for the window here, and a huge number for everything.
+        self.memory = as_tokens_or_none(memory, "memory")
+        self.chunk = as_limit(chunk, "chunk")
         self.shift = shift
         self._config: CacheConfig | None = None
         self._cell_pool: CellPool | None = None
@@ -92,7 +100,9 @@ class CausalCache(Cache):
         capacity: int,
         max_batch: int,
     ) -> None:
-        check_sizes(max_sequences=max_sequences, capacity=capacity, max_batch=max_batch)
+        max_sequences, capacity, max_batch = as_sizes(
+            max_sequences=max_sequences, capacity=capacity, max_batch=max_batch
+        )
         target = get_backend(backend)
         config = self._config or target.config
         retained = self._tokens_retained(max_sequences, capacity)
@@ -100,6 +110,8 @@ class CausalCache(Cache):
         if retained is not None:
             cells = max_sequences * (retained - 1) + max_batch
         cells = round_up(cells, config.padding)
+        if cells > NO_LIMIT:
+            raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
         self._cell_pool = self._pool_of(
             CellTable(cells, max_sequences), buffers, config, retained, self.lock
@@ -111,7 +123,7 @@ class CausalCache(Cache):
         buffers: PoolBuffers,
         config: CacheConfig,
         retained: int | None,
-        lock: threading.RLock,
+        lock: Lock,
     ) -> CellPool:
         """Return a pool over `table` and `buffers` with the rules of this cache."""
         before = None if self.window is None else self.window - 1
@@ -124,12 +136,13 @@ class CausalCache(Cache):
             retained=retained,
             config=config,
             lock=lock,
-            unfinished=lambda: self.unfinished,
+            unfinished=self.is_unfinished,
         )
 
     def _tokens_retained(self, max_sequences: int, capacity: int) -> int | None:
         """Return the number of tokens kept per sequence, the newest included; None for all."""
-        if self.memory is not None and (self.window is None or self.memory < self.window):
+        needed = NO_LIMIT if self.window is None else self.window
+        if self.memory is not None and self.memory < needed:
             raise ValueError(
                 f"memory must be at least the window; got {self.memory} for {self.window}."
             )
@@ -149,6 +162,10 @@ class CausalCache(Cache):
         return self._cell_pool
 
     @property
+    def backend(self) -> Backend | None:
+        return None if self._cell_pool is None else self._cell_pool.buffers.backend
+
+    @property
     def cells(self) -> int:
         """Size of the pool in tokens, for all sequences together."""
         return self._pool.table.cells
@@ -163,11 +180,14 @@ class CausalCache(Cache):
         Raises: ValueError for sizes below 1, KVCacheError before :meth:`init`, ShapeError for a
             layer that exists with other sizes.
         """
-        width = head_dim if value_dim is None else value_dim
-        check_sizes(kv_heads=kv_heads, head_dim=head_dim)
+        kv_heads, head_dim = as_sizes(kv_heads=kv_heads, head_dim=head_dim)
+        kv_heads, head_dim = as_room(kv_heads, "kv_heads"), as_room(head_dim, "head_dim")
+        width = head_dim if value_dim is None else as_index(value_dim, "value_dim")
         if width < 0:
             raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
-        self._pool.buffers.allocate(layers, kv_heads, (head_dim, width) if width else [head_dim])
+        width = as_room(width, "value_dim")
+        dims = (head_dim, width) if width else [head_dim]
+        self._pool.buffers.allocate(as_indices(layers, "layers"), kv_heads, dims)
 
     # Passes.
 
@@ -198,7 +218,7 @@ class CausalCache(Cache):
     # Layers.
 
     def set_layer(self, layer: int) -> None:
-        self._layer = layer
+        self._layer = layer if type(layer) is int else as_index(layer, "layer")
 
     def put(
         self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
@@ -261,6 +281,7 @@ class CausalCache(Cache):
             a reserve pass.
         """
         count = len(self._pool.current_pass().cells if batch is None else batch)
+        tokens = None if tokens is None else as_room(tokens, "tokens")
         if tokens is not None and tokens < count:
             raise ValueError(f"a pass is padded to its length or more; got {tokens} for {count}.")
         with self.lock:
@@ -284,6 +305,7 @@ class CausalCache(Cache):
         Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
             sequence, or a token that does not come after its last. Nothing has changed then.
         """
+        [steps] = as_sizes(steps=steps)
         with self.lock:
             self._go_on_from_plans(batch)
             return plan_steps(self._pool, batch, steps, self._begin_step)
@@ -304,6 +326,7 @@ class CausalCache(Cache):
 
     def can_resume(self, sequence: int, position: int) -> bool:
         pool = self._pool
+        sequence, position = as_index(sequence, "sequence"), as_index(position, "position")
         check_ids(pool.table.max_sequences, sequence)
         with self.lock:
             lowest = int(pool.attended.lowest(np.array(position)))
@@ -317,12 +340,15 @@ class CausalCache(Cache):
         if length < 0:
             raise ValueError(f"a prefix has a length >= 0; got {length}.")
         cells = pool.passes.history(source)
-        if not cells.size:
+        if not cells.size and not self.can_resume(source, length):
             raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
         kept = cells[: pool.passes.find(source, length)].copy()
         if source == target:
             return lambda: self._truncate(source, kept.size)
         return lambda: self._share(target, kept)
+
+    def holds_tokens(self, sequence: int) -> bool:
+        return bool(self._pool.passes.history(sequence).size)
 
     def _truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens of the history of a sequence."""
@@ -354,7 +380,7 @@ class CausalCache(Cache):
 
     # Snapshots.
 
-    def share_lock(self, lock: threading.RLock) -> None:
+    def share_lock(self, lock: Lock) -> None:
         super().share_lock(lock)
         if self._cell_pool is not None:
             self._cell_pool.pins.lock = lock
@@ -368,14 +394,17 @@ class CausalCache(Cache):
         return [CacheSpec("causal", self._pool.resumed, self._pool.buffers.dtype)]
 
     def next_position(self, sequence: int) -> int:
+        sequence = as_index(sequence, "sequence")
+        check_ids(self._pool.table.max_sequences, sequence)
         with self.lock:
             return self._pool.passes.next_position(sequence)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        sequence, points = as_index(sequence, "sequence"), as_indices(positions, "positions")
         check_ids(self._pool.table.max_sequences, sequence)
         if self._pool.retained is not None:  # otherwise no token is ever dropped
             with self.lock:
-                self._pool.pins.schedule(sequence, positions)
+                self._pool.pins.schedule(sequence, points)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         [spec] = self.specs
@@ -385,7 +414,7 @@ class CausalCache(Cache):
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
         pool, rows = self._pool, [part.rows for [part] in parts]
-        if not self.unfinished:
+        if not self.is_unfinished():
             pool.passes.release()  # the last pass is over, though no other has begun
         restore = pool.pins.prepare_restore(sequence, rows, position)
 
@@ -398,8 +427,8 @@ class CausalCache(Cache):
         return commit
 
     def to_backend(self, backend: str | Backend) -> Self:
-        target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._mask, clone._enclosing = threading.RLock(), None, None
+        target, clone = get_backend(backend), self._shallow_copy()
+        clone._mask = None
         with self.lock:  # other threads may change sequences meanwhile
             if self._cell_pool is not None:
                 clone._cell_pool = clone._copy_of(self._cell_pool, target)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvcache.backends import Array, Backend
 from kvcache.errors import DTypeError, ShapeError
+from kvcache.storage.admission import described, refuse_several_devices
 
 from .layouts import ArrayLayout
 
@@ -13,9 +14,10 @@ from .layouts import ArrayLayout
 def check_dtype(backend: Backend, dtype: str, name: str, array: Array) -> None:
     """Raise DTypeError unless `array`, called `name`, is of `backend` and has this dtype."""
     if not backend.owns(array) or backend.dtype_name(array) != dtype:
+        refuse_several_devices(backend, array)
         raise DTypeError(
-            f"{name} must be {dtype} arrays of {backend.spec}; got "
-            f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
+            f"{name} must be {dtype} arrays of {backend.spec}; got {described(array)}. "
+            "Convert them."
         )
 
 
@@ -26,6 +28,16 @@ def check_tokens(layout: ArrayLayout, array: Array, tokens: int) -> None:
         raise ShapeError(
             f"{layout.name} hold the {tokens} tokens of this pass in layout {layout.axes!r} "
             f"(h kv_heads, t tokens, d head_dim); got {shape}."
+        )
+    check_sizes_of(layout, shape)
+
+
+def check_sizes_of(layout: ArrayLayout, shape: tuple[int, ...]) -> None:
+    """Raise ShapeError unless heads and head_dim are at least 1."""
+    if not all(shape[: layout.token_axis] + shape[layout.token_axis + 1 :]):
+        raise ShapeError(
+            f"{layout.name} have at least one head and one dimension; got {shape} in layout "
+            f"{layout.axes!r}. A layer of keys only is put without values."
         )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-import threading
 from collections.abc import Iterable, Sequence
-from copy import copy
 from typing import Self
 
 import numpy as np
 
-from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._checks import as_index, as_indices, as_sizes, check_ids, check_range
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
@@ -20,7 +17,7 @@ from kvcache.storage.masks import device_mask
 
 from .base import Cache, Commit
 from .batch import Batch
-from .checks import check_dtype
+from .checks import check_dtype, check_sizes_of
 from .layouts import ArrayLayout, Arrays, kv_layouts
 from .output import Entries, Entry, from_row, position_after, to_row, transferred
 
@@ -97,11 +94,15 @@ class EncoderCache(Cache):
         max_batch: int = 1,
     ) -> None:
         """Size the cache. Output has any length, so `capacity` and `max_batch` are ignored."""
-        check_sizes(max_sequences=max_sequences)
+        [max_sequences] = as_sizes(max_sequences=max_sequences)
         target = get_backend(backend)
         target.dtype(dtype)  # raises if the backend lacks it
         self._forget_all()
         self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
+
+    @property
+    def backend(self) -> Backend | None:
+        return self._backend
 
     def _bound(self) -> Backend:
         """Return the backend. Raises: KVCacheError before :meth:`init`."""
@@ -145,7 +146,7 @@ class EncoderCache(Cache):
     # Layers.
 
     def set_layer(self, layer: int) -> None:
-        self._layer = layer
+        self._layer = layer if type(layer) is int else as_index(layer, "layer")
 
     def put(
         self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
@@ -192,7 +193,7 @@ class EncoderCache(Cache):
             )
         if frames is None and sequences == 1 and len(keys.shape) == 3:
             return [keys.shape[self._layouts[0].token_axis]]
-        lengths = [operator.index(length) for length in frames or ()]
+        lengths = as_indices(frames or (), "frames")
         if len(lengths) != sequences:
             raise ShapeError(
                 f"{sequences} sequences bring output in this pass, and each has a number of "
@@ -212,6 +213,7 @@ class EncoderCache(Cache):
                 f"{layout.axes!r} (h kv_heads, t frames, d head_dim), as many as the keys; got "
                 f"{tuple(array.shape)}."
             )
+        check_sizes_of(layout, tuple(array.shape))
         stops = np.cumsum(lengths).tolist()
         pieces = [
             backend.slice(array, stop - length, stop, axis)
@@ -291,8 +293,19 @@ class EncoderCache(Cache):
         arriving = None if arrival is None else position_after(arrival, start, stop)
         return lambda: self._replace(entries, sequence, arriving)
 
+    def holds_tokens(self, sequence: int) -> bool:
+        return sequence in self._stored()
+
     def can_resume(self, sequence: int, position: int) -> bool:
+        as_index(position, "position")
+        self._checked_id(sequence)
         return True
+
+    def _checked_id(self, sequence: int) -> int:
+        sequence = as_index(sequence, "sequence")
+        self._bound()
+        check_ids(self._max_sequences, sequence)
+        return sequence
 
     # Snapshots.
 
@@ -305,7 +318,7 @@ class EncoderCache(Cache):
         return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:
-        entry = self._stored().get(sequence)
+        entry = self._stored().get(self._checked_id(sequence))
         return 0 if entry is None else entry.position + 1
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
@@ -350,8 +363,7 @@ class EncoderCache(Cache):
         return Entry(int(rows.positions[-1]), layers)
 
     def to_backend(self, backend: str | Backend) -> Self:
-        target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._enclosing = threading.RLock(), None
+        target, clone = get_backend(backend), self._shallow_copy()
         clone.drop_pass()
         with self.lock:  # other threads may change sequences meanwhile
             if self._backend is not None:

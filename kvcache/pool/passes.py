@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 
 from kvcache._interrupts import uninterrupted
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, KVCacheError
@@ -52,7 +52,7 @@ class CellPool:
         resumed: Visibility,
         retained: int | None,
         config: CacheConfig,
-        lock: threading.RLock,
+        lock: Lock,
         unfinished: Callable[[], bool],
     ) -> None:
         self.table = table

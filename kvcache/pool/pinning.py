@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.errors import CacheFullError
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
@@ -34,7 +34,7 @@ class PoolPins:
         table: CellTable,
         buffers: PoolBuffers,
         visibility: Visibility,
-        lock: threading.RLock,
+        lock: Lock,
         history: Callable[[int], Int32s],
     ) -> None:
         self._history = history

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvcache._checks import check_ids, check_sizes
+from kvcache._checks import check_ids
 from kvcache._types import Bools, Int32s
 from kvcache.errors import NotSupportedError
 from kvcache.storage.masks import device_mask
@@ -47,7 +47,6 @@ def plan_steps(
 
     Raises: CacheFullError, ValueError; nothing has changed then.
     """
-    check_sizes(steps=steps)
     _check_steps(pool, batch)
     pins, before = pool.pins, pool.passes.current
     passes: list[Pass] = []

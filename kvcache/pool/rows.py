@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from kvcache._locks import Lock
 from kvcache._types import Indices
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays
@@ -34,7 +34,7 @@ class PendingWrites:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.queue: deque[PendingRows] = deque()
         """The oldest first; empty most of the time."""
 

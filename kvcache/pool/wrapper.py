@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from copy import copy
 from typing import Self
 
+from kvcache._checks import as_index, as_indices
+from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
@@ -35,7 +35,7 @@ class WrapperCache(Cache):
         for cache in caches:
             cache.enclose(self)
 
-    def share_lock(self, lock: threading.RLock) -> None:
+    def share_lock(self, lock: Lock) -> None:
         super().share_lock(lock)
         for cache in self.caches:  # one lock, because a change of the wrapper changes them all
             cache.share_lock(lock)
@@ -45,6 +45,7 @@ class WrapperCache(Cache):
 
         Raises: ValueError for an index without a cache.
         """
+        index = index if type(index) is int else as_index(index, "index")
         if not 0 <= index < len(self.caches):
             raise ValueError(f"layer types here are 0 to {len(self.caches) - 1}; got {index}.")
         self._type = index
@@ -54,6 +55,10 @@ class WrapperCache(Cache):
     def underlying_cache(self) -> Cache:
         """Cache chosen last by :meth:`set_layer_type`, at first the first one."""
         return self.caches[self._type]
+
+    @property
+    def backend(self) -> Backend | None:
+        return self.caches[0].backend
 
     def set_config(self, config: CacheConfig) -> None:
         for cache in self.caches:
@@ -99,6 +104,9 @@ class WrapperCache(Cache):
     def _all(self, prepare: Callable[[Cache], Commit]) -> Commit:
         return _together([prepare(cache) for cache in self.caches])
 
+    def holds_tokens(self, sequence: int) -> bool:
+        return any(cache.holds_tokens(sequence) for cache in self.caches)
+
     def set_layer(self, layer: int) -> None:
         self._layer = layer
         self.underlying_cache.set_layer(layer)
@@ -134,7 +142,7 @@ class WrapperCache(Cache):
         return max(cache.next_position(sequence) for cache in self.caches)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        points = list(positions)  # an iterator would be used up by the first cache
+        points = as_indices(positions, "positions")  # an iterator serves the first cache only
         for cache in self.caches:
             cache.schedule(sequence, points)
 
@@ -153,9 +161,9 @@ class WrapperCache(Cache):
         return _together(commits)
 
     def to_backend(self, backend: str | Backend) -> Self:
-        clone = copy(self)
+        clone = self._shallow_copy()
         clone.caches = tuple(cache.to_backend(backend) for cache in self.caches)
-        clone._enclosing, clone.lock = None, threading.RLock()
+        clone._enclosing, clone.lock = None, Lock()
         for cache in clone.caches:
             cache.enclose(clone)
         return clone

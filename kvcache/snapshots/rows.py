@@ -191,9 +191,9 @@ class TokenRows:
         every = new is None or bool(new.all())
         index = np.arange(other.positions.size) if new is None else np.flatnonzero(new)
         if not index.size:
-            return self._renewed()
+            return self.renewed()
         if not self.positions.size:
-            return other._renewed() if every else other.take(index)
+            return other.renewed() if every else other.take(index)
         positions = np.concatenate([self.positions, other.positions[index]])
         order = np.argsort(positions)
         with self._owner_lock():
@@ -203,7 +203,7 @@ class TokenRows:
         others = other.content() if every else other.read(index)
         return TokenRows(positions[order], _merged(self.content(), others, order))
 
-    def _renewed(self) -> TokenRows:
+    def renewed(self) -> TokenRows:
         """Return the same rows, uncopied, as another object: closing one leaves the other open."""
         with self._owner_lock():
             if self.owner is not None:

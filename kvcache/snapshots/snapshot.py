@@ -12,11 +12,12 @@ from typing import NamedTuple, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvcache._types import Bools
+from kvcache._checks import as_index
+from kvcache._types import Bools, Int32s
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
 from .archive import Record, read_archive, write_archive
-from .rows import TokenRows, change_all
+from .rows import LayerRows, TokenRows, change_all
 from .visibility import Visibility
 
 R = TypeVar("R")
@@ -100,6 +101,7 @@ class Snapshot:
 
     def empty_like(self, start: int, stop: int) -> Snapshot:
         """Return a snapshot of ``[start, stop)`` of the same caches, without any rows."""
+        start, stop = as_index(start, "start"), as_index(stop, "stop")
         nothing = [TokenRows(part.rows.positions[:0]) for part in self.parts]
         return self._of(start, stop, nothing)
 
@@ -108,6 +110,7 @@ class Snapshot:
 
         Raises: ValueError unless ``start < at < stop``.
         """
+        at = as_index(at, "at")
         if not self.start < at < self.stop:
             raise ValueError(
                 f"a snapshot of [{self.start}, {self.stop}) is split inside; got {at}."
@@ -188,6 +191,32 @@ class Snapshot:
         """Return a snapshot of the same caches with other rows, one for each part."""
         return Snapshot(start, stop, list(map(Part, self.specs, rows)))
 
+    def copy(self) -> Snapshot:
+        """Return another snapshot of the same rows, to be closed apart from this one.
+
+        Rows are not copied: their content never changes. ``copy.copy`` and ``copy.deepcopy`` do the
+        same; a pickled snapshot has its rows on the host.
+        """
+        copies: list[TokenRows] = []
+        try:
+            for part in self.parts:
+                copies.append(part.rows.renewed())  # noqa: PERF401 - those made are closed below
+        except BaseException:
+            for rows in copies:
+                rows.close()
+            raise
+        return self._of(self.start, self.stop, copies)
+
+    def __copy__(self) -> Snapshot:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[object, ...]]:
+        parts = [(part.spec, part.rows.positions, _host_rows(part.rows)) for part in self.parts]
+        return _unpickled, (self.start, self.stop, parts)
+
     def to_host(self) -> Self:
         """Spill resident rows to host memory; return the snapshot itself."""
         change_all(self._rows, TokenRows.to_host)
@@ -260,6 +289,19 @@ class Snapshot:
             for record in records
         ]
         return cls(start, stop, parts)
+
+
+def _host_rows(rows: TokenRows) -> LayerRows:
+    """Return host copies of all rows, which stay where they are."""
+    return rows.read(np.arange(rows.positions.size)) if rows.positions.size else {}
+
+
+def _unpickled(
+    start: int, stop: int, parts: Sequence[tuple[CacheSpec, Int32s, LayerRows]]
+) -> Snapshot:
+    return Snapshot(
+        start, stop, [Part(spec, TokenRows(positions, layers)) for spec, positions, layers in parts]
+    )
 
 
 def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:

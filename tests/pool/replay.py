@@ -282,7 +282,7 @@ class Replay:
         self._layer_of(op)
         tokens, size = op["except"] or [], len(self.locs[0])
         if max(tokens, default=0) >= size:
-            assert "set_causal takes indices" in str(self._try(self.cache.set_causal, tokens))
+            assert "holds batch indices" in str(self._try(self.cache.set_causal, tokens))
             self.differ("set_causal: the original ignores indices outside the batch")
         self.cache.set_causal([token for token in tokens if token < size])
 

@@ -125,35 +125,6 @@ def test_set_causal_is_for_this_pass():
     assert seen(cache) == [[2, 3], [3, 4]]
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        [1, 2],
-        (1, 2),
-        np.array([1, 2]),
-        np.array([1, 2], np.uint8),
-        [-3, -2],
-        [False, True, True, False],
-    ],
-)
-def test_set_causal_takes_indices_as_numpy_does(tokens):
-    cache = make()
-    store(cache, range(4))
-    cache.set_causal(tokens)
-    assert seen(cache) == [[0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("tokens", [[1, 99], [-5], [1.0], ["a"], [True], [[0, 1], 2]])
-def test_set_causal_refuses_what_is_no_index_of_the_batch(tokens):
-    cache = make()
-    store(cache, range(4))
-    cache.set_causal([2])
-    before = seen(cache)
-    with pytest.raises(ValueError, match="set_causal takes"):
-        cache.set_causal(tokens)
-    assert seen(cache) == before
-
-
 def test_tokens_of_an_image_see_each_other_and_no_later_image():
     cache = make(capacity=32, max_batch=32)
     cache.start_forward(Batch([0, 1, 2, 3, 4, 5, 6, 0, 1], [0] * 7 + [1] * 2))
