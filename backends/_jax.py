@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
+from kvcache.errors import UnknownBackendError
+
 from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
 from .base import FULL_SLICES, Backend, FastKey, P, R, Ts
 from .config import CacheConfig
@@ -67,8 +69,21 @@ class JaxBackend(Backend):
 
     @staticmethod
     def device_of(array: NativeArray) -> str:
-        device = next(iter(array.devices()))
+        devices = array.devices()
+        if len(devices) > 1:  # sharded, or a copy on each
+            names = sorted(f"{device.platform}:{device.id}" for device in devices)
+            raise UnknownBackendError(
+                f"keys and values are on one device; got an array on {', '.join(names)}. Caches do "
+                "not support sharded arrays yet: put it on one device, or keep a cache per device."
+            )
+        [device] = devices
         return f"{device.platform}:{device.id}"
+
+    def owns(self, array: NativeArray) -> bool:
+        try:
+            return super().owns(array)
+        except UnknownBackendError:  # on several devices
+            return False
 
     def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
@@ -145,7 +160,8 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         # Leading axes are merged: with two of them, XLA on CPU copies the buffer of a batch of 1.
         flat, flat_rows = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
-        index = start + jnp.arange(rows.shape[axis])
+        # In the dtype of `start`: with 64-bit types enabled, arange would be of another.
+        index = start + jnp.arange(rows.shape[axis], dtype=start.dtype)
         return cls.traced_write(flat, flat_rows, index, 1).reshape(buffer.shape)
 
     @classmethod

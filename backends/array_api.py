@@ -29,7 +29,8 @@ _LIBRARIES = ("numpy", "cupy", "array_api_strict")
 class ArrayApiBackend(Backend):
     """Backend of an array-API library, named in place of a device: ``"array_api:cupy"``.
 
-    Arrays live on the default device of the library.
+    Arrays live on the default device of the library. The name is that of a module to import:
+    whoever chooses it chooses code to run.
     """
 
     name: ClassVar[str] = "array_api"
@@ -39,12 +40,14 @@ class ArrayApiBackend(Backend):
         try:
             probe = import_module(self.device).zeros(1)
             self.xp = array_api_compat.array_namespace(probe)
-        except (ImportError, AttributeError, TypeError) as error:
+            super().__init__()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the module named may do anything, and exit
             raise BackendNotAvailableError(
                 f"array_api:{self.device} needs {self.device!r} to be an installed array-API "
                 f"library ({error}). Name one, for example array_api:cupy."
             ) from error
-        super().__init__()
 
     @staticmethod
     def devices() -> list[str]:
@@ -59,7 +62,10 @@ class ArrayApiBackend(Backend):
         return self.device in root_modules(kind)
 
     def _framework_dtypes(self) -> dict[str, DType]:
-        return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
+        names = [name for name in HOST_DTYPES if hasattr(self.xp, name)]
+        # As arrays have them: `numpy.float32`, and CuPy's, is a type, and equal to the dtype of an
+        # array, but has another hash.
+        return {name: self.xp.zeros(0, dtype=getattr(self.xp, name)).dtype for name in names}
 
     def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))

@@ -24,6 +24,7 @@ from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, Sh
 from .arrays import Array, DType, HostArray, Namespace, NativeArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .integers import as_index
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,7 +75,10 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def device_of(array: Array) -> str:
-        """Return the device of `array`, in the form for the constructor."""
+        """Return the device of `array`, in the form for the constructor.
+
+        Raises: UnknownBackendError for an array that is on several devices.
+        """
 
     @abstractmethod
     def _framework_dtypes(self) -> Mapping[str, DType]:
@@ -144,6 +148,7 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
+        start = as_index(start, "start")  # unsigned NumPy integers would wrap around below
         tokens, last_start = _fitting(buffer.shape, update.shape, axis)
         if buffer.dtype != update.dtype:  # spares the call in nearly every case
             _check_dtype(buffer, update)
@@ -176,6 +181,7 @@ class Backend(ABC):
 
     def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Return rows ``[start, stop)`` of `axis`, a view where possible. Raises: BoundsError."""
+        start, stop = as_index(start, "start"), as_index(stop, "stop")
         if not 0 <= start <= stop <= buffer.shape[axis]:
             raise BoundsError(
                 f"a range must satisfy 0 <= start <= stop <= length; "
@@ -347,7 +353,8 @@ class Backend(ABC):
 @lru_cache(maxsize=256)
 def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
-    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
+    # Not builtins: every type has `object` among its bases, and would be of that module.
+    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__) - {"builtins"}
 
 
 FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))

@@ -53,6 +53,12 @@ _ALIASES = {"jax": "jaxlib"}
 _PREFERENCE = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
 
 
+_NOT_BUILTINS = (
+    "a backend owns the arrays of its framework; it cannot claim the types of builtins, of which "
+    "every object is one. Name the framework's module."
+)
+
+
 @dataclass(frozen=True)
 class BackendInfo:
     """One backend on this machine, as reported by :func:`available_backends`.
@@ -76,6 +82,9 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
 
     ``"auto"`` stands for ``$KVCACHE_BACKEND`` if set, else for the best one installed. `device`
     may be given apart from the name. A backend passed in is returned as it is.
+
+    A spec is code to run: it imports a framework, an installed package, or with ``array_api:`` any
+    module at all. Do not take it from whom you would not let run code.
 
     Raises:
         UnknownBackendError: no backend has that name, or two devices are named.
@@ -168,8 +177,10 @@ def register_backend(name: str, target: str, framework: str, remedy: str) -> Non
     framework: the module whose arrays it owns.
     remedy: the command to install it.
 
-    Raises: UnknownBackendError for a name in use.
+    Raises: UnknownBackendError for a name in use, or a framework that is no framework.
     """
+    if framework == "builtins":
+        raise UnknownBackendError(_NOT_BUILTINS)
     if name in _entries():
         raise UnknownBackendError(f"a backend named {name!r} exists already. Choose another name.")
     _REGISTRY[name] = _Entry(target, framework, remedy)
@@ -218,15 +229,22 @@ def _load(name: str) -> type[Backend]:
             f"no backend is called {name!r}; there are {', '.join(sorted(entries))}. "
             "register_backend adds others."
         )
+    if entries[name].framework == "builtins":
+        raise UnknownBackendError(_NOT_BUILTINS)
     module, _, attribute = entries[name].target.partition(":")
     try:
         backend: type[Backend] = getattr(importlib.import_module(module), attribute)
         backend.devices()  # some installations import, and fail at first use (no driver)
-    except Exception as error:  # a broken installation raises whatever it likes
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken installation raises whatever it likes, or exits
         raise BackendNotAvailableError(
             f"backend {name!r} needs {entries[name].framework}, which cannot be imported or "
             f"used here ({type(error).__name__}: {error}). Install it: {entries[name].remedy}"
         ) from error
+    owned = {"builtins"} & {*backend.modules, *(kind.__module__ for kind in backend.array_types)}
+    if owned:
+        raise UnknownBackendError(_NOT_BUILTINS)
     _types.update(dict.fromkeys(backend.array_types, backend))
     return backend
 
@@ -245,7 +263,7 @@ def _inspect(name: str) -> BackendInfo:
     entry = _entries()[name]
     try:
         devices = tuple(_load(name).devices())
-    except BackendNotAvailableError as error:
+    except (BackendNotAvailableError, UnknownBackendError) as error:
         return BackendInfo(False, "", (), str(error), entry.remedy)
     return BackendInfo(True, _version(entry.framework), devices, "", entry.remedy)
 

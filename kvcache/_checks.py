@@ -1,35 +1,34 @@
-"""Argument checks shared by several caches.
-
-Integers come in many kinds: of Python, NumPy scalars, 0-d arrays of every framework. They are
-taken here, at the door, so that all code behind it computes with plain ints: unsigned NumPy
-integers wrap around, and arrays compare and hash by rules of their own.
-"""
+"""Argument checks shared by several caches, and conversion of integers at the public doors."""
 
 from __future__ import annotations
 
-import operator
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcache._types import Int32s
+from kvcache.backends.integers import as_index
 
 NO_LIMIT = 2**31 - 1
 """Positions are int32, so a window of so many tokens, or more, hides nothing."""
 
-
-def as_index(value: SupportsIndex, name: str) -> int:
-    """Return a host integer of any kind as an int. name: of the argument, for the error.
-
-    Raises: TypeError for anything else, floats included.
-    """
-    try:
-        return operator.index(value)
-    except Exception as error:  # a framework raises what it likes, a tracer for example
-        raise TypeError(f"{name} must be an integer; got {reprlib.repr(value)}.") from error
+__all__ = [
+    "NO_LIMIT",
+    "as_batch_indices",
+    "as_index",
+    "as_indices",
+    "as_int32s",
+    "as_limit",
+    "as_room",
+    "as_sizes",
+    "as_tokens_or_none",
+    "check_ids",
+    "check_range",
+    "check_sizes",
+]
 
 
 def as_indices(values: Iterable[SupportsIndex], name: str) -> list[int]:
@@ -44,7 +43,7 @@ def as_indices(values: Iterable[SupportsIndex], name: str) -> list[int]:
     numbers = list(listed)
     if any(isinstance(number, bool) for number in numbers):
         raise TypeError(f"{name} must be a list of integers; got bools, {reprlib.repr(values)}.")
-    return [as_index(number, name) for number in numbers]
+    return [as_index(number, f"each of {name}") for number in numbers]
 
 
 def as_int32s(values: npt.ArrayLike, name: str) -> Int32s:
@@ -66,7 +65,7 @@ def as_batch_indices(values: Sequence[int], tokens: int, name: str) -> tuple[int
 
     Raises: ValueError for anything else, and for indices without a token.
     """
-    array = _as_array(values if hasattr(values, "__getitem__") else list(values), name)
+    array = _as_array(values, name)
     if array.dtype == np.bool_ and array.shape == (tokens,):
         return tuple(np.flatnonzero(array).tolist())
     integers = array.ndim == 1 and (not array.size or array.dtype.kind in "iu")
@@ -78,9 +77,10 @@ def as_batch_indices(values: Sequence[int], tokens: int, name: str) -> tuple[int
     return tuple(array.tolist())
 
 
-def _as_array(values: npt.ArrayLike, name: str) -> npt.NDArray[np.generic]:
+def _as_array(values: npt.ArrayLike | Iterable[object], name: str) -> npt.NDArray[np.generic]:
     try:
-        return np.asarray(values)
+        # NumPy would make one object of a set or an iterator.
+        return np.asarray(list(values) if isinstance(values, Set | Iterator) else values)
     except Exception as error:  # nested lists, an array that is not on the host, a tracer
         raise ValueError(
             f"{name} must be a list of integers on the host; got {reprlib.repr(values)}."
@@ -95,12 +95,21 @@ def as_limit(value: SupportsIndex | None, name: str) -> int | None:
 
     Raises: TypeError for no integer, ValueError for one below 1.
     """
+    limit = as_tokens_or_none(value, name)
+    return None if limit is None or limit >= NO_LIMIT else limit
+
+
+def as_tokens_or_none(value: SupportsIndex | None, name: str) -> int | None:
+    """Return a number of tokens as an int, or None as it is.
+
+    Raises: TypeError for no integer, ValueError for one below 1.
+    """
     if value is None:
         return None
-    limit = as_index(value, name)
-    if limit < 1:
-        raise ValueError(f"{name} must be >= 1 token, or None for no limit; got {limit}.")
-    return limit if limit < NO_LIMIT else None
+    tokens = as_index(value, name)
+    if tokens < 1:
+        raise ValueError(f"{name} must be >= 1 token, or None for no limit; got {tokens}.")
+    return tokens
 
 
 def check_ids(max_sequences: int, *ids: int) -> None:
@@ -120,6 +129,17 @@ def as_sizes(**sizes: SupportsIndex) -> list[int]:
     checked = {name: as_index(value, name) for name, value in sizes.items()}
     check_sizes(**checked)
     return list(checked.values())
+
+
+def as_room(value: SupportsIndex, name: str) -> int:
+    """Return a number of tokens, heads or dimensions to make room for, 0 to ``2**31 - 1``.
+
+    Raises: TypeError for no integer, ValueError for one out of range.
+    """
+    room = as_index(value, name)
+    if not 0 <= room <= NO_LIMIT:
+        raise ValueError(f"{name} must be 0 to 2**31 - 1; got {room}.")
+    return room
 
 
 def check_sizes(**sizes: int) -> None:

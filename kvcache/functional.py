@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from kvcache._checks import as_limit, as_sizes
-from kvcache.backends import Array, backend_type
+from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.layers.state import LayerState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
@@ -137,8 +137,16 @@ def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
 
     Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
     visible. `window` W lets a token see itself and the W - 1 tokens before it.
+
+    Raises: while it is traced, ValueError for more tokens than slots, for more than one of a ring,
+        and for a window below 1.
     """
     [tokens] = as_sizes(tokens=tokens)
+    most = state.positions.shape[0]
+    if isinstance(state, RingState):
+        most = 1
+    if tokens > most:
+        raise ValueError(f"mask covers 1 to {most} latest tokens, of a ring 1; got {tokens}.")
     limit = as_limit(window, "window")
     first = (state.offset - tokens)[None]
     rule = Visibility(None if limit is None else limit - 1)
@@ -170,6 +178,8 @@ def _write(buffer: Array, rows: Array, cells: Array, like: Array) -> Array:
 
 def _check(buffer: Array, rows: Array, like: Array, axis: int) -> None:
     """Raise ShapeError or DTypeError unless `rows` can be written along `axis` of `buffer`."""
+    if not hasattr(rows, "shape"):
+        backend_of(rows)  # raises, and names the frameworks whose arrays are accepted
     expected, given = list(buffer.shape), list(rows.shape)
     expected[axis] = given[axis] if len(given) > axis else 0
     if given != expected:

@@ -198,12 +198,12 @@ class LayerCache(ABC):
         return _unpickled, (type(self), spec, dict(self.options), self.to_layer(), self.offset)
 
 
-def kind_of(cache: LayerCache) -> str:
-    """Return the kind of `cache`. Raises: NotSupportedError for a class without one."""
-    kind: str | None = getattr(cache, "kind", None)
+def kind_of(cls: type[LayerCache]) -> str:
+    """Return the kind of a class. Raises: NotSupportedError for one without."""
+    kind: str | None = getattr(cls, "kind", None)
     if kind is None:
         raise NotSupportedError(
-            f"files and snapshots name the kind of a cache; {type(cache).__name__} has none. "
+            f"files and snapshots name the kind of a cache; {cls.__name__} has none. "
             "Set the class attribute `kind`."
         )
     return kind

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvcache._checks import as_index, as_indices, as_limit
+from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit, as_room
 from kvcache._types import Bools, Int32s
 from kvcache.backends import Array, Backend, get_backend
 from kvcache.errors import BoundsError, KVCacheError, TrimError
@@ -62,6 +62,8 @@ class KVCache(StandaloneCache):
         self._step = as_index(step, "step")
         if self._step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
+        if self._step > NO_LIMIT:
+            raise ValueError(f"step must be < 2**31 tokens; got {step}.")
         self._limit = limit
         self._asked_backend, self._asked_dtype = backend, dtype
         self._admission = Admission(backend, dtype)
@@ -256,9 +258,7 @@ class KVCache(StandaloneCache):
 
         Raises: KVCacheError for a cache that never held a token: it has no shape yet.
         """
-        tokens = as_index(tokens, "tokens")
-        if tokens < 0:
-            raise ValueError(f"room is for >= 0 tokens; got {tokens}.")
+        tokens = as_room(tokens, "tokens")
         if self._admission.geometry is None:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
         buffers = self._buffers

@@ -57,6 +57,8 @@ class RotatingKVCache(KVCache):
         self.max_size = min(max_size, NO_LIMIT)
         self.keep = min(keep, self.max_size - 1)
         self._window = self.max_size - self.keep
+        # A buffer never outgrows the ring, whatever its step.
+        step = min(as_index(step, "step"), NO_LIMIT)
         self._configure(backend, step, dtype, limit=self.max_size)
 
     def _start(self) -> None:

@@ -145,7 +145,9 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
-        specs = [CacheSpec(kind_of(cache), cache.visibility, str(cache.dtype)) for cache in self]
+        specs = [
+            CacheSpec(kind_of(type(cache)), cache.visibility, str(cache.dtype)) for cache in self
+        ]
         rows = [cache.capture(start, stop) for cache in self._caches]
         return Snapshot(start, stop, list(map(Part, specs, rows)))
 
@@ -182,7 +184,7 @@ class LayerCaches(Sequence[C], Generic[C]):
         dtypes = [spec.dtype for spec in snapshots[0].specs] if snapshots else []
         dtypes = dtypes if len(dtypes) == len(self) else ["" for _ in self]
         return [
-            CacheSpec(kind_of(cache), cache.visibility, cache.dtype or dtype)
+            CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or dtype)
             for cache, dtype in zip(self, dtypes, strict=True)
         ]
 
@@ -219,7 +221,7 @@ class LayerCaches(Sequence[C], Generic[C]):
             arrays = cache.to_layer()
             records.append(
                 {
-                    "kind": kind_of(cache),
+                    "kind": kind_of(type(cache)),
                     "offset": cache.offset,
                     "options": dict(cache.options),
                     "arrays": {array.name: array.token_axis for array in arrays},
@@ -279,6 +281,10 @@ def _read_records(path: str | os.PathLike[str]) -> list[_Record]:
     return records
 
 
+def _class_name(kind: str) -> str:
+    return KINDS[kind].__name__ if kind in KINDS else repr(kind)
+
+
 class StandaloneCache(LayerCache):
     """A per-layer cache with its own snapshots and files: a stack of one layer."""
 
@@ -301,12 +307,12 @@ class StandaloneCache(LayerCache):
         Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
             where the backend lacks the dtype.
         """
-        records = _read_records(path)
+        records, kind = _read_records(path), kind_of(cls)
         # By kind, not by class: a subclass without a kind of its own reads files of its base.
-        if [record.kind for record in records] != [cls.kind]:
-            kinds = ", ".join(repr(record.kind) for record in records)
+        if [record.kind for record in records] != [kind]:
+            kinds = ", ".join(_class_name(record.kind) for record in records)
             raise ForeignFileError(
-                f"{cls.__name__}.load reads one cache of the kind {cls.kind!r}; {path} holds "
-                f"{kinds}. Use kvcache.LayerCaches.load."
+                f"{cls.__name__}.load reads one {_class_name(kind)}; {path} holds {kinds}. "
+                "Use kvcache.LayerCaches.load."
             )
         return records[0].to_cache(cls, get_backend(backend))

@@ -13,6 +13,7 @@ from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, CacheConfig, HostArray, nbytes, transfer
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
+from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.arrays import NamedArray
 from kvcache.storage.lengths import ceil_div, padded_index
 
@@ -338,9 +339,10 @@ class PoolBuffers:
 
     def _check_dtype(self, name: str, array: Array) -> None:
         if not self.backend.owns(array) or self.backend.dtype_name(array) != self.dtype:
+            refuse_several_devices(self.backend, array)
             raise DTypeError(
                 f"{name} must be {self.dtype} arrays of {self.backend.spec}; got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
+                f"{described(array)}. Convert them."
             )
 
     def _alloc_like(self, arrays: Arrays) -> Arrays:
@@ -355,6 +357,16 @@ def _check_tokens(layout: ArrayLayout, array: Array, tokens: int) -> None:
         raise ShapeError(
             f"{layout.name} hold the {tokens} tokens of this pass in layout {layout.axes!r} "
             f"(h kv_heads, t tokens, d head_dim); got {shape}."
+        )
+    check_sizes_of(layout, shape)
+
+
+def check_sizes_of(layout: ArrayLayout, shape: tuple[int, ...]) -> None:
+    """Raise ShapeError unless heads and head_dim are at least 1."""
+    if not all(shape[: layout.token_axis] + shape[layout.token_axis + 1 :]):
+        raise ShapeError(
+            f"{layout.name} have at least one head and one dimension; got {shape} in layout "
+            f"{layout.axes!r}. A layer of keys only is put without values."
         )
 
 

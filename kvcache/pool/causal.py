@@ -13,7 +13,9 @@ from kvcache._checks import (
     as_index,
     as_indices,
     as_limit,
+    as_room,
     as_sizes,
+    as_tokens_or_none,
     check_ids,
     check_range,
 )
@@ -69,8 +71,8 @@ class CausalCache(Cache):
     ) -> None:
         super().__init__()
         self.window = as_limit(window, "window")
-        # Not a limit: None stands for the window here, and a huge number for everything.
-        self.memory = None if memory is None else as_sizes(memory=memory)[0]
+        # Kept as it is: None stands for the window here, and a huge number for everything.
+        self.memory = as_tokens_or_none(memory, "memory")
         self.chunk = as_limit(chunk, "chunk")
         self.shift = shift
         self._config: CacheConfig | None = None
@@ -104,6 +106,8 @@ class CausalCache(Cache):
         if retained is not None:
             cells = max_sequences * (retained - 1) + max_batch
         cells = round_up(cells, config.padding)
+        if cells > NO_LIMIT:
+            raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
         self._cell_pool = self._pool_of(
             CellTable(cells, max_sequences), buffers, config, retained, self.lock
@@ -172,9 +176,8 @@ class CausalCache(Cache):
             layer that exists with other sizes.
         """
         kv_heads, head_dim = as_sizes(kv_heads=kv_heads, head_dim=head_dim)
-        width = head_dim if value_dim is None else as_index(value_dim, "value_dim")
-        if width < 0:
-            raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
+        kv_heads, head_dim = as_room(kv_heads, "kv_heads"), as_room(head_dim, "head_dim")
+        width = head_dim if value_dim is None else as_room(value_dim, "value_dim")
         for layer in as_indices(layers, "layers"):
             self._pool.buffers.allocate(layer, kv_heads, (head_dim, width) if width else [head_dim])
 
@@ -243,7 +246,7 @@ class CausalCache(Cache):
             a reserve pass.
         """
         count = len(self._pool.current_pass().cells if batch is None else batch)
-        tokens = None if tokens is None else as_index(tokens, "tokens")
+        tokens = None if tokens is None else as_room(tokens, "tokens")
         if tokens is not None and tokens < count:
             raise ValueError(f"a pass is padded to its length or more; got {tokens} for {count}.")
         if batch is not None:
@@ -280,6 +283,8 @@ class CausalCache(Cache):
         check_ids(table.max_sequences, source, target)
         if length < 0:
             raise ValueError(f"a prefix has a length >= 0; got {length}.")
+        if not self.holds_tokens(source) and not self.can_resume(source, length):
+            raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
         kept = table.find(source, length)
         if source == target:
             return lambda: self._truncate(source, kept)

@@ -14,12 +14,13 @@ from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.masks import device_mask
 
 from .base import Cache, Commit
 from .batch import Batch
-from .buffers import ArrayLayout, Arrays, kv_layouts
+from .buffers import ArrayLayout, Arrays, check_sizes_of, kv_layouts
 
 FRAME_AXES = "thd"
 """Axes of encoder output on the host, without the row axis: frames, kv_heads, head_dim."""
@@ -153,9 +154,10 @@ class EncoderCache(Cache):
         """Return copies of the frames in `array`, cut into `parts` arrays of equal length."""
         backend = self._bound()
         if not backend.owns(array) or backend.dtype_name(array) != self._dtype:
+            refuse_several_devices(backend, array)
             raise DTypeError(
                 f"{layout.name} must be {self._dtype} arrays of {backend.spec}; got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
+                f"{described(array)}. Convert them."
             )
         axis = layout.token_axis
         if len(array.shape) != 3 or not parts or array.shape[axis] % parts:
@@ -165,6 +167,9 @@ class EncoderCache(Cache):
                 f"got {tuple(array.shape)}."
             )
         frames = array.shape[axis] // parts
+        if not frames:
+            raise ShapeError(f"encoder output has at least one frame; got {tuple(array.shape)}.")
+        check_sizes_of(layout, tuple(array.shape))
         pieces = [backend.slice(array, i * frames, (i + 1) * frames, axis) for i in range(parts)]
         # concat copies even a single array, where a slice may be a view of the caller's memory.
         return [backend.concat([piece], axis) for piece in pieces]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, get_backend
+from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, backend_type, get_backend
 from kvcache.backends.base import FastKey
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 
@@ -100,18 +100,36 @@ class Admission:
         return backend
 
 
-def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
+def _check_framework(backend: Backend, keys: Array, values: Array | None) -> None:
     """Raise DTypeError unless `backend` owns both arrays; UnknownBackendError for non-arrays."""
+    if values is None:
+        raise DTypeError(
+            "a per-layer cache holds keys and values; got values None. A CausalCache takes layers "
+            "of keys only."
+        )
     for name, array in (("keys", keys), ("values", values)):
         if not backend.owns(array):
             if not hasattr(array, "dtype"):
                 backend_of(array)  # raises, and names the frameworks whose arrays are accepted
+            refuse_several_devices(backend, array)
             raise DTypeError(
                 f"{name} must be an array of {backend.spec}, where this cache lives; got "
                 f"{type(array).__module__}.{type(array).__name__}"
                 f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
                 "Convert it with backend.from_dlpack, or through the host."
             )
+
+
+def described(array: Array) -> str:
+    """Return type and dtype of what was given as an array, for an error."""
+    name = type(array).__name__
+    return f"{name} of {array.dtype}" if hasattr(array, "dtype") else f"{name}, which is no array"
+
+
+def refuse_several_devices(backend: Backend, array: Array) -> None:
+    """Raise UnknownBackendError if `array` is of the framework of `backend`, on several devices."""
+    if hasattr(array, "dtype") and backend_type(array) is type(backend):
+        backend_of(array)
 
 
 def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
@@ -124,8 +142,10 @@ def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
         raise ShapeError(
             f"keys and values must agree in batch, kv_heads and tokens; got {keys} and {values}."
         )
-    if not all(keys) or not all(values):
+    if not keys[TOKENS]:
         raise ShapeError(f"an update has at least one token; got {keys} and {values}. Skip it.")
+    if not all(keys) or not all(values):
+        raise ShapeError(f"batch, kv_heads and head_dim are at least 1; got {keys} and {values}.")
 
 
 def _geometry(backend: Backend, keys: Array, values: Array) -> Geometry:
