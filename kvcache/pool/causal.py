@@ -177,7 +177,10 @@ class CausalCache(Cache):
         """
         kv_heads, head_dim = as_sizes(kv_heads=kv_heads, head_dim=head_dim)
         kv_heads, head_dim = as_room(kv_heads, "kv_heads"), as_room(head_dim, "head_dim")
-        width = head_dim if value_dim is None else as_room(value_dim, "value_dim")
+        width = head_dim if value_dim is None else as_index(value_dim, "value_dim")
+        if width < 0:
+            raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
+        width = as_room(width, "value_dim")
         for layer in as_indices(layers, "layers"):
             self._pool.buffers.allocate(layer, kv_heads, (head_dim, width) if width else [head_dim])
 
