@@ -218,10 +218,10 @@ class LayerCaches(Sequence[C], Generic[C]):
         records: list[dict[str, object]] = []
         tensors: dict[str, HostArray] = {}
         for layer, cache in enumerate(self):
-            arrays = cache.to_layer()
+            kind, arrays = kind_of(type(cache)), cache.to_layer()
             records.append(
                 {
-                    "kind": kind_of(type(cache)),
+                    "kind": kind,
                     "offset": cache.offset,
                     "options": dict(cache.options),
                     "arrays": {array.name: array.token_axis for array in arrays},
