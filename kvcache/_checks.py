@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -65,7 +65,10 @@ def as_batch_indices(values: Sequence[int], tokens: int, name: str) -> tuple[int
 
     Raises: ValueError for anything else, and for indices without a token.
     """
-    array = _as_array(values, name)
+    if isinstance(values, tuple) and not values:  # of nearly every pass: no need of an array
+        return ()
+    # NumPy would make one object of a set or an iterator.
+    array = _as_array(values if hasattr(values, "__getitem__") else _listed(values), name)
     if array.dtype == np.bool_ and array.shape == (tokens,):
         return tuple(np.flatnonzero(array).tolist())
     integers = array.ndim == 1 and (not array.size or array.dtype.kind in "iu")
@@ -77,10 +80,13 @@ def as_batch_indices(values: Sequence[int], tokens: int, name: str) -> tuple[int
     return tuple(array.tolist())
 
 
-def _as_array(values: npt.ArrayLike | Iterable[object], name: str) -> npt.NDArray[np.generic]:
+def _listed(values: object) -> object:
+    return list(values) if isinstance(values, Iterable) else values
+
+
+def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
     try:
-        # NumPy would make one object of a set or an iterator.
-        return np.asarray(list(values) if isinstance(values, Set | Iterator) else values)
+        return np.asarray(values)
     except Exception as error:  # nested lists, an array that is not on the host, a tracer
         raise ValueError(
             f"{name} must be a list of integers on the host; got {reprlib.repr(values)}."
