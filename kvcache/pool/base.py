@@ -92,11 +92,13 @@ class Cache(ABC):
         length = as_index(length, "length")
         with self.lock:
             commit = self.prepare_copy_prefix(source, target, length)
-            if not self.holds_tokens(source):
-                raise ValueError(
-                    f"copy_prefix needs a source that holds tokens; {source} is empty."
-                )
+            self.check_source(source)
             commit()
+
+    def check_source(self, source: int) -> None:
+        """Raise ValueError if :meth:`copy_prefix` finds nothing to copy in `source`."""
+        if not self.holds_tokens(source):
+            raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
 
     def holds_tokens(self, sequence: int) -> bool:
         """Return whether a sequence holds anything; of a wrapper, in any of its caches."""

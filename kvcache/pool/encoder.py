@@ -245,6 +245,9 @@ class EncoderCache(Cache):
 
         return commit
 
+    def check_source(self, source: int) -> None:
+        """Accept every source: a sequence without output, of text alone, is a source as well."""
+
     def holds_tokens(self, sequence: int) -> bool:
         return sequence in self._entries
 

@@ -178,6 +178,7 @@ class Replay:
     # The ops.
 
     def _start_forward(self, op):
+        self.tokens = len(op["pos"])
         error = self._try(
             lambda: self.cache.start_forward(Batch(op["pos"], op["seqs"]), reserve=op["reserve"])
         )
@@ -279,7 +280,10 @@ class Replay:
 
     def _set_causal(self, op):
         self._layer_of(op)
-        self.cache.set_causal(op["except"])
+        if error := self._try(self.cache.set_causal, op["except"]):
+            self.differ(f"refused: {str(error)[:REFUSAL]}")
+            # The original ignores an index without a token; only edge cases have one.
+            self.cache.set_causal([index for index in op["except"] if index < self.tokens])
 
     def _copy_prefix(self, op):
         empty = [not mirror.positions(op["src"]) for mirror in self.mirrors]
