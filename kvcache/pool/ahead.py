@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def seen_ahead(tokens: TokensAhead, positions: Int32s, sequences: Int32s) -> See
     """
     groups = _groups(tokens)
     if groups is None:
-        indices = as_batch_indices(tokens, positions.size, _NAME)
+        indices = as_batch_indices(cast(Sequence[int], tokens), positions.size, _NAME)
         return {token: (int(positions[token]), _END) for token in indices}
     seen: Seen = {}
     for items in groups:
@@ -42,7 +42,8 @@ def seen_ahead(tokens: TokensAhead, positions: Int32s, sequences: Int32s) -> See
 
 def _groups(tokens: TokensAhead) -> list[Sequence[int]] | None:
     """Return `tokens` as groups of indices; None if they are indices, or nothing of the kind."""
-    if not isinstance(tokens, Sequence):
+    items: object = tokens
+    if not isinstance(items, Sequence):
         return None
-    groups = [item for item in tokens if np.ndim(np.asarray(item)) == 1]
-    return groups if groups and len(groups) == len(tokens) else None
+    groups = [item for item in items if np.asarray(item).ndim == 1]
+    return groups if groups and len(groups) == len(items) else None

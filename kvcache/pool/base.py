@@ -141,11 +141,13 @@ class Cache(ABC):
         length = as_index(length, "length")
         with self.lock:
             commit = self.prepare_copy_prefix(source, target, length)
-            if not self.holds_tokens(source):
-                raise ValueError(
-                    f"copy_prefix needs a source that holds tokens; {source} is empty."
-                )
+            self.check_source(source)
             self._commit(commit)
+
+    def check_source(self, source: int) -> None:
+        """Raise ValueError if :meth:`copy_prefix` finds nothing to copy in `source`."""
+        if not self.holds_tokens(source):
+            raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
 
     def holds_tokens(self, sequence: int) -> bool:
         """Return whether a sequence holds anything; of a wrapper, in any of its caches."""
@@ -294,9 +296,10 @@ class Cache(ABC):
     def set_causal(self, except_: TokensAhead = ()) -> None:
         """Let some tokens see others ahead of them (images), for this pass.
 
-        except_: batch indices, or one bool per token of the batch, in any list or array: these tokens see all of their sequence that
-            is in the cache by then. Or groups of indices, one for each image: its tokens see each
-            other and what comes before them, but no later image or text.
+        except_: batch indices, or one bool per token of the batch, in any list or array: these
+            tokens see all of their sequence that is in the cache by then. Or groups of indices,
+            one for each image: its tokens see each other and what comes before them, but no later
+            image or text.
 
         Raises: ValueError for indices outside the batch, or a group of several sequences.
         """

@@ -293,6 +293,9 @@ class EncoderCache(Cache):
         arriving = None if arrival is None else position_after(arrival, start, stop)
         return lambda: self._replace(entries, sequence, arriving)
 
+    def check_source(self, source: int) -> None:
+        """Accept every source: a sequence without output, of text alone, is a source as well."""
+
     def holds_tokens(self, sequence: int) -> bool:
         return sequence in self._stored()
 

@@ -35,6 +35,10 @@ class OpenPasses:
         self._changed: set[int] = set()  # sequences changed since the oldest of the passes began
         self._reused = False  # True if evicted cells may have been given to a restored sequence
 
+    def __reduce__(self) -> tuple[type[OpenPasses], tuple[object, ...]]:
+        """Pickle without passes: only copies are pickled, and these have none."""
+        return OpenPasses, (self._table, bool)
+
     @property
     def complete(self) -> bool:
         """True if no pass of this pool is left to be finished."""

@@ -178,6 +178,7 @@ class Replay:
     # The ops.
 
     def _start_forward(self, op):
+        self.tokens = len(op["pos"])
         error = self._try(
             lambda: self.cache.start_forward(Batch(op["pos"], op["seqs"]), reserve=op["reserve"])
         )
