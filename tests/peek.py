@@ -120,3 +120,18 @@ def layer_retained(cache):
 def checkpoint(cache):
     """The open checkpoint of a per-layer cache, or None."""
     return cache._checkpoint
+
+
+def layer_points(cache):
+    """The resume points of a per-layer cache."""
+    return cache._points
+
+
+# Backends.
+
+
+def keeping_result(program):
+    """A program that consumes arguments, as the JAX adapter calls it."""
+    from kvcache.backends._jax import _keeping_result
+
+    return _keeping_result(program)

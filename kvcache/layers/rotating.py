@@ -124,13 +124,14 @@ class RotatingKVCache(KVCache):
             recorded = self._recorded(buffers, update)
             if stop > self.max_size:
                 self._before_displacing()
-                return self._displaced_by(buffers, update, recorded)
-            columns = buffers.append(keys, values, start, stop, stop)
-            self._offset, self._extra, self._checkpoint = stop, 0, recorded
-            return columns
+                columns = self._displaced_by(buffers, update, recorded)
+            else:
+                columns = buffers.append(keys, values, start, stop, stop)
+                self._offset, self._extra, self._checkpoint = stop, 0, recorded
         except BaseException:
             undo()
             raise
+        return columns
 
     def _displaced_by(
         self, buffers: GrowingBuffers, update: Arrays, recorded: Checkpoint | None
@@ -157,12 +158,12 @@ class RotatingKVCache(KVCache):
             # Nobody is given the ring itself, so it would not be computed along with `columns`.
             buffers.backend.evaluate(*buffers.arrays)
             keys, values = columns or buffers.arrays
-            extra = len(columns) and tokens
+            extra = tokens if columns else 0
             self._offset, self._extra, self._checkpoint = start + tokens, extra, recorded
-            return keys, values
         except BaseException:
             buffers.arrays = buffers.with_rows(displaced, slots)
             raise
+        return keys, values
 
     def _before_displacing(self) -> None:
         """Retain rows due for resume points, and spill pinned ones, before slots change."""
