@@ -19,7 +19,7 @@ from kvcache.storage.lengths import padded_positions
 
 from .buffers import Arrays, GrowingBuffers
 from .checkpoint import Checkpoint, Update
-from .growing import KVCache
+from .growing import KVCache, Names
 from .state import RingState
 
 Position = TypeVar("Position", int, Int32s)
@@ -37,7 +37,7 @@ class RotatingKVCache(KVCache):
     """
 
     kind: ClassVar[str] = "rotating"
-    _changing: ClassVar[tuple[str, ...]] = (*KVCache._changing, "_extra")
+    _changing: ClassVar[Names] = (*KVCache._changing, "_extra")
 
     def __init__(
         self,
