@@ -143,3 +143,18 @@ def checkpoint(cache):
 def room(cache):
     """The number of cells of a causal cache without a sequence: as many tokens can be stored."""
     return int((~table(cache).referenced_by_others(pin_references(cache), None)).sum())
+
+
+def layer_points(cache):
+    """The resume points of a per-layer cache."""
+    return cache._points
+
+
+# Backends.
+
+
+def keeping_result(program):
+    """A program that consumes arguments, as the JAX adapter calls it."""
+    from kvcache.backends._jax import _keeping_result
+
+    return _keeping_result(program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from kvcache.backends import Backend, portable_spec
 from kvcache.errors import NotSupportedError
@@ -13,6 +13,7 @@ from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.arrays import LayerArrays
 
+R = TypeVar("R")
 KINDS: dict[str, type[LayerCache]] = {}
 """Every kind of per-layer cache, by its name in files."""
 
@@ -94,15 +95,27 @@ class LayerCache(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget everything and free the memory: the cache is as it was constructed."""
+        """Forget everything: the cache is as it was constructed.
+
+        Its memory is freed with the last array that it returned.
+        """
 
     @abstractmethod
     def savepoint(self) -> Callable[[], None]:
-        """Return a function that undoes a failed call of this cache, or one that succeeded.
+        """Return a function that undoes the next call that changes the cache, failed or not.
 
-        For callers that change several caches, all or none. It undoes the last call that changes
-        the cache, except :meth:`update`; call it before any other.
+        For callers that change several caches, all or none. An :meth:`update` that succeeded is
+        not undone: the tokens that it displaced are gone.
         """
+
+    def _atomic(self, change: Callable[[], R]) -> R:
+        """Return the result of `change`; if it raises, even by Ctrl-C, undo what it did."""
+        undo = self.savepoint()
+        try:
+            return change()
+        except BaseException:
+            undo()
+            raise
 
     # Snapshots. A row is the share of one position in all arrays of the layer.
 

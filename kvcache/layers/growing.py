@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from .pinning import LayerPins
 from .stack import StandaloneCache
 from .state import LayerState, RingState
 
+Names: TypeAlias = tuple[str, ...]
+
 
 class KVCache(StandaloneCache):
     """Growing cache for one layer: every token stays.
@@ -43,13 +45,7 @@ class KVCache(StandaloneCache):
     """
 
     kind: ClassVar[str] = "kv"
-    _changing: ClassVar[tuple[str, ...]] = (
-        "_buffers",
-        "_pins",
-        "_points",
-        "_offset",
-        "_checkpoint",
-    )
+    _changing: ClassVar[Names] = ("_buffers", "_pins", "_points", "_offset", "_checkpoint")
     """Attributes that calls assign to; their objects have savepoints of their own."""
 
     def __init__(
@@ -164,14 +160,13 @@ class KVCache(StandaloneCache):
 
     def _updated_with_room(self, keys: Array, values: Array) -> tuple[Array, Array]:
         """Do an :meth:`update` for which buffers have to be made or to grow."""
-        undo = self.savepoint()
-        try:
+
+        def update() -> tuple[Array, Array]:
             tokens = self._admission.validate(keys, values)
             self._with_room(self._slots(self._offset + tokens))
             return self.update(keys, values)
-        except BaseException:
-            undo()
-            raise
+
+        return self._atomic(update)
 
     def _with_room(self, slots: int) -> GrowingBuffers:
         """Return the buffers with room for `slots` slots, made here on first use."""
@@ -193,15 +188,6 @@ class KVCache(StandaloneCache):
                 undo_part()
 
         return undo
-
-    def _atomic(self, change: Callable[[], None]) -> None:
-        """Call `change`, which does not overwrite tokens; undo all of it if it raises."""
-        undo = self.savepoint()
-        try:
-            change()
-        except BaseException:
-            undo()
-            raise
 
     def mask(self, tokens: int, window: int | None = None) -> Array | None:
         """Return the attention mask of the last `tokens` queries over the columns of `update`.
@@ -299,13 +285,12 @@ class KVCache(StandaloneCache):
         tokens = as_room(tokens, "tokens")
         if self._admission.geometry is None:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
-        undo = self.savepoint()
-        try:
+
+        def export() -> LayerState | RingState:
             buffers = self._with_room(self._slots(self._offset + tokens))
             return self._exported(buffers, self._on_device(self._offset))
-        except BaseException:
-            undo()
-            raise
+
+        return self._atomic(export)
 
     def import_state(self, state: LayerState | RingState) -> None:
         """Take over `state`, derived by programs from one of :meth:`export_state`.
@@ -326,13 +311,12 @@ class KVCache(StandaloneCache):
                 f"a program appends as many tokens as the exported state has room for; {offset} "
                 f"came, {buffers.capacity} fit, the others were not written. Export more room."
             )
-        undo = self.savepoint()
-        try:
+
+        def take_over() -> None:
             buffers.import_state((state.keys, state.values))
             self._rewind(offset)  # also ends a checkpoint, which cannot undo the work of programs
-        except BaseException:
-            undo()
-            raise
+
+        self._atomic(take_over)
 
     def _slots(self, offset: int) -> int:
         """Return the number of slots in use after `offset` tokens."""
@@ -410,10 +394,8 @@ class KVCache(StandaloneCache):
         self._fill_from_host(arrays, offset, self.backend)
 
     def _fill_from_host(self, layer: LayerArrays, offset: int, backend: Backend) -> None:
-        def fill() -> None:
-            self._fill(tuple(backend.from_host(array.data) for array in layer), offset)
-
-        self._atomic(fill)
+        arrays = tuple(backend.from_host(array.data) for array in layer)
+        self._atomic(partial(self._fill, arrays, offset))
 
     def _fill(self, arrays: Arrays, offset: int) -> GrowingBuffers:
         """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""

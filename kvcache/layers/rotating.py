@@ -19,7 +19,7 @@ from kvcache.storage.lengths import padded_positions
 
 from .buffers import Arrays, GrowingBuffers
 from .checkpoint import Checkpoint, Update
-from .growing import KVCache
+from .growing import KVCache, Names
 from .state import RingState
 
 Position = TypeVar("Position", int, Int32s)
@@ -37,7 +37,7 @@ class RotatingKVCache(KVCache):
     """
 
     kind: ClassVar[str] = "rotating"
-    _changing: ClassVar[tuple[str, ...]] = (*KVCache._changing, "_extra")
+    _changing: ClassVar[Names] = (*KVCache._changing, "_extra")
 
     def __init__(
         self,
@@ -127,13 +127,14 @@ class RotatingKVCache(KVCache):
             recorded = self._recorded(buffers, update)
             if stop > self.max_size:
                 self._before_displacing()
-                return self._displaced_by(buffers, update, recorded)
-            columns = buffers.append(keys, values, start, stop, stop)
-            self._offset, self._extra, self._checkpoint = stop, 0, recorded
-            return columns
+                columns = self._displaced_by(buffers, update, recorded)
+            else:
+                columns = buffers.append(keys, values, start, stop, stop)
+                self._offset, self._extra, self._checkpoint = stop, 0, recorded
         except BaseException:
             undo()
             raise
+        return columns
 
     def _displaced_by(
         self, buffers: GrowingBuffers, update: Arrays, recorded: Checkpoint | None
@@ -160,12 +161,12 @@ class RotatingKVCache(KVCache):
             # Nobody is given the ring itself, so it would not be computed along with `columns`.
             buffers.backend.evaluate(*buffers.arrays)
             keys, values = columns or buffers.arrays
-            extra = len(columns) and tokens
+            extra = tokens if columns else 0
             self._offset, self._extra, self._checkpoint = start + tokens, extra, recorded
-            return keys, values
         except BaseException:
             buffers.arrays = buffers.with_rows(displaced, slots)
             raise
+        return keys, values
 
     def _before_displacing(self) -> None:
         """Retain rows due for resume points, and spill pinned ones, before slots change."""

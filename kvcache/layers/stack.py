@@ -114,7 +114,7 @@ class LayerCaches(Sequence[C], Generic[C]):
         self._all_or_none(lambda cache: cache.rollback(accepted))
 
     def reset(self) -> None:
-        """Forget everything and free the memory."""
+        """Forget everything; the memory is freed with the last array that was returned."""
         self._all_or_none(lambda cache: cache.reset())
 
     def _all_or_none(self, change: Callable[[C], None]) -> None:
