@@ -18,9 +18,7 @@ from kvcache._checks import (
     check_ids,
     check_range,
 )
-from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
-from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part
@@ -33,12 +31,12 @@ from .base import Cache, Commit
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
+from .edits import prepare_copy, prepare_removal
 from .layouts import kv_layouts
 from .originals import Shift
-from .passes import CellPool
+from .passes import CellPool, tokens_retained
 from .plan import ForwardPlan, PoolState
-from .programs import plan_current, plan_steps
-from .removal import prepare_removal
+from .programs import plan_current, plan_pass, plan_steps
 
 
 class CausalCache(Cache):
@@ -105,7 +103,7 @@ class CausalCache(Cache):
         )
         target = get_backend(backend)
         config = self._config or target.config
-        retained = self._tokens_retained(max_sequences, capacity)
+        retained = tokens_retained(self.window, self.memory, max_sequences, capacity)
         cells = max_sequences * capacity
         if retained is not None:
             cells = max_sequences * (retained - 1) + max_batch
@@ -138,22 +136,6 @@ class CausalCache(Cache):
             lock=lock,
             unfinished=self.is_unfinished,
         )
-
-    def _tokens_retained(self, max_sequences: int, capacity: int) -> int | None:
-        """Return the number of tokens kept per sequence, the newest included; None for all."""
-        needed = NO_LIMIT if self.window is None else self.window
-        if self.memory is not None and self.memory < needed:
-            raise ValueError(
-                f"memory must be at least the window; got {self.memory} for {self.window}."
-            )
-        if self.window is None:
-            return None
-        retained = self.memory or self.window
-        if max_sequences > 1:
-            # One more, to resume a sequence before its stop token, which later prompts leave out.
-            retained = max(retained, self.window + 1)
-        # A window beyond the capacity never drops anything.
-        return None if retained > capacity else retained
 
     @property
     def _pool(self) -> CellPool:
@@ -288,13 +270,7 @@ class CausalCache(Cache):
             if batch is None:
                 return plan_current(self._pool, count, tokens)
             self._go_on_from_plans(batch)
-            before = self._pool.passes.current
-            self.begin_pass(batch, reserve=False)
-            try:
-                return plan_current(self._pool, count, tokens)
-            except BaseException:
-                self._pool.drop([self._pool.current_pass()], before)
-                raise
+            return plan_pass(self._pool, batch, tokens, self._begin_step)
 
     def plan_steps(self, batch: Batch, steps: int) -> ForwardPlan:
         """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
@@ -319,8 +295,7 @@ class CausalCache(Cache):
         if not passes.planned:
             self.abort()
         elif failed := passes.conflicting(batch.positions, batch.sequences):
-            with uninterrupted():
-                self._pool.take_back(failed)
+            self._pool.drop(failed, None)
 
     # Sequences.
 
@@ -339,44 +314,17 @@ class CausalCache(Cache):
         check_ids(pool.table.max_sequences, source, target)
         if length < 0:
             raise ValueError(f"a prefix has a length >= 0; got {length}.")
-        cells = pool.passes.history(source)
-        if not cells.size and not self.can_resume(source, length):
-            raise ValueError(f"copy_prefix needs a source that holds tokens; {source} is empty.")
-        kept = cells[: pool.passes.find(source, length)].copy()
-        if source == target:
-            return lambda: self._truncate(source, kept.size)
-        return lambda: self._share(target, kept)
+        if not self.can_resume(source, length):
+            self.check_source(source)
+        return prepare_copy(pool, source, target, length)
 
     def holds_tokens(self, sequence: int) -> bool:
         return bool(self._pool.passes.history(sequence).size)
 
-    def _truncate(self, sequence: int, length: int) -> None:
-        """Keep the first `length` tokens of the history of a sequence."""
-        pool = self._pool
-        pool.passes.detach(sequence)
-        pool.table.truncate(sequence, length)
-        pool.pins.forget(sequence, pool.table.next_position(sequence))
-
-    def _share(self, target: int, cells: Int32s) -> None:
-        """Make `target` hold `cells`, of another sequence."""
-        pool = self._pool
-        pool.passes.detach(target)
-        pool.pins.forget(target, 0)  # rows retained from its old content
-        pool.table.set_row(target, cells)
-        pool.maybe_expired.add(target)
-
     def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
-        passes = self._pool.passes
         check_ids(self._pool.table.max_sequences, sequence)
         check_range(start, stop)
-        cells = passes.history(sequence)
-        first = passes.find(sequence, start)
-        last = cells.size if stop is None else passes.find(sequence, stop)
-        if stop is None or last == cells.size:
-            return lambda: self._truncate(sequence, first)
-        if start == stop:
-            return lambda: None
-        return prepare_removal(self._pool, self.shift, sequence, range(first, last), start, stop)
+        return prepare_removal(self._pool, self.shift, sequence, start, stop)
 
     # Snapshots.
 

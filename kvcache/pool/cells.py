@@ -13,7 +13,7 @@ from kvcache._types import Bools, Indices, Int32s
 from kvcache.errors import CacheFullError
 
 from .allocator import CellAllocator
-from .changes import Dropped, Eviction, RowEnds
+from .changes import Dropped, Eviction
 from .sorted_batch import SortedBatch, sorted_batch
 
 
@@ -187,7 +187,7 @@ class CellTable:
         steps &= single
         self.low[ids[steps]] += 1
         for sequence in ids[~steps]:
-            self._recompute_range(int(sequence))
+            self.recompute_range(int(sequence))
 
     def insert(self, groups: SortedBatch) -> Int32s:
         """Assign a cell to every token of a batch; return the cells in the order of the batch.
@@ -211,7 +211,7 @@ class CellTable:
         dropped = self.cells_of(sequence)[length:].copy()
         self.last[sequence] = self.first[sequence] + length
         self.allocator.decref(dropped)
-        self._recompute_range(sequence)
+        self.recompute_range(sequence)
 
     def remove_middle(self, sequence: int, start: int, stop: int, shift: int) -> Int32s:
         """Drop cells ``[start, stop)`` of a row, and add `shift` to the positions after them.
@@ -227,7 +227,7 @@ class CellTable:
             self.shifts = np.zeros(self.cells, np.int32)
         self.shifts[rest] += shift
         self.allocator.decref(row[start:stop])
-        self._recompute_range(sequence)
+        self.recompute_range(sequence)
         return rest
 
     def is_shared(self, cells: Int32s, pins: Int32s | int = 0) -> bool:
@@ -252,33 +252,6 @@ class CellTable:
         clone.rows, clone.first, clone.last = self.rows.copy(), self.first.copy(), self.last.copy()
         clone.low, clone.high = self.low.copy(), self.high.copy()
         return clone
-
-    # Undoing.
-
-    def row_ends(self, inserts: bool) -> RowEnds:
-        """Return the ends of all rows, for :meth:`revert`.
-
-        inserts: True to save the rows as well, because tokens are to be inserted into them.
-        """
-        rows = self.rows.copy() if inserts else self.rows
-        return RowEnds(rows, self.first.copy(), self.last.copy())
-
-    def revert(self, saved: RowEnds, dropped: Dropped | None, references: Int32s) -> None:
-        """Return to the rows of `saved`, whatever was done to the table since, half or whole.
-
-        For the eviction and insertion of one pass, which change the content of no saved row.
-
-        dropped: cells evicted since, whose positions may have been overwritten.
-        references: number of references to each cell besides those of sequences, int32 [cells].
-        """
-        self.rows, self.first, self.last = saved
-        if dropped is not None:
-            self.positions[dropped.cells] = dropped.positions
-        counts = references.copy()
-        for sequence in range(self.max_sequences):
-            counts[self.cells_of(sequence)] += 1
-            self._recompute_range(sequence)
-        self.allocator.reset(counts)
 
     def set_row(self, sequence: int, cells: Int32s) -> None:
         """Make `cells`, ordered by position and free or not, the cells of a sequence."""
@@ -330,7 +303,7 @@ class CellTable:
         self._reserve_row_space(np.array([sequence]), np.array([cells.size]))
         self.first[sequence], self.last[sequence] = 0, cells.size
         self.rows[sequence, : cells.size] = cells
-        self._recompute_range(sequence)
+        self.recompute_range(sequence)
 
     # Inside.
 
@@ -397,7 +370,7 @@ class CellTable:
             row = self.cells_of(int(sequence))
             row[:] = row[np.argsort(self.positions[row])]
 
-    def _recompute_range(self, sequence: int) -> None:
+    def recompute_range(self, sequence: int) -> None:
         """Compute the range of a sequence from its cells."""
         row = self.cells_of(sequence)
         if row.size:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from kvcache._checks import NO_LIMIT
 from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache._types import Int32s
@@ -117,8 +118,25 @@ class CellPool:
             ends = RowEnds(table.rows, table.first, table.last)
         if isinstance(dropped, DroppedCell):
             dropped = dropped.as_arrays()
-        self.table.revert(ends, dropped, self.pins.references + self.passes.references)
+        table = self.table
+        table.rows, table.first, table.last = ends
+        if dropped is not None:  # their positions may have been overwritten
+            table.positions[dropped.cells] = dropped.positions
+        references = self.pins.references + self.passes.references
+        for sequence in range(table.max_sequences):
+            references[table.cells_of(sequence)] += 1
+            table.recompute_range(sequence)
+        table.allocator.reset(references)
         self.passes.current, self.maybe_expired = current, maybe_expired
+
+    def _row_ends(self, inserts: bool) -> RowEnds:
+        """Return the ends of all rows before a pass, for :meth:`revert`.
+
+        A pass changes the content of no row that it does not insert tokens into.
+        """
+        table = self.table
+        rows = table.rows.copy() if inserts else table.rows
+        return RowEnds(rows, table.first.copy(), table.last.copy())
 
     def take_back(self, passes: list[Pass] | None = None) -> None:
         """Take back the tokens of `passes`, the newest ones; None: of all, complete or not."""
@@ -139,7 +157,7 @@ class CellPool:
     def _reserve(self, positions: Int32s, sequences: Int32s) -> None:
         """Begin the largest possible pass: it reads the whole pool, and stores nothing."""
         cells = np.arange(positions.size, dtype=np.int32)
-        ends = self.table.row_ends(inserts=False)
+        ends = self._row_ends(inserts=False)
         self._before = ends, None, self.passes.current, self.maybe_expired
         self._begin(cells, 0, self.table.cells, positions, sequences, stores=False)
 
@@ -185,7 +203,7 @@ class CellPool:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
         table = self.table
         dropped = None if eviction is None else table.to_drop(eviction)
-        ends = table.row_ends(groups.inserts)
+        ends = self._row_ends(groups.inserts)
         self._before = ends, dropped, self.passes.current, self.maybe_expired
         if eviction is not None:
             table.evict(eviction, dropped)
@@ -230,3 +248,22 @@ class CellPool:
     def range_of(self, passes: list[Pass]) -> tuple[int, int]:
         """Return a range to read around the ranges of all `passes`."""
         return self._range(min(p.start for p in passes), max(p.stop for p in passes))
+
+
+def tokens_retained(
+    window: int | None, memory: int | None, max_sequences: int, capacity: int
+) -> int | None:
+    """Return the number of tokens kept per sequence, the newest included; None for all.
+
+    Raises: ValueError for a memory smaller than the window.
+    """
+    if memory is not None and memory < (NO_LIMIT if window is None else window):
+        raise ValueError(f"memory must be at least the window; got {memory} for {window}.")
+    if window is None:
+        return None
+    retained = memory or window
+    if max_sequences > 1:
+        # One more, to resume a sequence before its stop token, which later prompts leave out.
+        retained = max(retained, window + 1)
+    # A window beyond the capacity never drops anything.
+    return None if retained > capacity else retained

@@ -38,6 +38,22 @@ def plan_current(pool: CellPool, count: int, tokens: int | None) -> ForwardPlan:
     return plan
 
 
+def plan_pass(
+    pool: CellPool, batch: Batch, tokens: int | None, start_forward: StartForward
+) -> ForwardPlan:
+    """Begin the pass of `batch` with `start_forward`, and return it as :func:`plan_current` does.
+
+    Raises: CacheFullError, ValueError, whatever a framework raises; nothing has changed then.
+    """
+    before = pool.passes.current
+    start_forward(batch)
+    try:
+        return plan_current(pool, len(batch), tokens)
+    except BaseException:
+        pool.drop([pool.current_pass()], before)
+        raise
+
+
 def plan_steps(
     pool: CellPool, batch: Batch, steps: int, start_forward: StartForward
 ) -> ForwardPlan:

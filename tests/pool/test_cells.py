@@ -248,7 +248,7 @@ def test_the_usual_step_of_a_window_looks_at_two_cells(monkeypatch):
     table = CellTable(20, 3)
     insert(table, [3, 4, 5], [0] * 3)
     insert(table, [0, 1, 2], [1] * 3)
-    for name in ("_recompute_range", "find"):
+    for name in ("recompute_range", "find"):
         monkeypatch.setattr(table, name, lambda *args, name=name: pytest.fail(name))
     eviction = table.expired(int32s(0, 1, 2), np.array([4, 1, 9]))
     assert eviction.counts.tolist() == [1, 1]

@@ -422,7 +422,7 @@ def test_ctrl_c_waits_for_a_change_of_sequences_that_has_begun(monkeypatch, chan
     }
     if change == "abort":
         run(cache, [6], [0], (0,))
-    interrupts(monkeypatch, peek.table(cache), "_recompute_range")
+    interrupts(monkeypatch, peek.table(cache), "recompute_range")
     with pytest.raises(KeyboardInterrupt):
         calls[change]()
     lengths = {"remove": (2, 0), "middle": (4, 0), "copy": (6, 3), "restore": (6, 6)}

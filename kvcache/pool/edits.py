@@ -1,4 +1,4 @@
-"""Removal from the middle of a sequence: later tokens move to lower positions."""
+"""Changes of sequences: prefixes are copied, parts removed, and later tokens move."""
 
 from __future__ import annotations
 
@@ -11,7 +11,48 @@ from .passes import CellPool
 from .rope import RoPEShift
 
 
+def prepare_copy(pool: CellPool, source: int, target: int, length: int) -> Commit:
+    """Return a commit to make `target` hold just the tokens of `source` below position `length`."""
+    kept = pool.passes.history(source)[: pool.passes.find(source, length)].copy()
+
+    def commit() -> None:
+        pool.passes.detach(target)
+        pool.pins.forget(target, 0)  # rows retained from its old content
+        pool.table.set_row(target, kept)
+        pool.maybe_expired.add(target)
+
+    return _truncation(pool, source, kept.size) if source == target else commit
+
+
+def _truncation(pool: CellPool, sequence: int, length: int) -> Commit:
+    """Return a commit to keep the first `length` tokens of the history of a sequence."""
+
+    def commit() -> None:
+        pool.passes.detach(sequence)
+        pool.table.truncate(sequence, length)
+        pool.pins.forget(sequence, pool.table.next_position(sequence))
+
+    return commit
+
+
 def prepare_removal(
+    pool: CellPool, shift: Shift | None, sequence: int, start: int, stop: int | None
+) -> Commit:
+    """Return a commit to remove positions ``[start, stop)``; None: to the end.
+
+    Raises: as :func:`_removal_from_the_middle`.
+    """
+    passes = pool.passes
+    first, held = passes.find(sequence, start), passes.history(sequence).size
+    last = held if stop is None else passes.find(sequence, stop)
+    if stop is None or last == held:
+        return _truncation(pool, sequence, first)
+    if start == stop:
+        return lambda: None
+    return _removal_from_the_middle(pool, shift, sequence, range(first, last), start, stop)
+
+
+def _removal_from_the_middle(
     pool: CellPool, shift: Shift | None, sequence: int, removed: range, start: int, stop: int
 ) -> Commit:
     """Check the removal of positions ``[start, stop)``, before the last token of a sequence.
