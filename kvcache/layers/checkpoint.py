@@ -1,8 +1,10 @@
-"""Checkpoints of per-layer caches, for speculative decoding."""
+"""Checkpoints of per-layer caches, for speculative decoding; savepoints, for failed calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from kvcache._types import Int32s
 
@@ -34,3 +36,30 @@ class Checkpoint:
     offset: int
     updates: tuple[Update, ...] = ()
     scheduled: frozenset[int] = frozenset()
+
+
+Names: TypeAlias = tuple[str, ...]
+"""Names of attributes."""
+
+
+class HasSavepoint(Protocol):
+    """A part of a cache that can be put back."""
+
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that makes it what it is now."""
+
+
+def savepoint(
+    owner: object, names: Names, parts: Iterable[HasSavepoint | None]
+) -> Callable[[], None]:
+    """Return a function that puts back the attributes `names` of `owner`, and its `parts`."""
+    own = {name: getattr(owner, name) for name in names}
+    undos = [part.savepoint() for part in parts if part is not None]
+
+    def undo() -> None:
+        for name, value in own.items():
+            setattr(owner, name, value)
+        for undo_part in undos:
+            undo_part()
+
+    return undo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Self, TypeAlias
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,10 @@ from kvcache.storage.lengths import padded_positions
 from kvcache.storage.masks import device_mask
 
 from .buffers import Arrays, GrowingBuffers, place_rows
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Names, savepoint
 from .pinning import LayerPins
 from .stack import StandaloneCache
 from .state import LayerState, RingState
-
-Names: TypeAlias = tuple[str, ...]
 
 
 class KVCache(StandaloneCache):
@@ -177,17 +175,8 @@ class KVCache(StandaloneCache):
         return self._buffers
 
     def savepoint(self) -> Callable[[], None]:
-        own = {name: getattr(self, name) for name in self._changing}
         parts = self._admission, self._points, self._buffers, self._pins
-        undos = [part.savepoint() for part in parts if part is not None]
-
-        def undo() -> None:
-            for name, value in own.items():
-                setattr(self, name, value)
-            for undo_part in undos:
-                undo_part()
-
-        return undo
+        return savepoint(self, self._changing, parts)
 
     def mask(self, tokens: int, window: int | None = None) -> Array | None:
         """Return the attention mask of the last `tokens` queries over the columns of `update`.

@@ -18,8 +18,8 @@ from kvcache.storage.layout import TOKENS
 from kvcache.storage.lengths import padded_positions
 
 from .buffers import Arrays, GrowingBuffers
-from .checkpoint import Checkpoint, Update
-from .growing import KVCache, Names
+from .checkpoint import Checkpoint, Names, Update
+from .growing import KVCache
 from .state import RingState
 
 Position = TypeVar("Position", int, Int32s)
