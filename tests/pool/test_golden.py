@@ -271,7 +271,6 @@ EDGE_DIFFERENCES = {
     NO_SHIFT_NEEDED: {"remove_middle_whole_no_shift": [7]},
     MEMORY: {"swamem_memory_below_window_two_seq": [-1], "swamem_memory_below_window_large": [-1]},
     RESERVE: {"reserve_then_put": [4]},
-    "refused: except_ holds batch indic": {"set_causal_scope": [2, 4]},
     PANIC: {"put_wrong_batch": [1], "get_before_put": [1], "get_other_layer_before_put": [3]},
 }
 """``{what differs: {name: [op indices]}}``; index -1 is init."""
