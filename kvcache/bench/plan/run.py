@@ -62,13 +62,13 @@ def _measured(
     load: Load, window: int, rounds: int, tick: Callable[[], None]
 ) -> Iterator[PlanTiming]:
     """Time all planners of one load against each other."""
-    pools = [PlannedPool(load, *options) for options in product((None, window), (1, LARGER))]
-    planners = list(product(pools, (False, True)))
+    every_option = product((None, window), (1, LARGER), (False, True))
+    pools = [PlannedPool(load, *options) for options in every_option]
     limit = max(1, min(MAX_STEPS, load.used // 2))
-    contestants = [(pool.contestant(mask), limit) for pool, mask in planners]
+    contestants = [(pool.contestant(), limit) for pool in pools]
     timed = interleave(contestants, rounds, lambda: None, tick)  # no device to wait for
-    for (pool, mask), blocks in zip(planners, timed, strict=True):
-        yield pool.timing(mask, blocks)
+    for pool, blocks in zip(pools, timed, strict=True):
+        yield pool.timing(blocks)
 
 
 class PlannedPool:
@@ -76,10 +76,12 @@ class PlannedPool:
 
     Without a window, rewinding removes the tokens of a block. With one, the sequences are longer
     than it, so that every token drops another, and they just go on.
+
+    mask: True to make the dense mask of every pass, for which a small layer is put as well.
     """
 
-    def __init__(self, load: Load, window: int | None, pool: int) -> None:
-        self.load, self.window, self.pool = load, window, pool
+    def __init__(self, load: Load, window: int | None, pool: int, mask: bool = False) -> None:
+        self.load, self.window, self.pool, self.mask = load, window, pool, mask
         self.cache = CausalCache(window)
         self.cache.init(
             "numpy",
@@ -96,13 +98,11 @@ class PlannedPool:
         for sequence, start in product(self.sequences, range(0, self.load.used, _PROMPT)):
             positions = range(start, min(self.load.used, start + _PROMPT))
             self.cache.start_forward(Batch(positions, [sequence] * len(positions)))
-        # One layer, one head, one dimension: `get` makes masks only where something was put.
-        self.cache.put(np.zeros((1, len(positions), 1), np.int8))
 
-    def contestant(self, mask: bool) -> Contestant:
-        """Return passes over this pool, with the dense mask or without, as a contestant."""
-        name = "with mask" if mask else "without mask"
-        return Contestant(name, self.plan_and_mask if mask else self.plan, self.rewind)
+    def contestant(self) -> Contestant:
+        """Return passes over this pool as a contestant."""
+        name = "with mask" if self.mask else "without mask"
+        return Contestant(name, self.plan_and_mask if self.mask else self.plan, self.rewind)
 
     def plan(self, steps: int) -> None:
         """Plan as many passes."""
@@ -113,8 +113,11 @@ class PlannedPool:
 
     def plan_and_mask(self, steps: int) -> None:
         """Plan as many passes, and make the mask of each, shared by its layers."""
+        # One head, one dimension: `get` makes masks only where something was put.
+        keys = np.zeros((1, len(self.sequences), 1), np.int8)
         for _ in range(steps):
             self.plan(1)
+            self.cache.put(keys)
             self.cache.get()
 
     def rewind(self, steps: int) -> None:
@@ -124,8 +127,8 @@ class PlannedPool:
             for sequence in self.sequences:
                 self.cache.remove(sequence, self.position)
 
-    def timing(self, mask: bool, blocks: TimedBlocks) -> PlanTiming:
-        """Return the timing of the planner with or without mask."""
+    def timing(self, blocks: TimedBlocks) -> PlanTiming:
+        """Return the timing of this planner."""
         load = self.load
         return PlanTiming(
             load.sequences,
@@ -133,7 +136,7 @@ class PlannedPool:
             load.used,
             self.window,
             self.pool,
-            mask,
+            self.mask,
             blocks.steps,
             blocks.rounds_us,
         )

@@ -43,10 +43,10 @@ def test_every_load_is_planned_with_and_without_window_mask_and_larger_pool(plan
 @pytest.mark.parametrize("pool", [1, planning.LARGER])
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_pool_without_a_window_goes_back_to_where_it_was(load, pool, mask):
-    filled = PlannedPool(load, None, pool)
+    filled = PlannedPool(load, None, pool, mask)
     cells = load.sequences * pool * load.capacity
     full = cells - load.sequences * load.used, [load.used] * load.sequences
-    contestant = filled.contestant(mask)
+    contestant = filled.contestant()
     assert occupancy(filled) == full
     for steps in (1, 5, 5, 2):
         contestant.rewind(steps)
@@ -60,8 +60,8 @@ def test_a_pool_without_a_window_goes_back_to_where_it_was(load, pool, mask):
 @pytest.mark.parametrize("pool", [1, planning.LARGER])
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_pool_with_a_window_evicts_as_many_as_it_adds(load, pool, mask):
-    filled = PlannedPool(load, WINDOW, pool)
-    contestant = filled.contestant(mask)
+    filled = PlannedPool(load, WINDOW, pool, mask)
+    contestant = filled.contestant()
     contestant.run(1)
     steady = occupancy(filled)
     several = load.sequences * pool > 1
@@ -83,7 +83,8 @@ def test_the_larger_pool_has_ten_times_the_cells_and_the_same_sequences():
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_only_the_planner_with_mask_makes_one_and_one_per_pass(window, monkeypatch):
-    filled, made = PlannedPool(SMALL[1], window, 1), []
+    filled, made = PlannedPool(SMALL[1], window, 1, mask=True), []
+    plain = PlannedPool(SMALL[1], window, 1)
     from_host = type(peek.buffers(filled.cache).backend).from_host
 
     def remembered(backend, array, *dtype):
@@ -91,10 +92,9 @@ def test_only_the_planner_with_mask_makes_one_and_one_per_pass(window, monkeypat
         return from_host(backend, array, *dtype)
 
     monkeypatch.setattr(type(peek.buffers(filled.cache).backend), "from_host", remembered)
-    filled.rewind(5)
-    filled.contestant(mask=False).run(2)
+    plain.contestant().run(2)
     assert not made
-    filled.contestant(mask=True).run(3)
+    filled.contestant().run(3)
     assert [mask.sum(axis=1).tolist() for mask in made] == [
         [window or position + 1] * 3 for position in range(filled.position - 3, filled.position)
     ]
