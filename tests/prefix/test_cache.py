@@ -185,7 +185,7 @@ def test_prompts_that_are_none():
         server.prefix.session([])
     with pytest.raises(ValueError, match=r"token ids are >= 0 .* got -1"):
         server.prefix.session([1, -1])
-    with pytest.raises(ValueError, match="list of integers"):
+    with pytest.raises(ValueError, match="lists of integers"):
         server.prefix.session([0.5])
     with pytest.raises(TypeError, match="digest is bytes or str; got 7"):
         server.prefix.session([1, 2], media={(0, 1): 7})
