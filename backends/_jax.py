@@ -8,7 +8,7 @@ not constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar, Unpack, cast
 
 import jax
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from jax import lax
 
 from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
-from .base import FULL_SLICES, Backend, FastKey, P, R, Ts
+from .base import FULL_SLICES, Backend, FastKey, P, R, Ts, refuse_traced
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 
@@ -67,6 +67,8 @@ class JaxBackend(Backend):
 
     @staticmethod
     def device_of(array: NativeArray) -> str:
+        if isinstance(array, jax.core.Tracer):
+            refuse_traced(array)
         device = next(iter(array.devices()))
         return f"{device.platform}:{device.id}"
 
@@ -108,6 +110,14 @@ class JaxBackend(Backend):
 
     def to_host(self, array: NativeArray) -> HostArray:
         return np.array(array)
+
+    @classmethod
+    def is_traced(cls, array: NativeArray) -> bool:
+        return isinstance(array, jax.core.Tracer)
+
+    @classmethod
+    def is_deleted(cls, array: NativeArray) -> bool:
+        return isinstance(array, jax.Array) and array.is_deleted()
 
     def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
@@ -214,7 +224,8 @@ def _row_reader(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     return jax.jit(read_rows, compiler_options=_options(copy_only))
 
 
-@cache
+# Not more: the lengths of a growing cache never end, and each is a program.
+@lru_cache(maxsize=256)
 def _slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., NativeArray]:
     def read_slice(buffer: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_slice_in_dim(buffer, start, length, axis)

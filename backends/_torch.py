@@ -57,7 +57,8 @@ class TorchBackend(Backend):
 
     def fast_key(self, array: NativeArray) -> FastKey:
         # The device, too, because torch would silently copy from any other one.
-        return type(array), array.shape, array.dtype, array.device
+        # Gradients, too, because they take another path.
+        return type(array), array.shape, array.dtype, array.device, array.requires_grad
 
     def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         # A tensor made under inference_mode could not be written outside of it.
@@ -96,6 +97,22 @@ class TorchBackend(Backend):
     def free(self, buffer: NativeArray) -> None:
         # Empties this handle only. Resizing the storage would free it under views as well.
         buffer.set_()
+
+    @classmethod
+    def is_traced(cls, array: NativeArray) -> bool:
+        return bool(torch._C._functorch.is_functorch_wrapped_tensor(array))
+
+    def requires_grad(self, array: NativeArray) -> bool:
+        return bool(array.requires_grad)
+
+    def with_gradients(
+        self, columns: NativeArray, update: NativeArray, start: int, axis: int
+    ) -> NativeArray:
+        if not torch.is_grad_enabled() or not update.requires_grad:
+            return columns
+        stop, length = start + update.shape[axis], columns.shape[axis]
+        parts = columns.narrow(axis, 0, start), update, columns.narrow(axis, stop, length - stop)
+        return torch.cat(parts, dim=axis)
 
     def detached(self, array: NativeArray) -> NativeArray:
         return array.detach()

@@ -14,12 +14,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
+from typing import ClassVar, NoReturn, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
+from kvcache.errors import (
+    BackendNotAvailableError,
+    BoundsError,
+    DTypeError,
+    ShapeError,
+    TracedArrayError,
+)
 
 from .arrays import Array, DType, HostArray, Namespace, NativeArray, TracedIndex
 from .config import CacheConfig
@@ -55,6 +61,11 @@ class Backend(ABC):
     """Layout of caches on this backend unless the model overrides it."""
     slices_are_views: ClassVar[bool] = True
     """True if :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
+    assignment_rebinds: ClassVar[bool] = False
+    """True if item assignment changes an array object and none that shares its memory (MLX).
+
+    Caches then return objects other than their own, so that a change of one never reaches them.
+    """
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
     xp: Namespace
@@ -212,6 +223,35 @@ class Backend(ABC):
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Do :meth:`slice` without checks, for checked arguments."""
 
+    # Transforms.
+
+    @classmethod
+    def is_traced(cls, array: Array) -> bool:
+        """Return whether a transform (jit, vmap, compile) traces `array`: it has no values yet.
+
+        Asked only for arrays unlike those of the last update, so it may take a microsecond.
+        """
+        return False
+
+    @classmethod
+    def is_deleted(cls, array: Array) -> bool:
+        """Return whether a program consumed `array`, so that it cannot be read any more."""
+        return False
+
+    def requires_grad(self, array: Array) -> bool:
+        """Return whether a graph of operations for gradients hangs on `array` (torch).
+
+        Where this may be True, :meth:`fast_key` tells it, too.
+        """
+        return False
+
+    def with_gradients(self, columns: Array, update: Array, start: int, axis: int) -> Array:
+        """Return `columns` with gradients for `update`, which they hold from `start` on.
+
+        The other columns are constants.
+        """
+        return columns
+
     def detached(self, array: Array) -> Array:
         """Return `array` without its autograd graph (torch), or unchanged."""
         return array
@@ -348,6 +388,15 @@ class Backend(ABC):
 def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
     return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
+
+
+def refuse_traced(array: Array) -> NoReturn:
+    """Raise TracedArrayError for `array`."""
+    raise TracedArrayError(
+        "a transform (jit, vmap, grad, compile) does not see that a cache changes when it is "
+        f"called; got {type(array).__name__} that is being traced. Call the pure functions of "
+        "kvcache.functional inside of transforms."
+    )
 
 
 FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))

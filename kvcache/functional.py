@@ -28,6 +28,7 @@ from typing import TypeVar
 
 from kvcache.backends import Array, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
+from kvcache.layers.columns import check_window
 from kvcache.layers.state import LayerState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
 from kvcache.snapshots.visibility import Visibility
@@ -114,6 +115,8 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     )
     if isinstance(appended, RingState):
         appended = _turned(appended)
+    else:
+        appended = appended._replace(written=appended.written + keys.shape[TOKENS])
     return appended, _whole(appended.keys, keys), _whole(appended.values, values)
 
 
@@ -131,20 +134,36 @@ def _turned(state: RingState) -> RingState:
     )
 
 
-def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
+def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array:
     """Return the mask of the last `tokens` queries: bool ``[tokens, slots]``, True = attend.
 
     Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
     visible. `window` W lets a token see itself and the W - 1 tokens before it.
+
+    ahead: return the mask of the next `tokens` queries instead, which the next :func:`append`
+        will bring.
+
+    Raises: while it is traced, ShapeError for several tokens ahead on a ring; ValueError for a
+        window below 1.
     """
-    first = (state.offset - tokens)[None]
+    check_window(window)
     rule = Visibility(None if window is None else window - 1)
-    columns = state.positions[None, :]
+    first = (state.offset if ahead else state.offset - tokens)[None]
     if isinstance(state, RingState):
-        return rule.sees(first[:, None], columns, state.sinks)
+        columns = _next_positions(state, tokens) if ahead else state.positions
+        return rule.sees(first[:, None], columns[None, :], state.sinks)
     # Position p of a growing cache is in slot p, so its first positions count up from 0: an arange
     # that needs no framework to make it.
-    return rule.sees((state.positions[:tokens] + first)[:, None], columns)
+    return rule.sees((state.positions[:tokens] + first)[:, None], state.positions[None, :])
+
+
+def _next_positions(state: RingState, tokens: int) -> Array:
+    """Return the position in each slot of a ring after the next token."""
+    if tokens != 1:
+        raise ShapeError(f"in a program a ring takes one token at a time; got {tokens} ahead.")
+    write = backend_type(state.positions).traced_append
+    # The sum is a copy: the write consumes its buffer, and the state needs its own.
+    return write(state.positions + 0, state.offset[None], state.slot, 0)
 
 
 def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:

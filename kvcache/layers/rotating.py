@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, TypeVar
 
 import numpy as np
 
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend
-from kvcache.errors import TrimError
+from kvcache.errors import StateError, TrimError
 from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.layout import TOKENS
@@ -18,6 +18,8 @@ from kvcache.storage.lengths import padded_positions
 
 from .buffers import Arrays, GrowingBuffers
 from .checkpoint import Checkpoint, Update
+from .columns import Sizes
+from .exports import State
 from .growing import KVCache
 from .state import RingState
 
@@ -73,12 +75,20 @@ class RotatingKVCache(KVCache):
 
     @property
     def positions(self) -> Int32s:
-        start = self._offset - self._extra
+        self.check_not_exported()
+        return self._columns(self._offset, self._extra, self._sizes())
+
+    def _columns(self, stop: int, extra: int, sizes: Sizes) -> Int32s:
+        start = stop - extra
         ring = self._ring_positions(start)
-        if not self._extra or self._buffers is None:
-            return ring
-        columns = np.concatenate([ring, np.arange(start, self._offset, dtype=np.int32)])
-        return padded_positions(columns, self._buffers.padded(columns.size))
+        columns = padded_positions(ring, sizes.width(ring.size))
+        if not extra:
+            return columns
+        columns = np.concatenate([columns, np.arange(start, stop, dtype=np.int32)])
+        return padded_positions(columns, sizes.padded(columns.size))
+
+    def _extra_of(self, tokens: int) -> int:
+        return tokens if tokens > 1 and self._offset + tokens > self.max_size else 0
 
     # Writing.
 
@@ -103,6 +113,8 @@ class RotatingKVCache(KVCache):
         self._extra = 0
         columns = buffers.append(keys, values, slot, slot + tokens, min(stop, self.max_size))
         self._offset = stop
+        if self._admission.requires_grad:
+            return buffers.with_gradients(columns, (keys, values), slot)
         return columns
 
     def _update_beyond(
@@ -119,6 +131,9 @@ class RotatingKVCache(KVCache):
         self._offset += tokens
         if self._points.scheduled:
             self._retain_from(buffers, columns)
+        if self._admission.requires_grad:
+            held = self._columns(self._offset - tokens, 0, buffers.sizes)
+            return buffers.with_gradients(columns, update, held.size)
         keys, values = columns
         return keys, values
 
@@ -166,19 +181,18 @@ class RotatingKVCache(KVCache):
         return self.keep + (position - self.keep) % self._window
 
     def _ring_positions(self, offset: int) -> Int32s:
-        """Return the position in every column of the ring after `offset` tokens."""
+        """Return the position in every slot of the ring after `offset` tokens."""
         slots = np.arange(min(offset, self.max_size), dtype=np.int32)
         latest = offset - 1
         # A slot holds the newest position that is congruent to it modulo the window.
         turned = latest - (latest - slots) % self._window
-        positions = np.where(slots < self.keep, slots, turned).astype(np.int32)
-        return padded_positions(positions, self._width(slots.size))
+        return np.where(slots < self.keep, slots, turned).astype(np.int32)
 
     def _slots(self, offset: int) -> int:
         return min(offset, self.max_size)
 
     def _held(self) -> tuple[Int32s, Slots]:
-        positions = self._ring_positions(self._offset)[: self.len]
+        positions = self._ring_positions(self._offset)
         slots = np.argsort(positions)
         return positions[slots], slots
 
@@ -198,24 +212,42 @@ class RotatingKVCache(KVCache):
 
     # Programs.
 
-    def _exported(self, buffers: GrowingBuffers, offset: Array) -> RingState:
-        """Return the ring as a state; pinned rows are spilled, as programs may write any slot."""
+    def _before_export(self) -> None:
         self._before_displacing()
         self._extra = 0
-        ring = self._ring_positions(self._offset)
-        positions = np.full(buffers.capacity, -1)
-        positions[: self.len] = ring[: self.len]
-        slot = self._offset if self._offset < self.max_size else self._ring_slot(self._offset)
-        numbers = slot, self.keep, min(self.max_size, buffers.capacity)
-        keys, values = buffers.export_state()
-        return RingState(
-            keys,
-            values,
-            offset,
-            self._on_device(positions),
-            buffers.empty(),
-            *map(self._on_device, numbers),
+
+    def _state_maker(
+        self, capacity: int, owner: int, like: Array
+    ) -> Callable[[Array, Array], RingState]:
+        offset, positions, owner_array, slot, sinks, size = self._on_device(
+            self._offset,
+            self._slot_positions(self._offset, capacity),
+            owner,
+            self._next_slot(self._offset),
+            self.keep,
+            self.max_size if capacity >= self.max_size else np.iinfo(np.int32).max,
         )
+        return lambda keys, values: RingState(
+            keys, values, offset, positions, like, owner_array, slot, sinks, size
+        )
+
+    def _slot_positions(self, offset: int, capacity: int) -> Int32s:
+        """Return the position in each of `capacity` slots after `offset` tokens, -1 for none."""
+        return padded_positions(self._ring_positions(offset), capacity)
+
+    def _next_slot(self, offset: int) -> int:
+        """Return the slot of the token at position `offset`."""
+        return offset if offset < self.max_size else self._ring_slot(offset)
+
+    def _check_written(self, buffers: GrowingBuffers, state: State, offset: int) -> int:
+        expected = self._slot_positions(offset, buffers.capacity)
+        # Also an older state whose arrays a later append has changed: one in place (NumPy, torch).
+        if not np.array_equal(buffers.backend.to_host(state.positions), expected):
+            raise StateError(
+                f"the tokens of a ring are those before its offset, {offset}; a program has "
+                "displaced some of them. Import the last state: a ring cannot go back in a program."
+            )
+        return self._slots(offset)
 
     # Snapshots.
 
@@ -225,6 +257,7 @@ class RotatingKVCache(KVCache):
         return Visibility(self._window, sinks=self.keep)
 
     def schedule(self, positions: Iterable[int]) -> None:
+        self.check_not_exported()
         # Rows for earlier positions may be displaced already: too late to retain them.
         self._points.schedule(position for position in positions if position >= self._offset)
 

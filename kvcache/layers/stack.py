@@ -62,6 +62,10 @@ class LayerCaches(Sequence[C], Generic[C]):
     def _offsets(self) -> list[int]:
         return sorted({cache.offset for cache in self._caches})
 
+    def _check_not_exported(self) -> None:
+        for cache in self._distinct:
+            cache.check_not_exported()
+
     # What is held.
 
     @property
@@ -101,6 +105,7 @@ class LayerCaches(Sequence[C], Generic[C]):
 
     def checkpoint(self) -> None:
         """Open a checkpoint in every layer; replaces open ones."""
+        self._check_not_exported()
         for cache in self._distinct:
             cache.checkpoint()
 
@@ -123,6 +128,7 @@ class LayerCaches(Sequence[C], Generic[C]):
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Make `positions`, not reached yet, resume points of later snapshots."""
+        self._check_not_exported()
         points = list(positions)  # an iterator would be used up by the first cache
         for cache in self._distinct:
             cache.schedule(points)
@@ -135,6 +141,7 @@ class LayerCaches(Sequence[C], Generic[C]):
         Raises: ValueError for an empty range, or caches that have seen different numbers of
             tokens, or none.
         """
+        self._check_not_exported()
         offsets = self._offsets
         stop = offsets[-1] if stop is None and offsets else stop
         if len(offsets) != 1 or stop is None or not 0 <= start < stop <= offsets[0]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, get_backend
-from kvcache.backends.base import FastKey
-from kvcache.errors import DTypeError, KVCacheError, ShapeError
+from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, backend_type, get_backend
+from kvcache.backends.base import FastKey, refuse_traced
+from kvcache.errors import DTypeError, ExportedError, KVCacheError, ShapeError
 
 from .layout import TOKENS
 
@@ -32,6 +32,7 @@ class Admission:
 
     backend, dtype: as requested when the cache was made; None takes that of the first update.
         From then on :attr:`backend` and :attr:`geometry` hold the result.
+    requires_grad: whether the latest update carries a graph for gradients.
 
     Raises: DTypeError for an unknown dtype, or one that `backend` lacks.
     """
@@ -49,6 +50,8 @@ class Admission:
         """Return to the state after construction: the next update counts as the first."""
         self.backend: Backend | None = self._asked
         self.geometry: Geometry | None = None
+        self.requires_grad = False
+        self._exported = False
         self._fast_key: Callable[[Array], FastKey] | None = None
         self._latest: tuple[FastKey, FastKey] | None = None
 
@@ -61,6 +64,23 @@ class Admission:
             raise KVCacheError("a cache has the shape of its first update. Update it first.")
         return self.backend, self.geometry
 
+    def suspend(self) -> None:
+        """Refuse updates until :meth:`resume`: a program has the state of the cache."""
+        self._exported = True
+        self._latest = None  # so that the fast path of an update needs no check of its own
+
+    def resume(self) -> None:
+        """Accept updates again."""
+        self._exported = False
+
+    def check_not_exported(self) -> None:
+        """Raise ExportedError between :meth:`suspend` and :meth:`resume`."""
+        if self._exported:
+            raise ExportedError(
+                "a cache is not used while a program has its state. Call import_state(state) with "
+                "the last state of the program, or reset() to give the tokens up."
+            )
+
     @property
     def dtype(self) -> str | None:
         """Dtype of keys and values; None until it is fixed."""
@@ -69,7 +89,8 @@ class Admission:
     def validate(self, keys: Array, values: Array) -> int:
         """Check an update against the earlier ones; return its number of tokens.
 
-        Raises: ShapeError, DTypeError, UnknownBackendError; nothing has changed then.
+        Raises: ShapeError, DTypeError, UnknownBackendError, TracedArrayError, ExportedError;
+            nothing has changed then.
         """
         fast_key, key_pair = self._fast_key, None
         if fast_key is not None:
@@ -81,11 +102,18 @@ class Admission:
         if key_pair is None or key_pair != self._latest:
             backend = self._validate_new(keys, values)
             self._fast_key = backend.fast_key
-            self._latest = key_pair = backend.fast_key(keys), backend.fast_key(values)
+            key_pair = backend.fast_key(keys), backend.fast_key(values)
+            self.requires_grad = backend.requires_grad(keys) or backend.requires_grad(values)
+            # Never the fast path with gradients: without them it then needs no check.
+            self._latest = None if self.requires_grad else key_pair
         return key_pair[0][1][TOKENS]
 
     def _validate_new(self, keys: Array, values: Array) -> Backend:
         """Check an update in full, fix backend and geometry, and return the backend."""
+        self.check_not_exported()
+        for array in (keys, values):
+            if backend_type(array).is_traced(array):
+                refuse_traced(array)
         backend = self.backend or backend_of(keys)
         _check_framework(backend, keys, values)
         _check_shapes(tuple(keys.shape), tuple(values.shape))
