@@ -8,7 +8,7 @@ not constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import ClassVar, Unpack, cast
 
 import jax
@@ -224,8 +224,7 @@ def _row_reader(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     return jax.jit(read_rows, compiler_options=_options(copy_only))
 
 
-# Not more: the lengths of a growing cache never end, and each is a program.
-@lru_cache(maxsize=256)
+@cache
 def _slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., NativeArray]:
     def read_slice(buffer: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_slice_in_dim(buffer, start, length, axis)

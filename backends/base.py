@@ -239,7 +239,7 @@ class Backend(ABC):
         return False
 
     def requires_grad(self, array: Array) -> bool:
-        """Return whether a graph of operations for gradients hangs on `array` (torch).
+        """Return whether gradients are to flow to `array` (torch).
 
         Where this may be True, :meth:`fast_key` tells it, too.
         """

@@ -114,7 +114,7 @@ class KVCache(ExportableCache):
         """Keys and values held, ``[B, kv_heads, len, head_dim]`` each; () when empty.
 
         Read-only, and valid until the next call that changes the cache. Exactly :attr:`len`
-        columns on every backend; on JAX they are a copy, compiled anew for each length.
+        columns on every backend; on JAX they are a copy made by the host.
         """
         self.check_not_exported()
         if self._buffers is None or not self._offset:

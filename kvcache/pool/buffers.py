@@ -11,7 +11,13 @@ import numpy as np
 
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, CacheConfig, HostArray, nbytes, transfer
-from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
+from kvcache.errors import (
+    DTypeError,
+    KVCacheError,
+    NotSupportedError,
+    ShapeError,
+    SnapshotMismatchError,
+)
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import NamedArray
 from kvcache.storage.lengths import ceil_div, padded_index
@@ -76,6 +82,8 @@ class PoolBuffers:
         backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
+        # A backend without gradients spares the question in every put.
+        self._may_require_grad = type(backend).requires_grad is not Backend.requires_grad
         self._token_axes = [layout.token_axis for layout in self.layouts]
         self.dtype = dtype
         self.cells = cells
@@ -165,7 +173,7 @@ class PoolBuffers:
         if layer not in layers:
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         start, stop = forward_pass.start, forward_pass.stop
-        if start == 0 and stop == self.cells:
+        if start == 0 and stop == self.cells and not self.backend.assignment_rebinds:
             return layers[layer]
         read, buffers = self.backend.read_slice, layers[layer]
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
@@ -341,6 +349,11 @@ class PoolBuffers:
             raise DTypeError(
                 f"{name} must be {self.dtype} arrays of {self.backend.spec}; got "
                 f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
+            )
+        if self._may_require_grad and self.backend.requires_grad(array):
+            raise NotSupportedError(
+                f"gradients do not flow through a pool; {name} ask for them. Run the model without "
+                "gradients, or let a program call kvcache.functional.put and get."
             )
 
     def _alloc_like(self, arrays: Arrays) -> Arrays:

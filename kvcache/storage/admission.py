@@ -32,7 +32,7 @@ class Admission:
 
     backend, dtype: as requested when the cache was made; None takes that of the first update.
         From then on :attr:`backend` and :attr:`geometry` hold the result.
-    requires_grad: whether the latest update carries a graph for gradients.
+    requires_grad: whether gradients are to flow to the latest update.
 
     Raises: DTypeError for an unknown dtype, or one that `backend` lacks.
     """
@@ -104,8 +104,7 @@ class Admission:
             self._fast_key = backend.fast_key
             key_pair = backend.fast_key(keys), backend.fast_key(values)
             self.requires_grad = backend.requires_grad(keys) or backend.requires_grad(values)
-            # Never the fast path with gradients: without them it then needs no check.
-            self._latest = None if self.requires_grad else key_pair
+            self._latest = key_pair
         return key_pair[0][1][TOKENS]
 
     def _validate_new(self, keys: Array, values: Array) -> Backend:
