@@ -264,7 +264,7 @@ class RotatingKVCache(KVCache):
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
-        return tokens == 0 or (super().can_trim(tokens) and self._offset <= self.max_size)
+        return super().can_trim(tokens) and (tokens == 0 or self._offset <= self.max_size)
 
     def check_trim(self, tokens: int) -> None:
         if super().can_trim(tokens) and not self.can_trim(tokens):

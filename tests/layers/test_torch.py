@@ -267,3 +267,20 @@ def test_tensors_of_another_device(cache):
             cache.update(*update)
         check_whole(cache, oracle)
     push(cache, oracle, 2, shape)
+
+
+def test_pools_refuse_gradients():
+    pool, one = kvcache.CausalCache(), torch.ones(2, 1, 4)
+    pool.init("torch", "float32", max_sequences=1, capacity=8, max_batch=4)
+    pool.start_forward(kvcache.Batch([0], [0]))
+    pool.set_layer(0)
+    leaf = torch.nn.Parameter(one)
+    for update in ((leaf, one), (one, leaf)):
+        with pytest.raises(
+            kvcache.NotSupportedError, match="do not flow through a pool; (keys|values)"
+        ):
+            pool.put(*update)
+    with torch.no_grad():
+        pool.put(leaf, leaf)
+    keys, _, _ = pool.get()
+    assert not keys.requires_grad
