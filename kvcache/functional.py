@@ -16,7 +16,7 @@ For a per-layer cache::
     state = cache.export_state(tokens)                      # room for so many more
     state, K, V = functional.append(state, k, v)            # in the program
     mask = functional.mask(state, L)
-    cache.import_state(state)
+    cache.import_state(state)                               # until then, the cache is locked
 
 Donate the state to the program (``jax.jit(step, donate_argnums=...)``), and it is written in
 place. A state that is not donated is copied by every program that writes to it.

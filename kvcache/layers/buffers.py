@@ -46,7 +46,8 @@ class GrowingBuffers:
         self._exact = backend.slices_are_views and self.sizes.padding == 1
         # Slots below this one, but above those held, may still have tokens that were taken back.
         self._dirty = 0
-        # Whether the buffers themselves may be returned, when all slots are held.
+        # Whether the buffers themselves may be returned, when all slots are held; else other
+        # objects, of the same memory.
         self._returnable = not backend.assignment_rebinds
 
     # Room.
@@ -147,8 +148,10 @@ class GrowingBuffers:
         new_values = write(old_values, values, start, stop, TOKENS)
         self.arrays = new_keys, new_values
         width = held if self._exact else self.width(held)
-        if width == self.capacity and self._returnable:
-            return new_keys, new_values
+        if width == self.capacity:
+            if self._returnable:
+                return new_keys, new_values
+            return new_keys[...], new_values[...]
         read = self.backend.read_slice
         return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
 
@@ -182,11 +185,14 @@ class GrowingBuffers:
         """Return the first `held` slots plus padding; the whole buffers where slices are copies."""
         if not self._exact:
             self.clean(held)
-        width = self.width(held)
-        if width == self.capacity and self._returnable:
-            return self.arrays
+        return self._first(self.width(held))
+
+    def _first(self, columns: int) -> Arrays:
+        """Return the first `columns` slots, as views where the framework has views."""
+        if columns == self.capacity:
+            return self.arrays if self._returnable else tuple(a[...] for a in self.arrays)
         read = self.backend.read_slice
-        return tuple(read(array, 0, width, TOKENS) for array in self.arrays)
+        return tuple(read(array, 0, columns, TOKENS) for array in self.arrays)
 
     def padded(self, columns: int) -> int:
         """Return `columns` rounded up to the backend's padding."""
@@ -220,10 +226,7 @@ class GrowingBuffers:
         if not self.backend.slices_are_views:
             # Cut on the host, in a tenth of a millisecond; a program for each length takes 100.
             return tuple(self.backend.from_host(array.data) for array in self.to_host(held))
-        if held == self.capacity and self._returnable:
-            return self.arrays
-        read = self.backend.read_slice
-        return tuple(read(array, 0, held, TOKENS) for array in self.arrays)
+        return self._first(held)
 
     # Copies.
 

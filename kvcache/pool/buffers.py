@@ -173,8 +173,11 @@ class PoolBuffers:
         if layer not in layers:
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         start, stop = forward_pass.start, forward_pass.stop
-        if start == 0 and stop == self.cells and not self.backend.assignment_rebinds:
-            return layers[layer]
+        if start == 0 and stop == self.cells:
+            buffers = layers[layer]
+            if self.backend.assignment_rebinds:
+                return tuple(buffer[...] for buffer in buffers)
+            return buffers
         read, buffers = self.backend.read_slice, layers[layer]
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
