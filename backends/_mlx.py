@@ -125,10 +125,14 @@ class MlxBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # Beyond the end the start is clamped, onto older tokens: these are then written back.
-        present = mx.slice(buffer, start, [axis], rows.shape)
-        fits = start + rows.shape[axis] <= buffer.shape[axis]
-        return mx.slice_update(buffer, mx.where(fits, rows, present), start, [axis])
+        last = buffer.shape[axis] - rows.shape[axis]
+        if last < 0:
+            return buffer
+        # MLX checks no start that is an array, and would write outside of the buffer. Rows that do
+        # not fit are replaced by those present where they are clamped to.
+        clamped = mx.minimum(start, last)
+        present = mx.slice(buffer, clamped, [axis], rows.shape)
+        return mx.slice_update(buffer, mx.where(start <= last, rows, present), clamped, [axis])
 
     @classmethod
     def traced_read(

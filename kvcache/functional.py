@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from kvcache.backends import Array, backend_type
-from kvcache.errors import DTypeError, KVCacheError, ShapeError
+from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.columns import check_window
 from kvcache.layers.state import LayerState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
@@ -43,6 +43,7 @@ __all__ = [
     "get",
     "mask",
     "put",
+    "trim",
 ]
 
 
@@ -132,6 +133,19 @@ def _turned(state: RingState) -> RingState:
         positions=write(state.positions, latest, state.slot, 0),
         slot=next_slot - wraps * (state.size - state.sinks),
     )
+
+
+def trim(state: LayerState, tokens: int | Array) -> LayerState:
+    """Return `state` without its last `tokens` tokens, as :meth:`KVCache.trim` does.
+
+    tokens: at most as many as there are, which is not checked in a program; may be traced. Also
+        more than were appended in the program: those of the cache are then overwritten in turn.
+
+    Raises: TrimError for a ring, which has overwritten what it would have to go back to.
+    """
+    if not isinstance(state, LayerState):
+        raise TrimError("a ring cannot go back in a program. Use checkpoint() before the export.")
+    return state._replace(offset=state.offset - tokens)
 
 
 def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array:

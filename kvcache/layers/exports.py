@@ -100,6 +100,6 @@ def check_room(offset: int, slots: int, capacity: int) -> None:
     if slots > capacity:
         raise BoundsError(
             f"a program appends as many tokens as the exported state has room for; {offset} "
-            f"came, {capacity} fit, the others were not written. Export more room, or import a "
-            "state with a smaller offset."
+            f"came, {capacity} fit, the others were not written. Export more room, or import "
+            "the state after functional.trim."
         )

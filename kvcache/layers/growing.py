@@ -298,7 +298,7 @@ class KVCache(ExportableCache):
         if offset > written:
             raise StateError(
                 f"a program appends tokens up to its offset; got offset {offset} with {written} "
-                "written. Change the offset by functional.append, or to go back."
+                "written. Change it by functional.append and functional.trim only."
             )
         return written
 

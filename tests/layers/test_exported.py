@@ -15,6 +15,7 @@ from kvcache import (
     ShapeError,
     StateError,
     TracedArrayError,
+    TrimError,
     functional,
 )
 
@@ -166,8 +167,8 @@ def test_more_tokens_than_fit_are_refused_and_the_others_stay(backend):
     for position in range(5, room + 1):
         state, tokens = append(backend, state, position)
         oracle.tokens += tokens
-    refused(cache, state, BoundsError, f"{room + 1} came, {room} fit.*a smaller offset")
-    cache.import_state(state._replace(offset=state.offset - 1))
+    refused(cache, state, BoundsError, f"{room + 1} came, {room} fit.*functional.trim")
+    cache.import_state(functional.trim(state, 1))
     oracle.cut(room)
     check_whole(cache, oracle)
     push(cache, oracle, 2)
@@ -197,7 +198,7 @@ def test_a_program_that_goes_back(backend):
     snapshot = cache.snapshot()
     state = cache.export_state(4)
     assert not snapshot.resident
-    state = state._replace(offset=state.offset - 2)
+    state = functional.trim(state, 2)
     drafted = oracle.copy()
     drafted.cut(3)
     for position in (90, 91):
@@ -215,6 +216,8 @@ def test_a_ring_does_not_go_back(backend):
     cache, _ = filled(backend, "ring", 14)
     state = cache.export_state(4)
     state, _ = append(backend, state, 14)
+    with pytest.raises(TrimError, match="a ring cannot go back in a program"):
+        functional.trim(state, 1)
     refused(cache, state._replace(offset=state.offset - 1), StateError, "a ring cannot go back")
     cache.import_state(state)
     assert cache.offset == 15
