@@ -19,6 +19,7 @@ from .registry import (
     backend_of,
     backend_type,
     get_backend,
+    portable_spec,
     register_backend,
 )
 from .transfer import transfer
@@ -36,6 +37,7 @@ __all__ = [
     "backend_type",
     "get_backend",
     "nbytes",
+    "portable_spec",
     "register_backend",
     "transfer",
 ]

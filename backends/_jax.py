@@ -8,7 +8,8 @@ not constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from typing import ClassVar, Unpack, cast
 
 import jax
@@ -17,10 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
-from .base import FULL_SLICES, Backend, FastKey, P, R, Ts, refuse_traced
+from kvcache.errors import UnknownBackendError
+
+from .arguments import refuse_traced
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
+from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of
+from .traced import Ts
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -69,8 +75,21 @@ class JaxBackend(Backend):
     def device_of(array: NativeArray) -> str:
         if isinstance(array, jax.core.Tracer):
             refuse_traced(array)
-        device = next(iter(array.devices()))
+        devices = array.devices()
+        if len(devices) > 1:  # sharded, or a copy on each
+            names = sorted(f"{device.platform}:{device.id}" for device in devices)
+            raise UnknownBackendError(
+                f"keys and values are on one device; got an array on {', '.join(names)}. Caches do "
+                "not support sharded arrays yet: put it on one device, or keep a cache per device."
+            )
+        [device] = devices
         return f"{device.platform}:{device.id}"
+
+    def owns(self, array: NativeArray) -> bool:
+        try:
+            return super().owns(array)
+        except UnknownBackendError:  # on several devices
+            return False
 
     def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
@@ -91,6 +110,16 @@ class JaxBackend(Backend):
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
         return _row_writer(axis, self._copy_only)(buffer, rows, index)
+
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        return _slices_writer(axis, self._copy_only)(buffers, updates, np.int32(start))
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        return _row_sets_writer(axis, self._copy_only)(buffers, rows, index)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _row_reader(axis, self._copy_only)(buffer, index)
@@ -124,15 +153,21 @@ class JaxBackend(Backend):
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))
-        return compiled
+        return _keeping_result(compiled) if donate else compiled
 
     def traced_form(self, buffer: NativeArray) -> NativeArray:
-        bits = _BITS.get(buffer.dtype.name) if self._copy_only else None
-        return _caster(bits)(buffer) if bits else buffer
+        return self.traced_forms((buffer,))[0]
 
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
+        return self.from_traced_forms((buffer,), dtype)[0]
+
+    def traced_forms(self, buffers: NativeArrays) -> NativeArrays:
+        bits = _BITS.get(buffers[0].dtype.name) if self._copy_only else None
+        return _caster(bits)(buffers) if bits else buffers
+
+    def from_traced_forms(self, buffers: NativeArrays, dtype: str) -> NativeArrays:
         wanted = self.dtype(dtype)
-        return buffer if buffer.dtype == wanted else _caster(wanted)(buffer)
+        return buffers if buffers[0].dtype == wanted else _caster(wanted)(buffers)
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
@@ -155,7 +190,8 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         # Leading axes are merged: with two of them, XLA on CPU copies the buffer of a batch of 1.
         flat, flat_rows = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
-        index = start + jnp.arange(rows.shape[axis])
+        # In the dtype of `start`: with 64-bit types enabled, arange would be of another.
+        index = start + jnp.arange(rows.shape[axis], dtype=start.dtype)
         return cls.traced_write(flat, flat_rows, index, 1).reshape(buffer.shape)
 
     @classmethod
@@ -186,10 +222,35 @@ def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
+def _keeping_result(program: Callable[P, R]) -> Callable[P, R]:
+    """Return `program`, which consumes arguments, such that Ctrl-C cannot lose its result.
+
+    Python runs signal handlers when a call returns, before its result is assigned. Raised there,
+    a KeyboardInterrupt would leave the caller with nothing but the consumed buffer. An iterator is
+    unpacked by one instruction, after which no handler runs.
+    """
+
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        run = partial(program, **options) if options else program
+        [result] = map(run, *zip(arguments, strict=True))
+        return result
+
+    return call
+
+
+def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -> Callable[P, R]:
+    """Return `function` compiled, with its first argument donated."""
+    return _keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
+
+
 @cache
-def _caster(dtype: DType) -> Callable[[NativeArray], NativeArray]:
-    """Return a program to reinterpret a donated buffer as `dtype`, of the same width."""
-    return jax.jit(lambda buffer: lax.bitcast_convert_type(buffer, dtype), donate_argnums=0)
+def _caster(dtype: DType) -> Callable[[NativeArrays], NativeArrays]:
+    """Return a program to reinterpret donated buffers as `dtype`, of the same width."""
+
+    def cast_all(buffers: NativeArrays) -> NativeArrays:
+        return tuple(lax.bitcast_convert_type(buffer, dtype) for buffer in buffers)
+
+    return _donating(cast_all)
 
 
 def _options(copy_only: bool) -> dict[str, str] | None:
@@ -201,19 +262,43 @@ def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def write_slice(buffer: NativeArray, update: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
 
-    return jax.jit(write_slice, donate_argnums=0, compiler_options=_options(copy_only))
+    return _donating(write_slice, _options(copy_only))
+
+
+@cache
+def _slices_writer(axis: Axes, copy_only: bool) -> Callable[..., NativeArrays]:
+    def write_slices(
+        buffers: NativeArrays, updates: NativeArrays, start: NativeArray
+    ) -> NativeArrays:
+        write = lax.dynamic_update_slice_in_dim
+        return tuple(map(write, buffers, updates, repeat(start), axes_of(buffers, axis)))
+
+    return _donating(write_slices, _options(copy_only))
 
 
 @cache
 def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def write_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray) -> NativeArray:
-        def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
-            row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
-            return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
+    return _donating(partial(_write_rows, axis=axis), _options(copy_only))
 
-        return lax.fori_loop(0, index.shape[0], write_row, buffer)
 
-    return jax.jit(write_rows, donate_argnums=0, compiler_options=_options(copy_only))
+@cache
+def _row_sets_writer(axis: Axes, copy_only: bool) -> Callable[..., NativeArrays]:
+    def write_row_sets(
+        buffers: NativeArrays, rows: NativeArrays, index: NativeArray
+    ) -> NativeArrays:
+        return tuple(map(_write_rows, buffers, rows, repeat(index), axes_of(buffers, axis)))
+
+    return _donating(write_row_sets, _options(copy_only))
+
+
+def _write_rows(
+    buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
+) -> NativeArray:
+    def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
+        row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
+        return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
+
+    return lax.fori_loop(0, index.shape[0], write_row, buffer)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import ClassVar, cast
 
@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
-from .base import FULL_SLICES, Backend
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
+from .base import Backend
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 
 _NAMES = {
     "float32": mx.float32,
@@ -77,12 +78,39 @@ class MlxBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
-        first = int(index[0])
-        # A slice update is cheaper than a scatter, and rows mostly come in runs.
-        if np.array_equal(index, np.arange(first, first + index.size)):
+        if _is_run(index):
+            first = int(index[0])
             return self.write_slice(buffer, rows, first, first + index.size, axis)
         buffer[(*FULL_SLICES[axis], mx.array(index))] = rows
         return buffer
+
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+            keys, values = buffers
+            # In one statement, without a call: no signal handler runs between the two.
+            keys[:, :, start:stop], values[:, :, start:stop] = updates
+            return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
+        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        if _is_run(index):
+            first = int(index[0])
+            return self.write_slices(buffers, rows, first, first + index.size, axis)
+        positions = mx.array(index)
+        keys = [(*FULL_SLICES[own], positions) for own in axes_of(buffers, axis)]
+        return set_items(buffers, keys, rows)
+
+    def evaluate(self, *arrays: NativeArray) -> None:
+        async_eval: Callable[..., None] = mx.async_eval
+        async_eval(*arrays)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return mx.take(buffer, mx.array(index), axis=axis)
@@ -174,3 +202,8 @@ def _inlined(array: NativeArray) -> bool:
     before = _counter.calls
     _counted(array)
     return _counter.calls > before
+
+
+def _is_run(index: HostArray) -> bool:
+    """Return whether positions follow each other: a slice update is cheaper than a scatter."""
+    return np.array_equal(index, np.arange(index[0], index[0] + index.size))

@@ -9,9 +9,10 @@ import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import DType, HostArray, Namespace, NativeArray
-from .base import FULL_SLICES, Backend
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
+from .base import Backend
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 
 
 class NumpyBackend(Backend):
@@ -52,6 +53,26 @@ class NumpyBackend(Backend):
     ) -> NativeArray:
         buffer[(*FULL_SLICES[axis], index)] = rows
         return buffer
+
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+            keys, values = buffers
+            # In one statement, without a call: no signal handler runs between the two.
+            keys[:, :, start:stop], values[:, :, start:stop] = updates
+            return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
+        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        keys = [(*FULL_SLICES[own], index) for own in axes_of(buffers, axis)]
+        return set_items(buffers, keys, rows)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)

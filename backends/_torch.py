@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat, starmap
 from typing import ClassVar, cast
 
 import array_api_compat.torch
@@ -10,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .arrays import DType, HostArray, Namespace, NativeArray
-from .base import FULL_SLICES, Backend, FastKey
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
+from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -84,6 +86,31 @@ class TorchBackend(Backend):
             rows = rows.detach()
         return self.traced_write(buffer, rows, self._index(index), axis)
 
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        updates = tuple([array.detach() if array.requires_grad else array for array in updates])
+        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+            keys, values = buffers
+            # In one statement, without a call: no signal handler runs between the two.
+            keys[:, :, start:stop], values[:, :, start:stop] = updates
+            return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
+        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        # Everything that may fail comes first; the writes are one expression, as in set_items.
+        pairs = zip(buffers, rows, strict=True)
+        targets, sources = zip(*starmap(_as_copied, pairs), strict=True)
+        axes, positions = axes_of(buffers, axis), repeat(self._index(index))
+        _ = [*map(torch.Tensor.index_copy_, targets, axes, positions, sources)]
+        return buffers
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return torch.index_select(buffer.detach(), axis, self._index(index))
 
@@ -144,10 +171,9 @@ class TorchBackend(Backend):
         index = index.long()
         if _requires_grad(rows) or _requires_grad(buffer):
             return buffer.index_copy(axis, index, rows)  # a copy, which gradients go through
-        if buffer.dtype in _FLOAT8:
-            buffer.view(torch.uint8).index_copy_(axis, index, rows.detach().view(torch.uint8))
-            return buffer
-        return buffer.index_copy_(axis, index, rows.detach())
+        target, source = _as_copied(buffer, rows)
+        target.index_copy_(axis, index, source)
+        return buffer
 
     @classmethod
     def traced_append(
@@ -175,3 +201,10 @@ class TorchBackend(Backend):
 def _requires_grad(array: NativeArray) -> bool:
     """Return whether gradients go through what is computed from `array`."""
     return bool(array.requires_grad) and torch.is_grad_enabled()
+
+
+def _as_copied(buffer: NativeArray, rows: NativeArray) -> tuple[NativeArray, NativeArray]:
+    """Return views of both that index_copy_ takes: it knows no float8."""
+    if buffer.dtype in _FLOAT8:
+        return buffer.view(torch.uint8), rows.detach().view(torch.uint8)
+    return buffer, rows.detach()

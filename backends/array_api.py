@@ -7,7 +7,7 @@ library of immutable arrays, such as JAX, needs an adapter of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import ClassVar
@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .arrays import DType, HostArray, NativeArray
-from .base import FULL_SLICES, Backend, root_modules
+from .arrays import DType, HostArray, NativeArray, NativeArrays
+from .base import Backend, root_modules
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 
 # Libraries known to work; any other with the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -29,7 +30,8 @@ _LIBRARIES = ("numpy", "cupy", "array_api_strict")
 class ArrayApiBackend(Backend):
     """Backend of an array-API library, named in place of a device: ``"array_api:cupy"``.
 
-    Arrays live on the default device of the library.
+    Arrays live on the default device of the library. The name is that of a module to import:
+    whoever chooses it chooses code to run.
     """
 
     name: ClassVar[str] = "array_api"
@@ -39,12 +41,14 @@ class ArrayApiBackend(Backend):
         try:
             probe = import_module(self.device).zeros(1)
             self.xp = array_api_compat.array_namespace(probe)
-        except (ImportError, AttributeError, TypeError) as error:
+            super().__init__()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the module named may do anything, and exit
             raise BackendNotAvailableError(
                 f"array_api:{self.device} needs {self.device!r} to be an installed array-API "
                 f"library ({error}). Name one, for example array_api:cupy."
             ) from error
-        super().__init__()
 
     @staticmethod
     def devices() -> list[str]:
@@ -59,7 +63,10 @@ class ArrayApiBackend(Backend):
         return self.device in root_modules(kind)
 
     def _framework_dtypes(self) -> dict[str, DType]:
-        return {name: getattr(self.xp, name) for name in HOST_DTYPES if hasattr(self.xp, name)}
+        names = [name for name in HOST_DTYPES if hasattr(self.xp, name)]
+        # As arrays have them: `numpy.float32`, and CuPy's, is a type, and equal to the dtype of an
+        # array, but has another hash.
+        return {name: self.xp.zeros(0, dtype=getattr(self.xp, name)).dtype for name in names}
 
     def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         return self.xp.zeros(tuple(shape), dtype=self.dtype(dtype))
@@ -73,13 +80,25 @@ class ArrayApiBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
+        return self.write_row_sets((buffer,), (rows,), index, axis)[0]
+
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        keys = [(*key, ...) for key in slice_keys(buffers, start, stop, axis)]
+        return set_items(buffers, keys, updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
         # The standard assigns to slices only, so each run of consecutive positions is one write.
-        ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
-        for first, last in zip([0, *ends], ends, strict=False):
-            run = rows[(*FULL_SLICES[axis], slice(first, last), ...)]
-            start = int(index[first])
-            buffer = self.write_slice(buffer, run, start, start + int(last) - int(first), axis)
-        return buffer
+        runs = [
+            (buffer, (*FULL_SLICES[own], target, ...), array[(*FULL_SLICES[own], source, ...)])
+            for buffer, array, own in zip(buffers, rows, axes_of(buffers, axis), strict=True)
+            for source, target in _runs(index)
+        ]
+        set_items(*zip(*runs, strict=True))
+        return buffers
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return self.xp.take(buffer, self.xp.asarray(index), axis=axis)
@@ -125,3 +144,11 @@ class ArrayApiBackend(Backend):
 
     def import_dlpack(self, array: object) -> NativeArray:
         return self.xp.from_dlpack(array)
+
+
+def _runs(index: HostArray) -> Iterator[tuple[slice, slice]]:
+    """Yield the runs of consecutive positions in `index`: where in it, and which positions."""
+    ends = [*(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), index.size]
+    for first, last in zip([0, *ends], ends, strict=False):
+        start = int(index[first])
+        yield slice(first, last), slice(start, start + last - first)

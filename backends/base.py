@@ -14,38 +14,36 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, NoReturn, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
+from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.errors import (
-    BackendNotAvailableError,
-    BoundsError,
-    DTypeError,
-    ShapeError,
-    TracedArrayError,
-)
+from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
-from .arrays import Array, DType, HostArray, Namespace, NativeArray, TracedIndex
+from .arguments import check_dtype, fitting, host_index
+from .arrays import Array, Arrays, DType, HostArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .indexing import Axes, axes_of
+from .integers import as_index
+from .traced import TracedFunctions
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Ts = TypeVarTuple("Ts")
 
 FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
 """Type, shape, and anything else that must match for two updates to be alike."""
 
 
-class Backend(ABC):
+class Backend(ABC, TracedFunctions):
     """One array framework on one device.
 
     Public primitives check their arguments on the host and raise before anything is
     touched: JAX would clamp an out-of-range write onto older tokens, NumPy and torch would
     broadcast or cast. A subclass implements the hooks behind them (``write_slice``,
-    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments.
+    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments. Those for
+    several buffers (``write_slices``, ``write_row_sets``) write one by one unless overridden.
 
     ``axis``, ``start`` and ``stop`` are host ints, ``axis`` not negative; an ``index`` is a
     host integer array. Instances are cheap and independent of each other.
@@ -68,8 +66,6 @@ class Backend(ABC):
     """
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
-    xp: Namespace
-    """Array-API namespace for code written above the caches."""
 
     def __init__(self, device: str | None = None) -> None:
         self._dtypes = self._framework_dtypes()
@@ -85,7 +81,10 @@ class Backend(ABC):
     @staticmethod
     @abstractmethod
     def device_of(array: Array) -> str:
-        """Return the device of `array`, in the form for the constructor."""
+        """Return the device of `array`, in the form for the constructor.
+
+        Raises: UnknownBackendError for an array that is on several devices.
+        """
 
     @abstractmethod
     def _framework_dtypes(self) -> Mapping[str, DType]:
@@ -155,9 +154,10 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        tokens, last_start = _fitting(buffer.shape, update.shape, axis)
+        start = as_index(start, "start")  # unsigned NumPy integers would wrap around below
+        tokens, last_start = fitting(buffer.shape, update.shape, axis)
         if buffer.dtype != update.dtype:  # spares the call in nearly every case
-            _check_dtype(buffer, update)
+            check_dtype(buffer, update)
         if not 0 <= start <= last_start:
             raise BoundsError(
                 f"a write must satisfy 0 <= start and start + tokens <= length; got {start} + "
@@ -172,9 +172,9 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        checked = _host_index(index, buffer.shape[axis], axis)
-        count, _ = _fitting(buffer.shape, rows.shape, axis)
-        _check_dtype(buffer, rows)
+        checked = host_index(index, buffer.shape[axis], axis)
+        count, _ = fitting(buffer.shape, rows.shape, axis)
+        check_dtype(buffer, rows)
         if count != checked.size:
             raise ShapeError(
                 f"one row per position; got {count} rows for {checked.size} positions."
@@ -183,10 +183,11 @@ class Backend(ABC):
 
     def gather(self, buffer: Array, index: npt.ArrayLike, axis: int) -> Array:
         """Return a copy of the rows at `index` of `axis`, in that order. Raises: as `scatter`."""
-        return self.read_rows(buffer, _host_index(index, buffer.shape[axis], axis), axis)
+        return self.read_rows(buffer, host_index(index, buffer.shape[axis], axis), axis)
 
     def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Return rows ``[start, stop)`` of `axis`, a view where possible. Raises: BoundsError."""
+        start, stop = as_index(start, "start"), as_index(stop, "stop")
         if not 0 <= start <= stop <= buffer.shape[axis]:
             raise BoundsError(
                 f"a range must satisfy 0 <= start <= stop <= length; "
@@ -198,7 +199,7 @@ class Backend(ABC):
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         """Return a new array, even of a single one, without memory shared with `arrays`."""
 
-    def free(self, buffer: Array) -> None:  # noqa: B027 - a framework may have nothing to do
+    def free(self, buffer: Array) -> None:
         """Free the memory of `buffer` now, unless a view still uses it.
 
         Using `buffer` afterwards is an error where the framework can tell (torch, JAX).
@@ -223,20 +224,44 @@ class Backend(ABC):
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Do :meth:`slice` without checks, for checked arguments."""
 
-    # Transforms.
+    # All arrays of a layer at once, so that nothing can come between them: a layer whose keys are
+    # written and whose values are not is lost if the write overwrote something still needed.
 
-    @classmethod
-    def is_traced(cls, array: Array) -> bool:
-        """Return whether a transform (jit, vmap, compile) traces `array`: it has no values yet.
+    def write_slices(
+        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
+    ) -> Arrays:
+        """Do :meth:`write_slice` for all `buffers`, ``updates[i]`` to ``buffers[i]``.
 
-        Asked only for arrays unlike those of the last update, so it may take a microsecond.
+        If it raises, no buffer is written or consumed. A framework whose writes can fail overrides
+        this default, which keeps that promise for the first buffer only.
         """
-        return False
+        return tuple(
+            self.write_slice(buffer, update, start, stop, own_axis)
+            for buffer, update, own_axis in zip(
+                buffers, updates, axes_of(buffers, axis), strict=True
+            )
+        )
 
-    @classmethod
-    def is_deleted(cls, array: Array) -> bool:
-        """Return whether a program consumed `array`, so that it cannot be read any more."""
-        return False
+    def write_row_sets(self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes) -> Arrays:
+        """Do :meth:`write_rows` for all `buffers`, ``rows[i]`` to ``buffers[i]``.
+
+        If it raises, no buffer is written or consumed; see :meth:`write_slices`.
+        """
+        return tuple(
+            self.write_rows(buffer, own_rows, index, own_axis)
+            for buffer, own_rows, own_axis in zip(
+                buffers, rows, axes_of(buffers, axis), strict=True
+            )
+        )
+
+    def evaluate(self, *arrays: Array) -> None:
+        """Begin to compute `arrays`, so that they no longer hold what they are computed from.
+
+        For arrays that a cache keeps but does not return: a lazy framework would keep their
+        inputs, and could compute them only in the thread that asked for them.
+        """
+
+    # Gradients.
 
     def requires_grad(self, array: Array) -> bool:
         """Return whether gradients are to flow to `array` (torch).
@@ -286,7 +311,7 @@ class Backend(ABC):
     def import_dlpack(self, array: object) -> Array:
         """Do :meth:`from_dlpack`; may raise whatever the framework raises."""
 
-    def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
+    def sync(self, *arrays: Array) -> None:
         """Return once every one of `arrays` has been computed and written."""
 
     # For programs above the caches.
@@ -304,61 +329,26 @@ class Backend(ABC):
     def traced_form(self, buffer: Array) -> Array:
         """Return `buffer` in the form for compiled programs (bits, if need be); consumes it.
 
-        :meth:`from_traced` undoes that. The ``traced_`` functions below accept either form.
+        A buffer in that form already is returned unchanged. :meth:`from_traced` undoes that. The
+        ``traced_`` functions below accept either form.
         """
         return buffer
 
     def from_traced(self, buffer: Array, dtype: str) -> Array:
-        """Undo :meth:`traced_form` of a buffer of `dtype`; consumes it."""
+        """Undo :meth:`traced_form` of a buffer of `dtype`, in either form; consumes it."""
         return buffer
+
+    def traced_forms(self, buffers: Arrays) -> Arrays:
+        """Do :meth:`traced_form` for all `buffers`; none is consumed if it raises."""
+        return tuple(map(self.traced_form, buffers))
+
+    def from_traced_forms(self, buffers: Arrays, dtype: str) -> Arrays:
+        """Do :meth:`from_traced` for all `buffers`; none is consumed if it raises."""
+        return tuple(self.from_traced(buffer, dtype) for buffer in buffers)
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         """Return host ints as an argument of programs, without recompilation when they change."""
         return start
-
-    # Under a tracer there is no device, so no instance, and no value to check: these are class
-    # methods, and know nothing but their arguments.
-
-    @classmethod
-    def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:
-        """Write ``rows[i]`` at position ``index[i]`` of `axis`; consumes `buffer`.
-
-        A position may occur twice, with equal rows.
-        """
-        buffer[(*FULL_SLICES[axis], index)] = rows
-        written: Array = buffer
-        return written
-
-    @classmethod
-    def traced_append(
-        cls, buffer: NativeArray, rows: Array, start: NativeArray, axis: int
-    ) -> Array:
-        """Write `rows` at ``[start, start + n)`` of `axis`; consumes `buffer`.
-
-        A range beyond the end overwrites nothing below `start`; rows inside may be written.
-        """
-        if start + rows.shape[axis] <= buffer.shape[axis]:
-            buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
-        written: Array = buffer
-        return written
-
-    @classmethod
-    def traced_read(
-        cls, buffer: Array, start: NativeArray, length: int, axis: int, dtype: DType
-    ) -> Array:
-        """Return `length` positions of `axis` from `start` on, in the framework's `dtype`."""
-        return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
-
-    @classmethod
-    def traced_cond(
-        cls,
-        condition: Array | bool,
-        yes: Callable[[Unpack[Ts]], R],
-        no: Callable[[Unpack[Ts]], R],
-        *operands: *Ts,
-    ) -> R:
-        """Run just one of ``yes(*operands)`` and ``no(*operands)``, of the same structure."""
-        return yes(*operands) if condition else no(*operands)
 
     # For the adapters.
 
@@ -387,59 +377,5 @@ class Backend(ABC):
 @lru_cache(maxsize=256)
 def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
-    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
-
-
-def refuse_traced(array: Array) -> NoReturn:
-    """Raise TracedArrayError for `array`."""
-    raise TracedArrayError(
-        "a transform (jit, vmap, grad, compile) does not see that a cache changes when it is "
-        f"called; got {type(array).__name__} that is being traced. Call the pure functions of "
-        "kvcache.functional inside of transforms."
-    )
-
-
-FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))
-"""Full slices for the axes in front: ``(*FULL_SLICES[axis], key)`` indexes `axis` by key."""
-
-
-# Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.
-@lru_cache(maxsize=1024)
-def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """Return the number of rows in `new`, and their last possible start on `axis` of `have`.
-
-    Raises: ShapeError where another axis differs.
-    """
-    have, new = tuple(have), tuple(new)
-    if len(have) != len(new) or have[:axis] + have[axis + 1 :] != new[:axis] + new[axis + 1 :]:
-        raise ShapeError(
-            f"an update must match its buffer on every axis but {axis}; got {new} for {have}."
-        )
-    return new[axis], have[axis] - new[axis]
-
-
-def _check_dtype(buffer: Array, update: Array) -> None:
-    """Raise DTypeError unless the two have one dtype."""
-    if buffer.dtype != update.dtype:
-        raise DTypeError(
-            f"an update must have the dtype of its buffer; got {update.dtype} for "
-            f"{buffer.dtype}. Cast it first."
-        )
-
-
-def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
-    """Return `index` as int32, checked against an axis of `length`.
-
-    Raises: ShapeError, DTypeError, BoundsError.
-    """
-    checked = np.asarray(index)
-    if checked.ndim != 1:
-        raise ShapeError(f"an index must have one dimension; got shape {checked.shape}.")
-    if checked.size and checked.dtype.kind not in "iu":
-        raise DTypeError(f"an index must hold integers; got {checked.dtype}.")
-    if checked.size and not (checked.min() >= 0 and checked.max() < length):
-        raise BoundsError(
-            f"positions must lie in [0, {length}) on axis {axis}; "
-            f"got {checked.min()} to {checked.max()}."
-        )
-    return checked.astype(np.int32, copy=False)
+    # Not builtins: every type has `object` among its bases, and would be of that module.
+    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__) - {"builtins"}

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 
 from kvcache.errors import DTypeError
 
+from .integers import as_index
+
 Layout: TypeAlias = Literal["htd", "thd", "hdt"]
 """Order of the axes of keys or values in a pool: h kv_heads, t tokens, d head_dim."""
 _MASK_DTYPES = ("bool", "float32", "float16", "bfloat16")
@@ -30,6 +32,8 @@ class CacheConfig:
     mask_dtype: str = "bool"
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen, for everyone but its constructor.
+        object.__setattr__(self, "padding", as_index(self.padding, "padding"))
         if self.padding < 1:
             raise ValueError(f"padding must be >= 1 token; got {self.padding}.")
         for layout in (self.key_layout, self.value_layout):

@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from kvcache.errors import BackendNotAvailableError, UnknownBackendError
+from kvcache.errors import (
+    BackendNotAvailableError,
+    KVCacheError,
+    NotSupportedError,
+    UnknownBackendError,
+)
 
 from .arrays import Array
 from .base import Backend, root_modules
@@ -48,6 +53,12 @@ _ALIASES = {"jax": "jaxlib"}
 _PREFERENCE = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
 
 
+_NOT_BUILTINS = (
+    "a backend owns the arrays of its framework; it cannot claim the types of builtins, of which "
+    "every object is one. Name the framework's module."
+)
+
+
 @dataclass(frozen=True)
 class BackendInfo:
     """One backend on this machine, as reported by :func:`available_backends`.
@@ -72,6 +83,9 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
     ``"auto"`` stands for ``$KVCACHE_BACKEND`` if set, else for the best one installed. `device`
     may be given apart from the name. A backend passed in is returned as it is.
 
+    A spec is code to run: it imports a framework, an installed package, or with ``array_api:`` any
+    module at all. Do not take it from whom you would not let run code.
+
     Raises:
         UnknownBackendError: no backend has that name, or two devices are named.
         BackendNotAvailableError: its framework or device is missing; gives the command to
@@ -91,6 +105,23 @@ def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Back
         if name == "auto"
         else _backend(name, device or suffix or None)
     )
+
+
+def portable_spec(backend: Backend) -> str:
+    """Return the spec of `backend`, by which another process finds it.
+
+    Raises: NotSupportedError for an object that its spec does not lead to.
+    """
+    try:
+        known = type(get_backend(backend.spec)) is type(backend)
+    except KVCacheError:
+        known = False
+    if not known:
+        raise NotSupportedError(
+            f"a pickled cache names its backend, and {backend.spec!r} does not lead to "
+            f"{type(backend).__name__}. Make it known with register_backend."
+        )
+    return backend.spec
 
 
 def backend_of(array: Array) -> Backend:
@@ -146,8 +177,10 @@ def register_backend(name: str, target: str, framework: str, remedy: str) -> Non
     framework: the module whose arrays it owns.
     remedy: the command to install it.
 
-    Raises: UnknownBackendError for a name in use.
+    Raises: UnknownBackendError for a name in use, or a framework that is no framework.
     """
+    if framework == "builtins":
+        raise UnknownBackendError(_NOT_BUILTINS)
     if name in _entries():
         raise UnknownBackendError(f"a backend named {name!r} exists already. Choose another name.")
     _REGISTRY[name] = _Entry(target, framework, remedy)
@@ -196,15 +229,22 @@ def _load(name: str) -> type[Backend]:
             f"no backend is called {name!r}; there are {', '.join(sorted(entries))}. "
             "register_backend adds others."
         )
+    if entries[name].framework == "builtins":
+        raise UnknownBackendError(_NOT_BUILTINS)
     module, _, attribute = entries[name].target.partition(":")
     try:
         backend: type[Backend] = getattr(importlib.import_module(module), attribute)
         backend.devices()  # some installations import, and fail at first use (no driver)
-    except Exception as error:  # a broken installation raises whatever it likes
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken installation raises whatever it likes, or exits
         raise BackendNotAvailableError(
             f"backend {name!r} needs {entries[name].framework}, which cannot be imported or "
             f"used here ({type(error).__name__}: {error}). Install it: {entries[name].remedy}"
         ) from error
+    owned = {"builtins"} & {*backend.modules, *(kind.__module__ for kind in backend.array_types)}
+    if owned:
+        raise UnknownBackendError(_NOT_BUILTINS)
     _types.update(dict.fromkeys(backend.array_types, backend))
     return backend
 
@@ -223,7 +263,7 @@ def _inspect(name: str) -> BackendInfo:
     entry = _entries()[name]
     try:
         devices = tuple(_load(name).devices())
-    except BackendNotAvailableError as error:
+    except (BackendNotAvailableError, UnknownBackendError) as error:
         return BackendInfo(False, "", (), str(error), entry.remedy)
     return BackendInfo(True, _version(entry.framework), devices, "", entry.remedy)
 

@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from kvcache.backends import Array, backend_type
+from kvcache._checks import as_limit, as_sizes
+from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
-from kvcache.layers.columns import check_window
 from kvcache.layers.state import LayerState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
 from kvcache.snapshots.visibility import Visibility
@@ -157,24 +157,28 @@ def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool
     ahead: return the mask of the next `tokens` queries instead, which the next :func:`append`
         will bring.
 
-    Raises: while it is traced, ShapeError for several tokens ahead on a ring; ValueError for a
-        window below 1.
+    Raises: while it is traced, ValueError for more tokens than slots, for more than one of a ring,
+        and for a window below 1.
     """
-    check_window(window)
-    rule = Visibility(None if window is None else window - 1)
+    [tokens] = as_sizes(tokens=tokens)
+    most = state.positions.shape[0]
+    if isinstance(state, RingState):
+        most = 1
+    if tokens > most:
+        raise ValueError(f"mask covers 1 to {most} tokens, of a ring 1; got {tokens}.")
+    limit = as_limit(window, "window")
+    rule = Visibility(None if limit is None else limit - 1)
     first = (state.offset if ahead else state.offset - tokens)[None]
     if isinstance(state, RingState):
-        columns = _next_positions(state, tokens) if ahead else state.positions
+        columns = _next_positions(state) if ahead else state.positions
         return rule.sees(first[:, None], columns[None, :], state.sinks)
     # Position p of a growing cache is in slot p, so its first positions count up from 0: an arange
     # that needs no framework to make it.
     return rule.sees((state.positions[:tokens] + first)[:, None], state.positions[None, :])
 
 
-def _next_positions(state: RingState, tokens: int) -> Array:
+def _next_positions(state: RingState) -> Array:
     """Return the position in each slot of a ring after the next token."""
-    if tokens != 1:
-        raise ShapeError(f"in a program a ring takes one token at a time; got {tokens} ahead.")
     write = backend_type(state.positions).traced_append
     # The sum is a copy: the write consumes its buffer, and the state needs its own.
     return write(state.positions + 0, state.offset[None], state.slot, 0)
@@ -200,6 +204,8 @@ def _write(buffer: Array, rows: Array, cells: Array, like: Array) -> Array:
 
 def _check(buffer: Array, rows: Array, like: Array, axis: int) -> None:
     """Raise ShapeError or DTypeError unless `rows` can be written along `axis` of `buffer`."""
+    if not hasattr(rows, "shape"):
+        backend_of(rows)  # raises, and names the frameworks whose arrays are accepted
     expected, given = list(buffer.shape), list(rows.shape)
     expected[axis] = given[axis] if len(given) > axis else 0
     if given != expected:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
-from kvcache.backends import Backend
+from kvcache.backends import Backend, portable_spec
+from kvcache.errors import NotSupportedError
 from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.arrays import LayerArrays
 
+R = TypeVar("R")
 KINDS: dict[str, type[LayerCache]] = {}
 """Every kind of per-layer cache, by its name in files."""
 
@@ -21,10 +24,13 @@ class LayerCache(ABC):
     A token has a **position**, counted from the first token ever seen, and a **slot** in the
     buffers. The slot follows from the position alone, so :attr:`offset`, the next position, is
     the only counter.
+
+    Copies, files and pickles make a cache anew: ``cls.make(backend, cache.options)``. A subclass
+    with a constructor of its own overrides :attr:`options`, or :meth:`make`.
     """
 
     kind: ClassVar[str]
-    """Name of the class in files."""
+    """Name of the class in files and snapshots; a subclass without its own has that of its base."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:  # a subclass made by a user stays of the kind of its base
@@ -95,7 +101,27 @@ class LayerCache(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget everything and free the memory: the cache is as it was constructed."""
+        """Forget everything: the cache is as it was constructed.
+
+        Its memory is freed with the last array that it returned.
+        """
+
+    @abstractmethod
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that undoes the next call that changes the cache, failed or not.
+
+        For callers that change several caches, all or none. An :meth:`update` that succeeded is
+        not undone: the tokens that it displaced are gone.
+        """
+
+    def _atomic(self, change: Callable[[], R]) -> R:
+        """Return the result of `change`; if it raises, even by Ctrl-C, undo what it did."""
+        undo = self.savepoint()
+        try:
+            return change()
+        except BaseException:
+            undo()
+            raise
 
     # Snapshots. A row is the share of one position in all arrays of the layer.
 
@@ -136,9 +162,22 @@ class LayerCache(ABC):
 
     @classmethod
     def make(cls, backend: str | Backend | None, options: Mapping[str, Any]) -> Self:
-        """Return an empty cache with these :attr:`options`."""
+        """Return an empty cache with these :attr:`options`.
+
+        Raises: NotSupportedError for a constructor that does not take them.
+        """
         constructor: Callable[..., Self] = cls
-        return constructor(backend=backend, **options)
+        try:
+            return constructor(backend=backend, **options)
+        except TypeError as error:
+            if _accepts(constructor, options):
+                raise  # an error within the constructor
+            raise NotSupportedError(
+                f"a copy of a cache is made by its constructor, with backend and the options "
+                f"{', '.join(options)}; that of {cls.__name__} takes "
+                f"{inspect.signature(constructor)}. Override the property `options`, or the "
+                "classmethod `make`."
+            ) from error
 
     @abstractmethod
     def to_layer(self) -> LayerArrays:
@@ -153,7 +192,12 @@ class LayerCache(ABC):
 
     @abstractmethod
     def copy(self) -> Self:
-        """Return an independent cache with the same tokens; no checkpoint."""
+        """Return an independent cache with the same tokens; no checkpoint.
+
+        ``copy.copy`` and ``copy.deepcopy`` do the same.
+
+        Raises: NotSupportedError for a subclass that :meth:`make` cannot make.
+        """
 
     @abstractmethod
     def to_backend(self, backend: str | Backend) -> Self:
@@ -165,3 +209,53 @@ class LayerCache(ABC):
         Raises: DTypeError where `backend` lacks the dtype; UnknownBackendError,
             BackendNotAvailableError.
         """
+
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Callable[..., LayerCache], tuple[object, ...]]:
+        """Pickle options and tokens, through the host, and the name of the backend.
+
+        Raises: NotSupportedError for a backend that has no name.
+        """
+        spec = None if self.backend is None else portable_spec(self.backend)
+        return _unpickled, (type(self), spec, dict(self.options), self.to_layer(), self.offset)
+
+
+def kind_of(cls: type[LayerCache]) -> str:
+    """Return the kind of a class. Raises: NotSupportedError for one without."""
+    kind: str | None = getattr(cls, "kind", None)
+    if kind is None:
+        raise NotSupportedError(
+            f"files and snapshots name the kind of a cache; {cls.__name__} has none. "
+            "Set the class attribute `kind`."
+        )
+    return kind
+
+
+def _accepts(constructor: Callable[..., object], options: Mapping[str, object]) -> bool:
+    try:
+        inspect.signature(constructor).bind(backend=None, **options)
+    except TypeError:
+        return False
+    return True
+
+
+def _unpickled(
+    kind: type[LayerCache],
+    spec: str | None,
+    options: Mapping[str, Any],
+    arrays: LayerArrays,
+    offset: int,
+) -> LayerCache:
+    """Return a cache with these tokens on the backend called `spec`.
+
+    Raises: UnknownBackendError, BackendNotAvailableError if that backend is not there.
+    """
+    cache = kind.make(spec, options)
+    if offset:
+        cache.from_layer(arrays, offset)
+    return cache

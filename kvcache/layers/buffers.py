@@ -6,7 +6,7 @@ lives in which slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -39,7 +39,7 @@ class GrowingBuffers:
         self.backend = backend
         self.geometry = geometry
         self.arrays: Arrays = ()
-        self.capacity = 0
+        self.capacity = 0  # as in `sizes`: every update asks for it
         self.growths = 0
         self.sizes = Sizes.on(backend, step, limit)
         # True if a view of n slots is a slice of just n slots, without padding or a copy.
@@ -67,43 +67,56 @@ class GrowingBuffers:
         return sum(nbytes(shape, geometry.dtype) for shape in geometry.shapes(slots))
 
     def grow(self, slots: int) -> None:
-        """Make room for `slots` slots, keeping their content."""
-        sizes = self.sizes.grown(slots)
-        # Allocate all new buffers before an old one is consumed: running out of memory then
-        # loses nothing.
+        """Make room for `slots` slots, keeping their content; do nothing if there is."""
+        if slots <= self.capacity:
+            return
+        sizes, growths = self.sizes.grown(slots), self.growths
         arrays = self._alloc(sizes.capacity)
         if self.capacity:
-            self.growths += 1
-            arrays = tuple(map(self._move, self.arrays, arrays))
-        self.arrays, self.sizes, self.capacity = arrays, sizes, sizes.capacity
+            arrays = self.backend.write_slices(arrays, self.arrays, 0, self.capacity, TOKENS)
+            growths += 1
+        # The old arrays are only dropped, not freed: :meth:`savepoint` may put them back.
+        self.arrays, self.sizes, self.capacity, self.growths = (
+            arrays,
+            sizes,
+            sizes.capacity,
+            growths,
+        )
 
     def _alloc(self, slots: int) -> Arrays:
         alloc, geometry = self.backend.alloc, self.geometry
         return tuple([alloc(shape, geometry.dtype) for shape in geometry.shapes(slots)])
 
-    def _move(self, old: Array, new: Array) -> Array:
-        new = self.backend.write_slice(new, old, 0, self.capacity, TOKENS)
-        self.backend.free(old)
-        return new
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that undoes growth from now on."""
+        arrays, sizes, growths, dirty = self.arrays, self.sizes, self.growths, self._dirty
 
-    def free(self) -> None:
-        """Free the memory. The object is of no further use."""
-        for array in self.arrays:
-            self.backend.free(array)
-        self.arrays, self.capacity = (), 0
+        def undo() -> None:
+            # Without growth the present arrays are the successors of those, by now consumed; free
+            # slots of theirs may have been written to.
+            if self.capacity == sizes.capacity:
+                self._dirty = self.capacity
+            else:
+                self.arrays, self.sizes, self.capacity = arrays, sizes, sizes.capacity
+                self.growths, self._dirty = growths, dirty
+
+        return undo
 
     # Programs.
 
     def to_traced(self) -> Arrays:
-        """Convert the buffers to the form for compiled programs, and return them."""
-        for i, array in enumerate(self.arrays):
-            self._replace(i, self.backend.traced_form(array))
-        return self.arrays
+        """Return the buffers in the form for compiled programs; consumes them.
 
-    def from_traced(self, arrays: Arrays) -> None:
-        """Take over `arrays`, in either form; those of :meth:`to_traced` undo that."""
-        from_traced, dtype = self.backend.from_traced, self.geometry.dtype
-        self.arrays = tuple([from_traced(array, dtype) for array in arrays])
+        The caller assigns the result in the same statement.
+        """
+        return self.backend.traced_forms(self.arrays)
+
+    def from_traced(self, arrays: Arrays) -> Arrays:
+        """Return `arrays` in the form for the buffers; consumes them.
+
+        The caller assigns the result in the same statement, with all that depends on it.
+        """
+        return self.backend.from_traced_forms(arrays, self.geometry.dtype)
 
     def empty(self) -> Array:
         """Return an empty array, shape ``(0,)``, in the dtype of the buffers."""
@@ -124,7 +137,7 @@ class GrowingBuffers:
         while held < self._dirty:
             # In powers of two: where every length is compiled, there are few.
             tokens = 1 << ((self._dirty - held).bit_length() - 1)
-            self.write(self._alloc(tokens), held, held + tokens)
+            self.arrays = self.written(self._alloc(tokens), held, held + tokens)
             held += tokens
         self._dirty = 0
 
@@ -137,37 +150,27 @@ class GrowingBuffers:
 
         The path of every decode step, hence one call without a loop.
         """
-        write = self.backend.write_slice
-        old_keys, old_values = self.arrays
         if not self._exact and self._dirty:
             self.clean(held)
-            old_keys, old_values = self.arrays
-        new_keys = write(old_keys, keys, start, stop, TOKENS)
-        # The old keys are consumed by now: should the second write raise, they must be gone here.
-        self.arrays = new_keys, old_values
-        new_values = write(old_values, values, start, stop, TOKENS)
-        self.arrays = new_keys, new_values
+        # One statement: the old arrays are consumed once this is called.
+        self.arrays = self.written((keys, values), start, stop)
+        new_keys, new_values = self.arrays
         width = held if self._exact else self.width(held)
         if width == self.capacity:
-            if self._returnable:
-                return new_keys, new_values
-            return new_keys[...], new_values[...]
+            return self.whole()
         read = self.backend.read_slice
         return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
 
-    def write(self, update: Arrays, start: int, stop: int) -> None:
-        """Write an update to slots ``[start, stop)`` within the capacity."""
-        for i, rows in enumerate(update):
-            self._replace(i, self.backend.write_slice(self.arrays[i], rows, start, stop, TOKENS))
+    def written(self, update: Arrays, start: int, stop: int) -> Arrays:
+        """Return the arrays with an update in slots ``[start, stop)``; consumes the present ones.
 
-    def write_rows(self, update: Arrays, slots: HostArray) -> None:
-        """Write one row to each of `slots`."""
-        for i, rows in enumerate(update):
-            self._replace(i, self.backend.scatter(self.arrays[i], rows, slots, TOKENS))
+        The caller assigns the result in the same statement, with all that depends on the write.
+        """
+        return self.backend.write_slices(self.arrays, update, start, stop, TOKENS)
 
-    def _replace(self, i: int, array: Array) -> None:
-        """Replace the i-th buffer, just consumed by a write, by its successor `array`."""
-        self.arrays = (*self.arrays[:i], array, *self.arrays[i + 1 :])
+    def with_rows(self, update: Arrays, slots: HostArray) -> Arrays:
+        """Return the arrays with one row of an update in each of `slots`, as :meth:`written`."""
+        return self.backend.write_row_sets(self.arrays, update, slots, TOKENS)
 
     def read_rows(self, slots: HostArray) -> Arrays:
         """Return copies of the rows in `slots`."""
@@ -181,6 +184,11 @@ class GrowingBuffers:
         """Return the number of columns of :meth:`view` for `held` slots."""
         return self.sizes.width(held)
 
+    def whole(self) -> tuple[Array, Array]:
+        """Return all slots."""
+        keys, values = self.arrays
+        return (keys, values) if self._returnable else (keys[...], values[...])
+
     def view(self, held: int) -> Arrays:
         """Return the first `held` slots plus padding; the whole buffers where slices are copies."""
         if not self._exact:
@@ -190,7 +198,7 @@ class GrowingBuffers:
     def _first(self, columns: int) -> Arrays:
         """Return the first `columns` slots, as views where the framework has views."""
         if columns == self.capacity:
-            return self.arrays if self._returnable else tuple(a[...] for a in self.arrays)
+            return self.whole()
         read = self.backend.read_slice
         return tuple(read(array, 0, columns, TOKENS) for array in self.arrays)
 

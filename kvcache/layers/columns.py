@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -54,12 +53,6 @@ class Sizes(NamedTuple):
             return self
         capacity = round_up(max(slots, self.capacity * 3 // 2), self.unit)
         return self._replace(capacity=capacity if self.limit is None else min(capacity, self.limit))
-
-
-def check_window(window: int | None) -> None:
-    """Raise ValueError for a window below 1 token."""
-    if window is not None and operator.index(window) < 1:
-        raise ValueError(f"window must be >= 1 token; got {window}.")
 
 
 def attention_mask(

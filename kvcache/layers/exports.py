@@ -8,8 +8,8 @@ from itertools import count
 from typing import TypeAlias
 
 from kvcache.backends import Array, Backend, backend_type
+from kvcache.backends.arguments import refuse_traced
 from kvcache.backends.arrays import DType
-from kvcache.backends.base import refuse_traced
 from kvcache.errors import BoundsError, DTypeError, ShapeError, StateError
 
 from .buffers import NAMES

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, Self, cast
+from functools import partial
+from typing import ClassVar, TypeAlias, cast
 
 import numpy as np
 
+from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit
 from kvcache._types import Int32s
-from kvcache.backends import Array, Backend, get_backend
+from kvcache.backends import Array, Backend
 from kvcache.errors import KVCacheError, StateError, TrimError
 from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.admission import Admission
-from kvcache.storage.arrays import LayerArrays
 from kvcache.storage.lengths import padded_positions
 
-from .buffers import Arrays, GrowingBuffers, place_rows
+from .buffers import GrowingBuffers, place_rows
 from .checkpoint import Checkpoint
-from .columns import Sizes, attention_mask, check_window
+from .columns import Sizes, attention_mask
 from .exports import State
 from .pinning import LayerPins
 from .programs import ExportableCache
 from .state import LayerState
+
+Names: TypeAlias = tuple[str, ...]
 
 
 class KVCache(ExportableCache):
@@ -42,6 +44,15 @@ class KVCache(ExportableCache):
     """
 
     kind: ClassVar[str] = "kv"
+    _changing: ClassVar[Names] = (
+        "_buffers",
+        "_pins",
+        "_points",
+        "_offset",
+        "_checkpoint",
+        "_export",
+    )
+    """Attributes that calls assign to; their objects have savepoints of their own."""
 
     def __init__(
         self, backend: str | Backend | None = None, step: int = 256, dtype: str | None = None
@@ -59,9 +70,11 @@ class KVCache(ExportableCache):
 
         limit: most slots ever needed. Not in ``__init__``, whose signature differs by kind.
         """
-        self._step = operator.index(step)
+        self._step = as_index(step, "step")
         if self._step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
+        if self._step > NO_LIMIT:
+            raise ValueError(f"step must be < 2**31 tokens; got {step}.")
         self._limit = limit
         self._asked_backend, self._asked_dtype = backend, dtype
         self._admission = Admission(backend, dtype)
@@ -89,7 +102,6 @@ class KVCache(ExportableCache):
 
     @property
     def len(self) -> int:
-        """Tokens held."""
         return self._offset
 
     @property
@@ -157,31 +169,51 @@ class KVCache(ExportableCache):
         Raises: ShapeError, DTypeError, UnknownBackendError, TracedArrayError inside of a transform
             (use :mod:`kvcache.functional` there), ExportedError; the cache is unchanged then.
         """
-        start = self._offset
+        start, buffers = self._offset, self._buffers
+        if buffers is None:
+            return self._updated_with_room(keys, values)
         stop = start + self._admission.validate(keys, values)
-        buffers = self._buffers
-        if buffers is None or stop > buffers.capacity:
-            buffers = self._grown(stop)
-        columns = buffers.append(keys, values, start, stop, stop)
-        self._offset = stop  # last: if a write raises, its slots still count as empty
-        if self._admission.requires_grad:
-            return buffers.with_gradients(columns, (keys, values), start)
+        if stop > buffers.capacity:
+            return self._updated_with_room(keys, values)
+        try:
+            columns = buffers.append(keys, values, start, stop, stop)
+            if self._admission.requires_grad:
+                columns = buffers.with_gradients(columns, (keys, values), start)
+            self._offset = stop  # last: if anything raises, these slots still count as empty
+        except BaseException:
+            buffers.take_back(stop)
+            raise
         return columns
 
-    def _grown(self, slots: int) -> GrowingBuffers:
-        """Return the buffers with room for `slots` slots, made here on first use."""
-        if self._buffers is not None:
-            if slots > self._buffers.capacity:
-                self._buffers.grow(slots)
-            return self._buffers
-        buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
-        try:
-            buffers.grow(slots)
-        except BaseException:
-            self._admission.forget()  # nothing is held, so the next update is the first again
-            raise
-        self._buffers, self._pins = buffers, LayerPins(buffers)
-        return buffers
+    def _updated_with_room(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """Do an :meth:`update` for which buffers have to be made or to grow."""
+
+        def update() -> tuple[Array, Array]:
+            tokens = self._admission.validate(keys, values)
+            self._with_room(self._slots(self._offset + tokens))
+            return self.update(keys, values)
+
+        return self._atomic(update)
+
+    def _with_room(self, slots: int) -> GrowingBuffers:
+        if self._buffers is None:
+            buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
+            self._buffers, self._pins = buffers, LayerPins(buffers)
+        self._buffers.grow(slots)
+        return self._buffers
+
+    def savepoint(self) -> Callable[[], None]:
+        own = {name: getattr(self, name) for name in self._changing}
+        parts = self._admission, self._points, self._buffers, self._pins
+        undos = [part.savepoint() for part in parts if part is not None]
+
+        def undo() -> None:
+            for name, value in own.items():
+                setattr(self, name, value)
+            for undo_part in undos:
+                undo_part()
+
+        return undo
 
     def mask(self, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array | None:
         """Return the attention mask of the last `tokens` queries over the columns of `update`.
@@ -197,8 +229,7 @@ class KVCache(ExportableCache):
             KVCacheError ahead of the first update of a cache that names no backend.
         """
         self.check_not_exported()
-        tokens = operator.index(tokens)
-        check_window(window)
+        tokens, window = as_index(tokens, "tokens"), as_limit(window, "window")
         stop = self._offset + tokens if ahead else self._offset
         limit = tokens if ahead else self._maskable()
         if not 1 <= tokens <= limit:
@@ -230,6 +261,7 @@ class KVCache(ExportableCache):
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
+        tokens = as_index(tokens, "tokens")
         return self._export is None and 0 <= tokens <= self._offset
 
     def check_trim(self, tokens: int) -> None:
@@ -240,9 +272,9 @@ class KVCache(ExportableCache):
             )
 
     def trim(self, tokens: int) -> None:
-        tokens = operator.index(tokens)
+        tokens = as_index(tokens, "tokens")
         self.check_trim(tokens)
-        self._rewind(self._offset - tokens)
+        self._atomic(partial(self._rewind, self._offset - tokens))
 
     def _rewind(self, offset: int) -> None:
         """Forget the tokens from `offset` on; resume points stay scheduled."""
@@ -257,7 +289,7 @@ class KVCache(ExportableCache):
 
     def checkpoint(self) -> None:
         self.check_not_exported()
-        self._checkpoint = Checkpoint(self._offset, scheduled=set(self._points.scheduled))
+        self._checkpoint = Checkpoint(self._offset, scheduled=frozenset(self._points.scheduled))
 
     def check_rollback(self, accepted: int) -> None:
         self._checked_rollback(accepted)
@@ -268,7 +300,7 @@ class KVCache(ExportableCache):
         checkpoint = self._checkpoint
         if checkpoint is None:
             raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
-        accepted = operator.index(accepted)
+        accepted = as_index(accepted, "accepted")
         since = self._offset - checkpoint.offset
         if not 0 <= accepted <= since:
             raise TrimError(f"accepted must be 0 to {since} tokens, those since; got {accepted}.")
@@ -278,14 +310,15 @@ class KVCache(ExportableCache):
         self._return_to(*self._checked_rollback(accepted))
 
     def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
-        self._rewind(checkpoint.offset + accepted)
+        self._atomic(partial(self._rewind, checkpoint.offset + accepted))
 
     def reset(self) -> None:
+        self._atomic(self._forget)
+
+    def _forget(self) -> None:
         # Buffers that a program has are left to it, and pinned rows were spilled at the export.
         if self._pins is not None:
             self._pins.spill()  # snapshots outlive the buffers that their rows are in
-        if self._buffers is not None:
-            self._buffers.free()
         self._start()
 
     # For compiled programs.
@@ -318,8 +351,9 @@ class KVCache(ExportableCache):
         return Visibility()
 
     def schedule(self, positions: Iterable[int]) -> None:
-        """Change nothing: every position of a growing cache stays resumable."""
+        """Check `positions` and do nothing: every position of a growing cache stays resumable."""
         self.check_not_exported()
+        as_indices(positions, "positions")
 
     def capture(self, start: int, stop: int) -> TokenRows:
         self.check_not_exported()
@@ -343,50 +377,6 @@ class KVCache(ExportableCache):
         """Return the slot of each of `positions`."""
         return positions.astype(np.int64)
 
-    # Copies and files.
-
     @property
     def options(self) -> Mapping[str, int | str | None]:
         return {"step": self._step, "dtype": self._asked_dtype}
-
-    def copy(self) -> Self:
-        self.check_not_exported()
-        clone = self.make(self._asked_backend, self.options)
-        if self._buffers is not None and self._offset:
-            clone._fill(self._buffers.held_slice(self.len), self._offset)
-        return clone
-
-    def to_backend(self, backend: str | Backend) -> Self:
-        self.check_not_exported()
-        target = get_backend(backend)
-        clone = self.make(target, self.options)
-        if self._buffers is not None and self._offset:
-            buffers = clone._fill(self._buffers.transferred(target, self.len), self._offset)
-            # The copy may still be reading the memory of this cache, which may change next.
-            target.sync(*buffers.arrays)
-        return clone
-
-    def to_layer(self) -> LayerArrays:
-        self.check_not_exported()
-        if self._buffers is None or not self._offset:
-            return ()
-        return self._buffers.to_host(self.len)
-
-    def from_layer(self, arrays: LayerArrays, offset: int) -> None:
-        if self.backend is None:
-            raise KVCacheError("a cache that is filled from the host names a backend; got none.")
-        self._fill_from_host(arrays, offset, self.backend)
-
-    def _fill_from_host(self, layer: LayerArrays, offset: int, backend: Backend) -> None:
-        arrays = tuple(backend.from_host(array.data) for array in layer)
-        self._fill(arrays, offset)
-        self._checkpoint = None  # one opened while empty knows nothing of these tokens
-
-    def _fill(self, arrays: Arrays, offset: int) -> GrowingBuffers:
-        """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""
-        keys, values = arrays
-        slots = self._admission.validate(keys, values)
-        buffers = self._grown(slots)
-        buffers.write(arrays, 0, slots)
-        self._offset = offset
-        return buffers

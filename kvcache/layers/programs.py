@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 from abc import abstractmethod
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import as_room
 from kvcache.backends import Array
 from kvcache.errors import KVCacheError, StateError
-from kvcache.storage.admission import Admission
 
-from .buffers import GrowingBuffers
-from .checkpoint import Checkpoint
+from .buffers import Arrays, GrowingBuffers
+from .copies import CopyableCache
 from .exports import Export, State, check_room, new_owner
 from .pinning import LayerPins
-from .stack import StandaloneCache
 
 
-class ExportableCache(StandaloneCache):
+class ExportableCache(CopyableCache):
     """A cache that is locked while a program has its state."""
 
-    _admission: Admission
-    _buffers: GrowingBuffers | None
     _pins: LayerPins | None
-    _offset: int
-    _checkpoint: Checkpoint | None
     _export: Export | None
     """The export under way, None while the cache has its state itself."""
 
@@ -46,26 +40,37 @@ class ExportableCache(StandaloneCache):
             ExportedError for a second export; ValueError for less room than none.
         """
         self.check_not_exported()
-        tokens = operator.index(tokens)
-        if tokens < 0:
-            raise ValueError(f"a state has room for 0 or more tokens; got {tokens}.")
+        tokens = as_room(tokens, "tokens")
         if self._admission.geometry is None:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
-        buffers = self._grown(self._slots(self._offset + tokens))
-        self._before_export()
-        buffers.clean(self._slots(self._offset))
+        undo = self.savepoint()
+        try:
+            buffers = self._with_room(self._slots(self._offset + tokens))
+            self._before_export()
+            buffers.clean(self._slots(self._offset))
+            return self._exported(buffers)
+        except BaseException:
+            undo()
+            raise
+
+    def _exported(self, buffers: GrowingBuffers) -> State:
+        """Lock the cache; return `buffers` as a state. If it raises, they are as before."""
         owner = new_owner()
         make_state = self._state_maker(buffers.capacity, owner, buffers.empty())
+        arrays: Arrays = ()
         try:
-            state = make_state(*buffers.to_traced())
-            export = Export.of(owner, state)
-            self._admission.suspend()
+            buffers.arrays = arrays = buffers.to_traced()
+            return self._given_away(buffers, make_state(*arrays), owner)
         except BaseException:
-            self._admission.resume()
-            buffers.from_traced(buffers.arrays)
+            if arrays:
+                buffers.arrays = buffers.from_traced(arrays)
             raise
+
+    def _given_away(self, buffers: GrowingBuffers, state: State, owner: int) -> State:
+        self._export = Export.of(owner, state)
+        self._admission.suspend()
         # No reference is kept: frameworks copy a buffer that they cannot have for themselves.
-        self._export, buffers.arrays = export, ()
+        buffers.arrays = ()
         return state
 
     def import_state(self, state: State) -> None:
@@ -87,15 +92,16 @@ class ExportableCache(StandaloneCache):
         export.check(buffers.backend, state)
         offset = int(buffers.backend.to_host(state.offset))
         check_room(offset, self._slots(offset), buffers.capacity)
-        written = self._check_written(buffers, state, offset)
-        buffers.from_traced((state.keys, state.values))
-        buffers.take_back(written)
-        self._offset, self._checkpoint, self._export = offset, None, None
-        self._admission.resume()
-
-    @abstractmethod
-    def _grown(self, slots: int) -> GrowingBuffers:
-        """Return the buffers with room for `slots` slots."""
+        buffers.take_back(self._check_written(buffers, state, offset))
+        from_traced, admission = buffers.from_traced, self._admission
+        # One statement: the arrays of the state are consumed once this is called.
+        buffers.arrays, self._offset, self._checkpoint, self._export, admission.exported = (
+            from_traced((state.keys, state.values)),
+            offset,
+            None,
+            None,
+            False,
+        )
 
     @abstractmethod
     def _slots(self, offset: int) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, Self, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Self, TypeVar, overload
 
+from kvcache._checks import as_index, as_indices
 from kvcache.backends import Backend, HostArray, get_backend
 from kvcache.errors import ForeignFileError
 from kvcache.snapshots.files import read_file, write_file
+from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
-from kvcache.storage.arrays import NamedArray
+from kvcache.storage.arrays import LayerArrays, NamedArray
 
-from .base import KINDS, LayerCache
+from .base import KINDS, LayerCache, kind_of
 
 C = TypeVar("C", bound=LayerCache)
 
@@ -62,10 +64,6 @@ class LayerCaches(Sequence[C], Generic[C]):
     def _offsets(self) -> list[int]:
         return sorted({cache.offset for cache in self._caches})
 
-    def _check_not_exported(self) -> None:
-        for cache in self._distinct:
-            cache.check_not_exported()
-
     # What is held.
 
     @property
@@ -100,14 +98,11 @@ class LayerCaches(Sequence[C], Generic[C]):
         # All checks before the first change: no layer can then refuse after another has changed.
         for cache in self._distinct:
             cache.check_trim(tokens)
-        for cache in self._distinct:
-            cache.trim(tokens)
+        self._all_or_none(lambda cache: cache.trim(tokens))
 
     def checkpoint(self) -> None:
         """Open a checkpoint in every layer; replaces open ones."""
-        self._check_not_exported()
-        for cache in self._distinct:
-            cache.checkpoint()
+        self._all_or_none(lambda cache: cache.checkpoint())
 
     def rollback(self, accepted: int = 0) -> None:
         """Return to the checkpoint plus the first `accepted` tokens since, in all layers or none.
@@ -116,22 +111,30 @@ class LayerCaches(Sequence[C], Generic[C]):
         """
         for cache in self._distinct:
             cache.check_rollback(accepted)
-        for cache in self._distinct:
-            cache.rollback(accepted)
+        self._all_or_none(lambda cache: cache.rollback(accepted))
 
     def reset(self) -> None:
-        """Forget everything and free the memory."""
-        for cache in self._distinct:
-            cache.reset()
+        """Forget everything; the memory is freed with the last array that was returned."""
+        self._all_or_none(lambda cache: cache.reset())
+
+    def _all_or_none(self, change: Callable[[C], None]) -> None:
+        """Call `change` for every cache; if one raises, undo it in all."""
+        undos: list[Callable[[], None]] = []
+        try:
+            for cache in self._distinct:
+                undos.append(cache.savepoint())
+                change(cache)
+        except BaseException:  # out of memory, or Ctrl-C
+            for undo in reversed(undos):
+                undo()
+            raise
 
     # Snapshots.
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Make `positions`, not reached yet, resume points of later snapshots."""
-        self._check_not_exported()
-        points = list(positions)  # an iterator would be used up by the first cache
-        for cache in self._distinct:
-            cache.schedule(points)
+        points = as_indices(positions, "positions")  # an iterator serves the first cache only
+        self._all_or_none(lambda cache: cache.schedule(points))
 
     def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
         """Return a snapshot of positions ``[start, stop)`` in all layers; stop None: to the end.
@@ -141,7 +144,10 @@ class LayerCaches(Sequence[C], Generic[C]):
         Raises: ValueError for an empty range, or caches that have seen different numbers of
             tokens, or none.
         """
-        self._check_not_exported()
+        for cache in self._distinct:
+            cache.check_not_exported()
+        start = as_index(start, "start")
+        stop = None if stop is None else as_index(stop, "stop")
         offsets = self._offsets
         stop = offsets[-1] if stop is None and offsets else stop
         if len(offsets) != 1 or stop is None or not 0 <= start < stop <= offsets[0]:
@@ -149,9 +155,18 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
-        rows = [cache.capture(start, stop) for cache in self._caches]
-        specs = [CacheSpec(cache.kind, cache.visibility, str(cache.dtype)) for cache in self]
-        return Snapshot(start, stop, list(map(Part, specs, rows)))
+        specs = [
+            CacheSpec(kind_of(type(cache)), cache.visibility, str(cache.dtype)) for cache in self
+        ]
+        rows: list[TokenRows] = []
+        try:
+            for cache in self:
+                rows.append(cache.capture(start, stop))  # noqa: PERF401 - closed after an error
+            return Snapshot(start, stop, list(map(Part, specs, rows)))
+        except BaseException:
+            for captured in rows:
+                captured.close()
+            raise
 
     def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
         """Fill empty caches of all layers from `snapshots`, to resume where the last one stops.
@@ -164,29 +179,28 @@ class LayerCaches(Sequence[C], Generic[C]):
             if the last one stops at no resume point, DTypeError; nothing has changed then.
         """
         named = None if backend is None else get_backend(backend)
-        backends = [b for cache in self if (b := cache.backend or named) is not None]
-        if any(cache.offset for cache in self) or len(backends) < len(self):
+        if any(cache.offset or (cache.backend or named) is None for cache in self):
             raise ValueError(
                 "what is restored goes to empty caches, on a backend that they or the call name; "
                 f"got {', '.join(map(repr, self)) or 'none'}. Use new ones."
             )
         stop = check_contiguous(snapshots, self._specs_for(snapshots))
-        try:
-            for layer, (cache, own_backend) in enumerate(zip(self, backends, strict=True)):
-                parts = [snapshot.parts[layer].rows for snapshot in snapshots]
-                cache.restore_rows(parts, stop, own_backend)
-        except BaseException:  # out of memory, say, when the first layers are filled already
-            for cache in self:
-                if cache.offset:
-                    cache.reset()
-            raise
+
+        def restore_rows(cache: C) -> None:
+            layer = self._caches.index(cache)  # the first, where several layers share it
+            parts = [snapshot.parts[layer].rows for snapshot in snapshots]
+            backend = cache.backend or named
+            if backend is not None:  # checked above
+                cache.restore_rows(parts, stop, backend)
+
+        self._all_or_none(restore_rows)
 
     def _specs_for(self, snapshots: Sequence[Snapshot]) -> list[CacheSpec]:
         """Return the specs of these caches; one without a dtype takes that of the snapshots."""
         dtypes = [spec.dtype for spec in snapshots[0].specs] if snapshots else []
         dtypes = dtypes if len(dtypes) == len(self) else ["" for _ in self]
         return [
-            CacheSpec(cache.kind, cache.visibility, cache.dtype or dtype)
+            CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or dtype)
             for cache, dtype in zip(self, dtypes, strict=True)
         ]
 
@@ -197,6 +211,9 @@ class LayerCaches(Sequence[C], Generic[C]):
         # By identity: layers that share a cache share its copy.
         copies = {id(cache): cache.copy() for cache in self._distinct}
         return type(self)(copies[id(cache)] for cache in self)
+
+    def __copy__(self) -> Self:
+        return self.copy()
 
     def to_backend(self, backend: str | Backend) -> Self:
         """Return independent copies on `backend`, equal bit for bit; no checkpoints.
@@ -217,10 +234,10 @@ class LayerCaches(Sequence[C], Generic[C]):
         records: list[dict[str, object]] = []
         tensors: dict[str, HostArray] = {}
         for layer, cache in enumerate(self):
-            arrays = cache.to_layer()
+            kind, arrays = kind_of(type(cache)), cache.to_layer()
             records.append(
                 {
-                    "kind": cache.kind,
+                    "kind": kind,
                     "offset": cache.offset,
                     "options": dict(cache.options),
                     "arrays": {array.name: array.token_axis for array in arrays},
@@ -238,28 +255,50 @@ class LayerCaches(Sequence[C], Generic[C]):
         Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
             where the backend lacks the dtype.
         """
-        header, tensors = read_file(path)
-        if "caches" not in header:
-            raise ForeignFileError(
-                f"{path} holds a snapshot, no caches. Use kvcache.Snapshot.load."
-            )
         target = get_backend(backend)
         caches: list[Any] = []  # of the kinds that the file names
-        for layer, record in enumerate(header["caches"]):
-            if record["kind"] not in KINDS:
+        for record in _read_records(path):
+            if record.kind not in KINDS:
                 raise ForeignFileError(
                     f"load reads caches of the kinds {', '.join(sorted(KINDS))}; "
-                    f"{path} holds {record['kind']!r}."
+                    f"{path} holds {record.kind!r}."
                 )
-            cache = KINDS[record["kind"]].make(target, record["options"])
-            if record["offset"]:
-                arrays = [
-                    NamedArray(name, tensors[f"{layer}.{name}"], axis)
-                    for name, axis in record["arrays"].items()
-                ]
-                cache.from_layer(tuple(arrays), record["offset"])
-            caches.append(cache)
+            caches.append(record.to_cache(KINDS[record.kind], target))
         return cls(caches)
+
+
+class _Record(NamedTuple):
+    """One cache, as stored in a file."""
+
+    kind: str
+    offset: int
+    options: dict[str, Any]
+    arrays: LayerArrays
+
+    def to_cache(self, kind: type[C], backend: Backend) -> C:
+        """Return the cache, of class `kind`, on `backend`."""
+        cache = kind.make(backend, self.options)
+        if self.offset:
+            cache.from_layer(self.arrays, self.offset)
+        return cache
+
+
+def _read_records(path: str | os.PathLike[str]) -> list[_Record]:
+    """Return the caches in a file. Raises: CacheFileError, FileNotFoundError."""
+    header, tensors = read_file(path)
+    if "caches" not in header:
+        raise ForeignFileError(f"{path} holds a snapshot, no caches. Use kvcache.Snapshot.load.")
+    records = []
+    for layer, record in enumerate(header["caches"]):
+        # Of an empty cache the file may list arrays, but holds none.
+        axes = record["arrays"] if record["offset"] else {}
+        arrays = [NamedArray(name, tensors[f"{layer}.{name}"], axis) for name, axis in axes.items()]
+        records.append(_Record(record["kind"], record["offset"], record["options"], tuple(arrays)))
+    return records
+
+
+def _class_name(kind: str) -> str:
+    return KINDS[kind].__name__ if kind in KINDS else repr(kind)
 
 
 class StandaloneCache(LayerCache):
@@ -284,12 +323,12 @@ class StandaloneCache(LayerCache):
         Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
             where the backend lacks the dtype.
         """
-        caches: LayerCaches[LayerCache] = LayerCaches.load(path, backend)
-        cache = caches[0] if len(caches) == 1 else None
-        if not isinstance(cache, cls) or type(cache) is not cls:
-            kinds = ", ".join(type(cache).__name__ for cache in caches)
+        records, kind = _read_records(path), kind_of(cls)
+        # By kind, not by class: a subclass without a kind of its own reads files of its base.
+        if [record.kind for record in records] != [kind]:
+            kinds = ", ".join(_class_name(record.kind) for record in records)
             raise ForeignFileError(
-                f"{cls.__name__}.load reads one {cls.__name__}; {path} holds {kinds}. "
+                f"{cls.__name__}.load reads one {_class_name(kind)}; {path} holds {kinds}. "
                 "Use kvcache.LayerCaches.load."
             )
-        return cache
+        return records[0].to_cache(cls, get_backend(backend))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
-import numpy as np
 import numpy.typing as npt
 
-from kvcache._types import Int32s
+from kvcache._checks import as_batch_indices, as_int32s
+
+_BOTH = "positions and sequences"
 
 
 class Batch:
@@ -16,7 +16,8 @@ class Batch:
 
     positions: position of each token in its sequence, >= 0; int32 [tokens].
     sequences: id of each token's sequence; int32 [tokens].
-    multimodal: indices into the batch of the tokens that bring encoder output.
+    multimodal: indices into the batch of the tokens that bring encoder output, or one bool per
+        token.
 
     Positions and sequences are copied, so later changes to the arguments do no harm.
 
@@ -31,31 +32,15 @@ class Batch:
         sequences: npt.ArrayLike,
         multimodal: Sequence[int] = (),
     ) -> None:
-        self.positions = _int32s(positions)
-        self.sequences = _int32s(sequences)
-        self.multimodal = tuple(operator.index(index) for index in multimodal)
+        self.positions = as_int32s(positions, _BOTH)
+        self.sequences = as_int32s(sequences, _BOTH)
         tokens = self.positions.size
         if tokens == 0 or tokens != self.sequences.size:
             raise ValueError(
                 "a batch has one position and one sequence id per token, and at least one token; "
                 f"got {tokens} positions and {self.sequences.size} sequence ids."
             )
-        if any(not 0 <= index < tokens for index in self.multimodal):
-            raise ValueError(
-                f"multimodal holds batch indices, 0 to {tokens - 1}; got {self.multimodal}."
-            )
+        self.multimodal = as_batch_indices(multimodal, tokens, "multimodal")
 
     def __len__(self) -> int:
         return int(self.positions.size)
-
-
-def _int32s(numbers: npt.ArrayLike) -> Int32s:
-    array = np.asarray(numbers)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"positions and sequences are lists of integers; got {array.dtype} {array.shape}."
-        )
-    narrow = array.astype(np.int32)  # a copy: the pass keeps it, and plans read it later
-    if (narrow != array).any():  # astype wraps numbers beyond int32 without a word
-        raise ValueError(f"positions and sequences are int32; got {array.min()} to {array.max()}.")
-    return narrow

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from copy import copy
 from typing import Self
 
+from kvcache._checks import as_index, as_indices
+from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
+from .ahead import TokensAhead
 from .base import Cache, Commit
 from .batch import Batch
 
@@ -30,27 +31,34 @@ class WrapperCache(Cache):
         if not caches:
             raise ValueError("a wrapper needs at least one cache; got none.")
         self.caches = caches
-        self._type = 0
-        self.share_lock(self.lock)
+        self._type = self._layer = 0
+        for cache in caches:
+            cache.enclose(self)
 
-    def share_lock(self, lock: threading.RLock) -> None:
+    def share_lock(self, lock: Lock) -> None:
         super().share_lock(lock)
         for cache in self.caches:  # one lock, because a change of the wrapper changes them all
             cache.share_lock(lock)
 
     def set_layer_type(self, index: int) -> None:
-        """Choose the cache for `set_layer`, `put`, `get` and `set_causal`.
+        """Choose the cache for `put`, `get` and `set_causal`, before or after `set_layer`.
 
         Raises: ValueError for an index without a cache.
         """
+        index = index if type(index) is int else as_index(index, "index")
         if not 0 <= index < len(self.caches):
             raise ValueError(f"layer types here are 0 to {len(self.caches) - 1}; got {index}.")
         self._type = index
+        self.underlying_cache.set_layer(self._layer)
 
     @property
     def underlying_cache(self) -> Cache:
         """Cache chosen last by :meth:`set_layer_type`, at first the first one."""
         return self.caches[self._type]
+
+    @property
+    def backend(self) -> Backend | None:
+        return self.caches[0].backend
 
     def set_config(self, config: CacheConfig) -> None:
         for cache in self.caches:
@@ -76,6 +84,17 @@ class WrapperCache(Cache):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         return self._all(lambda cache: cache.prepare_forward(batch, reserve))
 
+    def revert_forward(self) -> None:
+        for cache in self.caches:
+            cache.revert_forward()
+
+    def pass_complete(self) -> bool:
+        return all(cache.pass_complete() for cache in self.caches)
+
+    def drop_pass(self) -> None:
+        for cache in self.caches:
+            cache.drop_pass()
+
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         return self._all(lambda cache: cache.prepare_copy_prefix(source, target, length))
 
@@ -85,16 +104,25 @@ class WrapperCache(Cache):
     def _all(self, prepare: Callable[[Cache], Commit]) -> Commit:
         return _together([prepare(cache) for cache in self.caches])
 
+    def holds_tokens(self, sequence: int) -> bool:
+        return any(cache.holds_tokens(sequence) for cache in self.caches)
+
     def set_layer(self, layer: int) -> None:
+        self._layer = layer
         self.underlying_cache.set_layer(layer)
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
-        self.underlying_cache.put(keys, values)
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
+        if frames is None:
+            self.underlying_cache.put(keys, values)
+        else:
+            self.underlying_cache.put(keys, values, frames)
 
     def get(self) -> tuple[Array, Array | None, Array | None]:
         return self.underlying_cache.get()
 
-    def set_causal(self, except_: Sequence[int] = ()) -> None:
+    def set_causal(self, except_: TokensAhead = ()) -> None:
         self.underlying_cache.set_causal(except_)
 
     def can_resume(self, sequence: int, position: int) -> bool:
@@ -114,7 +142,7 @@ class WrapperCache(Cache):
         return max(cache.next_position(sequence) for cache in self.caches)
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        points = list(positions)  # an iterator would be used up by the first cache
+        points = as_indices(positions, "positions")  # an iterator serves the first cache only
         for cache in self.caches:
             cache.schedule(sequence, points)
 
@@ -133,9 +161,11 @@ class WrapperCache(Cache):
         return _together(commits)
 
     def to_backend(self, backend: str | Backend) -> Self:
-        clone = copy(self)
+        clone = self._shallow_copy()
         clone.caches = tuple(cache.to_backend(backend) for cache in self.caches)
-        clone.share_lock(threading.RLock())  # a lock of its own, and that in all of them
+        clone._enclosing, clone.lock = None, Lock()
+        for cache in clone.caches:
+            cache.enclose(clone)
         return clone
 
     def close(self) -> None:

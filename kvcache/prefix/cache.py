@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
-from kvcache.errors import KVCacheError
+from kvcache._checks import as_index, as_indices
+from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.pool.base import Cache
 
 from .events import Events
 from .index import SpanIndex
-from .media import Media, MediaIds, check_media
+from .media import Media, MediaIds, as_media, check_media
 from .policies import EvictionPolicy, make_policy
 from .radix import RadixTree, Tokens, as_tokens
 from .render import render
@@ -64,6 +66,7 @@ class PrefixCache:
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        budget = None if budget is None else as_index(budget, "budget")
         if budget is not None and budget < 0:
             raise ValueError(f"a budget is bytes >= 0, or None for no limit; got {budget}.")
         self._source: SequenceSource
@@ -83,6 +86,12 @@ class PrefixCache:
         self._media_ids = MediaIds()
         self._clock = clock
         self._sessions = self._tokens = self._matched = 0
+
+    def __reduce__(self) -> NoReturn:
+        raise NotSupportedError(
+            "a PrefixCache is not copied or pickled: its sessions and spans belong to one cache. "
+            "Make another one, PrefixCache(cache.copy()), and save snapshots to files."
+        )
 
     def session(
         self,
@@ -105,18 +114,19 @@ class PrefixCache:
         Raises: ValueError, CacheFullError if no sequence or not enough cells are free; nothing
             has changed then.
         """
-        prompt, media = as_tokens(tokens), media or {}
+        prompt, media = as_tokens(tokens), as_media(media or {})
+        points = as_indices(resume_points, "resume_points")
         if not prompt.size:
             raise ValueError("a prompt has at least one token; got none.")
         check_media(media, prompt.size)
         with self.lock:
             ids = self._media_ids.substitute(prompt, media)
             request = Request(self._source.acquire(), [ids])
-            self._begin(request, ids, salt, media, resume_points)
+            self._begin(request, ids, salt, media, points)
             return Session(request, prompt, self.lock, self._end)
 
     def _begin(
-        self, request: Request, ids: Tokens, salt: str, media: Media, resume_points: Iterable[int]
+        self, request: Request, ids: Tokens, salt: str, media: Media, resume_points: list[int]
     ) -> None:
         """Restore the longest stored prefix of `ids` and count the request as active.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import TypeAlias
+
+from kvcache._checks import as_index
 
 from .radix import Tokens
 
@@ -39,6 +42,19 @@ class MediaIds:
     def clear(self) -> None:
         """Forget all media. Ids are given out anew, so no tree may hold old ones."""
         self._ids.clear()
+
+
+def as_media(media: Media) -> Media:
+    """Return `media` with places of plain ints. Raises: ValueError, TypeError for other places."""
+    try:
+        return {
+            (as_index(start, "media"), as_index(stop, "media")): digest
+            for (start, stop), digest in media.items()
+        }
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"media map positions (start, stop) to digests; got {reprlib.repr(media)}."
+        ) from error
 
 
 def check_media(media: Media, tokens: int) -> None:

@@ -15,6 +15,8 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import as_int32s
+
 Tokens: TypeAlias = npt.NDArray[np.int32]
 """Token ids, one-dimensional."""
 _ID = np.dtype("<i4")
@@ -133,15 +135,9 @@ def as_tokens(tokens: npt.ArrayLike | Sequence[int]) -> Tokens:
 
     Raises: ValueError for anything but a list of 32-bit integers.
     """
-    array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"token ids are a list of integers; got {array.dtype} {array.shape}.")
-    if array.dtype == np.int32:
-        return array
-    ids = array.astype(np.int32)
-    if (ids != array).any():
-        raise ValueError(f"token ids are int32; got {array.min()} to {array.max()}.")
-    return ids
+    if isinstance(tokens, np.ndarray) and tokens.dtype == np.int32 and tokens.ndim == 1:
+        return tokens
+    return as_int32s(tokens, "token ids")
 
 
 def _in_common(tokens: Tokens, node: Node[V]) -> int:

@@ -6,7 +6,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 
-from kvcache._checks import check_ids
+from kvcache._checks import as_indices, check_ids
+from kvcache._locks import Lock
 from kvcache.backends import Backend
 from kvcache.errors import CacheFullError, KVCacheError
 from kvcache.layers.growing import KVCache
@@ -72,7 +73,7 @@ class PoolSequences(SequenceSource):
         self._cache = cache
         chosen = range(cache.max_sequences) if sequences is None else sequences
         # Reversed: taken from the end, the first named is used first.
-        self._free = list(chosen)[::-1]
+        self._free = as_indices(chosen, "sequences")[::-1]
         self._total = len(self._free)
         check_ids(cache.max_sequences, *self._free)
         if len(set(self._free)) < self._total:
@@ -128,7 +129,7 @@ class LayerSequences(SequenceSource):
     def __init__(self, caches: Sequence[KVCache]) -> None:
         if not caches or any(cache.offset for cache in caches):
             raise ValueError(f"give one empty cache for every layer; got {list(caches)}.")
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.backend: Backend | None = None
         """Backend of the last snapshot, for restoring to caches that name none."""
         self._prototypes = LayerCaches(caches)

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
+from kvcache.errors import NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.layers.stack import LayerCaches
 
@@ -48,6 +49,12 @@ class Session:
         end: Callable[[Request, bool], None],
     ) -> None:
         self._request, self._prompt, self._lock, self._end = request, prompt, lock, end
+
+    def __reduce__(self) -> NoReturn:
+        raise NotSupportedError(
+            "a Session is not copied or pickled: it owns its sequence. Begin another one with "
+            "PrefixCache.session, or copy its caches."
+        )
 
     @property
     def matched(self) -> int:

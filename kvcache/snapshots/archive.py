@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import as_int32s
 from kvcache._types import Int32s
 from kvcache.backends import HostArray
 from kvcache.errors import ForeignFileError, SnapshotMismatchError
@@ -121,7 +121,7 @@ def _token_hash(tokens: npt.ArrayLike | None) -> str:
     if tokens is None:
         return ""
     # As little-endian int32, so that lists, arrays of any integer dtype and machines agree.
-    return hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
+    return hashlib.sha256(as_int32s(tokens, "token ids").astype("<i4").tobytes()).hexdigest()
 
 
 def _check_owner(

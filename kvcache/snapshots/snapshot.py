@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import as_index
+from kvcache._types import Bools, Int32s
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
 from .archive import Record, read_archive, write_archive
-from .rows import TokenRows
+from .rows import LayerRows, TokenRows, change_all
 from .visibility import Visibility
+
+R = TypeVar("R")
 
 
 class CacheSpec(NamedTuple):
@@ -71,6 +76,10 @@ class Snapshot:
         return [part.spec for part in self.parts]
 
     @property
+    def _rows(self) -> list[TokenRows]:
+        return [part.rows for part in self.parts]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all rows, resident or not."""
         return sum(part.rows.nbytes for part in self.parts)
@@ -92,6 +101,7 @@ class Snapshot:
 
     def empty_like(self, start: int, stop: int) -> Snapshot:
         """Return a snapshot of ``[start, stop)`` of the same caches, without any rows."""
+        start, stop = as_index(start, "start"), as_index(stop, "stop")
         nothing = [TokenRows(part.rows.positions[:0]) for part in self.parts]
         return self._of(start, stop, nothing)
 
@@ -100,13 +110,20 @@ class Snapshot:
 
         Raises: ValueError unless ``start < at < stop``.
         """
+        at = as_index(at, "at")
         if not self.start < at < self.stop:
             raise ValueError(
                 f"a snapshot of [{self.start}, {self.stop}) is split inside; got {at}."
             )
-        pairs = [part.rows.split(at) for part in self.parts]
-        lower, upper = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        return self._of(self.start, at, lower), self._of(at, self.stop, upper)
+        rows = self._rows
+        return self._exchanged(
+            rows,
+            lambda: (piece for own_rows in rows for piece in own_rows.pieces(at)),
+            lambda pieces: (
+                self._of(self.start, at, pieces[::2]),
+                self._of(at, self.stop, pieces[1::2]),
+            ),
+        )
 
     def merge(self, other: Snapshot) -> Snapshot:
         """Join this snapshot and the adjacent `other` into one; closes both.
@@ -128,32 +145,86 @@ class Snapshot:
         Raises: SnapshotMismatchError if `other` is of other caches.
         """
         check_same_specs([self, other], self.specs)
+        new = []
         for own_part, part in zip(self.parts, other.parts, strict=True):
             positions = part.rows.positions
             inside = (positions >= self.start) & (positions < self.stop)
-            new = inside & ~np.isin(positions, own_part.rows.positions)
-            if not new.all():  # rows can only be joined without a common position
-                part.rows = part.rows.narrowed(new)
-        return self._joined(other, self.stop)
+            # Rows can only be joined without a common position.
+            new.append(inside & ~np.isin(positions, own_part.rows.positions))
+        return self._joined(other, self.stop, new)
 
-    def _joined(self, other: Snapshot, stop: int) -> Snapshot:
-        pairs = zip(self.parts, other.parts, strict=True)
-        return self._of(self.start, stop, [one.rows.join(two.rows) for one, two in pairs])
+    def _joined(
+        self, other: Snapshot, stop: int, new: Iterable[Bools | None] = repeat(None)
+    ) -> Snapshot:
+        """Return a snapshot up to `stop` with the rows of both; close both, or change neither.
+
+        new: for each part of `other` which of its rows are meant; None for all.
+        """
+        own_rows, rows = self._rows, other._rows
+        return self._exchanged(
+            [*own_rows, *rows],
+            lambda: map(TokenRows.joined, own_rows, rows, new),
+            lambda joined: self._of(self.start, stop, joined),
+        )
+
+    @staticmethod
+    def _exchanged(
+        old: Sequence[TokenRows],
+        make: Callable[[], Iterable[TokenRows]],
+        wrap: Callable[[Sequence[TokenRows]], R],
+    ) -> R:
+        """Return ``wrap`` of the rows made by `make`, and close `old`: all of it, or nothing."""
+        results: list[R] = []
+
+        def make_and_wrap() -> Iterator[TokenRows]:
+            made = []
+            for rows in make():
+                made.append(rows)
+                yield rows
+            # Before the old rows are closed, because nothing may fail from then on.
+            results.append(wrap(made))
+
+        change_all(old, TokenRows.close, make_and_wrap)
+        return results[0]
 
     def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
         """Return a snapshot of the same caches with other rows, one for each part."""
         return Snapshot(start, stop, list(map(Part, self.specs, rows)))
 
+    def copy(self) -> Snapshot:
+        """Return another snapshot of the same rows, to be closed apart from this one.
+
+        Rows are not copied: their content never changes. ``copy.copy`` and ``copy.deepcopy`` do the
+        same; a pickled snapshot has its rows on the host.
+        """
+        copies: list[TokenRows] = []
+        try:
+            for part in self.parts:
+                copies.append(part.rows.renewed())  # noqa: PERF401 - those made are closed below
+        except BaseException:
+            for rows in copies:
+                rows.close()
+            raise
+        return self._of(self.start, self.stop, copies)
+
+    def __copy__(self) -> Snapshot:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[object, ...]]:
+        parts = [(part.spec, part.rows.positions, _host_rows(part.rows)) for part in self.parts]
+        return _unpickled, (self.start, self.stop, parts)
+
     def to_host(self) -> Self:
         """Spill resident rows to host memory; return the snapshot itself."""
-        for part in self.parts:
-            part.rows.to_host()
+        change_all(self._rows, TokenRows.to_host)
         return self
 
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""
-        for part in self.parts:
-            part.rows.close()
+        change_all(self._rows, TokenRows.close)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +248,7 @@ class Snapshot:
     ) -> None:
         """Write the snapshot to a safetensors file, with a checksum of every tensor.
 
-        Resident rows are spilled to the host. The file replaces an existing one only when complete.
+        Resident rows stay resident. The file replaces an existing one only when complete.
 
         tokens: its token ids up to `stop`; only a hash of them is kept.
         fingerprint: any text to tell the model and its weights from others.
@@ -188,7 +259,7 @@ class Snapshot:
                 part.spec.visibility,
                 part.spec.dtype,
                 part.rows.positions,
-                part.rows.to_host(),
+                part.rows.content(),
             )
             for part in self.parts
         ]
@@ -218,6 +289,19 @@ class Snapshot:
             for record in records
         ]
         return cls(start, stop, parts)
+
+
+def _host_rows(rows: TokenRows) -> LayerRows:
+    """Return host copies of all rows, which stay where they are."""
+    return rows.read(np.arange(rows.positions.size)) if rows.positions.size else {}
+
+
+def _unpickled(
+    start: int, stop: int, parts: Sequence[tuple[CacheSpec, Int32s, LayerRows]]
+) -> Snapshot:
+    return Snapshot(
+        start, stop, [Part(spec, TokenRows(positions, layers)) for spec, positions, layers in parts]
+    )
 
 
 def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, backend_type, get_backend
-from kvcache.backends.base import FastKey, refuse_traced
+from kvcache.backends.arguments import refuse_traced
+from kvcache.backends.base import FastKey
 from kvcache.errors import DTypeError, ExportedError, KVCacheError, ShapeError
 
 from .layout import TOKENS
@@ -33,6 +34,7 @@ class Admission:
     backend, dtype: as requested when the cache was made; None takes that of the first update.
         From then on :attr:`backend` and :attr:`geometry` hold the result.
     requires_grad: whether gradients are to flow to the latest update.
+    exported: whether a program has the state of the cache.
 
     Raises: DTypeError for an unknown dtype, or one that `backend` lacks.
     """
@@ -51,9 +53,20 @@ class Admission:
         self.backend: Backend | None = self._asked
         self.geometry: Geometry | None = None
         self.requires_grad = False
-        self._exported = False
+        self.exported = False
         self._fast_key: Callable[[Array], FastKey] | None = None
         self._latest: tuple[FastKey, FastKey] | None = None
+
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that undoes what updates fix, and :meth:`forget`, from now on."""
+        fixed = self.backend, self.geometry, self._fast_key, self._latest
+        now = self.requires_grad, self.exported
+
+        def undo() -> None:
+            self.backend, self.geometry, self._fast_key, self._latest = fixed
+            self.requires_grad, self.exported = now
+
+        return undo
 
     def bound(self) -> tuple[Backend, Geometry]:
         """Return the backend and geometry fixed by the first update.
@@ -65,17 +78,13 @@ class Admission:
         return self.backend, self.geometry
 
     def suspend(self) -> None:
-        """Refuse updates until :meth:`resume`: a program has the state of the cache."""
-        self._exported = True
+        """Refuse updates while :attr:`exported`: a program has the state of the cache."""
+        self.exported = True
         self._latest = None  # so that the fast path of an update needs no check of its own
 
-    def resume(self) -> None:
-        """Accept updates again."""
-        self._exported = False
-
     def check_not_exported(self) -> None:
-        """Raise ExportedError between :meth:`suspend` and :meth:`resume`."""
-        if self._exported:
+        """Raise ExportedError after :meth:`suspend`, until :attr:`exported` is False again."""
+        if self.exported:
             raise ExportedError(
                 "a cache is not used while a program has its state. Call import_state(state) with "
                 "the last state of the program, or reset() to give the tokens up."
@@ -110,11 +119,11 @@ class Admission:
     def _validate_new(self, keys: Array, values: Array) -> Backend:
         """Check an update in full, fix backend and geometry, and return the backend."""
         self.check_not_exported()
-        for array in (keys, values):
-            if backend_type(array).is_traced(array):
-                refuse_traced(array)
         backend = self.backend or backend_of(keys)
         _check_framework(backend, keys, values)
+        for array in (keys, values):
+            if backend.is_traced(array):
+                refuse_traced(array)
         _check_shapes(tuple(keys.shape), tuple(values.shape))
         geometry = _geometry(backend, keys, values)
         if self._dtype is not None and geometry.dtype != self._dtype:
@@ -127,18 +136,36 @@ class Admission:
         return backend
 
 
-def _check_framework(backend: Backend, keys: Array, values: Array) -> None:
+def _check_framework(backend: Backend, keys: Array, values: Array | None) -> None:
     """Raise DTypeError unless `backend` owns both arrays; UnknownBackendError for non-arrays."""
+    if values is None:
+        raise DTypeError(
+            "a per-layer cache holds keys and values; got values None. A CausalCache takes layers "
+            "of keys only."
+        )
     for name, array in (("keys", keys), ("values", values)):
         if not backend.owns(array):
             if not hasattr(array, "dtype"):
                 backend_of(array)  # raises, and names the frameworks whose arrays are accepted
+            refuse_several_devices(backend, array)
             raise DTypeError(
                 f"{name} must be an array of {backend.spec}, where this cache lives; got "
                 f"{type(array).__module__}.{type(array).__name__}"
                 f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
                 "Convert it with backend.from_dlpack, or through the host."
             )
+
+
+def described(array: Array) -> str:
+    """Return type and dtype of what was given as an array, for an error."""
+    name = type(array).__name__
+    return f"{name} of {array.dtype}" if hasattr(array, "dtype") else f"{name}, which is no array"
+
+
+def refuse_several_devices(backend: Backend, array: Array) -> None:
+    """Raise UnknownBackendError if `array` is of the framework of `backend`, on several devices."""
+    if hasattr(array, "dtype") and backend_type(array) is type(backend):
+        backend_of(array)
 
 
 def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
@@ -151,8 +178,10 @@ def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
         raise ShapeError(
             f"keys and values must agree in batch, kv_heads and tokens; got {keys} and {values}."
         )
-    if not all(keys) or not all(values):
+    if not keys[TOKENS]:
         raise ShapeError(f"an update has at least one token; got {keys} and {values}. Skip it.")
+    if not all(keys) or not all(values):
+        raise ShapeError(f"batch, kv_heads and head_dim are at least 1; got {keys} and {values}.")
 
 
 def _geometry(backend: Backend, keys: Array, values: Array) -> Geometry:

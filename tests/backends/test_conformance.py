@@ -39,6 +39,12 @@ class TestArrayApi(BackendSuite):
     backend = "array_api:array_api_strict"
 
 
+class TestArrayApiOverNumpy(BackendSuite):
+    """NumPy's dtypes are types, not the dtypes of its arrays: CuPy has the same form."""
+
+    backend = "array_api:numpy"
+
+
 class Mine(NumpyBackend):
     """A third party's backend: all it takes to have it checked is the class below."""
 

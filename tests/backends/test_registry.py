@@ -125,11 +125,11 @@ def test_all_backends_in_one_process():
     caches = [KVCache(name) for name, info in available_backends().items() if info.installed]
     for cache in caches * 2:
         assert cache.backend is not None
-        if cache.backend.spec == "array_api:numpy":
-            continue  # its arrays are NumPy's, which have a backend of their own
         part = cache.backend.from_host(np.ones((1, 1, 2, 1), np.float32))
         keys, _ = cache.update(part, part)
-        assert backend_of(keys).name == cache.backend.name
+        # The arrays of array_api:numpy are NumPy's, which have a backend of their own.
+        shared = cache.backend.spec == "array_api:numpy"
+        assert backend_of(keys).name == ("numpy" if shared else cache.backend.name)
 
 
 # "auto" and the environment.
@@ -465,3 +465,152 @@ except ImportError as error:
     print(error)
 """
     assert run(program) == "import this package as kvcache.backends, not as backends."
+
+
+# What must not be claimed, and what is no one device's.
+
+
+GREEDY = """
+import numpy
+from kvcache.backends._numpy import NumpyBackend
+
+class Modules(NumpyBackend):
+    modules = ("builtins",)
+
+class Types(NumpyBackend):
+    array_types = (list,)
+"""
+
+
+def test_builtins_belong_to_no_backend(tmp_path):
+    """Every object is of a builtin type: whoever claims these takes the arrays of all others."""
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    distribution(tmp_path, "greedy", "builtins = greedy:Modules")
+    program = """
+import kvcache, numpy as np
+kvcache.register_backend("modules", "greedy:Modules", "greedy", "nothing")
+kvcache.register_backend("types", "greedy:Types", "greedy", "nothing")
+for call in (
+    lambda: kvcache.register_backend("all", "greedy:Modules", "builtins", "nothing"),
+    *(lambda name=name: kvcache.get_backend(name) for name in ("builtins", "modules", "types")),
+):
+    try:
+        call()
+    except kvcache.UnknownBackendError as error:
+        assert "cannot claim the types of builtins" in str(error), error
+    else:
+        raise AssertionError("not refused")
+assert not kvcache.available_backends()["builtins"].installed
+from kvcache.backends import backend_type
+print(kvcache.backend_of(np.ones(1)).spec, backend_type(np.ones(1)).name)
+"""
+    assert run(program, tmp_path) == "numpy:cpu numpy"
+    with pytest.raises(UnknownBackendError, match="must be arrays of a framework"):
+        backend_of([1])
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(3)", "1 / 0", "zeros = int"])
+def test_a_module_named_as_a_library_may_do_anything(tmp_path, monkeypatch, body):
+    name = f"library_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendNotAvailableError, match="to be an installed array-API library"):
+        get_backend(f"array_api:{name}")
+
+
+SHARDED = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import numpy as np, jax, jax.numpy as jnp, kvcache
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
+
+def refused(call, words="got an array on cpu:0, cpu:1"):
+    try:
+        call()
+    except kvcache.UnknownBackendError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+for spec in (P(None, "tp"), P()):  # in parts, and a copy on each
+    k = jax.device_put(np.ones((1, 2, 3, 4), np.float32), NamedSharding(mesh, spec))
+    refused(lambda: kvcache.backend_of(k))
+    assert not any(kvcache.get_backend(f"jax:cpu:{i}").owns(k) for i in range(2))
+    for cache in (kvcache.KVCache(), kvcache.RotatingKVCache(8), kvcache.KVCache("jax")):
+        asked = cache.backend
+        refused(lambda: cache.update(k, k))
+        assert (cache.backend, cache.nbytes, cache.dtype) == (asked, 0, None)
+        one = jnp.ones((1, 2, 1, 4))
+        cache.update(one, one)
+        refused(lambda: cache.update(k, k))
+        refused(lambda: cache.update(one, k[:, :, :1]))
+        assert cache.offset == 1
+    pool = kvcache.CausalCache()
+    pool.init("jax", capacity=8, max_batch=8)
+    pool.start_forward(kvcache.Batch(range(3), [0] * 3))
+    refused(lambda: pool.put(k[0], k[0]))
+    pool.put(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)))
+print("done")
+"""
+
+
+@pytest.mark.one_backend(name="jax")
+def test_an_array_on_several_devices_is_refused_and_binds_nothing():
+    pytest.importorskip("jax")
+    assert run(SHARDED) == "done"
+
+
+STRICT = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+import numpy as np, jax, kvcache
+from kvcache import functional
+backend = kvcache.get_backend("jax")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_x64", True)
+
+def run(tracing, dtype):
+    def ones(*shape):
+        return backend.from_host(np.ones(shape, np.float32), dtype)
+    for cache in (kvcache.KVCache(), kvcache.RotatingKVCache(3, 1)):
+        for tokens in (2, 1, 2):
+            cache.update(ones(1, 2, tokens, 4), ones(1, 2, tokens, 4))
+            cache.mask(1, 2)
+        cache.checkpoint()
+        cache.update(ones(1, 2, 2, 4), ones(1, 2, 2, 4))
+        cache.rollback(1)
+        state = cache.export_state(2)
+        state, keys, _ = tracing(functional.append)(state, ones(1, 2, 1, 4), ones(1, 2, 1, 4))
+        mask = tracing(lambda state: functional.mask(state, 1, 2))(state)
+        cache.import_state(state)
+        assert cache.offset == 7 and keys.dtype.name == dtype, (cache.offset, keys.dtype)
+    pool = kvcache.CausalCache(window=4, shift=kvcache.RoPEShift([1.0]))
+    pool.init("jax", dtype, capacity=16, max_batch=4, max_sequences=2)
+    pool.start_forward(kvcache.Batch(range(4), [0] * 4))
+    pool.put(ones(1, 4, 2), ones(1, 4, 2))
+    pool.get()
+    pool.remove(0, 1, 2)
+    plan, state = pool.plan(kvcache.Batch([3], [0])), pool.program_state
+    put = tracing(lambda state, plan, k: functional.put(state, plan, 0, k, k))
+    state = put(state, plan, ones(1, 1, 2))
+    tracing(lambda state, plan: functional.get(state, plan, 0))(state, plan)
+    pool.program_state = state
+    plans, state = pool.plan_steps(kvcache.Batch([4], [0]), 2), pool.program_state
+    k = ones(1, 1, 2)
+    state, _ = jax.lax.scan(lambda s, plan: (functional.put(s, plan, 0, k, k), None), state, plans)
+    pool.program_state = state
+    pool.copy()
+
+for dtype in ("float32", "bfloat16", "float8_e4m3fn"):
+    for tracing in (jax.jit, lambda function: function):
+        run(tracing, dtype)
+print("done")
+"""
+
+
+@pytest.mark.one_backend(name="jax")
+def test_strict_promotion_and_64_bit_types():
+    pytest.importorskip("jax")
+    assert run(STRICT) == "done"

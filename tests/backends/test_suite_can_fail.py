@@ -270,6 +270,48 @@ class SliceCountsFromTheEnd(Faulty):
         return self.read_slice(buffer, start, stop, axis)
 
 
+class WritesTheKeysOnly(Faulty):
+    finds = "write_slices_writes_all"
+
+    def write_slices(self, buffers, updates, start, stop, axis):
+        return (*super().write_slices(buffers[:1], updates[:1], start, stop, axis), *buffers[1:])
+
+
+class WritesAllOnTheFirstAxis(Faulty):
+    finds = "write_slices_writes_all"
+
+    def write_slices(self, buffers, updates, start, stop, axis):
+        if isinstance(axis, tuple) and axis[0] != axis[1]:
+            for buffer, update in zip(buffers, updates, strict=True):
+                buffer[:, start:stop] = update[:, :1]
+            return buffers
+        return super().write_slices(buffers, updates, start, stop, axis)
+
+
+class WritesTheKeysToValues(Faulty):
+    finds = "write_row_sets_writes_all"
+
+    def write_row_sets(self, buffers, rows, index, axis):
+        own_rows = [rows[0][..., : array.shape[-1]] for array in rows]
+        return super().write_row_sets(buffers, own_rows, index, axis)
+
+
+class WritesAllRowsAsARun(Faulty):
+    finds = "write_row_sets_writes_all"
+
+    def write_row_sets(self, buffers, rows, index, axis):
+        first = int(index.min())
+        return self.write_slices(buffers, rows, first, first + index.size, axis)
+
+
+class EvaluateClears(Faulty):
+    finds = "evaluate_changes_nothing"
+
+    def evaluate(self, *arrays):
+        for array in arrays:
+            array[...] = 0
+
+
 class ConcatOfOneIsThatOne(Faulty):
     finds = "copies_outlive_their_source"
 
@@ -366,6 +408,15 @@ def test_it_finds_nothing_where_there_is_nothing():
         finds = ""
 
     assert {result.outcome for result in run_suite(Sound())} == {"passed", "missing"}
+
+
+def test_a_backend_may_leave_the_hooks_for_several_arrays_to_their_defaults():
+    class Plain(Faulty):
+        finds = ""
+        write_slices = Backend.write_slices
+        write_row_sets = Backend.write_row_sets
+
+    assert {result.outcome for result in run_suite(Plain())} == {"passed", "missing"}
 
 
 def test_every_check_finds_something():

@@ -30,6 +30,7 @@ class Bad:
 GEOMETRY = "every update of a cache has the same geometry: {}, not .*reset\\(\\) starts anew"
 RANK = r"must be \[B, kv_heads, tokens, head_dim\]; got \("
 AGREE = "must agree in batch, kv_heads and tokens; got"
+SIZES = "batch, kv_heads and head_dim are at least 1; got"
 EMPTY = "at least one token; got .* Skip it"
 
 
@@ -46,7 +47,10 @@ BAD = {
     "heads differ": Bad(lambda k, v: (k, _also(v, 1)), ShapeError, AGREE, always=True),
     "tokens differ": Bad(lambda k, v: (_also(k, 2), v), ShapeError, AGREE, always=True),
     "no tokens": Bad(lambda k, v: (k[:, :, :0], v[:, :, :0]), ShapeError, EMPTY, always=True),
-    "no heads": Bad(lambda k, v: (k[:, :0], v[:, :0]), ShapeError, EMPTY, always=True),
+    "no heads": Bad(lambda k, v: (k[:, :0], v[:, :0]), ShapeError, SIZES, always=True),
+    "no key dim": Bad(lambda k, v: (k[..., :0], v), ShapeError, SIZES, always=True),
+    "no value dim": Bad(lambda k, v: (k, v[..., :0]), ShapeError, SIZES, always=True),
+    "no batch": Bad(lambda k, v: (k[:0], v[:0]), ShapeError, SIZES, always=True),
     "batch": Bad(
         lambda k, v: (_also(k, 0), _also(v, 0)), ShapeError, GEOMETRY.format("batch \\d+")
     ),

@@ -54,16 +54,18 @@ PUBLIC = [
 CACHE = """
 backend can_trim capture check_not_exported check_rollback check_trim checkpoint copy dtype
 export_state from_layer growths import_state kind len load make mask nbytes offset options positions
-reset restore restore_rows rollback save schedule snapshot state to_backend to_layer trim update
+reset restore restore_rows rollback save savepoint schedule snapshot state to_backend to_layer trim
+update
 visibility
 """.split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """
 alloc array_types assignment_rebinds compile concat config detached device device_of devices dtype
-dtype_name dtypes fast_key free from_dlpack from_host from_traced gather import_dlpack is_deleted
-is_traced modules name owns read_rows read_slice requires_grad scatter slice slice_update
-slices_are_views spec sync to_host traced_append traced_cond traced_form traced_index traced_read
-traced_write with_gradients write_rows write_slice xp
+dtype_name dtypes evaluate fast_key free from_dlpack from_host from_traced from_traced_forms gather
+import_dlpack is_deleted is_traced modules name owns read_rows read_slice requires_grad scatter
+slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
+traced_forms traced_index traced_read traced_write with_gradients write_row_sets write_rows
+write_slice write_slices xp
 """.split()
 
 

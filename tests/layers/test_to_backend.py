@@ -238,10 +238,10 @@ class Late(NumpyBackend):
         super().__init__()
         self.waiting = []
 
-    def write_slice(self, buffer, *update):
-        write = super().write_slice
-        self.waiting.append(lambda: write(buffer, *update))
-        return buffer
+    def write_slices(self, buffers, *update):
+        write = super().write_slices
+        self.waiting.append(lambda: write(buffers, *update))
+        return buffers
 
     def sync(self, *arrays):
         while self.waiting:

@@ -220,9 +220,10 @@ def test_reset_gives_the_memory_back():
     cache.update(*[torch.ones(1, 2, 8, 4)] * 2)
     (keys, values), before = cache.state, cache.nbytes
     assert before == sum(part.untyped_storage().nbytes() for part in (keys, values))
+    references = [weakref.ref(part) for part in (keys, values)]
     cache.reset()
-    assert keys.untyped_storage().nbytes() == 0
-    assert values.untyped_storage().nbytes() == 0
+    del keys, values
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_threads_of_one_mode_each():

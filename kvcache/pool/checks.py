@@ -1,0 +1,60 @@
+"""Checks of keys and values before they are put."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvcache.backends import Array, Backend
+from kvcache.errors import DTypeError, NotSupportedError, ShapeError
+from kvcache.storage.admission import described, refuse_several_devices
+
+from .layouts import ArrayLayout
+
+
+def check_dtype(backend: Backend, dtype: str, name: str, array: Array) -> None:
+    """Raise DTypeError unless `array`, called `name`, is of `backend` and has this dtype."""
+    if not backend.owns(array) or backend.dtype_name(array) != dtype:
+        refuse_several_devices(backend, array)
+        raise DTypeError(
+            f"{name} must be {dtype} arrays of {backend.spec}; got {described(array)}. "
+            "Convert them."
+        )
+
+
+def refuse_gradients(backend: Backend, name: str, array: Array) -> None:
+    """Raise NotSupportedError if gradients are to flow to `array`."""
+    if backend.requires_grad(array):
+        raise NotSupportedError(
+            f"gradients do not flow through a pool; {name} ask for them. Run the model without "
+            "gradients, or let a program call kvcache.functional.put and get."
+        )
+
+
+def check_tokens(layout: ArrayLayout, array: Array, tokens: int) -> None:
+    """Raise ShapeError unless `array` has three axes and `tokens` tokens."""
+    shape = tuple(array.shape)
+    if len(shape) != 3 or shape[layout.token_axis] != tokens:
+        raise ShapeError(
+            f"{layout.name} hold the {tokens} tokens of this pass in layout {layout.axes!r} "
+            f"(h kv_heads, t tokens, d head_dim); got {shape}."
+        )
+    check_sizes_of(layout, shape)
+
+
+def check_sizes_of(layout: ArrayLayout, shape: tuple[int, ...]) -> None:
+    """Raise ShapeError unless heads and head_dim are at least 1."""
+    if not all(shape[: layout.token_axis] + shape[layout.token_axis + 1 :]):
+        raise ShapeError(
+            f"{layout.name} have at least one head and one dimension; got {shape} in layout "
+            f"{layout.axes!r}. A layer of keys only is put without values."
+        )
+
+
+def check_heads(layout: ArrayLayout, shape: Sequence[int], buffer: Array) -> None:
+    """Raise ShapeError unless `shape` is that of `buffer`, tokens aside."""
+    expected, given = list(buffer.shape), list(shape)
+    expected[layout.token_axis] = given[layout.token_axis]
+    if expected != given:
+        raise ShapeError(
+            f"{layout.name} of a layer keep their heads and head_dim; got {given} for {expected}."
+        )

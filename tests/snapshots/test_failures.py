@@ -1,0 +1,180 @@
+"""Snapshots split, merge, move and close whole, or stay as they are; nothing stays pinned."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from kvcache.snapshots.rows import TokenRows
+from kvcache.snapshots.schedule import ResumePoints
+from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
+from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.arrays import NamedArray
+
+SPEC = CacheSpec("kv", Visibility(), "float32")
+
+
+class Owner:
+    """A cache whose slot s holds the row s; one call of it raises, before its work or after."""
+
+    token_bytes = 4
+
+    def __init__(self):
+        self.lock, self.pinned = nullcontext(), {}
+        self.calls, self.at, self.after = 0, None, False
+
+    def _work(self, work):
+        self.calls += 1
+        fails = self.calls == self.at
+        if fails and not self.after:
+            raise MemoryError
+        result = work()
+        if fails:
+            raise KeyboardInterrupt
+        return result
+
+    def read(self, slots):
+        return self._work(lambda: content(slots))
+
+    def pin(self, rows):
+        self._work(lambda: self.pinned.setdefault(rows))
+
+    def unpin(self, rows):
+        self._work(lambda: self.pinned.pop(rows, None))
+
+
+def content(slots):
+    return {0: (NamedArray("keys", np.asarray(slots, np.float32)[:, None]),)}
+
+
+def resident(owner, start, stop):
+    return TokenRows.resident(np.arange(start, stop, dtype=np.int32), owner, np.arange(start, stop))
+
+
+def snapshot(owners, start, stop):
+    """A snapshot with a part for each owner; for None the rows are on the host."""
+    rows = [
+        TokenRows(np.arange(start, stop, dtype=np.int32), content(np.arange(start, stop)))
+        if owner is None
+        else resident(owner, start, stop)
+        for owner in owners
+    ]
+    return Snapshot(start, stop, [Part(SPEC, part) for part in rows])
+
+
+def seen(rows):
+    layers = rows.content()
+    values = layers[0][0].data[:, 0].tolist() if layers else []
+    return rows.positions.tolist(), values, rows.owner is None, rows.host_nbytes
+
+
+def failures(build, change):
+    """Let `change` fail at every call of an owner, before and after its work; yield each world.
+
+    build: makes owner, and what `change` takes.
+    """
+    for after in (False, True):
+        at, failed = 1, True
+        while failed:
+            owner, *arguments = build()
+            before = len(owner.pinned)
+            owner.calls, owner.at, owner.after = 0, at, after
+            try:
+                change(*arguments)
+                failed = False
+            except (MemoryError, KeyboardInterrupt):
+                owner.at = None
+                assert len(owner.pinned) == before, f"call {at} leaves rows pinned, or unpinned"
+                yield at, arguments
+            at += 1
+        assert at > 2, "nothing can fail here"
+
+
+def two():
+    """A snapshot in slots and on the host, and the next one in slots."""
+    owner = Owner()
+    return owner, snapshot([owner, None, owner], 0, 5), snapshot([owner, owner, owner], 5, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, two: one.split(2),
+        lambda one, two: one.merge(two),
+        lambda one, two: one.union(two),
+        lambda one, two: one.to_host(),
+        lambda one, two: one.close(),
+    ],
+    ids=["split", "merge", "union", "to_host", "close"],
+)
+def test_snapshot(change):
+    expected = [[seen(part.rows) for part in taken.parts] for taken in two()[1:]]
+    for at, snapshots in failures(two, change):
+        found = [[seen(part.rows) for part in taken.parts] for taken in snapshots]
+        assert found == expected, f"call {at}"
+        joined = snapshots[0].merge(snapshots[1])
+        assert [seen(part.rows)[:2] for part in joined.parts] == [
+            (list(range(8)), [float(p) for p in range(8)])
+        ] * 3
+
+
+def test_what_could_be_joined_is_closed_and_unpinned():
+    owner, one, other = two()
+    joined = one.merge(other)
+    assert len(owner.pinned) == 2, "the part with rows on the host is on the host"
+    joined.close()
+    assert not owner.pinned
+    assert [part.rows.positions.size for part in (*one.parts, *other.parts)] == [0] * 6
+
+
+def retained():
+    owner = Owner()
+    points = ResumePoints([4, 9])
+    points.retain(4, resident(owner, 1, 4))
+    return owner, points
+
+
+def state(points):
+    return points.scheduled, seen(points.retained)
+
+
+def test_retain():
+    """Rows that cannot be retained are given back; they come again."""
+    expected = state(retained()[1])
+
+    def build():
+        owner, points = retained()
+        return owner, points, owner
+
+    def retain(points, owner):
+        points.retain(9, resident(owner, 2, 9))
+
+    for at, (points, owner) in failures(build, retain):
+        assert state(points) == expected, f"call {at}"
+        retain(points, owner)
+        assert points.retained.positions.tolist() == list(range(1, 9))
+        assert not points.scheduled
+        assert len(owner.pinned) == 1
+
+
+def test_forget():
+    expected = state(retained()[1])
+    for position in (0, 2):
+        for at, (points,) in failures(retained, lambda points, p=position: points.forget(p)):
+            assert state(points) == expected, f"call {at}"
+
+
+def test_adding_retained_rows_to_others():
+    """The rows given are closed in any case: they are no one's otherwise."""
+    expected = state(retained()[1])
+
+    def build():
+        owner, points = retained()
+        return owner, points, owner
+
+    def add(points, owner):
+        return points.add_to(resident(owner, 4, 6), 0, 6)
+
+    for at, (points, owner) in failures(build, add):
+        assert state(points) == expected, f"call {at}"
+        assert add(points, owner).positions.tolist() == [1, 2, 3, 4, 5]
