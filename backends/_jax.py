@@ -20,11 +20,13 @@ from jax import lax
 
 from kvcache.errors import UnknownBackendError
 
+from .arguments import refuse_traced
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
-from .base import Backend, FastKey, P, R, Ts
+from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of
+from .traced import Ts
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -71,6 +73,8 @@ class JaxBackend(Backend):
 
     @staticmethod
     def device_of(array: NativeArray) -> str:
+        if isinstance(array, jax.core.Tracer):
+            refuse_traced(array)
         devices = array.devices()
         if len(devices) > 1:  # sharded, or a copy on each
             names = sorted(f"{device.platform}:{device.id}" for device in devices)
@@ -135,6 +139,14 @@ class JaxBackend(Backend):
 
     def to_host(self, array: NativeArray) -> HostArray:
         return np.array(array)
+
+    @classmethod
+    def is_traced(cls, array: NativeArray) -> bool:
+        return isinstance(array, jax.core.Tracer)
+
+    @classmethod
+    def is_deleted(cls, array: NativeArray) -> bool:
+        return isinstance(array, jax.Array) and array.is_deleted()
 
     def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)

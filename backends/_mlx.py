@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import ClassVar, cast
@@ -36,6 +37,7 @@ class MlxBackend(Backend):
     """
 
     name: ClassVar[str] = "mlx"
+    assignment_rebinds: ClassVar[bool] = True
     # mlx.core serves as array-API namespace, but calls `bool` `bool_`.
     xp = cast(Namespace, SimpleNamespace(**{**vars(mx), "bool": mx.bool_}))
 
@@ -132,6 +134,18 @@ class MlxBackend(Backend):
     def import_dlpack(self, array: NativeArray) -> NativeArray:
         return array if isinstance(array, mx.array) else mx.from_dlpack(array)
 
+    @classmethod
+    def is_traced(cls, array: NativeArray) -> bool:
+        # An element of no array: evaluated for free unless `array` is traced, and then refused.
+        part = array.reshape(-1)[:0]
+        if not _inlined(part):
+            return False
+        try:
+            mx.eval(part)
+        except ValueError:
+            return True
+        return False  # inside of mx.grad, which follows caches, because their arrays are values
+
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return mx.array(start)
 
@@ -139,23 +153,55 @@ class MlxBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # Beyond the end the start is clamped, onto older tokens: these are then written back.
-        present = mx.slice(buffer, start, [axis], rows.shape)
-        fits = start + rows.shape[axis] <= buffer.shape[axis]
-        return mx.slice_update(buffer, mx.where(fits, rows, present), start, [axis])
+        last = buffer.shape[axis] - rows.shape[axis]
+        if last < 0:
+            return buffer
+        # MLX checks no start that is an array, and would write outside of the buffer. Rows that do
+        # not fit are replaced by those present where they are clamped to.
+        clamped = mx.minimum(start, last)
+        present = mx.slice(buffer, clamped, [axis], rows.shape)
+        return mx.slice_update(buffer, mx.where(start <= last, rows, present), clamped, [axis])
 
     @classmethod
     def traced_read(
         cls, buffer: NativeArray, start: NativeArray, length: int, axis: int, dtype: DType
     ) -> NativeArray:
         if length == buffer.shape[axis]:
-            return buffer
+            return buffer[...]  # another object: see assignment_rebinds
         size = list(buffer.shape)
         size[axis] = length
         return mx.slice(buffer, start, [axis], size)
 
     def sync(self, *arrays: NativeArray) -> None:
         mx.eval(*arrays)
+
+
+class _Counter(threading.local):
+    """Number of times that MLX ran the Python of :data:`_counted`."""
+
+    calls = 0
+
+
+_counter = _Counter()
+
+
+def _count(array: NativeArray) -> NativeArray:
+    _counter.calls += 1
+    return array
+
+
+_counted = mx.compile(_count)
+
+
+def _inlined(array: NativeArray) -> bool:
+    """Return whether MLX traces `array`: it then runs the Python of a compiled function again.
+
+    MLX has no call that says so without evaluating the array.
+    """
+    _counted(array)  # compiles, if the dtype is new
+    before = _counter.calls
+    _counted(array)
+    return _counter.calls > before
 
 
 def _is_run(index: HostArray) -> bool:

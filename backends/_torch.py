@@ -59,7 +59,9 @@ class TorchBackend(Backend):
 
     def fast_key(self, array: NativeArray) -> FastKey:
         # The device, too, because torch would silently copy from any other one.
-        return type(array), array.shape, array.dtype, array.device
+        # Gradients, too, because they take another path.
+        gradients = array.requires_grad and torch.is_grad_enabled()
+        return type(array), array.shape, array.dtype, array.device, gradients
 
     def alloc(self, shape: Sequence[int], dtype: str) -> NativeArray:
         # A tensor made under inference_mode could not be written outside of it.
@@ -80,6 +82,8 @@ class TorchBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
+        if rows.requires_grad:  # as in write_slice
+            rows = rows.detach()
         return self.traced_write(buffer, rows, self._index(index), axis)
 
     def write_slices(
@@ -124,6 +128,22 @@ class TorchBackend(Backend):
         # Empties this handle only. Resizing the storage would free it under views as well.
         buffer.set_()
 
+    @classmethod
+    def is_traced(cls, array: NativeArray) -> bool:
+        return bool(torch._C._functorch.is_functorch_wrapped_tensor(array))
+
+    def requires_grad(self, array: NativeArray) -> bool:
+        return _requires_grad(array)
+
+    def with_gradients(
+        self, columns: NativeArray, update: NativeArray, start: int, axis: int
+    ) -> NativeArray:
+        if not _requires_grad(update):
+            return columns
+        stop, length = start + update.shape[axis], columns.shape[axis]
+        parts = columns.narrow(axis, 0, start), update, columns.narrow(axis, stop, length - stop)
+        return torch.cat(parts, dim=axis)
+
     def detached(self, array: NativeArray) -> NativeArray:
         return array.detach()
 
@@ -148,8 +168,11 @@ class TorchBackend(Backend):
         cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
     ) -> NativeArray:
         # index_copy_ takes half the time of an assignment, but only int64 indices and no float8.
+        index = index.long()
+        if _requires_grad(rows) or _requires_grad(buffer):
+            return buffer.index_copy(axis, index, rows)  # a copy, which gradients go through
         target, source = _as_copied(buffer, rows)
-        target.index_copy_(axis, index.long(), source)
+        target.index_copy_(axis, index, source)
         return buffer
 
     @classmethod
@@ -164,12 +187,20 @@ class TorchBackend(Backend):
         fits = start + rows.shape[axis] <= buffer.shape[axis]
         return cls.traced_write(buffer, torch.where(fits, rows, present), index, axis)
 
+    def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
+        return buffer.detach() if buffer.requires_grad else buffer
+
     def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):
             torch.accelerator.synchronize(self.device)
 
     def _index(self, index: HostArray) -> NativeArray:
         return torch.tensor(index, dtype=torch.int64, device=self.device)
+
+
+def _requires_grad(array: NativeArray) -> bool:
+    """Return whether gradients go through what is computed from `array`."""
+    return bool(array.requires_grad) and torch.is_grad_enabled()
 
 
 def _as_copied(buffer: NativeArray, rows: NativeArray) -> tuple[NativeArray, NativeArray]:

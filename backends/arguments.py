@@ -1,13 +1,14 @@
-"""Checks of the arguments of a write, made on the host before anything is touched."""
+"""Checks of arguments, made on the host before anything is touched."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.errors import BoundsError, DTypeError, ShapeError
+from kvcache.errors import BoundsError, DTypeError, ShapeError, TracedArrayError
 
 from .arrays import Array, HostArray
 
@@ -52,3 +53,12 @@ def host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
             f"got {checked.min()} to {checked.max()}."
         )
     return checked.astype(np.int32, copy=False)
+
+
+def refuse_traced(array: Array) -> NoReturn:
+    """Raise TracedArrayError for `array`."""
+    raise TracedArrayError(
+        "a transform (jit, vmap, grad, compile) does not see that a cache changes when it is "
+        f"called; got {type(array).__name__} that is being traced. Call the pure functions of "
+        "kvcache.functional inside of transforms."
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import ClassVar, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
+from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +22,21 @@ import numpy.typing as npt
 from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
 from .arguments import check_dtype, fitting, host_index
-from .arrays import Array, Arrays, DType, HostArray, Namespace, NativeArray, TracedIndex
+from .arrays import Array, Arrays, DType, HostArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of
+from .indexing import Axes, axes_of
 from .integers import as_index
+from .traced import TracedFunctions
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Ts = TypeVarTuple("Ts")
 
 FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
 """Type, shape, and anything else that must match for two updates to be alike."""
 
 
-class Backend(ABC):
+class Backend(ABC, TracedFunctions):
     """One array framework on one device.
 
     Public primitives check their arguments on the host and raise before anything is
@@ -59,10 +59,13 @@ class Backend(ABC):
     """Layout of caches on this backend unless the model overrides it."""
     slices_are_views: ClassVar[bool] = True
     """True if :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
+    assignment_rebinds: ClassVar[bool] = False
+    """True if item assignment changes an array object and none that shares its memory (MLX).
+
+    Caches then return objects other than their own, so that a change of one never reaches them.
+    """
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
-    xp: Namespace
-    """Array-API namespace for code written above the caches."""
 
     def __init__(self, device: str | None = None) -> None:
         self._dtypes = self._framework_dtypes()
@@ -196,7 +199,7 @@ class Backend(ABC):
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         """Return a new array, even of a single one, without memory shared with `arrays`."""
 
-    def free(self, buffer: Array) -> None:  # noqa: B027 - a framework may have nothing to do
+    def free(self, buffer: Array) -> None:
         """Free the memory of `buffer` now, unless a view still uses it.
 
         Using `buffer` afterwards is an error where the framework can tell (torch, JAX).
@@ -251,12 +254,28 @@ class Backend(ABC):
             )
         )
 
-    def evaluate(self, *arrays: Array) -> None:  # noqa: B027 - eager frameworks have nothing to do
+    def evaluate(self, *arrays: Array) -> None:
         """Begin to compute `arrays`, so that they no longer hold what they are computed from.
 
         For arrays that a cache keeps but does not return: a lazy framework would keep their
         inputs, and could compute them only in the thread that asked for them.
         """
+
+    # Gradients.
+
+    def requires_grad(self, array: Array) -> bool:
+        """Return whether gradients are to flow to `array` (torch).
+
+        Where this may be True, :meth:`fast_key` tells it, too.
+        """
+        return False
+
+    def with_gradients(self, columns: Array, update: Array, start: int, axis: int) -> Array:
+        """Return `columns` with gradients for `update`, which they hold from `start` on.
+
+        The other columns are constants.
+        """
+        return columns
 
     def detached(self, array: Array) -> Array:
         """Return `array` without its autograd graph (torch), or unchanged."""
@@ -292,7 +311,7 @@ class Backend(ABC):
     def import_dlpack(self, array: object) -> Array:
         """Do :meth:`from_dlpack`; may raise whatever the framework raises."""
 
-    def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
+    def sync(self, *arrays: Array) -> None:
         """Return once every one of `arrays` has been computed and written."""
 
     # For programs above the caches.
@@ -330,50 +349,6 @@ class Backend(ABC):
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         """Return host ints as an argument of programs, without recompilation when they change."""
         return start
-
-    # Under a tracer there is no device, so no instance, and no value to check: these are class
-    # methods, and know nothing but their arguments.
-
-    @classmethod
-    def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:
-        """Write ``rows[i]`` at position ``index[i]`` of `axis`; consumes `buffer`.
-
-        A position may occur twice, with equal rows.
-        """
-        buffer[(*FULL_SLICES[axis], index)] = rows
-        written: Array = buffer
-        return written
-
-    @classmethod
-    def traced_append(
-        cls, buffer: NativeArray, rows: Array, start: NativeArray, axis: int
-    ) -> Array:
-        """Write `rows` at ``[start, start + n)`` of `axis`; consumes `buffer`.
-
-        A range beyond the end overwrites nothing below `start`; rows inside may be written.
-        """
-        if start + rows.shape[axis] <= buffer.shape[axis]:
-            buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
-        written: Array = buffer
-        return written
-
-    @classmethod
-    def traced_read(
-        cls, buffer: Array, start: NativeArray, length: int, axis: int, dtype: DType
-    ) -> Array:
-        """Return `length` positions of `axis` from `start` on, in the framework's `dtype`."""
-        return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
-
-    @classmethod
-    def traced_cond(
-        cls,
-        condition: Array | bool,
-        yes: Callable[[Unpack[Ts]], R],
-        no: Callable[[Unpack[Ts]], R],
-        *operands: *Ts,
-    ) -> R:
-        """Run just one of ``yes(*operands)`` and ``no(*operands)``, of the same structure."""
-        return yes(*operands) if condition else no(*operands)
 
     # For the adapters.
 

@@ -11,6 +11,9 @@
     │   └── StepOrderError                         a denoising step, or a part of it, a second time
     ├── ShapeError                 (ValueError)    wrong rank, batch, heads, tokens or head_dim
     ├── DTypeError                 (TypeError)     wrong dtype, or one the framework lacks
+    ├── TracedArrayError           (TypeError)     an array inside of a transform, without values
+    ├── ExportedError              (RuntimeError)  a cache is used while a program has its state
+    ├── StateError                 (ValueError)    a state that cannot be imported into this cache
     ├── TrimError                  (ValueError)    tokens that cannot be taken back exactly
     ├── CacheFullError             (RuntimeError)  not enough free cells for a pass
     ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
@@ -60,6 +63,18 @@ class ShapeError(KVCacheError, ValueError):
 
 class DTypeError(KVCacheError, TypeError):
     """An array has the wrong dtype, or the framework lacks the dtype."""
+
+
+class TracedArrayError(KVCacheError, TypeError):
+    """An array is traced by a transform of its framework, and has no values yet."""
+
+
+class ExportedError(KVCacheError, RuntimeError):
+    """A program has the state of the cache: only offset, len, sizes and options can be read."""
+
+
+class StateError(KVCacheError, ValueError):
+    """A state is another cache's, comes from an earlier export, or was consumed by a program."""
 
 
 class TrimError(KVCacheError, ValueError):

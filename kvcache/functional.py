@@ -16,7 +16,7 @@ For a per-layer cache::
     state = cache.export_state(tokens)                      # room for so many more
     state, K, V = functional.append(state, k, v)            # in the program
     mask = functional.mask(state, L)
-    cache.import_state(state)
+    cache.import_state(state)                               # until then, the cache is locked
 
 Donate the state to the program (``jax.jit(step, donate_argnums=...)``), and it is written in
 place. A state that is not donated is copied by every program that writes to it.
@@ -28,7 +28,7 @@ from typing import TypeVar
 
 from kvcache._checks import as_limit, as_sizes
 from kvcache.backends import Array, backend_of, backend_type
-from kvcache.errors import DTypeError, KVCacheError, ShapeError
+from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.state import LayerState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
 from kvcache.snapshots.visibility import Visibility
@@ -43,6 +43,7 @@ __all__ = [
     "get",
     "mask",
     "put",
+    "trim",
 ]
 
 
@@ -115,6 +116,8 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     )
     if isinstance(appended, RingState):
         appended = _turned(appended)
+    else:
+        appended = appended._replace(written=appended.written + keys.shape[TOKENS])
     return appended, _whole(appended.keys, keys), _whole(appended.values, values)
 
 
@@ -132,11 +135,27 @@ def _turned(state: RingState) -> RingState:
     )
 
 
-def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
+def trim(state: LayerState, tokens: int | Array) -> LayerState:
+    """Return `state` without its last `tokens` tokens, as :meth:`KVCache.trim` does.
+
+    tokens: at most as many as there are, which is not checked in a program; may be traced. Also
+        more than were appended in the program: those of the cache are then overwritten in turn.
+
+    Raises: TrimError for a ring, which has overwritten what it would have to go back to.
+    """
+    if not isinstance(state, LayerState):
+        raise TrimError("a ring cannot go back in a program. Use checkpoint() before the export.")
+    return state._replace(offset=state.offset - tokens)
+
+
+def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array:
     """Return the mask of the last `tokens` queries: bool ``[tokens, slots]``, True = attend.
 
     Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
     visible. `window` W lets a token see itself and the W - 1 tokens before it.
+
+    ahead: return the mask of the next `tokens` queries instead, which the next :func:`append`
+        will bring.
 
     Raises: while it is traced, ValueError for more tokens than slots, for more than one of a ring,
         and for a window below 1.
@@ -146,16 +165,23 @@ def mask(state: AnyState, tokens: int, window: int | None = None) -> Array:
     if isinstance(state, RingState):
         most = 1
     if tokens > most:
-        raise ValueError(f"mask covers 1 to {most} latest tokens, of a ring 1; got {tokens}.")
+        raise ValueError(f"mask covers 1 to {most} tokens, of a ring 1; got {tokens}.")
     limit = as_limit(window, "window")
-    first = (state.offset - tokens)[None]
     rule = Visibility(None if limit is None else limit - 1)
-    columns = state.positions[None, :]
+    first = (state.offset if ahead else state.offset - tokens)[None]
     if isinstance(state, RingState):
-        return rule.sees(first[:, None], columns, state.sinks)
+        columns = _next_positions(state) if ahead else state.positions
+        return rule.sees(first[:, None], columns[None, :], state.sinks)
     # Position p of a growing cache is in slot p, so its first positions count up from 0: an arange
     # that needs no framework to make it.
-    return rule.sees((state.positions[:tokens] + first)[:, None], columns)
+    return rule.sees((state.positions[:tokens] + first)[:, None], state.positions[None, :])
+
+
+def _next_positions(state: RingState) -> Array:
+    """Return the position in each slot of a ring after the next token."""
+    write = backend_type(state.positions).traced_append
+    # The sum is a copy: the write consumes its buffer, and the state needs its own.
+    return write(state.positions + 0, state.offset[None], state.slot, 0)
 
 
 def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:

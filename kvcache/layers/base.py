@@ -58,6 +58,12 @@ class LayerCache(ABC):
     def nbytes(self) -> int:
         """Bytes allocated, spare capacity included."""
 
+    def check_not_exported(self) -> None:  # noqa: B027 - a kind without exports has nothing to do
+        """Raise ExportedError while a program has the state of the cache.
+
+        Only offset, len, sizes, dtype and options can be read then.
+        """
+
     # Going back.
 
     @abstractmethod

@@ -6,7 +6,6 @@ lives in which slot.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -14,11 +13,12 @@ import numpy as np
 
 from kvcache._types import Indices
 from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
-from kvcache.errors import ShapeError
 from kvcache.storage.admission import Geometry
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.layout import TOKENS
 from kvcache.storage.lengths import padded_index, round_up
+
+from .columns import Sizes
 
 NAMES = ("keys", "values")
 """Names of the arrays, in their order."""
@@ -39,12 +39,16 @@ class GrowingBuffers:
         self.backend = backend
         self.geometry = geometry
         self.arrays: Arrays = ()
-        self.capacity = 0
+        self.capacity = 0  # as in `sizes`: every update asks for it
         self.growths = 0
-        self._step, self._limit = step, limit
-        self._padding = backend.config.padding
+        self.sizes = Sizes.on(backend, step, limit)
         # True if a view of n slots is a slice of just n slots, without padding or a copy.
-        self._exact = backend.slices_are_views and self._padding == 1
+        self._exact = backend.slices_are_views and self.sizes.padding == 1
+        # Slots below this one, but above those held, may still have tokens that were taken back.
+        self._dirty = 0
+        # Whether the buffers themselves may be returned, when all slots are held; else other
+        # objects, of the same memory.
+        self._returnable = not backend.assignment_rebinds
 
     # Room.
 
@@ -63,22 +67,21 @@ class GrowingBuffers:
         return sum(nbytes(shape, geometry.dtype) for shape in geometry.shapes(slots))
 
     def grow(self, slots: int) -> None:
-        """Make room for `slots` slots, keeping their content; do nothing if there is.
-
-        Capacity grows by half at least, so that copying costs O(1) per token in the long run.
-        """
+        """Make room for `slots` slots, keeping their content; do nothing if there is."""
         if slots <= self.capacity:
             return
-        unit = math.lcm(self._step, self._padding)
-        capacity = round_up(max(slots, self.capacity * 3 // 2), unit)
-        if self._limit is not None:
-            capacity = min(capacity, self.padded(self._limit))
-        arrays, growths = self._alloc(capacity), self.growths
+        sizes, growths = self.sizes.grown(slots), self.growths
+        arrays = self._alloc(sizes.capacity)
         if self.capacity:
             arrays = self.backend.write_slices(arrays, self.arrays, 0, self.capacity, TOKENS)
             growths += 1
         # The old arrays are only dropped, not freed: :meth:`savepoint` may put them back.
-        self.arrays, self.capacity, self.growths = arrays, capacity, growths
+        self.arrays, self.sizes, self.capacity, self.growths = (
+            arrays,
+            sizes,
+            sizes.capacity,
+            growths,
+        )
 
     def _alloc(self, slots: int) -> Arrays:
         alloc, geometry = self.backend.alloc, self.geometry
@@ -86,37 +89,57 @@ class GrowingBuffers:
 
     def savepoint(self) -> Callable[[], None]:
         """Return a function that undoes growth from now on."""
-        arrays, capacity, growths = self.arrays, self.capacity, self.growths
+        arrays, sizes, growths, dirty = self.arrays, self.sizes, self.growths, self._dirty
 
         def undo() -> None:
-            # Without growth the present arrays are the successors of those, by now consumed.
-            if self.capacity != capacity:
-                self.arrays, self.capacity, self.growths = arrays, capacity, growths
+            # Without growth the present arrays are the successors of those, by now consumed; free
+            # slots of theirs may have been written to.
+            if self.capacity == sizes.capacity:
+                self._dirty = self.capacity
+            else:
+                self.arrays, self.sizes, self.capacity = arrays, sizes, sizes.capacity
+                self.growths, self._dirty = growths, dirty
 
         return undo
 
     # Programs.
 
-    def export_state(self) -> Arrays:
-        """Return the buffers in the form for compiled programs, until :meth:`import_state`."""
+    def to_traced(self) -> Arrays:
+        """Return the buffers in the form for compiled programs; consumes them.
+
+        The caller assigns the result in the same statement.
+        """
         return self.backend.traced_forms(self.arrays)
+
+    def from_traced(self, arrays: Arrays) -> Arrays:
+        """Return `arrays` in the form for the buffers; consumes them.
+
+        The caller assigns the result in the same statement, with all that depends on it.
+        """
+        return self.backend.from_traced_forms(arrays, self.geometry.dtype)
 
     def empty(self) -> Array:
         """Return an empty array, shape ``(0,)``, in the dtype of the buffers."""
         return self.backend.alloc((0,), self.geometry.dtype)
 
-    def import_state(self, arrays: Arrays) -> None:
-        """Replace the buffers by `arrays`, derived by programs from the exported ones.
+    # Tokens taken back.
 
-        Raises: ShapeError if their shapes differ; nothing has changed then.
+    def take_back(self, slots: int) -> None:
+        """Note that those of the first `slots` slots that are not held have tokens taken back."""
+        self._dirty = max(self._dirty, min(slots, self.capacity))
+
+    def clean(self, held: int) -> None:
+        """Write zeros to slots from `held` on with tokens taken back: 0 times NaN is NaN.
+
+        Done late, where slots beyond those held are returned or exported, because most are
+        overwritten before.
         """
-        for name, own, given in zip(NAMES, self.arrays, arrays, strict=True):
-            if tuple(own.shape) != tuple(given.shape):
-                raise ShapeError(
-                    f"a state to import has the shape of the exported one; got {name} of "
-                    f"{tuple(given.shape)} for {tuple(own.shape)}."
-                )
-        self.arrays = self.backend.from_traced_forms(arrays, self.geometry.dtype)
+        while held < self._dirty:
+            # In powers of two: where every length is compiled, there are few.
+            tokens = 1 << ((self._dirty - held).bit_length() - 1)
+            self.arrays = self.written(self._alloc(tokens), held, held + tokens)
+            held += tokens
+        self._dirty = 0
 
     # Slots.
 
@@ -127,12 +150,14 @@ class GrowingBuffers:
 
         The path of every decode step, hence one call without a loop.
         """
+        if not self._exact and self._dirty:
+            self.clean(held)
         # One statement: the old arrays are consumed once this is called.
         self.arrays = self.written((keys, values), start, stop)
         new_keys, new_values = self.arrays
         width = held if self._exact else self.width(held)
         if width == self.capacity:
-            return new_keys, new_values
+            return self.whole()
         read = self.backend.read_slice
         return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
 
@@ -157,20 +182,29 @@ class GrowingBuffers:
 
     def width(self, held: int) -> int:
         """Return the number of columns of :meth:`view` for `held` slots."""
-        # Where a slice is a copy, returning the whole buffer is cheaper; the mask hides the rest.
-        return self.padded(held) if self.backend.slices_are_views else self.capacity
+        return self.sizes.width(held)
+
+    def whole(self) -> tuple[Array, Array]:
+        """Return all slots."""
+        keys, values = self.arrays
+        return (keys, values) if self._returnable else (keys[...], values[...])
 
     def view(self, held: int) -> Arrays:
         """Return the first `held` slots plus padding; the whole buffers where slices are copies."""
-        width = held if self._exact else self.width(held)
-        if width == self.capacity:
-            return self.arrays
+        if not self._exact:
+            self.clean(held)
+        return self._first(self.width(held))
+
+    def _first(self, columns: int) -> Arrays:
+        """Return the first `columns` slots, as views where the framework has views."""
+        if columns == self.capacity:
+            return self.whole()
         read = self.backend.read_slice
-        return tuple(read(array, 0, width, TOKENS) for array in self.arrays)
+        return tuple(read(array, 0, columns, TOKENS) for array in self.arrays)
 
     def padded(self, columns: int) -> int:
         """Return `columns` rounded up to the backend's padding."""
-        return round_up(columns, self._padding)
+        return self.sizes.padded(columns)
 
     def held_and_update(self, update: Arrays, held: int) -> Arrays:
         """Return copies of :meth:`view` of `held` slots with an unwritten update appended."""
@@ -186,17 +220,38 @@ class GrowingBuffers:
             parts.append(self.backend.alloc(shape, self.geometry.dtype))
         return self.backend.concat(parts, TOKENS)
 
+    def with_gradients(self, columns: Arrays, update: Arrays, start: int) -> tuple[Array, Array]:
+        """Return `columns` with gradients for `update`, which they hold from `start` on."""
+        connect = self.backend.with_gradients
+        keys, values = (
+            connect(column, rows, start, TOKENS)
+            for column, rows in zip(columns, update, strict=True)
+        )
+        return keys, values
+
+    def exact(self, held: int) -> Arrays:
+        """Return the first `held` slots, without padding; copies where slices are copies."""
+        if not self.backend.slices_are_views:
+            # Cut on the host, in a tenth of a millisecond; a program for each length takes 100.
+            return tuple(self.backend.from_host(array.data) for array in self.to_host(held))
+        return self._first(held)
+
     # Copies.
 
     def held_slice(self, held: int) -> Arrays:
         """Return the first `held` slots plus padding, as views where the framework has views."""
+        if not self._exact:
+            self.clean(held)
+        return self._padded_slice(held)
+
+    def _padded_slice(self, held: int) -> Arrays:
         width = min(self.capacity, self.padded(held))
         return tuple(self.backend.slice(array, 0, width, TOKENS) for array in self.arrays)
 
     def to_host(self, held: int) -> LayerArrays:
         """Return NumPy copies of the first `held` slots."""
         to_host = self.backend.to_host
-        arrays = zip(NAMES, self.held_slice(held), strict=True)
+        arrays = zip(NAMES, self._padded_slice(held), strict=True)
         # Padding is cut off on the host: on the device every length might compile a program.
         return tuple(NamedArray(name, to_host(array)[:, :, :held]) for name, array in arrays)
 
@@ -214,6 +269,7 @@ class GrowingBuffers:
 
         They may share memory with these buffers: copy them and sync before this cache changes.
         """
+        self.clean(held)
         # Rounded to the padding of the target, as far as the buffer reaches: it then compiles for
         # few lengths. Whole buffers are transferred, because a slice need not be compact memory,
         # and then some frameworks cannot share it (JAX).

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Self
+from typing import ClassVar, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit, as_room
-from kvcache._types import Bools, Int32s
-from kvcache.backends import Array, Backend, get_backend
-from kvcache.errors import BoundsError, KVCacheError, TrimError
+from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit
+from kvcache._types import Int32s
+from kvcache.backends import Array, Backend
+from kvcache.errors import KVCacheError, StateError, TrimError
 from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.admission import Admission
-from kvcache.storage.arrays import LayerArrays
 from kvcache.storage.lengths import padded_positions
-from kvcache.storage.masks import device_mask
 
-from .buffers import Arrays, GrowingBuffers, place_rows
+from .buffers import GrowingBuffers, place_rows
 from .checkpoint import Checkpoint, Names, savepoint
+from .columns import Sizes, attention_mask
+from .exports import State
 from .pinning import LayerPins
-from .stack import StandaloneCache
-from .state import LayerState, RingState
+from .programs import ExportableCache
+from .state import LayerState
 
 
-class KVCache(StandaloneCache):
+class KVCache(ExportableCache):
     """Growing cache for one layer: every token stays.
 
     ::
@@ -43,7 +42,14 @@ class KVCache(StandaloneCache):
     """
 
     kind: ClassVar[str] = "kv"
-    _changing: ClassVar[Names] = ("_buffers", "_pins", "_points", "_offset", "_checkpoint")
+    _changing: ClassVar[Names] = (
+        "_buffers",
+        "_pins",
+        "_points",
+        "_offset",
+        "_checkpoint",
+        "_export",
+    )
     """Attributes that calls assign to; their objects have savepoints of their own."""
 
     def __init__(
@@ -80,6 +86,7 @@ class KVCache(StandaloneCache):
         self._points = ResumePoints()
         self._offset = 0
         self._checkpoint: Checkpoint | None = None
+        self._export = None
 
     def __repr__(self) -> str:
         place = self.backend.spec if self.backend else "the backend of its first array"
@@ -93,7 +100,6 @@ class KVCache(StandaloneCache):
 
     @property
     def len(self) -> int:
-        """Tokens held."""
         return self._offset
 
     @property
@@ -115,22 +121,34 @@ class KVCache(StandaloneCache):
 
     @property
     def state(self) -> tuple[Array, ...]:
-        """Keys and values held, ``[B, kv_heads, n, head_dim]`` each; () when empty.
+        """Keys and values held, ``[B, kv_heads, len, head_dim]`` each; () when empty.
 
-        Padded like the result of :meth:`update`, and valid for as long.
+        Read-only, and valid until the next call that changes the cache. Exactly :attr:`len`
+        columns on every backend; on JAX they are a copy made by the host.
         """
+        self.check_not_exported()
         if self._buffers is None or not self._offset:
             return ()
-        return self._buffers.view(self.len)
+        return self._buffers.exact(self.len)
 
     @property
     def positions(self) -> Int32s:
         """Position of every column of the last `update`, int32 [n]; -1 for padding."""
-        return padded_positions(np.arange(self._offset, dtype=np.int32), self._width(self._offset))
+        self.check_not_exported()
+        return self._columns(self._offset, 0, self._sizes())
 
-    def _width(self, held: int) -> int:
-        """Return the number of columns of `update` for `held` slots."""
-        return self._buffers.width(held) if self._buffers is not None else 0
+    def _sizes(self) -> Sizes:
+        """Return the sizes of the buffers, allocated or not."""
+        if self._buffers is not None:
+            return self._buffers.sizes
+        return Sizes() if self.backend is None else Sizes.on(self.backend, self._step, self._limit)
+
+    def _columns(self, stop: int, extra: int, sizes: Sizes) -> Int32s:
+        """Return the positions of the columns of an update that ends at position `stop`.
+
+        extra: tokens in columns of their own; the slots are as they were before these.
+        """
+        return padded_positions(np.arange(stop, dtype=np.int32), sizes.width(stop))
 
     # Writing and reading.
 
@@ -140,11 +158,14 @@ class KVCache(StandaloneCache):
         keys, values: ``[B, kv_heads, L, head_dim]``; the two head_dims may differ. The arrays are
             copied, and stay the caller's.
 
-        Returns keys and values with n columns instead of L, valid until the next call that
-        changes the cache. n is the number of tokens held, or more where the backend pads (JAX
-        returns its whole buffer): :meth:`mask` hides the rest.
+        Returns keys and values with n columns instead of L: read-only, and valid until the next
+        call that changes the cache. n is the number of tokens held, or more where the backend pads
+        (JAX returns its whole buffer): :meth:`mask` hides the rest.
 
-        Raises: ShapeError, DTypeError, UnknownBackendError; the cache is unchanged then.
+        On torch, gradients flow to the keys and values of this update; earlier ones are constants.
+
+        Raises: ShapeError, DTypeError, UnknownBackendError, TracedArrayError inside of a transform
+            (use :mod:`kvcache.functional` there), ExportedError; the cache is unchanged then.
         """
         start, buffers = self._offset, self._buffers
         if buffers is None:
@@ -152,8 +173,14 @@ class KVCache(StandaloneCache):
         stop = start + self._admission.validate(keys, values)
         if stop > buffers.capacity:
             return self._updated_with_room(keys, values)
-        columns = buffers.append(keys, values, start, stop, stop)
-        self._offset = stop  # last: if a write raises, its slots still count as empty
+        try:
+            columns = buffers.append(keys, values, start, stop, stop)
+            if self._admission.requires_grad:
+                columns = buffers.with_gradients(columns, (keys, values), start)
+            self._offset = stop  # last: if anything raises, these slots still count as empty
+        except BaseException:
+            buffers.take_back(stop)
+            raise
         return columns
 
     def _updated_with_room(self, keys: Array, values: Array) -> tuple[Array, Array]:
@@ -167,7 +194,6 @@ class KVCache(StandaloneCache):
         return self._atomic(update)
 
     def _with_room(self, slots: int) -> GrowingBuffers:
-        """Return the buffers with room for `slots` slots, made here on first use."""
         if self._buffers is None:
             buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
             self._buffers, self._pins = buffers, LayerPins(buffers)
@@ -178,25 +204,40 @@ class KVCache(StandaloneCache):
         parts = self._admission, self._points, self._buffers, self._pins
         return savepoint(self, self._changing, parts)
 
-    def mask(self, tokens: int, window: int | None = None) -> Array | None:
+    def mask(self, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array | None:
         """Return the attention mask of the last `tokens` queries over the columns of `update`.
 
         The mask is ``[tokens, n]`` in the backend's ``mask_dtype`` (``"bool"``: True = attend), or
         None when every column is visible to every query. `window` W lets a token see itself and
         the W - 1 tokens before it. Layers with equal histories can share one mask.
 
-        Raises: ValueError for more tokens than the last update allows, or a window below 1.
+        ahead: return the mask of the next `tokens` queries instead, over the columns that their
+            update will return: for models that make the mask before their layers update.
+
+        Raises: ValueError for more tokens than the last update allows, or a window below 1;
+            KVCacheError ahead of the first update of a cache that names no backend.
         """
-        tokens = as_index(tokens, "tokens")
-        window = as_limit(window, "window")
-        if not 1 <= tokens <= self._maskable():
-            raise ValueError(f"mask covers 1 to {self._maskable()} latest tokens; got {tokens}.")
-        queries = np.arange(self._offset - tokens, self._offset, dtype=np.int32)[:, None]
-        visible: Bools = np.asarray(self._attended(window).sees(queries, self.positions))
-        if visible.all():
-            return None  # attention runs faster without a mask
-        backend, _ = self._admission.bound()
-        return device_mask(backend, backend.config.mask_dtype, visible)
+        self.check_not_exported()
+        tokens, window = as_index(tokens, "tokens"), as_limit(window, "window")
+        stop = self._offset + tokens if ahead else self._offset
+        limit = tokens if ahead else self._maskable()
+        if not 1 <= tokens <= limit:
+            raise ValueError(f"mask covers 1 to {max(1, limit)} latest tokens; got {tokens}.")
+        columns = self._next_columns(tokens) if ahead else self.positions
+        if self.backend is None:
+            raise KVCacheError(
+                "a mask ahead of the first update needs a backend. Name it when the cache is made."
+            )
+        return attention_mask(self.backend, self._attended(window), stop, tokens, columns)
+
+    def _next_columns(self, tokens: int) -> Int32s:
+        """Return the positions of the columns that an update of `tokens` tokens would return."""
+        stop = self._offset + tokens
+        return self._columns(stop, self._extra_of(tokens), self._sizes().grown(self._slots(stop)))
+
+    def _extra_of(self, tokens: int) -> int:
+        """Return how many of the next `tokens` tokens get columns of their own."""
+        return 0
 
     def _maskable(self) -> int:
         """Return the largest number of latest queries with a mask."""
@@ -209,9 +250,11 @@ class KVCache(StandaloneCache):
     # Going back.
 
     def can_trim(self, tokens: int) -> bool:
-        return 0 <= as_index(tokens, "tokens") <= self._offset
+        tokens = as_index(tokens, "tokens")
+        return self._export is None and 0 <= tokens <= self._offset
 
     def check_trim(self, tokens: int) -> None:
+        self.check_not_exported()
         if not self.can_trim(tokens):
             raise TrimError(
                 f"trim takes back 0 to {self._offset} tokens, those seen; got {tokens}."
@@ -228,10 +271,13 @@ class KVCache(StandaloneCache):
         if self._pins is not None and self._pins.rows:
             self._pins.spill(offset)
         self._points.forget(offset)
+        if self._buffers is not None:
+            self._buffers.take_back(self._slots(self._offset))
         self._offset = offset
         self._checkpoint = None
 
     def checkpoint(self) -> None:
+        self.check_not_exported()
         self._checkpoint = Checkpoint(self._offset, scheduled=frozenset(self._points.scheduled))
 
     def check_rollback(self, accepted: int) -> None:
@@ -239,6 +285,7 @@ class KVCache(StandaloneCache):
 
     def _checked_rollback(self, accepted: int) -> tuple[Checkpoint, int]:
         """Return the open checkpoint and `accepted` as an int. Raise TrimError if either is bad."""
+        self.check_not_exported()
         checkpoint = self._checkpoint
         if checkpoint is None:
             raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
@@ -258,67 +305,33 @@ class KVCache(StandaloneCache):
         self._atomic(self._forget)
 
     def _forget(self) -> None:
+        # Buffers that a program has are left to it, and pinned rows were spilled at the export.
         if self._pins is not None:
             self._pins.spill()  # snapshots outlive the buffers that their rows are in
         self._start()
 
     # For compiled programs.
 
-    def export_state(self, tokens: int) -> LayerState | RingState:
-        """Return the buffers with room for `tokens` more, for :func:`kvcache.functional.append`.
-
-        Do not use the cache until :meth:`import_state`, which also ends an open checkpoint.
-
-        Raises: KVCacheError for a cache that never held a token: it has no shape yet.
-        """
-        tokens = as_room(tokens, "tokens")
-        if self._admission.geometry is None:
-            raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
-
-        def export() -> LayerState | RingState:
-            buffers = self._with_room(self._slots(self._offset + tokens))
-            return self._exported(buffers, self._on_device(self._offset))
-
-        return self._atomic(export)
-
-    def import_state(self, state: LayerState | RingState) -> None:
-        """Take over `state`, derived by programs from one of :meth:`export_state`.
-
-        Consumes the arrays of `state`. Reads its offset, and so waits for the programs.
-
-        Raises: BoundsError if more tokens were appended than it had room for, ShapeError for the
-            state of a cache of another shape, KVCacheError if this cache exported none; nothing
-            has changed then.
-        """
-        backend, _ = self._admission.bound()
-        buffers = self._buffers
-        if buffers is None:
-            raise KVCacheError("a state goes back to the cache that exported it; this holds none.")
-        offset = int(backend.to_host(state.offset))
-        if self._slots(offset) > buffers.capacity:
-            raise BoundsError(
-                f"a program appends as many tokens as the exported state has room for; {offset} "
-                f"came, {buffers.capacity} fit, the others were not written. Export more room."
-            )
-
-        def take_over() -> None:
-            buffers.import_state((state.keys, state.values))
-            self._rewind(offset)  # also ends a checkpoint, which cannot undo the work of programs
-
-        self._atomic(take_over)
-
     def _slots(self, offset: int) -> int:
-        """Return the number of slots in use after `offset` tokens."""
         return offset
 
-    def _exported(self, buffers: GrowingBuffers, offset: Array) -> LayerState | RingState:
-        slots, like = self._on_device(np.arange(buffers.capacity)), buffers.empty()
-        keys, values = buffers.export_state()  # last, because it consumes the buffers
-        return LayerState(keys, values, offset, slots, like)
+    def _check_written(self, buffers: GrowingBuffers, state: State, offset: int) -> int:
+        written = int(buffers.backend.to_host(cast(LayerState, state).written))
+        if offset > written:
+            raise StateError(
+                f"a program appends tokens up to its offset; got offset {offset} with {written} "
+                "written. Change it by functional.append and functional.trim only."
+            )
+        return written
 
-    def _on_device(self, numbers: npt.ArrayLike) -> Array:
-        backend, _ = self._admission.bound()
-        return backend.from_host(np.asarray(numbers), "int32")
+    def _state_maker(
+        self, capacity: int, owner: int, like: Array
+    ) -> Callable[[Array, Array], State]:
+        numbers = self._offset, np.arange(capacity), owner, self._offset
+        offset, positions, owner_array, written = self._on_device(*numbers)
+        return lambda keys, values: LayerState(
+            keys, values, offset, positions, like, owner_array, written
+        )
 
     # Snapshots.
 
@@ -328,9 +341,11 @@ class KVCache(StandaloneCache):
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Check `positions` and do nothing: every position of a growing cache stays resumable."""
+        self.check_not_exported()
         as_indices(positions, "positions")
 
     def capture(self, start: int, stop: int) -> TokenRows:
+        self.check_not_exported()
         if self._pins is None:
             return TokenRows(np.empty(0, np.int32))
         rows = self._pins.capture(*self._held(), start, stop)
@@ -351,48 +366,6 @@ class KVCache(StandaloneCache):
         """Return the slot of each of `positions`."""
         return positions.astype(np.int64)
 
-    # Copies and files.
-
     @property
     def options(self) -> Mapping[str, int | str | None]:
         return {"step": self._step, "dtype": self._asked_dtype}
-
-    def copy(self) -> Self:
-        clone = self.make(self._asked_backend, self.options)
-        if self._buffers is not None and self._offset:
-            clone._fill(self._buffers.held_slice(self.len), self._offset)
-        return clone
-
-    def to_backend(self, backend: str | Backend) -> Self:
-        target = get_backend(backend)
-        clone = self.make(target, self.options)
-        if self._buffers is not None and self._offset:
-            buffers = clone._fill(self._buffers.transferred(target, self.len), self._offset)
-            # The copy may still be reading the memory of this cache, which may change next.
-            target.sync(*buffers.arrays)
-        return clone
-
-    def to_layer(self) -> LayerArrays:
-        if self._buffers is None or not self._offset:
-            return ()
-        return self._buffers.to_host(self.len)
-
-    def from_layer(self, arrays: LayerArrays, offset: int) -> None:
-        if self.backend is None:
-            raise KVCacheError("a cache that is filled from the host names a backend; got none.")
-        self._fill_from_host(arrays, offset, self.backend)
-
-    def _fill_from_host(self, layer: LayerArrays, offset: int, backend: Backend) -> None:
-        arrays = tuple(backend.from_host(array.data) for array in layer)
-        self._atomic(partial(self._fill, arrays, offset))
-
-    def _fill(self, arrays: Arrays, offset: int) -> GrowingBuffers:
-        """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""
-        keys, values = arrays
-        slots = self._admission.validate(keys, values)
-        buffers = self._with_room(slots)
-        buffers.arrays = buffers.written(arrays, 0, slots)
-        buffers.backend.evaluate(*buffers.arrays)
-        # A checkpoint opened while empty knows nothing of these tokens.
-        self._offset, self._checkpoint = offset, None
-        return buffers

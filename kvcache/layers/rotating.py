@@ -11,7 +11,7 @@ import numpy as np
 from kvcache._checks import NO_LIMIT, as_index, as_indices
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend
-from kvcache.errors import TrimError
+from kvcache.errors import StateError, TrimError
 from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.layout import TOKENS
@@ -19,6 +19,8 @@ from kvcache.storage.lengths import padded_positions
 
 from .buffers import Arrays, GrowingBuffers
 from .checkpoint import Checkpoint, Names, Update
+from .columns import Sizes
+from .exports import State
 from .growing import KVCache
 from .state import RingState
 
@@ -78,15 +80,20 @@ class RotatingKVCache(KVCache):
 
     @property
     def positions(self) -> Int32s:
-        return self._columns(self._offset - self._extra, self._extra)
+        self.check_not_exported()
+        return self._columns(self._offset, self._extra, self._sizes())
 
-    def _columns(self, start: int, tokens: int) -> Int32s:
-        """Return the positions in the ring of `start` tokens, and of `tokens` returned after it."""
+    def _columns(self, stop: int, extra: int, sizes: Sizes) -> Int32s:
+        start = stop - extra
         ring = self._ring_positions(start)
-        if not tokens or self._buffers is None:
-            return ring
-        columns = np.concatenate([ring, np.arange(start, start + tokens, dtype=np.int32)])
-        return padded_positions(columns, self._buffers.padded(columns.size))
+        columns = padded_positions(ring, sizes.width(ring.size))
+        if not extra:
+            return columns
+        columns = np.concatenate([columns, np.arange(start, stop, dtype=np.int32)])
+        return padded_positions(columns, sizes.padded(columns.size))
+
+    def _extra_of(self, tokens: int) -> int:
+        return tokens if tokens > 1 and self._offset + tokens > self.max_size else 0
 
     # Writing.
 
@@ -99,10 +106,16 @@ class RotatingKVCache(KVCache):
         if stop <= self.max_size:
             if stop > buffers.capacity:
                 return self._updated_carefully(keys, values)
-            columns = buffers.append(keys, values, start, stop, stop)
-            self._offset, self._extra = stop, 0
+            try:
+                columns = buffers.append(keys, values, start, stop, stop)
+                if self._admission.requires_grad:
+                    columns = buffers.with_gradients(columns, (keys, values), start)
+                self._offset, self._extra = stop, 0
+            except BaseException:
+                buffers.take_back(stop)
+                raise
             return columns
-        if tokens > 1 or buffers.capacity < self.max_size or self._displaces_pinned():
+        if tokens > 1 or buffers.capacity < self.max_size or self._displacing_takes_care():
             return self._updated_carefully(keys, values)
         # The token displaces the one that its query no longer sees, so the ring after the write is
         # the answer. One statement: should the write raise, the old token still counts, and no
@@ -110,12 +123,12 @@ class RotatingKVCache(KVCache):
         slot = self._ring_slot(start)
         written = buffers.written
         buffers.arrays, self._offset, self._extra = written((keys, values), slot, slot + 1), stop, 0
-        new_keys, new_values = buffers.arrays
-        return new_keys, new_values
+        return buffers.whole()
 
-    def _displaces_pinned(self) -> bool:
-        """Return whether rows may have to be retained or spilled before slots change."""
-        return bool(self._points.scheduled or (self._pins is not None and self._pins.rows))
+    def _displacing_takes_care(self) -> bool:
+        """Return whether rows may have to be saved before slots change, or gradients to flow."""
+        pinned = self._pins is not None and self._pins.rows
+        return bool(pinned or self._points.scheduled or self._admission.requires_grad)
 
     def _updated_carefully(self, keys: Array, values: Array) -> tuple[Array, Array]:
         """Do any :meth:`update`, also one that grows, is recorded, or displaces much or pinned."""
@@ -130,6 +143,8 @@ class RotatingKVCache(KVCache):
                 columns = self._displaced_by(buffers, update, recorded)
             else:
                 columns = buffers.append(keys, values, start, stop, stop)
+                if self._admission.requires_grad:
+                    columns = buffers.with_gradients(columns, update, start)
                 self._offset, self._extra, self._checkpoint = stop, 0, recorded
         except BaseException:
             undo()
@@ -160,8 +175,11 @@ class RotatingKVCache(KVCache):
             buffers.arrays = buffers.with_rows(staying, slots)
             # Nobody is given the ring itself, so it would not be computed along with `columns`.
             buffers.backend.evaluate(*buffers.arrays)
-            keys, values = columns or buffers.arrays
             extra = tokens if columns else 0
+            keys, values = columns or buffers.whole()
+            if self._admission.requires_grad:
+                first = buffers.width(self.len) if columns else int(slots[0])
+                keys, values = buffers.with_gradients((keys, values), update, first)
             self._offset, self._extra, self._checkpoint = start + tokens, extra, recorded
         except BaseException:
             buffers.arrays = buffers.with_rows(displaced, slots)
@@ -186,7 +204,7 @@ class RotatingKVCache(KVCache):
         due = self._points.due(start + tokens - 1)
         if not due:
             return
-        positions = self._columns(start, tokens)
+        positions = self._columns(start + tokens, tokens, buffers.sizes)
         # Padding, position -1, sorts to the front and is cut off.
         order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
         for point in due:
@@ -209,19 +227,18 @@ class RotatingKVCache(KVCache):
         return self.keep + (position - self.keep) % self._window
 
     def _ring_positions(self, offset: int) -> Int32s:
-        """Return the position in every column of the ring after `offset` tokens."""
+        """Return the position in every slot of the ring after `offset` tokens."""
         slots = np.arange(min(offset, self.max_size), dtype=np.int32)
         latest = offset - 1
         # A slot holds the newest position that is congruent to it modulo the window.
         turned = latest - (latest - slots) % self._window
-        positions = np.where(slots < self.keep, slots, turned).astype(np.int32)
-        return padded_positions(positions, self._width(slots.size))
+        return np.where(slots < self.keep, slots, turned).astype(np.int32)
 
     def _slots(self, offset: int) -> int:
         return min(offset, self.max_size)
 
     def _held(self) -> tuple[Int32s, Slots]:
-        positions = self._ring_positions(self._offset)[: self.len]
+        positions = self._ring_positions(self._offset)
         slots = np.argsort(positions)
         return positions[slots], slots
 
@@ -241,19 +258,42 @@ class RotatingKVCache(KVCache):
 
     # Programs.
 
-    def _exported(self, buffers: GrowingBuffers, offset: Array) -> RingState:
-        """Return the ring as a state; pinned rows are spilled, as programs may write any slot."""
+    def _before_export(self) -> None:
         self._before_displacing()
         self._extra = 0
-        ring = self._ring_positions(self._offset)
-        positions = np.full(buffers.capacity, -1)
-        positions[: self.len] = ring[: self.len]
-        slot = self._offset if self._offset < self.max_size else self._ring_slot(self._offset)
-        numbers = slot, self.keep, min(self.max_size, buffers.capacity)
-        on_device, like = self._on_device, buffers.empty()
-        places, counts = on_device(positions), tuple(map(on_device, numbers))
-        keys, values = buffers.export_state()  # last, because it consumes the buffers
-        return RingState(keys, values, offset, places, like, *counts)
+
+    def _state_maker(
+        self, capacity: int, owner: int, like: Array
+    ) -> Callable[[Array, Array], RingState]:
+        offset, positions, owner_array, slot, sinks, size = self._on_device(
+            self._offset,
+            self._slot_positions(self._offset, capacity),
+            owner,
+            self._next_slot(self._offset),
+            self.keep,
+            self.max_size if capacity >= self.max_size else np.iinfo(np.int32).max,
+        )
+        return lambda keys, values: RingState(
+            keys, values, offset, positions, like, owner_array, slot, sinks, size
+        )
+
+    def _slot_positions(self, offset: int, capacity: int) -> Int32s:
+        """Return the position in each of `capacity` slots after `offset` tokens, -1 for none."""
+        return padded_positions(self._ring_positions(offset), capacity)
+
+    def _next_slot(self, offset: int) -> int:
+        """Return the slot of the token at position `offset`."""
+        return offset if offset < self.max_size else self._ring_slot(offset)
+
+    def _check_written(self, buffers: GrowingBuffers, state: State, offset: int) -> int:
+        expected = self._slot_positions(offset, buffers.capacity)
+        # Also an older state whose arrays a later append has changed: one in place (NumPy, torch).
+        if not np.array_equal(buffers.backend.to_host(state.positions), expected):
+            raise StateError(
+                f"the tokens of a ring are those before its offset, {offset}; a program has "
+                "displaced some of them. Import the last state: a ring cannot go back in a program."
+            )
+        return self._slots(offset)
 
     # Snapshots.
 
@@ -263,6 +303,7 @@ class RotatingKVCache(KVCache):
         return Visibility(self._window, sinks=self.keep)
 
     def schedule(self, positions: Iterable[int]) -> None:
+        self.check_not_exported()
         # Rows for earlier positions may be displaced already: too late to retain them.
         points = as_indices(positions, "positions")
         self._points.schedule(point for point in points if point >= self._offset)
@@ -271,7 +312,7 @@ class RotatingKVCache(KVCache):
 
     def can_trim(self, tokens: int) -> bool:
         tokens = as_index(tokens, "tokens")
-        return tokens == 0 or (super().can_trim(tokens) and self._offset <= self.max_size)
+        return super().can_trim(tokens) and (tokens == 0 or self._offset <= self.max_size)
 
     def check_trim(self, tokens: int) -> None:
         if super().can_trim(tokens) and not self.can_trim(tokens):

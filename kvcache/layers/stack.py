@@ -144,6 +144,8 @@ class LayerCaches(Sequence[C], Generic[C]):
         Raises: ValueError for an empty range, or caches that have seen different numbers of
             tokens, or none.
         """
+        for cache in self._distinct:
+            cache.check_not_exported()
         start = as_index(start, "start")
         stop = None if stop is None else as_index(stop, "stop")
         offsets = self._offsets

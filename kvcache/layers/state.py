@@ -19,6 +19,10 @@ class LayerState(NamedTuple):
     """int32 [slots]: position of the token in each slot, present or to come."""
     like: Array
     """Empty array in the dtype of the cache; the buffers may carry that dtype as bits."""
+    owner: Array
+    """int32 []: number of the export, by which :meth:`KVCache.import_state` knows its states."""
+    written: Array
+    """int32 []: slots below this one may have been written to, also by tokens taken back."""
 
 
 class RingState(NamedTuple):
@@ -33,9 +37,14 @@ class RingState(NamedTuple):
     """int32 [slots]: position of the token in each slot, -1 for an empty slot."""
     like: Array
     """Empty array in the dtype of the cache; the buffers may carry that dtype as bits."""
+    owner: Array
+    """int32 []: number of the export, by which :meth:`KVCache.import_state` knows its states."""
     slot: Array
     """int32 []: slot of the next token."""
     sinks: Array
     """int32 []: number of first slots that keep their token."""
     size: Array
-    """int32 []: slots of the ring, sinks included; later slots of the buffer stay unused."""
+    """int32 []: slots of the ring, sinks included; later slots of the buffer stay unused.
+
+    Larger than any slot if the buffer is shorter than the ring: tokens beyond it are not written.
+    """

@@ -16,7 +16,7 @@ from kvcache.storage.arrays import NamedArray
 from kvcache.storage.lengths import ceil_div, padded_index
 
 from .base import Commit
-from .checks import check_dtype, check_heads, check_tokens
+from .checks import check_dtype, check_heads, check_tokens, refuse_gradients
 from .exchange import check_form, convert, form_of, traced_form_of
 from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
@@ -45,6 +45,8 @@ class PoolBuffers:
         backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
+        # A backend without gradients spares the question in every put.
+        self._may_require_grad = type(backend).requires_grad is not Backend.requires_grad
         self._token_axes = tuple(layout.token_axis for layout in self.layouts)
         # By the number of arrays of a layer: one axis where all have the same, which writes faster.
         self._write_axes = [
@@ -159,7 +161,10 @@ class PoolBuffers:
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         start, stop = forward_pass.start, forward_pass.stop
         if start == 0 and stop == self.cells:
-            return layers[layer]
+            buffers = layers[layer]
+            if self.backend.assignment_rebinds:
+                return tuple(buffer[...] for buffer in buffers)
+            return buffers
         read, buffers = self.backend.read_slice, layers[layer]
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
@@ -333,6 +338,8 @@ class PoolBuffers:
         for layout, array in zip(self.layouts, arrays, strict=False):
             check_dtype(self.backend, self.dtype, layout.name, array)
             check_tokens(layout, array, tokens)
+            if self._may_require_grad:
+                refuse_gradients(self.backend, layout.name, array)
         if buffers is not None:
             self._check_fit(layer, [array.shape for array in arrays], buffers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcache.backends import Array, Backend
-from kvcache.errors import DTypeError, ShapeError
+from kvcache.errors import DTypeError, NotSupportedError, ShapeError
 from kvcache.storage.admission import described, refuse_several_devices
 
 from .layouts import ArrayLayout
@@ -18,6 +18,15 @@ def check_dtype(backend: Backend, dtype: str, name: str, array: Array) -> None:
         raise DTypeError(
             f"{name} must be {dtype} arrays of {backend.spec}; got {described(array)}. "
             "Convert them."
+        )
+
+
+def refuse_gradients(backend: Backend, name: str, array: Array) -> None:
+    """Raise NotSupportedError if gradients are to flow to `array`."""
+    if backend.requires_grad(array):
+        raise NotSupportedError(
+            f"gradients do not flow through a pool; {name} ask for them. Run the model without "
+            "gradients, or let a program call kvcache.functional.put and get."
         )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, backend_type, get_backend
+from kvcache.backends.arguments import refuse_traced
 from kvcache.backends.base import FastKey
-from kvcache.errors import DTypeError, KVCacheError, ShapeError
+from kvcache.errors import DTypeError, ExportedError, KVCacheError, ShapeError
 
 from .layout import TOKENS
 
@@ -32,6 +33,8 @@ class Admission:
 
     backend, dtype: as requested when the cache was made; None takes that of the first update.
         From then on :attr:`backend` and :attr:`geometry` hold the result.
+    requires_grad: whether gradients are to flow to the latest update.
+    exported: whether a program has the state of the cache.
 
     Raises: DTypeError for an unknown dtype, or one that `backend` lacks.
     """
@@ -49,15 +52,19 @@ class Admission:
         """Return to the state after construction: the next update counts as the first."""
         self.backend: Backend | None = self._asked
         self.geometry: Geometry | None = None
+        self.requires_grad = False
+        self.exported = False
         self._fast_key: Callable[[Array], FastKey] | None = None
         self._latest: tuple[FastKey, FastKey] | None = None
 
     def savepoint(self) -> Callable[[], None]:
         """Return a function that undoes what updates fix, and :meth:`forget`, from now on."""
         fixed = self.backend, self.geometry, self._fast_key, self._latest
+        now = self.requires_grad, self.exported
 
         def undo() -> None:
             self.backend, self.geometry, self._fast_key, self._latest = fixed
+            self.requires_grad, self.exported = now
 
         return undo
 
@@ -70,6 +77,19 @@ class Admission:
             raise KVCacheError("a cache has the shape of its first update. Update it first.")
         return self.backend, self.geometry
 
+    def suspend(self) -> None:
+        """Refuse updates while :attr:`exported`: a program has the state of the cache."""
+        self.exported = True
+        self._latest = None  # so that the fast path of an update needs no check of its own
+
+    def check_not_exported(self) -> None:
+        """Raise ExportedError after :meth:`suspend`, until :attr:`exported` is False again."""
+        if self.exported:
+            raise ExportedError(
+                "a cache is not used while a program has its state. Call import_state(state) with "
+                "the last state of the program, or reset() to give the tokens up."
+            )
+
     @property
     def dtype(self) -> str | None:
         """Dtype of keys and values; None until it is fixed."""
@@ -78,7 +98,8 @@ class Admission:
     def validate(self, keys: Array, values: Array) -> int:
         """Check an update against the earlier ones; return its number of tokens.
 
-        Raises: ShapeError, DTypeError, UnknownBackendError; nothing has changed then.
+        Raises: ShapeError, DTypeError, UnknownBackendError, TracedArrayError, ExportedError;
+            nothing has changed then.
         """
         fast_key, key_pair = self._fast_key, None
         if fast_key is not None:
@@ -90,13 +111,19 @@ class Admission:
         if key_pair is None or key_pair != self._latest:
             backend = self._validate_new(keys, values)
             self._fast_key = backend.fast_key
-            self._latest = key_pair = backend.fast_key(keys), backend.fast_key(values)
+            key_pair = backend.fast_key(keys), backend.fast_key(values)
+            self.requires_grad = backend.requires_grad(keys) or backend.requires_grad(values)
+            self._latest = key_pair
         return key_pair[0][1][TOKENS]
 
     def _validate_new(self, keys: Array, values: Array) -> Backend:
         """Check an update in full, fix backend and geometry, and return the backend."""
+        self.check_not_exported()
         backend = self.backend or backend_of(keys)
         _check_framework(backend, keys, values)
+        for array in (keys, values):
+            if backend.is_traced(array):
+                refuse_traced(array)
         _check_shapes(tuple(keys.shape), tuple(values.shape))
         geometry = _geometry(backend, keys, values)
         if self._dtype is not None and geometry.dtype != self._dtype:

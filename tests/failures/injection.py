@@ -16,7 +16,7 @@ from kvcache import Backend
 # Checks and look-ups, and primitives that do no more than check and call a hook. Whatever else a
 # backend offers counts as a hook, so that a new one is covered without an entry here.
 NOT_HOOKS = {
-    *("dtype", "dtype_name", "owns", "fast_key", "compile"),
+    *("dtype", "dtype_name", "owns", "fast_key", "requires_grad", "compile"),
     *("slice_update", "scatter", "gather", "slice", "from_dlpack"),
 }
 HOOKS = sorted(

@@ -115,3 +115,21 @@ def test_refusals(backend):
     with pytest.raises(ShapeError, match="has the shape of the exported one"):
         cache.import_state(state._replace(keys=news[0]))
     cache.import_state(state)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_far_more_tokens_than_there_is_room_for(backend, program, count):
+    """A start beyond the buffers is no place in memory."""
+    cache, rng = growing(backend), np.random.default_rng(0)
+    cache.update(*tokens(backend, "float32", 3, rng))
+    state = cache.export_state(1)
+    room = state.keys.shape[2]
+    step, before = program(stepper(1)), backend.to_host(state.keys)[:, :, :3]
+    far = backend.from_host(np.asarray(50 * room), "int32")
+    state = functional.append(state._replace(offset=far), *tokens(backend, "float32", count, rng))[
+        0
+    ]
+    state, *_ = step(state, *tokens(backend, "float32", 1, rng))
+    np.testing.assert_array_equal(backend.to_host(state.keys)[:, :, :3], before)
+    with pytest.raises(BoundsError, match=f"{50 * room + count + 1} came"):
+        cache.import_state(state)

@@ -34,7 +34,7 @@ from .oracle import (
     check_state,
     check_whole,
     fingerprint,
-    host_rows,
+    held_columns,
     oracle_for,
     push,
 )
@@ -209,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
     def mask(self, which, share, window):
         pair = self.pair(which)
         if pair.oracle.offset:
-            columns = pair.columns or host_rows(self.backend, pair.cache.state)
+            columns = pair.columns or held_columns(pair.cache)
             tokens = max(1, pair.maskable * share // 8)
             check_columns(pair.cache, pair.oracle, columns, tokens, window)
 

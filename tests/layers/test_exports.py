@@ -24,6 +24,7 @@ PUBLIC = [
     "DiffusionCache",
     "DiffusionCacheError",
     "EncoderCache",
+    "ExportedError",
     "ForeignFileError",
     "KVCache",
     "KVCacheError",
@@ -37,7 +38,9 @@ PUBLIC = [
     "SharedCellsError",
     "Snapshot",
     "SnapshotMismatchError",
+    "StateError",
     "StepOrderError",
+    "TracedArrayError",
     "TrimError",
     "UnknownBackendError",
     "UnknownStreamError",
@@ -49,18 +52,19 @@ PUBLIC = [
 ]
 # What models, runners and caches of other packages may use of a cache.
 CACHE = """
-backend can_trim capture check_rollback check_trim checkpoint copy dtype export_state from_layer
-growths import_state kind len load make mask nbytes offset options positions reset restore
-restore_rows rollback save savepoint schedule snapshot state to_backend to_layer trim update
+backend can_trim capture check_not_exported check_rollback check_trim checkpoint copy dtype
+export_state from_layer growths import_state kind len load make mask nbytes offset options positions
+reset restore restore_rows rollback save savepoint schedule snapshot state to_backend to_layer trim
+update
 visibility
 """.split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """
-alloc array_types compile concat config detached device device_of devices dtype dtype_name
-dtypes evaluate fast_key free from_dlpack from_host from_traced from_traced_forms gather
-import_dlpack modules name owns
-read_rows read_slice scatter slice slice_update slices_are_views spec sync to_host traced_append
-traced_cond traced_form traced_forms traced_index traced_read traced_write write_row_sets write_rows
+alloc array_types assignment_rebinds compile concat config detached device device_of devices dtype
+dtype_name dtypes evaluate fast_key free from_dlpack from_host from_traced from_traced_forms gather
+import_dlpack is_deleted is_traced modules name owns read_rows read_slice requires_grad scatter
+slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
+traced_forms traced_index traced_read traced_write with_gradients write_row_sets write_rows
 write_slice write_slices xp
 """.split()
 
@@ -147,6 +151,9 @@ def test_errors_are_drawn_where_they_are_defined():
         (kvcache.DiffusionCacheError, ValueError),
         (kvcache.ShapeError, ValueError),
         (kvcache.DTypeError, TypeError),
+        (kvcache.TracedArrayError, TypeError),
+        (kvcache.ExportedError, RuntimeError),
+        (kvcache.StateError, ValueError),
         (kvcache.TrimError, ValueError),
         (kvcache.CacheFullError, RuntimeError),
         (kvcache.NotSupportedError, NotImplementedError),

@@ -11,6 +11,7 @@ from .oracle import (
     check_columns,
     check_whole,
     fingerprint,
+    held_columns,
     host_rows,
     push,
     rows,
@@ -54,7 +55,7 @@ def test_chunks_make_no_difference(backend, size, keep):
 def fingerprint_of_slots(cache):
     twin = cache.copy()
     assert twin.backend is not None
-    columns = zip(twin.positions.tolist(), host_rows(twin.backend, twin.state), strict=True)
+    columns = zip(twin.positions.tolist(), held_columns(twin), strict=True)
     return tuple(sorted((position, token) for position, token in columns if position >= 0))
 
 
@@ -119,7 +120,7 @@ def check_rollback(backend, size, keep, before, drafts):
         oracle.cut(mark + accepted)
         check_whole(cache, oracle)
         if oracle.offset:  # positions and mask speak of what is held now, not of the draft
-            check_columns(cache, oracle, host_rows(backend, cache.state), 1)
+            check_columns(cache, oracle, held_columns(cache), 1)
         with pytest.raises(TrimError, match="needs an open checkpoint"):
             cache.rollback()
         for tokens in (1, 3, 1):

@@ -7,7 +7,7 @@ import weakref
 import pytest
 
 import kvcache
-from kvcache import KVCache, RotatingKVCache
+from kvcache import KVCache, RotatingKVCache, functional
 
 from .oracle import Oracle, Shape, check_whole, oracle_for, push
 
@@ -86,11 +86,94 @@ def needs_grad(tokens):
     return torch.ones(1, 2, tokens, 4) * weight, torch.ones(1, 2, tokens, 4) * weight
 
 
-def test_nothing_that_is_returned_or_held_has_a_graph(cache):
+def test_nothing_that_is_held_has_a_graph(cache):
     for tokens in (2, 3, 1, 4, 9, 1):
-        for part in (*cache.update(*needs_grad(tokens)), *cache.state, *cache.copy().state):
+        cache.update(*needs_grad(tokens))
+        for part in (*cache.state, *cache.copy().state):
             assert not part.requires_grad
             assert part.grad_fn is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_views_are_returned(cache, mode):
+    with mode():
+        weight = torch.nn.Parameter(torch.ones(1, 2, 1, 4))
+        for _ in range(2):
+            keys, _ = cache.update(weight, weight)
+        assert not keys.requires_grad
+        assert keys.data_ptr() == cache.state[0].data_ptr()
+
+
+@pytest.mark.parametrize("updates", [(3,), (2, 1), (4, 1), (6, 1), (3, 4), (6, 2)])
+def test_gradients_of_the_latest_update(cache, updates):
+    """Attention of its queries, by hand: earlier keys and values are constants."""
+    draw = torch.Generator().manual_seed(0)
+    made = [[torch.randn(1, 2, tokens, 4, generator=draw) for _ in range(2)] for tokens in updates]
+    *earlier, latest = made
+    for update in earlier:
+        cache.update(*update)
+    leaves = [part.clone().requires_grad_() for part in latest]
+    columns = cache.update(*leaves)
+    allowed, positions = cache.mask(updates[-1]), cache.positions
+    expected = [part.clone().requires_grad_() for part in latest]
+    whole = [torch.cat(parts, 2) for parts in zip(*earlier, expected, strict=True)]
+    plain = [part[:, :, positions.tolist()] for part in whole]
+    for keys, values in (columns, plain):
+        scores = leaves[0].detach() @ keys.mT
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        (scores.softmax(-1) @ values).square().sum().backward()
+    for got, wanted in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
+
+
+def test_gradients_come_and_go(cache):
+    """From one update to the next, of the same shape."""
+    plain = torch.ones(1, 2, 1, 4)
+    for requires_grad in (False, True, True, False, True):
+        update = plain.clone().requires_grad_(requires_grad)
+        for mode in (torch.no_grad(), torch.enable_grad()):
+            with mode:
+                keys, _ = cache.update(update, update)
+                assert keys.requires_grad == (requires_grad and torch.is_grad_enabled())
+
+
+def test_function_transforms_are_refused(cache):
+    one = torch.ones(1, 2, 1, 4)
+    cache.update(one[:, :, :1].repeat(1, 1, 2, 1), one[:, :, :1].repeat(1, 1, 2, 1))
+    with pytest.raises(kvcache.TracedArrayError, match=r"kvcache\.functional"):
+        torch.func.grad(lambda k: cache.update(k, k)[0].sum())(one)
+    with pytest.raises(kvcache.TracedArrayError, match=r"kvcache\.functional"):
+        torch.vmap(lambda k: cache.update(k, k)[0])(one[None])
+    assert cache.offset == 2
+
+
+def test_gradients_in_a_pure_function():
+    """Of all tokens appended in it."""
+    one = torch.ones(1, 2, 1, 4)
+
+    def total(k):
+        cache = KVCache("torch")
+        cache.update(one, one)
+        state = cache.export_state(2)
+        for scale in (1, 3):
+            state, keys, _ = functional.append(state, k * scale, k)
+        return keys.sum()
+
+    leaf = one.clone().requires_grad_()
+    total(leaf).backward()
+    assert bool((leaf.grad == 4).all())
+    assert bool((torch.func.grad(total)(one) == 4).all())
+
+
+def test_a_state_with_gradients_is_imported_without():
+    cache, one = KVCache("torch"), torch.ones(1, 2, 1, 4)
+    cache.update(one, one)
+    leaf = one.clone().requires_grad_()
+    state, _, _ = functional.append(cache.export_state(1), leaf, one)
+    cache.import_state(state)
+    assert not any(part.requires_grad for part in cache.state)
+    cache.update(one, one)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -114,7 +197,6 @@ def test_parameters_and_subclasses_are_tensors(cache):
     for update in (torch.nn.Parameter(plain), plain.as_subclass(Mine), plain):
         keys, _ = cache.update(update, update)
         assert type(keys) is torch.Tensor
-        assert not keys.requires_grad
     assert cache.offset == 3
     assert kvcache.backend_of(plain.as_subclass(Mine)).name == "torch"
 
@@ -186,3 +268,18 @@ def test_tensors_of_another_device(cache):
             cache.update(*update)
         check_whole(cache, oracle)
     push(cache, oracle, 2, shape)
+
+
+def test_pools_refuse_gradients():
+    pool, one = kvcache.CausalCache(), torch.ones(2, 1, 4)
+    pool.init("torch", "float32", max_sequences=1, capacity=8, max_batch=4)
+    pool.start_forward(kvcache.Batch([0], [0]))
+    pool.set_layer(0)
+    leaf = torch.nn.Parameter(one)
+    for update in ((leaf, one), (one, leaf)):
+        with pytest.raises(kvcache.NotSupportedError, match="gradients do not flow through a pool"):
+            pool.put(*update)
+    with torch.no_grad():
+        pool.put(leaf, leaf)
+    keys, _, _ = pool.get()
+    assert not keys.requires_grad

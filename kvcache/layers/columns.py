@@ -1,0 +1,69 @@
+"""Columns of keys and values returned by an update, and masks over them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from kvcache._types import Bools, Int32s
+from kvcache.backends import Array, Backend
+from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.lengths import round_up
+from kvcache.storage.masks import device_mask
+
+
+class Sizes(NamedTuple):
+    """Sizes of growing buffers, and of the columns that an update returns of them.
+
+    padding: of the backend. slices_are_views: whether it returns less than the whole buffer.
+    unit: capacities are multiples of so many slots. limit: largest capacity; None for none.
+    capacity: slots of the buffers.
+    """
+
+    padding: int = 1
+    slices_are_views: bool = True
+    unit: int = 1
+    limit: int | None = None
+    capacity: int = 0
+
+    @classmethod
+    def on(cls, backend: Backend, step: int, limit: int | None) -> Sizes:
+        """Return the sizes of buffers not allocated yet."""
+        padding = backend.config.padding
+        most = None if limit is None else round_up(limit, padding)
+        return cls(padding, backend.slices_are_views, math.lcm(step, padding), most)
+
+    def padded(self, columns: int) -> int:
+        """Return `columns` rounded up to the padding."""
+        return round_up(columns, self.padding)
+
+    def width(self, held: int) -> int:
+        """Return the number of columns that are returned for `held` slots."""
+        # Where a slice is a copy, returning the whole buffer is cheaper; the mask hides the rest.
+        return self.padded(held) if self.slices_are_views else self.capacity
+
+    def grown(self, slots: int) -> Sizes:
+        """Return the sizes once there is room for `slots` slots.
+
+        Capacity grows by half at least, so that copying costs O(1) per token in the long run.
+        """
+        if slots <= self.capacity:
+            return self
+        capacity = round_up(max(slots, self.capacity * 3 // 2), self.unit)
+        return self._replace(capacity=capacity if self.limit is None else min(capacity, self.limit))
+
+
+def attention_mask(
+    backend: Backend, rule: Visibility, stop: int, tokens: int, columns: Int32s
+) -> Array | None:
+    """Return the mask of the `tokens` queries before position `stop` over `columns`.
+
+    columns: their positions, -1 for padding. None if every query sees every column.
+    """
+    queries = np.arange(stop - tokens, stop, dtype=np.int32)[:, None]
+    visible: Bools = np.asarray(rule.sees(queries, columns))
+    if visible.all():
+        return None  # attention runs faster without a mask
+    return device_mask(backend, backend.config.mask_dtype, visible)
