@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import repeat
 from typing import ClassVar, Unpack, cast
 
 import jax
@@ -17,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from .arrays import DType, HostArray, Namespace, NativeArray, TracedIndex
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import FULL_SLICES, Backend, FastKey, P, R, Ts
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .nonfinite import finite_bits, replaced, substitutes
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -90,6 +92,30 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         return _row_writer(axis, self._copy_only)(buffer, rows, index)
 
+    def replace_nonfinite(
+        self, arrays: NativeArrays, axes: Sequence[int]
+    ) -> NativeArrays:
+        return _replacer(tuple(axes), self._copy_only)(arrays)
+
+    # Replacing and writing all arrays of a layer in one program costs no more than two writes.
+
+    def write_finite_slices(
+        self,
+        buffers: NativeArrays,
+        updates: NativeArrays,
+        start: int,
+        stop: int,
+        axes: Sequence[int],
+    ) -> NativeArrays:
+        return _finite_slices_writer(tuple(axes), self._copy_only)(
+            buffers, updates, np.int32(start)
+        )
+
+    def write_finite_rows(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axes: Sequence[int]
+    ) -> NativeArrays:
+        return _finite_rows_writer(tuple(axes), self._copy_only)(buffers, rows, index)
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _row_reader(axis, self._copy_only)(buffer, index)
 
@@ -126,6 +152,19 @@ class JaxBackend(Backend):
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+        kind = arrays[0].dtype
+        if not substitutes(kind.name, len(arrays)):
+            return arrays
+        # On bits, because XLA on CPU has no arithmetic of its own for the small float dtypes.
+        bits = tuple(lax.bitcast_convert_type(array, f"uint{8 * kind.itemsize}") for array in arrays)
+        finite, numbers = finite_bits(kind.name, len(arrays))
+        return tuple(
+            lax.bitcast_convert_type(array, kind)
+            for array in replaced(cls.xp, bits, axes, numbers, finite)
+        )
 
     @classmethod
     def traced_write(
@@ -197,13 +236,46 @@ def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
 @cache
 def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def write_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray) -> NativeArray:
-        def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
-            row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
-            return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
-
-        return lax.fori_loop(0, index.shape[0], write_row, buffer)
+        return _write_rows(buffer, rows, index, axis)
 
     return jax.jit(write_rows, donate_argnums=0, compiler_options=_options(copy_only))
+
+
+def _write_rows(
+    buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
+) -> NativeArray:
+    def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
+        row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
+        return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
+
+    return lax.fori_loop(0, index.shape[0], write_row, buffer)
+
+
+@cache
+def _replacer(axes: tuple[int, ...], copy_only: bool) -> Callable[..., NativeArrays]:
+    def replace(arrays: NativeArrays) -> NativeArrays:
+        return JaxBackend.traced_replace_nonfinite(arrays, axes)
+
+    return jax.jit(replace, compiler_options=_options(copy_only))
+
+
+@cache
+def _finite_slices_writer(axes: tuple[int, ...], copy_only: bool) -> Callable[..., NativeArrays]:
+    def write(buffers: NativeArrays, updates: NativeArrays, start: NativeArray) -> NativeArrays:
+        finite = JaxBackend.traced_replace_nonfinite(updates, axes)
+        write_slice = lax.dynamic_update_slice_in_dim
+        return tuple(map(write_slice, buffers, finite, repeat(start), axes))
+
+    return jax.jit(write, donate_argnums=0, compiler_options=_options(copy_only))
+
+
+@cache
+def _finite_rows_writer(axes: tuple[int, ...], copy_only: bool) -> Callable[..., NativeArrays]:
+    def write(buffers: NativeArrays, rows: NativeArrays, index: NativeArray) -> NativeArrays:
+        finite = JaxBackend.traced_replace_nonfinite(rows, axes)
+        return tuple(map(_write_rows, buffers, finite, repeat(index), axes))
+
+    return jax.jit(write, donate_argnums=0, compiler_options=_options(copy_only))
 
 
 @cache

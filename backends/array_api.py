@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .arrays import DType, HostArray, NativeArray
+from .arrays import DType, HostArray, NativeArray, NativeArrays
 from .base import FULL_SLICES, Backend, root_modules
 from .dtypes import HOST_DTYPES
+from .nonfinite import dtype_label, replaced, substitutes
 
 # Libraries known to work; any other with the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -97,6 +98,12 @@ class ArrayApiBackend(Backend):
     def to_host(self, array: NativeArray) -> HostArray:
         self.dtype_name(array)  # raises for a dtype without a name here
         return np.array(np.from_dlpack(array, device="cpu"))
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
+        xp = array_api_compat.array_namespace(*arrays)
+        return replaced(xp, arrays, axes, numbers) if numbers else arrays
 
     @classmethod
     def traced_write(

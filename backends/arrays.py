@@ -54,6 +54,10 @@ class Namespace(Protocol):
 
 NativeArray: TypeAlias = Any
 """An array of one framework, inside its adapter: typed by the framework, not by kvcache."""
+Arrays: TypeAlias = tuple[Array, ...]
+"""The arrays of one layer: keys and values, or others."""
+NativeArrays: TypeAlias = tuple[NativeArray, ...]
+"""The same, inside an adapter."""
 DType: TypeAlias = Any
 """The dtype object of a framework."""
 HostArray: TypeAlias = npt.NDArray[Any]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from typing import ClassVar, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
@@ -21,9 +22,10 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
-from .arrays import Array, DType, HostArray, Namespace, NativeArray, TracedIndex
+from .arrays import Array, Arrays, DType, HostArray, Namespace, NativeArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .nonfinite import dtype_label, replaced, substitutes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -212,6 +214,36 @@ class Backend(ABC):
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Do :meth:`slice` without checks, for checked arguments."""
 
+    # For pools, where sequences share buffers: NaN of one would reach the output of another.
+
+    def replace_nonfinite(self, arrays: Arrays, axes: Sequence[int]) -> Arrays:
+        """Return `arrays`, of one layer of a pool, with finite numbers only.
+
+        Where a key or a value is NaN or infinite, the key is 0 and the value the largest power of
+        two of the dtype: in pairs where both arrays have one shape, else for the whole token. Keys
+        alone become the root of that power.
+
+        arrays: keys and values, or keys alone. axes: the token axis of each.
+
+        Waits for no computation: where the framework computes asynchronously, this is one more.
+        """
+        return self.traced_replace_nonfinite(arrays, axes)
+
+    def write_finite_slices(
+        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axes: Sequence[int]
+    ) -> Arrays:
+        """Do :meth:`write_slice` for the arrays of a layer, after :meth:`replace_nonfinite`."""
+        finite = self.replace_nonfinite(updates, axes)
+        # map and repeat instead of a loop: this runs for every layer of every pass.
+        return tuple(map(self.write_slice, buffers, finite, repeat(start), repeat(stop), axes))
+
+    def write_finite_rows(
+        self, buffers: Arrays, rows: Arrays, index: HostArray, axes: Sequence[int]
+    ) -> Arrays:
+        """Do :meth:`write_rows` for the arrays of a layer, after :meth:`replace_nonfinite`."""
+        finite = self.replace_nonfinite(rows, axes)
+        return tuple(map(self.write_rows, buffers, finite, repeat(index), axes))
+
     def detached(self, array: Array) -> Array:
         """Return `array` without its autograd graph (torch), or unchanged."""
         return array
@@ -278,6 +310,12 @@ class Backend(ABC):
 
     # Under a tracer there is no device, so no instance, and no value to check: these are class
     # methods, and know nothing but their arguments.
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: Arrays, axes: Sequence[int]) -> Arrays:
+        """Do :meth:`replace_nonfinite` in a program."""
+        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
+        return replaced(cls.xp, arrays, axes, numbers) if numbers else arrays
 
     @classmethod
     def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, CacheConfig, HostArray, nbytes, transfer
+from kvcache.backends.base import FastKey
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import NamedArray
@@ -22,6 +23,8 @@ from .rows import PendingWrites
 
 Arrays: TypeAlias = tuple[Array, ...]
 """The arrays of one layer: keys and values, or keys alone."""
+Likeness: TypeAlias = tuple[int, *tuple[FastKey, ...]]
+"""Number of tokens in a pass, and a key of every array put in it."""
 HOST_AXES = "htd"
 """Axes of rows in host memory, whatever the layout of the pool: kv_heads, tokens, head_dim."""
 
@@ -80,6 +83,8 @@ class PoolBuffers:
         self.dtype = dtype
         self.cells = cells
         self._buffers: dict[int, Arrays] = {}
+        # What the last arrays of a layer were like: others like them need no checks.
+        self._checked: dict[int, Likeness | None] = {}
         self._exported: PoolState | None = None
         self._pending = PendingWrites()
 
@@ -133,9 +138,12 @@ class PoolBuffers:
     def put(self, layer: int, arrays: Arrays, forward_pass: Pass) -> None:
         """Store the tokens of a pass in its cells; raise before anything is written."""
         layers = self._settled()
-        self._validate(layer, arrays, forward_pass.cells.size, layers.get(layer))
-        if layer not in layers:
-            layers[layer] = self._alloc_like(arrays)
+        likeness = self._likeness(arrays, forward_pass.cells.size)
+        if likeness is None or likeness != self._checked.get(layer):
+            self._validate(layer, arrays, forward_pass.cells.size, layers.get(layer))
+            if layer not in layers:
+                layers[layer] = self._alloc_like(arrays)
+            self._checked[layer] = likeness
         if forward_pass.stores:
             # Another thread may read rows of a snapshot: it must not find consumed buffers.
             with self._pending.lock:
@@ -144,17 +152,21 @@ class PoolBuffers:
                 # meanwhile would go to buffers that the write has consumed.
                 self._buffers[layer] = self._written_pass(buffers, arrays, forward_pass)
 
+    def _likeness(self, arrays: Arrays, tokens: int) -> Likeness | None:
+        """Return what is checked of `arrays` in a form that is quick to compare, None if unfit."""
+        try:
+            return tokens, *map(self.backend.fast_key, arrays)
+        except (AttributeError, TypeError):  # no arrays of this framework: the check names them
+            return None
+
     def _written_pass(self, buffers: Arrays, arrays: Arrays, forward_pass: Pass) -> Arrays:
         """Write the tokens of a pass to its cells; consumes `buffers`, returns their successors."""
         cells, first = forward_pass.cells, forward_pass.first_cell
-        # map and repeat instead of a loop: this runs for every layer of every pass.
+        axes = self._token_axes[: len(arrays)]
         if first is None:
-            write_rows = self.backend.write_rows
-            return tuple(map(write_rows, buffers, arrays, repeat(cells), self._token_axes))
-        write_slice, stop = self.backend.write_slice, first + cells.size
-        return tuple(
-            map(write_slice, buffers, arrays, repeat(first), repeat(stop), self._token_axes)
-        )
+            return self.backend.write_finite_rows(buffers, arrays, cells, axes)
+        stop = first + cells.size
+        return self.backend.write_finite_slices(buffers, arrays, first, stop, axes)
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
@@ -199,7 +211,7 @@ class PoolBuffers:
             self._check_dtype("shifted keys", moved)
             if tuple(moved.shape) != shape:
                 raise ShapeError(f"a shift keeps shapes; got {tuple(moved.shape)} for {shape}.")
-            shifted[layer] = moved
+            [shifted[layer]] = self.backend.replace_nonfinite((moved,), (axis,))
         return shifted
 
     def set_keys(self, cells: Int32s, shifted: dict[int, Array]) -> None:
@@ -319,7 +331,7 @@ class PoolBuffers:
         for buffers in self._allocated().values():
             for buffer in buffers:
                 self.backend.free(buffer)
-        self._buffers, self._exported = {}, None
+        self._buffers, self._exported, self._checked = {}, None, {}
         self._pending.clear()
 
     # Checks.

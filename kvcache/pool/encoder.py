@@ -116,7 +116,8 @@ class EncoderCache(Cache):
         """Store encoder output, ``[kv_heads, frames, head_dim]``, of the multimodal tokens.
 
         For several sequences in one pass, the arrays hold equally many frames of each, one
-        sequence after the other. Frames are copied.
+        sequence after the other. Frames are copied; NaN and infinity are replaced, as in a
+        :class:`CausalCache`.
 
         Raises: DTypeError, ShapeError, KVCacheError without a pass; nothing is stored then.
         """
@@ -126,11 +127,8 @@ class EncoderCache(Cache):
                 f"values must be {self._dtype} arrays of {self._bound().spec}, as the keys; "
                 "got None. Put both."
             )
-        # All pieces are made before the first is stored: an error stores nothing.
-        pieces = [
-            self._split(layout, array, len(arriving))
-            for layout, array in zip(self._layouts, (keys, values), strict=True)
-        ]
+        for layout, array in zip(self._layouts, (keys, values), strict=True):
+            self._check(layout, array, len(arriving))
         frames = [
             array.shape[layout.token_axis]
             for layout, array in zip(self._layouts, (keys, values), strict=True)
@@ -140,6 +138,11 @@ class EncoderCache(Cache):
                 f"keys and values have the same frames; got {tuple(keys.shape)} and "
                 f"{tuple(values.shape)}."
             )
+        # All pieces are made before the first is stored: an error stores nothing.
+        pieces = [
+            self._split(layout, array, len(arriving))
+            for layout, array in zip(self._layouts, self._finite((keys, values)), strict=True)
+        ]
         for (sequence, position), arrays in zip(
             arriving.items(), zip(*pieces, strict=True), strict=True
         ):
@@ -147,8 +150,14 @@ class EncoderCache(Cache):
             entry.position = position
             entry.layers[self._layer] = arrays
 
-    def _split(self, layout: ArrayLayout, array: Array, parts: int) -> list[Array]:
-        """Return copies of the frames in `array`, cut into `parts` arrays of equal length."""
+    def _finite(self, arrays: Arrays) -> Arrays:
+        """Return `arrays` with finite numbers only: neighbours meet them in :meth:`get`."""
+        return self._bound().replace_nonfinite(
+            arrays, [layout.token_axis for layout in self._layouts]
+        )
+
+    def _check(self, layout: ArrayLayout, array: Array, parts: int) -> None:
+        """Raise DTypeError or ShapeError unless `array` holds frames for `parts` sequences."""
         backend = self._bound()
         if not backend.owns(array) or backend.dtype_name(array) != self._dtype:
             raise DTypeError(
@@ -162,6 +171,10 @@ class EncoderCache(Cache):
                 f"the {parts} sequences with multimodal tokens in the batch; "
                 f"got {tuple(array.shape)}."
             )
+
+    def _split(self, layout: ArrayLayout, array: Array, parts: int) -> list[Array]:
+        """Return copies of the frames in `array`, cut into `parts` arrays of equal length."""
+        backend, axis = self._bound(), layout.token_axis
         frames = array.shape[axis] // parts
         pieces = [backend.slice(array, i * frames, (i + 1) * frames, axis) for i in range(parts)]
         # concat copies even a single array, where a slice may be a view of the caller's memory.
@@ -303,12 +316,13 @@ class EncoderCache(Cache):
     def _from_row(self, row: LayerArrays) -> Arrays:
         if len(row) != len(self._layouts):
             raise ShapeError("an encoder's output has values in every layer.")
-        return tuple(
+        arrays = tuple(
             self._bound().from_host(
                 array.data[:, :, 0].transpose([FRAME_AXES.index(axis) for axis in layout.axes])
             )
             for layout, array in zip(self._layouts, row, strict=True)
         )
+        return self._finite(arrays)
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), copy(self)

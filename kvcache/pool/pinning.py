@@ -16,6 +16,7 @@ from kvcache.snapshots.visibility import Visibility
 from .base import Commit
 from .buffers import PoolBuffers
 from .cells import CellTable, Eviction
+from .rows import finite_rows
 
 
 class PoolPins:
@@ -152,6 +153,7 @@ class PoolPins:
             written.append({} if rows.owner is self or not index.size else rows.read(index))
             if written[-1]:
                 self._buffers.check_rows(written[-1])
+                written[-1] = finite_rows(written[-1])
         return written
 
     def _restore(

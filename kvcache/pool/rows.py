@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvcache._types import Indices
+from kvcache.backends import get_backend
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays
 
@@ -48,6 +49,22 @@ class PendingWrites:
     def clear(self) -> None:
         """Forget everything."""
         self.queue.clear()
+
+
+def finite_rows(rows: LayerRows) -> LayerRows:
+    """Return `rows` with finite numbers only, as a put would store them.
+
+    They may come from a file, or from a cache of one sequence, which keeps NaN.
+    """
+    return {layer: _finite(arrays) for layer, arrays in rows.items()}
+
+
+def _finite(arrays: LayerArrays) -> LayerArrays:
+    axes = [array.data.ndim - 2 for array in arrays]  # "htd" with any axes in front
+    finite = get_backend("numpy").replace_nonfinite(tuple(array.data for array in arrays), axes)
+    return tuple(
+        array._replace(data=data) for array, data in zip(arrays, finite, strict=True)
+    )
 
 
 def _overlay(rows: LayerRows, cells: Indices, pending_cells: Indices, layers: LayerRows) -> None:
