@@ -92,9 +92,7 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         return _row_writer(axis, self._copy_only)(buffer, rows, index)
 
-    def replace_nonfinite(
-        self, arrays: NativeArrays, axes: Sequence[int]
-    ) -> NativeArrays:
+    def replace_nonfinite(self, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
         return _replacer(tuple(axes), self._copy_only)(arrays)
 
     # Replacing and writing all arrays of a layer in one program costs no more than two writes.
@@ -159,7 +157,9 @@ class JaxBackend(Backend):
         if not substitutes(kind.name, len(arrays)):
             return arrays
         # On bits, because XLA on CPU has no arithmetic of its own for the small float dtypes.
-        bits = tuple(lax.bitcast_convert_type(array, f"uint{8 * kind.itemsize}") for array in arrays)
+        bits = tuple(
+            lax.bitcast_convert_type(array, f"uint{8 * kind.itemsize}") for array in arrays
+        )
         finite, numbers = finite_bits(kind.name, len(arrays))
         return tuple(
             lax.bitcast_convert_type(array, kind)

@@ -65,18 +65,14 @@ class NumpyBackend(Backend):
         return np.concatenate(arrays, axis=axis)
 
     @classmethod
-    def traced_replace_nonfinite(
-        cls, arrays: NativeArrays, axes: Sequence[int]
-    ) -> NativeArrays:
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
         # Nearly always everything is finite, and finding that out costs less than a replacement.
         if _all_finite(arrays):
             return arrays
         kind = arrays[0].dtype
         is_finite, numbers = finite_bits(kind.name, len(arrays))
         bits = tuple(array.view(f"u{kind.itemsize}") for array in arrays)
-        return tuple(
-            array.view(kind) for array in replaced(cls.xp, bits, axes, numbers, is_finite)
-        )
+        return tuple(array.view(kind) for array in replaced(cls.xp, bits, axes, numbers, is_finite))
 
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self._host(array, dtype).copy()

@@ -126,9 +126,7 @@ class TorchBackend(Backend):
     def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
 
-    def replace_nonfinite(
-        self, arrays: NativeArrays, axes: Sequence[int]
-    ) -> NativeArrays:
+    def replace_nonfinite(self, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
         # On CPU a look at the sums is cheap: they are finite only if all numbers are. Elsewhere it
         # would wait for the device.
         looks = self.device == "cpu" and arrays[0].dtype not in _FLOAT8
@@ -137,20 +135,16 @@ class TorchBackend(Backend):
         return self.traced_replace_nonfinite(arrays, axes)
 
     @classmethod
-    def traced_replace_nonfinite(
-        cls, arrays: NativeArrays, axes: Sequence[int]
-    ) -> NativeArrays:
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
         kind, count = arrays[0].dtype, len(arrays)
         detached = tuple([array.detach() for array in arrays])
         if kind not in _FLOAT8:
             numbers = _SUBSTITUTES[kind][count]
-            return replaced(cls.xp, detached, axes, numbers) if numbers else detached
+            return replaced(cls.xp, detached, axes, numbers, _is_finite) if numbers else detached
         # torch has no arithmetic on these dtypes, so their bits are compared.
         is_finite, bits = _FLOAT8[kind][count]
         views = tuple([array.view(torch.uint8) for array in detached])
-        return tuple(
-            [array.view(kind) for array in replaced(cls.xp, views, axes, bits, is_finite)]
-        )
+        return tuple([array.view(kind) for array in replaced(cls.xp, views, axes, bits, is_finite)])
 
     @classmethod
     def traced_write(
@@ -181,3 +175,7 @@ class TorchBackend(Backend):
 
     def _index(self, index: HostArray) -> NativeArray:
         return torch.tensor(index, dtype=torch.int64, device=self.device)
+
+
+def _is_finite(array: NativeArray) -> NativeArray:
+    return array - array == 0  # inf - inf is NaN; torch.isfinite launches twice as many kernels

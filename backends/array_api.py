@@ -103,7 +103,7 @@ class ArrayApiBackend(Backend):
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
         numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
         xp = array_api_compat.array_namespace(*arrays)
-        return replaced(xp, arrays, axes, numbers) if numbers else arrays
+        return replaced(xp, arrays, axes, numbers, xp.isfinite) if numbers else arrays
 
     @classmethod
     def traced_write(

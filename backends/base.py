@@ -315,7 +315,9 @@ class Backend(ABC):
     def traced_replace_nonfinite(cls, arrays: Arrays, axes: Sequence[int]) -> Arrays:
         """Do :meth:`replace_nonfinite` in a program."""
         numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
-        return replaced(cls.xp, arrays, axes, numbers) if numbers else arrays
+        if not numbers:
+            return arrays
+        return replaced(cls.xp, arrays, axes, numbers, cls.xp.isfinite)
 
     @classmethod
     def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:

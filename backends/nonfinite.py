@@ -58,16 +58,17 @@ def replaced(
     arrays: Arrays,
     axes: Sequence[int],
     numbers: Sequence[float],
-    is_finite: Callable[[Array], Array] | None = None,
+    is_finite: Callable[[Array], Array],
 ) -> Arrays:
     """Return `arrays` of a layer with `numbers` in place of what is not finite; never looks at any.
 
     Keys and values of one shape are replaced in pairs: both, where either is not finite. Else the
     whole token is, in all heads.
 
-    axes: token axis of each. is_finite: element-wise, for `arrays` that hold bits instead of floats.
+    axes: token axis of each. is_finite: element-wise. `arrays` may hold the bits of floats, see
+        :func:`finite_bits`.
     """
-    finite = tuple(map(is_finite or _is_finite, arrays))
+    finite = tuple(map(is_finite, arrays))
     if len(arrays) > 1:
         same = axes[0] == axes[1] and tuple(arrays[0].shape) == tuple(arrays[1].shape)
         finite = _pairs(finite) if same else _tokens(xp, finite, axes)
@@ -96,12 +97,6 @@ def largest_bits(dtype: str) -> int:
     """Return the bits of the largest finite number of a float dtype, as an integer."""
     kind = HOST_DTYPES[dtype]
     return int(np.array(ml_dtypes.finfo(kind).max, kind).view(f"u{kind.itemsize}"))
-
-
-def _is_finite(array: Array) -> Array:
-    # Arithmetic, because not every framework has one operation for it: inf - inf is NaN.
-    flags: Array = array - array == 0
-    return flags
 
 
 def _pairs(finite: Arrays) -> Arrays:
