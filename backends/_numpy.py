@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import FULL_SLICES, Backend
 from .dtypes import HOST_DTYPES
-from .nonfinite import finite_bits, largest_bits, replaced, substitutes
+from .nonfinite import LARGEST_BITS, finite_bits, replaced
 
 
 class NumpyBackend(Backend):
@@ -97,9 +97,9 @@ def _all_finite(arrays: NativeArrays) -> bool:
         if first.size == last.size:
             return math.isfinite(np.vdot(first, last))
         return all(math.isfinite(np.vdot(array, array)) for array in arrays)
-    if not substitutes(first.dtype.name, 1):
-        return True
-    largest = 2 * largest_bits(first.dtype.name)
+    if first.dtype.name not in LARGEST_BITS:
+        return True  # integers
+    largest = 2 * LARGEST_BITS[first.dtype.name]
     return all(array.size == 0 or _largest(array) <= largest for array in arrays)
 
 

@@ -12,14 +12,23 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
-import ml_dtypes
 import numpy as np
 
-from .arrays import Array, Arrays, DType, Namespace
+from .arrays import Array, Arrays, DType, Namespace, NativeArray, NativeArrays
 from .dtypes import HOST_DTYPES
 
 _LAYOUTS = ("thd", "htd", "hdt")
 """The layout of an array of a pool by the axis of its tokens."""
+
+
+LARGEST_BITS = {
+    "float32": 0x7F7FFFFF,
+    "float16": 0x7BFF,
+    "bfloat16": 0x7F7F,
+    "float8_e4m3fn": 0x7E,
+    "float8_e5m2": 0x7B,
+}
+"""Bits of the largest finite number by name of float dtype; larger ones are infinity and NaN."""
 
 
 def largest_power(dtype: str) -> float:
@@ -27,8 +36,9 @@ def largest_power(dtype: str) -> float:
 
     Not the largest number: rounded to bfloat16 or TF32, as accelerators multiply, it is infinite.
     """
-    # frexp has its mantissa in [0.5, 1).
-    return math.ldexp(0.5, math.frexp(float(ml_dtypes.finfo(HOST_DTYPES[dtype]).max))[1])
+    kind = HOST_DTYPES[dtype]
+    largest = np.array(LARGEST_BITS[dtype], f"u{kind.itemsize}").view(kind)
+    return math.ldexp(0.5, math.frexp(float(largest))[1])  # frexp: mantissa in [0.5, 1)
 
 
 def dtype_label(dtype: DType) -> str:
@@ -45,7 +55,7 @@ def substitutes(dtype: str, arrays: int) -> tuple[float, ...]:
     Keys alone serve as values, too (latent attention), so they become large as well. They become
     the root of the largest power, because scores, products of keys, have to be finite.
     """
-    if "float" not in dtype:
+    if dtype not in LARGEST_BITS:
         return ()
     power = largest_power(dtype)
     if arrays == 1:
@@ -55,11 +65,11 @@ def substitutes(dtype: str, arrays: int) -> tuple[float, ...]:
 
 def replaced(
     xp: Namespace,
-    arrays: Arrays,
+    arrays: NativeArrays,
     axes: Sequence[int],
     numbers: Sequence[float],
-    is_finite: Callable[[Array], Array],
-) -> Arrays:
+    is_finite: Callable[[NativeArray], NativeArray],
+) -> NativeArrays:
     """Return `arrays` of a layer with `numbers` in place of what is not finite; never looks at any.
 
     Keys and values of one shape are replaced in pairs: both, where either is not finite. Else the
@@ -79,7 +89,9 @@ def replaced(
 
 
 @cache
-def finite_bits(dtype: str, arrays: int) -> tuple[Callable[[Array], Array], tuple[int, ...]]:
+def finite_bits(
+    dtype: str, arrays: int
+) -> tuple[Callable[[NativeArray], NativeArray], tuple[int, ...]]:
     """Return `is_finite` and `numbers` of :func:`replaced` for arrays of the bits of a float dtype.
 
     The bits are unsigned integers. Without the sign they are in the order of the numbers, infinity
@@ -87,16 +99,9 @@ def finite_bits(dtype: str, arrays: int) -> tuple[Callable[[Array], Array], tupl
     """
     kind, bits = HOST_DTYPES[dtype], f"u{HOST_DTYPES[dtype].itemsize}"
     numbers = np.array(substitutes(dtype, arrays), kind).view(bits)
-    largest = largest_bits(dtype)
+    largest = LARGEST_BITS[dtype]
     unsigned = (1 << 8 * kind.itemsize - 1) - 1
     return lambda array: array & unsigned <= largest, tuple(numbers.tolist())
-
-
-@cache
-def largest_bits(dtype: str) -> int:
-    """Return the bits of the largest finite number of a float dtype, as an integer."""
-    kind = HOST_DTYPES[dtype]
-    return int(np.array(ml_dtypes.finfo(kind).max, kind).view(f"u{kind.itemsize}"))
 
 
 def _pairs(finite: Arrays) -> Arrays:

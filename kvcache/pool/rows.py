@@ -61,8 +61,11 @@ def finite_rows(rows: LayerRows) -> LayerRows:
 
 def _finite(arrays: LayerArrays) -> LayerArrays:
     axes = [array.data.ndim - 2 for array in arrays]  # "htd" with any axes in front
-    finite = get_backend("numpy").replace_nonfinite(tuple(array.data for array in arrays), axes)
-    return tuple(array._replace(data=data) for array, data in zip(arrays, finite, strict=True))
+    numpy = get_backend("numpy")
+    finite = numpy.replace_nonfinite(tuple(array.data for array in arrays), axes)
+    return tuple(
+        array._replace(data=numpy.to_host(data)) for array, data in zip(arrays, finite, strict=True)
+    )
 
 
 def _overlay(rows: LayerRows, cells: Indices, pending_cells: Indices, layers: LayerRows) -> None:

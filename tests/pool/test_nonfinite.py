@@ -8,7 +8,6 @@ import importlib
 import numpy as np
 import pytest
 
-import kvcache
 from kvcache import Batch, CacheConfig, CausalCache, EncoderCache, KVCache, LayerCaches, functional
 from kvcache.backends import HOST_DTYPES
 
