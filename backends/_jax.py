@@ -8,7 +8,7 @@ not constants.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from typing import ClassVar, Unpack, cast
 
@@ -19,10 +19,12 @@ import numpy.typing as npt
 from jax import lax
 
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
-from .base import FULL_SLICES, Backend, FastKey, P, R, Ts
+from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of
 from .nonfinite import finite_bits, replaced, substitutes
+from .traced import Ts
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
 # write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
@@ -92,27 +94,30 @@ class JaxBackend(Backend):
     ) -> NativeArray:
         return _row_writer(axis, self._copy_only)(buffer, rows, index)
 
-    def replace_nonfinite(self, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
-        return _replacer(tuple(axes), self._copy_only)(arrays)
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        return _slices_writer(axis, False, self._copy_only)(buffers, updates, np.int32(start))
 
-    # Replacing and writing all arrays of a layer in one program costs no more than two writes.
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        return _row_sets_writer(axis, False, self._copy_only)(buffers, rows, index)
+
+    def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        return _replacer(axis, self._copy_only)(arrays)
+
+    # Replacement and write are one program, which costs no more than the write.
 
     def write_finite_slices(
-        self,
-        buffers: NativeArrays,
-        updates: NativeArrays,
-        start: int,
-        stop: int,
-        axes: Sequence[int],
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
     ) -> NativeArrays:
-        return _finite_slices_writer(tuple(axes), self._copy_only)(
-            buffers, updates, np.int32(start)
-        )
+        return _slices_writer(axis, True, self._copy_only)(buffers, updates, np.int32(start))
 
-    def write_finite_rows(
-        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axes: Sequence[int]
+    def write_finite_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
     ) -> NativeArrays:
-        return _finite_rows_writer(tuple(axes), self._copy_only)(buffers, rows, index)
+        return _row_sets_writer(axis, True, self._copy_only)(buffers, rows, index)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _row_reader(axis, self._copy_only)(buffer, index)
@@ -138,21 +143,27 @@ class JaxBackend(Backend):
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))
-        return compiled
+        return _keeping_result(compiled) if donate else compiled
 
     def traced_form(self, buffer: NativeArray) -> NativeArray:
-        bits = _BITS.get(buffer.dtype.name) if self._copy_only else None
-        return _caster(bits)(buffer) if bits else buffer
+        return self.traced_forms((buffer,))[0]
 
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
+        return self.from_traced_forms((buffer,), dtype)[0]
+
+    def traced_forms(self, buffers: NativeArrays) -> NativeArrays:
+        bits = _BITS.get(buffers[0].dtype.name) if self._copy_only else None
+        return _caster(bits)(buffers) if bits else buffers
+
+    def from_traced_forms(self, buffers: NativeArrays, dtype: str) -> NativeArrays:
         wanted = self.dtype(dtype)
-        return buffer if buffer.dtype == wanted else _caster(wanted)(buffer)
+        return buffers if buffers[0].dtype == wanted else _caster(wanted)(buffers)
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
 
     @classmethod
-    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         kind = arrays[0].dtype
         if not substitutes(kind.name, len(arrays)):
             return arrays
@@ -163,7 +174,7 @@ class JaxBackend(Backend):
         finite, numbers = finite_bits(kind.name, len(arrays))
         return tuple(
             lax.bitcast_convert_type(array, kind)
-            for array in replaced(cls.xp, bits, axes, numbers, finite)
+            for array in replaced(cls.xp, bits, axis, numbers, finite)
         )
 
     @classmethod
@@ -215,10 +226,35 @@ def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
+def _keeping_result(program: Callable[P, R]) -> Callable[P, R]:
+    """Return `program`, which consumes arguments, such that Ctrl-C cannot lose its result.
+
+    Python runs signal handlers when a call returns, before its result is assigned. Raised there,
+    a KeyboardInterrupt would leave the caller with nothing but the consumed buffer. An iterator is
+    unpacked by one instruction, after which no handler runs.
+    """
+
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        run = partial(program, **options) if options else program
+        [result] = map(run, *zip(arguments, strict=True))
+        return result
+
+    return call
+
+
+def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -> Callable[P, R]:
+    """Return `function` compiled, with its first argument donated."""
+    return _keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
+
+
 @cache
-def _caster(dtype: DType) -> Callable[[NativeArray], NativeArray]:
-    """Return a program to reinterpret a donated buffer as `dtype`, of the same width."""
-    return jax.jit(lambda buffer: lax.bitcast_convert_type(buffer, dtype), donate_argnums=0)
+def _caster(dtype: DType) -> Callable[[NativeArrays], NativeArrays]:
+    """Return a program to reinterpret donated buffers as `dtype`, of the same width."""
+
+    def cast_all(buffers: NativeArrays) -> NativeArrays:
+        return tuple(lax.bitcast_convert_type(buffer, dtype) for buffer in buffers)
+
+    return _donating(cast_all)
 
 
 def _options(copy_only: bool) -> dict[str, str] | None:
@@ -230,15 +266,39 @@ def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def write_slice(buffer: NativeArray, update: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
 
-    return jax.jit(write_slice, donate_argnums=0, compiler_options=_options(copy_only))
+    return _donating(write_slice, _options(copy_only))
+
+
+@cache
+def _slices_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., NativeArrays]:
+    """Return a program to write all arrays of a layer. finite: with finite numbers only."""
+
+    def write_slices(
+        buffers: NativeArrays, updates: NativeArrays, start: NativeArray
+    ) -> NativeArrays:
+        if finite:
+            updates = JaxBackend.traced_replace_nonfinite(updates, axis)
+        write = lax.dynamic_update_slice_in_dim
+        return tuple(map(write, buffers, updates, repeat(start), axes_of(buffers, axis)))
+
+    return _donating(write_slices, _options(copy_only))
 
 
 @cache
 def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def write_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray) -> NativeArray:
-        return _write_rows(buffer, rows, index, axis)
+    return _donating(partial(_write_rows, axis=axis), _options(copy_only))
 
-    return jax.jit(write_rows, donate_argnums=0, compiler_options=_options(copy_only))
+
+@cache
+def _row_sets_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., NativeArrays]:
+    def write_row_sets(
+        buffers: NativeArrays, rows: NativeArrays, index: NativeArray
+    ) -> NativeArrays:
+        if finite:
+            rows = JaxBackend.traced_replace_nonfinite(rows, axis)
+        return tuple(map(_write_rows, buffers, rows, repeat(index), axes_of(buffers, axis)))
+
+    return _donating(write_row_sets, _options(copy_only))
 
 
 def _write_rows(
@@ -252,30 +312,11 @@ def _write_rows(
 
 
 @cache
-def _replacer(axes: tuple[int, ...], copy_only: bool) -> Callable[..., NativeArrays]:
+def _replacer(axis: Axes, copy_only: bool) -> Callable[[NativeArrays], NativeArrays]:
     def replace(arrays: NativeArrays) -> NativeArrays:
-        return JaxBackend.traced_replace_nonfinite(arrays, axes)
+        return JaxBackend.traced_replace_nonfinite(arrays, axis)
 
     return jax.jit(replace, compiler_options=_options(copy_only))
-
-
-@cache
-def _finite_slices_writer(axes: tuple[int, ...], copy_only: bool) -> Callable[..., NativeArrays]:
-    def write(buffers: NativeArrays, updates: NativeArrays, start: NativeArray) -> NativeArrays:
-        finite = JaxBackend.traced_replace_nonfinite(updates, axes)
-        write_slice = lax.dynamic_update_slice_in_dim
-        return tuple(map(write_slice, buffers, finite, repeat(start), axes))
-
-    return jax.jit(write, donate_argnums=0, compiler_options=_options(copy_only))
-
-
-@cache
-def _finite_rows_writer(axes: tuple[int, ...], copy_only: bool) -> Callable[..., NativeArrays]:
-    def write(buffers: NativeArrays, rows: NativeArrays, index: NativeArray) -> NativeArrays:
-        finite = JaxBackend.traced_replace_nonfinite(rows, axes)
-        return tuple(map(_write_rows, buffers, finite, repeat(index), axes))
-
-    return jax.jit(write, donate_argnums=0, compiler_options=_options(copy_only))
 
 
 @cache

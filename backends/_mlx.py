@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import repeat
 from types import SimpleNamespace
 from typing import ClassVar, cast
 
@@ -14,8 +15,9 @@ import numpy.typing as npt
 from kvcache.errors import BackendNotAvailableError
 
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
-from .base import FULL_SLICES, Backend
+from .base import Backend
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 
 _NAMES = {
     "float32": mx.float32,
@@ -77,36 +79,44 @@ class MlxBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
-        first = int(index[0])
-        # A slice update is cheaper than a scatter, and rows mostly come in runs.
-        if np.array_equal(index, np.arange(first, first + index.size)):
+        if _is_run(index):
+            first = int(index[0])
             return self.write_slice(buffer, rows, first, first + index.size, axis)
-        # put_along_axis takes a tenth of the time of an assignment by an index array.
-        shape = [1] * rows.ndim
-        shape[axis] = -1
-        positions = mx.broadcast_to(mx.array(index).reshape(shape), rows.shape)
-        return mx.put_along_axis(buffer, positions, rows, axis)
+        return _put_rows(buffer, rows, mx.array(index), axis)
 
-    def replace_nonfinite(self, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
-        same = axes[0] == axes[-1] and arrays[0].shape == arrays[-1].shape
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+            keys, values = buffers
+            # In one statement, without a call: no signal handler runs between the two.
+            keys[:, :, start:stop], values[:, :, start:stop] = updates
+            return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
+        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        if _is_run(index):
+            first = int(index[0])
+            return self.write_slices(buffers, rows, first, first + index.size, axis)
+        # Unlike an assignment this makes new arrays, so a failure half-way has changed none.
+        axes, positions = axes_of(buffers, axis), repeat(mx.array(index))
+        return tuple(map(_put_rows, buffers, rows, positions, axes))
+
+    def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        same = isinstance(axis, int) and arrays[0].shape == arrays[-1].shape
         if same and arrays[0].dtype in _FLOATS and _compiles(self.device):
             return _replace_pairs(*arrays)
-        return self.traced_replace_nonfinite(arrays, axes)
+        return self.traced_replace_nonfinite(arrays, axis)
 
-    def write_finite_slices(
-        self,
-        buffers: NativeArrays,
-        updates: NativeArrays,
-        start: int,
-        stop: int,
-        axes: Sequence[int],
-    ) -> NativeArrays:
-        finite, at = self.replace_nonfinite(updates, axes), mx.array([start])
-        # Cheaper than an assignment, because nothing parses an index.
-        return tuple(
-            mx.slice_update(buffer, update, at, (axis,))
-            for buffer, update, axis in zip(buffers, finite, axes, strict=True)
-        )
+    def evaluate(self, *arrays: NativeArray) -> None:
+        async_eval: Callable[..., None] = mx.async_eval
+        async_eval(*arrays)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return mx.take(buffer, mx.array(index), axis=axis)
@@ -159,7 +169,7 @@ class MlxBackend(Backend):
 # One operation instead of seven. Shapeless, because element-wise: compiled once for all lengths.
 @partial(mx.compile, shapeless=True)
 def _replace_pairs(*arrays: NativeArray) -> NativeArrays:
-    return MlxBackend.traced_replace_nonfinite(arrays, (0,) * len(arrays))
+    return MlxBackend.traced_replace_nonfinite(arrays, 0)
 
 
 @cache
@@ -172,3 +182,16 @@ def _compiles(device: str) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _put_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int) -> NativeArray:
+    """Return `buffer` with rows at `index`, in half the time of an assignment by an index array."""
+    shape = [1] * rows.ndim
+    shape[axis] = -1
+    positions = mx.broadcast_to(index.reshape(shape), rows.shape)
+    return mx.put_along_axis(buffer, positions, rows, axis)
+
+
+def _is_run(index: HostArray) -> bool:
+    """Return whether positions follow each other: a slice update is cheaper than a scatter."""
+    return np.array_equal(index, np.arange(index[0], index[0] + index.size))

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
-from .base import FULL_SLICES, Backend
+from .base import Backend
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 from .nonfinite import LARGEST_BITS, finite_bits, replaced
 
 
@@ -55,6 +56,26 @@ class NumpyBackend(Backend):
         buffer[(*FULL_SLICES[axis], index)] = rows
         return buffer
 
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+            keys, values = buffers
+            # In one statement, without a call: no signal handler runs between the two.
+            keys[:, :, start:stop], values[:, :, start:stop] = updates
+            return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
+        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        keys = [(*FULL_SLICES[own], index) for own in axes_of(buffers, axis)]
+        return set_items(buffers, keys, rows)
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)
 
@@ -65,14 +86,14 @@ class NumpyBackend(Backend):
         return np.concatenate(arrays, axis=axis)
 
     @classmethod
-    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # Nearly always everything is finite, and finding that out costs less than a replacement.
         if _all_finite(arrays):
             return arrays
         kind = arrays[0].dtype
         is_finite, numbers = finite_bits(kind.name, len(arrays))
         bits = tuple(array.view(f"u{kind.itemsize}") for array in arrays)
-        return tuple(array.view(kind) for array in replaced(cls.xp, bits, axes, numbers, is_finite))
+        return tuple(array.view(kind) for array in replaced(cls.xp, bits, axis, numbers, is_finite))
 
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self._host(array, dtype).copy()

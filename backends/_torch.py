@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat, starmap
 from typing import ClassVar, cast
 
 import array_api_compat.torch
@@ -12,8 +13,9 @@ import numpy.typing as npt
 import torch
 
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
-from .base import FULL_SLICES, Backend, FastKey
+from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 from .nonfinite import finite_bits, replaced, substitutes
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
@@ -90,6 +92,31 @@ class TorchBackend(Backend):
     ) -> NativeArray:
         return self.traced_write(buffer, rows, self._index(index), axis)
 
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        updates = tuple([array.detach() if array.requires_grad else array for array in updates])
+        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+            keys, values = buffers
+            # In one statement, without a call: no signal handler runs between the two.
+            keys[:, :, start:stop], values[:, :, start:stop] = updates
+            return buffers
+        if axis == 1 and len(buffers) == 2:  # pools
+            keys, values = buffers
+            keys[:, start:stop], values[:, start:stop] = updates
+            return buffers
+        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        # Everything that may fail comes first; the writes are one expression, as in set_items.
+        pairs = zip(buffers, rows, strict=True)
+        targets, sources = zip(*starmap(_as_copied, pairs), strict=True)
+        axes, positions = axes_of(buffers, axis), repeat(self._index(index))
+        _ = [*map(torch.Tensor.index_copy_, targets, axes, positions, sources)]
+        return buffers
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return torch.index_select(buffer.detach(), axis, self._index(index))
 
@@ -126,36 +153,34 @@ class TorchBackend(Backend):
     def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
 
-    def replace_nonfinite(self, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+    def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # On CPU a look at the sums is cheap: they are finite only if all numbers are. Elsewhere it
         # would wait for the device.
         looks = self.device == "cpu" and arrays[0].dtype not in _FLOAT8
         if looks and math.isfinite(sum([array.sum().item() for array in arrays])):
             return arrays
-        return self.traced_replace_nonfinite(arrays, axes)
+        return self.traced_replace_nonfinite(arrays, axis)
 
     @classmethod
-    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         kind, count = arrays[0].dtype, len(arrays)
         detached = tuple([array.detach() for array in arrays])
         if kind not in _FLOAT8:
             numbers = _SUBSTITUTES[kind][count]
-            return replaced(cls.xp, detached, axes, numbers, _is_finite) if numbers else detached
+            return replaced(cls.xp, detached, axis, numbers, _is_finite) if numbers else detached
         # torch has no arithmetic on these dtypes, so their bits are compared.
         is_finite, bits = _FLOAT8[kind][count]
         views = tuple([array.view(torch.uint8) for array in detached])
-        return tuple([array.view(kind) for array in replaced(cls.xp, views, axes, bits, is_finite)])
+        return tuple([array.view(kind) for array in replaced(cls.xp, views, axis, bits, is_finite)])
 
     @classmethod
     def traced_write(
         cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
     ) -> NativeArray:
         # index_copy_ takes half the time of an assignment, but only int64 indices and no float8.
-        index = index.long()
-        if buffer.dtype in _FLOAT8:
-            buffer.view(torch.uint8).index_copy_(axis, index, rows.detach().view(torch.uint8))
-            return buffer
-        return buffer.index_copy_(axis, index, rows.detach())
+        target, source = _as_copied(buffer, rows)
+        target.index_copy_(axis, index.long(), source)
+        return buffer
 
     @classmethod
     def traced_append(
@@ -179,3 +204,10 @@ class TorchBackend(Backend):
 
 def _is_finite(array: NativeArray) -> NativeArray:
     return array - array == 0  # inf - inf is NaN; torch.isfinite launches twice as many kernels
+
+
+def _as_copied(buffer: NativeArray, rows: NativeArray) -> tuple[NativeArray, NativeArray]:
+    """Return views of both that index_copy_ takes: it knows no float8."""
+    if buffer.dtype in _FLOAT8:
+        return buffer.view(torch.uint8), rows.detach().view(torch.uint8)
+    return buffer, rows.detach()

@@ -7,7 +7,7 @@ library of immutable arrays, such as JAX, needs an adapter of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import ClassVar
@@ -19,8 +19,9 @@ import numpy.typing as npt
 from kvcache.errors import BackendNotAvailableError
 
 from .arrays import DType, HostArray, NativeArray, NativeArrays
-from .base import FULL_SLICES, Backend, root_modules
+from .base import Backend, root_modules
 from .dtypes import HOST_DTYPES
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 from .nonfinite import dtype_label, replaced, substitutes
 
 # Libraries known to work; any other with the standard may be named as well.
@@ -74,13 +75,25 @@ class ArrayApiBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
+        return self.write_row_sets((buffer,), (rows,), index, axis)[0]
+
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        keys = [(*key, ...) for key in slice_keys(buffers, start, stop, axis)]
+        return set_items(buffers, keys, updates)
+
+    def write_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
         # The standard assigns to slices only, so each run of consecutive positions is one write.
-        ends = [*np.flatnonzero(np.diff(index) != 1) + 1, index.size]
-        for first, last in zip([0, *ends], ends, strict=False):
-            run = rows[(*FULL_SLICES[axis], slice(first, last), ...)]
-            start = int(index[first])
-            buffer = self.write_slice(buffer, run, start, start + int(last) - int(first), axis)
-        return buffer
+        runs = [
+            (buffer, (*FULL_SLICES[own], target, ...), array[(*FULL_SLICES[own], source, ...)])
+            for buffer, array, own in zip(buffers, rows, axes_of(buffers, axis), strict=True)
+            for source, target in _runs(index)
+        ]
+        set_items(*zip(*runs, strict=True))
+        return buffers
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return self.xp.take(buffer, self.xp.asarray(index), axis=axis)
@@ -100,10 +113,10 @@ class ArrayApiBackend(Backend):
         return np.array(np.from_dlpack(array, device="cpu"))
 
     @classmethod
-    def traced_replace_nonfinite(cls, arrays: NativeArrays, axes: Sequence[int]) -> NativeArrays:
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
         xp = array_api_compat.array_namespace(*arrays)
-        return replaced(xp, arrays, axes, numbers, xp.isfinite) if numbers else arrays
+        return replaced(xp, arrays, axis, numbers, xp.isfinite) if numbers else arrays
 
     @classmethod
     def traced_write(
@@ -132,3 +145,11 @@ class ArrayApiBackend(Backend):
 
     def import_dlpack(self, array: object) -> NativeArray:
         return self.xp.from_dlpack(array)
+
+
+def _runs(index: HostArray) -> Iterator[tuple[slice, slice]]:
+    """Yield the runs of consecutive positions in `index`: where in it, and which positions."""
+    ends = [*(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), index.size]
+    for first, last in zip([0, *ends], ends, strict=False):
+        start = int(index[first])
+        yield slice(first, last), slice(start, start + last - first)

@@ -14,34 +14,36 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from itertools import repeat
-from typing import ClassVar, ParamSpec, TypeAlias, TypeVar, TypeVarTuple, Unpack
+from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
-from .arrays import Array, Arrays, DType, HostArray, Namespace, NativeArray, TracedIndex
+from .arguments import check_dtype, fitting, host_index
+from .arrays import Array, Arrays, DType, HostArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
-from .nonfinite import dtype_label, replaced, substitutes
+from .indexing import Axes, axes_of
+from .traced import TracedFunctions
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Ts = TypeVarTuple("Ts")
 
 FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
 """Type, shape, and anything else that must match for two updates to be alike."""
 
 
-class Backend(ABC):
+class Backend(ABC, TracedFunctions):
     """One array framework on one device.
 
     Public primitives check their arguments on the host and raise before anything is
     touched: JAX would clamp an out-of-range write onto older tokens, NumPy and torch would
     broadcast or cast. A subclass implements the hooks behind them (``write_slice``,
-    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments.
+    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments. Those for
+    several buffers (``write_slices``, ``write_row_sets``) write one by one unless overridden, and
+    those for pools (``write_finite_slices``, ``write_finite_row_sets``) call them.
 
     ``axis``, ``start`` and ``stop`` are host ints, ``axis`` not negative; an ``index`` is a
     host integer array. Instances are cheap and independent of each other.
@@ -59,8 +61,6 @@ class Backend(ABC):
     """True if :meth:`slice` costs nothing. Where it copies, caches return whole buffers."""
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
-    xp: Namespace
-    """Array-API namespace for code written above the caches."""
 
     def __init__(self, device: str | None = None) -> None:
         self._dtypes = self._framework_dtypes()
@@ -146,9 +146,9 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        tokens, last_start = _fitting(buffer.shape, update.shape, axis)
+        tokens, last_start = fitting(buffer.shape, update.shape, axis)
         if buffer.dtype != update.dtype:  # spares the call in nearly every case
-            _check_dtype(buffer, update)
+            check_dtype(buffer, update)
         if not 0 <= start <= last_start:
             raise BoundsError(
                 f"a write must satisfy 0 <= start and start + tokens <= length; got {start} + "
@@ -163,9 +163,9 @@ class Backend(ABC):
 
         Raises: ShapeError, BoundsError, DTypeError; nothing has been written then.
         """
-        checked = _host_index(index, buffer.shape[axis], axis)
-        count, _ = _fitting(buffer.shape, rows.shape, axis)
-        _check_dtype(buffer, rows)
+        checked = host_index(index, buffer.shape[axis], axis)
+        count, _ = fitting(buffer.shape, rows.shape, axis)
+        check_dtype(buffer, rows)
         if count != checked.size:
             raise ShapeError(
                 f"one row per position; got {count} rows for {checked.size} positions."
@@ -174,7 +174,7 @@ class Backend(ABC):
 
     def gather(self, buffer: Array, index: npt.ArrayLike, axis: int) -> Array:
         """Return a copy of the rows at `index` of `axis`, in that order. Raises: as `scatter`."""
-        return self.read_rows(buffer, _host_index(index, buffer.shape[axis], axis), axis)
+        return self.read_rows(buffer, host_index(index, buffer.shape[axis], axis), axis)
 
     def slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Return rows ``[start, stop)`` of `axis`, a view where possible. Raises: BoundsError."""
@@ -189,7 +189,7 @@ class Backend(ABC):
     def concat(self, arrays: Sequence[Array], axis: int) -> Array:
         """Return a new array, even of a single one, without memory shared with `arrays`."""
 
-    def free(self, buffer: Array) -> None:  # noqa: B027 - a framework may have nothing to do
+    def free(self, buffer: Array) -> None:
         """Free the memory of `buffer` now, unless a view still uses it.
 
         Using `buffer` afterwards is an error where the framework can tell (torch, JAX).
@@ -214,35 +214,70 @@ class Backend(ABC):
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Do :meth:`slice` without checks, for checked arguments."""
 
-    # For pools, where sequences share buffers: NaN of one would reach the output of another.
+    # All arrays of a layer at once, so that nothing can come between them: a layer whose keys are
+    # written and whose values are not is lost if the write overwrote something still needed.
 
-    def replace_nonfinite(self, arrays: Arrays, axes: Sequence[int]) -> Arrays:
+    def write_slices(
+        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
+    ) -> Arrays:
+        """Do :meth:`write_slice` for all `buffers`, ``updates[i]`` to ``buffers[i]``.
+
+        If it raises, no buffer is written or consumed. A framework whose writes can fail overrides
+        this default, which keeps that promise for the first buffer only.
+        """
+        return tuple(
+            self.write_slice(buffer, update, start, stop, own_axis)
+            for buffer, update, own_axis in zip(
+                buffers, updates, axes_of(buffers, axis), strict=True
+            )
+        )
+
+    def write_row_sets(self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes) -> Arrays:
+        """Do :meth:`write_rows` for all `buffers`, ``rows[i]`` to ``buffers[i]``.
+
+        If it raises, no buffer is written or consumed; see :meth:`write_slices`.
+        """
+        return tuple(
+            self.write_rows(buffer, own_rows, index, own_axis)
+            for buffer, own_rows, own_axis in zip(
+                buffers, rows, axes_of(buffers, axis), strict=True
+            )
+        )
+
+    # The same for pools, where sequences share buffers: NaN of one would reach the output of
+    # another.
+
+    def replace_nonfinite(self, arrays: Arrays, axis: Axes) -> Arrays:
         """Return `arrays`, of one layer of a pool, with finite numbers only.
 
         Where a key or a value is NaN or infinite, the key is 0 and the value the largest power of
         two of the dtype: in pairs where both arrays have one shape, else for the whole token. Keys
         alone become the root of that power.
 
-        arrays: keys and values, or keys alone. axes: the token axis of each.
+        arrays: keys and values, or keys alone. axis: that of the tokens.
 
         Waits for no computation: where the framework computes asynchronously, this is one more.
         """
-        return self.traced_replace_nonfinite(arrays, axes)
+        return self.traced_replace_nonfinite(arrays, axis)
 
     def write_finite_slices(
-        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axes: Sequence[int]
+        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
     ) -> Arrays:
-        """Do :meth:`write_slice` for the arrays of a layer, after :meth:`replace_nonfinite`."""
-        finite = self.replace_nonfinite(updates, axes)
-        # map and repeat instead of a loop: this runs for every layer of every pass.
-        return tuple(map(self.write_slice, buffers, finite, repeat(start), repeat(stop), axes))
+        """Do :meth:`write_slices` after :meth:`replace_nonfinite`."""
+        return self.write_slices(buffers, self.replace_nonfinite(updates, axis), start, stop, axis)
 
-    def write_finite_rows(
-        self, buffers: Arrays, rows: Arrays, index: HostArray, axes: Sequence[int]
+    def write_finite_row_sets(
+        self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes
     ) -> Arrays:
-        """Do :meth:`write_rows` for the arrays of a layer, after :meth:`replace_nonfinite`."""
-        finite = self.replace_nonfinite(rows, axes)
-        return tuple(map(self.write_rows, buffers, finite, repeat(index), axes))
+        """Do :meth:`write_row_sets` after :meth:`replace_nonfinite`."""
+        return self.write_row_sets(buffers, self.replace_nonfinite(rows, axis), index, axis)
+
+    def evaluate(self, *arrays: Array) -> None:
+        """Begin to compute `arrays`, so that they no longer hold what they are computed from.
+
+        For arrays that a cache keeps but does not return: a lazy framework would keep their
+        inputs, and could compute them only in the thread that asked for them.
+        """
 
     def detached(self, array: Array) -> Array:
         """Return `array` without its autograd graph (torch), or unchanged."""
@@ -278,7 +313,7 @@ class Backend(ABC):
     def import_dlpack(self, array: object) -> Array:
         """Do :meth:`from_dlpack`; may raise whatever the framework raises."""
 
-    def sync(self, *arrays: Array) -> None:  # noqa: B027 - eager CPU frameworks have nothing to do
+    def sync(self, *arrays: Array) -> None:
         """Return once every one of `arrays` has been computed and written."""
 
     # For programs above the caches.
@@ -296,69 +331,26 @@ class Backend(ABC):
     def traced_form(self, buffer: Array) -> Array:
         """Return `buffer` in the form for compiled programs (bits, if need be); consumes it.
 
-        :meth:`from_traced` undoes that. The ``traced_`` functions below accept either form.
+        A buffer in that form already is returned unchanged. :meth:`from_traced` undoes that. The
+        ``traced_`` functions below accept either form.
         """
         return buffer
 
     def from_traced(self, buffer: Array, dtype: str) -> Array:
-        """Undo :meth:`traced_form` of a buffer of `dtype`; consumes it."""
+        """Undo :meth:`traced_form` of a buffer of `dtype`, in either form; consumes it."""
         return buffer
+
+    def traced_forms(self, buffers: Arrays) -> Arrays:
+        """Do :meth:`traced_form` for all `buffers`; none is consumed if it raises."""
+        return tuple(map(self.traced_form, buffers))
+
+    def from_traced_forms(self, buffers: Arrays, dtype: str) -> Arrays:
+        """Do :meth:`from_traced` for all `buffers`; none is consumed if it raises."""
+        return tuple(self.from_traced(buffer, dtype) for buffer in buffers)
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         """Return host ints as an argument of programs, without recompilation when they change."""
         return start
-
-    # Under a tracer there is no device, so no instance, and no value to check: these are class
-    # methods, and know nothing but their arguments.
-
-    @classmethod
-    def traced_replace_nonfinite(cls, arrays: Arrays, axes: Sequence[int]) -> Arrays:
-        """Do :meth:`replace_nonfinite` in a program."""
-        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
-        if not numbers:
-            return arrays
-        return replaced(cls.xp, arrays, axes, numbers, cls.xp.isfinite)
-
-    @classmethod
-    def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:
-        """Write ``rows[i]`` at position ``index[i]`` of `axis`; consumes `buffer`.
-
-        A position may occur twice, with equal rows.
-        """
-        buffer[(*FULL_SLICES[axis], index)] = rows
-        written: Array = buffer
-        return written
-
-    @classmethod
-    def traced_append(
-        cls, buffer: NativeArray, rows: Array, start: NativeArray, axis: int
-    ) -> Array:
-        """Write `rows` at ``[start, start + n)`` of `axis`; consumes `buffer`.
-
-        A range beyond the end overwrites nothing below `start`; rows inside may be written.
-        """
-        if start + rows.shape[axis] <= buffer.shape[axis]:
-            buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
-        written: Array = buffer
-        return written
-
-    @classmethod
-    def traced_read(
-        cls, buffer: Array, start: NativeArray, length: int, axis: int, dtype: DType
-    ) -> Array:
-        """Return `length` positions of `axis` from `start` on, in the framework's `dtype`."""
-        return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
-
-    @classmethod
-    def traced_cond(
-        cls,
-        condition: Array | bool,
-        yes: Callable[[Unpack[Ts]], R],
-        no: Callable[[Unpack[Ts]], R],
-        *operands: *Ts,
-    ) -> R:
-        """Run just one of ``yes(*operands)`` and ``no(*operands)``, of the same structure."""
-        return yes(*operands) if condition else no(*operands)
 
     # For the adapters.
 
@@ -388,49 +380,3 @@ class Backend(ABC):
 def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
     return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
-
-
-FULL_SLICES = tuple((slice(None),) * axis for axis in range(8))
-"""Full slices for the axes in front: ``(*FULL_SLICES[axis], key)`` indexes `axis` by key."""
-
-
-# Cached, because checking a shape in Python costs as much as a small write, and shapes repeat.
-@lru_cache(maxsize=1024)
-def _fitting(have: tuple[int, ...], new: tuple[int, ...], axis: int) -> tuple[int, int]:
-    """Return the number of rows in `new`, and their last possible start on `axis` of `have`.
-
-    Raises: ShapeError where another axis differs.
-    """
-    have, new = tuple(have), tuple(new)
-    if len(have) != len(new) or have[:axis] + have[axis + 1 :] != new[:axis] + new[axis + 1 :]:
-        raise ShapeError(
-            f"an update must match its buffer on every axis but {axis}; got {new} for {have}."
-        )
-    return new[axis], have[axis] - new[axis]
-
-
-def _check_dtype(buffer: Array, update: Array) -> None:
-    """Raise DTypeError unless the two have one dtype."""
-    if buffer.dtype != update.dtype:
-        raise DTypeError(
-            f"an update must have the dtype of its buffer; got {update.dtype} for "
-            f"{buffer.dtype}. Cast it first."
-        )
-
-
-def _host_index(index: npt.ArrayLike, length: int, axis: int) -> HostArray:
-    """Return `index` as int32, checked against an axis of `length`.
-
-    Raises: ShapeError, DTypeError, BoundsError.
-    """
-    checked = np.asarray(index)
-    if checked.ndim != 1:
-        raise ShapeError(f"an index must have one dimension; got shape {checked.shape}.")
-    if checked.size and checked.dtype.kind not in "iu":
-        raise DTypeError(f"an index must hold integers; got {checked.dtype}.")
-    if checked.size and not (checked.min() >= 0 and checked.max() < length):
-        raise BoundsError(
-            f"positions must lie in [0, {length}) on axis {axis}; "
-            f"got {checked.min()} to {checked.max()}."
-        )
-    return checked.astype(np.int32, copy=False)

@@ -16,6 +16,7 @@ import numpy as np
 
 from .arrays import Array, Arrays, DType, Namespace, NativeArray, NativeArrays
 from .dtypes import HOST_DTYPES
+from .indexing import Axes, axes_of
 
 _LAYOUTS = ("thd", "htd", "hdt")
 """The layout of an array of a pool by the axis of its tokens."""
@@ -66,7 +67,7 @@ def substitutes(dtype: str, arrays: int) -> tuple[float, ...]:
 def replaced(
     xp: Namespace,
     arrays: NativeArrays,
-    axes: Sequence[int],
+    axis: Axes,
     numbers: Sequence[float],
     is_finite: Callable[[NativeArray], NativeArray],
 ) -> NativeArrays:
@@ -75,11 +76,12 @@ def replaced(
     Keys and values of one shape are replaced in pairs: both, where either is not finite. Else the
     whole token is, in all heads.
 
-    axes: token axis of each. is_finite: element-wise. `arrays` may hold the bits of floats, see
+    axis: that of the tokens. is_finite: element-wise. `arrays` may hold the bits of floats, see
         :func:`finite_bits`.
     """
     finite = tuple(map(is_finite, arrays))
     if len(arrays) > 1:
+        axes = axes_of(arrays, axis)
         same = axes[0] == axes[1] and tuple(arrays[0].shape) == tuple(arrays[1].shape)
         finite = _pairs(finite) if same else _tokens(xp, finite, axes)
     return tuple(

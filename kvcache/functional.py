@@ -68,7 +68,7 @@ def put(
     prototypes = plan.prototypes[: len(update)]
     for buffer, rows, like in zip(buffers, update, prototypes, strict=True):
         _check_tokens(buffer, rows, plan.cells, like)
-    axes = [_token_axis(like) for like in prototypes]
+    axes = tuple(_token_axis(like) for like in prototypes)
     backend = backend_type(keys)
     finite = backend.traced_replace_nonfinite(update, axes)
     written = tuple(

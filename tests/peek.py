@@ -52,7 +52,7 @@ def unreached(cache):
 
 def forward_pass(cache):
     """The pass under way of a causal cache, or None."""
-    return cache._pool.current
+    return cache._pool.passes.current
 
 
 def maybe_expired(cache):
@@ -91,7 +91,25 @@ def stacked(table):
 
 def entries(cache):
     """The encoder output by sequence."""
-    return cache._entries
+    return cache._stored()
+
+
+def set_output_position(cache, sequence, position):
+    """Puts the output of a sequence of an encoder cache somewhere else."""
+    entry = cache._stored()[sequence]._replace(position=position)
+    cache._entries = {**cache._entries, sequence: entry}
+    if sequence in cache._arriving:
+        cache._arriving[sequence] = position
+
+
+def store_unfinished(cache):
+    """Stores what the current pass of an encoder cache has put, although layers are missing."""
+    cache._known &= cache._put_layers
+
+
+def arriving(cache):
+    """The sequences of which an encoder cache will store what the current pass puts."""
+    return cache._arriving
 
 
 def encoder_batch(cache):
@@ -120,3 +138,8 @@ def layer_retained(cache):
 def checkpoint(cache):
     """The open checkpoint of a per-layer cache, or None."""
     return cache._checkpoint
+
+
+def room(cache):
+    """The number of cells of a causal cache without a sequence: as many tokens can be stored."""
+    return int((~table(cache).referenced_by_others(pin_references(cache), None)).sum())

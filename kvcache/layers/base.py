@@ -91,6 +91,14 @@ class LayerCache(ABC):
     def reset(self) -> None:
         """Forget everything and free the memory: the cache is as it was constructed."""
 
+    @abstractmethod
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that undoes a failed call of this cache, or one that succeeded.
+
+        For callers that change several caches, all or none. It undoes the last call that changes
+        the cache, except :meth:`update`; call it before any other.
+        """
+
     # Snapshots. A row is the share of one position in all arrays of the layer.
 
     @property

@@ -7,7 +7,7 @@ lives in which slot.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -63,42 +63,43 @@ class GrowingBuffers:
         return sum(nbytes(shape, geometry.dtype) for shape in geometry.shapes(slots))
 
     def grow(self, slots: int) -> None:
-        """Make room for `slots` slots, keeping their content.
+        """Make room for `slots` slots, keeping their content; do nothing if there is.
 
         Capacity grows by half at least, so that copying costs O(1) per token in the long run.
         """
+        if slots <= self.capacity:
+            return
         unit = math.lcm(self._step, self._padding)
         capacity = round_up(max(slots, self.capacity * 3 // 2), unit)
         if self._limit is not None:
             capacity = min(capacity, self.padded(self._limit))
-        # Allocate all new buffers before an old one is consumed: running out of memory then
-        # loses nothing.
-        arrays = self._alloc(capacity)
+        arrays, growths = self._alloc(capacity), self.growths
         if self.capacity:
-            self.growths += 1
-            arrays = tuple(map(self._move, self.arrays, arrays))
-        self.arrays, self.capacity = arrays, capacity
+            arrays = self.backend.write_slices(arrays, self.arrays, 0, self.capacity, TOKENS)
+            growths += 1
+        # The old arrays are only dropped, not freed: :meth:`savepoint` may put them back.
+        self.arrays, self.capacity, self.growths = arrays, capacity, growths
 
     def _alloc(self, slots: int) -> Arrays:
         alloc, geometry = self.backend.alloc, self.geometry
         return tuple([alloc(shape, geometry.dtype) for shape in geometry.shapes(slots)])
 
-    def _move(self, old: Array, new: Array) -> Array:
-        new = self.backend.write_slice(new, old, 0, self.capacity, TOKENS)
-        self.backend.free(old)
-        return new
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that undoes growth from now on."""
+        arrays, capacity, growths = self.arrays, self.capacity, self.growths
 
-    def free(self) -> None:
-        """Free the memory. The object is of no further use."""
-        for array in self.arrays:
-            self.backend.free(array)
-        self.arrays, self.capacity = (), 0
+        def undo() -> None:
+            # Without growth the present arrays are the successors of those, by now consumed.
+            if self.capacity != capacity:
+                self.arrays, self.capacity, self.growths = arrays, capacity, growths
+
+        return undo
 
     # Programs.
 
     def export_state(self) -> Arrays:
         """Return the buffers in the form for compiled programs, until :meth:`import_state`."""
-        return tuple(self.backend.traced_form(array) for array in self.arrays)
+        return self.backend.traced_forms(self.arrays)
 
     def empty(self) -> Array:
         """Return an empty array, shape ``(0,)``, in the dtype of the buffers."""
@@ -115,8 +116,7 @@ class GrowingBuffers:
                     f"a state to import has the shape of the exported one; got {name} of "
                     f"{tuple(given.shape)} for {tuple(own.shape)}."
                 )
-        from_traced, dtype = self.backend.from_traced, self.geometry.dtype
-        self.arrays = tuple(from_traced(array, dtype) for array in arrays)
+        self.arrays = self.backend.from_traced_forms(arrays, self.geometry.dtype)
 
     # Slots.
 
@@ -127,32 +127,25 @@ class GrowingBuffers:
 
         The path of every decode step, hence one call without a loop.
         """
-        write = self.backend.write_slice
-        old_keys, old_values = self.arrays
-        new_keys = write(old_keys, keys, start, stop, TOKENS)
-        # The old keys are consumed by now: should the second write raise, they must be gone here.
-        self.arrays = new_keys, old_values
-        new_values = write(old_values, values, start, stop, TOKENS)
-        self.arrays = new_keys, new_values
+        # One statement: the old arrays are consumed once this is called.
+        self.arrays = self.written((keys, values), start, stop)
+        new_keys, new_values = self.arrays
         width = held if self._exact else self.width(held)
         if width == self.capacity:
             return new_keys, new_values
         read = self.backend.read_slice
         return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
 
-    def write(self, update: Arrays, start: int, stop: int) -> None:
-        """Write an update to slots ``[start, stop)`` within the capacity."""
-        for i, rows in enumerate(update):
-            self._replace(i, self.backend.write_slice(self.arrays[i], rows, start, stop, TOKENS))
+    def written(self, update: Arrays, start: int, stop: int) -> Arrays:
+        """Return the arrays with an update in slots ``[start, stop)``; consumes the present ones.
 
-    def write_rows(self, update: Arrays, slots: HostArray) -> None:
-        """Write one row to each of `slots`."""
-        for i, rows in enumerate(update):
-            self._replace(i, self.backend.scatter(self.arrays[i], rows, slots, TOKENS))
+        The caller assigns the result in the same statement, with all that depends on the write.
+        """
+        return self.backend.write_slices(self.arrays, update, start, stop, TOKENS)
 
-    def _replace(self, i: int, array: Array) -> None:
-        """Replace the i-th buffer, just consumed by a write, by its successor `array`."""
-        self.arrays = (*self.arrays[:i], array, *self.arrays[i + 1 :])
+    def with_rows(self, update: Arrays, slots: HostArray) -> Arrays:
+        """Return the arrays with one row of an update in each of `slots`, as :meth:`written`."""
+        return self.backend.write_row_sets(self.arrays, update, slots, TOKENS)
 
     def read_rows(self, slots: HostArray) -> Arrays:
         """Return copies of the rows in `slots`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvcache._types import Int32s
 
@@ -22,9 +22,9 @@ class Update:
     displaced: Arrays
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checkpoint:
-    """State of a per-layer cache for a rollback to return to.
+    """State of a per-layer cache for a rollback to return to; a further update makes a new one.
 
     offset: tokens seen by then.
     updates: since then, oldest first, in caches that displace tokens. Others need none.
@@ -32,5 +32,5 @@ class Checkpoint:
     """
 
     offset: int
-    updates: list[Update] = field(default_factory=list)
-    scheduled: set[int] = field(default_factory=set)
+    updates: tuple[Update, ...] = ()
+    scheduled: frozenset[int] = frozenset()

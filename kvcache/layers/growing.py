@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -42,6 +43,14 @@ class KVCache(StandaloneCache):
     """
 
     kind: ClassVar[str] = "kv"
+    _changing: ClassVar[tuple[str, ...]] = (
+        "_buffers",
+        "_pins",
+        "_points",
+        "_offset",
+        "_checkpoint",
+    )
+    """Attributes that calls assign to; their objects have savepoints of their own."""
 
     def __init__(
         self, backend: str | Backend | None = None, step: int = 256, dtype: str | None = None
@@ -141,28 +150,56 @@ class KVCache(StandaloneCache):
 
         Raises: ShapeError, DTypeError, UnknownBackendError; the cache is unchanged then.
         """
-        start = self._offset
+        start, buffers = self._offset, self._buffers
+        if buffers is None:
+            return self._updated_with_room(keys, values)
         stop = start + self._admission.validate(keys, values)
-        buffers = self._buffers
-        if buffers is None or stop > buffers.capacity:
-            buffers = self._grown(stop)
+        if stop > buffers.capacity:
+            return self._updated_with_room(keys, values)
         columns = buffers.append(keys, values, start, stop, stop)
         self._offset = stop  # last: if a write raises, its slots still count as empty
         return columns
 
-    def _grown(self, slots: int) -> GrowingBuffers:
-        """Return the buffers with room for `slots` slots, made here on first use."""
-        if self._buffers is not None:
-            self._buffers.grow(slots)
-            return self._buffers
-        buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
+    def _updated_with_room(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """Do an :meth:`update` for which buffers have to be made or to grow."""
+        undo = self.savepoint()
         try:
-            buffers.grow(slots)
+            tokens = self._admission.validate(keys, values)
+            self._with_room(self._slots(self._offset + tokens))
+            return self.update(keys, values)
         except BaseException:
-            self._admission.forget()  # nothing is held, so the next update is the first again
+            undo()
             raise
-        self._buffers, self._pins = buffers, LayerPins(buffers)
-        return buffers
+
+    def _with_room(self, slots: int) -> GrowingBuffers:
+        """Return the buffers with room for `slots` slots, made here on first use."""
+        if self._buffers is None:
+            buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
+            self._buffers, self._pins = buffers, LayerPins(buffers)
+        self._buffers.grow(slots)
+        return self._buffers
+
+    def savepoint(self) -> Callable[[], None]:
+        own = {name: getattr(self, name) for name in self._changing}
+        parts = self._admission, self._points, self._buffers, self._pins
+        undos = [part.savepoint() for part in parts if part is not None]
+
+        def undo() -> None:
+            for name, value in own.items():
+                setattr(self, name, value)
+            for undo_part in undos:
+                undo_part()
+
+        return undo
+
+    def _atomic(self, change: Callable[[], None]) -> None:
+        """Call `change`, which does not overwrite tokens; undo all of it if it raises."""
+        undo = self.savepoint()
+        try:
+            change()
+        except BaseException:
+            undo()
+            raise
 
     def mask(self, tokens: int, window: int | None = None) -> Array | None:
         """Return the attention mask of the last `tokens` queries over the columns of `update`.
@@ -207,7 +244,7 @@ class KVCache(StandaloneCache):
     def trim(self, tokens: int) -> None:
         tokens = operator.index(tokens)
         self.check_trim(tokens)
-        self._rewind(self._offset - tokens)
+        self._atomic(partial(self._rewind, self._offset - tokens))
 
     def _rewind(self, offset: int) -> None:
         """Forget the tokens from `offset` on; resume points stay scheduled."""
@@ -219,7 +256,7 @@ class KVCache(StandaloneCache):
         self._checkpoint = None
 
     def checkpoint(self) -> None:
-        self._checkpoint = Checkpoint(self._offset, scheduled=set(self._points.scheduled))
+        self._checkpoint = Checkpoint(self._offset, scheduled=frozenset(self._points.scheduled))
 
     def check_rollback(self, accepted: int) -> None:
         self._checked_rollback(accepted)
@@ -239,13 +276,14 @@ class KVCache(StandaloneCache):
         self._return_to(*self._checked_rollback(accepted))
 
     def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
-        self._rewind(checkpoint.offset + accepted)
+        self._atomic(partial(self._rewind, checkpoint.offset + accepted))
 
     def reset(self) -> None:
+        self._atomic(self._forget)
+
+    def _forget(self) -> None:
         if self._pins is not None:
             self._pins.spill()  # snapshots outlive the buffers that their rows are in
-        if self._buffers is not None:
-            self._buffers.free()
         self._start()
 
     # For compiled programs.
@@ -260,10 +298,13 @@ class KVCache(StandaloneCache):
         tokens = operator.index(tokens)
         if self._admission.geometry is None:
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
-        buffers = self._buffers
-        if buffers is None or self._slots(self._offset + tokens) > buffers.capacity:
-            buffers = self._grown(self._slots(self._offset + tokens))
-        return self._exported(buffers, self._on_device(self._offset))
+        undo = self.savepoint()
+        try:
+            buffers = self._with_room(self._slots(self._offset + tokens))
+            return self._exported(buffers, self._on_device(self._offset))
+        except BaseException:
+            undo()
+            raise
 
     def import_state(self, state: LayerState | RingState) -> None:
         """Take over `state`, derived by programs from one of :meth:`export_state`.
@@ -284,17 +325,22 @@ class KVCache(StandaloneCache):
                 f"a program appends as many tokens as the exported state has room for; {offset} "
                 f"came, {buffers.capacity} fit, the others were not written. Export more room."
             )
-        buffers.import_state((state.keys, state.values))
-        self._rewind(offset)  # also ends a checkpoint, which cannot undo the work of programs
+        undo = self.savepoint()
+        try:
+            buffers.import_state((state.keys, state.values))
+            self._rewind(offset)  # also ends a checkpoint, which cannot undo the work of programs
+        except BaseException:
+            undo()
+            raise
 
     def _slots(self, offset: int) -> int:
         """Return the number of slots in use after `offset` tokens."""
         return offset
 
     def _exported(self, buffers: GrowingBuffers, offset: Array) -> LayerState | RingState:
-        keys, values = buffers.export_state()
-        slots = self._on_device(np.arange(buffers.capacity))
-        return LayerState(keys, values, offset, slots, buffers.empty())
+        slots, like = self._on_device(np.arange(buffers.capacity)), buffers.empty()
+        keys, values = buffers.export_state()  # last, because it consumes the buffers
+        return LayerState(keys, values, offset, slots, like)
 
     def _on_device(self, numbers: npt.ArrayLike) -> Array:
         backend, _ = self._admission.bound()
@@ -362,15 +408,18 @@ class KVCache(StandaloneCache):
         self._fill_from_host(arrays, offset, self.backend)
 
     def _fill_from_host(self, layer: LayerArrays, offset: int, backend: Backend) -> None:
-        arrays = tuple(backend.from_host(array.data) for array in layer)
-        self._fill(arrays, offset)
-        self._checkpoint = None  # one opened while empty knows nothing of these tokens
+        def fill() -> None:
+            self._fill(tuple(backend.from_host(array.data) for array in layer), offset)
+
+        self._atomic(fill)
 
     def _fill(self, arrays: Arrays, offset: int) -> GrowingBuffers:
         """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""
         keys, values = arrays
         slots = self._admission.validate(keys, values)
-        buffers = self._grown(slots)
-        buffers.write(arrays, 0, slots)
-        self._offset = offset
+        buffers = self._with_room(slots)
+        buffers.arrays = buffers.written(arrays, 0, slots)
+        buffers.backend.evaluate(*buffers.arrays)
+        # A checkpoint opened while empty knows nothing of these tokens.
+        self._offset, self._checkpoint = offset, None
         return buffers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from kvcache._types import Int32s
@@ -37,13 +38,27 @@ class LayerPins:
         self.rows[rows] = None
 
     def unpin(self, rows: TokenRows) -> None:
-        del self.rows[rows]
+        self.rows.pop(rows, None)
 
     def spill(self, position: int = 0) -> None:
         """Copy rows that reach `position` or beyond to the host, before their slots change."""
         for rows in list(self.rows):  # a list: to_host() unpins, and so changes `self.rows`
             if rows.positions.size and rows.positions[-1] >= position:
                 rows.to_host()
+
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that pins again what is pinned now, and nothing else.
+
+        Call it only while the slots of these rows have not been written to since.
+        """
+        pinned, undos = dict(self.rows), [rows.savepoint() for rows in self.rows]
+
+        def undo() -> None:
+            for undo_rows in undos:
+                undo_rows()
+            self.rows = pinned
+
+        return undo
 
     def capture(self, positions: Int32s, slots: Slots, start: int, stop: int) -> TokenRows:
         """Pin the rows of ``[start, stop)`` among `positions`, which are held in `slots`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -36,6 +37,7 @@ class RotatingKVCache(KVCache):
     """
 
     kind: ClassVar[str] = "rotating"
+    _changing: ClassVar[tuple[str, ...]] = (*KVCache._changing, "_extra")
 
     def __init__(
         self,
@@ -73,54 +75,94 @@ class RotatingKVCache(KVCache):
 
     @property
     def positions(self) -> Int32s:
-        start = self._offset - self._extra
+        return self._columns(self._offset - self._extra, self._extra)
+
+    def _columns(self, start: int, tokens: int) -> Int32s:
+        """Return the positions in the ring of `start` tokens, and of `tokens` returned after it."""
         ring = self._ring_positions(start)
-        if not self._extra or self._buffers is None:
+        if not tokens or self._buffers is None:
             return ring
-        columns = np.concatenate([ring, np.arange(start, self._offset, dtype=np.int32)])
+        columns = np.concatenate([ring, np.arange(start, start + tokens, dtype=np.int32)])
         return padded_positions(columns, self._buffers.padded(columns.size))
 
     # Writing.
 
     def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        start = self._offset
+        start, buffers = self._offset, self._buffers
+        if buffers is None or self._checkpoint is not None:
+            return self._updated_carefully(keys, values)
         tokens = self._admission.validate(keys, values)
         stop = start + tokens
-        buffers = self._buffers
-        if buffers is None or min(stop, self.max_size) > buffers.capacity:
-            buffers = self._grown(min(stop, self.max_size))
-        if self._checkpoint is not None:  # now, while the rows to be displaced are still there
-            self._record(self._checkpoint, buffers, (keys, values))
         if stop <= self.max_size:
-            slot = start
-        elif tokens == 1:
-            # It displaces the one token that its query no longer sees, so the ring after the
-            # write is the answer. Of several tokens, the first ones still see others displaced.
-            self._before_displacing()
-            slot = self._ring_slot(start)
-        else:
-            return self._update_beyond(buffers, (keys, values), tokens)
-        self._extra = 0
-        columns = buffers.append(keys, values, slot, slot + tokens, min(stop, self.max_size))
-        self._offset = stop
-        return columns
+            if stop > buffers.capacity:
+                return self._updated_carefully(keys, values)
+            columns = buffers.append(keys, values, start, stop, stop)
+            self._offset, self._extra = stop, 0
+            return columns
+        if tokens > 1 or buffers.capacity < self.max_size or self._displaces_pinned():
+            return self._updated_carefully(keys, values)
+        # The token displaces the one that its query no longer sees, so the ring after the write is
+        # the answer. One statement: should the write raise, the old token still counts, and no
+        # signal handler runs once the old token is gone and the new one does not count yet.
+        slot = self._ring_slot(start)
+        written = buffers.written
+        buffers.arrays, self._offset, self._extra = written((keys, values), slot, slot + 1), stop, 0
+        new_keys, new_values = buffers.arrays
+        return new_keys, new_values
 
-    def _update_beyond(
-        self, buffers: GrowingBuffers, update: Arrays, tokens: int
+    def _displaces_pinned(self) -> bool:
+        """Return whether rows may have to be retained or spilled before slots change."""
+        return bool(self._points.scheduled or (self._pins is not None and self._pins.rows))
+
+    def _updated_carefully(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """Do any :meth:`update`, also one that grows, is recorded, or displaces much or pinned."""
+        update, undo = (keys, values), self.savepoint()
+        try:
+            tokens = self._admission.validate(keys, values)
+            start, stop = self._offset, self._offset + tokens
+            buffers = self._with_room(self._slots(stop))
+            recorded = self._recorded(buffers, update)
+            if stop > self.max_size:
+                self._before_displacing()
+                return self._displaced_by(buffers, update, recorded)
+            columns = buffers.append(keys, values, start, stop, stop)
+            self._offset, self._extra, self._checkpoint = stop, 0, recorded
+            return columns
+        except BaseException:
+            undo()
+            raise
+
+    def _displaced_by(
+        self, buffers: GrowingBuffers, update: Arrays, recorded: Checkpoint | None
     ) -> tuple[Array, Array]:
-        """Append several tokens that displace others still visible to the first queries.
+        """Append an update that displaces tokens; return the columns that its queries see.
 
-        Return the ring as it was before, followed by the update.
+        Of several tokens, the first ones still see tokens displaced by the last: they get the ring
+        as it was before, followed by the update.
+
+        recorded: the open checkpoint with this update.
         """
-        self._before_displacing()
-        columns = buffers.held_and_update(update, self.len)
-        self._store(buffers, update)
-        self._extra = tokens
-        self._offset += tokens
-        if self._points.scheduled:
-            self._retain_from(buffers, columns)
-        keys, values = columns
-        return keys, values
+        start, tokens = self._offset, update[0].shape[TOKENS]
+        positions, slots = self._destinations(tokens)
+        staying = update
+        if positions.size < tokens:  # the first ones are displaced by the last of this update
+            staying = buffers.take_tokens(update, positions - start)
+        displaced = buffers.read_rows(slots)
+        columns: Arrays = ()
+        if tokens > 1:
+            columns = buffers.held_and_update(update, self.len)
+            self._retain_from(buffers, columns, start, tokens)
+        try:
+            buffers.arrays = buffers.with_rows(staying, slots)
+            # Nobody is given the ring itself, so it would not be computed along with `columns`.
+            buffers.backend.evaluate(*buffers.arrays)
+            keys, values = columns or buffers.arrays
+            extra = len(columns) and tokens
+            self._offset, self._extra, self._checkpoint = start + tokens, extra, recorded
+            return keys, values
+        except BaseException:
+            buffers.arrays = buffers.with_rows(displaced, slots)
+            raise
 
     def _before_displacing(self) -> None:
         """Retain rows due for resume points, and spill pinned ones, before slots change."""
@@ -132,24 +174,21 @@ class RotatingKVCache(KVCache):
         if self._pins.rows:  # all of them: a full ring gets round to every slot
             self._pins.spill()
 
-    def _retain_from(self, buffers: GrowingBuffers, columns: Arrays) -> None:
-        """Retain rows for resume points inside the last update, whose `columns` still have all."""
-        positions = self.positions
+    def _retain_from(
+        self, buffers: GrowingBuffers, columns: Arrays, start: int, tokens: int
+    ) -> None:
+        """Retain rows for resume points inside an update of `tokens`, whose `columns` have all."""
+        # Not its end: everything needed to resume there will be in the ring.
+        due = self._points.due(start + tokens - 1)
+        if not due:
+            return
+        positions = self._columns(start, tokens)
         # Padding, position -1, sorts to the front and is cut off.
         order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
-        # Not the offset itself: everything needed to resume there is in the ring.
-        for point in self._points.due(self._offset - 1):
+        for point in due:
             wanted = order[self.visibility.needed(positions[order], point)]
             layer = buffers.read_tokens(columns, wanted)
             self._points.retain(point, TokenRows(positions[wanted], {0: layer}))
-
-    def _store(self, buffers: GrowingBuffers, update: Arrays) -> None:
-        """Write an update, except tokens displaced by later ones of the same update."""
-        tokens = update[0].shape[TOKENS]
-        positions, slots = self._destinations(tokens)
-        if positions.size < tokens:
-            update = buffers.take_tokens(update, positions - self._offset)
-        buffers.write_rows(update, slots)
 
     # Slots.
 
@@ -207,15 +246,10 @@ class RotatingKVCache(KVCache):
         positions[: self.len] = ring[: self.len]
         slot = self._offset if self._offset < self.max_size else self._ring_slot(self._offset)
         numbers = slot, self.keep, min(self.max_size, buffers.capacity)
-        keys, values = buffers.export_state()
-        return RingState(
-            keys,
-            values,
-            offset,
-            self._on_device(positions),
-            buffers.empty(),
-            *map(self._on_device, numbers),
-        )
+        on_device, like = self._on_device, buffers.empty()
+        places, counts = on_device(positions), tuple(map(on_device, numbers))
+        keys, values = buffers.export_state()  # last, because it consumes the buffers
+        return RingState(keys, values, offset, places, like, *counts)
 
     # Snapshots.
 
@@ -245,29 +279,64 @@ class RotatingKVCache(KVCache):
         super()._rewind(offset)
         self._extra = 0
 
-    def _record(self, checkpoint: Checkpoint, buffers: GrowingBuffers, update: Arrays) -> None:
-        """Record copies of an update, and of the rows displaced by it, for a rollback."""
+    def _recorded(self, buffers: GrowingBuffers, update: Arrays) -> Checkpoint | None:
+        """Return the open checkpoint, if any, with an update and the rows displaced by it."""
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            return None
         tokens = update[0].shape[TOKENS]
         _, slots = self._destinations(tokens)
-        kept = buffers.take_tokens(update, np.arange(tokens))
-        checkpoint.updates.append(Update(kept, slots, buffers.read_rows(slots)))
+        kept, displaced = buffers.take_tokens(update, np.arange(tokens)), buffers.read_rows(slots)
+        # Copies not yet made would keep the buffer that they are of, and its writes from being in
+        # place.
+        buffers.backend.evaluate(*kept, *displaced)
+        return replace(checkpoint, updates=(*checkpoint.updates, Update(kept, slots, displaced)))
 
     def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
-        """Undo all updates since `checkpoint`, then repeat their first `accepted` tokens."""
-        if self._pins is None or self._buffers is None:  # no update since
-            self._rewind(checkpoint.offset)
-            return
-        self._pins.spill()
-        # The newest first: a slot written several times ends up with its oldest content.
-        for update in reversed(checkpoint.updates):
-            self._buffers.write_rows(update.displaced, update.slots)
-        self._rewind(checkpoint.offset)  # closes the checkpoint: repeated updates go unrecorded
-        # Points passed since were unscheduled when their rows were retained; now both are undone.
-        self._points.schedule(point for point in checkpoint.scheduled if point > checkpoint.offset)
-        for update in checkpoint.updates:
-            tokens = min(accepted, update.arrays[0].shape[TOKENS])
-            if tokens:
-                keys, values = self._buffers.take_tokens(update.arrays, np.arange(tokens))
-                self.update(keys, values)
-            accepted -= tokens
-        self._extra = 0  # nobody was given the columns of the repeated updates
+        """Undo all updates since `checkpoint`, except their first `accepted` tokens."""
+        buffers, offset = self._buffers, checkpoint.offset + accepted
+        undo = self.savepoint()
+        try:
+            if self._pins is not None:
+                self._pins.spill()
+            self._rewind(offset)
+            # Points passed since were unscheduled when their rows were retained; both are undone.
+            self._points.schedule(point for point in checkpoint.scheduled if point > offset)
+            if buffers is not None and checkpoint.updates:
+                buffers.arrays = self._with_accepted(buffers, checkpoint, accepted)
+                buffers.backend.evaluate(*buffers.arrays)
+        except BaseException:
+            undo()
+            raise
+
+    def savepoint(self) -> Callable[[], None]:
+        undo_on_host, checkpoint, buffers = super().savepoint(), self._checkpoint, self._buffers
+        if checkpoint is None or buffers is None or not checkpoint.updates:
+            return undo_on_host
+        since = self._offset - checkpoint.offset
+
+        def undo() -> None:
+            if self._checkpoint is not checkpoint:  # a rollback may have overwritten slots
+                buffers.arrays = self._with_accepted(buffers, checkpoint, since)
+            undo_on_host()
+
+        return undo
+
+    def _with_accepted(
+        self, buffers: GrowingBuffers, checkpoint: Checkpoint, accepted: int
+    ) -> Arrays:
+        """Return the arrays as after the first `accepted` tokens since `checkpoint`.
+
+        Consumes the present ones; call it in the statement that assigns the result.
+        """
+        updates = checkpoint.updates
+        # As if rows were written one after the other, the last one to a slot staying: what was
+        # displaced, the oldest last, and then the accepted tokens.
+        tokens = np.arange(checkpoint.offset, checkpoint.offset + accepted, dtype=np.int32)
+        slots = np.concatenate([*(u.slots for u in reversed(updates)), self._slots_of(tokens)])
+        unique, latest = np.unique(slots[::-1], return_index=True)
+        parts = [*(u.displaced for u in reversed(updates)), *(u.arrays for u in updates)]
+        concat = buffers.backend.concat
+        sources = tuple(concat(arrays, TOKENS) for arrays in zip(*parts, strict=True))
+        rows = buffers.take_tokens(sources, slots.size - 1 - latest)
+        return buffers.with_rows(rows, unique.astype(np.int32))

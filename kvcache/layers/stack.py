@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Self, TypeVar, overload
 
 from kvcache.backends import Backend, HostArray, get_backend
 from kvcache.errors import ForeignFileError
 from kvcache.snapshots.files import read_file, write_file
+from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 from kvcache.storage.arrays import NamedArray
 
@@ -96,13 +97,11 @@ class LayerCaches(Sequence[C], Generic[C]):
         # All checks before the first change: no layer can then refuse after another has changed.
         for cache in self._distinct:
             cache.check_trim(tokens)
-        for cache in self._distinct:
-            cache.trim(tokens)
+        self._all_or_none(lambda cache: cache.trim(tokens))
 
     def checkpoint(self) -> None:
         """Open a checkpoint in every layer; replaces open ones."""
-        for cache in self._distinct:
-            cache.checkpoint()
+        self._all_or_none(lambda cache: cache.checkpoint())
 
     def rollback(self, accepted: int = 0) -> None:
         """Return to the checkpoint plus the first `accepted` tokens since, in all layers or none.
@@ -111,21 +110,30 @@ class LayerCaches(Sequence[C], Generic[C]):
         """
         for cache in self._distinct:
             cache.check_rollback(accepted)
-        for cache in self._distinct:
-            cache.rollback(accepted)
+        self._all_or_none(lambda cache: cache.rollback(accepted))
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
-        for cache in self._distinct:
-            cache.reset()
+        self._all_or_none(lambda cache: cache.reset())
+
+    def _all_or_none(self, change: Callable[[C], None]) -> None:
+        """Call `change` for every cache; if one raises, undo it in all."""
+        undos: list[Callable[[], None]] = []
+        try:
+            for cache in self._distinct:
+                undos.append(cache.savepoint())
+                change(cache)
+        except BaseException:  # out of memory, or Ctrl-C
+            for undo in reversed(undos):
+                undo()
+            raise
 
     # Snapshots.
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Make `positions`, not reached yet, resume points of later snapshots."""
         points = list(positions)  # an iterator would be used up by the first cache
-        for cache in self._distinct:
-            cache.schedule(points)
+        self._all_or_none(lambda cache: cache.schedule(points))
 
     def snapshot(self, start: int = 0, stop: int | None = None) -> Snapshot:
         """Return a snapshot of positions ``[start, stop)`` in all layers; stop None: to the end.
@@ -142,9 +150,16 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
-        rows = [cache.capture(start, stop) for cache in self._caches]
         specs = [CacheSpec(cache.kind, cache.visibility, str(cache.dtype)) for cache in self]
-        return Snapshot(start, stop, list(map(Part, specs, rows)))
+        rows: list[TokenRows] = []
+        try:
+            for cache in self:
+                rows.append(cache.capture(start, stop))  # noqa: PERF401 - closed after an error
+            return Snapshot(start, stop, list(map(Part, specs, rows)))
+        except BaseException:
+            for captured in rows:
+                captured.close()
+            raise
 
     def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
         """Fill empty caches of all layers from `snapshots`, to resume where the last one stops.
@@ -157,22 +172,21 @@ class LayerCaches(Sequence[C], Generic[C]):
             if the last one stops at no resume point, DTypeError; nothing has changed then.
         """
         named = None if backend is None else get_backend(backend)
-        backends = [b for cache in self if (b := cache.backend or named) is not None]
-        if any(cache.offset for cache in self) or len(backends) < len(self):
+        if any(cache.offset or (cache.backend or named) is None for cache in self):
             raise ValueError(
                 "what is restored goes to empty caches, on a backend that they or the call name; "
                 f"got {', '.join(map(repr, self)) or 'none'}. Use new ones."
             )
         stop = check_contiguous(snapshots, self._specs_for(snapshots))
-        try:
-            for layer, (cache, own_backend) in enumerate(zip(self, backends, strict=True)):
-                parts = [snapshot.parts[layer].rows for snapshot in snapshots]
-                cache.restore_rows(parts, stop, own_backend)
-        except BaseException:  # out of memory, say, when the first layers are filled already
-            for cache in self:
-                if cache.offset:
-                    cache.reset()
-            raise
+
+        def restore_rows(cache: C) -> None:
+            layer = self._caches.index(cache)  # the first, where several layers share it
+            parts = [snapshot.parts[layer].rows for snapshot in snapshots]
+            backend = cache.backend or named
+            if backend is not None:  # checked above
+                cache.restore_rows(parts, stop, backend)
+
+        self._all_or_none(restore_rows)
 
     def _specs_for(self, snapshots: Sequence[Snapshot]) -> list[CacheSpec]:
         """Return the specs of these caches; one without a dtype takes that of the snapshots."""

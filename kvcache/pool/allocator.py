@@ -25,7 +25,7 @@ class CellAllocator:
         # Scratch space of `claim`, kept so that a call costs as much as its batch, not the pool.
         self._claims = np.zeros(cells, np.int64)
 
-    def claim(self, cells: Indices) -> Bools:
+    def claim(self, cells: Indices | Int32s) -> Bools:
         """Reference the free ones among `cells`, once each; return a mask of those claimed.
 
         The caller subtracts them from :attr:`free`, together with cells from :meth:`pop`.
@@ -74,6 +74,14 @@ class CellAllocator:
             self._stacked[cell] = True
             self._stack[self._top] = cell
             self._top += 1
+
+    def reset(self, refcounts: Int32s) -> None:
+        """Take over `refcounts`, int32 [cells], and count and stack the free cells anew."""
+        free = np.flatnonzero(refcounts == 0).astype(np.int32)
+        self.refcounts = refcounts
+        self._stacked = refcounts == 0
+        self._stack[: free.size] = free[::-1]  # the lowest on top
+        self.free = self._top = free.size
 
     def copy(self, cells: int) -> CellAllocator:
         """Return an independent allocator in the same state. cells: at least as many as here."""

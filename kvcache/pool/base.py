@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from kvcache._checks import check_ids, check_range
+from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.errors import NotSupportedError
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
+from .ahead import TokensAhead
 from .batch import Batch
 
 Commit: TypeAlias = Callable[[], None]
@@ -33,10 +35,21 @@ class Cache(ABC):
     def __init__(self) -> None:
         self.lock = threading.RLock()
         """Held during changes: other threads may change sequences while a pass runs."""
+        self._enclosing: Cache | None = None
 
     def share_lock(self, lock: threading.RLock) -> None:
         """Use `lock`, the lock of an enclosing cache, instead of its own."""
         self.lock = lock
+
+    def enclose(self, wrapper: Cache) -> None:
+        """Become a part of `wrapper`, whose passes are then complete in all its parts or in none.
+
+        Raises: ValueError for a part of another wrapper.
+        """
+        if self._enclosing not in (None, wrapper):
+            raise ValueError("a cache is a part of one wrapper only. Make a cache for each.")
+        self._enclosing = wrapper
+        self.share_lock(wrapper.lock)
 
     @abstractmethod
     def set_config(self, config: CacheConfig) -> None:
@@ -56,8 +69,9 @@ class Cache(ABC):
 
         dtype: of keys and values, a name in ``HOST_DTYPES``.
         max_sequences: sequence ids are 0 to ``max_sequences - 1``.
-        capacity: tokens per sequence.
-        max_batch: most tokens of one forward pass.
+        capacity: tokens per sequence on average: together they size the pool, and one sequence may
+            use more while others use less.
+        max_batch: tokens of a pass that a pool with a window has room for, however full it is.
 
         Raises: ValueError for sizes below 1, DTypeError where the backend lacks the dtype,
             UnknownBackendError, BackendNotAvailableError.
@@ -66,34 +80,75 @@ class Cache(ABC):
     def start_forward(self, batch: Batch, reserve: bool = False) -> None:
         """Begin a pass: find cells for its tokens, for :meth:`put` and :meth:`get` to use.
 
+        Its tokens become history when the pass is complete: every layer allocated when it began
+        has been put. A pass that was not completed is taken back first, as by :meth:`abort`.
+
         reserve: begin the largest possible pass instead, to allocate its memory; puts then store
             nothing.
 
         Raises: CacheFullError, ValueError; nothing has changed then.
         """
         with self.lock:
-            self.prepare_forward(batch, reserve)()
+            if self._enclosing is not None or not self.pass_complete():
+                self.abort()
+            self.begin_pass(batch, reserve)
+
+    def begin_pass(self, batch: Batch, reserve: bool) -> None:
+        """Begin a pass, whatever has become of the one before; undo it if it is interrupted."""
+        commit = self.prepare_forward(batch, reserve)
+        try:
+            commit()
+        except BaseException:  # Ctrl-C: a commit does not fail by itself
+            self.revert_forward()
+            raise
+
+    def abort(self) -> None:
+        """Take back a pass that will not be finished, in all its sequences.
+
+        They are as before the pass, but for tokens that a window dropped for it and that were
+        overwritten already. Without an unfinished pass, nothing happens. :meth:`start_forward`
+        does the same, and until then nobody sees the tokens of such a pass.
+        """
+        with self.lock:
+            if self._enclosing is not None:
+                self._enclosing.abort()
+            elif not self.pass_complete():
+                with uninterrupted():
+                    self.drop_pass()
+
+    @property
+    def unfinished(self) -> bool:
+        """True if the last pass is not complete, here or in another part of the same wrapper."""
+        if self._enclosing is not None:
+            return self._enclosing.unfinished
+        return not self.pass_complete()
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Make `target` hold just the positions of `source` below `length`.
 
-        Cells are shared, not copied. ``source == target`` truncates.
+        Cells are shared, not copied. ``source == target`` truncates. Tokens of an unfinished pass
+        are not shared, and those of `target` are dropped.
 
         Raises: ValueError for a source that holds nothing; nothing has changed then.
         """
         with self.lock:
-            self.prepare_copy_prefix(source, target, length)()
+            self._commit(self.prepare_copy_prefix(source, target, length))
 
     def remove(self, sequence: int, start: int, stop: int | None = None) -> None:
         """Forget positions ``[start, stop)`` of a sequence, to its end if `stop` is None.
 
-        Later positions move down by ``stop - start``, and their keys are shifted.
+        Later positions move down by ``stop - start``, and their keys are shifted. In the middle of
+        a pass with tokens of this sequence, these are dropped, and the pass goes on without it.
 
         Raises: ValueError, NotSupportedError without a shift, SharedCellsError where a cell
             that would move belongs to another sequence too; nothing has changed then.
         """
         with self.lock:
-            self.prepare_remove(sequence, start, stop)()
+            self._commit(self.prepare_remove(sequence, start, stop))
+
+    def _commit(self, commit: Commit) -> None:
+        with uninterrupted():
+            commit()
 
     # Snapshots.
 
@@ -102,8 +157,8 @@ class Cache(ABC):
 
         stop: None for the end.
 
-        Call it between passes. Rows stay in their cells, uncopied, where the cache can pin these
-        (not :class:`EncoderCache`). The caller closes the snapshot.
+        Tokens of an unfinished pass are not part of it. Rows stay in their cells, uncopied, where
+        the cache can pin these (not :class:`EncoderCache`). The caller closes the snapshot.
 
         Raises: ValueError, NotSupportedError for a cache without snapshots.
         """
@@ -125,7 +180,8 @@ class Cache(ABC):
         with self.lock:
             check_ids(self.max_sequences, sequence)
             stop = check_contiguous(snapshots, self.specs)
-            self.prepare_restore(sequence, [snapshot.parts for snapshot in snapshots], stop)()
+            parts = [snapshot.parts for snapshot in snapshots]
+            self._commit(self.prepare_restore(sequence, parts, stop))
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         """Make `positions` resume points of a sequence for its later snapshots.
@@ -147,7 +203,10 @@ class Cache(ABC):
         raise _cannot_snapshot(self)
 
     def next_position(self, sequence: int) -> int:
-        """Return the position after the last one of a sequence; 0 for an empty one."""
+        """Return the position after the last one of a sequence; 0 for an empty one.
+
+        Tokens of an unfinished pass do not count.
+        """
         raise _cannot_snapshot(self)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
@@ -164,6 +223,16 @@ class Cache(ABC):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         """Check :meth:`start_forward` and return its commit."""
 
+    def revert_forward(self) -> None:  # noqa: B027 - a cache may have nothing to undo
+        """Undo the commit of :meth:`prepare_forward`, interrupted or not begun."""
+
+    def pass_complete(self) -> bool:
+        """Return whether the last pass has been put in every layer, or there was none."""
+        return True
+
+    def drop_pass(self) -> None:  # noqa: B027 - likewise
+        """Take back the last pass, complete or not: see :meth:`abort`."""
+
     @abstractmethod
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         """Check :meth:`copy_prefix` and return its commit."""
@@ -177,11 +246,14 @@ class Cache(ABC):
         """Choose the layer for :meth:`put` and :meth:`get`."""
 
     @abstractmethod
-    def put(self, keys: Array, values: Array | None = None) -> None:
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
         """Store the keys and values of the pass's tokens, ``[kv_heads, tokens, head_dim]``.
 
         Axes are in the layout of the cache, ``"htd"`` by default. values: None for a layer of keys
-        only. The arrays are copied, and stay the caller's.
+        only. frames: for :meth:`EncoderCache.put` alone. The arrays are copied, and stay the
+        caller's.
 
         Raises: ShapeError, DTypeError, KVCacheError without a pass; nothing is stored then.
         """
@@ -197,13 +269,23 @@ class Cache(ABC):
         Raises: KVCacheError without a pass, or for a layer that was never put.
         """
 
-    def set_causal(self, except_: Sequence[int] = ()) -> None:
-        """Let tokens at these batch indices see tokens ahead of them (images), for this pass."""
+    def set_causal(self, except_: TokensAhead = ()) -> None:
+        """Let some tokens see others ahead of them (images), for this pass.
+
+        except_: batch indices, or a mask of the batch: these tokens see all of their sequence that
+            is in the cache by then. Or groups of indices, one for each image: its tokens see each
+            other and what comes before them, but no later image or text.
+
+        Raises: ValueError for indices outside the batch, or a group of several sequences.
+        """
         raise NotSupportedError(f"{type(self).__name__} knows no order of tokens to lift.")
 
     @abstractmethod
     def can_resume(self, sequence: int, position: int) -> bool:
-        """Return whether every earlier token visible from `position` is still stored."""
+        """Return whether every earlier token visible from `position` is still stored.
+
+        Tokens of an unfinished pass do not count.
+        """
 
     @abstractmethod
     def to_backend(self, backend: str | Backend) -> Self:

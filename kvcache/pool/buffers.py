@@ -2,64 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import repeat
 from typing import TypeAlias
 
 import numpy as np
 
 from kvcache._types import Indices, Int32s
-from kvcache.backends import Array, Backend, CacheConfig, HostArray, nbytes, transfer
+from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.backends.base import FastKey
-from kvcache.errors import DTypeError, KVCacheError, ShapeError, SnapshotMismatchError
+from kvcache.errors import KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import NamedArray
 from kvcache.storage.lengths import ceil_div, padded_index
 
-from .exchange import check_same_form, from_traced, to_traced
+from .base import Commit
+from .checks import check_dtype, check_heads, check_tokens
+from .exchange import check_form, convert, form_of, traced_form_of
+from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
+from .originals import OriginalKeys, Shift
 from .plan import Pass, PoolState
-from .rows import PendingWrites
+from .rows import PendingRows, PendingWrites
 
-Arrays: TypeAlias = tuple[Array, ...]
-"""The arrays of one layer: keys and values, or keys alone."""
 Likeness: TypeAlias = tuple[int, *tuple[FastKey, ...]]
 """Number of tokens in a pass, and a key of every array put in it."""
-HOST_AXES = "htd"
-"""Axes of rows in host memory, whatever the layout of the pool: kv_heads, tokens, head_dim."""
-
-
-@dataclass(frozen=True)
-class ArrayLayout:
-    """Name of one array of a layer and the order of its axes: h kv_heads, t tokens, d head_dim."""
-
-    name: str
-    axes: str
-    token_axis: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Computed once: every put and get of every layer asks for it.
-        object.__setattr__(self, "token_axis", self.axes.index("t"))
-
-    def shape(self, heads: int, tokens: int, dim: int) -> tuple[int, ...]:
-        """Return the shape of an array of these sizes in this layout."""
-        sizes = {"h": heads, "t": tokens, "d": dim}
-        return tuple(sizes[axis] for axis in self.axes)
-
-    def resized(self, array: Array, tokens: int) -> tuple[int, ...]:
-        """Return the shape of `array` with `tokens` tokens instead of its own."""
-        shape = list(array.shape)
-        shape[self.token_axis] = tokens
-        return tuple(shape)
-
-    def sizes(self, array: Array | HostArray) -> tuple[int, int]:
-        """Return kv_heads and head_dim of `array`."""
-        return array.shape[self.axes.index("h")], array.shape[self.axes.index("d")]
-
-
-def kv_layouts(config: CacheConfig) -> tuple[ArrayLayout, ...]:
-    """Return the layouts of keys and values."""
-    return ArrayLayout("keys", config.key_layout), ArrayLayout("values", config.value_layout)
 
 
 class PoolBuffers:
@@ -69,8 +36,12 @@ class PoolBuffers:
         only the first of the arrays (keys only: latent attention, MLA). Layouts and arrays are
         therefore paired by ``zip(..., strict=False)``.
 
-    Programs may hold the buffers for a time (:meth:`export_state`), and other threads may have
-    queued rows (:meth:`enqueue_rows`). Every access settles both first.
+    Programs may hold the buffers for a time (:meth:`export_state`), and rows may be queued to be
+    written (:meth:`enqueue_rows`). Every access settles both first.
+
+    A write or a conversion may consume its buffer (JAX), so its successor is stored in the same
+    statement. What fails half-way is done again by the next access: a buffer in either form is
+    taken back, and queued rows are written anew, to the same cells.
     """
 
     def __init__(
@@ -79,22 +50,30 @@ class PoolBuffers:
         backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
-        self._token_axes = [layout.token_axis for layout in self.layouts]
+        self._token_axes = tuple(layout.token_axis for layout in self.layouts)
+        # By the number of arrays of a layer: one axis where all have the same, which writes faster.
+        self._write_axes = [
+            axes[0] if len(set(axes)) == 1 else axes
+            for axes in (self._token_axes[:count] for count in range(len(self.layouts) + 1))
+        ]
         self.dtype = dtype
         self.cells = cells
-        self._buffers: dict[int, Arrays] = {}
+        self._layers: dict[int, Arrays] = {}
         # What the last arrays of a layer were like: others like them need no checks.
         self._checked: dict[int, Likeness | None] = {}
+        self._originals = OriginalKeys(backend, dtype, self.layouts[0])
+        # The buffers as exported last, unless the cache has used them since.
         self._exported: PoolState | None = None
+        self._maybe_traced = False  # True while any buffer may be in the form for programs
         self._pending = PendingWrites()
 
     def _settled(self) -> dict[int, Arrays]:
         """Return the buffers by layer, back from programs and with all pending rows written."""
-        if self._exported is not None:
+        if self._maybe_traced:
             self._take_back()
         if self._pending.queue:
-            self._pending.drain(self._write_host_rows)
-        return self._buffers
+            self._pending.drain()
+        return self._layers
 
     # Programs.
 
@@ -102,7 +81,11 @@ class PoolBuffers:
         """Return all buffers by layer in the form for :mod:`kvcache.functional`."""
         # Exported twice without use in between, the state is the same: no conversion.
         if self._exported is None or self._pending.queue:
-            self._exported = to_traced(self.backend, self._settled())
+            with self._pending.lock:
+                layers = self._settled()
+                self._maybe_traced = True
+                convert(layers, self.backend.traced_form)
+                self._exported = dict(layers)
         return self._exported
 
     def import_state(self, state: PoolState) -> None:
@@ -111,13 +94,20 @@ class PoolBuffers:
         Raises: ShapeError if layers, shapes or dtypes differ; nothing has changed then.
         """
         # Pending rows stay in the queue: they belong in the buffers returned by the programs.
-        check_same_form(self.export_state() if self._exported is None else self._exported, state)
-        self._exported = dict(state)
+        if self._exported is None:
+            expected = traced_form_of(self.backend, self._layers, self.dtype)
+        else:
+            expected = form_of(self._exported)
+        check_form(expected, state)
+        imported, layers = dict(state), dict(state)
+        with self._pending.lock:
+            self._layers, self._exported, self._maybe_traced = layers, imported, True
 
     def _take_back(self) -> None:
-        if self._exported is not None:
-            self._buffers = from_traced(self.backend, self._exported, self.dtype)
+        with self._pending.lock:  # another thread may be reading rows
             self._exported = None
+            convert(self._layers, lambda buffer: self.backend.from_traced(buffer, self.dtype))
+            self._maybe_traced = False
 
     # Passes.
 
@@ -125,32 +115,49 @@ class PoolBuffers:
         """Return an array without tokens in `layout`, with the axes `lead` in front."""
         return self.backend.alloc([*lead, *layout.shape(1, 0, 1)], self.dtype)
 
-    def allocate(self, layer: int, kv_heads: int, dims: Sequence[int]) -> None:
-        """Allocate the buffers of a layer before its first put. dims: head_dim of each array."""
+    def allocate(self, layers: Iterable[int], kv_heads: int, dims: Sequence[int]) -> None:
+        """Allocate the buffers of all `layers`, or of none, before their first put.
+
+        dims: head_dim of each array.
+
+        Raises: ShapeError for a layer that exists with other sizes.
+        """
         pairs = list(zip(self.layouts, dims, strict=False))
-        shapes = [layout.shape(kv_heads, 0, dim) for layout, dim in pairs]
-        arrays = tuple(self.backend.alloc(shape, self.dtype) for shape in shapes)
-        layers = self._settled()
-        self._validate(layer, arrays, 0, layers.get(layer))
-        if layer not in layers:
-            layers[layer] = self._alloc_like(arrays)
+        shapes = [layout.shape(kv_heads, self.cells, dim) for layout, dim in pairs]
+        wanted, held = list(layers), self._settled()
+        for layer in wanted:
+            if layer in held:
+                self._check_fit(layer, shapes, held[layer])
+        new = {layer: self._alloc(shapes) for layer in set(wanted) - held.keys()}
+        with self._pending.lock:  # another thread may be going through the layers
+            held.update(new)
 
     def put(self, layer: int, arrays: Arrays, forward_pass: Pass) -> None:
-        """Store the tokens of a pass in its cells; raise before anything is written."""
-        layers = self._settled()
+        """Store the tokens of a pass in its cells, with finite numbers only.
+
+        Raises: DTypeError, ShapeError. Whatever fails: nothing but cells of the pass was written,
+            every buffer is usable, and the first put of a layer has not allocated it.
+        """
         likeness = self._likeness(arrays, forward_pass.cells.size)
         if likeness is None or likeness != self._checked.get(layer):
-            self._validate(layer, arrays, forward_pass.cells.size, layers.get(layer))
-            if layer not in layers:
-                layers[layer] = self._alloc_like(arrays)
-            self._checked[layer] = likeness
-        if forward_pass.stores:
-            # Another thread may read rows of a snapshot: it must not find consumed buffers.
-            with self._pending.lock:
-                buffers = self._settled()[layer]
-                # Not `self._settled()[layer] = ...`: that runs after the write, and rows queued
-                # meanwhile would go to buffers that the write has consumed.
-                self._buffers[layer] = self._written_pass(buffers, arrays, forward_pass)
+            self._validate(layer, arrays, forward_pass.cells.size, self._settled().get(layer))
+        # Another thread may read rows of a snapshot: it must not find consumed buffers.
+        with self._pending.lock:
+            layers = self._settled()
+            buffers = layers.get(layer) or self._alloc_like(arrays)
+            cells, first = forward_pass.cells, forward_pass.first_cell
+            axis = self._write_axes[len(arrays)]
+            if not forward_pass.stores:
+                layers[layer] = buffers
+            # Unpacked from map(): Python runs signal handlers when a call returns, before its
+            # result is assigned, and the buffers may be consumed by then. None runs meanwhile.
+            elif first is None:
+                write_rows = self.backend.write_finite_row_sets
+                [layers[layer]] = map(write_rows, (buffers,), (arrays,), (cells,), (axis,))
+            else:
+                write, stop = self.backend.write_finite_slices, first + cells.size
+                [layers[layer]] = map(write, (buffers,), (arrays,), (first,), (stop,), (axis,))
+        self._checked[layer] = likeness  # at last: what fails here may not have allocated the layer
 
     def _likeness(self, arrays: Arrays, tokens: int) -> Likeness | None:
         """Return what is checked of `arrays` in a form that is quick to compare, None if unfit."""
@@ -158,15 +165,6 @@ class PoolBuffers:
             return tokens, *map(self.backend.fast_key, arrays)
         except (AttributeError, TypeError):  # no arrays of this framework: the check names them
             return None
-
-    def _written_pass(self, buffers: Arrays, arrays: Arrays, forward_pass: Pass) -> Arrays:
-        """Write the tokens of a pass to its cells; consumes `buffers`, returns their successors."""
-        cells, first = forward_pass.cells, forward_pass.first_cell
-        axes = self._token_axes[: len(arrays)]
-        if first is None:
-            return self.backend.write_finite_rows(buffers, arrays, cells, axes)
-        stop = first + cells.size
-        return self.backend.write_finite_slices(buffers, arrays, first, stop, axes)
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
@@ -198,28 +196,40 @@ class PoolBuffers:
 
     # Removal from the middle.
 
-    def shifted_keys(self, cells: Int32s, shift: Callable[[int, Array], Array]) -> dict[int, Array]:
-        """Return ``shift(layer, keys)`` of the keys in `cells`, by layer, without storing anything.
+    def prepare_shift(self, cells: Int32s, moved: Int32s, offset: int, shift: Shift) -> Commit:
+        """Shift the keys of `cells` by `offset` positions; return the commit, which stores them.
 
-        Raises: DTypeError, ShapeError for a result unlike the keys.
+        moved: number of positions by which each of these keys was shifted before, int32 [tokens].
+
+        Raises: DTypeError, ShapeError for a result unlike the keys; whatever `shift` raises.
         """
-        axis = self.layouts[0].token_axis
-        shifted = {}
-        for layer, (keys, *_) in self._settled().items():
-            rows = self.backend.gather(keys, cells, axis)
-            shape, moved = tuple(rows.shape), shift(layer, rows)
-            self._check_dtype("shifted keys", moved)
-            if tuple(moved.shape) != shape:
-                raise ShapeError(f"a shift keeps shapes; got {tuple(moved.shape)} for {shape}.")
-            [shifted[layer]] = self.backend.replace_nonfinite((moved,), (axis,))
-        return shifted
+        keys = {layer: buffers[0] for layer, buffers in self._settled().items()}
+        sources, shifted = self._originals.shift(keys, cells, moved, offset, shift)
+        # Queued as restored rows are, so that the commit calls no framework.
+        write = partial(self._write_keys, cells, shifted)
+        to_host = partial(self._keys_to_host, shifted)
+        pending = PendingRows(cells.astype(np.int64), write, to_host)
 
-    def set_keys(self, cells: Int32s, shifted: dict[int, Array]) -> None:
-        """Store the result of :meth:`shifted_keys`."""
-        axis = self.layouts[0].token_axis
+        def commit() -> None:
+            self._originals.buffers.update(sources)
+            self._pending.enqueue(pending)
+
+        return commit
+
+    def _write_keys(self, cells: Int32s, shifted: dict[int, Array]) -> None:
+        """Write queued keys to `cells`; in the thread of the passes."""
+        axis, write_rows = self._token_axes[0], self.backend.write_rows
         for layer, rows in shifted.items():
-            keys, *others = self._settled()[layer]
-            self._buffers[layer] = self.backend.write_rows(keys, rows, cells, axis), *others
+            keys, *others = self._layers[layer]
+            self._layers[layer] = write_rows(keys, rows, cells, axis), *others
+
+    def _keys_to_host(self, keys: dict[int, Array]) -> LayerRows:
+        """Return queued keys as rows on the host."""
+        layout, to_host = self.layouts[0], self.backend.to_host
+        return {
+            layer: (NamedArray(layout.name, layout.to_host_layout(to_host(rows))),)
+            for layer, rows in keys.items()
+        }
 
     # Copies.
 
@@ -230,9 +240,13 @@ class PoolBuffers:
         clone = PoolBuffers(backend, layouts, self.dtype, cells)
         for layer, buffers in self._settled().items():
             parts = zip(buffers, self.layouts, clone.layouts, strict=False)
-            clone._buffers[layer] = tuple(
+            clone._layers[layer] = tuple(
                 clone._copied(transfer(buffer, self.backend, backend), old, new)
                 for buffer, old, new in parts
+            )
+        for layer, keys in self._originals.buffers.items():
+            clone._originals.buffers[layer] = clone._copied(
+                transfer(keys, self.backend, backend), self.layouts[0], clone.layouts[0]
             )
         return clone
 
@@ -252,46 +266,46 @@ class PoolBuffers:
     @property
     def token_bytes(self) -> int:
         """Bytes of one cell in all layers allocated."""
-        layers = list(self._allocated().values())  # a list: a pass may add a layer meanwhile
+        layers = list(self._layers.values())  # a list: a pass may add a layer meanwhile
         shapes = [tuple(buffer.shape) for buffers in layers for buffer in buffers]
         return sum(nbytes(shape, self.dtype) for shape in shapes) // self.cells
 
-    def _allocated(self) -> PoolState:
-        """Return the buffers by layer, exported or not, to look at their shapes only."""
-        return self._exported if self._exported is not None else self._buffers
+    @property
+    def layers(self) -> PoolState:
+        """Buffers by layer, to look at their numbers and shapes only."""
+        return self._layers
 
     def read(self, cells: Indices) -> LayerRows:
         """Return host copies of the content of `cells`; from any thread.
 
-        Pending rows are overlaid on the copies, not written: a pass may be using the buffers,
-        and on some backends (JAX) a write would consume them.
+        Pending rows are overlaid on the copies, not written, and buffers stay in the form for
+        programs: a pass or a program may be using them, and on some backends (JAX) a write or a
+        conversion would consume them.
         """
         with self._pending.lock:
-            self._take_back()
             rows: LayerRows = {
                 layer: tuple(
                     NamedArray(layout.name, self._read_host_rows(buffer, layout, cells))
                     for layout, buffer in zip(self.layouts, buffers, strict=False)
                 )
-                for layer, buffers in self._buffers.items()
+                for layer, buffers in self._layers.items()
             }
             self._pending.overlay(rows, cells)
         return rows
 
     def _read_host_rows(self, buffer: Array, layout: ArrayLayout, cells: Indices) -> HostArray:
-        """Return the rows in `cells` of one array, axes :data:`HOST_AXES`."""
+        """Return the rows in `cells` of one array, in :data:`HOST_LAYOUT`."""
         index = padded_index(self.backend, cells)
-        rows = self.backend.to_host(self.backend.gather(buffer, index, layout.token_axis))
-        order = [layout.axes.index(axis) for axis in HOST_AXES]
-        return np.array(rows.transpose(order)[:, : cells.size], order="C")
+        rows = self.backend.gather(buffer, index, layout.token_axis)
+        rows = self.backend.from_traced(rows, self.dtype)  # consumes the copied rows, if any
+        return layout.to_host_layout(self.backend.to_host(rows), cells.size)
 
     def check_rows(self, rows: LayerRows) -> None:
         """Raise SnapshotMismatchError unless `rows` fit every layer allocated."""
-        host = ArrayLayout("", HOST_AXES)
-        for layer, buffers in list(self._allocated().items()):
+        for layer, buffers in list(self._layers.items()):
             pairs = zip(self.layouts, buffers, strict=False)
             own = [layout.sizes(buffer) for layout, buffer in pairs]
-            given = [host.sizes(array.data) for array in rows.get(layer, ())]
+            given = [HOST_LAYOUT.sizes(array.data) for array in rows.get(layer, ())]
             if own != given:
                 raise SnapshotMismatchError(
                     "a snapshot goes back to layers of the same heads and head_dim; "
@@ -300,7 +314,9 @@ class PoolBuffers:
 
     def enqueue_rows(self, cells: Indices, rows: LayerRows) -> None:
         """Queue `rows` to be written to `cells` before the next access; from any thread."""
-        self._pending.enqueue(cells, rows)
+        if rows:
+            write = partial(self._write_host_rows, cells, rows)
+            self._pending.enqueue(PendingRows(cells, write, lambda: rows))
 
     def _write_host_rows(self, cells: Indices, rows: LayerRows) -> None:
         """Write queued rows, allocating layers not put yet; in the thread of the passes."""
@@ -308,72 +324,45 @@ class PoolBuffers:
         index = padded_index(self.backend, cells).astype(np.int32)
         for layer, arrays in rows.items():
             pairs = list(zip(self.layouts, arrays, strict=False))
-            if layer not in self._buffers:
-                self._buffers[layer] = self._alloc_for(pairs)
-            self._buffers[layer] = tuple(
-                self._written(buffer, layout, array.pad(index.size).data, index)
-                for buffer, (layout, array) in zip(self._buffers[layer], pairs, strict=True)
+            moved = tuple(
+                self.backend.from_host(layout.from_host_layout(array.pad(index.size).data))
+                for layout, array in pairs
             )
-
-    def _alloc_for(self, pairs: Sequence[tuple[ArrayLayout, NamedArray]]) -> Arrays:
-        host = ArrayLayout("", HOST_AXES)
-        sizes = [(layout, *host.sizes(array.data)) for layout, array in pairs]
-        shapes = [layout.shape(heads, self.cells, dim) for layout, heads, dim in sizes]
-        return tuple(self.backend.alloc(shape, self.dtype) for shape in shapes)
-
-    def _written(self, buffer: Array, layout: ArrayLayout, rows: HostArray, cells: Int32s) -> Array:
-        order = [HOST_AXES.index(axis) for axis in layout.axes]
-        moved = self.backend.from_host(rows.transpose(order))
-        return self.backend.write_rows(buffer, moved, cells, layout.token_axis)
+            buffers = self._layers.get(layer) or self._alloc_like(moved)
+            axes = self._write_axes[len(moved)]
+            # A new layer is stored only once it is written.
+            self._layers[layer] = self.backend.write_row_sets(buffers, moved, index, axes)
 
     def free(self) -> None:
-        """Free all memory, and drop pending rows."""
-        for buffers in self._allocated().values():
-            for buffer in buffers:
+        """Free all memory, and drop pending rows. What fails to be freed goes with its last use."""
+        with self._pending.lock:  # another thread may be reading rows
+            freed = [*self._layers.values(), tuple(self._originals.buffers.values())]
+            self._layers, self._exported, self._maybe_traced = {}, None, False
+            self._originals.buffers, self._checked = {}, {}
+            self._pending.clear()
+            for buffer in (buffer for buffers in freed for buffer in buffers):
                 self.backend.free(buffer)
-        self._buffers, self._exported, self._checked = {}, None, {}
-        self._pending.clear()
 
     # Checks.
 
     def _validate(self, layer: int, arrays: Arrays, tokens: int, buffers: Arrays | None) -> None:
         """Raise DTypeError or ShapeError unless `arrays` hold `tokens` tokens and fit `buffers`."""
         for layout, array in zip(self.layouts, arrays, strict=False):
-            self._check_dtype(layout.name, array)
-            _check_tokens(layout, array, tokens)
-        if buffers is None:
-            return
-        if len(arrays) != len(buffers):
+            check_dtype(self.backend, self.dtype, layout.name, array)
+            check_tokens(layout, array, tokens)
+        if buffers is not None:
+            self._check_fit(layer, [array.shape for array in arrays], buffers)
+
+    def _check_fit(self, layer: int, shapes: Sequence[Sequence[int]], buffers: Arrays) -> None:
+        """Raise ShapeError unless arrays of `shapes` have the sizes of `buffers`."""
+        if len(shapes) != len(buffers):
             raise ShapeError(f"layer {layer} has values in every pass or in none.")
-        for layout, array, buffer in zip(self.layouts, arrays, buffers, strict=False):
-            _check_heads(layout, array, buffer)
+        for layout, shape, buffer in zip(self.layouts, shapes, buffers, strict=False):
+            check_heads(layout, shape, buffer)
 
-    def _check_dtype(self, name: str, array: Array) -> None:
-        if not self.backend.owns(array) or self.backend.dtype_name(array) != self.dtype:
-            raise DTypeError(
-                f"{name} must be {self.dtype} arrays of {self.backend.spec}; got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
-            )
-
-    def _alloc_like(self, arrays: Arrays) -> Arrays:
+    def _alloc_like(self, arrays: Sequence[Array]) -> Arrays:
         pairs = zip(self.layouts, arrays, strict=False)
-        shapes = [layout.resized(array, self.cells) for layout, array in pairs]
+        return self._alloc([layout.resized(array, self.cells) for layout, array in pairs])
+
+    def _alloc(self, shapes: Iterable[Sequence[int]]) -> Arrays:
         return tuple(self.backend.alloc(shape, self.dtype) for shape in shapes)
-
-
-def _check_tokens(layout: ArrayLayout, array: Array, tokens: int) -> None:
-    shape = tuple(array.shape)
-    if len(shape) != 3 or shape[layout.token_axis] != tokens:
-        raise ShapeError(
-            f"{layout.name} hold the {tokens} tokens of this pass in layout {layout.axes!r} "
-            f"(h kv_heads, t tokens, d head_dim); got {shape}."
-        )
-
-
-def _check_heads(layout: ArrayLayout, array: Array, buffer: Array) -> None:
-    expected, given = list(buffer.shape), list(array.shape)
-    expected[layout.token_axis] = given[layout.token_axis]
-    if expected != given:
-        raise ShapeError(
-            f"{layout.name} of a layer keep their heads and head_dim; got {given} for {expected}."
-        )

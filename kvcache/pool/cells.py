@@ -7,22 +7,14 @@ position in all of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.errors import CacheFullError
 
 from .allocator import CellAllocator
+from .changes import Dropped, Eviction, RowEnds
 from .sorted_batch import SortedBatch, sorted_batch
-
-
-class Eviction(NamedTuple):
-    """Cells to drop: the `counts` oldest cells of each sequence in `ids`."""
-
-    ids: Int32s
-    counts: Indices
 
 
 class CellTable:
@@ -37,6 +29,9 @@ class CellTable:
         self.max_sequences = max_sequences
         self.allocator = CellAllocator(cells)
         self.positions = np.zeros(cells, np.int32)
+        # By cell: positions by which its key was shifted since it was put. None, and so free for
+        # every pass, until the first removal from the middle.
+        self.shifts: Int32s | None = None
         self.rows = np.zeros((max_sequences, 64), np.int32)
         self.first = np.zeros(max_sequences, np.int64)
         self.last = np.zeros(max_sequences, np.int64)
@@ -162,12 +157,19 @@ class CellTable:
 
     # Changing.
 
-    def evict(self, eviction: Eviction) -> None:
-        """Drop the oldest cells of sequences."""
+    def to_drop(self, eviction: Eviction) -> Dropped | None:
+        """Return the cells to drop with their sequences and positions; None if there are none."""
         if not eviction.ids.size:
+            return None
+        cells, ids = self._oldest(eviction), eviction.ids
+        owners = ids if cells.size == ids.size else np.repeat(ids, eviction.counts)
+        return Dropped(owners, cells, self.positions[cells])
+
+    def evict(self, eviction: Eviction, dropped: Dropped | None) -> None:
+        """Drop the oldest cells of sequences. dropped: result of :meth:`to_drop`."""
+        if dropped is None:
             return
-        cells, ids, counts = self._oldest(eviction), eviction.ids, eviction.counts
-        owners = ids if cells.size == ids.size else np.repeat(ids, counts)
+        ids, counts, (owners, cells, _) = eviction.ids, eviction.counts, dropped
         at_edge = (cells == self.low[owners]) | (cells == self.high[owners])
         self.first[ids] += counts
         self.allocator.decref(cells)
@@ -197,6 +199,8 @@ class CellTable:
         self.allocator.refcounts[cells] = 1
         self.allocator.free -= cells.size
         self.positions[cells] = groups.positions
+        if self.shifts is not None:
+            self.shifts[cells] = 0
         self._append(groups, cells)
         by_token = np.empty_like(cells)
         by_token[groups.order] = cells
@@ -219,44 +223,79 @@ class CellTable:
         self.last[sequence] -= stop - start
         self.cells_of(sequence)[start:] = rest
         self.positions[rest] += shift
+        if self.shifts is None:
+            self.shifts = np.zeros(self.cells, np.int32)
+        self.shifts[rest] += shift
         self.allocator.decref(row[start:stop])
         self._recompute_range(sequence)
         return rest
 
-    def is_shared(self, cells: Int32s) -> bool:
-        """Return whether one of `cells` has more than one reference."""
-        return bool((self.allocator.refcounts[cells] > 1).any())
+    def is_shared(self, cells: Int32s, pins: Int32s | int = 0) -> bool:
+        """Return whether one of `cells` has more than one reference.
 
-    def share(self, source: int, target: int, length: int) -> None:
-        """Make `target` hold the first `length` cells of `source`, and nothing else."""
-        cells = self.cells_of(source)[:length].copy()
-        # Before the old cells are dropped, which may be the same ones and must not become free.
-        self.allocator.refcounts[cells] += 1
-        self.truncate(target, 0)
-        self._fill(target, cells)
+        pins: number of references of snapshots to each cell of the pool, which do not count.
+        """
+        return bool(((self.allocator.refcounts - pins)[cells] > 1).any())
+
+    def moved_by(self, cells: Int32s) -> Int32s:
+        """Return the number of positions by which the keys of `cells` were shifted."""
+        return np.zeros_like(cells) if self.shifts is None else self.shifts[cells]
 
     def copy(self, cells: int) -> CellTable:
         """Return an independent table with the same content. cells: at least as many as here."""
         clone = CellTable(cells, self.max_sequences)
         clone.allocator = self.allocator.copy(cells)
         clone.positions[: self.cells] = self.positions
+        if self.shifts is not None:
+            clone.shifts = np.zeros(cells, np.int32)
+            clone.shifts[: self.cells] = self.shifts
         clone.rows, clone.first, clone.last = self.rows.copy(), self.first.copy(), self.last.copy()
         clone.low, clone.high = self.low.copy(), self.high.copy()
         return clone
 
-    def restore(self, saved: CellTable) -> None:
-        """Return to the state of `saved`, an earlier copy, which is consumed."""
-        self.allocator, self.positions = saved.allocator, saved.positions
-        self.rows, self.first, self.last = saved.rows, saved.first, saved.last
-        self.low, self.high = saved.low, saved.high
+    # Undoing.
+
+    def row_ends(self, inserts: bool) -> RowEnds:
+        """Return the ends of all rows, for :meth:`revert`.
+
+        inserts: True to save the rows as well, because tokens are to be inserted into them.
+        """
+        rows = self.rows.copy() if inserts else self.rows
+        return RowEnds(rows, self.first.copy(), self.last.copy())
+
+    def revert(self, saved: RowEnds, dropped: Dropped | None, references: Int32s) -> None:
+        """Return to the rows of `saved`, whatever was done to the table since, half or whole.
+
+        For the eviction and insertion of one pass, which change the content of no saved row.
+
+        dropped: cells evicted since, whose positions may have been overwritten.
+        references: number of references to each cell besides those of sequences, int32 [cells].
+        """
+        self.rows, self.first, self.last = saved
+        if dropped is not None:
+            self.positions[dropped.cells] = dropped.positions
+        counts = references.copy()
+        for sequence in range(self.max_sequences):
+            counts[self.cells_of(sequence)] += 1
+            self._recompute_range(sequence)
+        self.allocator.reset(counts)
+
+    def set_row(self, sequence: int, cells: Int32s) -> None:
+        """Make `cells`, ordered by position and free or not, the cells of a sequence."""
+        claimed = self.allocator.claim(cells)
+        self.allocator.free -= int(np.count_nonzero(claimed))
+        # Referenced before the old cells are dropped, which may be the same ones.
+        self.allocator.refcounts[cells[~claimed]] += 1
+        self.truncate(sequence, 0)
+        self._fill(sequence, cells)
 
     # For snapshots, which hold references, too, and are restored to empty sequences.
 
-    def incref(self, cells: Indices) -> None:
+    def incref(self, cells: Indices | Int32s) -> None:
         """Add a reference to each of `cells`, none of them free."""
         self.allocator.refcounts[cells] += 1
 
-    def decref(self, cells: Indices) -> None:
+    def decref(self, cells: Indices | Int32s) -> None:
         """Drop a reference to each of `cells`."""
         self.allocator.decref(cells.astype(np.int32))
 
@@ -280,6 +319,8 @@ class CellTable:
         cells[missing] = new = self.allocator.pop(int(np.count_nonzero(missing)))
         self.allocator.free -= new.size
         self.positions[new] = positions[missing]
+        if self.shifts is not None:
+            self.shifts[new] = 0
         self.allocator.refcounts[cells] += 1
         self._fill(sequence, cells.astype(np.int32))
         return cells

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 
 from kvcache._checks import check_ids, check_range, check_sizes
-from kvcache.backends import Array, Backend, CacheConfig, HostArray, get_backend, transfer
+from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.masks import device_mask
 
 from .base import Cache, Commit
 from .batch import Batch
-from .buffers import ArrayLayout, Arrays, kv_layouts
-
-FRAME_AXES = "thd"
-"""Axes of encoder output on the host, without the row axis: frames, kv_heads, head_dim."""
-
-
-@dataclass
-class _Entry:
-    """Encoder output of one sequence by layer, and its position in the sequence."""
-
-    position: int
-    layers: dict[int, Arrays] = field(default_factory=dict)
+from .checks import check_dtype
+from .layouts import ArrayLayout, Arrays, kv_layouts
+from .output import Entries, Entry, finite_output, from_row, position_after, to_row, transferred
 
 
 class EncoderCache(Cache):
@@ -41,17 +31,56 @@ class EncoderCache(Cache):
     For models with cross-attention: vision (Llama 3.2), speech (Whisper). A pass with `multimodal`
     tokens in its batch brings encoder output for their sequences, and :meth:`put` replaces the
     earlier output of these. Other passes only :meth:`get`.
+
+    Output is replaced once a pass has put it for every layer that was ever stored. Until then only
+    the pass itself reads what it put. A sequence that is removed meanwhile is read by the pass to
+    its end.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._config = CacheConfig()
         self._backend: Backend | None = None
-        self._entries: dict[int, _Entry] = {}
-        # Entries that `put` writes to: a reserve pass has others, and so leaves no trace.
-        self._passing = self._entries
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._entries: Entries = {}
+        self._known: frozenset[int] = frozenset()  # layers ever stored
         self._layer = 0
+        self.drop_pass()
+
+    def drop_pass(self) -> None:
+        """End the current pass, and forget what it put."""
         self._batch: Batch | None = None
+        self._stores = False  # False without a pass, and for a reserve pass, which leaves no trace
+        self._seen: Entries = {}  # stored output as the pass found it
+        self._staged: Entries = {}  # output that the pass has put
+        self._put_layers: frozenset[int] = frozenset()  # its layers
+        # Positions of the sequences whose output the pass brings, as far as it is to be stored.
+        self._arriving: dict[int, int] = {}
+
+    def pass_complete(self) -> bool:
+        """Return whether nothing is missing of the output that the current pass brings.
+
+        Missing is a layer that was ever stored and has not been put. True without a pass, and for
+        a pass that brings nothing.
+        """
+        if not self._stores or self._batch is None:
+            return True
+        brings = bool(self._batch.multimodal or self._put_layers)
+        return not brings or self._known <= self._put_layers
+
+    def _stored(self) -> Entries:
+        """Return all output stored, that of the current pass included once this is complete."""
+        if not self._put_layers or not self._stores or not self.pass_complete():
+            return self._entries
+        stored = dict(self._entries)
+        for sequence, position in self._arriving.items():
+            if sequence in self._staged:
+                earlier = stored.get(sequence, Entry(position, {})).layers
+                layers = {**earlier, **self._staged[sequence].layers}
+                stored[sequence] = Entry(position, layers)
+        return stored
 
     def set_config(self, config: CacheConfig) -> None:
         if self._backend is not None:
@@ -69,9 +98,10 @@ class EncoderCache(Cache):
     ) -> None:
         """Size the cache. Output has any length, so `capacity` and `max_batch` are ignored."""
         check_sizes(max_sequences=max_sequences)
-        self._backend = get_backend(backend)
-        self._dtype, self._max_sequences = dtype, max_sequences
-        self._backend.dtype(dtype)
+        target = get_backend(backend)
+        target.dtype(dtype)  # raises if the backend lacks it
+        self._forget_all()
+        self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
 
     def _bound(self) -> Backend:
         """Return the backend. Raises: KVCacheError before :meth:`init`."""
@@ -85,9 +115,10 @@ class EncoderCache(Cache):
 
     @property
     def encoder_cached(self) -> bool:
-        """True if every sequence of the current pass has its encoder output stored."""
+        """True if every sequence of the current pass has encoder output, stored or put by it."""
+        put = self._arriving.keys() & self._staged.keys() if self._stores else set()
         return self._batch is not None and all(
-            sequence in self._entries for sequence in _sequences(self._batch)
+            sequence in self._entries or sequence in put for sequence in _sequences(self._batch)
         )
 
     # Passes.
@@ -95,10 +126,14 @@ class EncoderCache(Cache):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         self._bound()
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
+        arriving = _arriving(batch)
 
         def commit() -> None:
-            self._batch = batch
-            self._passing = {} if reserve else self._entries
+            known = self._known | self._put_layers if self.pass_complete() else self._known
+            self._entries, self._known = self._stored(), known
+            self.drop_pass()
+            self._seen, self._arriving = self._entries, arriving
+            self._batch, self._stores = batch, not reserve
 
         return commit
 
@@ -112,14 +147,19 @@ class EncoderCache(Cache):
     def set_layer(self, layer: int) -> None:
         self._layer = layer
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
         """Store encoder output, ``[kv_heads, frames, head_dim]``, of the multimodal tokens.
 
-        For several sequences in one pass, the arrays hold equally many frames of each, one
-        sequence after the other. Frames are copied; NaN and infinity are replaced, as in a
-        :class:`CausalCache`.
+        frames: for several sequences in one pass, number of frames of each. The arrays hold them
+            one sequence after the other, in the order of the multimodal tokens. None for one
+            sequence: all of them.
 
-        Raises: DTypeError, ShapeError, KVCacheError without a pass; nothing is stored then.
+        Frames are copied; NaN and infinity are replaced, as in a :class:`CausalCache`.
+
+        Raises: DTypeError, ShapeError, ValueError for frames below 1, KVCacheError without a pass;
+            nothing is stored then.
         """
         arriving = _arriving(self._current())
         if values is None:
@@ -127,56 +167,60 @@ class EncoderCache(Cache):
                 f"values must be {self._dtype} arrays of {self._bound().spec}, as the keys; "
                 "got None. Put both."
             )
-        for layout, array in zip(self._layouts, (keys, values), strict=True):
-            self._check(layout, array, len(arriving))
-        frames = [
-            array.shape[layout.token_axis]
+        # All pieces are made before the first is stored: an error stores nothing.
+        lengths = self._lengths(keys, len(arriving), frames)
+        pieces = [
+            self._split(layout, array, lengths)
             for layout, array in zip(self._layouts, (keys, values), strict=True)
         ]
-        if frames[0] != frames[1]:
-            raise ShapeError(
-                f"keys and values have the same frames; got {tuple(keys.shape)} and "
-                f"{tuple(values.shape)}."
-            )
-        # All pieces are made before the first is stored: an error stores nothing.
-        pieces = [
-            self._split(layout, array, len(arriving))
-            for layout, array in zip(self._layouts, self._finite((keys, values)), strict=True)
+        outputs = [
+            finite_output(self._bound(), self._layouts, output)
+            for output in zip(*pieces, strict=True)
         ]
-        for (sequence, position), arrays in zip(
-            arriving.items(), zip(*pieces, strict=True), strict=True
-        ):
-            entry = self._passing.setdefault(sequence, _Entry(position))
-            entry.position = position
-            entry.layers[self._layer] = arrays
+        with self.lock:
+            staged = dict(self._staged)
+            for (sequence, position), output in zip(arriving.items(), outputs, strict=True):
+                layers = staged[sequence].layers if sequence in staged else {}
+                staged[sequence] = Entry(position, {**layers, self._layer: output})
+            self._staged, self._put_layers = staged, self._put_layers | {self._layer}
 
-    def _finite(self, arrays: Arrays) -> Arrays:
-        """Return `arrays` with finite numbers only: neighbours meet them in :meth:`get`."""
-        return self._bound().replace_nonfinite(
-            arrays, [layout.token_axis for layout in self._layouts]
-        )
+    def _lengths(self, keys: Array, sequences: int, frames: Sequence[int] | None) -> list[int]:
+        """Return the number of frames of each sequence in `keys`.
 
-    def _check(self, layout: ArrayLayout, array: Array, parts: int) -> None:
-        """Raise DTypeError or ShapeError unless `array` holds frames for `parts` sequences."""
-        backend = self._bound()
-        if not backend.owns(array) or backend.dtype_name(array) != self._dtype:
-            raise DTypeError(
-                f"{layout.name} must be {self._dtype} arrays of {backend.spec}; got "
-                f"{type(array).__name__} of {getattr(array, 'dtype', 'no dtype')}. Convert them."
-            )
-        axis = layout.token_axis
-        if len(array.shape) != 3 or not parts or array.shape[axis] % parts:
+        Raises: ShapeError, ValueError.
+        """
+        if not sequences:
             raise ShapeError(
-                f"{layout.name} hold equally many frames in layout {layout.axes!r} for each of "
-                f"the {parts} sequences with multimodal tokens in the batch; "
-                f"got {tuple(array.shape)}."
+                "output is of sequences with multimodal tokens in the batch, which names none. "
+                "Name them: Batch(..., multimodal=[...])."
             )
+        if frames is None and sequences == 1 and len(keys.shape) == 3:
+            return [keys.shape[self._layouts[0].token_axis]]
+        lengths = [operator.index(length) for length in frames or ()]
+        if len(lengths) != sequences:
+            raise ShapeError(
+                f"{sequences} sequences bring output in this pass, and each has a number of "
+                f"frames; got frames={frames}. Say them: put(keys, values, frames=[...])."
+            )
+        if min(lengths) < 1:
+            raise ValueError(f"every sequence has at least one frame; got {lengths}.")
+        return lengths
 
-    def _split(self, layout: ArrayLayout, array: Array, parts: int) -> list[Array]:
-        """Return copies of the frames in `array`, cut into `parts` arrays of equal length."""
+    def _split(self, layout: ArrayLayout, array: Array, lengths: Sequence[int]) -> list[Array]:
+        """Return copies of the frames in `array`, cut into arrays of `lengths` frames."""
         backend, axis = self._bound(), layout.token_axis
-        frames = array.shape[axis] // parts
-        pieces = [backend.slice(array, i * frames, (i + 1) * frames, axis) for i in range(parts)]
+        check_dtype(backend, self._dtype, layout.name, array)
+        if len(array.shape) != 3 or array.shape[axis] != sum(lengths):
+            raise ShapeError(
+                f"{layout.name} hold {' + '.join(map(str, lengths))} frames in layout "
+                f"{layout.axes!r} (h kv_heads, t frames, d head_dim), as many as the keys; got "
+                f"{tuple(array.shape)}."
+            )
+        stops = np.cumsum(lengths).tolist()
+        pieces = [
+            backend.slice(array, stop - length, stop, axis)
+            for stop, length in zip(stops, lengths, strict=True)
+        ]
         # concat copies even a single array, where a slice may be a view of the caller's memory.
         return [backend.concat([piece], axis) for piece in pieces]
 
@@ -191,7 +235,7 @@ class EncoderCache(Cache):
         """
         batch, backend = self._current(), self._bound()
         sequences = _sequences(batch)
-        outputs = [self._entry(sequence).layers[self._layer] for sequence in sequences]
+        outputs = [self._output(sequence) for sequence in sequences]
         if len(outputs) == 1:
             keys, values = outputs[0]
             return keys, values, None
@@ -203,53 +247,53 @@ class EncoderCache(Cache):
             device_mask(backend, self._config.mask_dtype, batch.sequences[:, None] == owners),
         )
 
-    def _entry(self, sequence: int) -> _Entry:
-        """Return the output of a sequence in the current pass, else the stored output.
+    def _output(self, sequence: int) -> Arrays:
+        """Return the output of a sequence in the current pass, else that stored before it.
 
         Raises: KVCacheError if it has none in the current layer.
         """
-        entry = self._passing.get(sequence) or self._entries.get(sequence)
-        if entry is None or self._layer not in entry.layers:
-            raise KVCacheError(
-                f"layer {self._layer} of sequence {sequence} holds no encoder output. "
-                "Put it in a pass whose batch names its multimodal token."
-            )
-        return entry
+        for entries in (self._staged, self._seen):
+            if sequence in entries and self._layer in entries[sequence].layers:
+                return entries[sequence].layers[self._layer]
+        raise KVCacheError(
+            f"layer {self._layer} of sequence {sequence} holds no encoder output. "
+            "Put it in a pass whose batch names its multimodal token."
+        )
 
     # Sequences.
 
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         check_ids(self._max_sequences, source, target)
-        entry = self._entries.get(source)
-        shared = entry if entry is not None and entry.position < length else None
+        entry, entries = self._stored().get(source), dict(self._entries)
+        if entry is None or entry.position >= length:
+            entries.pop(target, None)
+        elif source == target:
+            return lambda: None
+        else:
+            entries[target] = entry  # arrays are shared: puts replace them, and never write to them
+        return lambda: self._replace(entries, target, None)
 
-        def commit() -> None:
-            if shared is None:
-                self._entries.pop(target, None)
-            else:
-                # A dict of its own, so that a put for one sequence leaves the other alone. The
-                # arrays are shared: puts replace arrays, and never write to them.
-                self._entries[target] = _Entry(shared.position, dict(shared.layers))
+    def _replace(self, entries: Entries, sequence: int, arriving: int | None) -> None:
+        """Store `entries`, in which `sequence` has changed.
 
-        return commit
+        arriving: position at which to store what the current pass brings for it; None: not at all.
+        """
+        self._entries = entries
+        self._arriving.pop(sequence, None)
+        if arriving is not None:
+            self._arriving[sequence] = arriving
 
     def prepare_remove(self, sequence: int, start: int, stop: int | None) -> Commit:
         check_ids(self._max_sequences, sequence)
         check_range(start, stop)
-        entry = self._entries.get(sequence)
-        removed = (
-            entry is not None
-            and start <= entry.position
-            and (stop is None or entry.position < stop)
-        )
-
-        def commit() -> None:
-            if removed:
-                del self._entries[sequence]
-            elif entry is not None and stop is not None and entry.position >= stop:
-                entry.position -= stop - start
-
-        return commit
+        entries, arrival = dict(self._entries), self._arriving.get(sequence)
+        entries.pop(sequence, None)
+        entry = self._stored().get(sequence)
+        position = None if entry is None else position_after(entry.position, start, stop)
+        if entry is not None and position is not None:
+            entries[sequence] = entry._replace(position=position)
+        arriving = None if arrival is None else position_after(arrival, start, stop)
+        return lambda: self._replace(entries, sequence, arriving)
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return True
@@ -265,7 +309,7 @@ class EncoderCache(Cache):
         return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:
-        entry = self._entries.get(sequence)
+        entry = self._stored().get(sequence)
         return 0 if entry is None else entry.position + 1
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
@@ -274,87 +318,55 @@ class EncoderCache(Cache):
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         """Return encoder output as one row at its position, copied to the host."""
         [spec] = self.specs
-        entry, rows = self._entries.get(sequence), TokenRows(np.empty(0, np.int32))
+        entry, rows = self._stored().get(sequence), TokenRows(np.empty(0, np.int32))
         if entry is not None and start <= entry.position < stop:
-            layers = {layer: self._as_row(arrays) for layer, arrays in entry.layers.items()}
+            layers = {
+                layer: to_row(self._bound(), self._layouts, arrays)
+                for layer, arrays in entry.layers.items()
+            }
             rows = TokenRows(np.array([entry.position], np.int32), layers)
         return [Part(spec, rows)]
-
-    def _as_row(self, arrays: Arrays) -> LayerArrays:
-        """Return all frames as one row, ``[frames, kv_heads, 1, head_dim]``, for each array."""
-        # The axis of length 1 is the token axis: the frames count as one token.
-        return tuple(
-            NamedArray(layout.name, self._frames_of(array, layout)[:, :, None])
-            for layout, array in zip(self._layouts, arrays, strict=True)
-        )
-
-    def _frames_of(self, array: Array, layout: ArrayLayout) -> HostArray:
-        order = [layout.axes.index(axis) for axis in FRAME_AXES]
-        return np.array(self._bound().to_host(array).transpose(order), order="C")
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
-        if sequence in self._entries:
+        if sequence in self._stored():
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
         # A sequence has one output: that of the latest snapshot with any.
-        latest = [part.rows for [part] in parts if part.rows.positions.size][-1:]
-        entries = [self._entry_of(rows) for rows in latest]  # copied now, as it may raise
+        latest = [part.rows for [part] in parts if part.rows.positions.size]
+        if not latest:
+            return lambda: None
+        entry = self._entry_of(latest[-1])  # copied now, as it may raise
+        entries, known = {**self._entries, sequence: entry}, self._known | entry.layers.keys()
 
         def commit() -> None:
-            for entry in entries:
-                self._entries[sequence] = entry
+            self._replace(entries, sequence, None)
+            self._known = known
 
         return commit
 
-    def _entry_of(self, rows: TokenRows) -> _Entry:
+    def _entry_of(self, rows: TokenRows) -> Entry:
         """Return the last of `rows` as an entry, copied to the device."""
         last: LayerRows = rows.read(np.array([rows.positions.size - 1]))
-        layers = {layer: self._from_row(arrays) for layer, arrays in last.items()}
-        return _Entry(int(rows.positions[-1]), layers)
-
-    def _from_row(self, row: LayerArrays) -> Arrays:
-        if len(row) != len(self._layouts):
-            raise ShapeError("an encoder's output has values in every layer.")
-        arrays = tuple(
-            self._bound().from_host(
-                array.data[:, :, 0].transpose([FRAME_AXES.index(axis) for axis in layout.axes])
-            )
-            for layout, array in zip(self._layouts, row, strict=True)
-        )
-        return self._finite(arrays)
+        layers = {
+            layer: from_row(self._bound(), self._layouts, arrays) for layer, arrays in last.items()
+        }
+        return Entry(int(rows.positions[-1]), layers)
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), copy(self)
-        clone.lock, clone._batch = threading.RLock(), None
-        entries: dict[int, _Entry] = {}
-        if self._backend is not None:
-            target.dtype(self._dtype)
-            clone._backend = target
-            entries = self._transferred(self._backend, target)
-        clone._passing = clone._entries = entries
+        clone.lock, clone._enclosing = threading.RLock(), None
+        clone.drop_pass()
+        with self.lock:  # other threads may change sequences meanwhile
+            if self._backend is not None:
+                target.dtype(self._dtype)
+                clone._backend = target
+                clone._entries = transferred(self._stored(), self._backend, target)
         return clone
 
-    def _transferred(self, source: Backend, target: Backend) -> dict[int, _Entry]:
-        """Return all entries on `target`, sharing memory where possible: it is never written to."""
-        layers = [arrays for entry in self._entries.values() for arrays in entry.layers.values()]
-        # By identity, so that sequences with a common output still share it afterwards.
-        distinct = {id(array): array for arrays in layers for array in arrays}
-        moved = {key: transfer(array, source, target) for key, array in distinct.items()}
-        return {
-            sequence: _Entry(
-                entry.position,
-                {
-                    layer: tuple(moved[id(array)] for array in arrays)
-                    for layer, arrays in entry.layers.items()
-                },
-            )
-            for sequence, entry in self._entries.items()
-        }
-
     def close(self) -> None:
-        self._entries.clear()
-        self._batch = None
+        self._forget_all()
+        self._backend = None
 
 
 def _sequences(batch: Batch) -> list[int]:

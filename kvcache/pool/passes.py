@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, KVCacheError
@@ -14,11 +17,19 @@ from kvcache.snapshots.visibility import Visibility
 from .base import Commit
 from .batch import Batch
 from .buffers import PoolBuffers
-from .cells import CellTable, Eviction
+from .cells import CellTable
+from .changes import Dropped, DroppedCell, Eviction, RowEnds
 from .pinning import PoolPins
 from .plan import Pass
 from .single import SingleTokenStep, commit_single, plan_single
 from .sorted_batch import SortedBatch
+from .unfinished import OpenPasses
+
+_Before: TypeAlias = tuple[
+    RowEnds | SingleTokenStep, Dropped | DroppedCell | None, Pass | None, set[int]
+]
+"""State of a pool before a pass: the ends of all rows (or the step that tells those of the only
+row it changes), the cells that are evicted, the current pass, the sequences maybe expired."""
 
 
 class CellPool:
@@ -29,6 +40,7 @@ class CellPool:
     retained: tokens kept per sequence, the newest included; None for all.
     config: padding of ranges, dtype of masks.
     lock: held while rows are pinned or unpinned.
+    unfinished: tells whether the current pass is not complete; see :class:`OpenPasses`.
     """
 
     def __init__(
@@ -41,35 +53,38 @@ class CellPool:
         retained: int | None,
         config: CacheConfig,
         lock: threading.RLock,
+        unfinished: Callable[[], bool],
     ) -> None:
         self.table = table
         self.buffers = buffers
-        self.pins = PoolPins(table, buffers, resumed, lock)
+        self.passes = OpenPasses(table, unfinished)
+        self.pins = PoolPins(table, buffers, resumed, lock, self.passes.history)
         self.retained = retained
-        self.current: Pass | None = None
         # Sequences with new tokens since they were last cut down to the tokens retained.
         self.maybe_expired: set[int] = set()
         self.attended, self.resumed = attended, resumed
         self.config = config
+        self._layers: frozenset[int] = frozenset()
+        self._before: _Before | None = None  # the state before the commit under way
 
     def current_pass(self) -> Pass:
         """Return the current pass. Raises: KVCacheError if there is none."""
-        if self.current is None:
+        if self.passes.current is None:
             raise KVCacheError("put and get belong to a pass. Call start_forward first.")
-        return self.current
-
-    def end_pass_of(self, sequence: int) -> None:
-        """End the current pass if it has tokens of `sequence`, whose cells may be reused now."""
-        if self.current is not None and sequence in self.current.sequences:
-            self.current = None
+        return self.passes.current
 
     # Beginning a pass.
 
     def prepare(self, batch: Batch, reserve: bool) -> Commit:
         """Check a pass and return its commit. Spills snapshots if it needs their cells.
 
+        The pass before is over: what it held is freed.
+
         Raises: CacheFullError, ValueError.
         """
+        self._before = None
+        if self.passes.held:
+            self.passes.release()
         positions, sequences = batch.positions, batch.sequences
         if reserve:
             return lambda: self._reserve(positions, sequences)
@@ -91,9 +106,41 @@ class CellPool:
                 if not self.pins.spill_one(eviction):
                     raise
 
+    def revert(self) -> None:
+        """Undo the commit of a pass that was interrupted, at whatever point."""
+        if self._before is None:  # it had not begun
+            return
+        ends, dropped, current, maybe_expired = self._before
+        if isinstance(ends, SingleTokenStep):
+            table, step = self.table, ends
+            table.first[step.sequence], table.last[step.sequence] = step.first, step.last
+            ends = RowEnds(table.rows, table.first, table.last)
+        if isinstance(dropped, DroppedCell):
+            dropped = dropped.as_arrays()
+        self.table.revert(ends, dropped, self.pins.references + self.passes.references)
+        self.passes.current, self.maybe_expired = current, maybe_expired
+
+    def take_back(self, passes: list[Pass] | None = None) -> None:
+        """Take back the tokens of `passes`, the newest ones; None: of all, complete or not."""
+        known = self.passes
+        for forward_pass in known.all if passes is None else passes:
+            self.maybe_expired |= forward_pass.maybe_expired
+        taken = known.take_back_all() if passes is None else known.take_back(passes)
+        for sequence, position in taken.items():
+            self.pins.take_back(sequence, position)
+        self.maybe_expired |= taken.keys()
+
+    def drop(self, passes: list[Pass], current: Pass | None) -> None:
+        """Take back `passes`, begun in vain; `current` is the current pass again."""
+        with uninterrupted():
+            self.take_back(passes)
+            self.passes.current = current
+
     def _reserve(self, positions: Int32s, sequences: Int32s) -> None:
         """Begin the largest possible pass: it reads the whole pool, and stores nothing."""
         cells = np.arange(positions.size, dtype=np.int32)
+        ends = self.table.row_ends(inserts=False)
+        self._before = ends, None, self.passes.current, self.maybe_expired
         self._begin(cells, 0, self.table.cells, positions, sequences, stores=False)
 
     def _plan_single(self, sequence: int, position: int) -> SingleTokenStep | None:
@@ -105,9 +152,15 @@ class CellPool:
         return plan_single(self.table, sequence, position, position - (self.retained - 1))
 
     def _commit_single(self, step: SingleTokenStep, positions: Int32s, sequences: Int32s) -> None:
+        dropped = None
+        if step.dropped is not None:
+            position = int(self.table.positions[step.dropped])
+            dropped = DroppedCell(step.sequence, step.dropped, position)
+        self._before = step, dropped, self.passes.current, self.maybe_expired
         commit_single(self.table, step)
         cells = np.array([step.cell], np.int32)
-        self._begin(cells, *self._range(step.low, step.high + 1), positions, sequences)
+        start, stop = self._range(step.low, step.high + 1)
+        self._begin(cells, start, stop, positions, sequences, dropped)
 
     def _expired(self, groups: SortedBatch, retained: int) -> Eviction:
         """Return the cells too far back to be retained.
@@ -131,11 +184,15 @@ class CellPool:
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
         table = self.table
+        dropped = None if eviction is None else table.to_drop(eviction)
+        ends = table.row_ends(groups.inserts)
+        self._before = ends, dropped, self.passes.current, self.maybe_expired
         if eviction is not None:
-            table.evict(eviction)
+            table.evict(eviction, dropped)
             self.maybe_expired = set(groups.ids.tolist())
         cells = table.insert(groups)
-        self._begin(cells, *self._range(*table.span(groups.ids)), positions, sequences)
+        start, stop = self._range(*table.span(groups.ids))
+        self._begin(cells, start, stop, positions, sequences, dropped)
 
     def _range(self, start: int, stop: int) -> tuple[int, int]:
         return self.buffers.range(start, stop, self.config.padding)
@@ -147,11 +204,27 @@ class CellPool:
         stop: int,
         positions: Int32s,
         sequences: Int32s,
+        dropped: Dropped | DroppedCell | None = None,
         stores: bool = True,
     ) -> None:
         """Make a pass with these cells, reading ``[start, stop)``, the current one."""
-        self.current = Pass(
-            self.table, cells, start, stop, positions, sequences, self.attended, stores
+        layers = self.buffers.layers
+        if len(layers) != len(self._layers):  # layers come, and go only if their first put fails
+            self._layers = frozenset(layers)
+        self.passes.begin(
+            Pass(
+                self.table,
+                cells,
+                start,
+                stop,
+                positions,
+                sequences,
+                self.attended,
+                self._layers,
+                dropped,
+                self._before[3] if self._before else set(),
+                stores,
+            )
         )
 
     def range_of(self, passes: list[Pass]) -> tuple[int, int]:

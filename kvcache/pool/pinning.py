@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from kvcache.snapshots.visibility import Visibility
 
 from .base import Commit
 from .buffers import PoolBuffers
-from .cells import CellTable, Eviction
+from .cells import CellTable
+from .changes import Eviction
 from .rows import finite_rows
 
 
@@ -26,11 +27,18 @@ class PoolPins:
     pass needs cells referenced by snapshots only, the oldest rows are spilled to the host.
 
     visibility: rule for the rows needed to resume. lock: that of the cache, held during changes.
+    history: returns the cells of a sequence without the tokens of an unfinished pass.
     """
 
     def __init__(
-        self, table: CellTable, buffers: PoolBuffers, visibility: Visibility, lock: threading.RLock
+        self,
+        table: CellTable,
+        buffers: PoolBuffers,
+        visibility: Visibility,
+        lock: threading.RLock,
+        history: Callable[[int], Int32s],
     ) -> None:
+        self._history = history
         self._table, self._buffers, self._visibility = table, buffers, visibility
         self.lock = lock
         self._rows: dict[TokenRows, None] = {}  # a set in order of pinning: the oldest spill first
@@ -52,12 +60,15 @@ class PoolPins:
 
     def pin(self, rows: TokenRows) -> None:
         with self.lock:
-            self._table.incref(rows.slots)
-            self._references[rows.slots] += 1
-            self._rows[rows] = None
+            if rows not in self._rows:
+                self._table.incref(rows.slots)
+                self._references[rows.slots] += 1
+                self._rows[rows] = None
 
     def unpin(self, rows: TokenRows) -> None:
         with self.lock:
+            if rows not in self._rows:
+                return
             del self._rows[rows]
             self._references[rows.slots] -= 1
             self._table.decref(rows.slots)
@@ -79,23 +90,33 @@ class PoolPins:
                 return True
         return False
 
-    def spill(self, cells: Int32s | None = None) -> None:
-        """Copy rows pinned in any of `cells` to the host, as these will change; None: all rows."""
-        for rows in list(self._rows):  # a list: to_host() unpins, and so changes `self._rows`
-            if cells is None or np.isin(rows.slots, cells).any():
-                rows.to_host()
+    def prepare_spill(self, cells: Int32s | None = None) -> Commit:
+        """Copy rows pinned in any of `cells`, which will change, to the host; None: all rows.
 
-    def save_pins(self) -> dict[TokenRows, Slots]:
-        """Return the rows pinned now and their cells, for :meth:`restore_pins`."""
-        return {rows: rows.slots for rows in self._rows}
-
-    def restore_pins(self, saved: dict[TokenRows, Slots]) -> None:
-        """Unpin rows spilled since :meth:`save_pins`, in a table just restored to that time.
-
-        The table counts their references again, but the rows are on the host and stay there.
+        Return the commit, which unpins them.
         """
-        for rows in saved.keys() - self._rows.keys():
-            self._table.decref(saved[rows])
+        return self._spilled(
+            [rows for rows in self._rows if cells is None or np.isin(rows.slots, cells).any()]
+        )
+
+    def _spilled(self, leaving: Sequence[TokenRows]) -> Commit:
+        """Copy the rows of `leaving` to the host; return the commit, which unpins them."""
+        copies = [self._buffers.read(rows.slots) for rows in leaving]
+
+        def commit() -> None:
+            for rows, layers in zip(leaving, copies, strict=True):
+                rows.move_to_host(layers)
+
+        return commit
+
+    def is_shared(self, cells: Int32s) -> bool:
+        """Return whether one of `cells` belongs to several sequences; pins can give way."""
+        return self._table.is_shared(cells, self._references)
+
+    @property
+    def references(self) -> Int32s:
+        """Number of rows that pin each cell, int32 [cells]."""
+        return self._references
 
     def unpin_in_copy(self, table: CellTable) -> None:
         """Drop all references of snapshots in `table`, a copy for another cache."""
@@ -106,12 +127,16 @@ class PoolPins:
 
     def capture(self, sequence: int, start: int, stop: int) -> TokenRows:
         """Return the rows of positions ``[start, stop)``, held by the sequence or retained."""
-        rows = self._pinned(sequence, start, stop)
+        rows = self._pinned(self._history(sequence), start, stop)
         points = self._points.get(sequence)
-        return rows if points is None else points.add_to(rows, start, stop)
+        try:
+            return rows if points is None else points.add_to(rows, start, stop)
+        except BaseException:
+            rows.close()  # or its cells would be pinned for good
+            raise
 
-    def _pinned(self, sequence: int, start: int, stop: int) -> TokenRows:
-        cells = self._table.cells_of(sequence)
+    def _pinned(self, cells: Int32s, start: int, stop: int) -> TokenRows:
+        """Return the rows of positions ``[start, stop)`` among `cells`, pinned."""
         positions = self._table.positions[cells]
         inside = (positions >= start) & (positions < stop)
         return TokenRows.resident(positions[inside], self, cells[inside].astype(np.int64))
@@ -124,20 +149,51 @@ class PoolPins:
         Raises: ValueError if the sequence is not empty, CacheFullError, SnapshotMismatchError for
             rows of other heads or head_dim.
         """
-        if self._table.cells_of(sequence).size:
+        if self._history(sequence).size:
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
         needed = [
             np.flatnonzero(self._visibility.needed(rows.positions, position)) for rows in parts
         ]
-        while (missing := self._cells_missing(parts, needed)) > self._table.free:
-            # Rows of `parts` go last: resident rows are shared, and need no free cell.
-            if not self.spill_one(keep=parts) and not self.spill_one():
-                raise CacheFullError(
-                    f"restoring needs {missing} free cells; {self._table.free} of "
-                    f"{self._table.cells} are free. Remove sequences."
+        leaving = self._rows_to_spill(parts, needed)
+        shared = [rows.owner is self and rows not in leaving for rows in parts]
+        written = self._rows_to_write(parts, needed, shared)
+        spill = self._spilled(leaving)
+
+        def commit() -> None:
+            cells = self._cells_shared(parts, needed, shared)
+            spill()
+            self._restore(sequence, parts, needed, cells, written)
+
+        return commit
+
+    def _rows_to_spill(
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots]
+    ) -> list[TokenRows]:
+        """Return the pinned rows to spill, the oldest first, for a restore of `parts`.
+
+        Raises: CacheFullError if there is no room without any of them.
+        """
+        missing, free = self._cells_missing(parts, needed), self._table.free
+        leaving: list[TokenRows] = []
+        if missing <= free:
+            return leaving
+        held = self._table.referenced_by_others(self._references, None)
+        references, kept = self._table.allocator.refcounts.copy(), set(parts)
+        # Rows of `parts` go last: resident rows are shared, and need no free cell.
+        for rows in sorted(self._rows, key=kept.__contains__):
+            if missing > free and not held[rows.slots].all():
+                leaving.append(rows)
+                references[rows.slots] -= 1
+                free += int(np.count_nonzero(references[rows.slots] == 0))
+                missing += sum(
+                    index.size for part, index in zip(parts, needed, strict=True) if part is rows
                 )
-        written = self._rows_to_write(parts, needed)
-        return lambda: self._restore(sequence, parts, needed, written)
+        if missing > free:
+            raise CacheFullError(
+                f"restoring needs {missing} free cells; {free} of {self._table.cells} are free or "
+                "can be freed. Remove sequences."
+            )
+        return leaving
 
     def _cells_missing(self, parts: Sequence[TokenRows], needed: Sequence[Slots]) -> int:
         """Return the number of free cells needed: one for each row outside this pool."""
@@ -145,29 +201,35 @@ class PoolPins:
         return sum(index.size for rows, index in pairs if rows.owner is not self)
 
     def _rows_to_write(
-        self, parts: Sequence[TokenRows], needed: Sequence[Slots]
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
     ) -> list[LayerRows]:
-        """Return the checked content to write for each of `parts`: empty for resident rows."""
+        """Return the checked content to write for each of `parts`: empty where cells are shared."""
         written: list[LayerRows] = []
-        for rows, index in zip(parts, needed, strict=True):
-            written.append({} if rows.owner is self or not index.size else rows.read(index))
+        for rows, index, shares in zip(parts, needed, shared, strict=True):
+            written.append({} if shares or not index.size else rows.read(index))
             if written[-1]:
                 self._buffers.check_rows(written[-1])
                 written[-1] = finite_rows(written[-1])
         return written
+
+    def _cells_shared(
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
+    ) -> list[Slots]:
+        """Return the cell of every row needed, -1 where it gets a free one."""
+        return [
+            rows.slots[index] if shares else np.full(index.size, -1, np.int64)
+            for rows, index, shares in zip(parts, needed, shared, strict=True)
+        ]
 
     def _restore(
         self,
         sequence: int,
         parts: Sequence[TokenRows],
         needed: Sequence[Slots],
+        resident: Sequence[Slots],
         written: Sequence[LayerRows],
     ) -> None:
         """Assign cells to the sequence, and queue the rows outside this pool to be written."""
-        resident = []  # the cell of every row, -1 where it gets a free one
-        for rows, index in zip(parts, needed, strict=True):
-            in_cells = rows.owner is self
-            resident.append(rows.slots[index] if in_cells else np.full(index.size, -1, np.int64))
         positions = [rows.positions[index] for rows, index in zip(parts, needed, strict=True)]
         cells = self._table.assign(sequence, np.concatenate(positions), np.concatenate(resident))
         for layers, slots in zip(written, _split_like(cells, resident), strict=True):
@@ -202,7 +264,8 @@ class PoolPins:
             points = self._points[sequence]
             for position in points.due(self._table.next_position(sequence)):
                 lowest = self._visibility.lowest_needed(position)
-                points.retain(position, self._pinned(sequence, lowest, position))
+                cells = self._table.cells_of(sequence)
+                points.retain(position, self._pinned(cells, lowest, position))
             self._settle(sequence, points)
 
     def forget(self, sequence: int, start: int) -> None:
@@ -211,6 +274,13 @@ class PoolPins:
         if points is not None:
             points.unschedule(start)
             points.forget(start)
+            self._settle(sequence, points)
+
+    def take_back(self, sequence: int, start: int) -> None:
+        """Drop rows retained from position `start` on; resume points after it are ahead again."""
+        points = self._points.get(sequence)
+        if points is not None:
+            points.take_back(start)
             self._settle(sequence, points)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from kvcache.backends.arrays import TracedIndex
 from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
+from .changes import Dropped, DroppedCell
 
 PoolState: TypeAlias = Mapping[int, tuple[Array, ...]]
 """The arrays of every layer, by its number: keys and values, or keys alone."""
@@ -44,27 +45,52 @@ class ForwardPlan(NamedTuple):
         return self.key_like, self.value_like
 
 
-@dataclass
 class Pass:
     """A forward pass on the host: the cells written, the range read, and the visibility.
+
+    Its tokens are history once it is complete: every layer that was allocated when it began has
+    been put. Until then it can be taken back.
 
     cells: cell of each token, int32 [tokens].
     start, stop: the range of cells returned by `get`.
     positions, sequences: of each token, int32 [tokens].
     visibility: rule for the earlier tokens of its sequence that a token sees.
+    expected: layers to put. dropped: cells evicted to make room, for taking the pass back.
+    maybe_expired: sequences with new tokens by then since they were last cut down, likewise.
     stores: False for a reserve pass, which only allocates.
-    ahead: batch indices of tokens that see later tokens as well.
     """
 
-    table: CellTable
-    cells: Int32s
-    start: int
-    stop: int
-    positions: Int32s
-    sequences: Int32s
-    visibility: Visibility
-    stores: bool = True
-    ahead: frozenset[int] = frozenset()
+    ahead: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    """By batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
+    beyond the rule."""
+    detached: Mapping[int, tuple[Int32s, Int32s]] = MappingProxyType({})
+    """Cells and positions of sequences that were changed during the pass, as it reads them."""
+
+    def __init__(
+        self,
+        table: CellTable,
+        cells: Int32s,
+        start: int,
+        stop: int,
+        positions: Int32s,
+        sequences: Int32s,
+        visibility: Visibility,
+        expected: frozenset[int] = frozenset(),
+        dropped: Dropped | DroppedCell | None = None,
+        maybe_expired: Set[int] = frozenset(),
+        stores: bool = True,
+    ) -> None:
+        self.table, self.cells, self.start, self.stop = table, cells, start, stop
+        self.positions, self.sequences, self.visibility = positions, sequences, visibility
+        self.expected, self.dropped, self.stores = expected, dropped, stores
+        self.maybe_expired = maybe_expired
+        self.put_layers: set[int] = set()
+        """Layers put so far."""
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing is left to put."""
+        return self.expected <= self.put_layers or not self.stores
 
     @cached_property
     def first_cell(self) -> int | None:
@@ -78,11 +104,18 @@ class Pass:
         """Yield the cells visible to each token, by the current state of the table."""
         lows = self.visibility.lowest(self.positions).tolist()
         tokens = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
-        find = self.table.find
         for token, (sequence, position, low) in enumerate(tokens):
-            cells = self.table.cells_of(sequence)
-            last = cells.size if token in self.ahead else find(sequence, position + 1)
-            yield cells[find(sequence, low) : last]
+            start, stop = self.ahead.get(token, (low, position + 1))
+            yield self._between(sequence, min(low, start), stop)
+
+    def _between(self, sequence: int, start: int, stop: int) -> Int32s:
+        """Return the cells of positions ``[start, stop)`` of a sequence."""
+        if sequence in self.detached:
+            cells, positions = self.detached[sequence]
+            first, last = np.searchsorted(positions, [start, stop])
+            return cells[first:last]
+        find = self.table.find
+        return self.table.cells_of(sequence)[find(sequence, start) : find(sequence, stop)]
 
     def mask(self) -> Bools:
         """Return the mask, bool ``[tokens, stop - start]``, True = attend."""

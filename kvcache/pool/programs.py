@@ -8,7 +8,7 @@ import numpy as np
 
 from kvcache._checks import check_ids, check_sizes
 from kvcache._types import Bools, Int32s
-from kvcache.errors import CacheFullError, NotSupportedError
+from kvcache.errors import NotSupportedError
 from kvcache.storage.masks import device_mask
 
 from .batch import Batch
@@ -22,6 +22,8 @@ StartForward = Callable[[Batch], None]
 def plan_current(pool: CellPool, count: int, tokens: int | None) -> ForwardPlan:
     """Return the plan of the current pass, of `count` tokens, padded to `tokens`.
 
+    The pass is complete once the state of the programs comes back.
+
     Raises: NotSupportedError for a reserve pass.
     """
     forward_pass = pool.current_pass()
@@ -31,7 +33,9 @@ def plan_current(pool: CellPool, count: int, tokens: int | None) -> ForwardPlan:
     extra = (0, (tokens or count) - count)
     cells = np.pad(forward_pass.cells, extra, "edge")
     visible = np.pad(forward_pass.mask(), (extra, (0, 0)), "edge")
-    return _device_plan(pool, cells, forward_pass.start, visible)
+    plan = _device_plan(pool, cells, forward_pass.start, visible)
+    pool.passes.plan(forward_pass)
+    return plan
 
 
 def plan_steps(
@@ -39,35 +43,28 @@ def plan_steps(
 ) -> ForwardPlan:
     """Return the plans of `steps` decode steps, stacked; `start_forward` begins each in turn.
 
+    As for :func:`plan_current`, they are complete once the state of the programs comes back.
+
     Raises: CacheFullError, ValueError; nothing has changed then.
     """
     check_sizes(steps=steps)
     _check_steps(pool, batch)
-    # With a free cell for every token no step can fail, and nothing needs to be saved.
-    if pool.table.free >= steps * len(batch):
-        return _planned(pool, batch, steps, start_forward)
-    return _planned_or_undone(pool, batch, steps, start_forward)
-
-
-def _planned_or_undone(
-    pool: CellPool, batch: Batch, steps: int, start_forward: StartForward
-) -> ForwardPlan:
-    """Plan steps that may not all fit; if they do not, restore the table and raise."""
-    pins = pool.pins
+    pins, before = pool.pins, pool.passes.current
+    passes: list[Pass] = []
     pins.retain_due()
     # Meanwhile resume points retain nothing: their rows could have to be spilled, and so read,
     # before a program has written them.
-    pins.paused, saved_pins = True, pins.save_pins()
-    saved = pool.table.copy(pool.table.cells), pool.maybe_expired, pool.current
+    pins.paused = True
     try:
-        return _planned(pool, batch, steps, start_forward)
-    except CacheFullError:
-        table, pool.maybe_expired, pool.current = saved
-        pool.table.restore(table)  # in place: the pass and the pins refer to this object
-        pins.restore_pins(saved_pins)
+        plan = _planned(pool, batch, steps, start_forward, passes)
+    except BaseException:
+        pool.drop(passes, before)
         raise
     finally:
         pins.paused = False
+    for forward_pass in passes:
+        pool.passes.plan(forward_pass)
+    return plan
 
 
 def _check_steps(pool: CellPool, batch: Batch) -> None:
@@ -84,9 +81,13 @@ def _check_steps(pool: CellPool, batch: Batch) -> None:
             )
 
 
-def _planned(pool: CellPool, batch: Batch, steps: int, start_forward: StartForward) -> ForwardPlan:
-    """Begin each step in turn and return their plans, stacked, with one range for all."""
-    passes: list[Pass] = []
+def _planned(
+    pool: CellPool, batch: Batch, steps: int, start_forward: StartForward, passes: list[Pass]
+) -> ForwardPlan:
+    """Begin each step in turn and return their plans, stacked, with one range for all.
+
+    passes: the passes begun, added here one by one.
+    """
     seen: list[list[Int32s]] = []
     for step in range(steps):
         start_forward(Batch(batch.positions + step, batch.sequences))

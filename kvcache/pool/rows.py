@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,18 @@ from kvcache._types import Indices
 from kvcache.backends import get_backend
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays
+
+from .layouts import HOST_LAYOUT
+
+
+class PendingRows(NamedTuple):
+    """Rows to write to some cells: the first arrays of each layer, or all of them."""
+
+    cells: Indices
+    write: Callable[[], None]
+    """Write the rows; called again after a failure, so it must not matter how far it got."""
+    to_host: Callable[[], LayerRows]
+    """Return the rows in host memory, in the order of `cells`."""
 
 
 class PendingWrites:
@@ -25,26 +38,26 @@ class PendingWrites:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.queue: deque[tuple[Indices, LayerRows]] = deque()
-        """Cells and rows, the oldest first; empty most of the time."""
+        self.queue: deque[PendingRows] = deque()
+        """The oldest first; empty most of the time."""
 
-    def enqueue(self, cells: Indices, layers: LayerRows) -> None:
-        """Queue `layers` to be written to `cells`; from any thread."""
-        if layers:
-            self.queue.append((cells, layers))
+    def enqueue(self, rows: PendingRows) -> None:
+        """Queue `rows`; from any thread."""
+        self.queue.append(rows)
 
-    def drain(self, write: Callable[[Indices, LayerRows], None]) -> None:
+    def drain(self) -> None:
         """Write everything in order; in the thread of the passes."""
         with self.lock:
             while self.queue:
-                write(*self.queue[0])
-                # Only once written: a reader finds the rows in the queue or in the buffers.
+                self.queue[0].write()
+                # Only once written: a reader finds the rows in the queue or in the buffers, and
+                # rows whose write failed are written by the next access.
                 self.queue.popleft()
 
     def overlay(self, rows: LayerRows, cells: Indices) -> None:
         """Replace `rows`, just read from the buffers, by pending ones for the same `cells`."""
-        for pending_cells, layers in self.queue:
-            _overlay(rows, cells, pending_cells, layers)
+        for pending in self.queue:
+            _overlay(rows, cells, pending)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -60,20 +73,21 @@ def finite_rows(rows: LayerRows) -> LayerRows:
 
 
 def _finite(arrays: LayerArrays) -> LayerArrays:
-    axes = [array.data.ndim - 2 for array in arrays]  # "htd" with any axes in front
-    numpy = get_backend("numpy")
-    finite = numpy.replace_nonfinite(tuple(array.data for array in arrays), axes)
+    numpy, axis = get_backend("numpy"), HOST_LAYOUT.token_axis
+    finite = numpy.replace_nonfinite(tuple(array.data for array in arrays), axis)
     return tuple(
         array._replace(data=numpy.to_host(data)) for array, data in zip(arrays, finite, strict=True)
     )
 
 
-def _overlay(rows: LayerRows, cells: Indices, pending_cells: Indices, layers: LayerRows) -> None:
-    _, targets, sources = np.intersect1d(cells, pending_cells, return_indices=True)
-    for layer, pending in layers.items() if targets.size else ():
+def _overlay(rows: LayerRows, cells: Indices, pending: PendingRows) -> None:
+    _, targets, sources = np.intersect1d(cells, pending.cells, return_indices=True)
+    if not targets.size:  # a copy to the host is spared
+        return
+    for layer, arrays in pending.to_host().items():
         if layer not in rows:  # nothing was put to it yet
-            rows[layer] = _zeros(pending, cells.size)
-        for array, pending_array in zip(rows[layer], pending, strict=False):
+            rows[layer] = _zeros(arrays, cells.size)
+        for array, pending_array in zip(rows[layer], arrays, strict=False):
             array.put(targets, pending_array, sources)
 
 

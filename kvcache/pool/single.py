@@ -11,6 +11,7 @@ class SingleTokenStep(NamedTuple):
     """Plan of one token of one sequence: its cell, the cell dropped, the range afterwards.
 
     low, high: first and last cell of the range of the sequence, both included.
+    first, last: ends of its row before the step.
     """
 
     sequence: int
@@ -19,6 +20,8 @@ class SingleTokenStep(NamedTuple):
     dropped: int | None
     low: int
     high: int
+    first: int
+    last: int
 
 
 def plan_single(
@@ -41,29 +44,27 @@ def plan_single(
         return None
     cell, low, high = tail + 1, int(table.low[sequence]), int(table.high[sequence])
     if cell == table.cells or table.allocator.refcounts[cell]:
-        return _reuse_oldest(table, sequence, position, oldest)
-    step = SingleTokenStep(sequence, position, cell, None, low, max(high, cell))
+        return _reuse_oldest(table, sequence, position, oldest, first, last)
+    step = SingleTokenStep(sequence, position, cell, None, low, max(high, cell), first, last)
     return _drop_oldest(table, step, oldest)
 
 
 def _reuse_oldest(
-    table: CellTable, sequence: int, position: int, oldest: int
+    table: CellTable, sequence: int, position: int, oldest: int, first: int, last: int
 ) -> SingleTokenStep | None:
     """Reuse the oldest cell, as a ring does; None if the fast path does not apply."""
-    first = int(table.first[sequence])
     head, follower = table.rows[sequence, first : first + 2].tolist()
     if not table.positions[head] < oldest <= table.positions[follower]:
         return None
     if table.allocator.refcounts[head] > 1:  # shared, or pinned by a snapshot: not to be written
         return None
     low, high = int(table.low[sequence]), int(table.high[sequence])
-    return SingleTokenStep(sequence, position, head, head, low, high)
+    return SingleTokenStep(sequence, position, head, head, low, high, first, last)
 
 
 def _drop_oldest(table: CellTable, step: SingleTokenStep, oldest: int) -> SingleTokenStep | None:
     """Add the drop of the oldest cell to `step` if necessary; None if that is not simple."""
-    first = int(table.first[step.sequence])
-    head, follower = table.rows[step.sequence, first : first + 2].tolist()
+    head, follower = table.rows[step.sequence, step.first : step.first + 2].tolist()
     if table.positions[head] >= oldest:
         return step
     if table.positions[follower] < oldest or table.allocator.refcounts[head] > 1:
@@ -76,18 +77,20 @@ def _drop_oldest(table: CellTable, step: SingleTokenStep, oldest: int) -> Single
 
 def commit_single(table: CellTable, step: SingleTokenStep) -> None:
     """Carry out a step of :func:`plan_single`, planned for the current state of the table."""
-    sequence, position, cell, dropped, low, high = step
+    sequence, position, cell, dropped, low, high, first, last = step
     allocator = table.allocator
-    table.rows[sequence, table.last[sequence]] = cell
-    table.last[sequence] += 1
+    table.rows[sequence, last] = cell
+    table.last[sequence] = last + 1
     allocator.refcounts[cell] = 1
     table.positions[cell] = position
+    if table.shifts is not None:
+        table.shifts[cell] = 0
     table.low[sequence], table.high[sequence] = low, high
     if dropped is None:
         allocator.free -= 1
         return
     # One cell taken, one freed: the number of free cells stays.
-    table.first[sequence] += 1
+    table.first[sequence] = first + 1
     if dropped != cell:
         allocator.refcounts[dropped] = 0
     allocator.push(dropped)

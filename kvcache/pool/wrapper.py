@@ -10,6 +10,7 @@ from typing import Self
 from kvcache.backends import Array, Backend, CacheConfig
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
+from .ahead import TokensAhead
 from .base import Cache, Commit
 from .batch import Batch
 
@@ -30,8 +31,9 @@ class WrapperCache(Cache):
         if not caches:
             raise ValueError("a wrapper needs at least one cache; got none.")
         self.caches = caches
-        self._type = 0
-        self.share_lock(self.lock)
+        self._type = self._layer = 0
+        for cache in caches:
+            cache.enclose(self)
 
     def share_lock(self, lock: threading.RLock) -> None:
         super().share_lock(lock)
@@ -39,13 +41,14 @@ class WrapperCache(Cache):
             cache.share_lock(lock)
 
     def set_layer_type(self, index: int) -> None:
-        """Choose the cache for `set_layer`, `put`, `get` and `set_causal`.
+        """Choose the cache for `put`, `get` and `set_causal`, before or after `set_layer`.
 
         Raises: ValueError for an index without a cache.
         """
         if not 0 <= index < len(self.caches):
             raise ValueError(f"layer types here are 0 to {len(self.caches) - 1}; got {index}.")
         self._type = index
+        self.underlying_cache.set_layer(self._layer)
 
     @property
     def underlying_cache(self) -> Cache:
@@ -76,6 +79,17 @@ class WrapperCache(Cache):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         return self._all(lambda cache: cache.prepare_forward(batch, reserve))
 
+    def revert_forward(self) -> None:
+        for cache in self.caches:
+            cache.revert_forward()
+
+    def pass_complete(self) -> bool:
+        return all(cache.pass_complete() for cache in self.caches)
+
+    def drop_pass(self) -> None:
+        for cache in self.caches:
+            cache.drop_pass()
+
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         return self._all(lambda cache: cache.prepare_copy_prefix(source, target, length))
 
@@ -86,15 +100,21 @@ class WrapperCache(Cache):
         return _together([prepare(cache) for cache in self.caches])
 
     def set_layer(self, layer: int) -> None:
+        self._layer = layer
         self.underlying_cache.set_layer(layer)
 
-    def put(self, keys: Array, values: Array | None = None) -> None:
-        self.underlying_cache.put(keys, values)
+    def put(
+        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
+    ) -> None:
+        if frames is None:
+            self.underlying_cache.put(keys, values)
+        else:
+            self.underlying_cache.put(keys, values, frames)
 
     def get(self) -> tuple[Array, Array | None, Array | None]:
         return self.underlying_cache.get()
 
-    def set_causal(self, except_: Sequence[int] = ()) -> None:
+    def set_causal(self, except_: TokensAhead = ()) -> None:
         self.underlying_cache.set_causal(except_)
 
     def can_resume(self, sequence: int, position: int) -> bool:
@@ -135,7 +155,9 @@ class WrapperCache(Cache):
     def to_backend(self, backend: str | Backend) -> Self:
         clone = copy(self)
         clone.caches = tuple(cache.to_backend(backend) for cache in self.caches)
-        clone.share_lock(threading.RLock())  # a lock of its own, and that in all of them
+        clone._enclosing, clone.lock = None, threading.RLock()
+        for cache in clone.caches:
+            cache.enclose(clone)
         return clone
 
     def close(self) -> None:

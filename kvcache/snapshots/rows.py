@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeAlias
 
@@ -32,10 +33,13 @@ class RowOwner(Protocol):
         """Return host copies of the rows in `slots`."""
 
     def pin(self, rows: TokenRows) -> None:
-        """Call ``rows.to_host()`` from now on before their slots are written to."""
+        """Call ``rows.to_host()`` from now on before their slots are written to.
+
+        Rows already pinned stay pinned, once.
+        """
 
     def unpin(self, rows: TokenRows) -> None:
-        """Undo :meth:`pin`."""
+        """Undo :meth:`pin`; do nothing for rows that are not pinned."""
 
 
 class TokenRows:
@@ -62,7 +66,11 @@ class TokenRows:
         """Return the rows in `slots` of `owner`, pinned there."""
         rows = cls(positions, owner=owner)
         rows.slots = slots  # before pinning, which reads them
-        owner.pin(rows)
+        try:
+            owner.pin(rows)
+        except BaseException:  # Ctrl-C, say, when they are pinned already
+            owner.unpin(rows)
+            raise
         return rows
 
     @property
@@ -81,15 +89,49 @@ class TokenRows:
         with self._owner_lock():
             if self.owner is not None:
                 # Read before unpinning: free slots may be written to at any time.
-                self._layers = self.owner.read(self.slots)
-                self._unpin()
+                self._become(self.positions, self.owner.read(self.slots))
             return self._layers
+
+    def content(self) -> LayerRows:
+        """Return the content by layer, in host memory: a copy of resident rows, which stay so."""
+        with self._owner_lock():
+            return self._layers if self.owner is None else self.owner.read(self.slots)
+
+    def move_to_host(self, layers: LayerRows) -> None:
+        """Hold `layers`, just read from the owner under its lock, instead of its slots."""
+        self._become(self.positions, layers)
 
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""
         with self._owner_lock():
-            self._unpin()
-            self._layers, self.positions = {}, self.positions[:0]
+            self._become(self.positions[:0], {})
+
+    def _become(self, positions: Int32s, layers: LayerRows) -> None:
+        """Unpin the rows; keep `positions` and `layers`, in host memory."""
+        undo = self.savepoint()
+        try:
+            if self.owner is not None:
+                self.owner.unpin(self)
+            self.owner, self.slots = None, self.slots[:0]
+            self.positions, self._layers = positions, layers
+        except BaseException:
+            undo()
+            raise
+
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that makes the rows what they are now, spilled or closed since.
+
+        Call it only while their slots have not been written to since.
+        """
+        positions, owner, slots, layers = self.positions, self.owner, self.slots, self._layers
+
+        def undo() -> None:
+            self.positions, self.owner = positions, owner
+            self.slots, self._layers = slots, layers
+            if owner is not None:
+                owner.pin(self)
+
+        return undo
 
     def _owner_lock(self) -> AbstractContextManager[object]:
         """Return the lock to hold while relying on `owner`.
@@ -99,11 +141,6 @@ class TokenRows:
         """
         owner = self.owner
         return nullcontext() if owner is None else owner.lock
-
-    def _unpin(self) -> None:
-        if self.owner is not None:
-            self.owner.unpin(self)
-        self.owner, self.slots = None, self.slots[:0]
 
     def read(self, index: npt.NDArray[np.intp]) -> LayerRows:
         """Return host copies of the rows at `index`, leaving all rows where they are."""
@@ -127,39 +164,44 @@ class TokenRows:
 
     def narrowed(self, keep: Bools) -> TokenRows:
         """Return the rows selected by the mask `keep`, and close these."""
-        # Closed only now: between the two pins, the slots would be free to be overwritten.
-        kept = self.take(np.flatnonzero(keep))
-        self.close()
+        [kept] = change_all([self], TokenRows.close, lambda: [self.take(np.flatnonzero(keep))])
         return kept
 
     def split(self, at: int) -> tuple[TokenRows, TokenRows]:
         """Return the rows below position `at`, and the others; close these."""
+        lower, upper = change_all([self], TokenRows.close, lambda: self.pieces(at))
+        return lower, upper
+
+    def pieces(self, at: int) -> Iterator[TokenRows]:
+        """Yield the rows below position `at`, and then the others, as objects of their own."""
         first = int(np.searchsorted(self.positions, at))
-        parts = self.take(slice(0, first)), self.take(slice(first, None))
-        self.close()
-        return parts
+        yield self.take(slice(0, first))
+        yield self.take(slice(first, None))
 
     def join(self, other: TokenRows) -> TokenRows:
         """Return the rows of both, without a common position, as one object; close both."""
-        if other.positions.size and self.positions.size:
-            joined = self._merged_with(other)
-        else:
-            joined = (self if self.positions.size else other)._renewed()
-        self.close()
-        other.close()
-        return joined
+        [rows] = change_all([self, other], TokenRows.close, lambda: [self.joined(other)])
+        return rows
 
-    def _merged_with(self, other: TokenRows) -> TokenRows:
-        """Return the rows of both by position: resident if one owner has both, else on the host."""
-        positions = np.concatenate([self.positions, other.positions])
+    def joined(self, other: TokenRows, new: Bools | None = None) -> TokenRows:
+        """Return these rows and those of `other` as an object of its own; both stay as they are.
+
+        new: which rows of `other` are meant: none with a position that these have. None: all.
+        """
+        every = new is None or bool(new.all())
+        index = np.arange(other.positions.size) if new is None else np.flatnonzero(new)
+        if not index.size:
+            return self._renewed()
+        if not self.positions.size:
+            return other._renewed() if every else other.take(index)
+        positions = np.concatenate([self.positions, other.positions[index]])
         order = np.argsort(positions)
         with self._owner_lock():
             if self.owner is not None and self.owner is other.owner:
-                slots = np.concatenate([self.slots, other.slots])[order]
+                slots = np.concatenate([self.slots, other.slots[index]])[order]
                 return TokenRows.resident(positions[order], self.owner, slots)
-        # One lock at a time: two threads taking those of two caches in opposite order would wait
-        # for each other.
-        return TokenRows(positions[order], _merged(self.to_host(), other.to_host(), order))
+        others = other.content() if every else other.read(index)
+        return TokenRows(positions[order], _merged(self.content(), others, order))
 
     def _renewed(self) -> TokenRows:
         """Return the same rows, uncopied, as another object: closing one leaves the other open."""
@@ -167,6 +209,52 @@ class TokenRows:
             if self.owner is not None:
                 return TokenRows.resident(self.positions, self.owner, self.slots)
             return TokenRows(self.positions, self._layers)
+
+
+def change_all(
+    changed: Sequence[TokenRows],
+    change: Callable[[TokenRows], object],
+    make: Callable[[], Iterable[TokenRows]] = tuple,
+) -> list[TokenRows]:
+    """Return the rows that `make` makes, and then call `change` for `changed`: all, or nothing.
+
+    If something raises, rows made by then are closed, and `changed` are as they were. New rows are
+    pinned before old ones are closed, so that no slot is free to be overwritten in between.
+    """
+    made: list[TokenRows] = []
+    undos: list[Callable[[], None]] = []
+
+    def run() -> None:
+        for rows in make():
+            made.append(rows)  # noqa: PERF402 - one by one, so that an error finds them here
+        for rows in changed:
+            undos.append(rows.savepoint())
+            change(rows)
+
+    owners = [owner for rows in changed if (owner := rows.owner) is not None]
+    locks = {id(owner.lock): owner.lock for owner in owners}
+    try:
+        _holding([lock for _, lock in sorted(locks.items())], run)
+    except BaseException:
+        for undo in reversed(undos):
+            undo()
+        for rows in made:
+            rows.close()
+        raise
+    return made
+
+
+def _holding(locks: Sequence[AbstractContextManager[object]], run: Callable[[], None]) -> None:
+    """Call `run` while holding `locks`.
+
+    Locks are sorted by the caller: two threads that take those of two caches in opposite order
+    would wait for each other.
+    """
+    if not locks:
+        run()
+        return
+    with locks[0]:
+        _holding(locks[1:], run)
 
 
 def _merged(one: LayerRows, two: LayerRows, order: npt.NDArray[np.intp]) -> LayerRows:

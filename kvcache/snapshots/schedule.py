@@ -6,11 +6,14 @@ For positions scheduled here, these rows are retained just before they would be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 
-from .rows import TokenRows
+from kvcache._types import Bools
+
+from .rows import TokenRows, change_all
 
 
 class ResumePoints:
@@ -19,40 +22,85 @@ class ResumePoints:
     def __init__(self, scheduled: Iterable[int] = ()) -> None:
         self.scheduled = set(scheduled)
         self.retained: TokenRows | None = None
+        self._passed: set[int] = set()  # positions whose rows were retained
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Add `positions`: their rows are to be retained once they are reached."""
-        self.scheduled.update(positions)
+        self.scheduled = self.scheduled.union(positions)
 
     def due(self, reached: int) -> list[int]:
         """Return the scheduled positions up to `reached`, ascending."""
         return sorted(position for position in self.scheduled if position <= reached)
 
     def retain(self, position: int, rows: TokenRows) -> None:
-        """Retain `rows`, all those needed to resume at `position`, and unschedule it."""
-        if self.retained is not None:  # windows of neighbouring points overlap: keep a row once
-            new = ~np.isin(rows.positions, self.retained.positions)
-            rows = rows.narrowed(new).join(self.retained)
-        self.retained = rows
-        self.scheduled.discard(position)
+        """Retain `rows`, all those needed to resume at `position`, and unschedule it.
+
+        Owns `rows` from then on. If this raises, they are closed, and nothing is retained.
+        """
+        retained = self.retained
+        try:
+            if retained is not None:
+                # Windows of neighbouring points overlap: keep a row once.
+                new = ~np.isin(rows.positions, retained.positions)
+                [rows] = change_all(
+                    [rows, retained], TokenRows.close, partial(_joined, retained, rows, new)
+                )
+            self._passed.add(position)
+            # A new set: a call to change the old one could be interrupted after the change.
+            self.retained, self.scheduled = rows, self.scheduled - {position}
+        except BaseException:
+            rows.close()
+            raise
 
     def add_to(self, rows: TokenRows, start: int, stop: int) -> TokenRows:
-        """Return `rows` together with the retained ones of ``[start, stop)``; close `rows`."""
-        if self.retained is None:
+        """Return `rows` with the retained ones of ``[start, stop)``; close `rows` in any case."""
+        retained = self.retained
+        if retained is None:
             return rows
-        positions = self.retained.positions
+        positions = retained.positions
         new = (positions >= start) & (positions < stop) & ~np.isin(positions, rows.positions)
-        return rows.join(self.retained.take(np.flatnonzero(new)))
+        try:
+            [joined] = change_all([rows], TokenRows.close, partial(_joined, rows, retained, new))
+        except BaseException:
+            rows.close()
+            raise
+        return joined
 
     def forget(self, position: int) -> None:
         """Drop the rows retained from `position` on; the schedule stays."""
-        if self.retained is None:
+        retained = self.retained
+        if retained is None:
             return
-        kept = self.retained.narrowed(self.retained.positions < position)
-        self.retained = kept if kept.positions.size else None
-        if self.retained is None:
-            kept.close()  # even without rows, its owner still lists it as pinned
+        kept = np.flatnonzero(retained.positions < position)
+        if kept.size < retained.positions.size:
+            # No object without rows: its owner would list it as pinned.
+            make = (lambda: [retained.take(kept)]) if kept.size else tuple
+            rows = change_all([retained], TokenRows.close, make)
+            self.retained = rows[0] if rows else None
+
+    def take_back(self, position: int) -> None:
+        """Drop the rows retained from `position` on, and schedule the points after it again."""
+        self.forget(position)
+        again = {passed for passed in self._passed if passed > position}
+        self.scheduled |= again
+        self._passed -= again
 
     def unschedule(self, position: int) -> None:
         """Remove scheduled positions after `position`."""
         self.scheduled = {scheduled for scheduled in self.scheduled if scheduled <= position}
+
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that makes the schedule and the retained rows what they are now."""
+        scheduled, retained = self.scheduled, self.retained
+        undo_rows = None if retained is None else retained.savepoint()
+
+        def undo() -> None:
+            self.scheduled, self.retained = scheduled, retained
+            if undo_rows is not None:
+                undo_rows()
+
+        return undo
+
+
+def _joined(one: TokenRows, two: TokenRows, new: Bools) -> list[TokenRows]:
+    return [one.joined(two, new)]

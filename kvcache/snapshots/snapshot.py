@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._types import Bools
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
 from .archive import Record, read_archive, write_archive
-from .rows import TokenRows
+from .rows import TokenRows, change_all
 from .visibility import Visibility
+
+R = TypeVar("R")
 
 
 class CacheSpec(NamedTuple):
@@ -71,6 +75,10 @@ class Snapshot:
         return [part.spec for part in self.parts]
 
     @property
+    def _rows(self) -> list[TokenRows]:
+        return [part.rows for part in self.parts]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all rows, resident or not."""
         return sum(part.rows.nbytes for part in self.parts)
@@ -104,9 +112,15 @@ class Snapshot:
             raise ValueError(
                 f"a snapshot of [{self.start}, {self.stop}) is split inside; got {at}."
             )
-        pairs = [part.rows.split(at) for part in self.parts]
-        lower, upper = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        return self._of(self.start, at, lower), self._of(at, self.stop, upper)
+        rows = self._rows
+        return self._exchanged(
+            rows,
+            lambda: (piece for own_rows in rows for piece in own_rows.pieces(at)),
+            lambda pieces: (
+                self._of(self.start, at, pieces[::2]),
+                self._of(at, self.stop, pieces[1::2]),
+            ),
+        )
 
     def merge(self, other: Snapshot) -> Snapshot:
         """Join this snapshot and the adjacent `other` into one; closes both.
@@ -128,17 +142,47 @@ class Snapshot:
         Raises: SnapshotMismatchError if `other` is of other caches.
         """
         check_same_specs([self, other], self.specs)
+        new = []
         for own_part, part in zip(self.parts, other.parts, strict=True):
             positions = part.rows.positions
             inside = (positions >= self.start) & (positions < self.stop)
-            new = inside & ~np.isin(positions, own_part.rows.positions)
-            if not new.all():  # rows can only be joined without a common position
-                part.rows = part.rows.narrowed(new)
-        return self._joined(other, self.stop)
+            # Rows can only be joined without a common position.
+            new.append(inside & ~np.isin(positions, own_part.rows.positions))
+        return self._joined(other, self.stop, new)
 
-    def _joined(self, other: Snapshot, stop: int) -> Snapshot:
-        pairs = zip(self.parts, other.parts, strict=True)
-        return self._of(self.start, stop, [one.rows.join(two.rows) for one, two in pairs])
+    def _joined(
+        self, other: Snapshot, stop: int, new: Iterable[Bools | None] = repeat(None)
+    ) -> Snapshot:
+        """Return a snapshot up to `stop` with the rows of both; close both, or change neither.
+
+        new: for each part of `other` which of its rows are meant; None for all.
+        """
+        own_rows, rows = self._rows, other._rows
+        return self._exchanged(
+            [*own_rows, *rows],
+            lambda: map(TokenRows.joined, own_rows, rows, new),
+            lambda joined: self._of(self.start, stop, joined),
+        )
+
+    @staticmethod
+    def _exchanged(
+        old: Sequence[TokenRows],
+        make: Callable[[], Iterable[TokenRows]],
+        wrap: Callable[[Sequence[TokenRows]], R],
+    ) -> R:
+        """Return ``wrap`` of the rows made by `make`, and close `old`: all of it, or nothing."""
+        results: list[R] = []
+
+        def make_and_wrap() -> Iterator[TokenRows]:
+            made = []
+            for rows in make():
+                made.append(rows)
+                yield rows
+            # Before the old rows are closed, because nothing may fail from then on.
+            results.append(wrap(made))
+
+        change_all(old, TokenRows.close, make_and_wrap)
+        return results[0]
 
     def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
         """Return a snapshot of the same caches with other rows, one for each part."""
@@ -146,14 +190,12 @@ class Snapshot:
 
     def to_host(self) -> Self:
         """Spill resident rows to host memory; return the snapshot itself."""
-        for part in self.parts:
-            part.rows.to_host()
+        change_all(self._rows, TokenRows.to_host)
         return self
 
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""
-        for part in self.parts:
-            part.rows.close()
+        change_all(self._rows, TokenRows.close)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +219,7 @@ class Snapshot:
     ) -> None:
         """Write the snapshot to a safetensors file, with a checksum of every tensor.
 
-        Resident rows are spilled to the host. The file replaces an existing one only when complete.
+        Resident rows stay resident. The file replaces an existing one only when complete.
 
         tokens: its token ids up to `stop`; only a hash of them is kept.
         fingerprint: any text to tell the model and its weights from others.
@@ -188,7 +230,7 @@ class Snapshot:
                 part.spec.visibility,
                 part.spec.dtype,
                 part.rows.positions,
-                part.rows.to_host(),
+                part.rows.content(),
             )
             for part in self.parts
         ]

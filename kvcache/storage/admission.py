@@ -52,6 +52,15 @@ class Admission:
         self._fast_key: Callable[[Array], FastKey] | None = None
         self._latest: tuple[FastKey, FastKey] | None = None
 
+    def savepoint(self) -> Callable[[], None]:
+        """Return a function that undoes what updates fix, and :meth:`forget`, from now on."""
+        fixed = self.backend, self.geometry, self._fast_key, self._latest
+
+        def undo() -> None:
+            self.backend, self.geometry, self._fast_key, self._latest = fixed
+
+        return undo
+
     def bound(self) -> tuple[Backend, Geometry]:
         """Return the backend and geometry fixed by the first update.
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of
+from kvcache.backends import HOST_DTYPES, Array, Backend, HostArray, backend_of
 from kvcache.errors import BoundsError, DTypeError, ShapeError
 from kvcache.storage.layout import TOKENS
 
@@ -246,6 +246,64 @@ def concat_joins(backend: Backend, dtype: str) -> None:
             parts = [coded(SHAPE, dtype, first=100 * i) for i in range(count)]
             joined = backend.concat([backend.from_host(part) for part in parts], axis)
             same(backend.to_host(joined), np.concatenate(parts, axis))
+
+
+# Several arrays at once.
+
+
+def _unlike(backend: Backend, dtype: str) -> tuple[Array, Array]:
+    """Return two new buffers with other contents and other last axes, as of keys and values."""
+    other = coded(_resized(3, 2), dtype, first=900)
+    return _filled(backend, dtype), backend.from_host(other)
+
+
+@check
+def write_slices_writes_all(backend: Backend, dtype: str) -> None:
+    """Write every update to its own buffer, on one axis or on one for each, and nothing else."""
+    for axes, axis in (((TOKENS, TOKENS), TOKENS), ((1, TOKENS), (1, TOKENS))):
+        buffers = _unlike(backend, dtype)
+        hosts = [backend.to_host(buffer) for buffer in buffers]
+        updates = [
+            coded((*host.shape[:own], 2, *host.shape[own + 1 :]), dtype, first=300 + 100 * own)
+            for host, own in zip(hosts, axes, strict=True)
+        ]
+        arrays = tuple(map(backend.from_host, updates))
+        written = backend.write_slices(buffers, arrays, 1, 3, axis)
+        for host, own, update in zip(hosts, axes, updates, strict=True):
+            host[_at(own, slice(1, 3))] = update
+        _same_all(backend, written, hosts)
+        _same_all(backend, arrays, updates)
+
+
+@check
+def write_row_sets_writes_all(backend: Backend, dtype: str) -> None:
+    """Write rows to every buffer at the same positions: scattered ones, runs, any order."""
+    for index in ([6, 0, 3], [4, 5, 6], [9]):
+        buffers = _unlike(backend, dtype)
+        hosts = [backend.to_host(buffer) for buffer in buffers]
+        rows = [coded(host[:, :, index].shape, dtype, first=300 + host.shape[3]) for host in hosts]
+        arrays = tuple(map(backend.from_host, rows))
+        written = backend.write_row_sets(buffers, arrays, np.array(index, np.int32), TOKENS)
+        for host, own_rows in zip(hosts, rows, strict=True):
+            host[:, :, index] = own_rows
+        _same_all(backend, written, hosts)
+        _same_all(backend, arrays, rows)
+
+
+def _same_all(backend: Backend, arrays: Sequence[Array], expected: Sequence[HostArray]) -> None:
+    """Raise AssertionError unless all arrays equal the expected ones bit for bit."""
+    for array, host in zip(arrays, expected, strict=True):
+        same(backend.to_host(array), host)
+
+
+@check
+def evaluate_changes_nothing(backend: Backend, dtype: str) -> None:
+    """Begin to compute arrays by evaluate, without a change of their content."""
+    buffer, other = _unlike(backend, dtype)
+    expected = backend.to_host(other)
+    backend.evaluate(buffer, other)
+    same(backend.to_host(buffer), coded(SHAPE, dtype))
+    same(backend.to_host(other), expected)
 
 
 # Ownership.

@@ -13,6 +13,7 @@ import pytest
 
 from kvcache.backends import HOST_DTYPES, Backend
 from kvcache.backends._numpy import NumpyBackend
+from kvcache.backends.traced import TracedFunctions
 from kvcache.testing import run_suite
 from kvcache.testing.checks import all_checks
 
@@ -270,6 +271,66 @@ class SliceCountsFromTheEnd(Faulty):
         return self.read_slice(buffer, start, stop, axis)
 
 
+class WritesTheKeysOnly(Faulty):
+    finds = "write_slices_writes_all"
+
+    def write_slices(self, buffers, updates, start, stop, axis):
+        return (*super().write_slices(buffers[:1], updates[:1], start, stop, axis), *buffers[1:])
+
+
+class WritesAllOnTheFirstAxis(Faulty):
+    finds = "write_slices_writes_all"
+
+    def write_slices(self, buffers, updates, start, stop, axis):
+        if isinstance(axis, tuple) and axis[0] != axis[1]:
+            for buffer, update in zip(buffers, updates, strict=True):
+                buffer[:, start:stop] = update[:, :1]
+            return buffers
+        return super().write_slices(buffers, updates, start, stop, axis)
+
+
+class WritesTheKeysToValues(Faulty):
+    finds = "write_row_sets_writes_all"
+
+    def write_row_sets(self, buffers, rows, index, axis):
+        own_rows = [rows[0][..., : array.shape[-1]] for array in rows]
+        return super().write_row_sets(buffers, own_rows, index, axis)
+
+
+class WritesAllRowsAsARun(Faulty):
+    finds = "write_row_sets_writes_all"
+
+    def write_row_sets(self, buffers, rows, index, axis):
+        first = int(index.min())
+        return self.write_slices(buffers, rows, first, first + index.size, axis)
+
+
+class PoolsKeepNan(Faulty):
+    finds = "pools_store_finite_numbers"
+    write_finite_slices = NumpyBackend.write_slices
+
+
+class PoolsKeepNanInScatteredCells(Faulty):
+    finds = "a_neighbour_cannot_pass_on_nan"
+    write_finite_row_sets = NumpyBackend.write_row_sets
+
+
+class ProgramsKeepNan(Faulty):
+    finds = "programs_store_finite_numbers"
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays, axis):
+        return arrays
+
+
+class EvaluateClears(Faulty):
+    finds = "evaluate_changes_nothing"
+
+    def evaluate(self, *arrays):
+        for array in arrays:
+            array[...] = 0
+
+
 class ConcatOfOneIsThatOne(Faulty):
     finds = "copies_outlive_their_source"
 
@@ -366,6 +427,16 @@ def test_it_finds_nothing_where_there_is_nothing():
         finds = ""
 
     assert {result.outcome for result in run_suite(Sound())} == {"passed", "missing"}
+
+
+def test_a_backend_may_leave_the_hooks_for_several_arrays_to_their_defaults():
+    class Plain(Faulty):
+        finds = ""
+        write_slices = Backend.write_slices
+        write_row_sets = Backend.write_row_sets
+        traced_replace_nonfinite = TracedFunctions.traced_replace_nonfinite
+
+    assert {result.outcome for result in run_suite(Plain())} == {"passed", "missing"}
 
 
 def test_every_check_finds_something():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvcache import Batch, CacheConfig, CausalCache, KVCacheError, WrapperCache
-from kvcache.pool.cells import Eviction
+from kvcache.pool.changes import Eviction
 
 from .. import peek
 
@@ -206,7 +206,8 @@ class Replay:
                 gone = len(ours) - len(theirs)
                 assert theirs == ours[gone:]  # only the oldest
                 one = np.array([sequence], np.int32)
-                table.evict(Eviction(one[: bool(gone)], np.array([gone])[: bool(gone)]))
+                eviction = Eviction(one[: bool(gone)], np.array([gone])[: bool(gone)])
+                table.evict(eviction, table.to_drop(eviction))
 
     def _layer_of(self, op):
         which = op["layer"] % len(self.parts)
@@ -279,7 +280,11 @@ class Replay:
 
     def _set_causal(self, op):
         self._layer_of(op)
-        self.cache.set_causal(op["except"])
+        tokens, size = op["except"] or [], len(self.locs[0])
+        if max(tokens, default=0) >= size:
+            assert "set_causal takes indices" in str(self._try(self.cache.set_causal, tokens))
+            self.differ("set_causal: the original ignores indices outside the batch")
+        self.cache.set_causal([token for token in tokens if token < size])
 
     def _copy_prefix(self, op):
         empty = [not mirror.positions(op["src"]) for mirror in self.mirrors]

@@ -118,6 +118,8 @@ class CacheMachine(RuleBasedStateMachine):
             kinds = [{"bad": ValueError, "full": CacheFullError}[v] for v in verdicts - {None}]
             self.refused(lambda: self.cache.start_forward(batch()), *kinds)
             return False
+        if self.tokens > 1 and data.draw(st.integers(0, 5)) == 0:
+            self.abandon(batch(), data.draw(st.booleans()))
         self.cache.start_forward(batch())
         tokens = list(range(self.tokens, self.tokens + len(positions)))
         self.tokens += len(tokens)
@@ -134,6 +136,22 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.set_causal(ahead)
             self.look(positions, sequences, ahead)
         return True
+
+    def abandon(self, batch, aborted):
+        """A pass that is begun and not finished leaves no trace."""
+        self.cache.start_forward(batch)
+        for sequence in range(self.count):
+            for part, oracle in zip(self.parts, self.oracles, strict=True):
+                assert part.next_position(sequence) == oracle.next(sequence) or oracle.kept == 1
+                for position in range(0, oracle.next(sequence) + 2, 3):
+                    if oracle.kept is None:  # else what the pass evicts is gone until it is over
+                        resumable = oracle.can_resume(sequence, position)
+                        assert part.can_resume(sequence, position) is resumable
+        if aborted:
+            self.cache.abort()
+            for part, oracle in zip(self.parts, self.oracles, strict=True):
+                check_held(part, oracle)
+                check_table(peek.table(part))
 
     def look(self, positions, sequences, ahead):
         """Every token attends to what it should, in every layer."""

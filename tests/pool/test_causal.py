@@ -113,16 +113,63 @@ def test_a_chunk_is_seen_from_within_only():
     assert seen(cache) == [[0, 1, 2, 3, 4], [0, 1], [0, 1, 2], [3, 4], [3, 4]]
 
 
-def test_set_causal_is_for_this_pass_and_ignores_what_is_not_in_it():
+def test_set_causal_is_for_this_pass():
     cache = make(window=2)
     store(cache, range(3))
-    cache.set_causal([1, 99])
+    cache.set_causal([1])
     assert seen(cache) == [[0], [0, 1, 2], [1, 2]]
     cache.set_causal()
     assert seen(cache) == [[0], [0, 1], [1, 2]]
     cache.set_causal([0])
     store(cache, [3, 4])
     assert seen(cache) == [[2, 3], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [1, 2],
+        (1, 2),
+        np.array([1, 2]),
+        np.array([1, 2], np.uint8),
+        [-3, -2],
+        [False, True, True, False],
+    ],
+)
+def test_set_causal_takes_indices_as_numpy_does(tokens):
+    cache = make()
+    store(cache, range(4))
+    cache.set_causal(tokens)
+    assert seen(cache) == [[0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("tokens", [[1, 99], [-5], [1.0], ["a"], [True], [[0, 1], 2]])
+def test_set_causal_refuses_what_is_no_index_of_the_batch(tokens):
+    cache = make()
+    store(cache, range(4))
+    cache.set_causal([2])
+    before = seen(cache)
+    with pytest.raises(ValueError, match="set_causal takes"):
+        cache.set_causal(tokens)
+    assert seen(cache) == before
+
+
+def test_tokens_of_an_image_see_each_other_and_no_later_image():
+    cache = make(capacity=32, max_batch=32)
+    cache.start_forward(Batch([0, 1, 2, 3, 4, 5, 6, 0, 1], [0] * 7 + [1] * 2))
+    put_tokens(NUMPY, cache, [*range(7), 100, 101], [*range(7), 0, 1])
+    cache.set_causal([[1, 2], [3, 4, 5]])
+    alone = [[0], [0, 1, 2], [0, 1, 2], *[[0, 1, 2, 3, 4, 5]] * 3, list(range(7))]
+    assert seen(cache) == [*alone, [0], [0, 1]]
+    with pytest.raises(ValueError, match=r"a group belongs to one sequence; got batch indices"):
+        cache.set_causal([[1, 2], [6, 7]])
+
+
+def test_an_image_wider_than_the_window_is_seen_whole():
+    cache = make(window=2)
+    store(cache, range(6))
+    cache.set_causal([[1, 2, 3, 4]])
+    assert seen(cache) == [[0], *[[0, 1, 2, 3, 4]], *[[1, 2, 3, 4]] * 3, [4, 5]]
 
 
 def test_the_mask_is_made_once_a_pass(monkeypatch):
@@ -258,15 +305,18 @@ def test_calls_out_of_turn():
         lambda cache: cache.remove(0, 1),
     ],
 )
-def test_a_change_of_sequences_ends_the_pass(change):
-    """Its cells may be others' by now."""
+def test_a_pass_goes_on_without_a_sequence_that_changes(change):
     cache = make(shift=add_positions(NUMPY))
     store(cache, range(4), 1)
-    store(cache, range(2), 0)
+    cache.start_forward(Batch([0, 1, 4], [0, 0, 1]))
+    put_tokens(NUMPY, cache, [0, 1, 104], [0, 1, 4])
+    before = seen(cache)
     change(cache)
-    for call in (cache.get, lambda: cache.put(*rows([1, 2], [0, 1]))):
-        with pytest.raises(KVCacheError, match="Call start_forward first"):
-            call()
+    assert seen(cache) == before
+    with pytest.raises(KVCacheError, match="a pass is over once every layer was put and a seq"):
+        cache.put(*rows([0, 1, 104], [0, 1, 4]))
+    store(cache, [5], 1)
+    assert seen(cache) == [[0, 1, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize(

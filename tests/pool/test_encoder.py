@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 
 from kvcache import Batch, CacheConfig, DTypeError, EncoderCache, KVCacheError, ShapeError
+from kvcache.backends._numpy import NumpyBackend
+
+from .. import peek
+from .failures import failing
+
+
+class NoDlpack(NumpyBackend):
+    """Takes arrays through the host only."""
+
+    def import_dlpack(self, array):
+        raise BufferError
 
 
 def make(backend="numpy", max_sequences=3, **config):
@@ -54,7 +67,7 @@ def test_several_arrive_in_one_pass_and_are_kept_apart(backend):
     frames = np.arange(6, dtype=np.float32)
     keys = np.repeat(frames[:, None, None], 2, 2)  # thd
     values = np.repeat(frames[None, None], 3, 1)  # hdt
-    cache.put(backend.from_host(keys), backend.from_host(values))
+    cache.put(backend.from_host(keys), backend.from_host(values), frames=[3, 3])
     got_keys, got_values, mask = (backend.to_host(part) for part in cache.get())
     np.testing.assert_array_equal(got_keys, keys)
     np.testing.assert_array_equal(got_values, values)
@@ -167,7 +180,7 @@ def test_what_put_refuses(keys, values, error, message):
     arrive(cache, 0, 1)
     cache.start_forward(Batch([0, 0], [0, 1], [0, 1]))
     with pytest.raises(error, match=message):
-        cache.put(keys, values)
+        cache.put(keys, values, frames=[2, 2])
     assert not cache.encoder_cached  # sequence 1 has none
     assert got(cache, 0) == 1
 
@@ -204,3 +217,149 @@ def test_what_else_is_refused():
     cache.close()
     with pytest.raises(KVCacheError, match="Call"):
         cache.get()
+
+
+def test_output_of_unequal_lengths(backend):
+    cache = make(backend)
+    cache.start_forward(Batch([0, 0, 0], [2, 0, 1], [0, 1, 2]))
+    frames = np.repeat(np.array([5, 7, 9], np.float32), [1, 4, 2])[None, :, None]
+    keys, values = backend.from_host(frames), backend.from_host(-frames)
+    cache.put(keys, values, frames=[1, 4, 2])
+    mask = backend.to_host(cache.get()[2])
+    assert mask.sum(1).tolist() == [1, 4, 2]
+    for sequence, number, length in [(2, 5, 1), (0, 7, 4), (1, 9, 2)]:
+        cache.start_forward(Batch([1], [sequence]))
+        assert backend.to_host(cache.get()[0])[0, :, 0].tolist() == [number] * length
+
+
+@pytest.mark.parametrize(
+    ("frames", "error", "message"),
+    [
+        (None, ShapeError, r"2 sequences bring output .* got frames=None. Say them"),
+        ([4], ShapeError, r"got frames=\[4\]"),
+        ([1, 1, 2], ShapeError, r"2 sequences bring output"),
+        ([1, 2], ShapeError, r"keys hold 1 \+ 2 frames in layout 'htd'"),
+        ([4, 0], ValueError, r"every sequence has at least one frame; got \[4, 0\]"),
+        ([2.0, 2.0], TypeError, "integer"),
+    ],
+)
+def test_lengths_are_never_guessed(frames, error, message):
+    cache = make()
+    cache.start_forward(Batch([0, 0], [0, 1], [0, 1]))
+    with pytest.raises(error, match=message):
+        cache.put(output(1), output(-1), frames=frames)
+    assert not cache.encoder_cached
+
+
+def put_layers(cache, number, layers):
+    for layer in layers:
+        cache.set_layer(layer)
+        cache.put(output(number), output(-number))
+
+
+def test_output_is_replaced_in_all_layers_or_in_none():
+    cache = make()
+    cache.start_forward(Batch([3], [0], [0]))
+    put_layers(cache, 1, (0, 1))
+    cache.start_forward(Batch([4], [0], [0]))
+    assert not cache.pass_complete()
+    put_layers(cache, 2, [1])
+    assert cache.get()[0][0, 0, 0] == 2  # the pass reads what it put
+    assert not cache.pass_complete()
+    assert cache.next_position(0) == 4  # nobody else does
+    for layer in (0, 1):
+        cache.set_layer(layer)
+        assert got(cache, 0) == 1
+    assert cache.pass_complete()  # this one brought nothing
+    cache.start_forward(Batch([4], [0], [0]))
+    put_layers(cache, 2, (0, 1))
+    assert cache.pass_complete()
+    assert cache.next_position(0) == 5
+    assert cache.snapshot(0, 4).parts[0].rows.positions.tolist() == [4]
+    for layer in (0, 1):
+        cache.set_layer(layer)
+        assert got(cache, 0) == 2
+
+
+def test_a_pass_that_is_dropped_leaves_nothing():
+    cache = make()
+    arrive(cache, 0, 1)
+    cache.start_forward(Batch([4], [0], [0]))
+    put_layers(cache, 2, [0])
+    cache.drop_pass()
+    with pytest.raises(KVCacheError, match="Call start_forward first"):
+        cache.get()
+    assert got(cache, 0) == 1
+    assert cache.next_position(0) == 1
+
+
+def test_a_pass_reads_on_what_another_thread_removes():
+    cache = make()
+    arrive(cache, 0, 1)
+    arrive(cache, 1, 2)
+    cache.start_forward(Batch([9, 9], [0, 1], [1]))
+    put_layers(cache, 3, [0])
+    cache.remove(0, 0)
+    cache.remove(1, 0)
+    assert cache.get()[0][0, :, 0].tolist() == [1] * 4 + [3] * 4
+    put_layers(cache, 4, [0])  # of a sequence that is gone: not stored
+    cache.start_forward(Batch([0, 0], [0, 1]))
+    assert not cache.encoder_cached
+    assert not peek.entries(cache)
+
+
+@pytest.mark.parametrize("hook", ["concat", "read_slice"])
+def test_a_put_that_fails_stores_nothing(backend, monkeypatch, hook):
+    cache = make(backend)
+    cache.start_forward(Batch([0], [0], [0]))
+    ones = backend.from_host(output(1))
+    cache.put(ones, ones)
+    for call in range(1, 5):  # two pieces each of keys and values
+        cache.start_forward(Batch([1, 0], [0, 1], [0, 1]))
+        with failing(monkeypatch, backend, hook, call):
+            cache.put(backend.from_host(output(2)), backend.from_host(output(2)), frames=[1, 3])
+        assert not cache.encoder_cached
+        cache.start_forward(Batch([2], [0]))
+        np.testing.assert_array_equal(backend.to_host(cache.get()[0]), output(1))
+
+
+def test_restoring_and_moving_that_fail_change_nothing(backend, monkeypatch):
+    cache = make(backend)
+    for sequence in (0, 2):
+        cache.start_forward(Batch([3], [sequence], [0]))
+        for layer in (0, 1):
+            cache.set_layer(layer)
+            cache.put(backend.from_host(output(layer)), backend.from_host(output(9)))
+    snapshot = cache.snapshot(0)
+    for call in range(1, 5):
+        with failing(monkeypatch, backend, "from_host", call):
+            cache.restore(1, snapshot)
+        with failing(monkeypatch, backend, "to_host", call):
+            cache.to_backend(NoDlpack())
+        assert sorted(peek.entries(cache)) == [0, 2]
+    cache.restore(1, snapshot)
+    for sequence in range(3):
+        cache.start_forward(Batch([4], [sequence]))
+        for layer in (0, 1):
+            cache.set_layer(layer)
+            np.testing.assert_array_equal(backend.to_host(cache.get()[0]), output(layer))
+
+
+def test_close_frees_everything():
+    cache = make()
+    keys = output(1)
+    for reserve in (False, True):
+        cache.start_forward(Batch([0], [0], [0]), reserve)
+        cache.put(keys, keys)
+    held = [weakref.ref(array) for array in cache.get()[:2]]
+    cache.close()
+    assert [reference() for reference in held] == [None, None]
+    with pytest.raises(KVCacheError, match="Call init"):
+        cache.start_forward(Batch([0], [0]))
+
+
+def test_an_init_that_fails_binds_nothing():
+    cache = EncoderCache()
+    with pytest.raises(DTypeError):
+        cache.init("numpy", "float7")
+    cache.set_config(CacheConfig(key_layout="thd"))

@@ -314,6 +314,7 @@ class SnapshotMachine(RuleBasedStateMachine):
             self.encoder.put(
                 laid_out(self.backend, every + np.float32(layer), config.key_layout),
                 laid_out(self.backend, -every[:, :, :2], config.value_layout),
+                [FRAMES] * len(names),
             )
 
     def look(self, positions, sequences):
@@ -922,6 +923,7 @@ def test_a_plan_of_steps_copies_nothing_that_is_not_written_yet():
     cache.plan_steps(Batch([4], [0]), 8)
     check_holders(cache)
     assert all(early.owner is not None for early in peek.retained_rows(cache))
+    cache.program_state = cache.program_state  # the programs wrote their tokens
     cache.schedule(0, [13])  # and goes on as before
     for position in range(12, 17):
         store(cache, [position], 0)

@@ -56,6 +56,23 @@ def test_types_and_layers():
         WrapperCache()
 
 
+def test_the_layer_and_its_type_may_be_set_in_either_order():
+    wrapper = make(CausalCache(window=2), CausalCache())
+    for position in range(3):
+        wrapper.start_forward(Batch([position], [0]))
+        for layer in range(4):
+            wrapper.set_layer(layer)
+            wrapper.set_layer_type(layer % 2)
+            token = np.full((1, 1, 1), 10 * layer + position, np.float32)
+            wrapper.put(token, token)
+    for layer in range(4):
+        wrapper.set_layer(layer)
+        wrapper.set_layer_type(layer % 2)
+        keys, _, mask = wrapper.get()
+        first = 1 if layer % 2 == 0 else 0
+        assert keys[0, mask[0], 0].tolist() == [10 * layer + p for p in range(first, 3)]
+
+
 def test_all_must_be_able_to_resume():
     wrapper = make(CausalCache(), CausalCache(window=2))
     store(wrapper, range(6))
@@ -133,9 +150,11 @@ def test_encoder_and_decoder():
     wrapper.start_forward(Batch([0, 0], [0, 1], [0, 1]))
     wrapper.set_layer_type(0)
     frames = np.ones((1, 6, 2), np.float32)
-    wrapper.put(frames, frames)
+    wrapper.put(frames, frames, frames=[3, 3])
     assert wrapper.get()[2].shape == (2, 6)
     wrapper.set_layer_type(1)
+    with pytest.raises(NotSupportedError, match="frames are of encoder output"):
+        wrapper.put(np.ones((1, 2, 2), np.float32), frames=[1, 1])
     wrapper.put(np.ones((1, 2, 2), np.float32))
     assert wrapper.get()[2].sum() == 2
     with pytest.raises(ValueError, match="holds position 0 already"):

@@ -93,7 +93,8 @@ class Pool:
         self.cache.set_layer(0)
         if arriving:
             frames = np.repeat(np.array(arriving, np.float32), FRAMES)[None, :, None]
-            self.cache.put(self.backend.from_host(frames), self.backend.from_host(-frames))
+            keys, values = self.backend.from_host(frames), self.backend.from_host(-frames)
+            self.cache.put(keys, values, frames=[FRAMES] * len(arriving))
         found, *_ = self.cache.get()
         found = self.backend.to_host(found)[0, :, 0].tolist()
         assert found == [ids[0] for _, ids, _, _ in requests for _ in range(FRAMES)]

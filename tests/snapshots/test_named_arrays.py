@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kvcache import SnapshotMismatchError
-from kvcache.pool.buffers import ArrayLayout, PoolBuffers
+from kvcache.pool.buffers import PoolBuffers
 from kvcache.pool.cells import CellTable
+from kvcache.pool.layouts import ArrayLayout
 from kvcache.pool.plan import Pass
 from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.schedule import ResumePoints

@@ -87,7 +87,8 @@ class Whisper:
         if arriving:
             # One put takes the frames of all new sequences, one after the other.
             new_keys, new_values = zip(*arriving, strict=True)
-            cache.put(self.backend.concat(new_keys, 1), self.backend.concat(new_values, 1))
+            frames = [keys.shape[1] for keys in new_keys]
+            cache.put(self.backend.concat(new_keys, 1), self.backend.concat(new_values, 1), frames)
         keys, values, mask = _attended(cache)
         return self._cross_attend(layer, x, q, keys, values, mask)
 

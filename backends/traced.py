@@ -1,0 +1,73 @@
+"""What compiled programs call of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple, Unpack
+
+from .arrays import Array, Arrays, DType, Namespace, NativeArray
+from .indexing import FULL_SLICES, Axes
+from .nonfinite import dtype_label, replaced, substitutes
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+
+class TracedFunctions:
+    """Functions of arrays that a compiler may be tracing.
+
+    Under a tracer there is no device, so no instance, and no value to check: these are class
+    methods, and know nothing but their arguments.
+    """
+
+    xp: Namespace
+    """Array-API namespace for code written above the caches."""
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: Arrays, axis: Axes) -> Arrays:
+        """Do :meth:`Backend.replace_nonfinite` in a program."""
+        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
+        if not numbers:
+            return arrays
+        return replaced(cls.xp, arrays, axis, numbers, cls.xp.isfinite)
+
+    @classmethod
+    def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:
+        """Write ``rows[i]`` at position ``index[i]`` of `axis`; consumes `buffer`.
+
+        A position may occur twice, with equal rows.
+        """
+        buffer[(*FULL_SLICES[axis], index)] = rows
+        written: Array = buffer
+        return written
+
+    @classmethod
+    def traced_append(
+        cls, buffer: NativeArray, rows: Array, start: NativeArray, axis: int
+    ) -> Array:
+        """Write `rows` at ``[start, start + n)`` of `axis`; consumes `buffer`.
+
+        A range beyond the end overwrites nothing below `start`; rows inside may be written.
+        """
+        if start + rows.shape[axis] <= buffer.shape[axis]:
+            buffer[(*FULL_SLICES[axis], slice(start, start + rows.shape[axis]))] = rows
+        written: Array = buffer
+        return written
+
+    @classmethod
+    def traced_read(
+        cls, buffer: Array, start: NativeArray, length: int, axis: int, dtype: DType
+    ) -> Array:
+        """Return `length` positions of `axis` from `start` on, in the framework's `dtype`."""
+        return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
+
+    @classmethod
+    def traced_cond(
+        cls,
+        condition: Array | bool,
+        yes: Callable[[Unpack[Ts]], R],
+        no: Callable[[Unpack[Ts]], R],
+        *operands: *Ts,
+    ) -> R:
+        """Run just one of ``yes(*operands)`` and ``no(*operands)``, of the same structure."""
+        return yes(*operands) if condition else no(*operands)

@@ -1,0 +1,59 @@
+"""Order of the axes of a layer's arrays, on the device and on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from kvcache.backends import Array, CacheConfig, HostArray
+
+Arrays: TypeAlias = tuple[Array, ...]
+"""The arrays of one layer: keys and values, or keys alone."""
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """Name of one array of a layer and the order of its axes: h kv_heads, t tokens, d head_dim."""
+
+    name: str
+    axes: str
+    token_axis: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Computed once: every put and get of every layer asks for it.
+        object.__setattr__(self, "token_axis", self.axes.index("t"))
+
+    def shape(self, heads: int, tokens: int, dim: int) -> tuple[int, ...]:
+        """Return the shape of an array of these sizes in this layout."""
+        sizes = {"h": heads, "t": tokens, "d": dim}
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def resized(self, array: Array, tokens: int) -> tuple[int, ...]:
+        """Return the shape of `array` with `tokens` tokens instead of its own."""
+        shape = list(array.shape)
+        shape[self.token_axis] = tokens
+        return tuple(shape)
+
+    def sizes(self, array: Array | HostArray) -> tuple[int, int]:
+        """Return kv_heads and head_dim of `array`."""
+        return array.shape[self.axes.index("h")], array.shape[self.axes.index("d")]
+
+    def to_host_layout(self, array: HostArray, tokens: int | None = None) -> HostArray:
+        """Return a copy of the first `tokens` tokens of `array` in :data:`HOST_LAYOUT`."""
+        order = [self.axes.index(axis) for axis in HOST_LAYOUT.axes]
+        return np.array(array.transpose(order)[:, :tokens], order="C")
+
+    def from_host_layout(self, array: HostArray) -> HostArray:
+        """Return `array` of :data:`HOST_LAYOUT` in this layout: a view."""
+        return array.transpose([HOST_LAYOUT.axes.index(axis) for axis in self.axes])
+
+
+HOST_LAYOUT = ArrayLayout("rows", "htd")
+"""Layout of rows in host memory, whatever the layout of the pool."""
+
+
+def kv_layouts(config: CacheConfig) -> tuple[ArrayLayout, ...]:
+    """Return the layouts of keys and values."""
+    return ArrayLayout("keys", config.key_layout), ArrayLayout("values", config.value_layout)

@@ -1,0 +1,64 @@
+"""Removal from the middle of a sequence: later tokens move to lower positions."""
+
+from __future__ import annotations
+
+from kvcache._types import Int32s
+from kvcache.errors import NotSupportedError, ShapeError, SharedCellsError
+
+from .base import Commit
+from .originals import Shift
+from .passes import CellPool
+from .rope import RoPEShift
+
+
+def prepare_removal(
+    pool: CellPool, shift: Shift | None, sequence: int, removed: range, start: int, stop: int
+) -> Commit:
+    """Check the removal of positions ``[start, stop)``, before the last token of a sequence.
+
+    removed: these tokens, counted from the first one of its history.
+
+    Keys are shifted and pinned rows copied now, because that may fail. The commit stores both
+    without calling the framework.
+
+    Raises: NotSupportedError without a shift, SharedCellsError for cells of several sequences,
+        ShapeError or DTypeError for a shift that does not suit the keys.
+    """
+    cells = pool.passes.history(sequence)[removed.stop :].copy()  # a view changes with its row
+    checked = _check_moving(pool, shift, sequence, cells, stop)
+    offset = start - stop
+    store = pool.buffers.prepare_shift(cells, pool.table.moved_by(cells), offset, checked)
+    spill = pool.pins.prepare_spill(cells)
+
+    def commit() -> None:
+        spill()
+        pool.passes.detach(sequence)
+        pool.pins.forget(sequence, start)
+        pool.table.remove_middle(sequence, removed.start, removed.stop, offset)
+        store()
+
+    return commit
+
+
+def _check_moving(
+    pool: CellPool, shift: Shift | None, sequence: int, cells: Int32s, stop: int
+) -> Shift:
+    """Return `shift`, which is there, once `cells` may move."""
+    if pool.pins.is_shared(cells):
+        raise SharedCellsError(
+            f"cells that move must belong to one sequence; some at or behind position {stop} "
+            f"of sequence {sequence} are shared. Remove the other sequences first."
+        )
+    if shift is None:
+        raise NotSupportedError(
+            "removing from the middle moves later tokens, and this cache has no shift. "
+            "Make it with CausalCache(shift=...)."
+        )
+    layout = pool.buffers.layouts[0].axes
+    # It could not tell by itself where as many tokens move as there are heads.
+    if isinstance(shift, RoPEShift) and shift.layout != layout:
+        raise ShapeError(
+            f"keys of this cache are in layout {layout!r}; its RoPEShift is made for "
+            f"{shift.layout!r}. Make it with RoPEShift(..., layout={layout!r})."
+        )
+    return shift

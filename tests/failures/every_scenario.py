@@ -1,0 +1,9 @@
+"""Every scenario there is."""
+
+from . import layer_scenarios, pool_scenarios, prefix_scenarios
+
+SCENARIOS = [
+    *layer_scenarios.SCENARIOS,
+    *pool_scenarios.SCENARIOS,
+    *prefix_scenarios.SCENARIOS,
+]
