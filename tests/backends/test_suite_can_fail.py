@@ -13,7 +13,6 @@ import pytest
 
 from kvcache.backends import HOST_DTYPES, Backend
 from kvcache.backends._numpy import NumpyBackend
-from kvcache.backends.traced import TracedFunctions
 from kvcache.testing import run_suite
 from kvcache.testing.checks import all_checks
 
@@ -434,7 +433,6 @@ def test_a_backend_may_leave_the_hooks_for_several_arrays_to_their_defaults():
         finds = ""
         write_slices = Backend.write_slices
         write_row_sets = Backend.write_row_sets
-        traced_replace_nonfinite = TracedFunctions.traced_replace_nonfinite
 
     assert {result.outcome for result in run_suite(Plain())} == {"passed", "missing"}
 

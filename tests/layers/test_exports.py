@@ -51,16 +51,17 @@ PUBLIC = [
 CACHE = """
 backend can_trim capture check_rollback check_trim checkpoint copy dtype export_state from_layer
 growths import_state kind len load make mask nbytes offset options positions reset restore
-restore_rows rollback save schedule snapshot state to_backend to_layer trim update visibility
+restore_rows rollback save savepoint schedule snapshot state to_backend to_layer trim update
+visibility
 """.split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """
-alloc array_types compile concat config detached device device_of devices dtype dtype_name
-dtypes evaluate fast_key free from_dlpack from_host from_traced gather import_dlpack modules name
-owns
-read_rows read_slice replace_nonfinite scatter slice slice_update slices_are_views spec sync to_host traced_append
-traced_cond traced_form traced_index traced_read traced_replace_nonfinite traced_write
-write_finite_row_sets write_finite_slices write_row_sets write_rows write_slice write_slices xp
+alloc array_types compile concat config detached device device_of devices dtype dtype_name dtypes
+evaluate fast_key free from_dlpack from_host from_traced from_traced_forms gather import_dlpack
+modules name owns read_rows read_slice replace_nonfinite scatter slice slice_update
+slices_are_views spec sync to_host traced_append traced_cond traced_form traced_forms traced_index
+traced_read traced_replace_nonfinite traced_write write_finite_row_sets write_finite_slices
+write_row_sets write_rows write_slice write_slices xp
 """.split()
 
 
