@@ -107,7 +107,7 @@ class JaxBackend(Backend):
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         return _replacer(axis, self._copy_only)(arrays)
 
-    # Replacement and write are one program, which costs no more than the write.
+    # One program, because the dispatch of another would cost more than what it computes.
 
     def write_finite_slices(
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
