@@ -26,6 +26,7 @@ from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of
+from .nonfinite import finite_bits, replaced, substitutes
 from .traced import Ts
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
@@ -114,12 +115,27 @@ class JaxBackend(Backend):
     def write_slices(
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
     ) -> NativeArrays:
-        return _slices_writer(axis, self._copy_only)(buffers, updates, np.int32(start))
+        return _slices_writer(axis, False, self._copy_only)(buffers, updates, np.int32(start))
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
     ) -> NativeArrays:
-        return _row_sets_writer(axis, self._copy_only)(buffers, rows, index)
+        return _row_sets_writer(axis, False, self._copy_only)(buffers, rows, index)
+
+    def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        return _replacer(axis, self._copy_only)(arrays)
+
+    # One program, because the dispatch of another would cost more than what it computes.
+
+    def write_finite_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        return _slices_writer(axis, True, self._copy_only)(buffers, updates, np.int32(start))
+
+    def write_finite_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+    ) -> NativeArrays:
+        return _row_sets_writer(axis, True, self._copy_only)(buffers, rows, index)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _row_reader(axis, self._copy_only)(buffer, index)
@@ -171,6 +187,21 @@ class JaxBackend(Backend):
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        kind = arrays[0].dtype
+        if not substitutes(kind.name, len(arrays)):
+            return arrays
+        # On bits, because XLA on CPU has no arithmetic of its own for the small float dtypes.
+        bits = tuple(
+            lax.bitcast_convert_type(array, f"uint{8 * kind.itemsize}") for array in arrays
+        )
+        finite, numbers = finite_bits(kind.name, len(arrays))
+        return tuple(
+            lax.bitcast_convert_type(array, kind)
+            for array in replaced(cls.xp, bits, axis, numbers, finite)
+        )
 
     @classmethod
     def traced_write(
@@ -266,10 +297,14 @@ def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
 
 
 @cache
-def _slices_writer(axis: Axes, copy_only: bool) -> Callable[..., NativeArrays]:
+def _slices_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., NativeArrays]:
+    """Return a program to write all arrays of a layer. finite: with finite numbers only."""
+
     def write_slices(
         buffers: NativeArrays, updates: NativeArrays, start: NativeArray
     ) -> NativeArrays:
+        if finite:
+            updates = JaxBackend.traced_replace_nonfinite(updates, axis)
         write = lax.dynamic_update_slice_in_dim
         return tuple(map(write, buffers, updates, repeat(start), axes_of(buffers, axis)))
 
@@ -282,10 +317,12 @@ def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
 
 
 @cache
-def _row_sets_writer(axis: Axes, copy_only: bool) -> Callable[..., NativeArrays]:
+def _row_sets_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., NativeArrays]:
     def write_row_sets(
         buffers: NativeArrays, rows: NativeArrays, index: NativeArray
     ) -> NativeArrays:
+        if finite:
+            rows = JaxBackend.traced_replace_nonfinite(rows, axis)
         return tuple(map(_write_rows, buffers, rows, repeat(index), axes_of(buffers, axis)))
 
     return _donating(write_row_sets, _options(copy_only))
@@ -299,6 +336,14 @@ def _write_rows(
         return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
 
     return lax.fori_loop(0, index.shape[0], write_row, buffer)
+
+
+@cache
+def _replacer(axis: Axes, copy_only: bool) -> Callable[[NativeArrays], NativeArrays]:
+    def replace(arrays: NativeArrays) -> NativeArrays:
+        return JaxBackend.traced_replace_nonfinite(arrays, axis)
+
+    return jax.jit(replace, compiler_options=_options(copy_only))
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import repeat
 from types import SimpleNamespace
 from typing import ClassVar, cast
 
@@ -27,6 +29,7 @@ _NAMES = {
     "int32": mx.int32,
     "bool": mx.bool_,
 }
+_FLOATS = frozenset({mx.float32, mx.float16, mx.bfloat16})
 
 
 class MlxBackend(Backend):
@@ -81,8 +84,7 @@ class MlxBackend(Backend):
         if _is_run(index):
             first = int(index[0])
             return self.write_slice(buffer, rows, first, first + index.size, axis)
-        buffer[(*FULL_SLICES[axis], mx.array(index))] = rows
-        return buffer
+        return _put_rows(buffer, rows, mx.array(index), axis)
 
     def write_slices(
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
@@ -104,9 +106,15 @@ class MlxBackend(Backend):
         if _is_run(index):
             first = int(index[0])
             return self.write_slices(buffers, rows, first, first + index.size, axis)
-        positions = mx.array(index)
-        keys = [(*FULL_SLICES[own], positions) for own in axes_of(buffers, axis)]
-        return set_items(buffers, keys, rows)
+        # Unlike an assignment this makes new arrays, so a failure half-way has changed none.
+        axes, positions = axes_of(buffers, axis), repeat(mx.array(index))
+        return tuple(map(_put_rows, buffers, rows, positions, axes))
+
+    def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        same = isinstance(axis, int) and arrays[0].shape == arrays[-1].shape
+        if same and arrays[0].dtype in _FLOATS and _compiles(self.device):
+            return _replace_pairs(*arrays)
+        return self.traced_replace_nonfinite(arrays, axis)
 
     def evaluate(self, *arrays: NativeArray) -> None:
         async_eval: Callable[..., None] = mx.async_eval
@@ -202,6 +210,32 @@ def _inlined(array: NativeArray) -> bool:
     before = _counter.calls
     _counted(array)
     return _counter.calls > before
+
+
+# One operation instead of seven. Shapeless, because element-wise: compiled once for all lengths.
+@partial(mx.compile, shapeless=True)
+def _replace_pairs(*arrays: NativeArray) -> NativeArrays:
+    return MlxBackend.traced_replace_nonfinite(arrays, 0)
+
+
+@cache
+def _compiles(device: str) -> bool:
+    """Return whether MLX can compile for `device`: for CPU it calls the host's C++ compiler."""
+    if device != "cpu":
+        return True
+    try:
+        mx.eval(_replace_pairs(mx.zeros(1)))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _put_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int) -> NativeArray:
+    """Return `buffer` with rows at `index`, in half the time of an assignment by an index array."""
+    shape = [1] * rows.ndim
+    shape[axis] = -1
+    positions = mx.broadcast_to(index.reshape(shape), rows.shape)
+    return mx.put_along_axis(buffer, positions, rows, axis)
 
 
 def _is_run(index: HostArray) -> bool:

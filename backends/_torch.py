@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import repeat, starmap
 from typing import ClassVar, cast
@@ -15,6 +16,7 @@ from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
+from .nonfinite import finite_bits, replaced, substitutes
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -22,7 +24,15 @@ _CARRIERS = {
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2: torch.uint8,
 }
-_FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+# Tables by dtype and number of arrays: a compiler of programs cannot trace how they are made.
+_SUBSTITUTES = {
+    getattr(torch, name): {count: substitutes(name, count) for count in (1, 2)}
+    for name in HOST_DTYPES
+}
+_FLOAT8 = {
+    getattr(torch, name): {count: finite_bits(name, count) for count in (1, 2)}
+    for name in ("float8_e4m3fn", "float8_e5m2")
+}
 
 
 class TorchBackend(Backend):
@@ -163,6 +173,26 @@ class TorchBackend(Backend):
     def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
 
+    def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        # On CPU a look at the sums is cheap: they are finite only if all numbers are. Elsewhere it
+        # would wait for the device.
+        looks = self.device == "cpu" and arrays[0].dtype not in _FLOAT8
+        if looks and math.isfinite(sum([array.sum().item() for array in arrays])):
+            return arrays
+        return self.traced_replace_nonfinite(arrays, axis)
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        kind, count = arrays[0].dtype, len(arrays)
+        detached = tuple([array.detach() for array in arrays])
+        if kind not in _FLOAT8:
+            numbers = _SUBSTITUTES[kind][count]
+            return replaced(cls.xp, detached, axis, numbers, _is_finite) if numbers else detached
+        # torch has no arithmetic on these dtypes, so their bits are compared.
+        is_finite, bits = _FLOAT8[kind][count]
+        views = tuple([array.view(torch.uint8) for array in detached])
+        return tuple([array.view(kind) for array in replaced(cls.xp, views, axis, bits, is_finite)])
+
     @classmethod
     def traced_write(
         cls, buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
@@ -201,6 +231,10 @@ class TorchBackend(Backend):
 def _requires_grad(array: NativeArray) -> bool:
     """Return whether gradients go through what is computed from `array`."""
     return bool(array.requires_grad) and torch.is_grad_enabled()
+
+
+def _is_finite(array: NativeArray) -> NativeArray:
+    return array - array == 0  # inf - inf is NaN; torch.isfinite launches twice as many kernels
 
 
 def _as_copied(buffer: NativeArray, rows: NativeArray) -> tuple[NativeArray, NativeArray]:

@@ -22,6 +22,7 @@ from .arrays import DType, HostArray, NativeArray, NativeArrays
 from .base import Backend, root_modules
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
+from .nonfinite import dtype_label, replaced, substitutes
 
 # Libraries known to work; any other with the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -116,6 +117,12 @@ class ArrayApiBackend(Backend):
     def to_host(self, array: NativeArray) -> HostArray:
         self.dtype_name(array)  # raises for a dtype without a name here
         return np.array(np.from_dlpack(array, device="cpu"))
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
+        xp = array_api_compat.array_namespace(*arrays)
+        return replaced(xp, arrays, axis, numbers, xp.isfinite) if numbers else arrays
 
     @classmethod
     def traced_write(

@@ -43,7 +43,8 @@ class Backend(ABC, TracedFunctions):
     touched: JAX would clamp an out-of-range write onto older tokens, NumPy and torch would
     broadcast or cast. A subclass implements the hooks behind them (``write_slice``,
     ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments. Those for
-    several buffers (``write_slices``, ``write_row_sets``) write one by one unless overridden.
+    several buffers (``write_slices``, ``write_row_sets``) write one by one unless overridden, and
+    those for pools (``write_finite_slices``, ``write_finite_row_sets``) call them.
 
     ``axis``, ``start`` and ``stop`` are host ints, ``axis`` not negative; an ``index`` is a
     host integer array. Instances are cheap and independent of each other.
@@ -253,6 +254,34 @@ class Backend(ABC, TracedFunctions):
                 buffers, rows, axes_of(buffers, axis), strict=True
             )
         )
+
+    # The same for pools, where sequences share buffers: NaN of one would reach the output of
+    # another.
+
+    def replace_nonfinite(self, arrays: Arrays, axis: Axes) -> Arrays:
+        """Return `arrays`, of one layer of a pool, with finite numbers only.
+
+        Where a key or a value is NaN or infinite, the key is 0 and the value the largest power of
+        two of the dtype: in pairs where both arrays have one shape, else for the whole token. Keys
+        alone become the root of that power.
+
+        arrays: keys and values, or keys alone. axis: that of the tokens.
+
+        Waits for no computation: where the framework computes asynchronously, this is one more.
+        """
+        return self.traced_replace_nonfinite(arrays, axis)
+
+    def write_finite_slices(
+        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
+    ) -> Arrays:
+        """Do :meth:`write_slices` after :meth:`replace_nonfinite`."""
+        return self.write_slices(buffers, self.replace_nonfinite(updates, axis), start, stop, axis)
+
+    def write_finite_row_sets(
+        self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes
+    ) -> Arrays:
+        """Do :meth:`write_row_sets` after :meth:`replace_nonfinite`."""
+        return self.write_row_sets(buffers, self.replace_nonfinite(rows, axis), index, axis)
 
     def evaluate(self, *arrays: Array) -> None:
         """Begin to compute `arrays`, so that they no longer hold what they are computed from.

@@ -21,7 +21,8 @@ class CacheConfig:
     padding: lengths of returned keys and values are multiples of so many tokens.
     key_layout, value_layout: order of axes in ``put`` and ``get`` of a pool; ``"htd"`` is
         ``[kv_heads, tokens, head_dim]``.
-    mask_dtype: ``"bool"`` (True = attend) or a float dtype (0 = attend, -inf = hidden).
+    mask_dtype: ``"bool"`` (True = attend) or a float dtype (0 = attend, -inf = hidden; a row that
+        sees nothing is finite, minus the largest power of two).
 
     Raises: ValueError, DTypeError.
     """

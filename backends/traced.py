@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple, Unpack
 
-from .arrays import Array, DType, Namespace, NativeArray
-from .indexing import FULL_SLICES
+from .arrays import Array, Arrays, DType, Namespace, NativeArray
+from .indexing import FULL_SLICES, Axes
+from .nonfinite import dtype_label, replaced, substitutes
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -34,6 +35,14 @@ class TracedFunctions:
     def is_deleted(cls, array: Array) -> bool:
         """Return whether a program consumed `array`, so that it cannot be read any more."""
         return False
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: Arrays, axis: Axes) -> Arrays:
+        """Do :meth:`Backend.replace_nonfinite` in a program."""
+        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
+        if not numbers:
+            return arrays
+        return replaced(cls.xp, arrays, axis, numbers, cls.xp.isfinite)
 
     @classmethod
     def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:

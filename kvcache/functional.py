@@ -55,7 +55,8 @@ def put(
 ) -> PoolState:
     """Return `state` with keys and values of the pass's tokens, as :meth:`Cache.put` takes them.
 
-    keys, values: in the layout of the cache, by default ``[kv_heads, tokens, head_dim]``.
+    keys, values: in the layout of the cache, by default ``[kv_heads, tokens, head_dim]``. NaN and
+        infinity are replaced, as there.
 
     Consumes the buffers of `state`.
 
@@ -66,9 +67,15 @@ def put(
     buffers = _layer(state, layer)
     if len(buffers) != len(update):
         raise ShapeError(f"layer {layer} has values in every pass or in none.")
+    prototypes = plan.prototypes[: len(update)]
+    for buffer, rows, like in zip(buffers, update, prototypes, strict=True):
+        _check_tokens(buffer, rows, plan.cells, like)
+    axes = tuple(_token_axis(like) for like in prototypes)
+    backend = backend_type(keys)
+    finite = backend.traced_replace_nonfinite(update, axes)
     written = tuple(
-        _write(buffer, rows, plan.cells, like)
-        for buffer, rows, like in zip(buffers, update, plan.prototypes, strict=False)
+        backend.traced_write(buffer, rows, plan.cells, axis)
+        for buffer, rows, axis in zip(buffers, finite, axes, strict=True)
     )
     return {**state, layer: written}
 
@@ -192,14 +199,14 @@ def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:
     return state[layer]
 
 
-def _write(buffer: Array, rows: Array, cells: Array, like: Array) -> Array:
+def _check_tokens(buffer: Array, rows: Array, cells: Array, like: Array) -> None:
+    """Raise ShapeError or DTypeError unless `rows` can be written to `cells` of `buffer`."""
     axis = _token_axis(like)
     _check(buffer, rows, like, axis)
     if rows.shape[axis] != cells.shape[0]:
         raise ShapeError(
             f"a pass puts as many tokens as it has, {cells.shape[0]}; got {rows.shape[axis]}."
         )
-    return backend_type(rows).traced_write(buffer, rows, cells, axis)
 
 
 def _check(buffer: Array, rows: Array, like: Array, axis: int) -> None:

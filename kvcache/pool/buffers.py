@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import repeat
+from typing import TypeAlias
 
 import numpy as np
 
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
+from kvcache.backends.base import FastKey
 from kvcache.errors import KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import NamedArray
@@ -22,6 +24,9 @@ from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
 from .plan import Pass, PoolState
 from .rows import PendingRows, PendingWrites
+
+Likeness: TypeAlias = tuple[int, *tuple[FastKey, ...]]
+"""Number of tokens in a pass, and a key of every array put in it."""
 
 
 class PoolBuffers:
@@ -56,6 +61,8 @@ class PoolBuffers:
         self.dtype = dtype
         self.cells = cells
         self._layers: dict[int, Arrays] = {}
+        # What the last arrays of a layer were like: others like them need no checks.
+        self._checked: dict[int, Likeness | None] = {}
         self._originals = OriginalKeys(backend, dtype, self.layouts[0])
         # The buffers as exported last, unless the cache has used them since.
         self._exported: PoolState | None = None
@@ -128,12 +135,14 @@ class PoolBuffers:
             held.update(new)
 
     def put(self, layer: int, arrays: Arrays, forward_pass: Pass) -> None:
-        """Store the tokens of a pass in its cells.
+        """Store the tokens of a pass in its cells, with finite numbers only.
 
         Raises: DTypeError, ShapeError. Whatever fails: nothing but cells of the pass was written,
             every buffer is usable, and the first put of a layer has not allocated it.
         """
-        self._validate(layer, arrays, forward_pass.cells.size, self._settled().get(layer))
+        likeness = self._likeness(arrays, forward_pass.cells.size)
+        if likeness is None or likeness != self._checked.get(layer):
+            self._validate(layer, arrays, forward_pass.cells.size, self._settled().get(layer))
         # Another thread may read rows of a snapshot: it must not find consumed buffers.
         with self._pending.lock:
             layers = self._settled()
@@ -145,11 +154,19 @@ class PoolBuffers:
             # Unpacked from map(): Python runs signal handlers when a call returns, before its
             # result is assigned, and the buffers may be consumed by then. None runs meanwhile.
             elif first is None:
-                write_rows = self.backend.write_row_sets
+                write_rows = self.backend.write_finite_row_sets
                 [layers[layer]] = map(write_rows, (buffers,), (arrays,), (cells,), (axis,))
             else:
-                write, stop = self.backend.write_slices, first + cells.size
+                write, stop = self.backend.write_finite_slices, first + cells.size
                 [layers[layer]] = map(write, (buffers,), (arrays,), (first,), (stop,), (axis,))
+        self._checked[layer] = likeness  # at last: what fails here may not have allocated the layer
+
+    def _likeness(self, arrays: Arrays, tokens: int) -> Likeness | None:
+        """Return what is checked of `arrays` in a form that is quick to compare, None if unfit."""
+        try:
+            return tokens, *map(self.backend.fast_key, arrays)
+        except (AttributeError, TypeError):  # no arrays of this framework: the check names them
+            return None
 
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
@@ -326,7 +343,7 @@ class PoolBuffers:
         with self._pending.lock:  # another thread may be reading rows
             freed = [*self._layers.values(), tuple(self._originals.buffers.values())]
             self._layers, self._exported, self._maybe_traced = {}, None, False
-            self._originals.buffers = {}
+            self._originals.buffers, self._checked = {}, {}
             self._pending.clear()
             for buffer in (buffer for buffers in freed for buffer in buffers):
                 self.backend.free(buffer)

@@ -19,7 +19,7 @@ from .base import Cache, Commit
 from .batch import Batch
 from .checks import check_dtype, check_sizes_of
 from .layouts import ArrayLayout, Arrays, kv_layouts
-from .output import Entries, Entry, from_row, position_after, to_row, transferred
+from .output import Entries, Entry, finite_output, from_row, position_after, to_row, transferred
 
 
 class EncoderCache(Cache):
@@ -157,7 +157,7 @@ class EncoderCache(Cache):
             one sequence after the other, in the order of the multimodal tokens. None for one
             sequence: all of them.
 
-        Frames are copied.
+        Frames are copied; NaN and infinity are replaced, as in a :class:`CausalCache`.
 
         Raises: DTypeError, ShapeError, ValueError for frames below 1, KVCacheError without a pass;
             nothing is stored then.
@@ -174,11 +174,15 @@ class EncoderCache(Cache):
             self._split(layout, array, lengths)
             for layout, array in zip(self._layouts, (keys, values), strict=True)
         ]
+        outputs = [
+            finite_output(self._bound(), self._layouts, output)
+            for output in zip(*pieces, strict=True)
+        ]
         with self.lock:
             staged = dict(self._staged)
-            for (sequence, position), *arrays in zip(arriving.items(), *pieces, strict=True):
+            for (sequence, position), output in zip(arriving.items(), outputs, strict=True):
                 layers = staged[sequence].layers if sequence in staged else {}
-                staged[sequence] = Entry(position, {**layers, self._layer: tuple(arrays)})
+                staged[sequence] = Entry(position, {**layers, self._layer: output})
             self._staged, self._put_layers = staged, self._put_layers | {self._layer}
 
     def _lengths(self, keys: Array, sequences: int, frames: Sequence[int] | None) -> list[int]:

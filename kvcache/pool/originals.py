@@ -56,7 +56,7 @@ class OriginalKeys:
             check_dtype(self._backend, self._dtype, "shifted keys", result)
             if tuple(result.shape) != shape:
                 raise ShapeError(f"a shift keeps shapes; got {tuple(result.shape)} for {shape}.")
-            shifted[layer] = result
+            [shifted[layer]] = self._backend.replace_nonfinite((result,), axis)
         # What is computed lazily fails here, not in the middle of a later pass.
         self._backend.sync(*buffers.values(), *shifted.values())
         return buffers, shifted

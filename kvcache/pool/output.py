@@ -65,12 +65,21 @@ def to_row(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> 
 
 
 def from_row(backend: Backend, layouts: Sequence[ArrayLayout], row: LayerArrays) -> Arrays:
-    """Undo :func:`to_row`. Raises: ShapeError for a row without values."""
+    """Undo :func:`to_row`, with finite numbers only.
+
+    Raises: ShapeError for a row without values.
+    """
     if len(row) != len(layouts):
         raise ShapeError("an encoder's output has values in every layer.")
-    return tuple(
+    arrays = tuple(
         backend.from_host(
             array.data[:, :, 0].transpose([FRAME_AXES.index(axis) for axis in layout.axes])
         )
         for layout, array in zip(layouts, row, strict=True)
     )
+    return finite_output(backend, layouts, arrays)
+
+
+def finite_output(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> Arrays:
+    """Return output with finite numbers only: sequences beside this one read it, too."""
+    return backend.replace_nonfinite(arrays, tuple(layout.token_axis for layout in layouts))

@@ -17,6 +17,7 @@ from .base import Commit
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .changes import Eviction
+from .rows import finite_rows
 
 
 class PoolPins:
@@ -208,6 +209,7 @@ class PoolPins:
             written.append({} if shares or not index.size else rows.read(index))
             if written[-1]:
                 self._buffers.check_rows(written[-1])
+                written[-1] = finite_rows(written[-1])
         return written
 
     def _cells_shared(

@@ -10,8 +10,11 @@ import numpy as np
 
 from kvcache._locks import Lock
 from kvcache._types import Indices
+from kvcache.backends import get_backend
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays
+
+from .layouts import HOST_LAYOUT
 
 
 class PendingRows(NamedTuple):
@@ -59,6 +62,22 @@ class PendingWrites:
     def clear(self) -> None:
         """Forget everything."""
         self.queue.clear()
+
+
+def finite_rows(rows: LayerRows) -> LayerRows:
+    """Return `rows` with finite numbers only, as a put would store them.
+
+    They may come from a file, or from a cache of one sequence, which keeps NaN.
+    """
+    return {layer: _finite(arrays) for layer, arrays in rows.items()}
+
+
+def _finite(arrays: LayerArrays) -> LayerArrays:
+    numpy, axis = get_backend("numpy"), HOST_LAYOUT.token_axis
+    finite = numpy.replace_nonfinite(tuple(array.data for array in arrays), axis)
+    return tuple(
+        array._replace(data=numpy.to_host(data)) for array, data in zip(arrays, finite, strict=True)
+    )
 
 
 def _overlay(rows: LayerRows, cells: Indices, pending: PendingRows) -> None:

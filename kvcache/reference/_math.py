@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvcache.backends import Array
 from kvcache.backends.arrays import Namespace
 
@@ -11,13 +13,17 @@ _ERFC = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
 
 def softmax(xp: Namespace, scores: Array) -> Array:
-    """Normalise `scores` to positive weights of sum 1 over the last axis.
+    """Normalise `scores` to weights of sum 1 over the last axis.
 
-    A score may be -inf, weight 0; each row needs one that is finite.
+    A score may be -inf: weight 0, exactly. A row of nothing else gets the weights 0, not NaN.
     """
-    # Without subtracting the maximum, exp overflows float32 from a score of 89 on.
-    weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
-    return weights / xp.sum(weights, axis=-1, keepdims=True)
+    # Without subtracting the maximum, exp overflows float32 from a score of 89 on. It is finite
+    # even where nothing is visible, because -inf - -inf is NaN.
+    largest = xp.max(scores, axis=-1, keepdims=True)
+    weights = xp.exp(scores - xp.where(largest > -math.inf, largest, xp.zeros_like(largest)))
+    # At least 1 otherwise, the weight of the maximum: the limit changes rows of zeros only.
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    return weights / xp.where(total > 0, total, xp.ones_like(total))
 
 
 def layer_norm(xp: Namespace, x: Array, scale: Array, shift: Array, eps: float) -> Array:

@@ -304,6 +304,24 @@ class WritesAllRowsAsARun(Faulty):
         return self.write_slices(buffers, rows, first, first + index.size, axis)
 
 
+class PoolsKeepNan(Faulty):
+    finds = "pools_store_finite_numbers"
+    write_finite_slices = NumpyBackend.write_slices
+
+
+class PoolsKeepNanInScatteredCells(Faulty):
+    finds = "a_neighbour_cannot_pass_on_nan"
+    write_finite_row_sets = NumpyBackend.write_row_sets
+
+
+class ProgramsKeepNan(Faulty):
+    finds = "programs_store_finite_numbers"
+
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays, axis):
+        return arrays
+
+
 class EvaluateClears(Faulty):
     finds = "evaluate_changes_nothing"
 

@@ -146,8 +146,11 @@ def attended(backend, cache, layer):
     keys, values, mask = cache.get()
     keys, mask = backend.to_host(keys), backend.to_host(mask)
     if mask.dtype != np.bool_:
-        assert set(np.unique(mask)) <= {0.0, -np.inf}
-        mask = mask == 0
+        visible = mask == 0
+        sees = visible.any(-1)
+        assert set(np.unique(mask[sees])) <= {0.0, -np.inf}
+        assert np.isfinite(mask[~sees].astype(np.float32)).all()  # else softmax would be NaN
+        mask = visible
     assert keys.shape == (2, mask.shape[1], 2)
     seen = [keys[:, line] for line in mask]
     if layer == 0:

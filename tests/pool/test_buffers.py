@@ -64,7 +64,7 @@ def run(first, start, stop):
 def test_a_put_that_fails_leaves_every_layer_usable(backend, monkeypatch, sequences):
     cache = filled(backend)
     positions = [cache.next_position(sequence) for sequence in sequences]
-    hook = "write_slices" if len(sequences) == 1 else "write_row_sets"
+    hook = "write_finite_slices" if len(sequences) == 1 else "write_finite_row_sets"
     cache.start_forward(Batch(positions, sequences))
     names = [100 * s + p for s, p in zip(sequences, positions, strict=True)]
     for _ in failures_of(
@@ -78,7 +78,7 @@ def test_a_put_that_fails_leaves_every_layer_usable(backend, monkeypatch, sequen
         assert seen == [run(100 * s, 0, p + 1) for s, p in zip(sequences, positions, strict=True)]
 
 
-@pytest.mark.parametrize(("hook", "call"), [("alloc", 1), ("alloc", 2), ("write_slices", 1)])
+@pytest.mark.parametrize(("hook", "call"), [("alloc", 1), ("alloc", 2), ("write_finite_slices", 1)])
 def test_a_first_put_that_fails_allocates_nothing(backend, monkeypatch, hook, call):
     cache = make(backend)
     cache.start_forward(Batch(range(4), [0] * 4))
