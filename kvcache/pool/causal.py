@@ -374,7 +374,7 @@ class CausalCache(Cache):
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         check_ids(self._pool.table.max_sequences, sequence)
         if self._pool.retained is not None:  # otherwise no token is ever dropped
-            with self.lock:
+            with self.lock, uninterrupted():
                 self._pool.pins.schedule(sequence, positions)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
@@ -417,10 +417,15 @@ class CausalCache(Cache):
         copied.maybe_expired = set(pool.maybe_expired)
         return copied
 
-    def close(self) -> None:
-        with self.lock:
-            pool = self._cell_pool
-            if pool is not None:
-                pool.pins.prepare_spill()()  # snapshots outlive the cache
-                self._cell_pool = self._mask = None
-                pool.buffers.free()
+    def prepare_close(self) -> Commit:
+        pool = self._cell_pool
+        if pool is None:
+            return lambda: None
+        spill = pool.pins.prepare_spill()  # snapshots outlive the cache
+
+        def commit() -> None:
+            spill()
+            self._cell_pool = self._mask = None
+            pool.buffers.free()
+
+        return commit

@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 
 from kvcache._checks import check_ids, check_range, check_sizes
+from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
@@ -100,8 +101,9 @@ class EncoderCache(Cache):
         check_sizes(max_sequences=max_sequences)
         target = get_backend(backend)
         target.dtype(dtype)  # raises if the backend lacks it
-        self._forget_all()
-        self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
+        with uninterrupted():
+            self._forget_all()
+            self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
 
     def _bound(self) -> Backend:
         """Return the backend. Raises: KVCacheError before :meth:`init`."""
@@ -360,9 +362,12 @@ class EncoderCache(Cache):
                 clone._entries = transferred(self._stored(), self._backend, target)
         return clone
 
-    def close(self) -> None:
-        self._forget_all()
-        self._backend = None
+    def prepare_close(self) -> Commit:
+        def commit() -> None:
+            self._forget_all()
+            self._backend = None
+
+        return commit
 
 
 def _sequences(batch: Batch) -> list[int]:

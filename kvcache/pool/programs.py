@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvcache._checks import check_ids, check_sizes
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Bools, Int32s
 from kvcache.errors import NotSupportedError
 from kvcache.storage.masks import device_mask
@@ -57,14 +58,16 @@ def plan_steps(
     pins.paused = True
     try:
         plan = _planned(pool, batch, steps, start_forward, passes)
+        with uninterrupted():
+            for forward_pass in passes:
+                pool.passes.plan(forward_pass)
     except BaseException:
         pool.drop(passes, before)
         raise
+    else:
+        return plan
     finally:
         pins.paused = False
-    for forward_pass in passes:
-        pool.passes.plan(forward_pass)
-    return plan
 
 
 def _check_steps(pool: CellPool, batch: Batch) -> None:

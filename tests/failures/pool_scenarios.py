@@ -22,6 +22,8 @@ from .scenario import Act, Scenario, World
 
 LAYERS = 2
 SEQUENCES = 3
+FRAMES = 2
+"""Frames of each image."""
 
 
 class PoolWorld(World):
@@ -53,7 +55,7 @@ class PoolWorld(World):
         first = [sequences.index(sequence) for sequence in tokens]
         encoders = any(isinstance(cache, EncoderCache) for cache in parts(self.cache))
         images = [index for index in first if positions[index] == 0] if encoders else []
-        frames = np.repeat(np.array(stamps, np.float32)[images], 2)[None, :, None]
+        frames = np.repeat(np.array(stamps, np.float32)[images], FRAMES)[None, :, None]
         return (
             Batch(positions, sequences, images),
             (self.array(keys, self.dtype), self.array(values, self.dtype)),
@@ -75,7 +77,7 @@ class PoolWorld(World):
         if not isinstance(cache, EncoderCache):
             self.cache.put(*arrays)
         elif frames is not None:
-            self.cache.put(*frames)
+            self.cache.put(*frames, frames=[FRAMES] * (frames[0].shape[1] // FRAMES))
 
     def run(self, tokens):
         """Make a pass with new tokens; observe the attention of each layer."""
@@ -151,8 +153,7 @@ def goes_on(world):
 
 def gives_up(world):
     """Undo the pass under way, and go on."""
-    error = attempt(world.cache.abort) if hasattr(world.cache, "abort") else "not supported"
-    return {"abort": error, "later": goes_on(world)}
+    return {"abort": attempt(world.cache.abort), "later": goes_on(world)}
 
 
 def _following(cache, sequence, count):
@@ -486,7 +487,7 @@ def _assign_state(world):
     world.cache.program_state = world.state
 
 
-ASSIGN_STATE = Act("assign program_state", _assign_state, _state_given, silent=True)
+ASSIGN_STATE = Act("assign program_state", _assign_state, _state_given)
 
 # Acts between passes.
 

@@ -33,6 +33,8 @@ class PrefixWorld(World):
         self.prefix = PrefixCache(self.made(), budget=budget, clock=lambda: self.now)
 
     def lose(self):
+        """End the session that began: an interrupted call does so itself."""
+        _fail(self)
         self.session = None
 
     def made(self):
