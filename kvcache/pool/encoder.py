@@ -48,6 +48,7 @@ class EncoderCache(Cache):
         self._entries: Entries = {}
         self._known: frozenset[int] = frozenset()  # layers ever stored
         self._layer = 0
+        self._before: dict[str, object] | None = None  # the state before the pass just begun
         self.drop_pass()
 
     def drop_pass(self) -> None:
@@ -130,7 +131,10 @@ class EncoderCache(Cache):
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
         arriving = _arriving(batch)
 
+        self._before = None
+
         def commit() -> None:
+            self._before = dict(vars(self))
             known = self._known | self._put_layers if self.pass_complete() else self._known
             self._entries, self._known = self._stored(), known
             self.drop_pass()
@@ -139,7 +143,12 @@ class EncoderCache(Cache):
 
         return commit
 
+    def revert_forward(self) -> None:
+        if self._before is not None:
+            vars(self).update(self._before)
+
     def _current(self) -> Batch:
+        self._before = None  # the pass has begun, so output that it replaced may go
         if self._batch is None:
             raise KVCacheError("put and get belong to a pass. Call start_forward first.")
         return self._batch
@@ -300,10 +309,12 @@ class EncoderCache(Cache):
 
     @property
     def max_sequences(self) -> int:
+        self._bound()
         return self._max_sequences
 
     @property
     def specs(self) -> list[CacheSpec]:
+        self._bound()
         return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:

@@ -111,18 +111,17 @@ class PrefixCache:
         if not prompt.size:
             raise ValueError("a prompt has at least one token; got none.")
         check_media(media, prompt.size)
-        with self.lock:
-            ids = self._media_ids.substitute(prompt, media)
-            request: Request | None = None
-            try:
-                with uninterrupted():
-                    request = Request(self._source.acquire(), [ids])
-                    self._begin(request, ids, salt, media, resume_points)
-                    return Session(request, prompt, self.lock, self._end)
-            except BaseException:
-                if request is not None:  # begun, before Ctrl-C was let through
-                    self._end(request, store=False)
-                raise
+        request: Request | None = None
+        try:
+            with self.lock, uninterrupted():
+                ids = self._media_ids.substitute(prompt, media)
+                request = Request(self._source.acquire(), [ids])
+                self._begin(request, ids, salt, media, resume_points)
+                return Session(request, prompt, self.lock, self._end)
+        except BaseException:
+            if request is not None:  # begun, before Ctrl-C was let through
+                self._end(request, store=False)
+            raise
 
     def _begin(
         self, request: Request, ids: Tokens, salt: str, media: Media, resume_points: Iterable[int]

@@ -11,7 +11,7 @@ from kvcache.prefix import PrefixCache
 
 from .. import peek
 from .observation import attempt, look_at_layers, look_at_pool
-from .pool_scenarios import PoolWorld
+from .pool_world import PoolWorld
 from .scenario import Act, Scenario, World
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17]
