@@ -258,13 +258,14 @@ def _keeping_result(program: Callable[P, R]) -> Callable[P, R]:
 
     Python runs signal handlers when a call returns, before its result is assigned. Raised there,
     a KeyboardInterrupt would leave the caller with nothing but the consumed buffer. An iterator is
-    unpacked by one instruction, after which no handler runs.
+    unpacked by one instruction, after which no handler runs; nor does one when a function written
+    in Python returns. Callers store the result in the statement of the call.
     """
 
     def call(*arguments: P.args, **options: P.kwargs) -> R:
         run = partial(program, **options) if options else program
-        [result] = map(run, *zip(arguments, strict=True))
-        return result
+        # One line, because debuggers interrupt between lines.
+        return [*map(run, *zip(arguments, strict=True))][0]  # noqa: RUF015 - next() is a call
 
     return call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Int32s
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
@@ -76,4 +77,5 @@ class LayerPins:
         """Retain the rows needed by resume points up to `offset`, before they are displaced."""
         for position in points.due(offset):
             needed = visibility.needed(positions, position)
-            points.retain(position, TokenRows.resident(positions[needed], self, slots[needed]))
+            with uninterrupted():  # rows are pinned before the points own them
+                points.retain(position, TokenRows.resident(positions[needed], self, slots[needed]))

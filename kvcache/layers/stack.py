@@ -10,7 +10,7 @@ from kvcache._checks import as_index, as_indices
 from kvcache.backends import Backend, HostArray, get_backend
 from kvcache.errors import ForeignFileError
 from kvcache.snapshots.files import read_file, write_file
-from kvcache.snapshots.rows import TokenRows
+from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 from kvcache.storage.arrays import LayerArrays, NamedArray
 
@@ -158,15 +158,11 @@ class LayerCaches(Sequence[C], Generic[C]):
         specs = [
             CacheSpec(kind_of(type(cache)), cache.visibility, str(cache.dtype)) for cache in self
         ]
-        rows: list[TokenRows] = []
-        try:
-            for cache in self:
-                rows.append(cache.capture(start, stop))  # noqa: PERF401 - closed after an error
-            return Snapshot(start, stop, list(map(Part, specs, rows)))
-        except BaseException:
-            for captured in rows:
-                captured.close()
-            raise
+        return exchange(
+            (),
+            lambda: (cache.capture(start, stop) for cache in self),
+            lambda rows: Snapshot(start, stop, list(map(Part, specs, rows))),
+        )
 
     def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
         """Fill empty caches of all layers from `snapshots`, to resume where the last one stops.

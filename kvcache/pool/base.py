@@ -12,6 +12,7 @@ from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig, get_backend, portable_spec
 from kvcache.errors import NotSupportedError
+from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
 
 from .ahead import TokensAhead
@@ -189,7 +190,12 @@ class Cache(ABC):
             check_ids(self.max_sequences, sequence)
             stop = self.next_position(sequence) if stop is None else stop
             check_range(start, stop)
-            return Snapshot(start, stop, self.capture(sequence, start, stop))
+            specs = self.specs
+            return exchange(
+                (),
+                lambda: (part.rows for part in self.capture(sequence, start, stop)),
+                lambda rows: Snapshot(start, stop, list(map(Part, specs, rows))),
+            )
 
     def restore(self, sequence: int, *snapshots: Snapshot) -> None:
         """Fill an empty sequence from `snapshots`, to resume where the last one stops.
@@ -234,7 +240,10 @@ class Cache(ABC):
         raise _cannot_snapshot(self)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        """Return the parts of :meth:`snapshot`; `start` and `stop` are checked."""
+        """Return the parts of :meth:`snapshot`, whose arguments are checked; all of them or none.
+
+        Interrupts are held back during this call.
+        """
         raise _cannot_snapshot(self)
 
     def prepare_restore(
@@ -359,9 +368,17 @@ class Cache(ABC):
         clone.lock, clone._enclosing = Lock(), None
         return clone
 
-    @abstractmethod
     def close(self) -> None:
-        """Free all memory. The cache is of no further use."""
+        """Free all memory. The cache is of no further use.
+
+        Snapshots outlive it: their rows are copied to the host. If that fails, nothing has changed.
+        """
+        with self.lock:
+            self._commit(self.prepare_close())
+
+    @abstractmethod
+    def prepare_close(self) -> Commit:
+        """Copy what outlives the cache, and return the commit of :meth:`close`."""
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,7 @@ from kvcache._checks import (
     check_ids,
     check_range,
 )
+from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import KVCacheError, NotSupportedError
@@ -351,7 +352,7 @@ class CausalCache(Cache):
         sequence, points = as_index(sequence, "sequence"), as_indices(positions, "positions")
         check_ids(self._pool.table.max_sequences, sequence)
         if self._pool.retained is not None:  # otherwise no token is ever dropped
-            with self.lock:
+            with self.lock, uninterrupted():
                 self._pool.pins.schedule(sequence, points)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
@@ -394,10 +395,15 @@ class CausalCache(Cache):
         copied.maybe_expired = set(pool.maybe_expired)
         return copied
 
-    def close(self) -> None:
-        with self.lock:
-            pool = self._cell_pool
-            if pool is not None:
-                pool.pins.prepare_spill()()  # snapshots outlive the cache
-                self._cell_pool = self._mask = None
-                pool.buffers.free()
+    def prepare_close(self) -> Commit:
+        pool = self._cell_pool
+        if pool is None:
+            return lambda: None
+        spill = pool.pins.prepare_spill()  # snapshots outlive the cache
+
+        def commit() -> None:
+            spill()
+            self._cell_pool = self._mask = None
+            pool.buffers.free()
+
+        return commit

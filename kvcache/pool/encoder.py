@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from kvcache._checks import as_index, as_indices, as_sizes, check_ids, check_range
+from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 from kvcache.snapshots.rows import LayerRows, TokenRows
@@ -44,6 +45,7 @@ class EncoderCache(Cache):
         self._entries: Entries = {}
         self._known: frozenset[int] = frozenset()  # layers ever stored
         self._layer = 0
+        self._before: dict[str, object] | None = None  # the state before the pass just begun
         self.drop_pass()
 
     def drop_pass(self) -> None:
@@ -97,8 +99,9 @@ class EncoderCache(Cache):
         [max_sequences] = as_sizes(max_sequences=max_sequences)
         target = get_backend(backend)
         target.dtype(dtype)  # raises if the backend lacks it
-        self._forget_all()
-        self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
+        with uninterrupted():
+            self._forget_all()
+            self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
 
     @property
     def backend(self) -> Backend | None:
@@ -129,7 +132,10 @@ class EncoderCache(Cache):
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
         arriving = _arriving(batch)
 
+        self._before = None
+
         def commit() -> None:
+            self._before = dict(vars(self))
             known = self._known | self._put_layers if self.pass_complete() else self._known
             self._entries, self._known = self._stored(), known
             self.drop_pass()
@@ -138,7 +144,12 @@ class EncoderCache(Cache):
 
         return commit
 
+    def revert_forward(self) -> None:
+        if self._before is not None:
+            vars(self).update(self._before)
+
     def _current(self) -> Batch:
+        self._before = None  # the pass has begun, so output that it replaced may go
         if self._batch is None:
             raise KVCacheError("put and get belong to a pass. Call start_forward first.")
         return self._batch
@@ -318,10 +329,12 @@ class EncoderCache(Cache):
 
     @property
     def max_sequences(self) -> int:
+        self._bound()
         return self._max_sequences
 
     @property
     def specs(self) -> list[CacheSpec]:
+        self._bound()
         return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:
@@ -379,9 +392,12 @@ class EncoderCache(Cache):
                 clone._entries = transferred(self._stored(), self._backend, target)
         return clone
 
-    def close(self) -> None:
-        self._forget_all()
-        self._backend = None
+    def prepare_close(self) -> Commit:
+        def commit() -> None:
+            self._forget_all()
+            self._backend = None
+
+        return commit
 
 
 def _sequences(batch: Batch) -> list[int]:

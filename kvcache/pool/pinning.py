@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.errors import CacheFullError
@@ -129,11 +130,7 @@ class PoolPins:
         """Return the rows of positions ``[start, stop)``, held by the sequence or retained."""
         rows = self._pinned(self._history(sequence), start, stop)
         points = self._points.get(sequence)
-        try:
-            return rows if points is None else points.add_to(rows, start, stop)
-        except BaseException:
-            rows.close()  # or its cells would be pinned for good
-            raise
+        return rows if points is None else points.add_to(rows, start, stop)
 
     def _pinned(self, cells: Int32s, start: int, stop: int) -> TokenRows:
         """Return the rows of positions ``[start, stop)`` among `cells`, pinned."""
@@ -265,7 +262,8 @@ class PoolPins:
             for position in points.due(self._table.next_position(sequence)):
                 lowest = self._visibility.lowest_needed(position)
                 cells = self._table.cells_of(sequence)
-                points.retain(position, self._pinned(cells, lowest, position))
+                with uninterrupted():  # rows are pinned before the points own them
+                    points.retain(position, self._pinned(cells, lowest, position))
             self._settle(sequence, points)
 
     def forget(self, sequence: int, start: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvcache._checks import check_ids
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Bools, Int32s
 from kvcache.errors import NotSupportedError
 from kvcache.storage.masks import device_mask
@@ -72,14 +73,16 @@ def plan_steps(
     pins.paused = True
     try:
         plan = _planned(pool, batch, steps, start_forward, passes)
+        with uninterrupted():
+            for forward_pass in passes:
+                pool.passes.plan(forward_pass)
     except BaseException:
         pool.drop(passes, before)
         raise
+    else:
+        return plan
     finally:
         pins.paused = False
-    for forward_pass in passes:
-        pool.passes.plan(forward_pass)
-    return plan
 
 
 def _check_steps(pool: CellPool, batch: Batch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Self
 
 from kvcache._checks import as_index, as_indices
+from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig
+from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
 from .ahead import TokensAhead
@@ -75,9 +78,10 @@ class WrapperCache(Cache):
     ) -> None:
         sizes = {"max_sequences": max_sequences, "capacity": capacity, "max_batch": max_batch}
         try:
-            for cache in self.caches:
-                cache.init(backend, dtype, **sizes)
-        except Exception:
+            with uninterrupted():
+                for cache in self.caches:
+                    cache.init(backend, dtype, **sizes)
+        except BaseException:
             self.close()  # all of them, so that none is left initialised
             raise
 
@@ -143,11 +147,17 @@ class WrapperCache(Cache):
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         points = as_indices(positions, "positions")  # an iterator serves the first cache only
-        for cache in self.caches:
-            cache.schedule(sequence, points)
+        with uninterrupted():
+            for cache in self.caches:
+                cache.schedule(sequence, points)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        return [part for cache in self.caches for part in cache.capture(sequence, start, stop)]
+        specs = self.specs
+        return exchange(
+            (),
+            lambda: (part.rows for c in self.caches for part in c.capture(sequence, start, stop)),
+            lambda rows: list(map(Part, specs, rows)),
+        )
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
@@ -168,9 +178,15 @@ class WrapperCache(Cache):
             cache.enclose(clone)
         return clone
 
-    def close(self) -> None:
-        for cache in self.caches:
-            cache.close()
+    def prepare_close(self) -> Commit:
+        commits = [cache.prepare_close() for cache in self.caches]
+
+        def commit() -> None:
+            with ExitStack() as stack:  # calls all of them, even if one raises
+                for commit_one in reversed(commits):
+                    stack.callback(commit_one)
+
+        return commit
 
 
 def _together(commits: Sequence[Commit]) -> Commit:

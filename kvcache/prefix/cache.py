@@ -9,9 +9,11 @@ from typing import NoReturn
 import numpy as np
 
 from kvcache._checks import as_index, as_indices
+from kvcache._interrupts import uninterrupted
 from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.pool.base import Cache
+from kvcache.snapshots.snapshot import Snapshot
 
 from .events import Events
 from .index import SpanIndex
@@ -119,11 +121,17 @@ class PrefixCache:
         if not prompt.size:
             raise ValueError("a prompt has at least one token; got none.")
         check_media(media, prompt.size)
-        with self.lock:
-            ids = self._media_ids.substitute(prompt, media)
-            request = Request(self._source.acquire(), [ids])
-            self._begin(request, ids, salt, media, points)
-            return Session(request, prompt, self.lock, self._end)
+        request: Request | None = None
+        try:
+            with self.lock, uninterrupted():
+                ids = self._media_ids.substitute(prompt, media)
+                request = Request(self._source.acquire(), [ids])
+                self._begin(request, ids, salt, media, points)
+                return Session(request, prompt, self.lock, self._end)
+        except BaseException:
+            if request is not None:  # begun, before Ctrl-C was let through
+                self._end(request, store=False)
+            raise
 
     def _begin(
         self, request: Request, ids: Tokens, salt: str, media: Media, resume_points: list[int]
@@ -158,7 +166,7 @@ class PrefixCache:
 
     def _end(self, request: Request, store: bool) -> None:
         """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
-        with self.lock:
+        with self.lock, uninterrupted():
             if request not in self._active:
                 return
             self._active.remove(request)
@@ -171,7 +179,10 @@ class PrefixCache:
                 self._index.trim(self._clock())
 
     def _store(self, request: Request) -> None:
-        """Store the tokens held by the sequence of a request, as far as they are not yet."""
+        """Store the tokens held by the sequence of a request, as far as they are not yet.
+
+        All of them, or none if a framework fails.
+        """
         ids, held = np.concatenate(request.ids), request.handle.length
         if held > ids.size:
             raise KVCacheError(
@@ -182,28 +193,65 @@ class PrefixCache:
             return
         restored = request.pinned.stop if request.pinned is not None else 0
         known_spans = self._index.follow(request.tree, ids[:held])
+        snapshots = self._captured(request, known_spans, restored, held)
         spans = self._index.extend(request.tree, ids[:held])
         # The others were used when the request began.
         self._index.use(spans[len(known_spans) :], self._clock())
+        new = [span for span in spans if span.payload is None and span.stop in snapshots]
         for span in spans:
-            if span.stop > restored:
-                self._add(request, span)
+            if span.stop in snapshots:
+                self._replace(span, snapshots[span.stop])
+        for span in new:  # last, because subscribers may raise
+            self.events.stored(span, self._salt_of(span))
 
-    def _add(self, request: Request, span: StoredSpan) -> None:
-        """Store the rows a request holds of a span, in addition to any stored already."""
-        stored = span.payload
+    def _captured(
+        self, request: Request, known_spans: list[StoredSpan], restored: int, held: int
+    ) -> dict[int, Snapshot]:
+        """Return snapshots to store, by stop: of spans behind `restored`, up to `held` tokens.
+
+        They are of whole spans, in addition to any rows stored already: of `known_spans`, and of
+        the span to come behind them. Spans of which the request has no rows are left out.
+        """
+        ends = [0, *(span.stop for span in known_spans), held]
+        stored = [*(span.payload for span in known_spans), None]
+        snapshots: dict[int, Snapshot] = {}
+        try:
+            for start, stop, payload in zip(ends[:-1], ends[1:], stored, strict=True):
+                if start < stop and restored < stop:
+                    snapshot = self._capture(request, start, stop, payload)
+                    if snapshot is not None:
+                        snapshots[stop] = snapshot
+        except BaseException:
+            for snapshot in snapshots.values():
+                snapshot.close()
+            raise
+        return snapshots
+
+    @staticmethod
+    def _capture(
+        request: Request, start: int, stop: int, stored: StoredSnapshot | None
+    ) -> Snapshot | None:
+        """Return a snapshot of the rows a request holds of a span, and of those in `stored`.
+
+        None if there are none, or no more than are stored.
+        """
         if stored is not None and stored.resumable_anywhere:
-            return  # complete, as no token of it was ever dropped
-        # A window that slid past other positions this time may have rows the stored one lacks.
-        snapshot = request.handle.capture(span.start, span.stop)
+            return None  # complete, as no token of it was ever dropped
+        captured = request.handle.capture(start, stop)
         if stored is not None:
-            snapshot = stored.snapshot.union(snapshot)
-        if any(part.rows.positions.size for part in snapshot.parts):
-            self._index.fill(span, StoredSnapshot(snapshot))
-            if stored is None:
-                self.events.stored(span, self._salt_of(span))
-        else:
-            snapshot.close()
+            # A window that slid past other positions this time may have rows the stored one lacks.
+            with captured:
+                return stored.snapshot.united(captured)
+        if any(part.rows.positions.size for part in captured.parts):
+            return captured
+        captured.close()
+        return None
+
+    def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
+        previous = span.payload
+        self._index.fill(span, StoredSnapshot(snapshot))
+        if previous is not None:
+            previous.close()
 
     def _release(self, request: Request) -> None:
         if request.pinned is not None:
@@ -249,7 +297,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Evict all spans not in use by a session."""
-        with self.lock:
+        with self.lock, uninterrupted():
             now = self._clock()
             # Leaf first: only spans without children are offered to the policy, and can be evicted.
             for span in sorted(self._index.kept, key=lambda span: -span.stop):

@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from kvcache._interrupts import uninterrupted
 from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
 
@@ -47,15 +48,15 @@ def write_file(
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as for any new file; safetensors would make it private
-        try:
-            safetensors.numpy.save_file(compact, partial, metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}.") from error
-        partial.chmod(mode)
-        # On disk before the rename: else a crash could leave the name with an incomplete file.
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
+        safetensors.numpy.save_file(compact, partial, metadata)
+        with uninterrupted():
+            partial.chmod(mode)
+            # On disk before the rename: else a crash could leave the name with an incomplete file.
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}.") from error
     finally:
         partial.unlink(missing_ok=True)  # there only after an error
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.storage.arrays import LayerArrays, Rows, concat_layers
 
@@ -16,6 +17,7 @@ Slots: TypeAlias = Indices
 """Places of rows in their owner: cells of a pool, or slots of a per-layer cache."""
 LayerRows: TypeAlias = dict[int, LayerArrays]
 """The arrays of every layer, by layer number."""
+R = TypeVar("R")
 
 
 class RowOwner(Protocol):
@@ -63,14 +65,14 @@ class TokenRows:
 
     @classmethod
     def resident(cls, positions: Int32s, owner: RowOwner, slots: Slots) -> TokenRows:
-        """Return the rows in `slots` of `owner`, pinned there."""
+        """Return the rows in `slots` of `owner`, pinned there.
+
+        Pinned rows that nobody knows of would stay so: callers hold interrupts back until they
+        have a place for the result, as :func:`exchange` does.
+        """
         rows = cls(positions, owner=owner)
         rows.slots = slots  # before pinning, which reads them
-        try:
-            owner.pin(rows)
-        except BaseException:  # Ctrl-C, say, when they are pinned already
-            owner.unpin(rows)
-            raise
+        owner.pin(rows)
         return rows
 
     @property
@@ -108,15 +110,11 @@ class TokenRows:
 
     def _become(self, positions: Int32s, layers: LayerRows) -> None:
         """Unpin the rows; keep `positions` and `layers`, in host memory."""
-        undo = self.savepoint()
-        try:
+        with uninterrupted():
             if self.owner is not None:
                 self.owner.unpin(self)
             self.owner, self.slots = None, self.slots[:0]
             self.positions, self._layers = positions, layers
-        except BaseException:
-            undo()
-            raise
 
     def savepoint(self) -> Callable[[], None]:
         """Return a function that makes the rows what they are now, spilled or closed since.
@@ -162,15 +160,9 @@ class TokenRows:
                 return TokenRows.resident(self.positions[index], self.owner, self.slots[index])
             return TokenRows(self.positions[index], self._taken(index))
 
-    def narrowed(self, keep: Bools) -> TokenRows:
-        """Return the rows selected by the mask `keep`, and close these."""
-        [kept] = change_all([self], TokenRows.close, lambda: [self.take(np.flatnonzero(keep))])
-        return kept
-
     def split(self, at: int) -> tuple[TokenRows, TokenRows]:
         """Return the rows below position `at`, and the others; close these."""
-        lower, upper = change_all([self], TokenRows.close, lambda: self.pieces(at))
-        return lower, upper
+        return exchange([self], lambda: self.pieces(at), lambda pieces: (pieces[0], pieces[1]))
 
     def pieces(self, at: int) -> Iterator[TokenRows]:
         """Yield the rows below position `at`, and then the others, as objects of their own."""
@@ -180,8 +172,7 @@ class TokenRows:
 
     def join(self, other: TokenRows) -> TokenRows:
         """Return the rows of both, without a common position, as one object; close both."""
-        [rows] = change_all([self, other], TokenRows.close, lambda: [self.joined(other)])
-        return rows
+        return exchange([self, other], lambda: [self.joined(other)], lambda rows: rows[0])
 
     def joined(self, other: TokenRows, new: Bools | None = None) -> TokenRows:
         """Return these rows and those of `other` as an object of its own; both stay as they are.
@@ -211,50 +202,77 @@ class TokenRows:
             return TokenRows(self.positions, self._layers)
 
 
-def change_all(
-    changed: Sequence[TokenRows],
-    change: Callable[[TokenRows], object],
-    make: Callable[[], Iterable[TokenRows]] = tuple,
-) -> list[TokenRows]:
-    """Return the rows that `make` makes, and then call `change` for `changed`: all, or nothing.
+def exchange(
+    old: Sequence[TokenRows],
+    make: Callable[[], Iterable[TokenRows]],
+    wrap: Callable[[list[TokenRows]], R],
+) -> R:
+    """Return ``wrap`` of the rows that `make` makes, and close `old`: all of it, or nothing.
 
-    If something raises, rows made by then are closed, and `changed` are as they were. New rows are
-    pinned before old ones are closed, so that no slot is free to be overwritten in between.
+    If something raises, Ctrl-C included, rows made by then are closed, and `old` are as they were.
+    New rows are pinned before old ones are closed, so that no slot is free to be overwritten in
+    between.
     """
-    made: list[TokenRows] = []
-    undos: list[Callable[[], None]] = []
+    return _holding(_locks_of(old), lambda: _exchanged(old, make, wrap))
 
-    def run() -> None:
-        for rows in make():
-            made.append(rows)  # noqa: PERF402 - one by one, so that an error finds them here
-        for rows in changed:
-            undos.append(rows.savepoint())
-            change(rows)
 
-    owners = [owner for rows in changed if (owner := rows.owner) is not None]
-    locks = {id(owner.lock): owner.lock for owner in owners}
+def _exchanged(
+    old: Sequence[TokenRows],
+    make: Callable[[], Iterable[TokenRows]],
+    wrap: Callable[[list[TokenRows]], R],
+) -> R:
+    undos, made = [rows.savepoint() for rows in old], list[TokenRows]()
     try:
-        _holding([lock for _, lock in sorted(locks.items())], run)
+        with uninterrupted():  # what was made but is not in the list yet would stay pinned
+            for rows in make():
+                made.append(rows)  # one by one, so that an error finds them here
+            result = wrap(made)
+            for rows in old:
+                rows.close()
+            return result
     except BaseException:
-        for undo in reversed(undos):
+        for undo in undos:
             undo()
         for rows in made:
             rows.close()
         raise
-    return made
 
 
-def _holding(locks: Sequence[AbstractContextManager[object]], run: Callable[[], None]) -> None:
-    """Call `run` while holding `locks`.
+def close_all(rows: Sequence[TokenRows]) -> None:
+    """Close all of `rows`."""
+    with uninterrupted():
+        for closed in rows:
+            closed.close()
 
-    Locks are sorted by the caller: two threads that take those of two caches in opposite order
-    would wait for each other.
+
+def spill_all(rows: Sequence[TokenRows]) -> None:
+    """Spill all of `rows` to host memory, or none if one cannot be read."""
+
+    def spill() -> None:
+        contents = [spilled.content() for spilled in rows]
+        with uninterrupted():
+            for spilled, layers in zip(rows, contents, strict=True):
+                spilled.move_to_host(layers)
+
+    _holding(_locks_of(rows), spill)
+
+
+def _locks_of(rows: Sequence[TokenRows]) -> list[AbstractContextManager[object]]:
+    """Return the locks of the owners of `rows`, sorted.
+
+    Two threads that took those of two caches in opposite order would wait for each other.
     """
+    owners = [owner for pinned in rows if (owner := pinned.owner) is not None]
+    locks = {id(owner.lock): owner.lock for owner in owners}
+    return [lock for _, lock in sorted(locks.items())]
+
+
+def _holding(locks: Sequence[AbstractContextManager[object]], run: Callable[[], R]) -> R:
+    """Return the result of `run`, called while holding `locks`."""
     if not locks:
-        run()
-        return
+        return run()
     with locks[0]:
-        _holding(locks[1:], run)
+        return _holding(locks[1:], run)
 
 
 def _merged(one: LayerRows, two: LayerRows, order: npt.NDArray[np.intp]) -> LayerRows:

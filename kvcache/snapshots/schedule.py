@@ -11,9 +11,10 @@ from functools import partial
 
 import numpy as np
 
+from kvcache._interrupts import uninterrupted
 from kvcache._types import Bools
 
-from .rows import TokenRows, change_all
+from .rows import TokenRows, exchange
 
 
 class ResumePoints:
@@ -35,22 +36,20 @@ class ResumePoints:
     def retain(self, position: int, rows: TokenRows) -> None:
         """Retain `rows`, all those needed to resume at `position`, and unschedule it.
 
-        Owns `rows` from then on. If this raises, they are closed, and nothing is retained.
+        Owns `rows` from then on. If this raises, they are closed, and nothing is retained. Callers
+        hold interrupts back from before they take the rows.
         """
         retained = self.retained
         try:
             if retained is not None:
                 # Windows of neighbouring points overlap: keep a row once.
                 new = ~np.isin(rows.positions, retained.positions)
-                [rows] = change_all(
-                    [rows, retained], TokenRows.close, partial(_joined, retained, rows, new)
-                )
-            self._passed.add(position)
-            # A new set: a call to change the old one could be interrupted after the change.
-            self.retained, self.scheduled = rows, self.scheduled - {position}
+                rows = exchange([rows, retained], partial(_joined, retained, rows, new), _only)
         except BaseException:
             rows.close()
             raise
+        self._passed.add(position)
+        self.retained, self.scheduled = rows, self.scheduled - {position}
 
     def add_to(self, rows: TokenRows, start: int, stop: int) -> TokenRows:
         """Return `rows` with the retained ones of ``[start, stop)``; close `rows` in any case."""
@@ -60,11 +59,10 @@ class ResumePoints:
         positions = retained.positions
         new = (positions >= start) & (positions < stop) & ~np.isin(positions, rows.positions)
         try:
-            [joined] = change_all([rows], TokenRows.close, partial(_joined, rows, retained, new))
+            return exchange([rows], partial(_joined, rows, retained, new), _only)
         except BaseException:
             rows.close()
             raise
-        return joined
 
     def forget(self, position: int) -> None:
         """Drop the rows retained from `position` on; the schedule stays."""
@@ -75,8 +73,9 @@ class ResumePoints:
         if kept.size < retained.positions.size:
             # No object without rows: its owner would list it as pinned.
             make = (lambda: [retained.take(kept)]) if kept.size else tuple
-            rows = change_all([retained], TokenRows.close, make)
-            self.retained = rows[0] if rows else None
+            with uninterrupted():
+                rows = exchange([retained], make, tuple)
+                self.retained = rows[0] if rows else None
 
     def take_back(self, position: int) -> None:
         """Drop the rows retained from `position` on, and schedule the points after it again."""
@@ -104,3 +103,8 @@ class ResumePoints:
 
 def _joined(one: TokenRows, two: TokenRows, new: Bools) -> list[TokenRows]:
     return [one.joined(two, new)]
+
+
+def _only(made: list[TokenRows]) -> TokenRows:
+    """Return the one object made."""
+    return made[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,8 @@ from kvcache._types import Bools, Int32s
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
 from .archive import Record, read_archive, write_archive
-from .rows import LayerRows, TokenRows, change_all
+from .rows import LayerRows, TokenRows, close_all, exchange, spill_all
 from .visibility import Visibility
-
-R = TypeVar("R")
 
 
 class CacheSpec(NamedTuple):
@@ -116,7 +114,7 @@ class Snapshot:
                 f"a snapshot of [{self.start}, {self.stop}) is split inside; got {at}."
             )
         rows = self._rows
-        return self._exchanged(
+        return exchange(
             rows,
             lambda: (piece for own_rows in rows for piece in own_rows.pieces(at)),
             lambda pieces: (
@@ -144,6 +142,17 @@ class Snapshot:
 
         Raises: SnapshotMismatchError if `other` is of other caches.
         """
+        return self._joined(other, self.stop, self._missing_of(other))
+
+    def united(self, other: Snapshot) -> Snapshot:
+        """Return :meth:`union` as an object of its own; both stay as they are."""
+        return self._joined(other, self.stop, self._missing_of(other), closing=False)
+
+    def _missing_of(self, other: Snapshot) -> list[Bools]:
+        """Return which rows of each part of `other` are in this span, and not held here.
+
+        Raises: SnapshotMismatchError if `other` is of other caches.
+        """
         check_same_specs([self, other], self.specs)
         new = []
         for own_part, part in zip(self.parts, other.parts, strict=True):
@@ -151,41 +160,26 @@ class Snapshot:
             inside = (positions >= self.start) & (positions < self.stop)
             # Rows can only be joined without a common position.
             new.append(inside & ~np.isin(positions, own_part.rows.positions))
-        return self._joined(other, self.stop, new)
+        return new
 
     def _joined(
-        self, other: Snapshot, stop: int, new: Iterable[Bools | None] = repeat(None)
+        self,
+        other: Snapshot,
+        stop: int,
+        new: Iterable[Bools | None] = repeat(None),
+        closing: bool = True,
     ) -> Snapshot:
-        """Return a snapshot up to `stop` with the rows of both; close both, or change neither.
+        """Return a snapshot up to `stop` with the rows of both.
 
         new: for each part of `other` which of its rows are meant; None for all.
+        closing: close both then; if anything raises, neither has changed.
         """
         own_rows, rows = self._rows, other._rows
-        return self._exchanged(
-            [*own_rows, *rows],
+        return exchange(
+            [*own_rows, *rows] if closing else (),
             lambda: map(TokenRows.joined, own_rows, rows, new),
             lambda joined: self._of(self.start, stop, joined),
         )
-
-    @staticmethod
-    def _exchanged(
-        old: Sequence[TokenRows],
-        make: Callable[[], Iterable[TokenRows]],
-        wrap: Callable[[Sequence[TokenRows]], R],
-    ) -> R:
-        """Return ``wrap`` of the rows made by `make`, and close `old`: all of it, or nothing."""
-        results: list[R] = []
-
-        def make_and_wrap() -> Iterator[TokenRows]:
-            made = []
-            for rows in make():
-                made.append(rows)
-                yield rows
-            # Before the old rows are closed, because nothing may fail from then on.
-            results.append(wrap(made))
-
-        change_all(old, TokenRows.close, make_and_wrap)
-        return results[0]
 
     def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
         """Return a snapshot of the same caches with other rows, one for each part."""
@@ -197,15 +191,11 @@ class Snapshot:
         Rows are not copied: their content never changes. ``copy.copy`` and ``copy.deepcopy`` do the
         same; a pickled snapshot has its rows on the host.
         """
-        copies: list[TokenRows] = []
-        try:
-            for part in self.parts:
-                copies.append(part.rows.renewed())  # noqa: PERF401 - those made are closed below
-        except BaseException:
-            for rows in copies:
-                rows.close()
-            raise
-        return self._of(self.start, self.stop, copies)
+        return exchange(
+            (),
+            lambda: (part.rows.renewed() for part in self.parts),
+            lambda rows: self._of(self.start, self.stop, rows),
+        )
 
     def __copy__(self) -> Snapshot:
         return self.copy()
@@ -219,12 +209,12 @@ class Snapshot:
 
     def to_host(self) -> Self:
         """Spill resident rows to host memory; return the snapshot itself."""
-        change_all(self._rows, TokenRows.to_host)
+        spill_all(self._rows)
         return self
 
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""
-        change_all(self._rows, TokenRows.close)
+        close_all(self._rows)
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from .injection import (
@@ -74,20 +75,21 @@ def course(scenario, place, step):
 # Hooks.
 
 
-def hook_differences(scenario, place, strike=fail, apart=True):
+def hook_differences(scenario, place, strike=fail, every=True):
     """Return a line for each difference that a failing hook call leaves. strike: how it fails.
 
-    apart: compare the later calls of a world where the failed call is given up, too. Otherwise it
-        is made again in every world.
+    every: let each call fail, once for each kind of later calls, which come after the failed call
+        is given up, and after it is made again. Otherwise the first and the last call of each hook
+        fail, with one of these continuations in turn.
     """
     reference = Reference(scenario, place)
-    names = list(numbered(moments_of_hooks(scenario, place).names))
-    ways = (False, True) if apart or scenario.in_pass else (True,)
+    names = moments_of_hooks(scenario, place).names
+    described = list(numbered(names))
+    ways = list(itertools.product(range(len(scenario.laters)), (True, False)))
     return [
-        f"{name} fails, {line}"
-        for number, name in enumerate(names, 1)
-        for later, _ in enumerate(scenario.laters)
-        for retried in ways
+        f"{described[number - 1]} fails, {line}"
+        for turn, number in enumerate(chosen_of(names, None if every else len(names) + 1))
+        for later, retried in (ways if every else [ways[turn % len(ways)]])
         for line in _after_hook(scenario, place, reference, Moments(number, strike), later, retried)
     ]
 

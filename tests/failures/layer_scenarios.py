@@ -270,6 +270,14 @@ def _split(world):
     return world.snapshots["whole"].split(4)
 
 
+def _merge(world):
+    return world.snapshots["lower"].merge(world.snapshots["upper"])
+
+
+def _union(world):
+    return world.snapshots["lower"].union(world.snapshots["whole"])
+
+
 TRIM, TRIM_ALL = (
     Act("trim", lambda world: world.cache.trim(2)),
     Act("trim", lambda world: world.caches.trim(2)),
@@ -295,9 +303,9 @@ IMPORT = Act("import_state", _give_back, _lend)
 PROGRAMS = [EXPORT, IMPORT]
 RESTORE = Act("restore", _restore, _foreign)
 PIECES = [
-    Act("split", _split),
-    Act("merge", lambda world: world.snapshots["lower"].merge(world.snapshots["upper"])),
-    Act("union", lambda world: world.snapshots["lower"].union(world.snapshots["whole"])),
+    Act("split", _split, resource=True),
+    Act("merge", _merge, resource=True),
+    Act("union", _union, resource=True),
     Act("to_host", lambda world: world.snapshots["whole"].to_host() and None, silent=True),
     Act("close", lambda world: world.snapshots["whole"].close()),
     Act("save", lambda world: world.snapshots["whole"].save(_snapshot_file(world))),

@@ -11,7 +11,7 @@ from kvcache.prefix import PrefixCache
 
 from .. import peek
 from .observation import attempt, look_at_layers, look_at_pool
-from .pool_scenarios import PoolWorld
+from .pool_world import PoolWorld
 from .scenario import Act, Scenario, World
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17]
@@ -33,6 +33,8 @@ class PrefixWorld(World):
         self.prefix = PrefixCache(self.made(), budget=budget, clock=lambda: self.now)
 
     def lose(self):
+        """End the session that began: an interrupted call does so itself."""
+        _fail(self)
         self.session = None
 
     def made(self):
