@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
 from .base import EvictionPolicy, PolicySpan, Queue
 
@@ -28,10 +28,11 @@ class LRU(EvictionPolicy):
         return self._queue.first()
 
 
-class QueueSlot(NamedTuple):
+@dataclass(slots=True)  # not frozen, which would make every new one cost thrice as much
+class QueueSlot:
     """Slot of a span in the queues of S3-FIFO, kept in its `policy_data`.
 
-    Immutable, because both parts of a span that was split have the same one.
+    Replaced and never changed, because both parts of a span that was split have the same one.
     """
 
     turn: int
