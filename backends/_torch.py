@@ -16,7 +16,7 @@ from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
-from .nonfinite import finite_bits, replaced, substitutes
+from .nonfinite import replaced, substitutes
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -24,15 +24,12 @@ _CARRIERS = {
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2: torch.uint8,
 }
-# Tables by dtype and number of arrays: a compiler of programs cannot trace how they are made.
+# By dtype and number of arrays: a compiler of programs cannot trace how they are made.
 _SUBSTITUTES = {
     getattr(torch, name): {count: substitutes(name, count) for count in (1, 2)}
     for name in HOST_DTYPES
 }
-_FLOAT8 = {
-    getattr(torch, name): {count: finite_bits(name, count) for count in (1, 2)}
-    for name in ("float8_e4m3fn", "float8_e5m2")
-}
+_FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 class TorchBackend(Backend):
@@ -183,15 +180,18 @@ class TorchBackend(Backend):
 
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
-        kind, count = arrays[0].dtype, len(arrays)
-        detached = tuple([array.detach() for array in arrays])
+        kind = arrays[0].dtype
+        detached, numbers = [array.detach() for array in arrays], _SUBSTITUTES[kind][len(arrays)]
+        if not numbers:
+            return tuple(detached)
         if kind not in _FLOAT8:
-            numbers = _SUBSTITUTES[kind][count]
-            return replaced(cls.xp, detached, axis, numbers, _is_finite) if numbers else detached
-        # torch has no arithmetic on these dtypes, so their bits are compared.
-        is_finite, bits = _FLOAT8[kind][count]
-        views = tuple([array.view(torch.uint8) for array in detached])
-        return tuple([array.view(kind) for array in replaced(cls.xp, views, axis, bits, is_finite)])
+            return replaced(cls.xp, tuple(detached), axis, numbers, _is_finite)
+        # torch has no arithmetic on these dtypes, but float32 holds all their numbers. Not on their
+        # bits, which the compiler of torch would convert to float8 as if they were numbers.
+        wide = tuple([array.float() for array in detached])
+        return tuple(
+            [array.to(kind) for array in replaced(cls.xp, wide, axis, numbers, _is_finite)]
+        )
 
     @classmethod
     def traced_write(
