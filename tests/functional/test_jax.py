@@ -81,7 +81,8 @@ def test_compiled_once_per_padded_length():
 
     program = jax.jit(noted, donate_argnums=0)
     for position in range(0, 2000, 50):
-        cache.start_forward(Batch(range(position, position + 49), [1] * 49))
+        cache.plan(Batch(range(position, position + 49), [1] * 49))
+        cache.program_state = cache.program_state  # as if a program had stored them
         cache.program_state, _ = program(
             cache.program_state, cache.plan(Batch([position + 49], [1])), inputs(1)
         )
