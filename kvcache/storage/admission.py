@@ -165,7 +165,7 @@ def described(array: Array) -> str:
 def refuse_several_devices(backend: Backend, array: Array) -> None:
     """Raise UnknownBackendError if `array` is of the framework of `backend`, on several devices."""
     if hasattr(array, "dtype") and backend_type(array) is type(backend):
-        backend_of(array)
+        backend.device_of(array)
 
 
 def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:

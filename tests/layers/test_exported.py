@@ -1,6 +1,8 @@
 """A cache that is locked while a program has its state."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -61,6 +63,9 @@ def everything_of(cache, path):
     yield "to_backend", lambda c: c.to_backend("numpy")
     yield "save", lambda c: c.save(path / "file")
     yield "export", lambda c: c.export_state(1)
+    yield "copy.copy", copy.copy
+    yield "deepcopy", copy.deepcopy
+    yield "pickle", pickle.dumps
     for name in ("checkpoint", "trim 1", "rollback", "snapshot", "copy"):
         method, *tokens = name.split()
         yield (

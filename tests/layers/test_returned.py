@@ -5,6 +5,7 @@ import pytest
 
 from kvcache import KVCache, RotatingKVCache, functional, get_backend
 
+from ..failing import Failing
 from .oracle import Oracle, Shape, check_whole, oracle_for, push
 
 KINDS = {
@@ -155,3 +156,30 @@ def test_a_move_takes_no_token_along_that_was_taken_back(backend):
     one = Shape().keys(1, 2), Shape().values(1, 2)
     assert finite(backend, moved.update(*map(backend.from_host, one)))
     check_whole(cache, oracle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("held", [2, 8])
+def test_tokens_of_a_failed_update_leave_nothing(backend, kind, held):
+    """Written, but not counted: a framework failed after the write."""
+    failing = Failing(backend)
+    cache = KINDS[kind](failing.backend)
+    push(cache, oracle_for(cache), held)
+    for at in range(1, 6):
+        with failing.failing(at):
+            try:
+                cache.update(*poison(failing.backend, 3))
+            except MemoryError:
+                pass
+            else:
+                break
+        assert cache.offset == held
+        assert finite(backend, cache.copy().update(*map(backend.from_host, one_token())))
+        assert finite(backend, cache.state)
+        state = cache.export_state(4)
+        assert finite(backend, (state.keys, state.values))
+        cache.import_state(state)
+
+
+def one_token():
+    return Shape().keys(1, 0), Shape().values(1, 0)

@@ -9,7 +9,7 @@ import pytest
 import kvcache
 from kvcache import KVCache, RotatingKVCache, functional
 
-from .oracle import Oracle, Shape, check_whole, oracle_for, push
+from .oracle import Oracle, Shape, check_whole, fingerprint, oracle_for, push
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.one_backend(name="torch")
@@ -268,6 +268,21 @@ def test_tensors_of_another_device(cache):
             cache.update(*update)
         check_whole(cache, oracle)
     push(cache, oracle, 2, shape)
+
+
+def test_an_update_without_room_for_its_gradients_changes_nothing(cache, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    for tokens in (2, 3, 1, 4, 9, 1):
+        update = needs_grad(tokens)
+        before = fingerprint(cache)
+        monkeypatch.setattr(type(kvcache.get_backend("torch")), "with_gradients", fail)
+        with pytest.raises(MemoryError):
+            cache.update(*update)
+        assert fingerprint(cache) == before
+        monkeypatch.undo()
+        cache.update(*update)
 
 
 def test_pools_refuse_gradients():
