@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ _FADE = 0.5 ** (TICK / 86_400)  # share of the past left after a tick: half of i
 
 # Ages fall into buckets of an octave: with finer ones less is known about each.
 _EDGES = TICK * np.concatenate([[0], 2.0 ** np.arange(np.log2(TICKS))])
-_STARTS: list[float] = _EDGES.tolist()
+_BOUNDS: list[float] = _EDGES[1:].tolist()  # between two buckets
 _WIDTH = np.diff(_EDGES, append=TICK * TICKS)
 # The prior: a span is requested again once in twenty times its age. The younger, the likelier, so
 # that the policy begins as LRU. It weighs as much as one token at risk for so long.
@@ -50,8 +51,12 @@ def _spread() -> Floats:
 _SPREAD = _spread()
 
 
-class LastUse(NamedTuple):
-    """Class and tick of the last request for a span, kept in its `policy_data`."""
+@dataclass(slots=True)  # not frozen, which would make every new one cost thrice as much
+class LastUse:
+    """Class and tick of the last request for a span, kept in its `policy_data`.
+
+    Replaced and never changed, because both parts of a span that was split have the same one.
+    """
 
     uses: int
     tick: int
@@ -118,13 +123,14 @@ class Gittins(EvictionPolicy):
         """Return the index of `span`, in requests per second; then its last use, among equals."""
         last = span.policy_data
         uses = last.uses if isinstance(last, LastUse) else 0
-        return self._index[uses][bisect_right(_STARTS, now - span.used) - 1], span.used
+        used = span.used
+        return self._index[uses][bisect_right(_BOUNDS, now - used)], used
 
     def _count_return(self, last: LastUse, age: float, tokens: int, late: float) -> None:
         """Count a request for tokens last requested `age` seconds ago, `late` after a tick."""
         ticks = self._ticks - last.tick
         if ticks < TICKS:  # else no longer watched
-            bucket = bisect_right(_STARTS, age) - 1
+            bucket = bisect_right(_BOUNDS, age)
             self._returned[last.uses, bucket] += tokens
             self._risked[last.uses, bucket] += tokens * late
             self._waiting[last.uses, ticks] -= tokens

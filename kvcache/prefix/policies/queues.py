@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
 from .base import EvictionPolicy, PolicySpan, Queue
 
@@ -28,10 +28,11 @@ class LRU(EvictionPolicy):
         return self._queue.first()
 
 
-class QueueSlot(NamedTuple):
+@dataclass(slots=True)  # not frozen, which would make every new one cost thrice as much
+class QueueSlot:
     """Slot of a span in the queues of S3-FIFO, kept in its `policy_data`.
 
-    Immutable, because both parts of a span that was split have the same one.
+    Replaced and never changed, because both parts of a span that was split have the same one.
     """
 
     turn: int
@@ -117,7 +118,7 @@ class S3FIFO(EvictionPolicy):
         return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
-        super().evict(span, now)
+        self.withdraw(span)
         slot = self._slot_of(span)
         if not slot.main:
             self._evicted += span.nbytes
