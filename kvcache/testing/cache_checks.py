@@ -17,8 +17,11 @@ from .coded import coded, same
 
 KEYS, VALUES = (2, 3, 1, 4), (2, 3, 1, 5)
 """Shapes of one token. Keys and values differ in head_dim, as in some models."""
-CHUNKS = (1, 6, 1, 1, 9, 2, 1, 1, 1, 4, 20, 1)
-"""Tokens per update: single ones before and after chunks shorter and longer than the rings."""
+CHUNKS = (1, 6, 1, 1, 9, 6, 1, 1, 1, 6, 20, 1)
+"""Tokens per update: single ones before and after chunks shorter and longer than the rings.
+
+Few different numbers, as some frameworks compile a program for each.
+"""
 
 
 def _visible(query: int, cache: KVCache) -> list[int]:
