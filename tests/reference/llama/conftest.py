@@ -129,7 +129,7 @@ def smollm2(smollm2_file, smollm2_weights, backend):
 @pytest.fixture(scope="session", params=range(5), ids=lambda i: f"prompt{i}")
 def recorded(request):
     """A prompt with the 64 tokens that the model is known to continue it with."""
-    return json.loads(GOLDEN.read_text())[request.param]
+    return json.loads(GOLDEN.read_text())[request.param] | {"number": request.param}
 
 
 @pytest.fixture(scope="session")
