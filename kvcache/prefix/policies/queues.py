@@ -118,7 +118,7 @@ class S3FIFO(EvictionPolicy):
         return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
-        super().evict(span, now)
+        self.withdraw(span)
         slot = self._slot_of(span)
         if not slot.main:
             self._evicted += span.nbytes
