@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import and_
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def replaced(
     finite = tuple(map(is_finite, arrays))
     if len(arrays) > 1:
         axes = axes_of(arrays, axis)
-        same = axes[0] == axes[1] and tuple(arrays[0].shape) == tuple(arrays[1].shape)
+        same = len(set(axes)) == 1 and len({tuple(array.shape) for array in arrays}) == 1
         finite = _pairs(finite) if same else _tokens(xp, finite, axes)
     return tuple(
         xp.where(flags, array, number)
@@ -107,22 +108,23 @@ def finite_bits(
 
 
 def _pairs(finite: Arrays) -> Arrays:
-    keys, values = finite
-    return (keys & values,) * 2
+    return (reduce(and_, finite),) * len(finite)
 
 
 def _tokens(xp: Namespace, finite: Arrays, axes: Sequence[int]) -> Arrays:
-    """Return for every token whether both its key and its value are finite, in all heads.
+    """Return for every token whether all its arrays are finite, in all heads.
 
-    Keys and values may differ in heads as well, so no head of one belongs to a head of the other.
+    Arrays may differ in heads as well, so no head of one belongs to a head of the other.
     """
-    key_layout, value_layout = (_LAYOUTS[axis] for axis in axes)
-    keys, values = (
+    layouts = [_LAYOUTS[axis] for axis in axes]
+    by_token = [
         xp.all(flags, axis=tuple({0, 1, 2} - {axis}), keepdims=True)
         for flags, axis in zip(finite, axes, strict=True)
-    )
-    keys = keys & _permuted(xp, values, value_layout, key_layout)
-    return keys, _permuted(xp, keys, key_layout, value_layout)
+    ]
+    first = layouts[0]
+    pairs = zip(by_token, layouts, strict=True)
+    whole = reduce(and_, (_permuted(xp, flags, layout, first) for flags, layout in pairs))
+    return tuple(_permuted(xp, whole, first, layout) for layout in layouts)
 
 
 def _permuted(xp: Namespace, array: Array, old: str, new: str) -> Array:

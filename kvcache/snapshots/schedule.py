@@ -70,8 +70,9 @@ class ResumePoints:
         if retained is None:
             return
         kept = np.flatnonzero(retained.positions < position)
-        if kept.size < retained.positions.size:
-            # No object without rows: its owner would list it as pinned.
+        # An object without rows goes as well, if it was made for a point that needs none: its owner
+        # would list it as pinned.
+        if not kept.size or kept.size < retained.positions.size:
             make = (lambda: [retained.take(kept)]) if kept.size else tuple
             with uninterrupted():
                 rows = exchange([retained], make, tuple)
