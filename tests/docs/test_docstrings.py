@@ -45,5 +45,5 @@ def test_a_cache_shows_the_docstrings_of_its_contract():
     )
     members = package["layers.growing.KVCache"].members
     public = {name: member for name, member in members.items() if not name.startswith("_")}
-    assert {"offset", "trim", "copy"} <= public.keys()
+    assert {"offset", "trim", "rollback"} <= public.keys()
     assert not [name for name, member in public.items() if member.docstring is None]
