@@ -62,3 +62,11 @@ def refuse_traced(array: Array) -> NoReturn:
         f"called; got {type(array).__name__} that is being traced. Call the pure functions of "
         "kvcache.functional inside of transforms."
     )
+
+
+# Cached, because every put asks for it, for very few types.
+@lru_cache(maxsize=256)
+def root_modules(kind: type) -> frozenset[str]:
+    """Return the top-level modules of a type and its bases."""
+    # Not builtins: every type has `object` among its bases, and would be of that module.
+    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__) - {"builtins"}

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
+from .arguments import root_modules
 from .arrays import DType, HostArray, NativeArray, NativeArrays
-from .base import Backend, root_modules
+from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 from .nonfinite import dtype_label, replaced, substitutes

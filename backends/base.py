@@ -4,16 +4,14 @@ A backend translates a dozen primitives to one framework. It knows arrays but no
 make all their decisions above it, on the host.
 
 **Ownership.** A buffer handed to :meth:`Backend.slice_update` or :meth:`Backend.scatter`
-is gone: only the returned one lives. Frameworks that write in place return the same
-object; functional ones (JAX) return another that took over the memory. Code that keeps
-to this rule runs at O(tokens written) on both kinds, never O(capacity).
+is gone: only the returned one lives. Frameworks that write in place return the same object;
+functional ones (JAX) another that took over the memory. Writes are O(tokens written) on both.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
 from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,7 +19,7 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
 
-from .arguments import check_dtype, fitting, host_index
+from .arguments import check_dtype, fitting, host_index, root_modules
 from .arrays import Array, Arrays, DType, HostArray, TracedIndex
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
@@ -400,11 +398,3 @@ class Backend(ABC, TracedFunctions):
                 f"{self.name} has no device {device!r} here; it has {', '.join(usable)}."
             )
         return device or usable[0]
-
-
-# Cached, because every put asks for it, for very few types.
-@lru_cache(maxsize=256)
-def root_modules(kind: type) -> frozenset[str]:
-    """Return the top-level modules of a type and its bases."""
-    # Not builtins: every type has `object` among its bases, and would be of that module.
-    return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__) - {"builtins"}

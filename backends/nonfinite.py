@@ -83,7 +83,10 @@ def replaced(
     finite = tuple(map(is_finite, arrays))
     if len(arrays) > 1:
         axes = axes_of(arrays, axis)
-        same = len(set(axes)) == 1 and len({tuple(array.shape) for array in arrays}) == 1
+        shape = tuple(arrays[0].shape)
+        # Compared, not put into a set: that would compile a program for each number of tokens.
+        alike = all(tuple(array.shape) == shape for array in arrays[1:])
+        same = len(set(axes)) == 1 and alike
         finite = _pairs(finite) if same else _tokens(xp, finite, axes)
     return tuple(
         xp.where(flags, array, number)

@@ -21,8 +21,9 @@ from kvcache.errors import (
     UnknownBackendError,
 )
 
+from .arguments import root_modules
 from .arrays import Array
-from .base import Backend, root_modules
+from .base import Backend
 
 
 @dataclass(frozen=True)

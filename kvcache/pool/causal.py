@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -33,7 +34,7 @@ from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .edits import prepare_copy, prepare_removal
-from .layouts import kv_layouts
+from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .passes import CellPool, tokens_retained
 from .plan import ForwardPlan, PoolState
@@ -112,9 +113,8 @@ class CausalCache(Cache):
         if cells > NO_LIMIT:
             raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
-        self._cell_pool = self._pool_of(
-            CellTable(cells, max_sequences), buffers, config, retained, self.lock
-        )
+        table = CellTable(cells, max_sequences)
+        self._cell_pool = self._pool_of(table, buffers, config, retained, self.lock)
 
     def _pool_of(
         self,
@@ -163,13 +163,7 @@ class CausalCache(Cache):
         Raises: ValueError for sizes below 1, KVCacheError before :meth:`init`, ShapeError for a
             layer that exists with other sizes.
         """
-        kv_heads, head_dim = as_sizes(kv_heads=kv_heads, head_dim=head_dim)
-        kv_heads, head_dim = as_room(kv_heads, "kv_heads"), as_room(head_dim, "head_dim")
-        width = head_dim if value_dim is None else as_index(value_dim, "value_dim")
-        if width < 0:
-            raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {width}.")
-        width = as_room(width, "value_dim")
-        dims = (head_dim, width) if width else [head_dim]
+        kv_heads, dims = layer_sizes(kv_heads, head_dim, value_dim)
         self._pool.buffers.allocate(as_indices(layers, "layers"), kv_heads, dims)
 
     # Passes.
@@ -271,7 +265,7 @@ class CausalCache(Cache):
             if batch is None:
                 return plan_current(self._pool, count, tokens)
             self._go_on_from_plans(batch)
-            return plan_pass(self._pool, batch, tokens, self._begin_step)
+            return plan_pass(self._pool, batch, tokens, partial(self.begin_pass, reserve=False))
 
     def plan_steps(self, batch: Batch, steps: int) -> ForwardPlan:
         """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
@@ -285,10 +279,7 @@ class CausalCache(Cache):
         [steps] = as_sizes(steps=steps)
         with self.lock:
             self._go_on_from_plans(batch)
-            return plan_steps(self._pool, batch, steps, self._begin_step)
-
-    def _begin_step(self, batch: Batch) -> None:
-        self.begin_pass(batch, reserve=False)
+            return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False))
 
     def _go_on_from_plans(self, batch: Batch) -> None:
         """Take back what the passes of a new plan do not go on from: unfinished or failed ones."""

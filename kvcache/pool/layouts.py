@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from kvcache._checks import as_index, as_room, as_sizes
 from kvcache.backends import Array, CacheConfig, HostArray
 
 Arrays: TypeAlias = tuple[Array, ...]
@@ -57,3 +58,16 @@ HOST_LAYOUT = ArrayLayout("rows", "htd")
 def kv_layouts(config: CacheConfig) -> tuple[ArrayLayout, ...]:
     """Return the layouts of keys and values."""
     return ArrayLayout("keys", config.key_layout), ArrayLayout("values", config.value_layout)
+
+
+def layer_sizes(kv_heads: int, head_dim: int, value_dim: int | None) -> tuple[int, list[int]]:
+    """Return kv_heads, and the head_dim of each array of a layer: of keys alone for value_dim 0.
+
+    Raises: TypeError for what is no integer, ValueError for sizes below 1 or too large.
+    """
+    heads, width = as_sizes(kv_heads=kv_heads, head_dim=head_dim)
+    values = width if value_dim is None else as_index(value_dim, "value_dim")
+    if values < 0:
+        raise ValueError(f"value_dim must be >= 0, 0 for keys only; got {values}.")
+    dims = [as_room(width, "head_dim"), *([as_room(values, "value_dim")] if values else [])]
+    return as_room(heads, "kv_heads"), dims
