@@ -1,4 +1,4 @@
-"""What compiled programs call of a backend."""
+"""The part of a backend that compiled programs call."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 
 class _Forkable(Protocol):
-    """What the standard library itself calls on its locks after a fork."""
+    """The calls that the standard library makes on its own locks after a fork."""
 
     def _is_owned(self) -> bool: ...
     def _at_fork_reinit(self) -> None: ...

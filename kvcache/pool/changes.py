@@ -23,6 +23,10 @@ class Dropped(NamedTuple):
     cells: Int32s
     positions: Int32s
 
+    def as_arrays(self) -> Dropped:
+        """Return the cells themselves."""
+        return self
+
 
 class DroppedCell(NamedTuple):
     """The one cell evicted by a step of one token: without arrays, which cost time to make."""

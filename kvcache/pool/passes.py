@@ -116,12 +116,11 @@ class CellPool:
             table, step = self.table, ends
             table.first[step.sequence], table.last[step.sequence] = step.first, step.last
             ends = RowEnds(table.rows, table.first, table.last)
-        if isinstance(dropped, DroppedCell):
-            dropped = dropped.as_arrays()
         table = self.table
         table.rows, table.first, table.last = ends
         if dropped is not None:  # their positions may have been overwritten
-            table.positions[dropped.cells] = dropped.positions
+            _, cells, positions = dropped.as_arrays()
+            table.positions[cells] = positions
         references = self.pins.references + self.passes.references
         for sequence in range(table.max_sequences):
             references[table.cells_of(sequence)] += 1

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvcache._types import Bools, Int32s
+from kvcache._types import Int32s
 
 from .cells import CellTable
-from .changes import Dropped, DroppedCell
+from .changes import Dropped
 from .plan import Pass
 
 
@@ -93,7 +93,7 @@ class OpenPasses:
         unfinished = self.all if self._unfinished() else []
         for forward_pass in unfinished:
             if sequence in forward_pass.sequences and sequence not in forward_pass.detached:
-                cells = cells[~_is_in(cells, forward_pass.cells)]
+                cells = cells[~np.isin(cells, forward_pass.cells)]
         return cells
 
     def find(self, sequence: int, position: int) -> int:
@@ -163,10 +163,7 @@ class OpenPasses:
             if forward_pass.stores:
                 taken |= self._remove_tokens(forward_pass)
             if forward_pass.dropped is not None and not self._reused:
-                dropped = forward_pass.dropped
-                if isinstance(dropped, DroppedCell):
-                    dropped = dropped.as_arrays()
-                self._give_back(dropped, overwritten)
+                self._give_back(forward_pass.dropped.as_arrays(), overwritten)
         self.planned = [p for p in self.planned if p not in passes]
         self.current = None
         return taken
@@ -176,7 +173,7 @@ class OpenPasses:
         for sequence in set(forward_pass.sequences.tolist()).difference(forward_pass.detached):
             taken[sequence] = int(forward_pass.positions[forward_pass.sequences == sequence].min())
             cells = self._table.cells_of(sequence)
-            self._table.set_row(sequence, cells[~_is_in(cells, forward_pass.cells)])
+            self._table.set_row(sequence, cells[~np.isin(cells, forward_pass.cells)])
         return taken
 
     def _give_back(self, dropped: Dropped, overwritten: Int32s) -> None:
@@ -184,7 +181,7 @@ class OpenPasses:
         sequences, cells, positions = dropped
         for sequence in set(sequences.tolist()).difference(self._changed):
             own = np.flatnonzero(sequences == sequence)
-            lost = np.flatnonzero(_is_in(cells[own], overwritten))
+            lost = np.flatnonzero(np.isin(cells[own], overwritten))
             intact = own[lost[-1] + 1 :] if lost.size else own
             self._table.positions[cells[intact]] = positions[intact]
             row = np.concatenate([cells[intact], self._table.cells_of(sequence)])
@@ -204,7 +201,3 @@ class OpenPasses:
                 if (positions[sequences == sequence] <= position).any():
                     return self.planned[number:]
         return []
-
-
-def _is_in(cells: Int32s, others: Int32s) -> Bools:
-    return np.isin(cells, others)
