@@ -18,7 +18,7 @@ from kvcache.errors import BackendNotAvailableError
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
+from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 
 _NAMES = {
     "float32": mx.float32,
@@ -86,19 +86,7 @@ class MlxBackend(Backend):
             return self.write_slice(buffer, rows, first, first + index.size, axis)
         return _put_rows(buffer, rows, mx.array(index), axis)
 
-    def write_slices(
-        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
-    ) -> NativeArrays:
-        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
-            keys, values = buffers
-            # In one statement, without a call: no signal handler runs between the two.
-            keys[:, :, start:stop], values[:, :, start:stop] = updates
-            return buffers
-        if axis == 1 and len(buffers) == 2:  # pools
-            keys, values = buffers
-            keys[:, start:stop], values[:, start:stop] = updates
-            return buffers
-        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+    write_slices = staticmethod(set_slices)
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, set_slices
 from .nonfinite import LARGEST_BITS, finite_bits, replaced
 
 
@@ -56,19 +56,7 @@ class NumpyBackend(Backend):
         buffer[(*FULL_SLICES[axis], index)] = rows
         return buffer
 
-    def write_slices(
-        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
-    ) -> NativeArrays:
-        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
-            keys, values = buffers
-            # In one statement, without a call: no signal handler runs between the two.
-            keys[:, :, start:stop], values[:, :, start:stop] = updates
-            return buffers
-        if axis == 1 and len(buffers) == 2:  # pools
-            keys, values = buffers
-            keys[:, start:stop], values[:, start:stop] = updates
-            return buffers
-        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+    write_slices = staticmethod(set_slices)
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes

@@ -15,7 +15,7 @@ import torch
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
+from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
@@ -97,16 +97,7 @@ class TorchBackend(Backend):
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
     ) -> NativeArrays:
         updates = tuple([array.detach() if array.requires_grad else array for array in updates])
-        if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
-            keys, values = buffers
-            # In one statement, without a call: no signal handler runs between the two.
-            keys[:, :, start:stop], values[:, :, start:stop] = updates
-            return buffers
-        if axis == 1 and len(buffers) == 2:  # pools
-            keys, values = buffers
-            keys[:, start:stop], values[:, start:stop] = updates
-            return buffers
-        return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
+        return set_slices(buffers, updates, start, stop, axis)
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes

@@ -33,3 +33,19 @@ def set_items(arrays: NativeArrays, keys: Iterable[Key], updates: NativeArrays) 
     """
     _ = [*map(setitem, arrays, keys, updates)]
     return arrays
+
+
+def set_slices(
+    buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+) -> NativeArrays:
+    """Write each of `updates` to ``[start, stop)`` of its buffer, in place; return `buffers`."""
+    if axis == 2 and len(buffers) == 2:  # per-layer caches: a literal index is the cheapest
+        keys, values = buffers
+        # In one statement, without a call: no signal handler runs between the two.
+        keys[:, :, start:stop], values[:, :, start:stop] = updates
+        return buffers
+    if axis == 1 and len(buffers) == 2:  # pools
+        keys, values = buffers
+        keys[:, start:stop], values[:, start:stop] = updates
+        return buffers
+    return set_items(buffers, slice_keys(buffers, start, stop, axis), updates)
