@@ -19,6 +19,7 @@ from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, Trac
 from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
+from .nonfinite import replace_floats
 
 _NAMES = {
     "float32": mx.float32,
@@ -104,6 +105,10 @@ class MlxBackend(Backend):
             return _replace_pairs(*arrays)
         return self.traced_replace_nonfinite(arrays, axis)
 
+    @classmethod
+    def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
+        return replace_floats(cls.xp, arrays, axis, _is_finite)
+
     def evaluate(self, *arrays: NativeArray) -> None:
         async_eval: Callable[..., None] = mx.async_eval
         async_eval(*arrays)
@@ -179,6 +184,10 @@ class _Counter(threading.local):
 
 
 _counter = _Counter()
+
+
+def _is_finite(array: NativeArray) -> NativeArray:
+    return array - array == 0  # inf - inf is NaN; half the operations of mx.isfinite
 
 
 def _count(array: NativeArray) -> NativeArray:

@@ -23,7 +23,7 @@ from .arrays import DType, HostArray, NativeArray, NativeArrays
 from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
-from .nonfinite import dtype_label, replaced, substitutes
+from .nonfinite import replace_floats
 
 # Libraries known to work; any other with the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -121,9 +121,8 @@ class ArrayApiBackend(Backend):
 
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
-        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
         xp = array_api_compat.array_namespace(*arrays)
-        return replaced(xp, arrays, axis, numbers, xp.isfinite) if numbers else arrays
+        return replace_floats(xp, arrays, axis, xp.isfinite)
 
     @classmethod
     def traced_write(

@@ -65,6 +65,17 @@ def substitutes(dtype: str, arrays: int) -> tuple[float, ...]:
     return (0.0, *[power] * (arrays - 1))
 
 
+def replace_floats(
+    xp: Namespace,
+    arrays: NativeArrays,
+    axis: Axes,
+    is_finite: Callable[[NativeArray], NativeArray],
+) -> NativeArrays:
+    """Do :func:`replaced` with the :func:`substitutes` of the dtype; integers stay as they are."""
+    numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
+    return replaced(xp, arrays, axis, numbers, is_finite) if numbers else arrays
+
+
 def replaced(
     xp: Namespace,
     arrays: NativeArrays,

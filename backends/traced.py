@@ -7,7 +7,7 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 from .arrays import Array, Arrays, DType, Namespace, NativeArray
 from .indexing import FULL_SLICES, Axes
-from .nonfinite import dtype_label, replaced, substitutes
+from .nonfinite import replace_floats
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -39,10 +39,7 @@ class TracedFunctions:
     @classmethod
     def traced_replace_nonfinite(cls, arrays: Arrays, axis: Axes) -> Arrays:
         """Do :meth:`Backend.replace_nonfinite` in a program."""
-        numbers = substitutes(dtype_label(arrays[0].dtype), len(arrays))
-        if not numbers:
-            return arrays
-        return replaced(cls.xp, arrays, axis, numbers, cls.xp.isfinite)
+        return replace_floats(cls.xp, arrays, axis, cls.xp.isfinite)
 
     @classmethod
     def traced_write(cls, buffer: NativeArray, rows: Array, index: Array, axis: int) -> Array:

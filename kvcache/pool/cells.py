@@ -29,6 +29,7 @@ class CellTable:
         self.max_sequences = max_sequences
         self.allocator = CellAllocator(cells)
         self.positions = np.zeros(cells, np.int32)
+        self._numbers = np.arange(cells, dtype=np.int32)
         # By cell: positions by which its key was shifted since it was put. None, and so free for
         # every pass, until the first removal from the middle.
         self.shifts: Int32s | None = None
@@ -71,6 +72,14 @@ class CellTable:
         if last - first == row.size - 1:  # no gaps, as usual: no search
             return min(max(position - first, 0), row.size)
         return int(np.searchsorted(self.positions[row], position))
+
+    def is_run(self, cells: Int32s) -> bool:
+        """Return whether `cells` are consecutive in ascending order; False without any."""
+        if not cells.size:
+            return False
+        first = cells.item(0)
+        # Compared as bytes, at the speed of memcmp: this is asked for every token of a pass.
+        return cells.tobytes() == self._numbers[first : first + cells.size].tobytes()
 
     def span(self, ids: Int32s) -> tuple[int, int]:
         """Return the smallest range of cells ``[start, stop)`` around non-empty sequences `ids`."""

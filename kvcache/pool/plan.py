@@ -121,6 +121,10 @@ class Pass:
         """Return the mask, bool ``[tokens, stop - start]``, True = attend."""
         mask = np.zeros((self.cells.size, self.stop - self.start), np.bool_)
         if self.stores:  # a reserve pass has no cells of its own in the table
-            for token, cells in enumerate(self.visible()):
-                mask[token, cells - self.start] = True
+            for row, cells in zip(mask, self.visible(), strict=True):
+                if self.table.is_run(cells):  # as usual: a slice is filled far faster
+                    first = cells.item(0) - self.start
+                    row[first : first + cells.size] = True
+                else:
+                    row[cells - self.start] = True
         return mask

@@ -16,6 +16,6 @@ def device_mask(backend: Backend, mask_dtype: str, visible: Bools) -> Array:
     row of -inf is NaN. Such rows occur in reserve passes.
     """
     if mask_dtype == "bool":
-        return backend.from_host(visible)
+        return backend.from_host(visible, mask_dtype)
     hidden = np.where(visible.any(-1, keepdims=True), -np.inf, -largest_power(mask_dtype))
     return backend.from_host(np.where(visible, 0.0, hidden), mask_dtype)
