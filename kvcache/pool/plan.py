@@ -63,8 +63,6 @@ class Pass:
     ahead: Mapping[int, tuple[int, int]] = MappingProxyType({})
     """By batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
     beyond the rule."""
-    detached: Mapping[int, tuple[Int32s, Int32s]] = MappingProxyType({})
-    """Cells and positions of sequences that were changed during the pass, as it reads them."""
 
     def __init__(
         self,
@@ -86,6 +84,8 @@ class Pass:
         self.maybe_expired = maybe_expired
         self.put_layers: set[int] = set()
         """Layers put so far."""
+        self.detached: dict[int, tuple[Int32s, Int32s]] = {}
+        """Cells and positions of sequences that were changed during the pass, as it reads them."""
 
     @property
     def complete(self) -> bool:

@@ -12,6 +12,8 @@ from .cells import CellTable
 from .changes import Dropped
 from .plan import Pass
 
+_NONE = np.empty(0, np.int32)
+
 
 class OpenPasses:
     """The current pass of a pool, and the passes planned for programs that have not come back.
@@ -129,12 +131,14 @@ class OpenPasses:
         if not passes:
             return
         row, history = self._table.cells_of(sequence).copy(), self.history(sequence).copy()
-        positions = self._table.positions[row]
         if self._unfinished():
             self.held.append(row)
             self._table.incref(row)
+        elif not any(p.expected or p.put_layers for p in passes):
+            row = _NONE  # without any layer a complete pass takes no put after this, and no get
+        as_read = row, self._table.positions[row] if row.size else row
         for forward_pass in passes:
-            forward_pass.detached = {**forward_pass.detached, sequence: (row, positions)}
+            forward_pass.detached[sequence] = as_read
         self._table.set_row(sequence, history)
 
     def restored(self, sequence: int) -> None:
