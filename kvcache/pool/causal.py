@@ -362,7 +362,7 @@ class CausalCache(Cache):
             pool.passes.detach(sequence)  # tokens of an unfinished pass are all it may have
             pool.passes.restored(sequence)
             restore()
-            pool.maybe_expired.add(sequence)
+            pool.maybe_expired |= {sequence}
 
         return commit
 
@@ -383,7 +383,7 @@ class CausalCache(Cache):
         pool.passes.leave_out(table)
         buffers = pool.buffers.to_backend(target, kv_layouts(config), cells)
         copied = self._pool_of(table, buffers, config, pool.retained, self.lock)
-        copied.maybe_expired = set(pool.maybe_expired)
+        copied.maybe_expired = pool.maybe_expired
         return copied
 
     def prepare_close(self) -> Commit:

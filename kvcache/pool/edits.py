@@ -19,7 +19,7 @@ def prepare_copy(pool: CellPool, source: int, target: int, length: int) -> Commi
         pool.passes.detach(target)
         pool.pins.forget(target, 0)  # rows retained from its old content
         pool.table.set_row(target, kept)
-        pool.maybe_expired.add(target)
+        pool.maybe_expired |= {target}
 
     return _truncation(pool, source, kept.size) if source == target else commit
 

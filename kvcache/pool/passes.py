@@ -27,7 +27,7 @@ from .sorted_batch import SortedBatch
 from .unfinished import OpenPasses
 
 _Before: TypeAlias = tuple[
-    RowEnds | SingleTokenStep, Dropped | DroppedCell | None, Pass | None, set[int]
+    RowEnds | SingleTokenStep, Dropped | DroppedCell | None, Pass | None, frozenset[int]
 ]
 """State of a pool before a pass: the ends of all rows (or the step that tells those of the only
 row it changes), the cells that are evicted, the current pass, the sequences maybe expired."""
@@ -62,7 +62,8 @@ class CellPool:
         self.pins = PoolPins(table, buffers, resumed, lock, self.passes.history)
         self.retained = retained
         # Sequences with new tokens since they were last cut down to the tokens retained.
-        self.maybe_expired: set[int] = set()
+        self.maybe_expired: frozenset[int] = frozenset()
+        self._last_ids = b"", self.maybe_expired  # sequences of the last pass, in two forms
         self.attended, self.resumed = attended, resumed
         self.config = config
         self._layers: frozenset[int] = frozenset()
@@ -186,11 +187,20 @@ class CellPool:
         tokens still saw cells that no later token sees.
         """
         ids, nexts = groups.ids, groups.positions[groups.starts].astype(np.int64)
-        idle = self.maybe_expired.difference(ids.tolist())
+        present = self._as_set(ids)
+        # The same object if the last pass had the same sequences, as most passes do.
+        idle = () if present is self.maybe_expired else self.maybe_expired - present
         if idle:
             ids = np.append(ids, np.array([*idle], np.int32))
             nexts = np.append(nexts, [self.table.next_position(sequence) for sequence in idle])
         return self.table.expired(ids, nexts - (retained - 1))
+
+    def _as_set(self, ids: Int32s) -> frozenset[int]:
+        """Return `ids` as a set: the same object as last time for the same ids."""
+        key = ids.tobytes()
+        if key != self._last_ids[0]:
+            self._last_ids = key, frozenset(ids.tolist())
+        return self._last_ids[1]
 
     def _commit_batch(
         self,
@@ -206,7 +216,7 @@ class CellPool:
         self._before = ends, dropped, self.passes.current, self.maybe_expired
         if eviction is not None:
             table.evict(eviction, dropped)
-            self.maybe_expired = set(groups.ids.tolist())
+            self.maybe_expired = self._as_set(groups.ids)
         cells = table.insert(groups)
         start, stop = self._range(*table.span(groups.ids))
         self._begin(cells, start, stop, positions, sequences, dropped)
@@ -239,7 +249,7 @@ class CellPool:
                 self.attended,
                 self._layers,
                 dropped,
-                self._before[3] if self._before else set(),
+                self._before[3] if self._before else frozenset(),
                 stores,
             )
         )

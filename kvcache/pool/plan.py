@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
@@ -75,7 +75,7 @@ class Pass:
         visibility: Visibility,
         expected: frozenset[int] = frozenset(),
         dropped: Dropped | DroppedCell | None = None,
-        maybe_expired: Set[int] = frozenset(),
+        maybe_expired: frozenset[int] = frozenset(),
         stores: bool = True,
     ) -> None:
         self.table, self.cells, self.start, self.stop = table, cells, start, stop
