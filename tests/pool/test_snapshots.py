@@ -168,7 +168,7 @@ def is_full(part, sizes, positions, sequences):
     """Whether the sequences alone leave too little room for a pass."""
     oracle = Oracle(**sizes, window=part.window, memory=part.memory)
     table = peek.table(part)
-    oracle.size, oracle.recent = table.cells, peek.maybe_expired(part)
+    oracle.size, oracle.recent = table.cells, set(peek.maybe_expired(part))
     oracle.held = [
         dict(zip(table.positions[row].tolist(), row.tolist(), strict=True))
         for row in map(table.cells_of, range(table.max_sequences))
