@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -35,8 +37,15 @@ def register_metrics(
 
     registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
 
-    Raises: BackendNotAvailableError without the package prometheus_client.
+    Raises: BackendNotAvailableError without the package prometheus_client; TypeError for no
+        prefix cache, ValueError for a name that Prometheus refuses or has already.
     """
+    if not isinstance(prefix, PrefixCache):
+        raise TypeError(f"metrics are those of a PrefixCache; got {reprlib.repr(prefix)}.")
+    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", str(name)):
+        raise ValueError(
+            f"names of metrics are letters, digits, _ and :, and no digit first; got {name!r}."
+        )
     try:
         import prometheus_client
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
