@@ -54,7 +54,7 @@ def simulate(
     capacities = _items(capacity, _tokens)
     policies = _items(policy, _policy)
     if not capacities:
-        raise typer.BadParameter(f"--capacity takes numbers like 300k or 3M; got {capacity!r}.")
+        raise _no_capacity(capacity)
     if block_size < 1:
         raise typer.BadParameter(f"--block-size takes tokens, at least 1; got {block_size}.")
     with progress_bar() as bar:
@@ -85,7 +85,11 @@ def _policy(name: str) -> str:
 def _tokens(text: str) -> int:
     """Return a number of tokens; `text` may end in the unit k, m or g."""
     # 15 digits: more are no number of tokens, and a float loses count of them.
-    match = re.fullmatch(r"(\d{1,15}\.?\d*)([kmg]?)", text.lower(), re.ASCII)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?)([kmg]?)", text.lower(), re.ASCII)
     if match is None:
-        raise typer.BadParameter(f"--capacity takes numbers like 300k, 3M or 2.5M; got {text!r}.")
+        raise _no_capacity(text)
     return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _no_capacity(text: str) -> typer.BadParameter:
+    return typer.BadParameter(f"--capacity takes numbers like 300k, 3M or 2.5M; got {text!r}.")

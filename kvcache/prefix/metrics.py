@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvcache.errors import BackendNotAvailableError
 
+from .arguments import check_text
 from .cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ def register_metrics(
     registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
 
     Raises: BackendNotAvailableError without the package prometheus_client; TypeError for no
-        prefix cache, ValueError for a name that Prometheus refuses or has already.
+        prefix cache or registry, ValueError for a name that Prometheus refuses or has already.
     """
     if not isinstance(prefix, PrefixCache):
         raise TypeError(f"metrics are those of a PrefixCache; got {reprlib.repr(prefix)}.")
-    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", str(name)):
+    if registry is not None and not callable(getattr(registry, "register", None)):
+        raise TypeError(
+            f"a registry is a prometheus_client.CollectorRegistry; got {reprlib.repr(registry)}."
+        )
+    check_text(name, "a name of metrics is text")
+    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name):
         raise ValueError(
             f"names of metrics are letters, digits, _ and :, and no digit first; got {name!r}."
         )
@@ -64,5 +70,5 @@ def register_metrics(
 
     # Read when it is scraped: the prefix cache pushes nothing.
     collector = StatsCollector()
-    (registry or prometheus_client.REGISTRY).register(collector)
+    (prometheus_client.REGISTRY if registry is None else registry).register(collector)
     return collector

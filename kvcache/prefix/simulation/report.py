@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcache._checks import as_index, as_indices
-from kvcache.prefix.arguments import check_text
+from kvcache.prefix.arguments import as_list, check_text
 from kvcache.prefix.policies import make_policy
 
 from .replay import as_requests, found_without_limit, optimum, replay
@@ -183,6 +184,7 @@ def run_simulation(
     Raises: ValueError, TypeError; nothing was replayed then.
     """
     # All before the first replay, because replays take minutes.
+    check_text(trace, "the name of a trace is text")
     requests = as_requests(requests)
     block_size = as_index(block_size, "block_size")
     if block_size < 1:
@@ -216,12 +218,17 @@ def _checked_capacities(capacities: Sequence[int], block_size: int) -> list[int]
 def _checked_names(policies: Sequence[str]) -> list[str]:
     """Return names of policies without repetitions. Raises: TypeError, ValueError."""
     # A str is iterable as well, but its letters are no names.
-    if isinstance(policies, str) or not isinstance(policies, Iterable):
-        raise TypeError(f"policies are a list of names; got {policies!r}.")
-    names = list(policies)
-    for name in names:
-        check_text(name, "a simulation makes each policy anew, by its name")
+    if isinstance(policies, str):
+        raise TypeError(f"policies are a list of names; got {policies!r}. Give [{policies!r}].")
+    names: list[str] = []
+    for name in as_list(policies):
+        if not isinstance(name, str):
+            raise TypeError(
+                "a simulation makes each policy anew, by its name, a str; "
+                f"got {reprlib.repr(name)}."
+            )
         make_policy(name)
+        names.append(name)
     return list(dict.fromkeys(names))
 
 
