@@ -374,8 +374,11 @@ def test_any_text_is_a_digest_and_a_salt():
 
 @pytest.mark.parametrize(
     ("time", "error"),
-    [(NAN, ValueError), (math.inf, ValueError), (10**400, ValueError)]
-    + [(time, TypeError) for time in ("5", None, [1.0], 1j)],
+    [
+        *((NAN, ValueError), (math.inf, ValueError), ("5", TypeError), (None, TypeError)),
+        *(([1.0], TypeError), (1j, TypeError)),
+        pytest.param(10**400, ValueError, id="too large for a float"),
+    ],
 )
 def test_a_clock_returns_seconds(time, error):
     prefix = PrefixCache([KVCache("numpy")], clock=lambda: time)
@@ -397,9 +400,9 @@ class Timed(LRU):
 def test_time_stands_still_for_policies_while_the_clock_is_behind():
     times, policy = iter([5.0, 6, 2.0, np.float32(3), 7, 1, 8, 9] * 2), Timed()
     server = Server(Pool(NUMPY, {}), policy=policy, clock=lambda: next(times))
-    for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 5]):
-        server.prefix.session(ids).__exit__(KeyError, None, None)
-    server.ask([1, 2, 3])
+    for _ in range(4):
+        server.ask([1, 2, 3, 4])
+    assert len(policy.times) > 4
     assert policy.times == sorted(policy.times)
 
 

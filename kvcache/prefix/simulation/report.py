@@ -118,7 +118,8 @@ class Simulation:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a figure of hit rates over capacity; the suffix of `path` chooses the format.
 
-        Raises: ImportError without matplotlib; says what installs it.
+        Raises: ImportError without matplotlib; says what installs it. ValueError for a format that
+            matplotlib does not write.
         """
         try:
             from matplotlib import rc_context
@@ -128,6 +129,11 @@ class Simulation:
                 f"a plot needs matplotlib ({error}). pip install 'kvcache[bench]'"
             ) from error
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        suffix, formats = Path(path).suffix, sorted(figure.canvas.get_supported_filetypes())
+        if suffix[1:].lower() not in formats:
+            raise ValueError(
+                f"the suffix of a figure names its format, {', '.join(formats)}; got {suffix!r}."
+            )
         axes = figure.subplots()
         for number, name in enumerate(self.policies):
             self._plot_line(axes, _line_style(number, name), name)

@@ -227,6 +227,15 @@ def test_plot(trace, tmp_path, suffix):
         assert content == (tmp_path / "one.svg").read_bytes(), "the same figure, the same file"
 
 
+@pytest.mark.parametrize("name", ["figure.docx", "figure"])
+def test_a_plot_in_an_unknown_format(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    simulation = run_simulation("t", requests_for([1]), ["lru"], [8], 8)
+    with pytest.raises(ValueError, match=r"names its format, .*png.*; got '(\.docx)?'"):
+        simulation.plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plot_without_matplotlib_is_refused_first(trace, monkeypatch):
     pytest.importorskip("typer")
     monkeypatch.setattr("kvcache.cli.simulate.find_spec", lambda name: None)
