@@ -41,6 +41,13 @@ def ring(backend):
     return RotatingKVCache(4, backend=backend)
 
 
+class Partly(KVCache):
+    """A kind of cache that gives back its last three tokens and no more."""
+
+    def can_trim(self, tokens):
+        return super().can_trim(tokens) and tokens <= 3
+
+
 @pytest.mark.parametrize("trace", TRACES, ids=lambda trace: str(trace["seed"]))
 def test_recorded(trace):
     """As recorded, but for the differences named in docs/semantics.md."""
@@ -74,7 +81,7 @@ def test_recorded(trace):
             assert len(found) == reused if kept_less else len(found) >= reused
 
 
-MAKERS = {"kv": KVCache, "ring": ring}
+MAKERS = {"kv": KVCache, "ring": ring, "partly": Partly}
 
 
 def usable(query, tokens, kind):
@@ -82,13 +89,14 @@ def usable(query, tokens, kind):
     length = min(len(agreed(query, tokens)), len(query) - 1)
     if length < len(tokens) and kind == "ring" and len(tokens) > 4:
         return 0  # it has turned, and goes on at its end only
-    return length
+    return 0 if kind == "partly" and len(tokens) - length > 3 else length
 
 
 @given(
     st.lists(
         st.tuples(
-            st.lists(st.integers(0, 2), min_size=1, max_size=10), st.sampled_from(["kv", "ring"])
+            st.lists(st.integers(0, 2), min_size=1, max_size=10),
+            st.sampled_from(["kv", "ring", "partly"]),
         ),
         max_size=12,
     ),
@@ -140,6 +148,23 @@ def test_what_is_found_is_a_copy():
     caches, rest = trie.find_nearest(np.array([1, 2, 3, 5], np.int32))
     assert held(caches[1])[0] == [1, 2, 3]
     assert rest.tolist() == [5]
+
+
+def test_an_entry_is_replaced_only_by_one_that_serves_every_prefix_of_it():
+    tokens = list(range(8))
+    for shorter, longer, entries in (
+        (Partly, Partly, 2),  # [0, 1, 2] is served by the shorter one only
+        (KVCache, Partly, 2),
+        (ring, Partly, 1),  # it has turned, and serves its end only
+        (Partly, KVCache, 1),
+        (KVCache, ring, 2),
+    ):
+        trie, backwards = PrefixTrie(), PrefixTrie()
+        for stop, make in ((6, shorter), (8, longer)):
+            trie.insert(tokens[:stop], holding(tokens[:stop], make=make))
+        for stop, make in ((8, longer), (6, shorter)):
+            backwards.insert(tokens[:stop], holding(tokens[:stop], make=make))
+        assert len(trie) == len(backwards) == entries
 
 
 def test_the_same_request_again_leaves_its_last_token():
