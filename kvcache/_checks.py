@@ -18,6 +18,7 @@ NO_LIMIT = 2**31 - 1
 __all__ = [
     "NO_LIMIT",
     "as_batch_indices",
+    "as_budget",
     "as_index",
     "as_indices",
     "as_int32s",
@@ -53,7 +54,10 @@ def as_int32s(values: npt.ArrayLike, name: str) -> Int32s:
     """
     array = _as_array(values, name)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name} are lists of integers; got {array.dtype} {array.shape}.")
+        raise ValueError(
+            f"{name} are lists of integers; got {array.dtype} {array.shape}. "
+            "Give a list, or an array of one dimension."
+        )
     narrow = array.astype(np.int32)
     if (narrow != array).any():  # astype wraps numbers beyond int32 without a word
         raise ValueError(f"{name} are int32; got {array.min()} to {array.max()}.")
@@ -91,6 +95,21 @@ def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
         raise ValueError(
             f"{name} must be a list of integers on the host; got {reprlib.repr(values)}."
         ) from error
+
+
+def as_budget(value: SupportsIndex | None, unit: str) -> int | None:
+    """Return a budget as an int, or None, for no limit, as it is. unit: of it, for the error.
+
+    Raises: TypeError for no integer (a bool is none either), ValueError for a negative one.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        raise TypeError(f"budget must be an integer; got {value}. Give {unit}, or None.")
+    budget = as_index(value, "budget")
+    if budget < 0:
+        raise ValueError(f"a budget is {unit} >= 0, or None for no limit; got {budget}.")
+    return budget
 
 
 def as_limit(value: SupportsIndex | None, name: str) -> int | None:

@@ -12,8 +12,9 @@ import typer
 from rich.table import Table
 
 import kvcache
+from kvcache.prefix.policies import make_policy
 
-from .console import BackendName, notes
+from .console import BackendName, check_folder, notes
 from .models import load_model
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ def chat(
     Many turns from a file: [bold]kvcache chat --backend torch --cache rotating < turns.txt[/]
     """
     target = kvcache.get_backend(backend)
-    target.dtype(dtype)  # an unknown one raises now, and not after loading
+    # What is wrong raises now, and not after loading or at the end.
+    target.dtype(dtype)
+    make_policy(policy)
+    check_folder("--tree", tree)
     llama, tokenizer = load_model(model, target)
     from kvcache.reference.llama.chat import Chat, Conversation
 
@@ -101,11 +105,17 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """Yield the lines of the user, until the end of input or /quit; empty ones are skipped."""
+    """Yield the lines of the user, until the end of input or /quit; empty ones are skipped.
+
+    Raises: ValueError for bytes that are no text.
+    """
     while True:
         if sys.stdin.isatty():
             notes.print("[bold]you>[/] ", end="")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"turns are lines of {error.encoding} text; {error}.") from error
         text = line.strip()
         if not line or text == "/quit":
             return

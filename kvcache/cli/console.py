@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 try:
@@ -31,3 +32,9 @@ def progress_bar() -> Progress:
     """Make a progress bar on standard error, invisible unless it is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Refuse a file to be written at the end whose folder does not exist. None: no file."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise typer.BadParameter(f"{option} takes a file in a folder that exists; got {path}.")

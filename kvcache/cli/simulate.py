@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
-from kvcache.prefix.policies import POLICIES
+from kvcache.prefix.policies import POLICIES, make_policy
 from kvcache.prefix.simulation.report import run_simulation
 from kvcache.prefix.simulation.trace import read_trace
 
-from .console import progress_bar
+from .console import check_folder, progress_bar
+
+T = TypeVar("T")
 
 CAPACITIES = "0.1M,0.2M,0.5M,1M,2M,3M,5M,10M,20M,50M"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -44,8 +47,16 @@ def simulate(
     # Now, and not after minutes of replaying.
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
-    capacities = [_tokens(item) for item in _items(capacity)]
-    policies = _items(policy)
+    if plot is not None and plot.suffix.lower() not in {".png", ".svg"}:
+        raise typer.BadParameter(f"--plot takes a name that ends in .png or .svg; got {plot}.")
+    check_folder("--plot", plot)
+    check_folder("--json", json)
+    capacities = _items(capacity, _tokens)
+    policies = _items(policy, _policy)
+    if not capacities:
+        raise _no_capacity(capacity)
+    if block_size < 1:
+        raise typer.BadParameter(f"--block-size takes tokens, at least 1; got {block_size}.")
     with progress_bar() as bar:
         task = bar.add_task("Reading", total=len(capacities) * (len(policies) + 1))
         requests = read_trace(trace)
@@ -60,13 +71,25 @@ def simulate(
         report.plot(plot)
 
 
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+def _items(text: str, convert: Callable[[str], T]) -> list[T]:
+    """Return the items of a comma-separated `text`, each once."""
+    items = [convert(item.strip()) for item in text.split(",") if item.strip()]
+    return list(dict.fromkeys(items))
+
+
+def _policy(name: str) -> str:
+    make_policy(name)
+    return name
 
 
 def _tokens(text: str) -> int:
     """Return a number of tokens; `text` may end in the unit k, m or g."""
-    match = re.fullmatch(r"(\d+\.?\d*)([kmg]?)", text.lower())
+    # 15 digits: more are no number of tokens, and a float loses count of them.
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?)([kmg]?)", text.lower(), re.ASCII)
     if match is None:
-        raise typer.BadParameter(f"--capacity takes numbers like 300k, 3M or 2.5M; got {text!r}.")
+        raise _no_capacity(text)
     return round(float(match[1]) * _UNITS[match[2]])
+
+
+def _no_capacity(text: str) -> typer.BadParameter:
+    return typer.BadParameter(f"--capacity takes numbers like 300k, 3M or 2.5M; got {text!r}.")

@@ -3,6 +3,7 @@
 ``cache``       the prefix cache, over any cache
 ``session``     one request, from its prompt to its last token
 ``sequences``   sequences for sessions, in a pool or in per-layer caches
+``arguments``   checks of what comes in
 ``media``       images and sounds in prompts
 ``stored``      snapshots as payloads of spans
 ``index``       kept spans of tokens, within a budget

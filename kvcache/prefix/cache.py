@@ -8,13 +8,14 @@ from typing import NoReturn
 
 import numpy as np
 
-from kvcache._checks import as_index, as_indices
+from kvcache._checks import as_budget, as_indices
 from kvcache._interrupts import uninterrupted
 from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
 
+from .arguments import Clock, as_positions, check_text
 from .events import Events
 from .index import SpanIndex
 from .media import Media, MediaIds, as_media, check_media
@@ -51,7 +52,7 @@ class PrefixCache:
         :class:`~kvcache.prefix.policies.EvictionPolicy`.
     sequences: ids of the pool for sessions to use, None for all.
     namespace: whatever tells models apart (weights, adapter, RoPE); part of the hashes in events.
-    clock: seconds, for policies.
+    clock: returns seconds, for policies; where it goes backwards, time stands still for them.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
     thread, while one thread runs passes (MLX: in that thread). A sequence holds the output of one
@@ -68,9 +69,10 @@ class PrefixCache:
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        budget = None if budget is None else as_index(budget, "budget")
-        if budget is not None and budget < 0:
-            raise ValueError(f"a budget is bytes >= 0, or None for no limit; got {budget}.")
+        budget, chosen_policy = as_budget(budget, "bytes"), make_policy(policy)
+        read_clock = Clock(clock)
+        check_text(namespace, "a namespace tells models apart")
+        sequences = None if sequences is None else as_indices(sequences, "sequences")
         self._source: SequenceSource
         if isinstance(cache, Cache):
             self._source = PoolSequences(cache, sequences)
@@ -80,13 +82,13 @@ class PrefixCache:
         """Held while a session begins or ends."""
         self.events = Events(namespace)
         self._index: SpanIndex[StoredSnapshot] = SpanIndex(
-            make_policy(policy), budget, on_evict=self._on_evict
+            chosen_policy, budget, on_evict=self._on_evict
         )
         self._trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt
         self._salts: dict[int, str] = {}  # by id of the root of its tree
         self._active: set[Request] = set()
         self._media_ids = MediaIds()
-        self._clock = clock
+        self._clock = read_clock
         self._sessions = self._tokens = self._matched = 0
 
     def __reduce__(self) -> NoReturn:
@@ -113,11 +115,12 @@ class PrefixCache:
             ring drops tokens. The end of the prompt always is one, and so is the place where it
             departs from earlier prompts.
 
-        Raises: ValueError, CacheFullError if no sequence or not enough cells are free; nothing
-            has changed then.
+        Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
+            nothing has changed then.
         """
-        prompt, media = as_tokens(tokens), as_media(media or {})
-        points = as_indices(resume_points, "resume_points")
+        prompt, media = as_tokens(tokens), as_media(media)
+        points = as_positions(resume_points, "resume_points")
+        check_text(salt, "a salt tells tenants apart")
         if not prompt.size:
             raise ValueError("a prompt has at least one token; got none.")
         check_media(media, prompt.size)
@@ -288,9 +291,11 @@ class PrefixCache:
     ) -> str:
         """Draw the tree as text for a terminal, or as SVG.
 
-        decode: makes text of token ids, to be shown instead. width: columns.
+        decode: makes text of token ids, to be shown instead. width: columns, 20 to 10,000. Spans
+            too deep in the tree for this width are not indented any further.
 
-        Raises: BackendNotAvailableError without the package rich.
+        Raises: BackendNotAvailableError without the package rich; TypeError, ValueError for other
+            arguments.
         """
         with self.lock:
             return render(self._trees, self._index.nbytes, decode, svg, width)

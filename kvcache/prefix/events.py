@@ -78,7 +78,11 @@ class Events:
         """Call `callback` with every event, in order. Return a function to end the subscription.
 
         It is called while the prefix cache is locked: it should take note and return.
+
+        Raises: TypeError for no function.
         """
+        if not callable(callback):
+            raise TypeError(f"a subscriber is a function of one event; got {callback!r}.")
         self._subscribers.append(callback)
         return lambda: self._subscribers.remove(callback)
 

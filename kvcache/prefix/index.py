@@ -184,10 +184,10 @@ class SpanIndex(Generic[P]):
         if span is None:
             return None
         if not isinstance(span, Span) or not span.offered:
+            chosen = f"[{span.start}, {span.stop})" if isinstance(span, Span) else repr(span)
             raise KVCacheError(
                 "a policy chooses among the spans it was offered; "
-                f"{type(self.policy).__name__} chose [{span.start}, {span.stop}), which it "
-                "was not, or not any more."
+                f"{type(self.policy).__name__} chose {chosen}, which it was not, or not any more."
             )
         return span
 

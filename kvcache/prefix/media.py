@@ -13,6 +13,8 @@ from .radix import Tokens
 Media: TypeAlias = Mapping[tuple[int, int], bytes | str]
 """Digest of a medium by the positions ``[start, stop)`` of its placeholder tokens."""
 
+_RULE = "media map places (start, stop) in the prompt to digests, bytes or str"
+
 
 class MediaIds:
     """Stand-in token ids for media, the same for equal digests of equal length.
@@ -34,7 +36,9 @@ class MediaIds:
             tokens = tokens.copy()
         for (start, stop), digest in media.items():
             # In another length it is another rendering of the same, or two of it in a row.
-            name = digest.encode() if isinstance(digest, str) else bytes(digest), stop - start
+            # surrogatepass: any str will do, also one that is no valid Unicode.
+            text = digest.encode(errors="surrogatepass") if isinstance(digest, str) else digest
+            name = bytes(text), stop - start
             # Negative, because the id of a token never is.
             tokens[start:stop] = self._ids.setdefault(name, -1 - len(self._ids))
         return tokens
@@ -44,34 +48,47 @@ class MediaIds:
         self._ids.clear()
 
 
-def as_media(media: Media) -> Media:
-    """Return `media` with places of plain ints. Raises: ValueError, TypeError for other places."""
+def as_media(media: Media | None) -> Media:
+    """Return `media` with places of plain ints; none for None.
+
+    Raises: ValueError, TypeError for other places, or for anything but a mapping.
+    """
+    if media is None:
+        return {}
+    if not isinstance(media, Mapping):
+        raise TypeError(f"{_RULE}; got {reprlib.repr(media)}.")
+    return {_as_place(place): digest for place, digest in media.items()}
+
+
+def _as_place(place: tuple[int, int]) -> tuple[int, int]:
     try:
-        return {
-            (as_index(start, "media"), as_index(stop, "media")): digest
-            for (start, stop), digest in media.items()
-        }
-    except (AttributeError, ValueError) as error:
-        raise ValueError(
-            f"media map positions (start, stop) to digests; got {reprlib.repr(media)}."
-        ) from error
+        start, stop = place
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_RULE}; got {reprlib.repr(place)} for a place.") from error
+    return as_index(start, "the start of a medium"), as_index(stop, "the stop of a medium")
 
 
 def check_media(media: Media, tokens: int) -> None:
     """Check the places and digests of `media` in a prompt of so many tokens.
 
-    Raises: ValueError for ranges that are empty, overlap, or leave the prompt; TypeError for a
-        digest of another type.
+    Raises: ValueError for ranges that are empty, overlap, or leave the prompt, and for an empty
+        digest; TypeError for a digest of another type.
     """
     end = 0
     for start, stop in sorted(media):
         if not end <= start < stop <= tokens:
             raise ValueError(
                 f"media stand for tokens [start, stop) of the {tokens} of the prompt, one after "
-                f"the other; got {sorted(media)}."
+                f"the other; got {reprlib.repr(sorted(media))}."
             )
-        if not isinstance(media[start, stop], bytes | str):
-            raise TypeError(f"a digest is bytes or str; got {media[start, stop]!r}.")
+        digest = media[start, stop]
+        if not isinstance(digest, bytes | str):
+            raise TypeError(f"a digest is bytes or str; got {reprlib.repr(digest)}.")
+        if not digest:
+            raise ValueError(
+                f"a digest tells a medium from all others; got {digest!r} for [{start}, {stop}). "
+                "Hash its content."
+            )
         end = stop
 
 
@@ -82,5 +99,6 @@ def check_token_ids(tokens: Tokens, media: Media) -> None:
         bad[start:stop] = False
     if bad.any():
         raise ValueError(
-            f"token ids are >= 0 where no media are; got {tokens[bad][0]}. Name the media there."
+            f"token ids are >= 0 where no media are; got {tokens[bad][0]}. "
+            "Name the media there, or leave out padding."
         )

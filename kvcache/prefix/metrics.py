@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvcache.errors import BackendNotAvailableError
 
+from .arguments import check_text
 from .cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -35,8 +38,20 @@ def register_metrics(
 
     registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
 
-    Raises: BackendNotAvailableError without the package prometheus_client.
+    Raises: BackendNotAvailableError without the package prometheus_client; TypeError for no
+        prefix cache or registry, ValueError for a name that Prometheus refuses or has already.
     """
+    if not isinstance(prefix, PrefixCache):
+        raise TypeError(f"metrics are those of a PrefixCache; got {reprlib.repr(prefix)}.")
+    if registry is not None and not callable(getattr(registry, "register", None)):
+        raise TypeError(
+            f"a registry is a prometheus_client.CollectorRegistry; got {reprlib.repr(registry)}."
+        )
+    check_text(name, "a name of metrics is text")
+    if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name):
+        raise ValueError(
+            f"names of metrics are letters, digits, _ and :, and no digit first; got {name!r}."
+        )
     try:
         import prometheus_client
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -55,5 +70,5 @@ def register_metrics(
 
     # Read when it is scraped: the prefix cache pushes nothing.
     collector = StatsCollector()
-    (registry or prometheus_client.REGISTRY).register(collector)
+    (prometheus_client.REGISTRY if registry is None else registry).register(collector)
     return collector

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
+from kvcache._checks import as_index
 from kvcache.errors import BackendNotAvailableError
 
 from .radix import Node, RadixTree
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 Decode: TypeAlias = Callable[[list[int]], str]
 """Makes text of token ids."""
+_INDENT = 4
+"""Columns by which rich indents a branch."""
+_WIDTHS = range(20, 10_001)
 
 
 def render(
@@ -29,10 +33,15 @@ def render(
 ) -> str:
     """Draw `trees` by salt, as text or SVG of `width` columns. nbytes: stored in all of them.
 
-    Raises: BackendNotAvailableError without the package rich.
+    Raises: BackendNotAvailableError without the package rich; TypeError, ValueError for arguments
+        that make no drawing.
     """
+    width = _checked_width(width)
+    if decode is not None and not callable(decode):
+        raise TypeError(f"decode is a function from a list of token ids to text; got {decode!r}.")
     try:
         from rich.console import Console
+        from rich.text import Text
         from rich.tree import Tree
     except ImportError as error:
         raise BackendNotAvailableError(
@@ -40,7 +49,9 @@ def render(
         ) from error
     root = Tree(f"[bold]prefix cache[/], {_with_unit(nbytes)} stored")
     for salt, tree in trees.items():
-        _add_children(root.add(f"salt {salt!r}") if salt else root, tree.root, decode)
+        # As Text, because rich reads "[red]" in a str as a style.
+        branch = root.add(Text(f"salt {salt!r}")) if salt else root
+        _add_spans(branch, tree.root, decode, max_level=width // (2 * _INDENT))
     console = Console(file=io.StringIO(), record=True, width=width, force_terminal=False)
     console.print(root)
     if svg:
@@ -50,10 +61,29 @@ def render(
     return console.export_text()
 
 
-def _add_children(branch: Tree, node: Node[StoredSpan], decode: Decode | None) -> None:
-    for child in node.children.values():
-        if child.value is not None:  # of a tree of spans, only the root has none
-            _add_children(branch.add(_label(child.value, decode)), child, decode)
+def _checked_width(width: int) -> int:
+    columns = as_index(width, "width")
+    if columns not in _WIDTHS:
+        raise ValueError(
+            f"a drawing is {_WIDTHS.start} to {_WIDTHS.stop - 1:,} columns wide; got {columns}."
+        )
+    return columns
+
+
+def _add_spans(branch: Tree, root: Node[StoredSpan], decode: Decode | None, max_level: int) -> None:
+    """Add all spans under `root` to `branch`, each before those behind it.
+
+    max_level: deepest level of branches. A conversation of many turns is a path of many spans,
+    which would be indented beyond the width of the drawing: deeper spans stand on this level.
+    """
+    # A list of what is left to do, because a path may be longer than Python's limit of recursion.
+    pending = [(branch, root, 0)]
+    while pending:
+        branch, node, level = pending.pop()
+        if node.value is not None:  # of a tree of spans, only the root has none
+            added = branch.add(_label(node.value, decode))
+            branch = added if level < max_level else branch
+        pending += [(branch, child, level + 1) for child in reversed(node.children.values())]
 
 
 def _label(span: StoredSpan, decode: Decode | None) -> Text:

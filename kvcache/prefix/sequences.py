@@ -15,6 +15,8 @@ from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
 
+from .arguments import as_layers
+
 
 class SequenceHandle(ABC):
     """The sequence of one session, empty at first and owned by the session until released."""
@@ -74,6 +76,8 @@ class PoolSequences(SequenceSource):
         chosen = range(cache.max_sequences) if sequences is None else sequences
         # Reversed: taken from the end, the first named is used first.
         self._free = as_indices(chosen, "sequences")[::-1]
+        if not self._free:
+            raise ValueError("sessions need a sequence each; got none. Name some, or leave out.")
         self._total = len(self._free)
         check_ids(cache.max_sequences, *self._free)
         if len(set(self._free)) < self._total:
@@ -127,12 +131,16 @@ class LayerSequences(SequenceSource):
     """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
-        if not caches or any(cache.offset for cache in caches):
-            raise ValueError(f"give one empty cache for every layer; got {list(caches)}.")
+        layers = as_layers(
+            caches, "a prefix cache is over one cache of several sequences, or per-layer caches"
+        )
+        if not layers or any(cache.offset for cache in layers):
+            raise ValueError(f"give one empty cache for every layer; got {layers}.")
         self.lock = Lock()
         self.backend: Backend | None = None
         """Backend of the last snapshot, for restoring to caches that name none."""
-        self._prototypes = LayerCaches(caches)
+        # Copies: the caller may go on with its own.
+        self._prototypes = LayerCaches(layers).copy()
 
     def acquire(self) -> LayerHandle:
         return LayerHandle(self._prototypes.copy(), self)

@@ -12,6 +12,7 @@ from kvcache.errors import NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.layers.stack import LayerCaches
 
+from .arguments import as_positions
 from .media import check_token_ids
 from .radix import RadixTree, Tokens, as_tokens
 from .sequences import SequenceHandle
@@ -89,9 +90,13 @@ class Session:
         self._request.ids.append(ids)
 
     def schedule(self, positions: Iterable[int]) -> None:
-        """Make `positions` resume points: keep their rows where a window or ring would drop any."""
+        """Make `positions` resume points: keep their rows where a window or ring would drop any.
+
+        Raises: TypeError, ValueError for anything but positions >= 0; nothing has changed then.
+        """
+        points = as_positions(positions, "resume points")
         with self._lock:
-            self._request.handle.schedule(positions)
+            self._request.handle.schedule(points)
 
     def __enter__(self) -> Self:
         return self

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import merge
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
+from kvcache._checks import as_budget
+from kvcache._interrupts import uninterrupted
+from kvcache.errors import KVCacheError
 from kvcache.layers.growing import KVCache
 from kvcache.layers.stack import LayerCaches
 
-from .radix import Match, Node, RadixTree, as_tokens
+from .arguments import as_layers
+from .media import check_token_ids
+from .radix import Match, Node, RadixTree, Tokens, as_tokens
 
 Query = TypeVar("Query", bound=Sequence[int])
 
@@ -16,7 +25,8 @@ Query = TypeVar("Query", bound=Sequence[int])
 class Entry(NamedTuple):
     """Caches stored for a sequence of tokens.
 
-    caches: one per layer, owned by the trie. repeats: later insertions of the same tokens.
+    caches: one per layer, owned by the trie. repeats: later insertions that they serve as well, of
+    the same tokens or of a beginning of them.
     """
 
     caches: LayerCaches[KVCache]
@@ -35,89 +45,218 @@ class PrefixTrie:
 
     :meth:`find_nearest` returns copies: going on with them changes nothing in the trie. An entry
     serves every prefix of its tokens if its caches can be trimmed; a rotating cache that has
-    turned serves only requests that go on where its tokens end.
+    turned serves only requests that go on where its tokens end. So an entry that can be trimmed
+    replaces those of earlier turns of its conversation, and a rotating one is stored beside them.
+
+    budget: bytes of all entries at most, None for no limit. The least recently used go first, and
+        a larger entry is not stored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, budget: int | None = 1 << 30) -> None:
+        self._budget = as_budget(budget, "bytes")
         self._tree: RadixTree[Entry] = RadixTree()
-        self._count = 0
+        # Bytes by the node of each entry, the least recently used first.
+        self._sizes: OrderedDict[Node[Entry], int] = OrderedDict()
+        self._nbytes = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._sizes)
 
-    def insert(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> Entry:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries when they were inserted, spare capacity of their caches included."""
+        return self._nbytes
+
+    def insert(self, tokens: Sequence[int] | Tokens, caches: Iterable[KVCache]) -> Entry:
         """Store `caches`, one per layer, each with exactly `tokens`. The trie takes ownership.
 
-        Returns the entry of these tokens: with the caches that were inserted first.
+        Return the entry that serves these tokens: the one that did already, where there is one,
+        with the caches that were inserted first.
 
-        Raises: ValueError for no tokens, no caches, or caches with another number of tokens.
+        Raises: ValueError for no tokens, no caches, or caches with another number of tokens;
+            TypeError for caches of another kind; ExportedError while a program has one. The trie
+            is unchanged then.
         """
-        ids, layers = as_tokens(tokens), LayerCaches(caches)
+        ids, layers = _token_ids(tokens), _layer_caches(caches)
         offsets = sorted({cache.offset for cache in layers})
-        if not ids.size or offsets != [ids.size]:
+        if offsets != [ids.size]:
             raise ValueError(
                 "an entry is at least one token, and caches that hold exactly that many; "
                 f"got {ids.size} tokens and {len(layers)} caches at {offsets}."
             )
-        node = self._tree.insert(ids)
-        if node.value is None:
-            node.value = Entry(layers)
-            self._count += 1
-        else:
-            node.value = node.value._replace(repeats=node.value.repeats + 1)
-        return node.value
+        match = self._tree.match(ids)
+        present = _serving(match, layers, ids.size)
+        with uninterrupted():
+            if present is None:
+                return self._stored(ids, Entry(layers), _replaced(match, layers, ids.size))
+            node, entry = present
+            self._sizes.move_to_end(node)
+            node.value = entry._replace(repeats=entry.repeats + 1)
+            return node.value
 
     def find_nearest(self, tokens: Query) -> tuple[LayerCaches[KVCache] | None, Query]:
         """Return copies of the caches with the longest prefix of `tokens`, and the other tokens.
 
-        (None, tokens) if there are none. `tokens` is a list or, faster, an int32 array.
-        """
-        match = self._tree.match(as_tokens(tokens))
-        caches = self._from_longer(match) or self._from_shorter(match.node)
-        held = caches[0].offset if caches else 0
-        return caches, tokens[held:]  # type: ignore[return-value]
+        At least one token is left to compute, also where all of them are stored. (None, tokens) if
+        nothing of use is stored. `tokens` is a list or, faster, an int32 array; the other tokens
+        are a copy of its end.
 
-    def remove(self, tokens: Sequence[int]) -> None:
+        Raises: ValueError for no tokens, KVCacheError if the caches found were changed after
+            :meth:`insert`.
+        """
+        ids = _token_ids(tokens)
+        nearest = _nearest(self._tree.match(ids[:-1]))
+        if nearest is None:
+            return None, _rest(tokens, ids, 0)
+        node, entry, length = nearest
+        copies, rest = _copied(entry.caches, node.depth, length), _rest(tokens, ids, length)
+        self._sizes.move_to_end(node)
+        return copies, rest
+
+    def remove(self, tokens: Sequence[int] | Tokens) -> None:
         """Remove the entry of exactly these tokens.
 
-        Raises: KeyError if there is none.
+        Raises: KeyError if there is none: never inserted, removed, replaced by a longer one, or
+            over budget.
         """
         ids = as_tokens(tokens)
         length, node, inside = self._tree.match(ids)
         if inside is not None or length < ids.size or node.value is None:
-            raise KeyError(f"nothing is stored for these {ids.size} tokens.")
+            raise KeyError(
+                f"nothing is stored for these {ids.size} tokens: never inserted, removed, replaced "
+                "by a longer entry, or over budget."
+            )
+        with uninterrupted():
+            self._drop(node)
+
+    def _stored(self, ids: Tokens, entry: Entry, replaced: list[Node[Entry]]) -> Entry:
+        """Store a new entry, drop those `replaced` and what exceeds the budget; return it."""
+        size = entry.caches.nbytes
+        if self._budget is not None and size > self._budget:
+            return entry  # else all others would be dropped in vain
+        node = self._tree.insert(ids)
+        self._sizes[node] = size
+        node.value = entry
+        self._nbytes += size
+        for shorter in replaced:
+            self._drop(shorter)
+        while self._budget is not None and self._nbytes > self._budget:
+            self._drop(next(iter(self._sizes)))
+        return entry
+
+    def _drop(self, node: Node[Entry]) -> None:
+        self._nbytes -= self._sizes.pop(node)
         self._tree.remove(node)
-        self._count -= 1
 
-    def _from_longer(self, match: Match[Entry]) -> LayerCaches[KVCache] | None:
-        """Return copies of the shortest entry beyond the match, trimmed to it.
 
-        None if no entry can be trimmed so far, or one ends exactly there.
-        """
-        length, node, inside = match
-        # An entry that ends exactly there needs no trimming: _from_shorter returns it.
-        if not length or (node.value is not None and inside is None):
-            return None
-        for entry in _entries(inside or node):
-            surplus = entry.caches[0].offset - length
-            if entry.caches.can_trim(surplus):
-                # Copies first: trimming takes tokens from the caches themselves.
-                copies = entry.caches.copy()
-                copies.trim(surplus)
-                return copies
+def _serving(
+    match: Match[Entry], caches: LayerCaches[KVCache], tokens: int
+) -> tuple[Node[Entry], Entry] | None:
+    """Return the node of an entry that serves all that `caches` of so many tokens would."""
+    if match.length < tokens:
         return None
-
-    @staticmethod
-    def _from_shorter(node: Node[Entry] | None) -> LayerCaches[KVCache] | None:
-        """Return copies of the longest entry at or above `node`, None if there is none."""
-        while node is not None:
-            if node.value is not None:
-                return node.value.caches.copy()
-            node = node.parent
-        return None
+    if match.inside is None and match.node.value is not None:
+        return match.node, match.node.value
+    for node, entry in _entries((match.inside or match.node).below()):
+        if _covers(entry.caches, node.depth, caches, tokens):
+            return node, entry
+    return None
 
 
-def _entries(top: Node[Entry]) -> Iterator[Entry]:
-    for node in top.below():
-        if node.value is not None:
-            yield node.value
+def _replaced(match: Match[Entry], caches: LayerCaches[KVCache], tokens: int) -> list[Node[Entry]]:
+    """Return the nodes of shorter entries of no use beside `caches`, of so many tokens."""
+    return [
+        node
+        for node, entry in _entries(_upwards(match.node))
+        if _covers(caches, tokens, entry.caches, node.depth)
+    ]
+
+
+def _nearest(match: Match[Entry]) -> tuple[Node[Entry], Entry, int] | None:
+    """Return the entry of most use to a query, its node, and how many of its tokens to use."""
+    searched: Node[Entry] | None = None
+    for top, length in _levels(match):
+        # Entries that cannot be trimmed to a longer prefix cannot be trimmed to this one.
+        for node, entry in _entries(_below(top, searched)):
+            if entry.caches.can_trim(node.depth - length):
+                return node, entry, length
+        searched = top
+    return None
+
+
+def _token_ids(tokens: Sequence[int] | Tokens) -> Tokens:
+    """Return token ids as int32. Raises: ValueError for none, negative ones, or anything else."""
+    ids = as_tokens(tokens)
+    if not ids.size:
+        raise ValueError("a query and an entry are at least one token; got 0 tokens.")
+    check_token_ids(ids, {})
+    return ids
+
+
+def _layer_caches(caches: Iterable[KVCache]) -> LayerCaches[KVCache]:
+    """Return `caches` as one object. Raises: TypeError, ExportedError."""
+    layers = as_layers(
+        caches, "an entry is a list of per-layer caches (a PrefixCache stores those of pools)"
+    )
+    for cache in layers:
+        cache.check_not_exported()
+    return LayerCaches(layers)
+
+
+def _rest(tokens: Query, ids: Tokens, length: int) -> Query:
+    """Return a copy of `tokens` from `length` on: a slice if they have any, else of their ids."""
+    try:
+        rest: Sequence[int] | Tokens = tokens[length:]
+    except TypeError:  # a deque, say
+        rest = ids[length:]
+    return rest.copy() if isinstance(rest, np.ndarray) else rest  # type: ignore[return-value]
+
+
+def _copied(caches: LayerCaches[KVCache], held: int, length: int) -> LayerCaches[KVCache]:
+    """Return copies of `caches`, stored with `held` tokens, trimmed to `length` tokens."""
+    if {cache.offset for cache in caches} != {held}:
+        raise KVCacheError(
+            f"caches belong to the trie after insert, and these had {held} tokens then; got "
+            f"{caches}. Remove the entry, and insert caches.copy() where you go on with caches."
+        )
+    # Copies first: trimming takes tokens from the caches themselves.
+    copies = caches.copy()
+    copies.trim(held - length)
+    return copies
+
+
+def _covers(
+    longer: LayerCaches[KVCache], tokens: int, shorter: LayerCaches[KVCache], fewer: int
+) -> bool:
+    """Return True if `longer`, of so many tokens, serves whatever `shorter` of `fewer` does."""
+    # Caches that can be trimmed by some tokens can be trimmed by fewer. So caches that cannot by a
+    # single token serve their end only, and those that can to a single token serve everything.
+    least = 1 if shorter.can_trim(1) else fewer
+    return longer.can_trim(tokens - least)
+
+
+def _entries(nodes: Iterable[Node[Entry]]) -> Iterator[tuple[Node[Entry], Entry]]:
+    return ((node, node.value) for node in nodes if node.value is not None)
+
+
+def _upwards(node: Node[Entry] | None) -> Iterator[Node[Entry]]:
+    """Yield `node` and those above it, up to the root."""
+    while node is not None:
+        yield node
+        node = node.parent
+
+
+def _below(top: Node[Entry], searched: Node[Entry] | None) -> Iterator[Node[Entry]]:
+    """Yield `top` and all under it but `searched`, in the order of their depth."""
+    yield top
+    others = (child.below() for child in top.children.values() if child is not searched)
+    yield from merge(*others, key=lambda node: node.depth)
+
+
+def _levels(match: Match[Entry]) -> Iterator[tuple[Node[Entry], int]]:
+    """Yield the nodes on the way of a query, deepest first, with its tokens in common with them."""
+    if match.inside is not None:
+        yield match.inside, match.length
+    for node in _upwards(match.node):
+        if node.depth:  # the root has no tokens
+            yield node, node.depth

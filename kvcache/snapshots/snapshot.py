@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,7 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvcache._checks import as_index
+from kvcache._checks import as_index, as_int32s
 from kvcache._types import Bools, Int32s
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
@@ -240,9 +241,15 @@ class Snapshot:
 
         Resident rows stay resident. The file replaces an existing one only when complete.
 
-        tokens: its token ids up to `stop`; only a hash of them is kept.
+        tokens: the ids of all tokens before `stop`, also of those before `start`, because what is
+            held depends on them. Only a hash of them is kept.
         fingerprint: any text to tell the model and its weights from others.
+
+        Raises: ValueError for another number of tokens, or ids that are no integers >= 0;
+            TypeError for a fingerprint that is no text. Nothing is written then.
         """
+        _check_tokens(tokens, self.stop)
+        _check_fingerprint(fingerprint)
         records = [
             Record(
                 part.spec.kind,
@@ -267,9 +274,13 @@ class Snapshot:
 
         tokens, fingerprint: those it must have been saved with; None accepts any.
 
-        Raises: SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
+        Raises: ValueError, TypeError for `tokens` or a `fingerprint` that no snapshot can be saved
+            with; SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
             foreign or newer file), FileNotFoundError.
         """
+        _check_tokens(tokens)
+        if fingerprint is not None:
+            _check_fingerprint(fingerprint)
         (start, stop), records = read_archive(path, tokens, fingerprint)
         parts = [
             Part(
@@ -279,6 +290,25 @@ class Snapshot:
             for record in records
         ]
         return cls(start, stop, parts)
+
+
+def _check_tokens(tokens: npt.ArrayLike | None, stop: int | None = None) -> None:
+    """Raise ValueError unless `tokens` are ids, `stop` in number; None: any, or any number."""
+    if tokens is None:
+        return
+    ids = as_int32s(tokens, "token ids")
+    if ids.size and ids.min() < 0:
+        raise ValueError(f"token ids are >= 0; got {ids.min()}. Leave out padding.")
+    if stop is not None and ids.size != stop:
+        raise ValueError(
+            f"the tokens of a snapshot are all before its stop, {stop}; got {ids.size}. "
+            "Give those before its start as well, and none behind it."
+        )
+
+
+def _check_fingerprint(fingerprint: str) -> None:
+    if not isinstance(fingerprint, str):
+        raise TypeError(f"a fingerprint is a str; got {reprlib.repr(fingerprint)}.")
 
 
 def _host_rows(rows: TokenRows) -> LayerRows:

@@ -20,3 +20,31 @@ def test_on_the_command_line(default_model, tmp_path):
     assert "without reuse" in result.stderr
     assert "no more" not in result.stderr
     assert drawn.read_text(encoding="utf-8").startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "best"], "there is no policy 'best'"),
+        (["--tree", "missing/tree.svg"], "--tree takes a file in a folder that exists"),
+        (["--tree", "."], "--tree takes a file in a folder that exists"),
+        (["--budget", "-1"], "--budget"),
+    ],
+)
+def test_bad_options_are_refused_before_the_model_is_loaded(
+    options, message, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvcache.cli.chat.load_model", lambda *_: pytest.fail("it was loaded"))
+    result = CliRunner().invoke(app, ["chat", *options])
+    assert result.exit_code != 0
+    assert message in " ".join(f"{result.output} {result.exception}".replace("│", " ").split())
+
+
+def test_input_that_is_no_text():
+    from kvcache.cli import chat
+
+    with CliRunner().isolation(b"Hello\n\xff\xfe\n"):
+        lines = chat._lines()
+        with pytest.raises(ValueError, match=r"turns are lines of utf-8 text; .*0xff"):
+            list(lines)

@@ -196,6 +196,6 @@ def test_layer_types_and_prefix_arguments(backend):
             PrefixCache(cache, **options)
     with pytest.raises(TypeError, match="each of resume_points must be an integer"):
         prefix.session([1, 2], resume_points=[1.0])
-    with pytest.raises(TypeError, match="media must be an integer"):
+    with pytest.raises(TypeError, match="the start of a medium must be an integer"):
         prefix.session([1, 2], media={(0.0, 1): "image"})
     assert prefix.stats.active == 0

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 import kvcache
 from kvcache import BackendNotAvailableError
 from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
+from kvcache.prefix.index import Span
+from kvcache.prefix.radix import RadixTree
+from kvcache.prefix.render import render
 
 from .served import Pool, Server
 
@@ -209,6 +212,63 @@ def test_a_tree_as_text(drawn):
     text = drawn.prefix.render(width=70)
     assert text.count("forgotten") == 4
     assert max(map(len, text.splitlines())) <= 70
+
+
+@pytest.mark.parametrize("svg", [False, True])
+def test_a_conversation_of_a_thousand_turns(svg):
+    """A path longer than Python recurses and than a line is wide: every span is on a line."""
+    pytest.importorskip("rich")
+    turns, tree = sys.getrecursionlimit() + 200, RadixTree()
+    for turn in range(1, turns + 1):
+        node = tree.insert(np.arange(turn, dtype=np.int32))
+        node.value = Span(node)
+    drawing = render({"": tree}, 0, None, svg, 80)
+    if svg:
+        drawing = "".join(ET.fromstring(drawing).itertext()).replace("\xa0", " ")
+    for turn in range(turns):
+        assert f"[{turn}, {turn + 1})  {turn}  forgotten" in drawing
+
+
+def test_deep_spans_stand_in_the_order_of_their_tokens():
+    pytest.importorskip("rich")
+    server = server_of()
+    for ids in ([1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 9], [7]):
+        run(server, ids)
+    lines = server.prefix.render(width=80).splitlines()[1:]
+    assert [line.split("  ")[-2] for line in lines] == ["1", "2", "3", "4", "5", "9", "7"]
+    narrow = server.prefix.render(width=20).splitlines()
+    starts = [line.index("[") for line in narrow if "[" in line]
+    assert starts == [4, 8, 8, 8, 8, 8, 4]  # two levels
+
+
+def test_salts_and_texts_are_no_markup():
+    server = server_of()
+    run(server, [1, 2], salt="[red]team[/red] :smile:")
+    run(server, [3], salt="[/]")
+    text = server.prefix.render(decode=lambda ids: f"[blink]{ids}[/] :smile:")
+    for shown in ("salt '[red]team[/red] :smile:'", "salt '[/]'", "'[blink][1, 2][/] :smile:'"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"width": 19}, ValueError, "20 to 10,000 columns wide; got 19"),
+        ({"width": 10**9}, ValueError, "20 to 10,000 columns wide; got 1000000000"),
+        ({"width": "80"}, TypeError, "width must be an integer; got '80'"),
+        ({"decode": "utf-8"}, TypeError, "decode is a function .* got 'utf-8'"),
+    ],
+)
+def test_what_cannot_be_drawn(options, error, message):
+    pytest.importorskip("rich")
+    with pytest.raises(error, match=message):
+        server_of().prefix.render(**options)
+
+
+@pytest.mark.parametrize("callback", [None, "print", 3])
+def test_subscribers_are_functions(callback):
+    with pytest.raises(TypeError, match="a subscriber is a function of one event; got"):
+        server_of().prefix.events.subscribe(callback)
 
 
 def test_what_is_in_host_memory_is_drawn_as_such(drawn):

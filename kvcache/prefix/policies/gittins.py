@@ -10,6 +10,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._checks import as_index
+
 from .base import EvictionPolicy, PolicySpan
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -77,7 +79,7 @@ class Gittins(EvictionPolicy):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self._random = random.Random(seed)  # noqa: S311 - a sample, no secret
+        self._random = random.Random(as_index(seed, "seed"))  # noqa: S311 - a sample, no secret
         self._offered: list[PolicySpan] = []
         self._offered_at: dict[PolicySpan, int] = {}  # index in the list, to withdraw in O(1)
         self._returned = np.zeros((CLASSES, _EDGES.size))

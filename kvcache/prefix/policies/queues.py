@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from kvcache.prefix.arguments import as_finite
+
 from .base import EvictionPolicy, PolicySpan, Queue
 
 _MAX_CHANCES = 3  # as in the paper, whose counters have two bits
@@ -79,10 +81,14 @@ class S3FIFO(EvictionPolicy):
     again before as many bytes were evicted as the main queue holds enters the main queue at once.
 
     small: share of the small queue, 0 to 1.
+
+    Raises: TypeError, ValueError for no such share.
     """
 
     def __init__(self, small: float = 0.1) -> None:
-        self._share = small
+        self._share = as_finite(small, "small is a share of all candidates, 0 to 1")
+        if not 0 <= self._share <= 1:
+            raise ValueError(f"small is a share of all candidates, 0 to 1; got {small}.")
         self._turns = count()
         self._small, self._main = Fifo(main=False), Fifo(main=True)
         # As of the offer: a span that is split while it is offered has fewer bytes when it goes.
@@ -172,9 +178,14 @@ class Cost(EvictionPolicy):
     GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998). cost: of computing the tokens from start
     to stop again, in any unit. A span is worth uses x cost / nbytes, on top of the worth of the
     last one evicted when it was used: so a span that is not used any more goes in the end.
+
+    Raises: TypeError for no function; when it is used, TypeError or ValueError for a cost that is
+        no finite number.
     """
 
     def __init__(self, cost: Callable[[int, int], float] = recompute_cost) -> None:
+        if not callable(cost):
+            raise TypeError(f"cost is a function of start and stop; got {cost!r}.")
         self._cost = cost
         self._queue = Queue(self._worth)
         self._level = 0.0
@@ -196,5 +207,5 @@ class Cost(EvictionPolicy):
 
     def _worth(self, span: PolicySpan) -> float:
         level = span.policy_data if isinstance(span.policy_data, float) else 0.0
-        cost = float(self._cost(span.start, span.stop))
+        cost = as_finite(self._cost(span.start, span.stop), "cost returns the cost of tokens")
         return level + span.uses * cost / max(1, span.nbytes)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import TypeAlias
 
+from kvcache._checks import as_budget
+from kvcache.prefix.arguments import as_list
 from kvcache.prefix.index import Span, SpanIndex
 from kvcache.prefix.policies import EvictionPolicy
 from kvcache.prefix.radix import RadixTree
@@ -33,6 +36,28 @@ class BlockPayload:
         """Do nothing: there is no data to release."""
 
 
+def as_requests(requests: object) -> list[Request]:
+    """Return recorded requests as a list.
+
+    Raises: TypeError for anything else, ValueError unless their times never decrease.
+    """
+    listed: list[Request] = []
+    for request in as_list(requests):
+        if not isinstance(request, Request):
+            raise TypeError(
+                "a replay is of a list of requests, as read_trace returns; "
+                f"got {reprlib.repr(request)}."
+            )
+        listed.append(request)
+    for number, (request, later) in enumerate(pairwise(listed), 1):
+        if later.now < request.now:
+            raise ValueError(
+                f"requests are in the order of their times; got {later.now} s after "
+                f"{request.now} s, as number {number}. Sort them."
+            )
+    return listed
+
+
 BlockTree: TypeAlias = RadixTree[Span[BlockPayload]]
 
 
@@ -42,7 +67,13 @@ def replay(
     """Count the blocks found at the beginnings of all requests; return the final index as well.
 
     budget: blocks kept between requests, None for no limit.
+
+    Raises: TypeError, ValueError for anything but requests in the order of their time, a policy,
+        and such a budget; nothing was replayed then.
     """
+    requests, budget = as_requests(requests), as_budget(budget, "blocks")
+    if not isinstance(policy, EvictionPolicy):
+        raise TypeError(f"a replay is of one policy, by make_policy(name); got {policy!r}.")
     tree: BlockTree = RadixTree()
     # The grain of prefix caches is in tokens, of which a block has many: here every block counts.
     index: SpanIndex[BlockPayload] = SpanIndex(policy, budget, grain=1)
@@ -62,12 +93,17 @@ def _serve(request: Request, tree: BlockTree, index: SpanIndex[BlockPayload]) ->
     return hits
 
 
-def optimum(requests: Sequence[Request], budget: int) -> int:
+def optimum(requests: Iterable[Request], budget: int | None) -> int:
     """Count the blocks found by a policy with knowledge of the future (Belady, 1966).
 
     No policy finds more. It evicts the block requested again last, or never; of blocks requested
     again together, the last of the prompt. So a block never stays without those before it.
+
+    Raises: as :func:`replay`.
     """
+    requests, room = as_requests(requests), as_budget(budget, "blocks")
+    if room is None:
+        return found_without_limit(requests)
     kept: set[int] = set()
     queue: list[tuple[int, int, int]] = []
     hits = 0
@@ -78,7 +114,7 @@ def optimum(requests: Sequence[Request], budget: int) -> int:
             if next_use is not None:
                 kept.add(block)
                 heappush(queue, (-next_use, -place, block))
-        while len(kept) > budget:
+        while len(kept) > room:
             # Entries of uses past by now are still queued, but sort behind all uses to come.
             kept.remove(heappop(queue)[2])
     return hits
@@ -99,7 +135,7 @@ def found_without_limit(requests: Iterable[Request]) -> int:
     """Count the blocks found by a cache of unlimited size: all requested before."""
     seen: set[int] = set()
     hits = 0
-    for request in requests:
+    for request in as_requests(requests):
         blocks = request.blocks.tolist()
         hits += sum(block in seen for block in blocks)
         seen.update(blocks)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvcache._checks import as_index, as_indices
+from kvcache.prefix.arguments import as_list, check_text
 from kvcache.prefix.policies import make_policy
 
-from .replay import found_without_limit, optimum, replay
+from .replay import as_requests, found_without_limit, optimum, replay
 from .trace import Request
 
 if TYPE_CHECKING:
@@ -66,13 +69,16 @@ class Simulation:
         return sorted({outcome.capacity for outcome in self.outcomes})
 
     def rate(self, name: str, capacity: int) -> float:
-        """Return the hit rate of a policy by name, in percent of all blocks."""
-        return self.percent(
-            next(
-                outcome.found
-                for outcome in self.outcomes
-                if (outcome.policy, outcome.capacity) == (name, capacity)
-            )
+        """Return the hit rate of a policy by name, in percent of all blocks.
+
+        Raises: KeyError for a policy or capacity that was not simulated.
+        """
+        for outcome in self.outcomes:
+            if (outcome.policy, outcome.capacity) == (name, capacity):
+                return self.percent(outcome.found)
+        raise KeyError(
+            f"there is no {name!r} at {capacity!r} tokens; simulated were "
+            f"{', '.join(self.policies)} at {', '.join(map(str, self.capacities))}."
         )
 
     def percent(self, found: int) -> float:
@@ -112,7 +118,8 @@ class Simulation:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a figure of hit rates over capacity; the suffix of `path` chooses the format.
 
-        Raises: ImportError without matplotlib; says what installs it.
+        Raises: ImportError without matplotlib; says what installs it. ValueError for a format that
+            matplotlib does not write.
         """
         try:
             from matplotlib import rc_context
@@ -122,6 +129,11 @@ class Simulation:
                 f"a plot needs matplotlib ({error}). pip install 'kvcache[bench]'"
             ) from error
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        suffix, formats = Path(path).suffix, sorted(figure.canvas.get_supported_filetypes())
+        if suffix[1:].lower() not in formats:
+            raise ValueError(
+                f"the suffix of a figure names its format, {', '.join(formats)}; got {suffix!r}."
+            )
         axes = figure.subplots()
         for number, name in enumerate(self.policies):
             self._plot_line(axes, _line_style(number, name), name)
@@ -175,22 +187,55 @@ def run_simulation(
 
     trace: name of it, for the report. tick: called after each replay.
 
-    Raises: ValueError; nothing was replayed then.
+    Raises: ValueError, TypeError; nothing was replayed then.
     """
+    # All before the first replay, because replays take minutes.
+    check_text(trace, "the name of a trace is text")
+    requests = as_requests(requests)
+    block_size = as_index(block_size, "block_size")
     if block_size < 1:
         raise ValueError(f"block_size must be >= 1 token; got {block_size}.")
-    if small := [capacity for capacity in capacities if capacity < block_size]:
-        raise ValueError(f"capacities are at least a block of {block_size} tokens; got {small[0]}.")
-    for name in policies:
-        make_policy(name)  # so that a wrong name is refused before the first replay, not after it
+    sizes = _checked_capacities(capacities, block_size)
+    names = _checked_names(policies)
+    if not callable(tick):
+        raise TypeError(f"tick is a function without arguments; got {tick!r}.")
     outcomes = []
-    for capacity in capacities:
-        for name in (*policies, OPTIMUM):
+    for capacity in sizes:
+        for name in (*names, OPTIMUM):
             outcomes.append(_outcome(requests, name, capacity, capacity // block_size))
             tick()
     blocks = sum(request.blocks.size for request in requests)
     found_before = found_without_limit(requests)
     return Simulation(trace, block_size, len(requests), blocks, found_before, tuple(outcomes))
+
+
+def _checked_capacities(capacities: Sequence[int], block_size: int) -> list[int]:
+    """Return capacities without repetitions. Raises: TypeError, ValueError."""
+    sizes = list(dict.fromkeys(as_indices(capacities, "capacities")))
+    if not sizes:
+        raise ValueError("a simulation is of at least one capacity; got none.")
+    if min(sizes) < block_size:
+        raise ValueError(
+            f"capacities are at least a block of {block_size} tokens; got {min(sizes)}."
+        )
+    return sizes
+
+
+def _checked_names(policies: Sequence[str]) -> list[str]:
+    """Return names of policies without repetitions. Raises: TypeError, ValueError."""
+    # A str is iterable as well, but its letters are no names.
+    if isinstance(policies, str):
+        raise TypeError(f"policies are a list of names; got {policies!r}. Give [{policies!r}].")
+    names: list[str] = []
+    for name in as_list(policies):
+        if not isinstance(name, str):
+            raise TypeError(
+                "a simulation makes each policy anew, by its name, a str; "
+                f"got {reprlib.repr(name)}."
+            )
+        make_policy(name)
+        names.append(name)
+    return list(dict.fromkeys(names))
 
 
 def _outcome(requests: Sequence[Request], name: str, capacity: int, budget: int) -> Outcome:

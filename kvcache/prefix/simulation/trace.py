@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from kvcache.prefix.arguments import as_finite
 from kvcache.prefix.radix import Tokens, as_tokens
 
 
@@ -17,10 +19,21 @@ class Request:
     """One request of a trace.
 
     now: seconds. blocks: one number per block of the prompt, the same for the same prefix; int32.
+
+    Raises: TypeError, ValueError for a time that is no finite number, or blocks that are no list
+        of numbers >= 0.
     """
 
     now: float
     blocks: Tokens
+
+    def __post_init__(self) -> None:
+        blocks = as_tokens(self.blocks)
+        if blocks.size and blocks.min() < 0:
+            raise ValueError(f"blocks are numbers >= 0; got {blocks.min()}.")
+        # Frozen, so not by assignment.
+        object.__setattr__(self, "now", as_finite(self.now, "now is in seconds"))
+        object.__setattr__(self, "blocks", blocks)
 
 
 def read_trace(path: str | PathLike[str]) -> list[Request]:
@@ -63,13 +76,15 @@ def _fields(line: bytes) -> tuple[float, list[int]]:
         record = json.loads(line)
         milliseconds, ids = record["timestamp"], record["hash_ids"]
         # type(), not isinstance(): true and false are no ids, though Python takes them for 1 and 0.
-        good = isinstance(milliseconds, int | float) and all(type(block) is int for block in ids)
-    except (ValueError, TypeError, KeyError):
+        good = type(ids) is list and all(type(block) is int for block in ids)
+        # JSON of Python knows NaN and numbers of any size.
+        good = good and type(milliseconds) in {int, float} and math.isfinite(milliseconds)
+    except (ValueError, TypeError, KeyError, OverflowError):
         good = False
     if not good:
         raise ValueError(
-            "a request is a JSON object with a timestamp in ms and hash_ids, a list of integers; "
-            f"got {line.strip()[:80].decode(errors='replace')!r}."
+            "a request is a JSON object with a finite timestamp in ms and hash_ids, a list of "
+            f"integers; got {line.strip()[:80].decode(errors='replace')!r}."
         )
     return milliseconds, ids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,10 @@ from itertools import count
 from typing import Literal, TypeAlias
 
 from kvcache import CausalCache, KVCache
+from kvcache._checks import as_index
 from kvcache.prefix import PrefixCache, Session
+from kvcache.prefix.arguments import check_text
+from kvcache.prefix.radix import as_tokens
 
 from .generate import generate, make_caches
 from .model import Llama
@@ -33,23 +37,36 @@ class Conversation:
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
+        if system is not None:
+            check_text(system, "instructions are text")
         self._tokenizer = tokenizer
         self._messages = [{"role": "system", "content": system}] if system else []
         self._ids: list[int] = []
         self._rendered = ""
 
     def ask(self, text: str) -> list[int]:
-        """Add a turn of the user; return the token ids of all turns, up to the answer."""
-        self._messages.append({"role": "user", "content": text})
-        rendered = self._tokenizer.render_chat(self._messages)
-        if not rendered.startswith(self._rendered):  # a template that rewrites earlier turns
-            self._ids, self._rendered = [], ""
-        self._ids += self._tokenizer.encode(rendered.removeprefix(self._rendered), special=True)
-        self._rendered = rendered
+        """Add a turn of the user; return the token ids of all turns, up to the answer.
+
+        Raises: TypeError for no text, UnsupportedModelError without a chat template; nothing has
+            changed then.
+        """
+        check_text(text, "a turn is text")
+        messages = [*self._messages, {"role": "user", "content": text}]
+        rendered = self._tokenizer.render_chat(messages)
+        # Not so with a template that rewrites earlier turns.
+        goes_on = rendered.startswith(self._rendered)
+        added = rendered.removeprefix(self._rendered) if goes_on else rendered
+        ids = self._tokenizer.encode(added, special=True)
+        self._ids = [*self._ids, *ids] if goes_on else ids
+        self._messages, self._rendered = messages, rendered
         return list(self._ids)
 
     def answer(self, ids: Sequence[int]) -> str:
-        """Add the model's answer; return its text."""
+        """Add the model's answer; return its text.
+
+        Raises: ValueError for anything but token ids; nothing has changed then.
+        """
+        ids = as_tokens(ids).tolist()
         text = self._tokenizer.decode(ids)
         self._messages.append({"role": "assistant", "content": text})
         self._ids += ids
@@ -80,6 +97,8 @@ class Chat:
     dtype: of keys and values in the caches.
     budget: bytes that all turns may take. policy: eviction policy of the prefix cache.
     eos_id: token that ends an answer. compare: measure each turn without reuse, too.
+
+    Raises: ValueError, TypeError for another kind, sizes that leave no room, and the like.
     """
 
     def __init__(
@@ -96,8 +115,13 @@ class Chat:
         eos_id: int | None = None,
         compare: bool = False,
     ) -> None:
-        self._eos, self._compare = eos_id, compare
+        self._eos = None if eos_id is None else as_index(eos_id, "eos_id")
+        self._compare, self._vocabulary = compare, model.config.vocab_size
         self._decoder: _LayerDecoder | _PoolDecoder
+        if kind not in ("kv", "rotating", "pool"):
+            raise ValueError(
+                f"a chat has a cache of kind 'kv', 'rotating' or 'pool'; got {kind!r}."
+            )
         if kind == "pool":
             self._decoder = _PoolDecoder(model, capacity, dtype)
         else:
@@ -110,9 +134,13 @@ class Chat:
     def reply(self, turn: Turn, max_tokens: int = 64) -> Iterator[int]:
         """Yield the tokens of the answer as they come, and record them and their costs in `turn`.
 
-        Raises: with the first token, ValueError for an empty prompt, CacheFullError for a prompt
-            longer than a pool has room for.
+        Raises: with the first token, ValueError for an empty prompt, ids outside of the vocabulary
+            or a max_tokens below 1, CacheFullError for a prompt longer than a pool has room for.
         """
+        max_tokens = as_index(max_tokens, "max_tokens")
+        if max_tokens < 1:
+            raise ValueError(f"an answer has at least one token; got max_tokens={max_tokens}.")
+        self._check_prompt(turn.prompt)
         if self._compare:
             turn.cold_seconds = _seconds_to_first(self._decoder.cold(turn.prompt))
         started = time.perf_counter()
@@ -129,6 +157,15 @@ class Chat:
                     break
             # Also the last token, which no pass was fed: the session keeps what the caches hold.
             session.extend(turn.tokens)
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raise ValueError unless `prompt` has tokens, all of the vocabulary."""
+        ids = as_tokens(prompt)
+        if not ids.size or ids.min() < 0 or ids.max() >= self._vocabulary:
+            raise ValueError(
+                f"a prompt is at least one token, of ids in [0, {self._vocabulary}); "
+                f"got {reprlib.repr(prompt)}."
+            )
 
 
 def _seconds_to_first(tokens: Iterator[int]) -> float:

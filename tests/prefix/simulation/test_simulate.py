@@ -227,6 +227,15 @@ def test_plot(trace, tmp_path, suffix):
         assert content == (tmp_path / "one.svg").read_bytes(), "the same figure, the same file"
 
 
+@pytest.mark.parametrize("name", ["figure.docx", "figure"])
+def test_a_plot_in_an_unknown_format(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    simulation = run_simulation("t", requests_for([1]), ["lru"], [8], 8)
+    with pytest.raises(ValueError, match=r"names its format, .*png.*; got '(\.docx)?'"):
+        simulation.plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plot_without_matplotlib_is_refused_first(trace, monkeypatch):
     pytest.importorskip("typer")
     monkeypatch.setattr("kvcache.cli.simulate.find_spec", lambda name: None)
@@ -235,11 +244,46 @@ def test_a_plot_without_matplotlib_is_refused_first(trace, monkeypatch):
     assert "matplotlib" in result.output
 
 
-@pytest.mark.parametrize("bad", ["3Q", "M", "-1", "1e6"])
+@pytest.mark.parametrize("bad", ["3Q", "M", "-1", "1e6", "", ",", "9" * 400, "\u0663", "nan"])
 def test_capacities(trace, bad):
     result = invoke(trace, f"--capacity={bad}")
     assert result.exit_code == 2
     assert "300k, 3M or 2.5M" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "figure.docx"], "ends in .png or .svg; got figure.docx"),
+        (["--plot", "missing/figure.png"], "--plot takes a file in a folder that exists"),
+        (["--json", "missing/found.json"], "--json takes a file in a folder that exists"),
+        (["--block-size", "0"], "--block-size takes tokens, at least 1; got 0"),
+        (["--policy", "lru,lfu"], "there is no policy 'lfu'"),
+    ],
+)
+def test_options_are_refused_before_the_trace_is_read(trace, monkeypatch, options, message):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("kvcache.cli.simulate.read_trace", lambda _: pytest.fail("it was read"))
+    result = invoke(trace, *options)
+    assert result.exit_code != 0
+    assert message in " ".join(f"{result.output} {result.exception}".replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        GOOD.replace("5", "NaN"),
+        GOOD.replace("5", "Infinity"),
+        GOOD.replace("5", "9" * 400),
+        GOOD.replace("5", "true"),
+        GOOD.replace("[7, 8]", '""'),
+        GOOD.replace("[7, 8]", "{}"),
+    ],
+)
+def test_odd_numbers_in_a_trace_are_named(tmp_path, line):
+    path = write(tmp_path / "trace.jsonl", GOOD, line)
+    with pytest.raises(ValueError, match=r"line 2: a request is a JSON object with a finite"):
+        read_trace(path)
 
 
 def test_help_teaches_by_an_example():

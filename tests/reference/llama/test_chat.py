@@ -77,6 +77,41 @@ def test_an_end_token_and_an_abandoned_answer(tiny, kind):
     assert (after.nbytes, after.active, after.pinned) == (before.nbytes, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kind": "ring"}, ValueError, "kind 'kv', 'rotating' or 'pool'; got 'ring'"),
+        ({"budget": "1"}, TypeError, "budget must be an integer; got '1'"),
+        ({"policy": "best"}, ValueError, "there is no policy 'best'"),
+        ({"eos_id": "</s>"}, TypeError, "eos_id must be an integer; got '</s>'"),
+        ({"kind": "pool", "capacity": 0}, ValueError, "capacity must be >= 1"),
+        ({"kind": "rotating", "max_size": 0}, ValueError, "max_size"),
+    ],
+)
+def test_what_a_chat_cannot_be_made_with(tiny, options, error, message):
+    with pytest.raises(error, match=message):
+        Chat(tiny, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compare", [False, True])
+def test_an_odd_turn_is_refused_and_the_next_goes_on(tiny, kind, compare):
+    chat = Chat(tiny, kind, compare=compare, **SIZES)
+    prompt = list(range(1, 8))
+    list(chat.reply(Turn(prompt), 2))
+    before = chat.prefix.stats
+    for odd in ([], [64], [1, -1], [1.0], "text", [[1], [2, 3]], None):
+        with pytest.raises(ValueError, match=r"(at least one token, of ids in|lists? of integers)"):
+            next(chat.reply(Turn(odd), 2))
+    for max_tokens, error in ((0, ValueError), (-1, ValueError), (1.0, TypeError)):
+        with pytest.raises(error, match=f"got .*{max_tokens}"):
+            next(chat.reply(Turn(prompt), max_tokens))
+    assert chat.prefix.stats == before
+    turn = Turn(prompt)
+    assert list(chat.reply(turn, 3)) == cold_tiny(tiny, kind, prompt, 3)
+    assert turn.reused == len(prompt) - 1
+
+
 def test_pieces_have_few_lengths_where_each_is_compiled():
     assert list(pieces(0, 8, powers_of_two=True)) == []
     assert list(pieces(21, 8, powers_of_two=False)) == [(0, 8), (8, 16), (16, 21)]
@@ -106,18 +141,42 @@ def test_what_was_said_stays_as_the_tokens_that_were_said(tokenizer):
     assert tokenizer.decode(second) == tokenizer.render_chat(messages)
 
 
-def test_a_template_that_rewrites_what_was_said():
-    class Rewriting:
-        def render_chat(self, messages):
-            return f"{len(messages)}:" + "".join(message["content"] for message in messages)
+class Rewriting:
+    """A tokenizer of letters, with a template that rewrites earlier turns."""
 
+    def render_chat(self, messages):
+        return f"{len(messages)}:" + "".join(message["content"] for message in messages)
+
+    def encode(self, text, special):
+        assert special
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_a_turn_that_fails_was_not_said():
+    class Failing(Rewriting):
         def encode(self, text, special):
-            assert special
-            return [ord(letter) for letter in text]
+            if "!" in text:
+                raise MemoryError
+            return super().encode(text, special)
 
-        def decode(self, ids):
-            return "".join(map(chr, ids))
+    conversation = Conversation(Failing())
+    assert conversation.ask("a") == [*map(ord, "1:a")]
+    with pytest.raises(MemoryError):
+        conversation.ask("!")
+    for odd in (None, 5, b"b"):
+        with pytest.raises(TypeError, match="a turn is text, a str; got"):
+            conversation.ask(odd)
+    with pytest.raises(ValueError, match="lists of integers"):
+        conversation.answer("b")
+    assert conversation.ask("b") == [*map(ord, "2:ab")]
+    with pytest.raises(TypeError, match="instructions are text, a str; got 5"):
+        Conversation(Rewriting(), 5)
 
+
+def test_a_template_that_rewrites_what_was_said():
     conversation = Conversation(Rewriting())
     assert conversation.ask("a") == [*map(ord, "1:a")]
     conversation.answer([*map(ord, "b")])
