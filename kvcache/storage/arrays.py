@@ -6,6 +6,7 @@ index keys or recurrent states therefore need further names, but no further code
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from kvcache._types import Indices
 from kvcache.backends import HostArray
+from kvcache.errors import SnapshotMismatchError
 
 Rows: TypeAlias = npt.NDArray[np.intp] | Indices | slice
 
@@ -65,6 +67,37 @@ class NamedArray(NamedTuple):
 
 LayerArrays: TypeAlias = tuple[NamedArray, ...]
 """The arrays of one layer, in the same order for all layers of a cache."""
+
+
+def check_layer_form(
+    layers: Iterable[LayerArrays], names: Sequence[str], axes: int, dtype: str | None = None
+) -> None:
+    """Check that rows of one layer are such as the caches of a kind take out of themselves.
+
+    layers: the arrays of some rows each. names: of all arrays, in order; those of rows may be the
+    first of them. axes: their number, the tokens on the one before the last. dtype: None for any.
+
+    Raises: SnapshotMismatchError, also if arrays differ in dtype, or in more than the tokens.
+    """
+    forms = {tuple(map(_form, arrays)) for arrays in layers}
+    for form in forms:
+        wanted = tuple(
+            (name, -2, axes, dtype or form[0][3], sizes)
+            for name, (*_, sizes) in zip(names, form, strict=False)
+        )
+        if not form or len(forms) > 1 or form != wanted:
+            given = sorted(forms, key=str)
+            raise SnapshotMismatchError(
+                f"rows of such a layer are {', '.join(names)}, of {axes} axes with the tokens on "
+                f"the one before the last, of {dtype or 'one dtype'}; got {given}."
+            )
+
+
+def _form(array: NamedArray) -> tuple[str, int | None, int, str, tuple[int, ...]]:
+    """Return name, token axis, number of axes, dtype, and sizes of the axes besides the tokens."""
+    shape = array.data.shape
+    sizes = shape[:-2] + shape[-1:]
+    return array.name, array.token_axis, len(shape), array.data.dtype.name, sizes
 
 
 def concat_layers(layers: list[LayerArrays]) -> LayerArrays:
