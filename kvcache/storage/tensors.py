@@ -23,6 +23,7 @@ _CODES = {
     "bool": "BOOL",
 }
 """Names of the dtypes in safetensors files."""
+_NAMES = {code: name for name, code in _CODES.items()} | {"F64": "float64", "I64": "int64"}
 _ALIGNMENT = 8
 
 
@@ -33,13 +34,18 @@ class RawTensor(NamedTuple):
     shape: tuple[int, ...]
     data: bytes
 
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype, or the code of one that kvcache does not know."""
+        return _NAMES.get(self.code, self.code)
+
     def to_array(self, dtype: str) -> HostArray:
         """Return the tensor as an array of `dtype`, whose bytes are those of the file.
 
         Raises: ValueError if the file says that it is of another dtype.
         """
-        if self.code != _CODES[dtype]:
-            raise ValueError(f"it is {self.code}, not {dtype}")
+        if self.dtype != dtype:
+            raise ValueError(f"it is {self.dtype}, not {dtype}")
         return np.frombuffer(self.data, HOST_DTYPES[dtype]).reshape(self.shape)
 
 

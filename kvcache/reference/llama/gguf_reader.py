@@ -140,7 +140,7 @@ class _Reader:
 
     def _description(self) -> tuple[list[int], GGMLQuantizationType, int]:
         """Read shape, the last axis first, type and offset of a tensor."""
-        if (axes := self._number(4)) > _MOST_AXES:
+        if not 0 < (axes := self._number(4)) <= _MOST_AXES:
             raise ValueError(f"a tensor of {axes} axes")
         shape = [self._number(8) for _ in range(axes)]
         return shape, GGMLQuantizationType(self._number(4)), self._number(8)
@@ -150,7 +150,7 @@ class _Reader:
     ) -> Tensor:
         """Return a tensor whose data lie `offset` bytes after `start`, uncopied."""
         per_block, block_bytes = GGML_QUANT_SIZES[kind]
-        if sizes and sizes[0] % per_block:
+        if not all(sizes) or sizes[0] % per_block:
             raise ValueError(f"shape {sizes} of {kind.name}, with {per_block} numbers to a block")
         # In integers of Python, which do not overflow.
         size = math.prod(sizes) * block_bytes // per_block
