@@ -1,9 +1,10 @@
-"""Files that were damaged, or forged with valid checksums; and the memory that reading them takes."""
+"""Files that were damaged, or forged with valid checksums; and the memory to read them."""
 
 import hashlib
 import json
 import struct
 import tracemalloc
+from copy import deepcopy
 
 from hypothesis import strategies as st
 
@@ -58,11 +59,12 @@ def places_in(value, path=()):
 
 def forge(value, changes):
     """Change places of a JSON value, in place; changes that find no place any more are left out."""
-    for path, what, odd in changes:
+    for path, what, chosen in changes:
         try:
             holder = value
             for key in path[:-1]:
                 holder = holder[key]
+            odd = deepcopy(chosen)  # the next change may be one of its insides
             if what == "drop":
                 del holder[path[-1]]
             elif what == "double" and isinstance(holder, list):
@@ -93,7 +95,7 @@ def peak_of(call):
     tracemalloc.start()
     try:
         result = call()
-    except Exception as error:  # which one is for the caller to judge
+    except Exception as error:  # noqa: BLE001 - which one is for the caller to judge
         result = error
     finally:
         _, peak = tracemalloc.get_traced_memory()

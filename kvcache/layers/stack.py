@@ -225,8 +225,11 @@ class LayerCaches(Sequence[C], Generic[C]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokens held, and nothing else, to a file for :meth:`load` on any backend.
 
-        The file replaces an existing one only when complete. A cache shared by several layers is
-        written for each of them.
+        The file replaces an existing one, and keeps its permissions, only when complete and on the
+        disk; a symbolic link is followed. A cache shared by several layers is written for each.
+
+        Raises: FileAccessError if `path` leads to no regular file, or may not be written;
+            FileNotFoundError without its directory; OSError, such as for a full disk.
         """
         records: list[dict[str, object]] = []
         tensors: dict[str, HostArray] = {}
@@ -249,8 +252,8 @@ class LayerCaches(Sequence[C], Generic[C]):
 
         Layers that shared a cache get one each.
 
-        Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
-            where the backend lacks the dtype.
+        Raises: CacheFileError (damaged, foreign or newer file, or no file that can be opened),
+            FileNotFoundError, DTypeError where the backend lacks the dtype.
         """
         target = get_backend(backend)
         caches: list[Any] = []  # of the kinds that the file names
@@ -370,8 +373,8 @@ class StandaloneCache(LayerCache):
     def load(cls, path: str | os.PathLike[str], backend: str | Backend = "numpy") -> Self:
         """Return the cache saved in `path`, on `backend`.
 
-        Raises: CacheFileError (damaged, foreign or newer file), FileNotFoundError, DTypeError
-            where the backend lacks the dtype.
+        Raises: CacheFileError (damaged, foreign or newer file, or no file that can be opened),
+            FileNotFoundError, DTypeError where the backend lacks the dtype.
         """
         records, kind = _read_records(path), kind_of(cls)
         # By kind, not by class: a subclass without a kind of its own reads files of its base.

@@ -238,10 +238,15 @@ class Snapshot:
     ) -> None:
         """Write the snapshot to a safetensors file, with a checksum of every tensor.
 
-        Resident rows stay resident. The file replaces an existing one only when complete.
+        Resident rows stay resident. The file replaces an existing one, and keeps its permissions,
+        only when complete and on the disk; a symbolic link is followed. Checksums find damage; they
+        do not say who wrote the file.
 
         tokens: its token ids up to `stop`; only a hash of them is kept.
         fingerprint: any text to tell the model and its weights from others.
+
+        Raises: FileAccessError if `path` leads to no regular file, or may not be written;
+            FileNotFoundError without its directory; OSError, such as for a full disk.
         """
         records = [
             Record(
@@ -268,7 +273,7 @@ class Snapshot:
         tokens, fingerprint: those it must have been saved with; None accepts any.
 
         Raises: SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
-            foreign or newer file), FileNotFoundError.
+            foreign or newer file, or no file that can be opened), FileNotFoundError.
         """
         (start, stop), records = read_archive(path, tokens, fingerprint)
         parts = [

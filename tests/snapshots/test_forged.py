@@ -279,6 +279,6 @@ def test_rows_of_another_form_are_not_restored(whole_snapshot, path, change):
     snapshot = Snapshot.load(path)
     cache = pool()
     before = cache.next_position(0)
-    with pytest.raises(KVCacheError, match="rows of such a layer|the same heads and head_dim"):
+    with pytest.raises(KVCacheError, match=r"rows of such a layer|the same heads and head_dim"):
         cache.restore(1, snapshot)
     assert (cache.next_position(0), cache.next_position(1)) == (before, 0)

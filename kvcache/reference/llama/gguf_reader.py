@@ -100,7 +100,7 @@ class _Reader:
         start = -(-self._at // alignment) * alignment
         read = {name: self._tensor(start, *parts) for name, parts in described.items()}
         # Tensors that overlap could be many times as large as the file together.
-        if sum(tensor.n_bytes for tensor in read.values()) > len(self._data) - start:
+        if sum(tensor.n_bytes for tensor in read.values()) > len(self._data):
             raise ValueError("tensors of more bytes than the file has")
         return metadata, read
 
