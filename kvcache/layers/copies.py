@@ -68,7 +68,7 @@ class CopyableCache(StandaloneCache):
     def from_layer(self, arrays: LayerArrays, offset: int) -> None:
         if self.backend is None:
             raise KVCacheError("a cache that is filled from the host names a backend; got none.")
-        check_layer_form([arrays], NAMES, AXES)
+        check_layer_form([arrays], NAMES, AXES, least=len(NAMES))
         held = [array.data.shape[TOKENS] for array in arrays]
         if held != [self._slots(offset)] * len(NAMES):
             raise ShapeError(

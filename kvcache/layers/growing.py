@@ -358,7 +358,7 @@ class KVCache(ExportableCache):
         slots = self._slots_of(np.concatenate([rows.positions[index] for rows, index in needed]))
         # 0: see LayerPins.read. Rows of a file may be of any form.
         layers = [rows.read(index).get(0, ()) for rows, index in needed]
-        check_layer_form(layers, NAMES, AXES, self.dtype)
+        check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES))
         self._fill_from_host(place_rows(layers, slots, self._slots(offset)), offset, backend)
 
     def _held(self) -> tuple[Int32s, Slots]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache._types import Indices
-from kvcache.backends import HostArray
+from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.errors import SnapshotMismatchError
 
 Rows: TypeAlias = npt.NDArray[np.intp] | Indices | slice
@@ -70,22 +70,28 @@ LayerArrays: TypeAlias = tuple[NamedArray, ...]
 
 
 def check_layer_form(
-    layers: Iterable[LayerArrays], names: Sequence[str], axes: int, dtype: str | None = None
+    layers: Iterable[LayerArrays],
+    names: Sequence[str],
+    axes: int,
+    dtype: str | None = None,
+    least: int = 1,
 ) -> None:
     """Check that rows of one layer are such as the caches of a kind take out of themselves.
 
-    layers: the arrays of some rows each. names: of all arrays, in order; those of rows may be the
-    first of them. axes: their number, the tokens on the one before the last. dtype: None for any.
+    layers: the arrays of some rows each. names: of all arrays, in order; rows have the first
+        `least` of them or more.
+    axes: their number, the tokens on the one before the last. dtype: None for any.
 
     Raises: SnapshotMismatchError, also if arrays differ in dtype, or in more than the tokens.
     """
     forms = {tuple(map(_form, arrays)) for arrays in layers}
+    fixed = None if dtype is None else HOST_DTYPES[dtype]
     for form in forms:
         wanted = tuple(
-            (name, -2, axes, dtype or form[0][3], sizes)
+            (name, -2, axes, form[0][3] if fixed is None else fixed, sizes)
             for name, (*_, sizes) in zip(names, form, strict=False)
         )
-        if not form or len(forms) > 1 or form != wanted:
+        if len(form) < least or len(forms) > 1 or form != wanted:
             given = sorted(forms, key=str)
             raise SnapshotMismatchError(
                 f"rows of such a layer are {', '.join(names)}, of {axes} axes with the tokens on "
@@ -93,11 +99,13 @@ def check_layer_form(
             )
 
 
-def _form(array: NamedArray) -> tuple[str, int | None, int, str, tuple[int, ...]]:
+def _form(
+    array: NamedArray,
+) -> tuple[str, int | None, int, np.dtype[np.generic], tuple[int, ...]]:
     """Return name, token axis, number of axes, dtype, and sizes of the axes besides the tokens."""
-    shape = array.data.shape
-    sizes = shape[:-2] + shape[-1:]
-    return array.name, array.token_axis, len(shape), array.data.dtype.name, sizes
+    data = array.data
+    shape = data.shape
+    return array.name, array.token_axis, len(shape), data.dtype, shape[:-2] + shape[-1:]
 
 
 def concat_layers(layers: list[LayerArrays]) -> LayerArrays:

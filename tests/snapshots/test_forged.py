@@ -134,7 +134,9 @@ def load_snapshot(path, whole, same=None):
         assert path.read_bytes() == same
     for target in (pool(fed=False), LayerCaches([KVCache("numpy")])):
         restored, _ = peak_of(lambda cache=target: restore(cache, result))
-        assert restored is None or isinstance(restored, KVCacheError | ValueError), repr(restored)
+        # ValueError, of both kinds of cache: a snapshot that does not begin at position 0.
+        named = isinstance(restored, KVCacheError) or "from position 0" in str(restored)
+        assert restored is None or named, repr(restored)
 
 
 def restore(target, snapshot):
@@ -257,6 +259,22 @@ def test_a_step_is_no_reason_to_allocate(whole_caches, path):
     assert peak < SPARE
     assert loaded[0].nbytes == 5 * 2 * 2 * 4
     assert held(loaded) == held(caches())
+
+
+def test_keys_alone_are_no_layer_of_a_cache(whole_layer_snapshot, path):
+    outer, header, tensors = unpacked(whole_layer_snapshot)
+    header["parts"][0]["arrays"] = {"keys": -2}
+    del header["tensors"]["0.0.values"]
+    start, stop = outer.pop("0.0.values")["data_offsets"]
+    tensors = tensors[:start] + tensors[stop:]
+    for entry in outer.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= stop:
+            entry["data_offsets"] = [offset - stop + start for offset in entry["data_offsets"]]
+    path.write_bytes(packed(outer, header, tensors))
+    cache = KVCache("numpy")
+    with pytest.raises(KVCacheError, match="rows of such a layer are keys, values"):
+        cache.restore(Snapshot.load(path))
+    assert cache.offset == 0
 
 
 @pytest.mark.parametrize("change", [{"arrays": {"values": -2, "keys": -2}}, {"arrays": {}}])
