@@ -22,7 +22,8 @@
     └── CacheFileError             (OSError)
         ├── DamagedFileError                       truncated, or a checksum does not match
         ├── ForeignFileError                       not written by kvcache
-        └── NewerFileError                         written by a later format version
+        ├── NewerFileError                         written by a later format version
+        └── FileAccessError                        no regular file, or not for this process
 
 Each also derives from the matching builtin exception, so that code without any knowledge of
 kvcache can catch it. A call that raises one of these has changed nothing.
@@ -98,7 +99,7 @@ class SnapshotMismatchError(KVCacheError, ValueError):
 
 
 class CacheFileError(KVCacheError, OSError):
-    """A cache file cannot be read."""
+    """A file cannot be read, or not be saved."""
 
 
 class DamagedFileError(CacheFileError):
@@ -111,3 +112,7 @@ class ForeignFileError(CacheFileError):
 
 class NewerFileError(CacheFileError):
     """The file was written by a later version of the format."""
+
+
+class FileAccessError(CacheFileError):
+    """A path leads to no regular file, or to one that this process may not open or replace."""

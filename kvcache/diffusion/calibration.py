@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TypedDict, cast
 
 import numpy as np
 
 from kvcache.errors import DamagedFileError, DiffusionCacheError, ForeignFileError, NewerFileError
+from kvcache.storage import schema
+from kvcache.storage.reading import read_regular
+from kvcache.storage.writing import replace_file
 
 FORMAT = "kvcache.diffusion.calibration"
-VERSION = 1
+VERSION = 2
+_SEAL = "sha256"
 
 
 class _Fields(TypedDict):
@@ -68,45 +73,91 @@ class Calibration:
         return (1.0, *np.exp(np.diff(resampled)).tolist())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the calibration to `path` as JSON."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        """Write the calibration to `path` as JSON with a checksum, whole or not at all.
+
+        An existing file keeps its permissions; a symbolic link is followed.
+
+        Raises: DiffusionCacheError unless all numbers are finite, and the provenance is JSON;
+            FileAccessError, OSError. The file is as it was then.
+        """
+        try:
+            encoded = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)})
+            contents = json.loads(encoded)  # with lists for tuples, as it will be read
+            _FIELDS(contents, "calibration")
+            text = json.dumps(contents | {_SEAL: _digest(contents)}, indent=1, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DiffusionCacheError(
+                f"a calibration is saved with finite numbers, and a provenance of JSON: {error}."
+            ) from error
+        replace_file(path, [f"{text}\n".encode()])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read a calibration from a file of :meth:`save`.
 
-        Raises: ForeignFileError, NewerFileError, DamagedFileError.
+        The checksum finds damage; it does not say who wrote the file. Files of version 1 have
+        none, and are read without.
+
+        Raises: FileNotFoundError, FileAccessError, ForeignFileError, NewerFileError,
+            DamagedFileError.
         """
         fields = _read(path)
-        try:
-            return cls(
-                tuple(map(float, fields["polynomial"])),
-                tuple(map(float, fields["ratios"])),
-                float(fields["explained"]),
-                int(fields["points"]),
-                (float(fields["signal_range"][0]), float(fields["signal_range"][1])),
-                dict(fields["provenance"]),
-            )
-        # A file of our format may lack a field, or hold something else in it.
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise DamagedFileError(f"{path} is a calibration that lacks {error}.") from error
+        lowest, highest = fields["signal_range"]
+        return cls(
+            tuple(map(float, fields["polynomial"])),
+            tuple(map(float, fields["ratios"])),
+            float(fields["explained"]),
+            fields["points"],
+            (float(lowest), float(highest)),
+            fields["provenance"],
+        )
 
 
 def _read(path: str | os.PathLike[str]) -> _Fields:
-    """Return the fields of the calibration in `path`, as yet unchecked.
+    """Return the checked fields of the calibration in `path`.
 
-    Raises: ForeignFileError for a file of another format; NewerFileError for a later version.
+    Raises: as :meth:`Calibration.load`.
     """
     try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        contents = schema.parse_json(read_regular(path))
+    except schema.SchemaError as error:
         raise ForeignFileError(f"{path} is not JSON: {error}.") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise ForeignFileError(f"{path} is no calibration. Load files that Calibration.save wrote.")
-    if not isinstance(contents.get("version"), int) or contents["version"] > VERSION:
+    version = contents.get("version")
+    if type(version) is not int or version > VERSION:
         raise NewerFileError(
             f"this kvcache reads calibrations up to version {VERSION}; {path} has "
-            f"{contents.get('version')}. Upgrade kvcache."
+            f"{reprlib.repr(version)}. Upgrade kvcache."
         )
+    if version > 1 and contents.pop(_SEAL, None) != _digest(contents):
+        raise DamagedFileError(f"{path} is damaged: it does not match its checksum.")
+    try:
+        _FIELDS(contents, "calibration")
+    except schema.SchemaError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}.") from error
     return cast(_Fields, contents)
+
+
+def _digest(contents: Mapping[str, object]) -> str:
+    """Return the SHA-256 of JSON values, whatever their order and spacing in a file."""
+    canonical = json.dumps(contents, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _not_negative(value: object, name: str) -> None:
+    schema.finite(value, name)
+    if cast(float, value) < 0:
+        raise schema.SchemaError(f"{name} must be >= 0; got {value}")
+
+
+_FIELDS = schema.record(
+    {
+        "polynomial": schema.list_of(schema.finite),
+        "ratios": schema.list_of(_not_negative),
+        "explained": schema.finite,
+        "points": schema.integer(0, 2**63 - 1),
+        "signal_range": schema.tuple_of(schema.finite, schema.finite),
+        "provenance": schema.mapping_of(schema.anything),
+    }
+)

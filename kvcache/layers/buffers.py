@@ -22,6 +22,8 @@ from .columns import Sizes
 
 NAMES = ("keys", "values")
 """Names of the arrays, in their order."""
+AXES = 4
+"""Number of axes of each."""
 Arrays: TypeAlias = tuple[Array, ...]
 """The arrays of a layer, in the order of :data:`NAMES`."""
 
@@ -66,11 +68,15 @@ class GrowingBuffers:
         geometry = self.geometry
         return sum(nbytes(shape, geometry.dtype) for shape in geometry.shapes(slots))
 
-    def grow(self, slots: int) -> None:
-        """Make room for `slots` slots, keeping their content; do nothing if there is."""
+    def grow(self, slots: int, spare: bool = True) -> None:
+        """Make room for `slots` slots, keeping their content; do nothing if there is.
+
+        spare: whether to make room in steps of any size, and for half more than before at least.
+        """
         if slots <= self.capacity:
             return
-        sizes, growths = self.sizes.grown(slots), self.growths
+        sizes = self.sizes.grown(slots) if spare else self.sizes.fitted(slots)
+        growths = self.growths
         arrays = self._alloc(sizes.capacity)
         if self.capacity:
             arrays = self.backend.write_slices(arrays, self.arrays, 0, self.capacity, TOKENS)

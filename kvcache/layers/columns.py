@@ -13,6 +13,9 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
+MOST_SPARE = 256
+"""Slots beyond those held in buffers that are made for the tokens of a file."""
+
 
 class Sizes(NamedTuple):
     """Sizes of growing buffers, and of the columns that an update returns of them.
@@ -51,7 +54,15 @@ class Sizes(NamedTuple):
         """
         if slots <= self.capacity:
             return self
-        capacity = round_up(max(slots, self.capacity * 3 // 2), self.unit)
+        return self._limited(round_up(max(slots, self.capacity * 3 // 2), self.unit))
+
+    def fitted(self, slots: int) -> Sizes:
+        """Return the sizes once there is room for `slots` slots, and for few more."""
+        capacity = round_up(slots, self.unit)
+        few = capacity - slots <= MOST_SPARE
+        return self._limited(capacity if few else self.padded(slots))
+
+    def _limited(self, capacity: int) -> Sizes:
         return self._replace(capacity=capacity if self.limit is None else min(capacity, self.limit))
 
 

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Self
 
 from kvcache.backends import Backend, get_backend
-from kvcache.errors import KVCacheError
+from kvcache.errors import KVCacheError, ShapeError
 from kvcache.storage.admission import Admission
-from kvcache.storage.arrays import LayerArrays
+from kvcache.storage.arrays import LayerArrays, check_layer_form
+from kvcache.storage.layout import TOKENS
 
-from .buffers import Arrays, GrowingBuffers
+from .buffers import AXES, NAMES, Arrays, GrowingBuffers
 from .checkpoint import Checkpoint
 from .stack import StandaloneCache
 
@@ -31,8 +32,15 @@ class CopyableCache(StandaloneCache):
         """Tokens held."""
 
     @abstractmethod
-    def _with_room(self, slots: int) -> GrowingBuffers:
-        """Return the buffers with room for `slots` slots, made here on first use."""
+    def _with_room(self, slots: int, spare: bool = True) -> GrowingBuffers:
+        """Return the buffers with room for `slots` slots, made here on first use.
+
+        spare: whether to make room in steps of any size.
+        """
+
+    @abstractmethod
+    def _slots(self, offset: int) -> int:
+        """Return the number of tokens held once `offset` have been seen."""
 
     def copy(self) -> Self:
         self.check_not_exported()
@@ -60,17 +68,27 @@ class CopyableCache(StandaloneCache):
     def from_layer(self, arrays: LayerArrays, offset: int) -> None:
         if self.backend is None:
             raise KVCacheError("a cache that is filled from the host names a backend; got none.")
-        self._fill_from_host(arrays, offset, self.backend)
+        check_layer_form([arrays], NAMES, AXES, least=len(NAMES))
+        held = [array.data.shape[TOKENS] for array in arrays]
+        if held != [self._slots(offset)] * len(NAMES):
+            raise ShapeError(
+                f"at offset {offset}, {type(self).__name__} holds {self._slots(offset)} tokens in "
+                f"{' and '.join(NAMES)}; got {held}."
+            )
+        # Without a step's spare room: it may come from a file, whose size says nothing of it.
+        self._fill_from_host(arrays, offset, self.backend, spare=False)
 
-    def _fill_from_host(self, layer: LayerArrays, offset: int, backend: Backend) -> None:
+    def _fill_from_host(
+        self, layer: LayerArrays, offset: int, backend: Backend, spare: bool = True
+    ) -> None:
         arrays = tuple(backend.from_host(array.data) for array in layer)
-        self._atomic(partial(self._fill, arrays, offset))
+        self._atomic(partial(self._fill, arrays, offset, spare))
 
-    def _fill(self, arrays: Arrays, offset: int) -> GrowingBuffers:
+    def _fill(self, arrays: Arrays, offset: int, spare: bool = True) -> GrowingBuffers:
         """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""
         keys, values = arrays
         slots = self._admission.validate(keys, values)
-        buffers = self._with_room(slots)
+        buffers = self._with_room(slots, spare)
         buffers.arrays = buffers.written(arrays, 0, slots)
         buffers.backend.evaluate(*buffers.arrays)
         # A checkpoint opened while empty knows nothing of these tokens.

@@ -16,9 +16,10 @@ from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.admission import Admission
+from kvcache.storage.arrays import check_layer_form
 from kvcache.storage.lengths import padded_positions
 
-from .buffers import GrowingBuffers, place_rows
+from .buffers import AXES, NAMES, GrowingBuffers, place_rows
 from .checkpoint import Checkpoint, Names, savepoint
 from .columns import Sizes, attention_mask
 from .exports import State
@@ -193,11 +194,11 @@ class KVCache(ExportableCache):
 
         return self._atomic(update)
 
-    def _with_room(self, slots: int) -> GrowingBuffers:
+    def _with_room(self, slots: int, spare: bool = True) -> GrowingBuffers:
         if self._buffers is None:
             buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
             self._buffers, self._pins = buffers, LayerPins(buffers)
-        self._buffers.grow(slots)
+        self._buffers.grow(slots, spare)
         return self._buffers
 
     def savepoint(self) -> Callable[[], None]:
@@ -355,7 +356,9 @@ class KVCache(ExportableCache):
         indices = [np.flatnonzero(self.visibility.needed(r.positions, offset)) for r in parts]
         needed = [(rows, index) for rows, index in zip(parts, indices, strict=True) if index.size]
         slots = self._slots_of(np.concatenate([rows.positions[index] for rows, index in needed]))
-        layers = [rows.read(index)[0] for rows, index in needed]  # 0: see LayerPins.read
+        # 0: see LayerPins.read. Rows of a file may be of any form.
+        layers = [rows.read(index).get(0, ()) for rows, index in needed]
+        check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES))
         self._fill_from_host(place_rows(layers, slots, self._slots(offset)), offset, backend)
 
     def _held(self) -> tuple[Int32s, Slots]:

@@ -14,7 +14,7 @@ from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.backends.base import FastKey
 from kvcache.errors import KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
-from kvcache.storage.arrays import NamedArray
+from kvcache.storage.arrays import NamedArray, check_layer_form
 from kvcache.storage.lengths import ceil_div, padded_index
 
 from .base import Commit
@@ -305,17 +305,26 @@ class PoolBuffers:
         rows = self.backend.from_traced(rows, self.dtype)  # consumes the copied rows, if any
         return layout.to_host_layout(self.backend.to_host(rows), cells.size)
 
-    def check_rows(self, rows: LayerRows) -> None:
-        """Raise SnapshotMismatchError unless `rows` fit every layer allocated."""
+    def check_rows(self, *parts: LayerRows) -> None:
+        """Raise SnapshotMismatchError unless `parts`, to be restored together, fit the layers.
+
+        Those allocated, and for others one another and rows that are queued already.
+        """
+        names = [layout.name for layout in self.layouts]
+        for layer in dict.fromkeys(layer for rows in parts for layer in rows):
+            queued = [] if layer in self._layers else self._pending.rows_of(layer)
+            given = [rows.get(layer, ()) for rows in parts]
+            check_layer_form([*queued, *given], names, len(HOST_LAYOUT.axes), self.dtype)
         for layer, buffers in list(self._layers.items()):
             pairs = zip(self.layouts, buffers, strict=False)
             own = [layout.sizes(buffer) for layout, buffer in pairs]
-            given = [HOST_LAYOUT.sizes(array.data) for array in rows.get(layer, ())]
-            if own != given:
-                raise SnapshotMismatchError(
-                    "a snapshot goes back to layers of the same heads and head_dim; "
-                    f"layer {layer} has {own}, got {given}."
-                )
+            for rows in parts:
+                given_sizes = [HOST_LAYOUT.sizes(array.data) for array in rows.get(layer, ())]
+                if own != given_sizes:
+                    raise SnapshotMismatchError(
+                        "a snapshot goes back to layers of the same heads and head_dim; "
+                        f"layer {layer} has {own}, got {given_sizes}."
+                    )
 
     def enqueue_rows(self, cells: Indices, rows: LayerRows) -> None:
         """Queue `rows` to be written to `cells` before the next access; from any thread."""

@@ -378,7 +378,8 @@ class EncoderCache(Cache):
         """Return the last of `rows` as an entry, copied to the device."""
         last: LayerRows = rows.read(np.array([rows.positions.size - 1]))
         layers = {
-            layer: from_row(self._bound(), self._layouts, arrays) for layer, arrays in last.items()
+            layer: from_row(self._bound(), self._layouts, arrays, self._dtype)
+            for layer, arrays in last.items()
         }
         return Entry(int(rows.positions[-1]), layers)
 

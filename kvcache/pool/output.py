@@ -9,12 +9,15 @@ import numpy as np
 
 from kvcache.backends import Backend, transfer
 from kvcache.errors import ShapeError
-from kvcache.storage.arrays import LayerArrays, NamedArray
+from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form
 
 from .layouts import ArrayLayout, Arrays
 
 FRAME_AXES = "thd"
 """Axes of encoder output on the host, without the row axis: frames, kv_heads, head_dim."""
+
+ROW_AXES = 4
+"""Number of axes of a row on the host."""
 
 
 class Entry(NamedTuple):
@@ -64,13 +67,20 @@ def to_row(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> 
     return tuple(row)
 
 
-def from_row(backend: Backend, layouts: Sequence[ArrayLayout], row: LayerArrays) -> Arrays:
+def from_row(
+    backend: Backend, layouts: Sequence[ArrayLayout], row: LayerArrays, dtype: str
+) -> Arrays:
     """Undo :func:`to_row`, with finite numbers only.
 
-    Raises: ShapeError for a row without values.
+    Raises: ShapeError for a row without values, or with another number of frames than keys;
+        SnapshotMismatchError for one of another form or dtype.
     """
     if len(row) != len(layouts):
         raise ShapeError("an encoder's output has values in every layer.")
+    check_layer_form([row], [layout.name for layout in layouts], ROW_AXES, dtype)
+    if len({array.data.shape[0] for array in row}) > 1:
+        shapes = [array.data.shape for array in row]
+        raise ShapeError(f"an encoder's keys and values are of the same frames; got {shapes}.")
     arrays = tuple(
         backend.from_host(
             array.data[:, :, 0].transpose([FRAME_AXES.index(axis) for axis in layout.axes])

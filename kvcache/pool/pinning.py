@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 
 import numpy as np
 
@@ -201,13 +202,13 @@ class PoolPins:
         self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
     ) -> list[LayerRows]:
         """Return the checked content to write for each of `parts`: empty where cells are shared."""
-        written: list[LayerRows] = []
-        for rows, index, shares in zip(parts, needed, shared, strict=True):
-            written.append({} if shares or not index.size else rows.read(index))
-            if written[-1]:
-                self._buffers.check_rows(written[-1])
-                written[-1] = finite_rows(written[-1])
-        return written
+        writes = [index.size > 0 and not s for index, s in zip(needed, shared, strict=True)]
+        written: list[LayerRows] = [
+            rows.read(index) if write else {}
+            for rows, index, write in zip(parts, needed, writes, strict=True)
+        ]
+        self._buffers.check_rows(*compress(written, writes))
+        return list(map(finite_rows, written))
 
     def _cells_shared(
         self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]

@@ -59,6 +59,11 @@ class PendingWrites:
         for pending in self.queue:
             _overlay(rows, cells, pending)
 
+    def rows_of(self, layer: int) -> list[LayerArrays]:
+        """Return the arrays of all pending rows of a layer, in host memory."""
+        contents = [pending.to_host() for pending in list(self.queue)]
+        return [rows[layer] for rows in contents if layer in rows]
+
     def clear(self) -> None:
         """Forget everything."""
         self.queue.clear()

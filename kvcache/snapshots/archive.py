@@ -4,19 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
-from kvcache._checks import as_int32s
+from kvcache._checks import NO_LIMIT, as_int32s
 from kvcache._types import Int32s
-from kvcache.backends import HostArray
+from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.errors import ForeignFileError, SnapshotMismatchError
+from kvcache.storage import schema
 from kvcache.storage.arrays import NamedArray
 
-from .files import Header, read_file, write_file
+from .files import Header, naming_damage, read_file, write_file
 from .rows import LayerRows
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+"""A number of a layer, in the one way that it is written."""
+_POSITION = schema.integer(0, NO_LIMIT)
+_NONE = schema.one_of(None)
+_SNAPSHOT = schema.record(
+    {
+        "kind": schema.one_of("snapshot"),
+        "span": schema.tuple_of(_POSITION, _POSITION),
+        "tokens": schema.text,
+        "fingerprint": schema.text,
+        "parts": schema.list_of(
+            schema.record(
+                {
+                    "kind": schema.text,
+                    "visibility": schema.tuple_of(
+                        schema.either(_NONE, _POSITION),
+                        schema.either(_NONE, schema.integer(1, NO_LIMIT)),
+                        _POSITION,
+                    ),
+                    "dtype": schema.one_of(*HOST_DTYPES),
+                    "arrays": schema.mapping_of(schema.either(_NONE, schema.integer(-64, 63))),
+                }
+            )
+        ),
+    }
+)
 
 
 class Record(NamedTuple):
@@ -80,23 +110,63 @@ def read_archive(
         FileNotFoundError.
     """
     header, tensors = read_file(path)
-    if header.get("kind") != "snapshot":
+    if "caches" in header:
         raise ForeignFileError(
             f"{path} holds whole caches, no snapshot. Use kvcache.LayerCaches.load."
         )
+    with naming_damage(path):
+        _SNAPSHOT(header, "its header")
+        start, stop = _checked_span(header["span"])
+        records = [
+            _record(number, part, tensors, range(start, stop))
+            for number, part in enumerate(header["parts"])
+        ]
+        held = [name for number, record in enumerate(records) for name in _names(number, record)]
+        schema.check_names(list(tensors), held, "its tensors")
     _check_owner(path, header, tokens, fingerprint)
-    records = [
-        Record(
-            part["kind"],
-            tuple(part["visibility"]),
-            part["dtype"],
-            tensors[f"{number}.positions"],
-            _layers(number, part["arrays"], tensors),
-        )
-        for number, part in enumerate(header["parts"])
-    ]
-    start, stop = header["span"]
     return (start, stop), records
+
+
+def _checked_span(span: list[int]) -> tuple[int, int]:
+    """Return start and stop of a snapshot. Raise SchemaError unless they are a range."""
+    start, stop = span
+    if start > stop:
+        raise schema.SchemaError(f"its header.span must be a range; got [{start}, {stop})")
+    return start, stop
+
+
+def _record(number: int, part: Header, tensors: Mapping[str, HostArray], span: range) -> Record:
+    """Return part `number` of a snapshot of `span`. Raise SchemaError unless it is consistent."""
+    positions = tensors.get(f"{number}.positions")
+    if positions is None or positions.dtype != np.int32 or positions.ndim != 1:
+        raise schema.SchemaError(f"'{number}.positions' must be there, one axis of int32")
+    ascending = (positions[1:] > positions[:-1]).all()
+    if positions.size and not (ascending and positions[0] in span and positions[-1] in span):
+        raise schema.SchemaError(
+            f"'{number}.positions' must ascend within the span of the snapshot"
+        )
+    layers = _layers(number, part["arrays"], tensors)
+    for layer, arrays in layers.items():
+        for array in arrays:
+            _check_rows(f"'{number}.{layer}.{array.name}'", array, positions.size)
+    return Record(part["kind"], tuple(part["visibility"]), part["dtype"], positions, layers)
+
+
+def _check_rows(name: str, array: NamedArray, tokens: int) -> None:
+    """Raise SchemaError unless an array has so many rows on its token axis, if it has one."""
+    axis, shape = array.token_axis, array.data.shape
+    if axis is not None and not (-len(shape) <= axis < len(shape) and shape[axis] == tokens):
+        raise schema.SchemaError(
+            f"{name} must have {tokens} tokens on axis {axis}; its shape is {shape}"
+        )
+
+
+def _names(number: int, record: Record) -> list[str]:
+    """Return the names of the tensors of part `number`."""
+    arrays = [
+        f"{number}.{layer}.{array.name}" for layer, rows in record.layers.items() for array in rows
+    ]
+    return [f"{number}.positions", *arrays]
 
 
 def _layers(
@@ -104,15 +174,16 @@ def _layers(
 ) -> LayerRows:
     """Return the arrays of part `number` by layer, in the order of `axes`."""
     # Names are "part.layer.array"; "part.positions" has two components only.
-    names = [name.split(".") for name in tensors if name.startswith(f"{number}.")]
-    layers = dict.fromkeys(int(parts[1]) for parts in names if len(parts) == 3)
+    names = [name.split(".", 2) for name in tensors if name.startswith(f"{number}.")]
+    # Others than plain numbers are left out, and so found by the caller to be in no layer.
+    numbers = [parts[1] for parts in names if len(parts) == 3 and _NUMBER.fullmatch(parts[1])]
     return {
         layer: tuple(
             NamedArray(name, tensors[f"{number}.{layer}.{name}"], axis)
             for name, axis in axes.items()
             if f"{number}.{layer}.{name}" in tensors
         )
-        for layer in layers
+        for layer in dict.fromkeys(map(int, numbers))
     }
 
 

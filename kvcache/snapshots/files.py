@@ -2,6 +2,9 @@
 
 The header is JSON under the metadata key ``kvcache``. Any safetensors reader can read the
 tensors; this module also verifies them and describes the caches that they belong to.
+
+Checksums find damage. They say nothing of who wrote a file: anybody can compute them. So the header
+is checked as if a stranger had written it, before anything is made of it.
 """
 
 from __future__ import annotations
@@ -9,25 +12,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-
-from kvcache._interrupts import uninterrupted
 from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.errors import DamagedFileError, ForeignFileError, NewerFileError
+from kvcache.storage import schema
+from kvcache.storage.reading import read_regular
+from kvcache.storage.tensors import RawTensor, decode_tensors, encode_tensors, tensor_bytes
+from kvcache.storage.writing import replace_file
 
 VERSION = 2
 _KEY = "kvcache"
 _SEAL = "kvcache.sha256"
+_LARGEST = 2**63 - 1
 
 Header: TypeAlias = dict[str, Any]
-"""The JSON header of a file, verified by a checksum of its own."""
+"""The JSON header of a file, verified by a checksum of its own and by a schema."""
+
+_VERSIONED = schema.record({"version": schema.integer(1, _LARGEST)})
+_FILE = schema.record(
+    {
+        "tensors": schema.mapping_of(
+            schema.record(
+                {
+                    "dtype": schema.one_of(*HOST_DTYPES),
+                    "shape": schema.list_of(schema.integer(0, _LARGEST)),
+                    "sha256": schema.text,
+                }
+            )
+        )
+    }
+)
 
 
 def write_file(
@@ -35,117 +53,110 @@ def write_file(
 ) -> None:
     """Write `tensors` and `header`, JSON values, to `path`, whole or not at all.
 
-    Raises: OSError.
+    Raises: as :func:`~kvcache.storage.writing.replace_file`.
     """
-    # safetensors writes the memory of an array, so its elements must lie in order.
-    compact = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    described = {name: _description(tensor) for name, tensor in compact.items()}
-    text = json.dumps({"version": VERSION, "tensors": described, **header})
-    metadata = {_KEY: text, _SEAL: _digest(text.encode())}
-    target = Path(path)
-    # In the same folder, because renaming is atomic only within one file system.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as for any new file; safetensors would make it private
-        safetensors.numpy.save_file(compact, partial, metadata)
-        with uninterrupted():
-            partial.chmod(mode)
-            # On disk before the rename: else a crash could leave the name with an incomplete file.
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(target)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)  # there only after an error
+    described = {name: _description(tensor) for name, tensor in tensors.items()}
+    encoded = json.dumps({"version": VERSION, "tensors": described, **header})
+    metadata = {_KEY: encoded, _SEAL: _digest(encoded.encode())}
+    replace_file(path, encode_tensors(tensors, metadata))
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[Header, dict[str, HostArray]]:
     """Return header and tensors of a file written by :func:`write_file`, all verified.
 
+    Version and tensors of the header are checked; the caller checks the rest.
+
     Raises:
+        FileNotFoundError
+        FileAccessError: no regular file, or one that this process may not read.
         ForeignFileError: not safetensors, or not of kvcache.
         NewerFileError: of a later format version.
-        DamagedFileError: truncated or altered.
+        DamagedFileError: truncated or altered, or with a header that kvcache does not write.
     """
-    header = _read_header(path)
+    data = read_regular(path)  # once: a writer may replace the file meanwhile
     try:
-        # Not load_file of safetensors.numpy: it lacks the dtypes of ml_dtypes.
-        tensors = dict(safetensors.deserialize(Path(path).read_bytes()))
-    except safetensors.SafetensorError as error:
+        metadata, tensors = decode_tensors(data)
+    except ValueError as error:
+        # A truncated file of ours is no safetensors file either, but deserves the better error.
+        kind = DamagedFileError if f'"{_KEY}"'.encode() in data[:4096] else ForeignFileError
+        raise kind(f"{path} is not a whole safetensors file: {error}.") from error
+    with naming_damage(path):
+        header = _header(path, metadata)
+        if tensors.keys() != header["tensors"].keys():
+            lists, holds = (reprlib.repr(sorted(names)) for names in (header["tensors"], tensors))
+            raise schema.SchemaError(f"its header lists {lists}, it holds {holds}")
+        return header, {
+            name: _verified(name, raw, header["tensors"][name]) for name, raw in tensors.items()
+        }
+
+
+@contextmanager
+def naming_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise DamagedFileError, which names `path`, for a SchemaError of the block."""
+    try:
+        yield
+    except schema.SchemaError as error:
         raise DamagedFileError(f"{path} is damaged: {error}.") from error
-    if tensors.keys() != header["tensors"].keys():
-        raise DamagedFileError(
-            f"{path} is damaged: its header lists {sorted(header['tensors'])}, "
-            f"it holds {sorted(tensors)}."
-        )
-    return header, {
-        name: _verified(path, name, raw, header["tensors"][name]) for name, raw in tensors.items()
-    }
 
 
-def _read_header(path: str | os.PathLike[str]) -> Header:
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Header:
     """Return the verified header of a file, in the form of the current version.
 
-    Raises: ForeignFileError, NewerFileError, DamagedFileError.
+    Raises: ForeignFileError, NewerFileError, SchemaError.
     """
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        # A truncated file of ours is no safetensors file either, but deserves the better error.
-        kind = DamagedFileError if _looks_like_ours(path) else ForeignFileError
-        raise kind(f"{path} is not a whole safetensors file: {error}.") from error
     if _KEY not in metadata:
         raise ForeignFileError(
             f"a cache file has {_KEY!r} in its metadata; {path} has {sorted(metadata)}. "
             "Load files that kvcache saved."
         )
-    text = metadata[_KEY]
     # The checksum comes before the version, which a damaged header could state wrongly.
-    if _digest(text.encode()) != metadata.get(_SEAL):
-        raise DamagedFileError(f"{path} is damaged: its header does not match its checksum.")
-    header: Header = json.loads(text)
-    if header["version"] > VERSION:
+    if _digest(metadata[_KEY].encode(errors="replace")) != metadata.get(_SEAL):
+        raise schema.SchemaError("its header does not match its checksum")
+    header = schema.parse_json(metadata[_KEY])
+    _VERSIONED(header, "its header")
+    versioned = cast(Header, header)
+    if versioned["version"] > VERSION:
         raise NewerFileError(
             f"this kvcache reads format versions up to {VERSION}; {path} has "
-            f"{header['version']}. Upgrade kvcache."
+            f"{versioned['version']}. Upgrade kvcache."
         )
-    return _upgraded(header) if header["version"] == 1 else header
+    if versioned["version"] == 1:
+        _upgrade(versioned)
+    _FILE(versioned, "its header")
+    return versioned
 
 
-def _upgraded(header: Header) -> Header:
-    """Convert a header of version 1 to version 2, with names for the arrays of a layer.
+def _upgrade(header: Header) -> None:
+    """Convert a header of version 1, in place, to version 2, with names for the arrays of a layer.
 
     Version 1 had keys and values only, and called visibility "sight".
     """
     arrays = {"keys": -2, "values": -2}
-    for record in header.get("caches", ()):
-        record["arrays"] = arrays
-    for part in header.get("parts", ()):
-        part |= {"arrays": arrays, "visibility": part["sight"]}
-    return header
+    for described in _objects(header.get("caches")):
+        described["arrays"] = arrays
+    for part in _objects(header.get("parts")):
+        part |= {"arrays": arrays, "visibility": part.get("sight")}
 
 
-def _looks_like_ours(path: str | os.PathLike[str]) -> bool:
-    """Return whether an unreadable file has the header key of kvcache near its beginning."""
-    with open(path, "rb") as file:
-        return f'"{_KEY}"'.encode() in file.read(4096)
+def _objects(value: object) -> list[Header]:
+    """Return the objects in a list; nothing for another value, which the schema refuses."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _verified(path: str | os.PathLike[str], name: str, raw: Header, described: Header) -> HostArray:
-    """Return a tensor from its raw bytes. Raise DamagedFileError if it is not as described."""
-    if list(raw["shape"]) != described["shape"] or _digest(raw["data"]) != described["sha256"]:
-        raise DamagedFileError(f"{path} is damaged: {name!r} does not match its checksum.")
-    return np.frombuffer(raw["data"], HOST_DTYPES[described["dtype"]]).reshape(raw["shape"])
+def _verified(name: str, raw: RawTensor, described: Header) -> HostArray:
+    """Return a tensor as an array. Raise SchemaError if it is not as described."""
+    if list(raw.shape) != described["shape"] or _digest(raw.data) != described["sha256"]:
+        raise schema.SchemaError(f"{name!r} does not match its checksum")
+    try:
+        return raw.to_array(described["dtype"])
+    except ValueError as error:
+        raise schema.SchemaError(f"{name!r} is not as its header says: {error}") from error
 
 
 def _description(tensor: HostArray) -> Header:
-    # As bytes, because hashlib does not accept the dtypes of ml_dtypes.
-    digest = _digest(tensor.reshape(-1).view(np.uint8).data)
+    digest = _digest(tensor_bytes(tensor))
     return {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": digest}
 
 
-def _digest(data: bytes | memoryview) -> str:
+def _digest(data: bytes | memoryview[int]) -> str:
     return hashlib.sha256(data).hexdigest()

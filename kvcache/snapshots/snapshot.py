@@ -239,14 +239,18 @@ class Snapshot:
     ) -> None:
         """Write the snapshot to a safetensors file, with a checksum of every tensor.
 
-        Resident rows stay resident. The file replaces an existing one only when complete.
+        Resident rows stay resident. The file replaces an existing one, and keeps its permissions,
+        only when complete and on the disk; a symbolic link is followed. Checksums find damage; they
+        do not say who wrote the file.
 
         tokens: the ids of all tokens before `stop`, also of those before `start`, because what is
             held depends on them. Only a hash of them is kept.
         fingerprint: any text to tell the model and its weights from others.
 
         Raises: ValueError for another number of tokens, or ids that are no integers >= 0;
-            TypeError for a fingerprint that is no text. Nothing is written then.
+            TypeError for a fingerprint that is no text; FileAccessError if `path` leads to no
+            regular file, or may not be written; FileNotFoundError without its directory; OSError,
+            such as for a full disk.
         """
         _check_tokens(tokens, self.stop)
         _check_fingerprint(fingerprint)
@@ -276,7 +280,7 @@ class Snapshot:
 
         Raises: ValueError, TypeError for `tokens` or a `fingerprint` that no snapshot can be saved
             with; SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
-            foreign or newer file), FileNotFoundError.
+            foreign or newer file, or no file that can be opened), FileNotFoundError.
         """
         _check_tokens(tokens)
         if fingerprint is not None:

@@ -6,13 +6,15 @@ index keys or recurrent states therefore need further names, but no further code
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcache._types import Indices
-from kvcache.backends import HostArray
+from kvcache.backends import HOST_DTYPES, HostArray
+from kvcache.errors import SnapshotMismatchError
 
 Rows: TypeAlias = npt.NDArray[np.intp] | Indices | slice
 
@@ -65,6 +67,45 @@ class NamedArray(NamedTuple):
 
 LayerArrays: TypeAlias = tuple[NamedArray, ...]
 """The arrays of one layer, in the same order for all layers of a cache."""
+
+
+def check_layer_form(
+    layers: Iterable[LayerArrays],
+    names: Sequence[str],
+    axes: int,
+    dtype: str | None = None,
+    least: int = 1,
+) -> None:
+    """Check that rows of one layer are such as the caches of a kind take out of themselves.
+
+    layers: the arrays of some rows each. names: of all arrays, in order; rows have the first
+        `least` of them or more.
+    axes: their number, the tokens on the one before the last. dtype: None for any.
+
+    Raises: SnapshotMismatchError, also if arrays differ in dtype, or in more than the tokens.
+    """
+    forms = {tuple(map(_form, arrays)) for arrays in layers}
+    fixed = None if dtype is None else HOST_DTYPES[dtype]
+    for form in forms:
+        wanted = tuple(
+            (name, -2, axes, form[0][3] if fixed is None else fixed, sizes)
+            for name, (*_, sizes) in zip(names, form, strict=False)
+        )
+        if len(form) < least or len(forms) > 1 or form != wanted:
+            given = sorted(forms, key=str)
+            raise SnapshotMismatchError(
+                f"rows of such a layer are {', '.join(names)}, of {axes} axes with the tokens on "
+                f"the one before the last, of {dtype or 'one dtype'}; got {given}."
+            )
+
+
+def _form(
+    array: NamedArray,
+) -> tuple[str, int | None, int, np.dtype[np.generic], tuple[int, ...]]:
+    """Return name, token axis, number of axes, dtype, and sizes of the axes besides the tokens."""
+    data = array.data
+    shape = data.shape
+    return array.name, array.token_axis, len(shape), data.dtype, shape[:-2] + shape[-1:]
 
 
 def concat_layers(layers: list[LayerArrays]) -> LayerArrays:

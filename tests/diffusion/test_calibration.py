@@ -139,7 +139,7 @@ def test_files_round_trip(calibration, tmp_path):
         ("\x00", ForeignFileError, "is not JSON"),
         ("[1]", ForeignFileError, "is no calibration"),
         ('{"format": "other"}', ForeignFileError, "Calibration.save wrote"),
-        ('{"format": "kvcache.diffusion.calibration", "version": 2}', NewerFileError, "has 2"),
+        ('{"format": "kvcache.diffusion.calibration", "version": 3}', NewerFileError, "has 3"),
         ('{"format": "kvcache.diffusion.calibration"}', NewerFileError, "has None"),
         ('{"format": "kvcache.diffusion.calibration", "version": 1}', DamagedFileError, "lacks"),
     ],

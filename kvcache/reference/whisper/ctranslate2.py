@@ -18,6 +18,7 @@ import numpy as np
 
 from kvcache.backends import HostArray
 from kvcache.reference.errors import ModelFileError
+from kvcache.storage.reading import read_regular
 
 VERSION = 6
 _DTYPES = tuple(
@@ -39,7 +40,7 @@ class CTranslate2File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = _Reader(path.read_bytes())
+            reader = _Reader(read_regular(path))
             self.kind, self.variables = reader.file()
         except (OSError, ValueError) as error:
             raise ModelFileError(

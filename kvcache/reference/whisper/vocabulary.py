@@ -10,6 +10,7 @@ import numpy as np
 
 from kvcache.backends import HostArray
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
+from kvcache.storage.reading import read_regular
 
 try:
     from tokenizers import Tokenizer
@@ -38,8 +39,8 @@ class Vocabulary:
 
     def __init__(self, folder: Path, size: int) -> None:
         try:
-            self._tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text("utf-8"))
-            rules = json.loads((folder / "config.json").read_text("utf-8"))
+            self._tokenizer = Tokenizer.from_str(read_regular(folder / "tokenizer.json").decode())
+            rules = json.loads(read_regular(folder / "config.json"))
             never, first = rules["suppress_ids"], rules["suppress_ids_begin"]
             self.bias = _bias(size, never, first)
         except Exception as error:  # the tokenizer raises nothing more specific
