@@ -107,6 +107,8 @@ class StepCounter:
         self._groups: dict[Stream | None, _Group] = {}
         self._timesteps: dict[Stream | None, Timestep | None] = {}
         self._traces: dict[Stream, _Trace] = {}
+        self._latest_pass: _Trace | None = None
+        """Of the latest call without a context."""
         self._direction = FALLING
         self._before: int | None = None
 
@@ -121,6 +123,7 @@ class StepCounter:
         trace = self._traces.get(stream)
         if trace and trace.layout != inputs.layout:
             return NextStep(told or 0, restarts=True)
+        trace = trace or self._pass_before(stream, inputs)
         if told is not None:
             return NextStep(told, restarts=self._goes_back(stream, told))
         number = self._number(stream)
@@ -139,6 +142,8 @@ class StepCounter:
         self, stream: Stream, step: NextStep, timestep: Timestep | None, inputs: CallInputs
     ) -> None:
         """Count `step`, which is settled, as passed by `stream` at `timestep`."""
+        # The first step of a run whose timesteps rise is found to be part of it only later.
+        trace = self._traces.get(stream) if step.before or not step.restarts else None
         if step.restarts:
             self.reset()
             self._before = step.before
@@ -152,8 +157,19 @@ class StepCounter:
         group.passed.add(stream)
         self._timesteps[self._clock(stream)] = timestep
         latents = tuple(tensor.detach().clone() for tensor in inputs.latents)
-        trace = self._traces.get(stream) or _Trace(inputs.layout, latents, latents)
-        self._traces[stream] = replace(trace, latest=latents)
+        trace = trace or _Trace(inputs.layout, latents, latents)
+        self._traces[stream] = trace = replace(trace, latest=latents)
+        if stream in PASSES:
+            self._latest_pass = trace
+
+    def _pass_before(self, stream: Stream, inputs: CallInputs) -> _Trace | None:
+        """Return the trace of the pass before a pass that is new; None if it is no such pass.
+
+        The first step of a run comes to the timestep of the run before where that was given up
+        after one: only its latents tell.
+        """
+        trace = self._latest_pass if stream in PASSES else None
+        return trace if trace and trace.layout == inputs.layout else None
 
     def _goes_back(self, stream: Stream, told: int) -> bool:
         """Whether the number that a pipeline tells begins another run."""
@@ -168,7 +184,9 @@ class StepCounter:
         only_one = group is not None and group.number == 0
         if only_one and self._before is not None:
             return NextStep(number + self._before, turns=True)
-        return NextStep(0, restarts=True, before=int(only_one))
+        # A move down begins a run in the direction that runs have at first.
+        before = int(only_one) if self._direction == FALLING else None
+        return NextStep(0, restarts=True, before=before)
 
     def _turn(self) -> None:
         """Take note that timesteps run the other way, from the step before the run on."""
