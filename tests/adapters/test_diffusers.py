@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from kvcache import NotSupportedError, ShapeError, StepOrderError, UnknownStreamError  # noqa: E402
+from kvcache import NotSupportedError, StepOrderError, UnknownStreamError  # noqa: E402
 from kvcache.adapters.diffusers.attach import attach  # noqa: E402
 from kvcache.adapters.diffusers.blocks import aligned  # noqa: E402
 from kvcache.backends import get_backend  # noqa: E402

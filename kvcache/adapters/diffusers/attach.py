@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self, TypeAlias, cast, get_args
 
+from kvcache._interrupts import uninterrupted
 from kvcache.diffusion import BlockRange, DiffusionCache, Recipe, Step
 from kvcache.diffusion.signals import SignalInput
 from kvcache.errors import BackendNotAvailableError, NotSupportedError
@@ -20,10 +21,10 @@ try:
     from kvcache.adapters.diffusers import hooks as _hooks
 
     from .call import Measure, TransformerCall
-    from .counter import NextStep, StepCounter
+    from .counter import FIRST, NextStep, StepCounter
     from .hooks import Args, Forward, Kwargs
     from .inputs import TIMESTEPS, CallInputs, InputReader
-    from .passes import PASSES, Passes
+    from .passes import PASSES, Conditions, KnownPass, Passes
     from .scopes import BlockScopeHook, ScopeHook, WholeScopeHook
 except ImportError as error:
     raise BackendNotAvailableError(
@@ -175,8 +176,9 @@ class Attached:
             self._call = None
         # Only now: a forward that raises leaves the cache as it was.
         if call.step is not None:
-            call.step.commit()
-            self._advance(pass_)
+            with uninterrupted():
+                call.step.commit()
+                self._advance(pass_)
         return outputs
 
     def _run_block(self, position: int, forward: Forward, args: Args, kwargs: Kwargs) -> object:
@@ -200,10 +202,11 @@ class Attached:
             )
         if context.name is not None:
             # On its device: it comes to the host with a decision, unless that goes by it.
-            known = float(timestep) if self._reads_time and timestep is not None else timestep
-            return _Pass(context.name, context.step, known, inputs)
+            time = float(timestep) if self._reads_time and timestep is not None else timestep
+            return _Pass(context.name, context.step, time, inputs)
         number = None if timestep is None else float(timestep)
-        return _Pass(self._passes.stream(number, inputs.conditions), None, number, inputs)
+        known = self._passes.next(number, inputs.conditions)
+        return _Pass(known.stream, None, number, inputs, known.conditions)
 
     def _begin(self, pass_: _Pass, signal: SignalInput) -> Step:
         """Begin the step of a call, once its signal can be measured."""
@@ -218,7 +221,7 @@ class Attached:
         return self._step(pass_, step.settled() if doubtful else step, signal)
 
     def _step(self, pass_: _Pass, step: NextStep, signal: SignalInput) -> Step:
-        if step.restarts and pass_.stream in PASSES:
+        if step.restarts and pass_.conditions:
             pass_.stream = PASSES[0]
         pass_.step = step
         time = pass_.timestep if self._reads_time and isinstance(pass_.timestep, float) else None
@@ -232,8 +235,8 @@ class Attached:
         if step.restarts:
             self._passes.reset()
         self._counter.advance(stream, step, pass_.timestep, inputs)
-        if stream in PASSES and not isinstance(pass_.timestep, Tensor):
-            self._passes.advance(stream, pass_.timestep, inputs.conditions)
+        if pass_.conditions and not isinstance(pass_.timestep, Tensor):
+            self._passes.advance(KnownPass(stream, pass_.conditions), pass_.timestep)
 
 
 @dataclass
@@ -246,7 +249,9 @@ class _Pass:
     timestep: float | Tensor | None
     """A number where decisions need it on the host, a scalar on its device where not."""
     inputs: CallInputs
-    step: NextStep = NextStep(0)
+    conditions: Conditions | None = None
+    """Of a call without a context: what it was recognised by."""
+    step: NextStep = FIRST
     """Its step, once it has begun."""
 
 

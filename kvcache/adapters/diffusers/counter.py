@@ -52,6 +52,9 @@ class NextStep:
         return self.otherwise if self.against and self.otherwise else self
 
 
+FIRST = NextStep(0)
+
+
 @dataclass
 class _Group:
     """Streams that number their steps together: one, or all that decide together."""
@@ -64,7 +67,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Trace:
-    """Copies of the latents of one stream in the present run, and the layout of its inputs."""
+    """Latents of one stream in the present run, and the layout of its inputs."""
 
     layout: Layout
     first: tuple[Tensor, ...]
@@ -141,7 +144,7 @@ class StepCounter:
     def advance(
         self, stream: Stream, step: NextStep, timestep: Timestep | None, inputs: CallInputs
     ) -> None:
-        """Count `step`, which is settled, as passed by `stream` at `timestep`."""
+        """Count `step`, which is settled, as passed by `stream` at `timestep`; cannot fail."""
         # The first step of a run whose timesteps rise is found to be part of it only later.
         trace = self._traces.get(stream) if step.before or not step.restarts else None
         if step.restarts:
@@ -156,9 +159,8 @@ class StepCounter:
             group.number, group.passed = step.number, set()
         group.passed.add(stream)
         self._timesteps[self._clock(stream)] = timestep
-        latents = tuple(tensor.detach().clone() for tensor in inputs.latents)
-        trace = trace or _Trace(inputs.layout, latents, latents)
-        self._traces[stream] = trace = replace(trace, latest=latents)
+        trace = trace or _Trace(inputs.layout, inputs.latents, inputs.latents)
+        self._traces[stream] = trace = replace(trace, latest=inputs.latents)
         if stream in PASSES:
             self._latest_pass = trace
 

@@ -41,7 +41,7 @@ class CallInputs:
     timestep: Tensor | None
     """Scalar, on its device; None if the call has none."""
     latents: tuple[Tensor, ...]
-    """Hidden states as the transformer is given them: mostly one tensor."""
+    """Copies of the hidden states that the transformer is given: mostly one tensor."""
     conditions: tuple[Tensor, ...]
 
     @property
@@ -61,13 +61,15 @@ class InputReader:
         """Name of the argument that is denoised."""
 
     def read(self, args: Sequence[object], kwargs: Mapping[str, object]) -> CallInputs:
-        """Return what a call with these arguments is recognised by; nothing is copied."""
+        """Return what a call with these arguments is recognised by, before it is made."""
         times = [self._arguments.get(name, args, kwargs) for name in TIMESTEPS]
         timestep = next((time for time in times if time is not None), None)
         conditions = [self._arguments.get(name, args, kwargs) for name in CONDITIONS]
+        latents = _tensors(self._arguments.get(self.latents, args, kwargs))
         return CallInputs(
             None if timestep is None else _scalar(torch.as_tensor(timestep)),
-            _tensors(self._arguments.get(self.latents, args, kwargs)),
+            # The transformer may write to these, and so may the pipeline until the next step.
+            tuple(tensor.clone() for tensor in latents),
             _tensors(conditions),
         )
 

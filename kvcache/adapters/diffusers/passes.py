@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from kvcache.errors import NotSupportedError
 
 PASSES = tuple(f"call {number}" for number in range(1, 9))
 """Streams of calls without a context. Three passes under a sampler of second order take six."""
+
+
+class KnownPass(NamedTuple):
+    """A pass, as its conditions tell it."""
+
+    stream: str
+    conditions: Conditions
 
 
 class Passes:
@@ -27,12 +35,12 @@ class Passes:
 
     def reset(self) -> None:
         """Forget every pass."""
-        self._conditions: list[_Conditions] = []
+        self._conditions: list[Conditions] = []
         self._timestep: float | None = None
         self._passed: set[str] = set()
 
-    def stream(self, timestep: float | None, conditions: tuple[Tensor, ...]) -> str:
-        """Return the stream of a call; nothing changes.
+    def next(self, timestep: float | None, conditions: tuple[Tensor, ...]) -> KnownPass:
+        """Return the pass of a call; nothing changes.
 
         timestep: None if the call has none. Then passes with the same conditions are one.
 
@@ -41,42 +49,35 @@ class Passes:
         passed = self._passed if self._at(timestep) else ()
         for name, known in zip(PASSES, self._conditions, strict=False):
             if name not in passed and known.match(conditions):
-                return name
+                return KnownPass(name, known)
         if len(self._conditions) == len(PASSES):
             raise NotSupportedError(
                 f"without a cache_context, at most {len(PASSES)} passes are told apart in a run, "
                 f"by their conditions and their order at a timestep; got another one. Call the "
                 'transformer in "with transformer.cache_context(name):", a name for each pass.'
             )
-        return PASSES[len(self._conditions)]
+        return KnownPass(PASSES[len(self._conditions)], Conditions(conditions))
 
-    def advance(self, stream: str, timestep: float | None, conditions: tuple[Tensor, ...]) -> None:
-        """Note that the pass of `stream` has been through `timestep`."""
+    def advance(self, known: KnownPass, timestep: float | None) -> None:
+        """Note that a pass has been through `timestep`; cannot fail."""
         if not self._at(timestep):
             self._timestep, self._passed = timestep, set()
-        self._passed.add(stream)
-        index = PASSES.index(stream)
-        if index == len(self._conditions):
-            self._conditions.append(_Conditions(conditions))
-        else:
-            self._conditions[index].see(conditions)
+        self._passed.add(known.stream)
+        if PASSES.index(known.stream) == len(self._conditions):
+            self._conditions.append(known.conditions)
 
     def _at(self, timestep: float | None) -> bool:
         """Whether `timestep` is that of the call before."""
         return timestep is not None and timestep == self._timestep
 
 
-class _Conditions:
+class Conditions:
     """The conditions of one pass: text, classes, whatever else tells it from others."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._copies = tuple(tensor.detach().clone() for tensor in tensors)
-        self.see(tensors)
-
-    def see(self, tensors: tuple[Tensor, ...]) -> None:
-        """Remember `tensors`, equal to those before, so that they are known without a look."""
         # No reference that keeps them alive: they are the pipeline's.
-        self._seen = tuple((weakref.ref(tensor), _version(tensor)) for tensor in tensors)
+        self._seen = [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
 
     def match(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether `tensors` are those of this pass; where they are other objects, look at them."""
@@ -90,7 +91,10 @@ class _Conditions:
         if seen() is tensor and version is not None and version == _version(tensor):
             return True
         alike = (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
-        return alike and torch.equal(copy, tensor)
+        if not (alike and torch.equal(copy, tensor)):
+            return False
+        self._seen[index] = weakref.ref(tensor), _version(tensor)
+        return True
 
 
 def _version(tensor: Tensor) -> int | None:
