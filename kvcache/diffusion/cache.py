@@ -143,6 +143,7 @@ class DiffusionCache:
         signal: SignalInput = None,
         time: float | None = None,
         stream: Stream = 0,
+        restart: bool = False,
     ) -> Step:
         """Decide about a step. Nothing changes before :meth:`Step.commit`.
 
@@ -151,6 +152,8 @@ class DiffusionCache:
         signal: what the policy measures, [B, ...], or a function that computes it if need be.
         time: where the step lies on the way from noise to data, the timestep or noise level;
             default: its number. Predictions go by it.
+        restart: whether another run begins with this step, whatever its number; with its commit
+            every stream forgets the run before.
 
         Raises: StepOrderError for a step that this stream has been through; UnknownStreamError;
             ShapeError; DiffusionCacheError for a negative step, or a signal that is missing.
@@ -160,16 +163,16 @@ class DiffusionCache:
         run, sites = self._runs[self._run_of(index)], self._sites[index]
         latest = int(run.state.step)
         # Another stream has come to this step, and decided for this one, too.
-        if number == latest and index not in run.passed:
+        if number == latest >= 0 and index not in run.passed and not restart:
             after = replace(run, passed=run.passed | {index})
         else:
-            check_step(number, latest, f"stream {self.streams[index]!r}")
+            check_step(number, -1 if restart else latest, f"stream {self.streams[index]!r}")
             before = run
-            if number < latest:
+            if restart or number < latest:
                 before, sites = _Run(self.recipe.start()), {}
             after = self._decided(before, number, index, scalar_time, signal)
         # The run as it is now, not a new one: commit checks that nobody came in between.
-        on_commit = partial(self._commit, index, run, after)
+        on_commit = partial(self._commit, index, restart, run, after)
         return Step(self.recipe.predictor, after.decision, scalar_time, sites, on_commit)
 
     @property
@@ -202,7 +205,15 @@ class DiffusionCache:
             computes, after = self.recipe.decide(HOST, state, host_scalar(np.int32(step)), change)
         return Decision(bool(computes), float(change)), after
 
-    def _commit(self, stream: int, before: _Run, after: _Run, sites: Sites, computed: bool) -> None:
+    def _commit(
+        self,
+        stream: int,
+        restart: bool,
+        before: _Run,
+        after: _Run,
+        sites: Sites,
+        computed: bool,
+    ) -> None:
         """Make `after` and `sites` the state of `stream`, and record the step.
 
         Raises: StepOrderError if the run is no longer as it was when the step began.
@@ -213,7 +224,9 @@ class DiffusionCache:
                 "a step ends before another begins that decides with it, or a reset; "
                 f"step {int(after.state.step)} of stream {self.streams[stream]!r} came too late."
             )
-        if after.state.step < before.state.step:
+        if restart:
+            self.reset()
+        elif after.state.step < before.state.step:
             self._begin_anew(run)
         self._runs[run], self._sites[stream] = after, sites
         number, change = int(after.state.step), after.decision.change

@@ -49,6 +49,20 @@ def owned_copy(array: Array) -> Array:
     return backend_of(array).concat([array], 0)
 
 
+def copied(array: Array) -> Array:
+    """Return a copy of `array` that a network which is given `array` does not write to."""
+    # Not owned_copy, which refuses tracers. A compiler leaves this product out.
+    return array * 1
+
+
+def entering_part(predictor: Predictor, inputs: Bundle) -> Bundle:
+    """Return `inputs` to be given to :func:`kept_part` once the network has run.
+
+    Copies where the predictor subtracts them: the network may write to its inputs.
+    """
+    return tuple(map(copied, inputs)) if predictor.residual else inputs
+
+
 def kept_part(predictor: Predictor, inputs: Bundle, outputs: Bundle) -> Bundle:
     """Return the part of a computed step to keep: outputs, or outputs less inputs.
 

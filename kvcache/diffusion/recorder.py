@@ -63,10 +63,12 @@ class Recorder:
 
         Of several arrays the first is measured.
         """
-        outputs = compute(x)
         given = signal() if callable(signal) else signal
-        given = None if given is None else owned_copy(given)  # the caller may write to it
-        entered, output = bundle(x)[0], owned_copy(bundle(outputs)[0])
+        # Copies before the network runs: it may write to what it is given, and so may the caller.
+        given = None if given is None else owned_copy(given)
+        entered = owned_copy(bundle(x)[0])
+        outputs = compute(x)
+        output = owned_copy(bundle(outputs)[0])
         residual = output - entered if output.shape == entered.shape else None
         arrays = _StepArrays(step, given, output, residual)
         before = self._latest.get(stream)

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias, TypeVar, cast
 from kvcache.backends import Array
 from kvcache.errors import DiffusionCacheError
 
-from .history import bundle
+from .history import bundle, copied
 
 States = TypeVar("States")
 """An array, or a tuple of them."""
@@ -70,10 +70,13 @@ class BlockRange:
                 f"{self.first} first and {self.last} last of {len(blocks)} blocks leave none "
                 "to skip. Make the scope smaller."
             )
+        measures_first = self.first > 0 and options.get("signal") is None
+        # A copy, because blocks may write to what they are given.
+        given = copied(bundle(x)[0]) if measures_first else None
         entering = _through(blocks[: self.first], x)
-        if self.first and options.get("signal") is None:
+        if measures_first:
             # A function, because a policy that goes by the step measures nothing.
-            options["signal"] = lambda: bundle(entering)[0] - bundle(x)[0]
+            options["signal"] = lambda: bundle(entering)[0] - given
         skippable = blocks[self.first : end]
         leaving = cache.run(step, entering, lambda states: _through(skippable, states), **options)
         return _through(blocks[end:], cast(States, leaving))

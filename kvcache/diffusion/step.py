@@ -20,6 +20,7 @@ from .history import (
     Shapes,
     bundle,
     check_unchanged,
+    entering_part,
     extended,
     kept_part,
     owned_copy,
@@ -83,7 +84,7 @@ class Step:
     ) -> Outputs:
         """Return ``compute(x)``, or the prediction of it, of the same shapes and dtypes.
 
-        x: an array or a tuple of them, [B, ...]; `compute` must not write to it.
+        x: an array or a tuple of them, [B, ...]; `compute` may write to it.
         site: names the place in the network. One decision may serve several of them.
 
         Raises: StepOrderError for a site that this step has been through; ShapeError for shapes
@@ -92,8 +93,9 @@ class Step:
         if not self.computes_at(site):
             return cast(Outputs, self.predict(x, site=site))
         self._site(site, x)  # raises before the network runs, not after
+        entering = entering_part(self._predictor, bundle(x))
         outputs = compute(x)
-        self.record(x, outputs, site=site)
+        self.record(entering, outputs, site=site)
         return outputs
 
     def computes_at(self, site: SiteName = "network") -> bool:
@@ -120,6 +122,9 @@ class Step:
 
     def record(self, x: object, outputs: object, *, site: SiteName = "network") -> None:
         """Keep `outputs` of `site` for `x`: :meth:`apply` without a function to pass.
+
+        x: as it was before it was computed. Where the network may write to its input, and the
+            predictor keeps residuals, this has to be a copy.
 
         Raises: as :meth:`apply`.
         """

@@ -15,7 +15,17 @@ from kvcache.backends import Array, Backend
 from kvcache.backends.arrays import Namespace
 from kvcache.errors import StepOrderError
 
-from .history import Bundle, Compute, History, Inputs, Outputs, bundle, extended, kept_part
+from .history import (
+    Bundle,
+    Compute,
+    History,
+    Inputs,
+    Outputs,
+    bundle,
+    entering_part,
+    extended,
+    kept_part,
+)
 from .history import predicted as combined
 from .recipe import Recipe
 from .scalars import Scalar
@@ -137,9 +147,10 @@ class TracedStep:
         def computed(inputs: Bundle, history: History) -> tuple[Bundle, History]:
             nonlocal gives_tuple
             given = inputs if isinstance(x, (tuple, list)) else inputs[0]
+            entering = entering_part(predictor, inputs)
             outputs = compute(cast(Inputs, given))
             gives_tuple = isinstance(outputs, (tuple, list))
-            kept = kept_part(predictor, inputs, bundle(outputs))
+            kept = kept_part(predictor, entering, bundle(outputs))
             return bundle(outputs), extended(predictor, history, self._time, kept)
 
         def predicted(inputs: Bundle, history: History) -> tuple[Bundle, History]:

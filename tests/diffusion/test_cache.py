@@ -210,6 +210,45 @@ def test_shared_streams_begin_anew_together():
     assert [numbered(cache, 2, stream) for stream in (0, 1)] == [1, 1]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("number", [0, 2, 5])
+def test_a_restart_begins_a_run_of_every_stream(shared, number):
+    """Whatever its number: after the last one, before it, or the same."""
+    cache = held(streams=2, shared=shared)
+    for step in range(3):
+        numbered(cache, step), numbered(cache, step, 1)
+    before = cache.stats
+    with cache.begin(number, restart=True, stream=1) as now:
+        assert now.computes
+        assert cache.stats == before
+        now.apply(ones(NUMPY), lambda x: x * 10)
+    assert cache.stats.steps == (StepRecord(number, 1, True, 0),)
+    assert numbered(cache, number + 1, 1) == 10
+    assert numbered(cache, number + 1, 0) == number + 1  # nothing is left to predict it from
+
+
+@pytest.mark.parametrize("policy", [Interval(2), Threshold(9)], ids=repr)
+def test_a_restart_measures_nothing_of_the_run_before(policy):
+    cache = held(Recipe(policy, HoldOutput()))
+    for step in range(2):
+        cache.run(step, ones(NUMPY), lambda x: x, signal=ones(NUMPY))
+    # Another shape would be refused within a run.
+    wide = ones(NUMPY, 2.0, (5, 3))
+    with pytest.raises(ZeroDivisionError), cache.begin(2, signal=wide, restart=True):
+        raise ZeroDivisionError
+    assert len(cache.stats.steps) == 2
+    with cache.begin(2, signal=wide, restart=True) as now:
+        assert np.array_equal(now.apply(wide, lambda x: x), wide)
+    assert [record.step for record in cache.stats.steps] == [2]
+    with pytest.raises(ValueError, match=r"steps count from 0; got -1\."):
+        cache.begin(-1, restart=True)
+
+
+def test_the_first_step_is_not_negative():
+    with pytest.raises(ValueError, match=r"steps count from 0; got -1\."):
+        held().begin(-1)
+
+
 def test_a_stream_that_joins_where_others_skip_is_computed():
     cache = held(None, 2, shared=True)
     numbered(cache, 0, 0)
@@ -524,6 +563,26 @@ def test_callers_may_write_to_what_they_gave_and_got(backend, predictor):
 
 
 @pytest.mark.one_backend(name="torch")
+@each_predictor
+def test_networks_may_write_to_what_they_are_given(backend, predictor):
+    """Where arrays can be written to at all."""
+    outputs = []
+    for writes in (False, True):
+        cache = DiffusionCache(Recipe(Interval(2), predictor))
+
+        def net(x, factor, writes=writes):
+            if not writes:
+                return x * factor
+            x *= factor
+            return x
+
+        for step in range(6):
+            x = ones(backend, 2.0 + step)
+            given = cache.run(step, x, lambda x, step=step: net(x, 1 + step))
+            outputs.append(backend.to_host(given).copy())
+    np.testing.assert_array_equal(outputs[:6], outputs[6:])
+
+
 def test_it_does_write_in_this_test():
     array = ones(NUMPY)
     overwrite(array)

@@ -103,6 +103,27 @@ def test_caller_may_write_to_what_was_recorded():
     assert calibration.ratios == pytest.approx((1, 2, 3 / 2, 4 / 3))
 
 
+def test_networks_may_write_to_what_they_are_given(backend):
+    """And to what the signal is made of."""
+    calibrations = []
+    for writes in (False, True):
+        recorder = Recorder()
+
+        def net(x, factor, writes=writes):
+            if not writes:
+                return x * factor
+            x *= factor
+            return x
+
+        for step in range(5):
+            x = backend.from_host(np.full((1, 2, 3), 1.0 + step, np.float32))
+            recorder.run(step, x, lambda x, step=step: net(x, 2 + step), signal=lambda x=x: x + 1)
+        calibrations.append(recorder.calibrate(degree=1))
+    one, other = calibrations
+    assert one.ratios == other.ratios
+    assert one.polynomial == other.polynomial
+
+
 def test_ratios_are_means_over_tokens():
     recorder = Recorder()
     residuals = ([[3, 4], [1, 0]], [[6, 8], [3, 0]])  # [tokens, width]: twice and three times

@@ -326,3 +326,9 @@ def test_a_policy_is_told_of_skips_and_the_change(how):
     assert told == [
         (0, none, 0), (1, 0.25, 0), (4, 0.25, 1), (5, 0.375, 2), (0, none, 0), (1, 0.5, 0),
     ]  # fmt: skip
+
+
+def test_a_run_starts_before_its_first_step():
+    state = Recipe(Accumulated(0.5)).start()
+    assert [int(number) for number in state[:4]] == [-1, 0, 0, 0]
+    assert [float(number) for number in state.memory] == [0.0]

@@ -89,6 +89,29 @@ def test_the_signal_is_what_the_first_ones_add(backend, first):
     assert [record.computed for record in cache.stats.steps] == [True, False, True, True]
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("policy", [Interval(2), Threshold(0.5)], ids=repr)
+def test_blocks_may_write_to_what_they_are_given(backend, policy, first):
+    """Of that the residual is kept, and the signal measured, as if they did not."""
+
+    def adding(number):
+        def block(x):
+            x += number
+            return x
+
+        return block
+
+    cache = DiffusionCache(Recipe(policy, HoldResidual()))
+    for step in range(4):
+        signal = None if first else array(backend, 1)
+        x = array(backend, 1 + step)
+        found = BlockRange(first).run(
+            cache, step, x, [adding(1), adding(2), adding(4)], signal=signal
+        )
+        np.testing.assert_array_equal(backend.to_host(found), np.full((1, 2, 3), 8.0 + step))
+    assert cache.stats.skipped == (2 if policy == Interval(2) else 3)
+
+
 def test_any_other_signal_goes_before():
     for signal in (lambda value: value, lambda value: lambda: value):
         cache, blocks = DiffusionCache(Recipe(Accumulated(0.4))), Blocks(3)

@@ -155,6 +155,21 @@ def twice(step, x):
         step.apply(x, lambda x: x)
 
 
+def test_networks_may_write_to_what_they_are_given(backend):
+    recipe = Recipe(Interval(2), HoldResidual())
+    state = TracedCache.start(recipe, backend, outputs=backend.from_host(np.ones(3, np.float32)))
+
+    def net(x):
+        x += 5
+        return x
+
+    for step in range(4):
+        cache = TracedCache(recipe, backend, state)
+        given = cache.run(step, backend.from_host(np.full(3, step, np.float32)), net)
+        np.testing.assert_array_equal(backend.to_host(given), np.full(3, step + 5.0))
+        state = cache.state
+
+
 def test_sites_of_one_step(backend):
     """One that comes up in a skipped step is computed in it, as others are not."""
     recipe, calls = Recipe(Interval(3), HoldResidual()), []

@@ -13,7 +13,9 @@ pass they make (``transformer.cache_context("cond")``) and when they are done.
 ``attach``        puts a recipe into a transformer, and takes it out again
 ``scopes``        the part of the transformer that may be skipped: a range of blocks, or all of it
 ``call``          one call of a transformer, while it runs
-``counter``       numbers of steps, and where a run ends
+``inputs``        the arguments of a call that tell its pass and its run
+``passes``        the passes of a pipeline that sets no context
+``counter``       numbers of steps, and where a run begins
 ``blocks``        the blocks of a transformer, and their inputs and outputs
 ``hooks``         the hooks of diffusers
 """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self, TypeAlias, cast, get_args
 
+from kvcache._interrupts import uninterrupted
 from kvcache.diffusion import BlockRange, DiffusionCache, Recipe, Step
 from kvcache.diffusion.signals import SignalInput
-from kvcache.diffusion.streams import Stream
 from kvcache.errors import BackendNotAvailableError, NotSupportedError
 
 try:
@@ -19,10 +20,11 @@ try:
 
     from kvcache.adapters.diffusers import hooks as _hooks
 
-    from .blocks import Arguments
     from .call import Measure, TransformerCall
-    from .counter import StepCounter
+    from .counter import FIRST, NextStep, StepCounter
     from .hooks import Args, Forward, Kwargs
+    from .inputs import TIMESTEPS, CallInputs, InputReader
+    from .passes import PASSES, Conditions, KnownPass, Passes
     from .scopes import BlockScopeHook, ScopeHook, WholeScopeHook
 except ImportError as error:
     raise BackendNotAvailableError(
@@ -35,8 +37,20 @@ __all__ = ["STREAMS", "Attached", "Measure", "attach"]
 FIRST_BLOCK = BlockRange(1)
 Time: TypeAlias = Literal["step", "timestep"]
 
-STREAMS = ("cond", "uncond", "cond_uncond", "uncond_stg", "uncond_modality")
-"""Names that the pipelines of diffusers give to their passes."""
+STREAMS = (
+    "cond",
+    "uncond",
+    "cond_uncond",
+    "uncond_stg",
+    "uncond_modality",
+    "pred_cond",
+    "pred_uncond",
+    "pred_cond_skip",
+    "pred_cond_seg",
+    "pred_cond_stg",
+    "pred_cond_modality",
+)
+"""Names that the pipelines and guiders of diffusers give to their passes."""
 
 
 def attach(
@@ -55,7 +69,8 @@ def attach(
         wrapped by hooks; weights are not touched.
     scope: the blocks that a skipped step leaves out, counted through all lists of blocks in the
         order in which they run. None: the whole network; it is predicted what it would return.
-    streams: what ``cache_context`` is called with. A call without a context is of the first.
+    streams: what ``cache_context`` is called with. Calls without a context are told apart by their
+        conditions, and by their order at a timestep; their streams are "call 1", "call 2", ...
     shared: whether the first stream that comes to a step decides it for the others, too.
     signal: ``signal(block, args, kwargs)``, with the first block and what it is called with, gives
         the tensor that the policy measures. Default: what the first blocks of `scope` add to the
@@ -64,7 +79,8 @@ def attach(
         given, which has to be brought to the host. Policies of the timestep see it either way.
 
     Raises: NotSupportedError for a transformer that has a cache already, blocks that diffusers
-        does not describe, or without a signal to measure; ValueError for a scope without blocks.
+        does not describe or describes wrongly, or without a signal to measure; ValueError for a
+        scope without blocks; DiffusionCacheError for a stream named as those without a context.
     """
     if time not in get_args(Time):
         raise ValueError(f"time is one of {get_args(Time)}; got {time!r}.")
@@ -75,8 +91,11 @@ class Attached:
     """A recipe at work in a transformer, made by :func:`attach`.
 
     A run is over when a pipeline says so at its end, after ``Limits.steps`` steps, at
-    :meth:`reset`, where a ``step_index`` that the pipeline tells goes backwards, and, if it tells
-    none, where the `timestep` that the transformer is given rises.
+    :meth:`reset`, and where the shapes, dtypes or device of latents or conditions change. If the
+    pipeline tells its ``step_index``, also where that goes back; if not, where the `timestep` that
+    the transformer is given moves against the direction of the run, or the latents jump: to
+    those that the run began with, or further than they measure, as other noise is. The direction
+    is down, until two steps in a row move up; the first of these begins a run anew.
 
     A forward that raises leaves the cache as it was. No autograd graph is kept. Not for several
     threads at once.
@@ -93,20 +112,21 @@ class Attached:
         time: Time,
     ) -> None:
         _hooks.check_free(transformer)
-        self.cache = DiffusionCache(recipe, streams, shared=shared)
+        self.cache = DiffusionCache(recipe, (*streams, *PASSES), shared=shared)
         """For its stats, nbytes and arrays."""
         measure = recipe.policy.signal
         self._reads_time = time == "timestep" or (measure is not None and not measure.array)
         self._measures = measure is not None and measure.array
         self._counter = StepCounter(shared=shared, steps=recipe.limits.steps)
-        self._transformer, self._arguments = transformer, Arguments.of(transformer)
+        self._passes = Passes()
+        self._transformer, self._inputs = transformer, InputReader(transformer)
         self._call: TransformerCall | None = None
-        self._number = 0
         self._scope: ScopeHook
+        residual = recipe.predictor.residual
         if scope is None:
-            self._scope = WholeScopeHook(transformer, signal, self._measures)
+            self._scope = WholeScopeHook(transformer, signal, self._measures, residual)
         else:
-            self._scope = BlockScopeHook(transformer, scope, signal, self._measures)
+            self._scope = BlockScopeHook(transformer, scope, signal, self._measures, residual)
         self._hooked: list[Module] = []
         self._hook()
 
@@ -124,6 +144,7 @@ class Attached:
         """Let go of everything kept; the next step is the first of a run."""
         self.cache.reset()
         self._counter.reset()
+        self._passes.reset()
 
     def detach(self) -> None:
         """Give the transformer its own forwards back, and reset. Again: no effect."""
@@ -145,11 +166,9 @@ class Attached:
     def _run_whole(self, forward: Forward, args: Args, kwargs: Kwargs) -> object:
         """Run in place of the forward of the transformer."""
         _hooks.check_no_other(self._transformer)  # one may have been enabled since
-        context = self._context
-        timestep = self._timestep(context.step is not None, args, kwargs)
-        stream = self.cache.streams[0] if context.name is None else context.name
-        begin = partial(self._begin, stream, context.step, timestep)
-        self._call = call = TransformerCall(stream, begin)
+        inputs = self._inputs.read(args, kwargs)
+        pass_ = self._pass(inputs)
+        self._call = call = TransformerCall(pass_.stream, partial(self._begin, pass_))
         try:
             outputs = self._scope.whole(call, forward, args, kwargs)
         finally:
@@ -157,8 +176,9 @@ class Attached:
             self._call = None
         # Only now: a forward that raises leaves the cache as it was.
         if call.step is not None:
-            call.step.commit()
-            self._counter.advance(stream, self._number, timestep)
+            with uninterrupted():
+                call.step.commit()
+                self._advance(pass_)
         return outputs
 
     def _run_block(self, position: int, forward: Forward, args: Args, kwargs: Kwargs) -> object:
@@ -167,52 +187,72 @@ class Attached:
             return forward(*args, **kwargs)
         return self._scope.block(self._call, position, forward, args, kwargs)
 
-    def _begin(
-        self,
-        stream: Stream,
-        told: int | None,
-        timestep: float | Tensor | None,
-        signal: SignalInput,
-    ) -> Step:
-        """Begin the step of a call for `stream`; where timesteps rise, the first of another run.
+    def _pass(self, inputs: CallInputs) -> _Pass:
+        """Return the pass that a call with these inputs makes.
 
-        told: its number, if a pipeline tells it. timestep: a number, or a tensor on the device.
+        Raises: NotSupportedError if the recipe goes by the timestep, and there is none; for a call
+            without a context that cannot be told from others.
         """
-        number, restarts = self._counter.next(stream, told, timestep)
-        time = timestep if self._reads_time and isinstance(timestep, float) else None
-        if isinstance(restarts, Tensor):
-            signal = cast(Tensor, signal() if callable(signal) else signal)
-            step = self._step(number, stream, time, _nan_where(restarts, signal))
-            # NaN may also come of the signal itself: only then does this wait for the device.
-            if not (math.isnan(step.change) and restarts):
-                return step
-        elif not restarts:
-            return self._step(number, stream, time, signal)
-        self.reset()
-        return self._step(0, stream, time, signal)
-
-    def _step(self, number: int, stream: Stream, time: float | None, signal: SignalInput) -> Step:
-        self._number = number
-        return self.cache.begin(number, signal=signal, time=time, stream=stream)
-
-    def _timestep(self, told: bool, args: Args, kwargs: Kwargs) -> float | Tensor | None:
-        """Return the first timestep among the arguments of the transformer; None without.
-
-        A number where decisions need it on the host, a tensor on its device where not.
-
-        Raises: NotSupportedError if the recipe goes by the timestep, and there is none.
-        """
-        timesteps = self._arguments.get("timestep", args, kwargs)
-        if timesteps is not None:
-            first = torch.as_tensor(timesteps).flatten()[0]
-            needed = self._reads_time or not (self._measures or told)
-            return float(first) if needed else first
-        if self._reads_time:
+        context, timestep = self._context, inputs.timestep
+        if self._reads_time and timestep is None:
             raise NotSupportedError(
                 "this recipe goes by the timestep, which the transformer is to be given as "
-                "timestep=...; it got none. Use a recipe and time that go by the step."
+                f"{' or '.join(TIMESTEPS)}; it got none, as timestep=... or otherwise. Use a "
+                "recipe and time that go by the step."
             )
-        return None
+        if context.name is not None:
+            # On its device: it comes to the host with a decision, unless that goes by it.
+            time = float(timestep) if self._reads_time and timestep is not None else timestep
+            return _Pass(context.name, context.step, time, inputs)
+        number = None if timestep is None else float(timestep)
+        known = self._passes.next(number, inputs.conditions)
+        return _Pass(known.stream, None, number, inputs, known.conditions)
+
+    def _begin(self, pass_: _Pass, signal: SignalInput) -> Step:
+        """Begin the step of a call, once its signal can be measured."""
+        step = self._counter.next(pass_.stream, pass_.told, pass_.timestep, pass_.inputs)
+        doubtful = step.doubtful
+        if self._measures and isinstance(doubtful, Tensor):
+            signal = cast(Tensor, signal() if callable(signal) else signal)
+            begun = self._step(pass_, step, _nan_where(doubtful, signal))
+            # NaN may also come of the signal itself: only then does this wait for the device.
+            if not (math.isnan(begun.change) and doubtful):
+                return begun
+        return self._step(pass_, step.settled() if doubtful else step, signal)
+
+    def _step(self, pass_: _Pass, step: NextStep, signal: SignalInput) -> Step:
+        if step.restarts and pass_.conditions:
+            pass_.stream = PASSES[0]
+        pass_.step = step
+        time = pass_.timestep if self._reads_time and isinstance(pass_.timestep, float) else None
+        return self.cache.begin(
+            step.number, signal=signal, time=time, stream=pass_.stream, restart=step.restarts
+        )
+
+    def _advance(self, pass_: _Pass) -> None:
+        """Note that a pass has been made; its step is committed."""
+        stream, step, inputs = pass_.stream, pass_.step, pass_.inputs
+        if step.restarts:
+            self._passes.reset()
+        self._counter.advance(stream, step, pass_.timestep, inputs)
+        if pass_.conditions and not isinstance(pass_.timestep, Tensor):
+            self._passes.advance(KnownPass(stream, pass_.conditions), pass_.timestep)
+
+
+@dataclass
+class _Pass:
+    """One pass through the transformer, as a call makes it."""
+
+    stream: str
+    told: int | None
+    """Number of its step, if a pipeline tells it."""
+    timestep: float | Tensor | None
+    """A number where decisions need it on the host, a scalar on its device where not."""
+    inputs: CallInputs
+    conditions: Conditions | None = None
+    """Of a call without a context: what it was recognised by."""
+    step: NextStep = FIRST
+    """Its step, once it has begun."""
 
 
 def _nan_where(condition: Tensor, signal: Tensor) -> Tensor:

@@ -140,8 +140,27 @@ def _described(block: Module) -> Block:
         (metadata.hidden_states_argument_name, metadata.return_hidden_states_index),
         (metadata.encoder_hidden_states_argument_name, metadata.return_encoder_hidden_states_index),
     )
-    places = {name: place for name, place in states if place is not None}
-    return Block(block, Arguments.of(block), tuple(places), tuple(places.values()))
+    arguments = Arguments.of(block)
+    places = {_argument(name, arguments, kind): at for name, at in states if at is not None}
+    return Block(block, arguments, tuple(places), tuple(places.values()))
+
+
+def _argument(name: str, arguments: Arguments, kind: type[Module]) -> str:
+    """Return the name that a block of `kind` really gives to its argument `name`.
+
+    Raises: NotSupportedError for a name that diffusers tells and the block does not have.
+    """
+    if name in arguments.positions:
+        return name
+    # diffusers does not tell that the blocks of Z-Image name their hidden states otherwise.
+    if name == "hidden_states" and "x" in arguments.positions:
+        return "x"
+    raise NotSupportedError(
+        f"diffusers says that {kind.__name__} takes {name!r}, which is none of its arguments, "
+        f"{', '.join(arguments.positions)}. Tell it the right name with "
+        "TransformerBlockRegistry.register(), or attach to the whole network: scope=None, and a "
+        "policy that measures no array."
+    )
 
 
 def aligned(states: States, shapes: Sequence[torch.Size]) -> States:

@@ -36,6 +36,8 @@ class TransformerCall:
     """States that enter the first block."""
     inputs: States = ()
     """States that enter the part that may be skipped."""
+    left: bool = False
+    """Whether the last block of that part was called."""
 
     def decide(self, signal: SignalInput) -> Step:
         """Decide about the step, and return it."""

@@ -1,24 +1,99 @@
-"""Numbers of steps, counted by the calls of a network: nobody tells a transformer of its loop."""
+"""Numbers of steps, and where a run begins: nobody tells a transformer of its loop."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from kvcache.diffusion.streams import Stream
 
+from .inputs import CallInputs, Layout
+from .passes import PASSES
 
-class NextStep(NamedTuple):
-    """The step of a call, unless another run begins with the call."""
+FALLING, RISING = -1, 1
+
+Truth: TypeAlias = bool | Tensor
+"""A bool, or a bool scalar on the device that is not waited for."""
+Timestep: TypeAlias = float | Tensor
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """The step of a call, as it is if nothing tells of another run."""
 
     number: int
-    restarts: bool | Tensor = False
-    """Whether timesteps rise here, so that another run begins; on the device, a bool scalar."""
+    restarts: bool = False
+    """Whether another run begins with it."""
+    turns: bool = False
+    """Whether it shows that timesteps run the other way."""
+    before: int | None = None
+    """Of a step that begins a run against the direction: steps before it that may belong to it."""
+    jumps: Truth = False
+    """Whether its latents do not follow from those before, so that another run begins."""
+    against: Truth = False
+    """Whether its timestep moves against the direction of the run, so that it is `otherwise`."""
+    otherwise: NextStep | None = None
+
+    @property
+    def doubtful(self) -> Truth:
+        """Whether it is another step than this."""
+        if isinstance(self.jumps, Tensor) and isinstance(self.against, Tensor):
+            # Timesteps may be on the host.
+            return self.jumps | self.against.to(self.jumps.device)
+        return self.jumps | self.against
+
+    def settled(self) -> NextStep:
+        """Return the step that it is; this waits for the device."""
+        if self.jumps:
+            return NextStep(0, restarts=True)
+        return self.otherwise if self.against and self.otherwise else self
+
+
+FIRST = NextStep(0)
+
+
+@dataclass
+class _Group:
+    """Streams that number their steps together: one, or all that decide together."""
+
+    number: int
+    """Of the latest step."""
+    passed: set[Stream] = field(default_factory=set)
+    """Streams that have been through it."""
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Latents of one stream in the present run, and the layout of its inputs."""
+
+    layout: Layout
+    first: tuple[Tensor, ...]
+    latest: tuple[Tensor, ...]
+
+    def jumps(self, latents: tuple[Tensor, ...]) -> Truth:
+        """Whether `latents` begin another run.
+
+        From step to step they move by less than they measure; other noise is further away. The
+        noise that this run began with, and left, begins it again.
+        """
+        if not latents or not latents[0].is_floating_point():
+            return False
+        new, latest = latents[0].float(), self.latest[0].float()
+        moved = (new - latest).abs().mean()
+        # False for NaN: numbers that are broken are no other run.
+        far = moved > torch.maximum(new.abs().mean(), latest.abs().mean())
+        return far | ((latents[0] == self.first[0]).all() & (moved > 0))
 
 
 class StepCounter:
     """Numbers the steps of streams; of all together where they decide together.
+
+    A run ends where a number that is told goes back, the layout of inputs changes, the latents
+    jump, or the timestep moves against the direction. That is down, until two steps in a row move
+    up: the first of them may be a run that begins after one that was given up, so it begins anew.
 
     shared: whether a stream that sits a step out keeps step with the others.
     steps: after so many a run is over, and numbers begin at 0 again; None: never.
@@ -32,41 +107,103 @@ class StepCounter:
     def reset(self) -> None:
         """Begin at 0."""
         # By stream, or by None for all streams that decide together.
-        self._latest: dict[Stream | None, int] = {}
-        self._passed: dict[Stream | None, set[Stream]] = {}
-        self._timesteps: dict[Stream | None, float | Tensor | None] = {}
+        self._groups: dict[Stream | None, _Group] = {}
+        self._timesteps: dict[Stream | None, Timestep | None] = {}
+        self._traces: dict[Stream, _Trace] = {}
+        self._latest_pass: _Trace | None = None
+        """Of the latest call without a context."""
+        self._direction = FALLING
+        self._before: int | None = None
 
-    def next(self, stream: Stream, told: int | None, timestep: float | Tensor | None) -> NextStep:
+    def next(
+        self, stream: Stream, told: int | None, timestep: Timestep | None, inputs: CallInputs
+    ) -> NextStep:
         """Return the step of the coming call for `stream`; nothing changes.
 
         told: its number, if a pipeline tells it.
         timestep: a number, or a tensor on the device; None if the call has none.
         """
+        trace = self._traces.get(stream)
+        if trace and trace.layout != inputs.layout:
+            return NextStep(told or 0, restarts=True)
+        trace = trace or self._pass_before(stream, inputs)
         if told is not None:
-            # A pipeline that numbers its steps ends a run by a number that goes back.
-            return NextStep(told)
+            return NextStep(told, restarts=self._goes_back(stream, told))
         number = self._number(stream)
-        previous = self._timesteps.get(self._group(stream))
-        if number == 0 or previous is None or timestep is None:
-            return NextStep(number)
-        # On the device this is not waited for here: it comes to the host with a decision.
-        rises = timestep > previous
-        return NextStep(number, bool(rises) if isinstance(timestep, float) else rises)
+        if number == self._steps:
+            return NextStep(0, restarts=True)
+        latest = self._timesteps.get(self._clock(stream))
+        against: Truth = False
+        if timestep is not None and latest is not None:
+            # On the device this is not waited for here: it comes to the host with a decision.
+            against = (timestep - latest) * self._direction < 0
+        jumps = trace.jumps(inputs.latents) if trace else False
+        otherwise = self._against_direction(stream, number)
+        return NextStep(number, jumps=jumps, against=against, otherwise=otherwise)
 
-    def advance(self, stream: Stream, number: int, timestep: float | Tensor | None) -> None:
-        """Count step `number` of `stream` as passed, at `timestep`."""
-        group = self._group(stream)
-        if self._latest.get(group) != number:
-            self._passed[group] = set()
-        self._latest[group] = number
-        self._passed[group].add(stream)
-        self._timesteps[group] = timestep
+    def advance(
+        self, stream: Stream, step: NextStep, timestep: Timestep | None, inputs: CallInputs
+    ) -> None:
+        """Count `step`, which is settled, as passed by `stream` at `timestep`; cannot fail."""
+        # The first step of a run whose timesteps rise is found to be part of it only later.
+        trace = self._traces.get(stream) if step.before or not step.restarts else None
+        if step.restarts:
+            self.reset()
+            self._before = step.before
+        elif step.turns:
+            self._turn()
+        elif step.number:
+            self._before = None  # it moves in the direction, which is established
+        group = self._groups.setdefault(self._group(stream), _Group(step.number))
+        if group.number != step.number:
+            group.number, group.passed = step.number, set()
+        group.passed.add(stream)
+        self._timesteps[self._clock(stream)] = timestep
+        trace = trace or _Trace(inputs.layout, inputs.latents, inputs.latents)
+        self._traces[stream] = trace = replace(trace, latest=inputs.latents)
+        if stream in PASSES:
+            self._latest_pass = trace
+
+    def _pass_before(self, stream: Stream, inputs: CallInputs) -> _Trace | None:
+        """Return the trace of the pass before a pass that is new; None if it is no such pass.
+
+        The first step of a run comes to the timestep of the run before where that was given up
+        after one: only its latents tell.
+        """
+        trace = self._latest_pass if stream in PASSES else None
+        return trace if trace and trace.layout == inputs.layout else None
+
+    def _goes_back(self, stream: Stream, told: int) -> bool:
+        """Whether the number that a pipeline tells begins another run."""
+        latest = max((group.number for group in self._groups.values()), default=0)
+        # The first step again: a run was given up after one.
+        group = self._groups.get(self._group(stream))
+        return told < latest or (told == 0 and group is not None and stream in group.passed)
+
+    def _against_direction(self, stream: Stream, number: int) -> NextStep:
+        """Return the step of a call whose timestep moves against the direction."""
+        group = self._groups.get(self._group(stream))
+        only_one = group is not None and group.number == 0
+        if only_one and self._before is not None:
+            return NextStep(number + self._before, turns=True)
+        # A move down begins a run in the direction that runs have at first.
+        before = int(only_one) if self._direction == FALLING else None
+        return NextStep(0, restarts=True, before=before)
+
+    def _turn(self) -> None:
+        """Take note that timesteps run the other way, from the step before the run on."""
+        self._direction = -self._direction
+        for group in self._groups.values():
+            group.number += self._before or 0
+        self._before = None
 
     def _number(self, stream: Stream) -> int:
-        group = self._group(stream)
-        latest = self._latest.get(group, 0)
-        number = latest + (stream in self._passed.get(group, ()))
-        return 0 if number == self._steps else number
+        group = self._groups.get(self._group(stream))
+        return 0 if group is None else group.number + (stream in group.passed)
 
     def _group(self, stream: Stream) -> Stream | None:
         return None if self._shared else stream
+
+    def _clock(self, stream: Stream) -> Stream | None:
+        """Return the stream whose timesteps are compared: one for all calls without a context."""
+        return PASSES[0] if stream in PASSES else self._group(stream)

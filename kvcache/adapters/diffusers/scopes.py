@@ -50,6 +50,7 @@ class BlockScopeHook(ScopeHook):
         scope: BlockRange,
         signal: Measure | None,
         measures: bool,
+        residual: bool,
     ) -> None:
         self._blocks = find_blocks(transformer)
         self._first, self._end = scope.first, len(self._blocks) - scope.last
@@ -58,8 +59,10 @@ class BlockScopeHook(ScopeHook):
                 f"{scope.first} first and {scope.last} last of {len(self._blocks)} blocks leave "
                 "none to skip. Make the scope smaller."
             )
-        residual = signal is None and scope.first > 0
-        self._signal = _signal(self._blocks[0], signal) if measures and not residual else None
+        self._keeps_inputs = residual
+        adds = signal is None and scope.first > 0
+        self._measures_added = measures and adds
+        self._signal = _signal(self._blocks[0], signal) if measures and not adds else None
         self._shapes: dict[Stream, list[torch.Size]] = {}
         """Shapes of the states that the last block gave, by stream."""
         # Block 0 is hooked even if every step computes it: its inputs are part of the signal.
@@ -67,22 +70,31 @@ class BlockScopeHook(ScopeHook):
         self.hooked = [(position, self._blocks[position]) for position in positions]
 
     def whole(self, call: TransformerCall, forward: Forward, args: Args, kwargs: Kwargs) -> object:
-        return forward(*args, **kwargs)
+        outputs = forward(*args, **kwargs)
+        if call.step is not None and not call.left:
+            raise NotSupportedError(
+                "the last block of a scope gives the prediction; this call left it out, as a "
+                "guidance that skips layers does. Make `last` of the scope larger."
+            )
+        return outputs
 
     def block(
         self, call: TransformerCall, position: int, forward: Forward, args: Args, kwargs: Kwargs
     ) -> object:
         block = self._blocks[position]
         if position == 0:
-            call.entering = block.states_in(args, kwargs)
+            states = block.states_in(args, kwargs)
+            call.entering = _copied(states[:1]) if self._measures_added else states
             call.signal = _deferred(self._signal, block, args, kwargs)
         if position == self._first:
-            call.inputs = block.states_in(args, kwargs)
+            states = block.states_in(args, kwargs)
+            call.inputs = _copied(states) if self._keeps_inputs else states
             call.decide(call.signal or (lambda: _added(call.entering[0], call.inputs[0])))
         if call.step is None:
             return forward(*args, **kwargs)
         # The last one records or predicts; the others pass their states on where it predicts.
         last = position == self._end - 1
+        call.left = call.left or last
         if call.step.computes_at():
             outputs = forward(*args, **kwargs)
             if last:
@@ -108,9 +120,13 @@ class WholeScopeHook(ScopeHook):
     """
 
     def __init__(
-        self, transformer: torch.nn.Module, signal: Measure | None, measures: bool
+        self,
+        transformer: torch.nn.Module,
+        signal: Measure | None,
+        measures: bool,
+        residual: bool,
     ) -> None:
-        self._arguments = Arguments.of(transformer)
+        self._arguments, self._keeps_inputs = Arguments.of(transformer), residual
         # The class of outputs, until a computed step shows another one.
         self._kind: Callable[..., object] = Transformer2DModelOutput
         self._measures = measures
@@ -119,6 +135,7 @@ class WholeScopeHook(ScopeHook):
         self.hooked = list(enumerate(self._blocks))
 
     def whole(self, call: TransformerCall, forward: Forward, args: Args, kwargs: Kwargs) -> object:
+        x = self._input(args, kwargs)
         step = None if self._measures else call.decide(None)
         outputs = None
         if step is None or step.computes_at():
@@ -126,7 +143,6 @@ class WholeScopeHook(ScopeHook):
         step = call.step
         if step is None:  # it passed no block, which is for others to judge
             return outputs
-        x = self._input(args, kwargs)
         if step.computes_at():
             step.record(x, _detached(self._arrays(outputs)))
             return outputs
@@ -159,7 +175,7 @@ class WholeScopeHook(ScopeHook):
                 f"scope=None needs a transformer that is given a tensor as {name}; got "
                 f"{type(x).__name__}. Use scope=BlockRange(1)."
             )
-        return x.detach()
+        return _copied((x.detach(),))[0] if self._keeps_inputs else x.detach()
 
     def _arrays(self, outputs: object) -> States:
         """Return the tensors in `outputs`, and remember the class they came in.
@@ -213,6 +229,11 @@ def _added(before: Tensor, after: Tensor) -> Tensor:
             "smaller, or give signal=lambda block, args, kwargs: ..."
         )
     return after - before
+
+
+def _copied(states: States) -> States:
+    """Return copies of `states`: blocks may write to what they are given."""
+    return tuple(state.clone() for state in states)
 
 
 def _detached(states: States) -> States:
