@@ -13,6 +13,7 @@ from kvcache.storage.arrays import LayerArrays
 
 from .buffers import Arrays, GrowingBuffers
 from .checkpoint import Checkpoint
+from .rewind import Rewind
 from .stack import StandaloneCache
 
 
@@ -24,6 +25,7 @@ class CopyableCache(StandaloneCache):
     _buffers: GrowingBuffers | None
     _offset: int
     _checkpoint: Checkpoint | None
+    rewind: Rewind | None
 
     @property
     @abstractmethod
@@ -74,5 +76,5 @@ class CopyableCache(StandaloneCache):
         buffers.arrays = buffers.written(arrays, 0, slots)
         buffers.backend.evaluate(*buffers.arrays)
         # A checkpoint opened while empty knows nothing of these tokens.
-        self._offset, self._checkpoint = offset, None
+        self._offset, self._checkpoint, self.rewind = offset, None, Rewind(0, refilled=True)
         return buffers

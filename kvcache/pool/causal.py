@@ -28,14 +28,15 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
-from .ahead import TokensAhead, seen_ahead
-from .base import Cache, Commit
+from .ahead import TokensAhead, seen_ahead, tell_owners
+from .base import Cache
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .edits import prepare_copy, prepare_removal
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
+from .owned import Commit
 from .passes import CellPool, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .programs import plan_current, plan_pass, plan_steps
@@ -115,6 +116,7 @@ class CausalCache(Cache):
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
         table = CellTable(cells, max_sequences)
         self._cell_pool = self._pool_of(table, buffers, config, retained, self.lock)
+        self.owners.all_gone()
 
     def _pool_of(
         self,
@@ -191,6 +193,8 @@ class CausalCache(Cache):
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
             forward_pass.ahead, self._mask = ahead, None
+            with self.lock:
+                tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
 
     # Layers.
 

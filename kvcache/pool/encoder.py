@@ -16,11 +16,12 @@ from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.masks import device_mask
 
-from .base import Cache, Commit
+from .base import Cache
 from .batch import Batch
 from .checks import check_dtype, check_sizes_of
 from .layouts import ArrayLayout, Arrays, kv_layouts
 from .output import Entries, Entry, finite_output, from_row, position_after, to_row, transferred
+from .owned import Commit
 
 
 class EncoderCache(Cache):

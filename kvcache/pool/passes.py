@@ -15,11 +15,11 @@ from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
 
-from .base import Commit
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .changes import Dropped, DroppedCell, Eviction, RowEnds
+from .owned import Commit
 from .pinning import PoolPins
 from .plan import Pass
 from .single import SingleTokenStep, commit_single, plan_single

@@ -154,13 +154,19 @@ class SpanIndex(Generic[P]):
         if previous is None:
             self._ghosts.pop(span, None)
             self.kept[span] = None
+            if span.parent is not None:
+                span.parent.children += 1
+            # Last, because the policy may raise.
             self._reconsider(span)
-            self._count_children(span.parent, 1)
+            if span.parent is not None:
+                self._reconsider(span.parent)
 
     def pin(self, span: Span[P], pins: int = 1) -> None:
         """Protect `span` and all spans before it from eviction; pins=-1 ends one protection."""
-        for pinned in span.path:
+        path = span.path
+        for pinned in path:
             pinned.pins += pins
+        for pinned in path:  # last, because the policy may raise
             self._reconsider(pinned)
 
     def trim(self, now: float) -> None:
