@@ -9,7 +9,6 @@ from typing import Self
 import numpy as np
 
 from kvcache._checks import (
-    NO_LIMIT,
     as_index,
     as_indices,
     as_limit,
@@ -37,7 +36,7 @@ from .edits import prepare_copy, prepare_removal
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .owned import Commit
-from .passes import CellPool, tokens_retained
+from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .programs import plan_current, plan_pass, plan_steps
 
@@ -107,12 +106,8 @@ class CausalCache(Cache):
         target = get_backend(backend)
         config = self._config or target.config
         retained = tokens_retained(self.window, self.memory, max_sequences, capacity)
-        cells = max_sequences * capacity
-        if retained is not None:
-            cells = max_sequences * (retained - 1) + max_batch
-        cells = round_up(cells, config.padding)
-        if cells > NO_LIMIT:
-            raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
+        per_pass = capacity * max_sequences if retained is None else max_batch
+        cells = cells_of(max_sequences, retained, per_pass, config.padding)
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
         table = CellTable(cells, max_sequences)
         self._cell_pool = self._pool_of(table, buffers, config, retained, self.lock)

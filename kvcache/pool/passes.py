@@ -14,6 +14,7 @@ from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.lengths import round_up
 
 from .batch import Batch
 from .buffers import PoolBuffers
@@ -266,3 +267,18 @@ def tokens_retained(
         retained = max(retained, window + 1)
     # A window beyond the capacity never drops anything.
     return None if retained > capacity else retained
+
+
+def cells_of(max_sequences: int, retained: int | None, tokens: int, padding: int) -> int:
+    """Return the size of a pool in cells, a multiple of `padding`.
+
+    retained: tokens kept per sequence. tokens: room for those of a pass, or where all are kept
+    (None), for those of all sequences.
+
+    Raises: ValueError for more than positions can count.
+    """
+    kept = 0 if retained is None else max_sequences * (retained - 1)
+    cells = round_up(kept + tokens, padding)
+    if cells > NO_LIMIT:
+        raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
+    return cells

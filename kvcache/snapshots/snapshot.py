@@ -274,11 +274,28 @@ class Snapshot:
         parts = [
             Part(
                 CacheSpec(record.kind, Visibility(*record.visibility), record.dtype),
-                TokenRows(record.positions, record.layers),
+                _rows_of(record),
             )
             for record in records
         ]
         return cls(start, stop, parts)
+
+
+def _rows_of(record: Record) -> TokenRows:
+    """Return the rows in a file; of encoder output a row for each frame, whatever its age."""
+    positions, layers = record.positions, record.layers
+    axes = {array.data.ndim for arrays in layers.values() for array in arrays}
+    if record.kind != "encoder" or axes != {4}:
+        return TokenRows(positions, layers)
+    # Older files hold one output as one row, [frames, kv_heads, 1, head_dim].
+    layers = {
+        layer: tuple(
+            array._replace(data=np.array(array.data[:, :, 0].swapaxes(0, 1))) for array in arrays
+        )
+        for layer, arrays in layers.items()
+    }
+    frames = next(iter(layers.values()))[0].data.shape[1]
+    return TokenRows(np.repeat(positions[-1:], frames), layers)
 
 
 def _host_rows(rows: TokenRows) -> LayerRows:
