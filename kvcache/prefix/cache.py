@@ -202,7 +202,7 @@ class PrefixCache:
         """
         request.handle.update_known()
         known = request.known
-        ids, held = known.ids, min(len(known), request.handle.length)
+        ids, held = known.ids, request.handle.held(len(known))
         restored = request.pinned.stop if request.pinned is not None else 0
         restored = min(restored, known.unchanged)
         if held <= restored:

@@ -48,12 +48,12 @@ class KnownTokens:
         """Forget the tokens from position `length` on, whose rows are gone."""
         if length <= self._size:
             self._lost = False
-        self._cut(length)
+        self.cut(length)
 
     def invalidate(self, start: int) -> None:
         """Forget the tokens from position `start` on, whose rows are not theirs alone."""
         self._lost = True
-        self._cut(start)
+        self.cut(start)
 
     def look_ahead(self, start: int, stop: int) -> None:
         """Forget the tokens from `start` on, whose rows depend on all before `stop`.
@@ -74,7 +74,8 @@ class KnownTokens:
         self.media = source.media
         return None
 
-    def _cut(self, length: int) -> None:
+    def cut(self, length: int) -> None:
+        """Forget the tokens from position `length` on, whatever has become of their rows."""
         self.unchanged = min(self.unchanged, length)
         if length < self._size:
             self._pieces, self._size = [self.ids[:length]], length

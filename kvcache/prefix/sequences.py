@@ -31,10 +31,12 @@ class SequenceHandle(ABC):
     def caches(self) -> LayerCaches[KVCache]:
         """Caches of the sequence, one per layer. Raises: KVCacheError over a pool."""
 
-    @property
     @abstractmethod
-    def length(self) -> int:
-        """Tokens that the sequence has seen in all layers; 0 if it could not go on behind them."""
+    def held(self, limit: int) -> int:
+        """Return how many tokens, up to `limit`, the sequence has seen in all layers.
+
+        0 if it cannot go on there, because a position was left out.
+        """
 
     @abstractmethod
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
@@ -158,11 +160,13 @@ class PoolHandle(SequenceHandle):
     def caches(self) -> LayerCaches[KVCache]:
         raise KVCacheError("sessions over a pool share its cache. Use sequence.")
 
-    @property
-    def length(self) -> int:
+    def held(self, limit: int) -> int:
         end = self._cache.next_position(self._sequence)
-        # Not so where a position was left out.
-        return end if self._cache.can_resume(self._sequence, end) else 0
+        stop = min(end, limit)
+        # At the end, because a window may have passed the limit; or there, where it is the end of
+        # one part of a wrapper.
+        goes_on = any(self._cache.can_resume(self._sequence, place) for place in {end, stop})
+        return stop if goes_on else 0
 
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         self._cache.restore(self._sequence, *snapshots)
@@ -219,9 +223,8 @@ class LayerHandle(SequenceHandle):
     def caches(self) -> LayerCaches[KVCache]:
         return self._caches
 
-    @property
-    def length(self) -> int:
-        return min(cache.offset for cache in self._caches)
+    def held(self, limit: int) -> int:
+        return min(limit, *(cache.offset for cache in self._caches))
 
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         self._caches.restore(*snapshots, backend=self._source.backend)

@@ -137,7 +137,7 @@ class Session:
         length = as_room(length, "length")
         with self._lock, uninterrupted():
             self._handle.truncate(length)
-            self._request.known.truncate(length)
+            self._request.known.cut(length)
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Make `positions` resume points: keep their rows where a window or ring would drop any.
