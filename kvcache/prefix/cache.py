@@ -165,12 +165,12 @@ class PrefixCache:
             # One token before the end as well: the same prompt again leaves its last to compute.
             wanted = {ids.size - 1, ids.size, stored, *resume_points}
             request.handle.schedule(sorted(p for p in wanted if matched < p <= ids.size))
+            request.handle.track(known)
             self._index.use(self._index.follow(tree, ids), now)
         except BaseException:
             self._release(request)
             raise
         request.tree, request.matched = tree, matched
-        request.handle.track(known)
         self._active.add(request)
         self._sessions += 1
         self._tokens += ids.size

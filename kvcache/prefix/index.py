@@ -253,9 +253,12 @@ class SpanIndex(Generic[P]):
         Leaf first: a span is not offered while spans behind it are kept, which build on it.
         """
         offered = span.payload is not None and not span.pins and not span.children
-        if offered != span.offered:
-            span.offered = offered
-            (self.policy.offer if offered else self.policy.withdraw)(span)
+        if offered == span.offered:
+            return
+        # A policy that raises leaves a span that it was not offered.
+        span.offered = False
+        (self.policy.offer if offered else self.policy.withdraw)(span)
+        span.offered = offered
 
     def _forget(self) -> None:
         """Forget the oldest ghosts beyond the limit, except pinned ones and inner nodes."""
