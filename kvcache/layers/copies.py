@@ -25,7 +25,7 @@ class CopyableCache(StandaloneCache):
     _buffers: GrowingBuffers | None
     _offset: int
     _checkpoint: Checkpoint | None
-    rewind: Rewind | None
+    rewound: Rewind | None
 
     @property
     @abstractmethod
@@ -76,5 +76,5 @@ class CopyableCache(StandaloneCache):
         buffers.arrays = buffers.written(arrays, 0, slots)
         buffers.backend.evaluate(*buffers.arrays)
         # A checkpoint opened while empty knows nothing of these tokens.
-        self._offset, self._checkpoint, self.rewind = offset, None, Rewind(0, refilled=True)
+        self._offset, self._checkpoint, self.rewound = offset, None, Rewind(0, refilled=True)
         return buffers

@@ -50,10 +50,10 @@ class KVCache(ExportableCache):
         "_offset",
         "_checkpoint",
         "_export",
-        "rewind",
+        "rewound",
     )
     """Attributes that calls assign to; their objects have savepoints of their own."""
-    rewind: Rewind | None
+    rewound: Rewind | None = None
     """How far the tokens went back, the furthest since an owner that keeps records of them last
     set this to None."""
 
@@ -92,7 +92,7 @@ class KVCache(ExportableCache):
         self._offset = 0
         self._checkpoint: Checkpoint | None = None
         self._export = None
-        self.rewind = Rewind(0)
+        self.rewound = Rewind(0)
 
     def __repr__(self) -> str:
         place = self.backend.spec if self.backend else "the backend of its first array"
@@ -279,7 +279,7 @@ class KVCache(ExportableCache):
         self._points.forget(offset)
         if self._buffers is not None:
             self._buffers.take_back(self._slots(self._offset))
-        self.rewind = Rewind.after(self.rewind, offset, self._offset)
+        self.rewound = Rewind.after(self.rewound, offset, self._offset)
         self._offset = offset
         self._checkpoint = None
 

@@ -97,7 +97,7 @@ class ExportableCache(CopyableCache):
         from_traced, admission = buffers.from_traced, self._admission
         # A program that goes back and appends as many tokens again cannot be told from one that
         # does neither.
-        rewind = Rewind.after(self.rewind, offset, self._offset)
+        rewind = Rewind.after(self.rewound, offset, self._offset)
         # One statement: the arrays of the state are consumed once this is called.
         (
             buffers.arrays,
@@ -105,7 +105,7 @@ class ExportableCache(CopyableCache):
             self._checkpoint,
             self._export,
             admission.exported,
-            self.rewind,
+            self.rewound,
         ) = from_traced((state.keys, state.values)), offset, None, None, False, rewind
 
     @abstractmethod

@@ -166,7 +166,7 @@ class CausalCache(Cache):
     # Passes.
 
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
-        begin = self._pool.prepare(batch, reserve)
+        begin = self._pool.prepare(batch, reserve, self)
 
         def commit() -> None:
             self._mask = None  # made by the first get, for all layers of the pass

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
+from kvcache._types import Int32s
 from kvcache.errors import KVCacheError
 
 Notice: TypeAlias = Callable[[], None]
@@ -122,6 +123,16 @@ class Owners:
         for sequence in self._owners:
             if (owner := self.of(sequence)) is not None:
                 owner.truncated(sequence, 0)
+
+    def inserted(self, cache: HasSequences, positions: Int32s, sequences: Int32s) -> None:
+        """Tell the owners of tokens that come before others: these were computed without them.
+
+        positions, sequences: of the batch that brings them, int32 [tokens].
+        """
+        for sequence in set(sequences.tolist()):
+            owner, first = self.of(sequence), int(positions[sequences == sequence].min())
+            if owner is not None and first < cache.next_position(sequence):
+                owner.invalidated(sequence, first)
 
     def pass_dropped(self, cache: HasSequences) -> None:
         """Tell the owners of sequences that cannot go on: a window dropped tokens for the pass."""

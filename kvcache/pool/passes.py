@@ -20,7 +20,7 @@ from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .changes import Dropped, DroppedCell, Eviction, RowEnds
-from .owned import Commit
+from .owned import Commit, OwnedCache
 from .pinning import PoolPins
 from .plan import Pass
 from .single import SingleTokenStep, commit_single, plan_single
@@ -77,10 +77,11 @@ class CellPool:
 
     # Beginning a pass.
 
-    def prepare(self, batch: Batch, reserve: bool) -> Commit:
+    def prepare(self, batch: Batch, reserve: bool, cache: OwnedCache) -> Commit:
         """Check a pass and return its commit. Spills snapshots if it needs their cells.
 
-        The pass before is over: what it held is freed.
+        The pass before is over: what it held is freed. cache: of this pool, whose owners learn of
+        tokens inserted before others.
 
         Raises: CacheFullError, ValueError.
         """
@@ -97,7 +98,7 @@ class CellPool:
         groups = self.table.group(positions, sequences)
         eviction = None if self.retained is None else self._expired(groups, self.retained)
         self._make_room(len(batch), eviction)
-        return lambda: self._commit_batch(positions, sequences, groups, eviction)
+        return lambda: self._commit_batch(positions, sequences, groups, eviction, cache)
 
     def _make_room(self, tokens: int, eviction: Eviction | None) -> None:
         """Spill snapshots until there is room after `eviction`, or raise CacheFullError."""
@@ -199,9 +200,12 @@ class CellPool:
         sequences: Int32s,
         groups: SortedBatch,
         eviction: Eviction | None,
+        cache: OwnedCache,
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
         table = self.table
+        if groups.inserts:
+            cache.owners.inserted(cache, positions, sequences)
         dropped = None if eviction is None else table.to_drop(eviction)
         ends = self._row_ends(groups.inserts)
         self._before = ends, dropped, self.passes.current, self.maybe_expired

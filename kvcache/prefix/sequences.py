@@ -234,7 +234,7 @@ class LayerHandle(SequenceHandle):
         self._known = known
 
     def update_known(self) -> None:
-        rewinds = [cache.rewind for cache in self._caches if cache.rewind is not None]
+        rewinds = [cache.rewound for cache in self._caches if cache.rewound is not None]
         if not rewinds or self._known is None:
             return
         if any(rewind.refilled for rewind in rewinds):
@@ -246,7 +246,7 @@ class LayerHandle(SequenceHandle):
 
     def _forget_rewinds(self) -> None:
         for cache in self._caches:
-            cache.rewind = None
+            cache.rewound = None
 
     def truncate(self, length: int) -> None:
         self._caches.trim(max(0, self._caches.offset - length))

@@ -218,6 +218,20 @@ def test_a_position_left_out_is_not_stored_over():
     assert server.prefix.stats.spans == 0
 
 
+def test_a_token_inserted_before_others_was_not_seen_by_them():
+    server = full()
+    with server.prefix.session(PROMPT) as session:
+        for places in ([0, 1, 3, 5, 6], [2, 4], [7, 8, 9]):
+            server.model.cache.start_forward(
+                kvcache.Batch(places, [session.sequence] * len(places))
+            )
+            for layer in (0, 1):
+                server.model.cache.set_layer(layer)
+                server.model.cache.put(*(np.ones((1, len(places), 2), np.float32),) * 2)
+    with server.prefix.session([*PROMPT, 1]) as session:
+        assert session.matched == 2
+
+
 # Per-layer caches.
 
 
