@@ -49,7 +49,7 @@ def tell_owners(owners: Owners, seen: Seen, positions: Int32s, sequences: Int32s
     """
     for token, (_, stop) in seen.items():
         sequence, start = int(sequences[token]), int(positions[token])
-        owner = owners.of(sequence)
+        owner = owners.recording(sequence)
         if owner is not None:
             # Nothing is visible behind the last token of the pass.
             end = int(positions[sequences == sequence].max()) + 1

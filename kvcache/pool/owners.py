@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -20,6 +20,10 @@ class SequenceOwner(Protocol):
     Each method is called once a change is made, with the lock of the cache held. It neither raises
     nor changes the cache.
     """
+
+    @property
+    def recorded(self) -> Container[int]:
+        """Sequences with records at present: only of these it learns anything."""
 
     def truncated(self, sequence: int, length: int) -> None:
         """Note that positions from `length` on are gone, and that the sequence can go on there."""
@@ -54,6 +58,11 @@ class Owners:
         """Return the owner of a sequence, None if it has none."""
         owner = self._owners.get(sequence)
         return None if owner is None else owner()
+
+    def recording(self, sequence: int) -> SequenceOwner | None:
+        """Return the owner of a sequence if it has records of it, else None."""
+        owner = self.of(sequence)
+        return owner if owner is not None and sequence in owner.recorded else None
 
     @property
     def any(self) -> bool:
@@ -92,8 +101,11 @@ class Owners:
         self, cache: HasSequences, sequence: int, start: int, stop: int | None
     ) -> Notice | None:
         """Return the notice of the removal of positions ``[start, stop)``."""
-        owner, end = self.of(sequence), cache.next_position(sequence)
-        if owner is None or start == stop or start >= end:  # nothing is removed
+        owner = self.recording(sequence)
+        if owner is None or start == stop:
+            return None
+        end = cache.next_position(sequence)
+        if start >= end:  # nothing is removed
             return None
         # Where a window has dropped tokens visible from `start`, what is computed there differs.
         if (stop is None or stop >= end) and cache.can_resume(sequence, start):
@@ -104,7 +116,7 @@ class Owners:
         """Return the notice of a copy of the first `length` positions of `source`."""
         if source == target:
             return self.of_removal(cache, source, length, None)
-        owner = self.of(target)
+        owner = self.recording(target)
         if owner is None:
             return None
         if cache.can_resume(source, min(length, cache.next_position(source))):
@@ -113,7 +125,7 @@ class Owners:
 
     def of_restore(self, sequence: int) -> Notice | None:
         """Return the notice of a sequence that is filled from snapshots."""
-        owner = self.of(sequence)
+        owner = self.recording(sequence)
         return None if owner is None else partial(owner.invalidated, sequence, 0)
 
     # Notices of what has happened.
@@ -121,7 +133,7 @@ class Owners:
     def all_gone(self) -> None:
         """Tell all owners that their sequences have lost all tokens."""
         for sequence in self._owners:
-            if (owner := self.of(sequence)) is not None:
+            if (owner := self.recording(sequence)) is not None:
                 owner.truncated(sequence, 0)
 
     def inserted(self, cache: HasSequences, positions: Int32s, sequences: Int32s) -> None:
@@ -130,13 +142,15 @@ class Owners:
         positions, sequences: of the batch that brings them, int32 [tokens].
         """
         for sequence in set(sequences.tolist()):
-            owner, first = self.of(sequence), int(positions[sequences == sequence].min())
+            owner, first = self.recording(sequence), int(positions[sequences == sequence].min())
             if owner is not None and first < cache.next_position(sequence):
                 owner.invalidated(sequence, first)
 
     def pass_dropped(self, cache: HasSequences) -> None:
         """Tell the owners of sequences that cannot go on: a window dropped tokens for the pass."""
         for sequence in self._owners:
-            owner, end = self.of(sequence), cache.next_position(sequence)
-            if owner is not None and not cache.can_resume(sequence, end):
-                owner.invalidated(sequence, end)
+            owner = self.recording(sequence)
+            if owner is not None:
+                end = cache.next_position(sequence)
+                if not cache.can_resume(sequence, end):
+                    owner.invalidated(sequence, end)

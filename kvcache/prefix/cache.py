@@ -205,7 +205,7 @@ class PrefixCache:
         ids, held = known.ids, request.handle.held(len(known))
         restored = request.pinned.stop if request.pinned is not None else 0
         restored = min(restored, known.unchanged)
-        if held <= restored:
+        if held <= restored or not request.handle.is_whole(held):
             return
         known_spans = self._index.follow(request.tree, ids[:held])
         snapshots = self._captured(request, known_spans, restored, held)

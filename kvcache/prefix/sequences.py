@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from kvcache._checks import as_indices, check_ids
 from kvcache._locks import Lock
@@ -33,10 +33,11 @@ class SequenceHandle(ABC):
 
     @abstractmethod
     def held(self, limit: int) -> int:
-        """Return how many tokens, up to `limit`, the sequence has seen in all layers.
+        """Return how many tokens, up to `limit`, the sequence has seen."""
 
-        0 if it cannot go on there, because a position was left out.
-        """
+    @abstractmethod
+    def is_whole(self, stop: int) -> bool:
+        """Return whether no position before `stop` was left out, as far as the sequence tells."""
 
     @abstractmethod
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
@@ -129,21 +130,21 @@ class PoolSequences(SequenceSource):
 
     # As the owner of sequences.
 
+    @property
+    def recorded(self) -> Container[int]:
+        return self._known
+
     def truncated(self, sequence: int, length: int) -> None:
-        if sequence in self._known:
-            self._known[sequence].truncate(length)
+        self._known[sequence].truncate(length)
 
     def invalidated(self, sequence: int, start: int) -> None:
-        if sequence in self._known:
-            self._known[sequence].invalidate(start)
+        self._known[sequence].invalidate(start)
 
     def copied(self, source: int, target: int, length: int) -> None:
-        if target in self._known:
-            self._known[target].replace(self._known.get(source), length)
+        self._known[target].replace(self._known.get(source), length)
 
     def looked_ahead(self, sequence: int, start: int, stop: int) -> None:
-        if sequence in self._known:
-            self._known[sequence].look_ahead(start, stop)
+        self._known[sequence].look_ahead(start, stop)
 
 
 class PoolHandle(SequenceHandle):
@@ -161,12 +162,13 @@ class PoolHandle(SequenceHandle):
         raise KVCacheError("sessions over a pool share its cache. Use sequence.")
 
     def held(self, limit: int) -> int:
-        end = self._cache.next_position(self._sequence)
-        stop = min(end, limit)
-        # At the end, because a window may have passed the limit; or there, where it is the end of
-        # one part of a wrapper.
-        goes_on = any(self._cache.can_resume(self._sequence, place) for place in {end, stop})
-        return stop if goes_on else 0
+        return min(limit, self._cache.next_position(self._sequence))
+
+    def is_whole(self, stop: int) -> bool:
+        # At the end, because a window may have passed `stop`; or there, where it is the end of one
+        # part of a wrapper.
+        places = {self._cache.next_position(self._sequence), stop}
+        return any(self._cache.can_resume(self._sequence, place) for place in places)
 
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         self._cache.restore(self._sequence, *snapshots)
@@ -225,6 +227,9 @@ class LayerHandle(SequenceHandle):
 
     def held(self, limit: int) -> int:
         return min(limit, *(cache.offset for cache in self._caches))
+
+    def is_whole(self, stop: int) -> bool:
+        return True  # positions of updates follow one another
 
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         self._caches.restore(*snapshots, backend=self._source.backend)
