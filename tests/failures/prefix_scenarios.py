@@ -121,7 +121,7 @@ class LayerPrefixWorld(PrefixWorld):
     def look_at_source(self):
         if self.session is None:
             return {}
-        return {"caches": look_at_layers(self.session.caches)}
+        return {"caches": attempt(lambda: look_at_layers(self.session.caches))}
 
     def left(self):
         return 0
