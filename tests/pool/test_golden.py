@@ -507,7 +507,7 @@ class EncoderReplay:
             return
         assert self.cache.encoder_cached == op["encoder_cached"]
         entry = peek.entries(self.cache).get(0)
-        if entry is not None and entry.position != op["encoder_pos"]:
+        if entry is not None and entry.kept and entry.position != op["encoder_pos"]:
             self.found[E_SHIFT if op["op"] == "remove" else E_POSITION] += 1
             peek.set_output_position(self.cache, 0, op["encoder_pos"])
 
