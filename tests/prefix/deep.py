@@ -30,9 +30,9 @@ def add_positions(layer, keys, offsets):
 class DeepPool:
     """The model over a pool. limits: of its causal cache."""
 
-    def __init__(self, max_sequences=3, **limits):
+    def __init__(self, max_sequences=3, max_batch=30, **limits):
         self.cache = CausalCache(shift=add_positions, **limits)
-        self.cache.init("numpy", max_sequences=max_sequences, capacity=60, max_batch=30)
+        self.cache.init("numpy", max_sequences=max_sequences, capacity=60, max_batch=max_batch)
         self.given, self.limits = self.cache, limits
 
     def cold(self):

@@ -218,6 +218,25 @@ def test_a_position_left_out_is_not_stored_over():
     assert server.prefix.stats.spans == 0
 
 
+def test_behind_aborted_plans_that_took_the_window_nothing_is_stored():
+    server = Deep(DeepPool(max_sequences=1, max_batch=4, window=3))
+    cache, ids, new = server.model.cache, PROMPT[:8], [5, 6, 7, 8]
+    with server.prefix.session(ids[:4]) as session:  # whose window at its end is kept, so go on
+        for stop in (4, 8):
+            server.go_on(session, ids[:stop], stop - 4)
+        session.extend(ids[4:])
+        cache.plan_steps(kvcache.Batch([8], [session.sequence]), cache.cells)
+        cache.abort()
+        assert cache.next_position(session.sequence) == 8
+        assert not cache.can_resume(session.sequence, 8)
+        for count in range(1, 5):  # far enough for the window to be whole again
+            server.go_on(session, [*ids, *new[:count]], 7 + count)
+        session.extend(new)
+        assert cache.can_resume(session.sequence, 12)
+    with server.prefix.session([*ids, *new, 9]) as session:
+        assert session.matched <= 8
+
+
 def test_a_token_inserted_before_others_was_not_seen_by_them():
     server = full()
     with server.prefix.session(PROMPT) as session:
