@@ -66,8 +66,8 @@ class Owners:
 
     @property
     def any(self) -> bool:
-        """True if a sequence was ever claimed."""
-        return bool(self._owners)
+        """True if a sequence has an owner."""
+        return any(owner() is not None for owner in self._owners.values())
 
     # Claiming.
 

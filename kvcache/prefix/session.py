@@ -48,8 +48,8 @@ class Session:
     that is dropped instead stores nothing, and gives its sequence back with the next call of the
     prefix cache.
 
-    Stored are the tokens that were named, by the prompt or :meth:`extend`, and computed, as far
-    as their keys and values are those of a run of these tokens. The session follows what is done
+    The tokens stored are those that were named, by the prompt or :meth:`extend`, and computed, as
+    far as their keys and values are those of a run of just these tokens. The session follows what is done
     to its sequence. Tokens that are taken back (``remove``, ``trim``, ``rollback``,
     ``functional.trim``) are forgotten, and their successors are named by :meth:`extend`. Behind a
     change of any other kind (removal from the middle, ``copy_prefix`` from elsewhere, ``restore``,

@@ -1,6 +1,7 @@
 """Sessions from their beginning to their end: what they own, and that they give all of it back."""
 
 import gc
+import pickle
 import threading
 import warnings
 
@@ -122,7 +123,7 @@ def test_a_part_of_a_wrapper_and_its_wrapper_have_the_same_owners():
 def test_copies_of_a_cache_have_no_owner():
     cache = pool()
     _prefix = PrefixCache(cache)
-    for copy in (cache.copy(), cache.to_backend("numpy")):
+    for copy in (cache.copy(), cache.to_backend("numpy"), pickle.loads(pickle.dumps(cache))):
         PrefixCache(copy)
 
 
