@@ -49,8 +49,8 @@ class Session:
     prefix cache.
 
     The tokens stored are those that were named, by the prompt or :meth:`extend`, and computed, as
-    far as their keys and values are those of a run of just these tokens. The session follows what is done
-    to its sequence. Tokens that are taken back (``remove``, ``trim``, ``rollback``,
+    far as their keys and values are those of a run of just these tokens. The session follows what
+    is done to its sequence. Tokens that are taken back (``remove``, ``trim``, ``rollback``,
     ``functional.trim``) are forgotten, and their successors are named by :meth:`extend`. Behind a
     change of any other kind (removal from the middle, ``copy_prefix`` from elsewhere, ``restore``,
     ``set_causal`` across the bounds of a medium, a token computed where the window before it was
