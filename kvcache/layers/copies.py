@@ -14,6 +14,7 @@ from kvcache.storage.layout import TOKENS
 
 from .buffers import AXES, NAMES, Arrays, GrowingBuffers
 from .checkpoint import Checkpoint
+from .rewind import Rewind
 from .stack import StandaloneCache
 
 
@@ -25,6 +26,7 @@ class CopyableCache(StandaloneCache):
     _buffers: GrowingBuffers | None
     _offset: int
     _checkpoint: Checkpoint | None
+    rewound: Rewind | None
 
     @property
     @abstractmethod
@@ -92,5 +94,5 @@ class CopyableCache(StandaloneCache):
         buffers.arrays = buffers.written(arrays, 0, slots)
         buffers.backend.evaluate(*buffers.arrays)
         # A checkpoint opened while empty knows nothing of these tokens.
-        self._offset, self._checkpoint = offset, None
+        self._offset, self._checkpoint, self.rewound = offset, None, Rewind(0, refilled=True)
         return buffers

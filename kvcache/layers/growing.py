@@ -25,6 +25,7 @@ from .columns import Sizes, attention_mask
 from .exports import State
 from .pinning import LayerPins
 from .programs import ExportableCache
+from .rewind import Rewind
 from .state import LayerState
 
 
@@ -50,8 +51,12 @@ class KVCache(ExportableCache):
         "_offset",
         "_checkpoint",
         "_export",
+        "rewound",
     )
     """Attributes that calls assign to; their objects have savepoints of their own."""
+    rewound: Rewind | None = None
+    """How far the tokens went back, the furthest since an owner that keeps records of them last
+    set this to None."""
 
     def __init__(
         self, backend: str | Backend | None = None, step: int = 256, dtype: str | None = None
@@ -88,6 +93,7 @@ class KVCache(ExportableCache):
         self._offset = 0
         self._checkpoint: Checkpoint | None = None
         self._export = None
+        self.rewound = Rewind(0)
 
     def __repr__(self) -> str:
         place = self.backend.spec if self.backend else "the backend of its first array"
@@ -274,6 +280,7 @@ class KVCache(ExportableCache):
         self._points.forget(offset)
         if self._buffers is not None:
             self._buffers.take_back(self._slots(self._offset))
+        self.rewound = Rewind.after(self.rewound, offset, self._offset)
         self._offset = offset
         self._checkpoint = None
 

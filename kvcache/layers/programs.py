@@ -16,6 +16,7 @@ from .buffers import Arrays, GrowingBuffers
 from .copies import CopyableCache
 from .exports import Export, State, check_room, new_owner
 from .pinning import LayerPins
+from .rewind import Rewind
 
 
 class ExportableCache(CopyableCache):
@@ -94,14 +95,18 @@ class ExportableCache(CopyableCache):
         check_room(offset, self._slots(offset), buffers.capacity)
         buffers.take_back(self._check_written(buffers, state, offset))
         from_traced, admission = buffers.from_traced, self._admission
+        # A program that goes back and appends as many tokens again cannot be told from one that
+        # does neither.
+        rewind = Rewind.after(self.rewound, offset, self._offset)
         # One statement: the arrays of the state are consumed once this is called.
-        buffers.arrays, self._offset, self._checkpoint, self._export, admission.exported = (
-            from_traced((state.keys, state.values)),
-            offset,
-            None,
-            None,
-            False,
-        )
+        (
+            buffers.arrays,
+            self._offset,
+            self._checkpoint,
+            self._export,
+            admission.exported,
+            self.rewound,
+        ) = from_traced((state.keys, state.values)), offset, None, None, False, rewind
 
     @abstractmethod
     def _slots(self, offset: int) -> int:

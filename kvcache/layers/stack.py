@@ -142,18 +142,19 @@ class LayerCaches(Sequence[C], Generic[C]):
 
         Rows stay in their slots, uncopied, until a cache changes these. The caller closes it.
 
-        Raises: ValueError for an empty range, or caches that have seen different numbers of
-            tokens, or none.
+        Raises: ValueError for an empty range, one beyond what every cache has seen, or None where
+            they have seen different numbers of tokens.
         """
         for cache in self._distinct:
             cache.check_not_exported()
         start = as_index(start, "start")
-        stop = None if stop is None else as_index(stop, "stop")
         offsets = self._offsets
-        stop = offsets[-1] if stop is None and offsets else stop
-        if len(offsets) != 1 or stop is None or not 0 <= start < stop <= offsets[0]:
+        if stop is None and len(offsets) == 1:
+            stop = offsets[0]
+        stop = None if stop is None else as_index(stop, "stop")
+        if stop is None or not offsets or not 0 <= start < stop <= offsets[0]:
             raise ValueError(
-                "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
+                "a snapshot is of 0 <= start < stop <= offset of every cache; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
         specs = [

@@ -10,6 +10,8 @@ import numpy as np
 from kvcache._checks import as_batch_indices
 from kvcache._types import Int32s
 
+from .owners import Owners
+
 TokensAhead: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 """Batch indices of tokens that see others ahead, or groups of such indices."""
 Seen: TypeAlias = dict[int, tuple[int, int]]
@@ -38,6 +40,20 @@ def seen_ahead(tokens: TokensAhead, positions: Int32s, sequences: Int32s) -> See
         held = positions[group].tolist()
         seen |= dict.fromkeys(group, (min(held), max(held) + 1) if held else (0, 0))
     return seen
+
+
+def tell_owners(owners: Owners, seen: Seen, positions: Int32s, sequences: Int32s) -> None:
+    """Tell the owners of `sequences` which of their tokens see others ahead, and how far.
+
+    seen: result of :func:`seen_ahead`. positions, sequences: of the batch.
+    """
+    for token, (_, stop) in seen.items():
+        sequence, start = int(sequences[token]), int(positions[token])
+        owner = owners.recording(sequence)
+        if owner is not None:
+            # Nothing is visible behind the last token of the pass.
+            end = int(positions[sequences == sequence].max()) + 1
+            owner.looked_ahead(sequence, start, min(stop, end))
 
 
 def _groups(tokens: TokensAhead) -> list[Sequence[int]] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Self, TypeAlias, TypeVar
+from typing import Self, TypeVar
 
 from kvcache._checks import as_index, check_ids, check_range
 from kvcache._interrupts import uninterrupted
@@ -17,13 +17,13 @@ from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguo
 
 from .ahead import TokensAhead
 from .batch import Batch
+from .owned import Commit, OwnedCache
+from .owners import Owners
 
-Commit: TypeAlias = Callable[[], None]
-"""A change, checked before, that can no longer fail."""
 C = TypeVar("C", bound="Cache")
 
 
-class Cache(ABC):
+class Cache(OwnedCache):
     """Keys and values of many sequences, for all layers of a model.
 
     The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`get` for each
@@ -33,25 +33,6 @@ class Cache(ABC):
 
     A subclass calls ``super().__init__()``.
     """
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        """Held during changes: other threads may change sequences while a pass runs."""
-        self._enclosing: Cache | None = None
-
-    def share_lock(self, lock: Lock) -> None:
-        """Use `lock`, the lock of an enclosing cache, instead of its own."""
-        self.lock = lock
-
-    def enclose(self, wrapper: Cache) -> None:
-        """Become a part of `wrapper`, whose passes are then complete in all its parts or in none.
-
-        Raises: ValueError for a part of another wrapper.
-        """
-        if self._enclosing not in (None, wrapper):
-            raise ValueError("a cache is a part of one wrapper only. Make a cache for each.")
-        self._enclosing = wrapper
-        self.share_lock(wrapper.lock)
 
     @property
     def backend(self) -> Backend | None:
@@ -122,6 +103,8 @@ class Cache(ABC):
             elif not self.pass_complete():
                 with uninterrupted():
                     self.drop_pass()
+                    if self._owners.any:
+                        self._owners.pass_dropped(self)
 
     def is_unfinished(self) -> bool:
         """Return whether the last pass is not complete, here or elsewhere in the same wrapper."""
@@ -143,7 +126,7 @@ class Cache(ABC):
         with self.lock:
             commit = self.prepare_copy_prefix(source, target, length)
             self.check_source(source)
-            self._commit(commit)
+            self._commit(commit, self.owners.of_copy(self, source, target, length))
 
     def check_source(self, source: int) -> None:
         """Raise ValueError if :meth:`copy_prefix` finds nothing to copy in `source`."""
@@ -166,11 +149,8 @@ class Cache(ABC):
         sequence, start = as_index(sequence, "sequence"), as_index(start, "start")
         stop = None if stop is None else as_index(stop, "stop")
         with self.lock:
-            self._commit(self.prepare_remove(sequence, start, stop))
-
-    def _commit(self, commit: Commit) -> None:
-        with uninterrupted():
-            commit()
+            commit = self.prepare_remove(sequence, start, stop)
+            self._commit(commit, self.owners.of_removal(self, sequence, start, stop))
 
     # Snapshots.
 
@@ -211,7 +191,8 @@ class Cache(ABC):
             check_ids(self.max_sequences, sequence)
             stop = check_contiguous(snapshots, self.specs)
             parts = [snapshot.parts for snapshot in snapshots]
-            self._commit(self.prepare_restore(sequence, parts, stop))
+            commit = self.prepare_restore(sequence, parts, stop)
+            self._commit(commit, self.owners.of_restore(sequence))
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         """Make `positions` resume points of a sequence for its later snapshots.
@@ -256,14 +237,14 @@ class Cache(ABC):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         """Check :meth:`start_forward` and return its commit."""
 
-    def revert_forward(self) -> None:  # noqa: B027 - a cache may have nothing to undo
+    def revert_forward(self) -> None:
         """Undo the commit of :meth:`prepare_forward`, interrupted or not begun."""
 
     def pass_complete(self) -> bool:
         """Return whether the last pass has been put in every layer, or there was none."""
         return True
 
-    def drop_pass(self) -> None:  # noqa: B027 - likewise
+    def drop_pass(self) -> None:
         """Take back the last pass, complete or not: see :meth:`abort`."""
 
     @abstractmethod
@@ -365,7 +346,7 @@ class Cache(ABC):
         """Return a cache that shares all with this one but the lock, for :meth:`to_backend`."""
         clone = object.__new__(type(self))
         clone.__dict__.update(self.__dict__)
-        clone.lock, clone._enclosing = Lock(), None
+        clone.lock, clone._enclosing, clone._owners = Lock(), None, Owners()
         return clone
 
     def close(self) -> None:
@@ -374,7 +355,7 @@ class Cache(ABC):
         Snapshots outlive it: their rows are copied to the host. If that fails, nothing has changed.
         """
         with self.lock:
-            self._commit(self.prepare_close())
+            self._commit(self.prepare_close(), self.owners.all_gone)
 
     @abstractmethod
     def prepare_close(self) -> Commit:

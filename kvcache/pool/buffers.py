@@ -17,11 +17,11 @@ from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import NamedArray, check_layer_form
 from kvcache.storage.lengths import ceil_div, padded_index
 
-from .base import Commit
 from .checks import check_dtype, check_heads, check_tokens, refuse_gradients
 from .exchange import check_form, convert, form_of, traced_form_of
 from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
+from .owned import Commit
 from .plan import Pass, PoolState
 from .rows import PendingRows, PendingWrites
 

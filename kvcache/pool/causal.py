@@ -9,7 +9,6 @@ from typing import Self
 import numpy as np
 
 from kvcache._checks import (
-    NO_LIMIT,
     as_index,
     as_indices,
     as_limit,
@@ -28,15 +27,16 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
-from .ahead import TokensAhead, seen_ahead
-from .base import Cache, Commit
+from .ahead import TokensAhead, seen_ahead, tell_owners
+from .base import Cache
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .edits import prepare_copy, prepare_removal
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
-from .passes import CellPool, tokens_retained
+from .owned import Commit
+from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .programs import plan_current, plan_pass, plan_steps
 
@@ -106,15 +106,12 @@ class CausalCache(Cache):
         target = get_backend(backend)
         config = self._config or target.config
         retained = tokens_retained(self.window, self.memory, max_sequences, capacity)
-        cells = max_sequences * capacity
-        if retained is not None:
-            cells = max_sequences * (retained - 1) + max_batch
-        cells = round_up(cells, config.padding)
-        if cells > NO_LIMIT:
-            raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
+        per_pass = capacity * max_sequences if retained is None else max_batch
+        cells = cells_of(max_sequences, retained, per_pass, config.padding)
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
         table = CellTable(cells, max_sequences)
         self._cell_pool = self._pool_of(table, buffers, config, retained, self.lock)
+        self.owners.all_gone()
 
     def _pool_of(
         self,
@@ -169,7 +166,7 @@ class CausalCache(Cache):
     # Passes.
 
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
-        begin = self._pool.prepare(batch, reserve)
+        begin = self._pool.prepare(batch, reserve, self)
 
         def commit() -> None:
             self._mask = None  # made by the first get, for all layers of the pass
@@ -191,6 +188,8 @@ class CausalCache(Cache):
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
             forward_pass.ahead, self._mask = ahead, None
+            with self.lock:
+                tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
 
     # Layers.
 

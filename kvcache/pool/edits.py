@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvcache._types import Int32s
 from kvcache.errors import NotSupportedError, ShapeError, SharedCellsError
 
-from .base import Commit
 from .originals import Shift
+from .owned import Commit
 from .passes import CellPool
 from .rope import RoPEShift
 

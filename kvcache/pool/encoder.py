@@ -10,17 +10,26 @@ import numpy as np
 from kvcache._checks import as_index, as_indices, as_sizes, check_ids, check_range
 from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
-from kvcache.errors import DTypeError, KVCacheError, ShapeError
-from kvcache.snapshots.rows import LayerRows, TokenRows
+from kvcache.errors import DTypeError, KVCacheError
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.masks import device_mask
 
-from .base import Cache, Commit
+from .base import Cache
 from .batch import Batch
-from .checks import check_dtype, check_sizes_of
+from .frames import arriving_in, frame_counts, sequences_of, split_frames
 from .layouts import ArrayLayout, Arrays, kv_layouts
-from .output import Entries, Entry, finite_output, from_row, position_after, to_row, transferred
+from .output import (
+    Entries,
+    Entry,
+    captured,
+    finite_output,
+    on_device,
+    position_after,
+    restored,
+    transferred,
+)
+from .owned import Commit
 
 
 class EncoderCache(Cache):
@@ -29,6 +38,10 @@ class EncoderCache(Cache):
     For models with cross-attention: vision (Llama 3.2), speech (Whisper). A pass with `multimodal`
     tokens in its batch brings encoder output for their sequences, and :meth:`put` replaces the
     earlier output of these. Other passes only :meth:`get`.
+
+    The earlier output of a sequence with resume points, or with an owner (a prefix cache), is kept
+    beside the latest: snapshots hold all of it, and a sequence that goes back sees it again. Of
+    other sequences it is dropped; to go back before the output in its place, put it again.
 
     Output is replaced once a pass has put it for every layer that was ever stored. Until then only
     the pass itself reads what it put. A sequence that is removed meanwhile is read by the pass to
@@ -44,6 +57,7 @@ class EncoderCache(Cache):
     def _forget_all(self) -> None:
         self._entries: Entries = {}
         self._known: frozenset[int] = frozenset()  # layers ever stored
+        self._scheduled: set[int] = set()  # sequences with resume points
         self._layer = 0
         self._before: dict[str, object] | None = None  # the state before the pass just begun
         self.drop_pass()
@@ -76,10 +90,17 @@ class EncoderCache(Cache):
         stored = dict(self._entries)
         for sequence, position in self._arriving.items():
             if sequence in self._staged:
-                earlier = stored.get(sequence, Entry(position, {})).layers
-                layers = {**earlier, **self._staged[sequence].layers}
-                stored[sequence] = Entry(position, layers)
+                earlier, output = stored.get(sequence), self._staged[sequence].layers
+                layers = output if earlier is None else {**earlier.layers, **output}
+                stored[sequence] = Entry(position, layers, self._replaced(sequence, position))
         return stored
+
+    def _replaced(self, sequence: int, position: int) -> Entry | None:
+        """Return the entry of a sequence before the one that takes its place at `position`."""
+        earlier = self._entries.get(sequence)
+        before = None if earlier is None else earlier.below(position)
+        keeps = sequence in self._scheduled or self.owners.of(sequence) is not None
+        return before if keeps or before is None else before.forgotten()
 
     def set_config(self, config: CacheConfig) -> None:
         if self._backend is not None:
@@ -101,6 +122,7 @@ class EncoderCache(Cache):
         target.dtype(dtype)  # raises if the backend lacks it
         with uninterrupted():
             self._forget_all()
+            self.owners.all_gone()
             self._backend, self._dtype, self._max_sequences = target, dtype, max_sequences
 
     @property
@@ -122,7 +144,8 @@ class EncoderCache(Cache):
         """True if every sequence of the current pass has encoder output, stored or put by it."""
         put = self._arriving.keys() & self._staged.keys() if self._stores else set()
         return self._batch is not None and all(
-            sequence in self._entries or sequence in put for sequence in _sequences(self._batch)
+            sequence in put or (sequence in self._entries and self._entries[sequence].kept)
+            for sequence in sequences_of(self._batch)
         )
 
     # Passes.
@@ -130,7 +153,7 @@ class EncoderCache(Cache):
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
         self._bound()
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
-        arriving = _arriving(batch)
+        arriving = arriving_in(batch)
 
         self._before = None
 
@@ -173,16 +196,16 @@ class EncoderCache(Cache):
         Raises: DTypeError, ShapeError, ValueError for frames below 1, KVCacheError without a pass;
             nothing is stored then.
         """
-        arriving = _arriving(self._current())
+        arriving = arriving_in(self._current())
         if values is None:
             raise DTypeError(
                 f"values must be {self._dtype} arrays of {self._bound().spec}, as the keys; "
                 "got None. Put both."
             )
         # All pieces are made before the first is stored: an error stores nothing.
-        lengths = self._lengths(keys, len(arriving), frames)
+        lengths = frame_counts(self._layouts[0], keys, len(arriving), frames)
         pieces = [
-            self._split(layout, array, lengths)
+            split_frames(self._bound(), self._dtype, layout, array, lengths)
             for layout, array in zip(self._layouts, (keys, values), strict=True)
         ]
         outputs = [
@@ -196,47 +219,6 @@ class EncoderCache(Cache):
                 staged[sequence] = Entry(position, {**layers, self._layer: output})
             self._staged, self._put_layers = staged, self._put_layers | {self._layer}
 
-    def _lengths(self, keys: Array, sequences: int, frames: Sequence[int] | None) -> list[int]:
-        """Return the number of frames of each sequence in `keys`.
-
-        Raises: ShapeError, ValueError.
-        """
-        if not sequences:
-            raise ShapeError(
-                "output is of sequences with multimodal tokens in the batch, which names none. "
-                "Name them: Batch(..., multimodal=[...])."
-            )
-        if frames is None and sequences == 1 and len(keys.shape) == 3:
-            return [keys.shape[self._layouts[0].token_axis]]
-        lengths = as_indices(frames or (), "frames")
-        if len(lengths) != sequences:
-            raise ShapeError(
-                f"{sequences} sequences bring output in this pass, and each has a number of "
-                f"frames; got frames={frames}. Say them: put(keys, values, frames=[...])."
-            )
-        if min(lengths) < 1:
-            raise ValueError(f"every sequence has at least one frame; got {lengths}.")
-        return lengths
-
-    def _split(self, layout: ArrayLayout, array: Array, lengths: Sequence[int]) -> list[Array]:
-        """Return copies of the frames in `array`, cut into arrays of `lengths` frames."""
-        backend, axis = self._bound(), layout.token_axis
-        check_dtype(backend, self._dtype, layout.name, array)
-        if len(array.shape) != 3 or array.shape[axis] != sum(lengths):
-            raise ShapeError(
-                f"{layout.name} hold {' + '.join(map(str, lengths))} frames in layout "
-                f"{layout.axes!r} (h kv_heads, t frames, d head_dim), as many as the keys; got "
-                f"{tuple(array.shape)}."
-            )
-        check_sizes_of(layout, tuple(array.shape))
-        stops = np.cumsum(lengths).tolist()
-        pieces = [
-            backend.slice(array, stop - length, stop, axis)
-            for stop, length in zip(stops, lengths, strict=True)
-        ]
-        # concat copies even a single array, where a slice may be a view of the caller's memory.
-        return [backend.concat([piece], axis) for piece in pieces]
-
     def get(self) -> tuple[Array, Array | None, Array | None]:
         """Return keys and values of the pass's sequences, in order of appearance.
 
@@ -247,7 +229,7 @@ class EncoderCache(Cache):
         Raises: KVCacheError without a pass, or for a sequence without output in this layer.
         """
         batch, backend = self._current(), self._bound()
-        sequences = _sequences(batch)
+        sequences = sequences_of(batch)
         outputs = [self._output(sequence) for sequence in sequences]
         if len(outputs) == 1:
             keys, values = outputs[0]
@@ -277,14 +259,19 @@ class EncoderCache(Cache):
 
     def prepare_copy_prefix(self, source: int, target: int, length: int) -> Commit:
         check_ids(self._max_sequences, source, target)
-        entry, entries = self._stored().get(source), dict(self._entries)
-        if entry is None or entry.position >= length:
-            entries.pop(target, None)
-        elif source == target:
+        stored, entries = self._stored().get(source), dict(self._entries)
+        entry = None if stored is None else stored.below(length)
+        if source == target and entry is stored and entry is not None:
             return lambda: None
-        else:
-            entries[target] = entry  # arrays are shared: puts replace them, and never write to them
+        # Arrays are shared: puts replace them, and never write to them.
+        self._set(entries, target, entry)
         return lambda: self._replace(entries, target, None)
+
+    def _set(self, entries: dict[int, Entry], sequence: int, entry: Entry | None) -> None:
+        """Make `entry` the latest of a sequence in `entries`, copied to the device if need be."""
+        entries.pop(sequence, None)
+        if entry is not None:
+            entries[sequence] = on_device(self._bound(), self._layouts, entry, self._dtype)
 
     def _replace(self, entries: Entries, sequence: int, arriving: int | None) -> None:
         """Store `entries`, in which `sequence` has changed.
@@ -292,6 +279,8 @@ class EncoderCache(Cache):
         arriving: position at which to store what the current pass brings for it; None: not at all.
         """
         self._entries = entries
+        if sequence not in entries:
+            self._scheduled.discard(sequence)
         self._arriving.pop(sequence, None)
         if arriving is not None:
             self._arriving[sequence] = arriving
@@ -300,11 +289,8 @@ class EncoderCache(Cache):
         check_ids(self._max_sequences, sequence)
         check_range(start, stop)
         entries, arrival = dict(self._entries), self._arriving.get(sequence)
-        entries.pop(sequence, None)
         entry = self._stored().get(sequence)
-        position = None if entry is None else position_after(entry.position, start, stop)
-        if entry is not None and position is not None:
-            entries[sequence] = entry._replace(position=position)
+        self._set(entries, sequence, None if entry is None else entry.without(start, stop))
         arriving = None if arrival is None else position_after(arrival, start, stop)
         return lambda: self._replace(entries, sequence, arriving)
 
@@ -315,9 +301,13 @@ class EncoderCache(Cache):
         return sequence in self._stored()
 
     def can_resume(self, sequence: int, position: int) -> bool:
-        as_index(position, "position")
-        self._checked_id(sequence)
-        return True
+        position, entry = as_index(position, "position"), self._latest(sequence)
+        visible = None if entry is None else entry.below(position)
+        return visible is None or visible.kept
+
+    def _latest(self, sequence: int) -> Entry | None:
+        """Return the latest entry of a sequence, None without output."""
+        return self._stored().get(self._checked_id(sequence))
 
     def _checked_id(self, sequence: int) -> int:
         sequence = as_index(sequence, "sequence")
@@ -338,34 +328,31 @@ class EncoderCache(Cache):
         return [CacheSpec("encoder", Visibility(window=0), self._dtype)]
 
     def next_position(self, sequence: int) -> int:
-        entry = self._stored().get(self._checked_id(sequence))
+        entry = self._latest(sequence)
         return 0 if entry is None else entry.position + 1
 
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
-        """Do nothing: encoder output stays."""
+        """Keep all output of a sequence from now on, until it is empty, whatever the positions."""
+        sequence = self._checked_id(sequence)
+        as_indices(positions, "positions")
+        with self.lock:
+            self._scheduled.add(sequence)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        """Return encoder output as one row at its position, copied to the host."""
+        """Return encoder output, a row for each frame at its position, copied to the host."""
         [spec] = self.specs
-        entry, rows = self._stored().get(sequence), TokenRows(np.empty(0, np.int32))
-        if entry is not None and start <= entry.position < stop:
-            layers = {
-                layer: to_row(self._bound(), self._layouts, arrays)
-                for layer, arrays in entry.layers.items()
-            }
-            rows = TokenRows(np.array([entry.position], np.int32), layers)
-        return [Part(spec, rows)]
+        entry = self._stored().get(sequence)
+        return [Part(spec, captured(self._bound(), self._layouts, entry, start, stop))]
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int
     ) -> Commit:
         if sequence in self._stored():
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
-        # A sequence has one output: that of the latest snapshot with any.
-        latest = [part.rows for [part] in parts if part.rows.positions.size]
-        if not latest:
+        latest = restored([part.rows for [part] in parts])
+        if latest is None:
             return lambda: None
-        entry = self._entry_of(latest[-1])  # copied now, as it may raise
+        entry = on_device(self._bound(), self._layouts, latest, self._dtype)  # now, as it may raise
         entries, known = {**self._entries, sequence: entry}, self._known | entry.layers.keys()
 
         def commit() -> None:
@@ -374,18 +361,10 @@ class EncoderCache(Cache):
 
         return commit
 
-    def _entry_of(self, rows: TokenRows) -> Entry:
-        """Return the last of `rows` as an entry, copied to the device."""
-        last: LayerRows = rows.read(np.array([rows.positions.size - 1]))
-        layers = {
-            layer: from_row(self._bound(), self._layouts, arrays, self._dtype)
-            for layer, arrays in last.items()
-        }
-        return Entry(int(rows.positions[-1]), layers)
-
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), self._shallow_copy()
         clone.drop_pass()
+        clone._scheduled = set()  # resume points stay with this cache
         with self.lock:  # other threads may change sequences meanwhile
             if self._backend is not None:
                 target.dtype(self._dtype)
@@ -399,17 +378,3 @@ class EncoderCache(Cache):
             self._backend = None
 
         return commit
-
-
-def _sequences(batch: Batch) -> list[int]:
-    """Return the sequences of a batch, in order of appearance."""
-    return list(dict.fromkeys(batch.sequences.tolist()))
-
-
-def _arriving(batch: Batch) -> dict[int, int]:
-    """Return the sequences with new encoder output in a pass, and the position of each."""
-    sequences = _sequences(batch)
-    # With one sequence there is no doubt, so its batch need not name a token.
-    if not batch.multimodal and len(sequences) == 1:
-        return {sequences[0]: 0}
-    return {int(batch.sequences[i]): int(batch.positions[i]) for i in batch.multimodal}

@@ -1,34 +1,67 @@
-"""Encoder output of one sequence: an entry of an encoder cache, and a row of a snapshot."""
+"""Encoder output of one sequence: entries of an encoder cache, and rows of a snapshot.
+
+A row is one frame: all frames of an output have the position of the token that brought it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from kvcache.backends import Backend, transfer
 from kvcache.errors import ShapeError
-from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form
+from kvcache.snapshots.rows import LayerRows, TokenRows
+from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form, concat_layers
 
 from .layouts import ArrayLayout, Arrays
 
-FRAME_AXES = "thd"
-"""Axes of encoder output on the host, without the row axis: frames, kv_heads, head_dim."""
-
-ROW_AXES = 4
-"""Number of axes of a row on the host."""
+ROW_AXES = "htd"
+"""Axes of encoder output on the host: kv_heads, frames, head_dim."""
 
 
 class Entry(NamedTuple):
-    """Encoder output of one sequence by layer, and its position in the sequence; never changed."""
+    """Encoder output of one sequence, and its position in the sequence; never changed.
+
+    layers: the output by layer. rows: the same as rows on the host, while a later output takes its
+    place. An output that was not kept has neither. before: the output that it replaced.
+    """
 
     position: int
     layers: Mapping[int, Arrays]
+    before: Entry | None = None
+    rows: LayerRows | None = None
+
+    @property
+    def kept(self) -> bool:
+        """True if its output is there, and not only its position."""
+        return bool(self.layers or self.rows)
+
+    def chain(self) -> Iterator[Entry]:
+        """Yield this entry and those that it replaced, the latest first."""
+        entry: Entry | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.before
+
+    def below(self, position: int) -> Entry | None:
+        """Return the latest entry below `position`, None if there is none."""
+        return next((entry for entry in self.chain() if entry.position < position), None)
+
+    def forgotten(self) -> Entry:
+        """Return the entry without its output."""
+        return Entry(self.position, {}, self.before)
+
+    def without(self, start: int, stop: int | None) -> Entry | None:
+        """Return the entry that is the latest once positions ``[start, stop)`` are removed."""
+        before = None if self.before is None else self.before.without(start, stop)
+        position = position_after(self.position, start, stop)
+        return before if position is None else self._replace(position=position, before=before)
 
 
 Entries: TypeAlias = Mapping[int, Entry]
-"""Entries by sequence: replaced, not changed, so that a pass keeps those it began with."""
+"""Latest entries by sequence: replaced, not changed, so that a pass keeps those it began with."""
 
 
 def position_after(position: int, start: int, stop: int | None) -> int | None:
@@ -40,54 +73,114 @@ def position_after(position: int, start: int, stop: int | None) -> int | None:
 
 def transferred(entries: Entries, source: Backend, target: Backend) -> Entries:
     """Return `entries` on `target`, sharing memory where possible: it is never written to."""
-    layers = [arrays for entry in entries.values() for arrays in entry.layers.values()]
+    chains = [entry for latest in entries.values() for entry in latest.chain()]
+    layers = [arrays for entry in chains for arrays in entry.layers.values()]
     # By identity, so that sequences with a common output still share it afterwards.
     distinct = {id(array): array for arrays in layers for array in arrays}
     moved = {key: transfer(array, source, target) for key, array in distinct.items()}
-    return {
-        sequence: Entry(
-            entry.position,
-            {
-                layer: tuple(moved[id(array)] for array in arrays)
-                for layer, arrays in entry.layers.items()
-            },
-        )
-        for sequence, entry in entries.items()
-    }
+
+    def on_target(entry: Entry | None) -> Entry | None:
+        if entry is None:
+            return None
+        arrays = {
+            layer: tuple(moved[id(array)] for array in arrays)
+            for layer, arrays in entry.layers.items()
+        }
+        return entry._replace(layers=arrays, before=on_target(entry.before))
+
+    return {sequence: on_target(entry) or entry for sequence, entry in entries.items()}
 
 
-def to_row(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> LayerArrays:
-    """Return all frames as one row on the host: ``[frames, kv_heads, 1, head_dim]`` arrays."""
-    row = []
-    for layout, array in zip(layouts, arrays, strict=True):
-        order = [layout.axes.index(axis) for axis in FRAME_AXES]
-        frames = np.array(backend.to_host(array).transpose(order), order="C")
-        # The axis of length 1 is the token axis: the frames count as one token.
-        row.append(NamedArray(layout.name, frames[:, :, None]))
-    return tuple(row)
+# Rows.
 
 
-def from_row(
-    backend: Backend, layouts: Sequence[ArrayLayout], row: LayerArrays, dtype: str
-) -> Arrays:
-    """Undo :func:`to_row`, with finite numbers only.
+def captured(
+    backend: Backend, layouts: Sequence[ArrayLayout], entry: Entry | None, start: int, stop: int
+) -> TokenRows:
+    """Return the frames of all outputs kept at positions ``[start, stop)``, on the host.
 
-    Raises: ShapeError for a row without values, or with another number of frames than keys;
-        SnapshotMismatchError for one of another form or dtype.
+    Raises: ShapeError for an output with other numbers of frames in other layers.
     """
-    if len(row) != len(layouts):
-        raise ShapeError("an encoder's output has values in every layer.")
-    check_layer_form([row], [layout.name for layout in layouts], ROW_AXES, dtype)
-    if len({array.data.shape[0] for array in row}) > 1:
-        shapes = [array.data.shape for array in row]
-        raise ShapeError(f"an encoder's keys and values are of the same frames; got {shapes}.")
-    arrays = tuple(
-        backend.from_host(
-            array.data[:, :, 0].transpose([FRAME_AXES.index(axis) for axis in layout.axes])
+    chain = [] if entry is None else [*entry.chain()][::-1]
+    inside = [entry for entry in chain if entry.kept and start <= entry.position < stop]
+    if not inside:
+        return TokenRows(np.empty(0, np.int32))
+    outputs = [_rows_of(backend, layouts, entry) for entry in inside]
+    counts = [_frames(rows) for rows in outputs]
+    positions = np.repeat(np.array([entry.position for entry in inside], np.int32), counts)
+    layers = outputs[0]
+    if len(outputs) > 1:
+        layers = {layer: concat_layers([rows[layer] for rows in outputs]) for layer in layers}
+    return TokenRows(positions, layers)
+
+
+def _rows_of(backend: Backend, layouts: Sequence[ArrayLayout], entry: Entry) -> LayerRows:
+    if entry.rows:
+        return entry.rows
+    return {layer: _to_rows(backend, layouts, arrays) for layer, arrays in entry.layers.items()}
+
+
+def _to_rows(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> LayerArrays:
+    rows = []
+    for layout, array in zip(layouts, arrays, strict=True):
+        order = [layout.axes.index(axis) for axis in ROW_AXES]
+        frames = np.array(backend.to_host(array).transpose(order), order="C")
+        rows.append(NamedArray(layout.name, frames))
+    return tuple(rows)
+
+
+def _frames(rows: LayerRows) -> int:
+    """Return the number of frames of one output. Raises: ShapeError unless layers agree."""
+    counts: set[int] = {array.data.shape[1] for arrays in rows.values() for array in arrays}
+    if len(counts) > 1:
+        raise ShapeError(
+            "output in a snapshot has as many frames in every layer; got "
+            f"{', '.join(map(str, sorted(counts)))}."
         )
-        for layout, array in zip(layouts, row, strict=True)
-    )
-    return finite_output(backend, layouts, arrays)
+    return counts.pop()
+
+
+def restored(parts: Sequence[TokenRows]) -> Entry | None:
+    """Return the latest of all outputs in `parts`, with the rows of each, uncopied."""
+    entry: Entry | None = None
+    for rows in parts:
+        content = rows.content()
+        positions, starts = np.unique(rows.positions, return_index=True)
+        bounds = [*starts.tolist(), rows.positions.size]
+        for position, start, stop in zip(positions.tolist(), bounds, bounds[1:], strict=False):
+            layers = {
+                layer: tuple(array._replace(data=array.data[:, start:stop]) for array in arrays)
+                for layer, arrays in content.items()
+            }
+            entry = Entry(position, {}, entry, layers)
+    return entry
+
+
+def on_device(backend: Backend, layouts: Sequence[ArrayLayout], entry: Entry, dtype: str) -> Entry:
+    """Return `entry` with its output on the device, copied there if it is on the host.
+
+    Raises: ShapeError for rows without values; SnapshotMismatchError for rows of another form or
+        dtype.
+    """
+    if entry.rows is None:
+        return entry
+    layers = {
+        layer: _from_rows(backend, layouts, rows, dtype) for layer, rows in entry.rows.items()
+    }
+    return Entry(entry.position, layers, entry.before)
+
+
+def _from_rows(
+    backend: Backend, layouts: Sequence[ArrayLayout], rows: LayerArrays, dtype: str
+) -> Arrays:
+    """Return the rows of one layer in the layouts of the cache, with finite numbers only."""
+    if len(rows) != len(layouts):
+        raise ShapeError("an encoder's output has values in every layer.")
+    check_layer_form([rows], [layout.name for layout in layouts], len(ROW_AXES), dtype)
+    orders = ([ROW_AXES.index(axis) for axis in layout.axes] for layout in layouts)
+    # Copies: a snapshot may go on holding these rows, and a framework may share their memory.
+    copies = [np.array(a.data.transpose(o), order="C") for a, o in zip(rows, orders, strict=True)]
+    return finite_output(backend, layouts, tuple(map(backend.from_host, copies)))
 
 
 def finite_output(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> Arrays:

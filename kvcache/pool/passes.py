@@ -14,12 +14,13 @@ from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.lengths import round_up
 
-from .base import Commit
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .changes import Dropped, DroppedCell, Eviction, RowEnds
+from .owned import Commit, OwnedCache
 from .pinning import PoolPins
 from .plan import Pass
 from .single import SingleTokenStep, commit_single, plan_single
@@ -77,10 +78,11 @@ class CellPool:
 
     # Beginning a pass.
 
-    def prepare(self, batch: Batch, reserve: bool) -> Commit:
+    def prepare(self, batch: Batch, reserve: bool, cache: OwnedCache) -> Commit:
         """Check a pass and return its commit. Spills snapshots if it needs their cells.
 
-        The pass before is over: what it held is freed.
+        The pass before is over: what it held is freed. cache: of this pool, whose owners learn of
+        tokens inserted before others.
 
         Raises: CacheFullError, ValueError.
         """
@@ -97,7 +99,7 @@ class CellPool:
         groups = self.table.group(positions, sequences)
         eviction = None if self.retained is None else self._expired(groups, self.retained)
         self._make_room(len(batch), eviction)
-        return lambda: self._commit_batch(positions, sequences, groups, eviction)
+        return lambda: self._commit_batch(positions, sequences, groups, eviction, cache)
 
     def _make_room(self, tokens: int, eviction: Eviction | None) -> None:
         """Spill snapshots until there is room after `eviction`, or raise CacheFullError."""
@@ -208,9 +210,12 @@ class CellPool:
         sequences: Int32s,
         groups: SortedBatch,
         eviction: Eviction | None,
+        cache: OwnedCache,
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
         table = self.table
+        if groups.inserts:
+            cache.owners.inserted(cache, positions, sequences)
         dropped = None if eviction is None else table.to_drop(eviction)
         ends = self._row_ends(groups.inserts)
         self._before = ends, dropped, self.passes.current, self.maybe_expired
@@ -276,3 +281,18 @@ def tokens_retained(
         retained = max(retained, window + 1)
     # A window beyond the capacity never drops anything.
     return None if retained > capacity else retained
+
+
+def cells_of(max_sequences: int, retained: int | None, tokens: int, padding: int) -> int:
+    """Return the size of a pool in cells, a multiple of `padding`.
+
+    retained: tokens kept per sequence. tokens: room for those of a pass, or where all are kept
+    (None), for those of all sequences.
+
+    Raises: ValueError for more than positions can count.
+    """
+    kept = 0 if retained is None else max_sequences * (retained - 1)
+    cells = round_up(kept + tokens, padding)
+    if cells > NO_LIMIT:
+        raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
+    return cells

@@ -15,10 +15,10 @@ from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 
-from .base import Commit
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .changes import Eviction
+from .owned import Commit
 from .rows import finite_rows
 
 

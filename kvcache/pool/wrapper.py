@@ -14,8 +14,9 @@ from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
 from .ahead import TokensAhead
-from .base import Cache, Commit
+from .base import Cache
 from .batch import Batch
+from .owned import Commit
 
 
 class WrapperCache(Cache):

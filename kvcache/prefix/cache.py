@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-import numpy as np
-
 from kvcache._checks import as_budget, as_indices
 from kvcache._interrupts import uninterrupted
-from kvcache.errors import KVCacheError, NotSupportedError
+from kvcache.errors import NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
@@ -18,9 +18,10 @@ from kvcache.snapshots.snapshot import Snapshot
 from .arguments import Clock, as_positions, check_text
 from .events import Events
 from .index import SpanIndex
+from .known import KnownTokens, own_tokens
 from .media import Media, MediaIds, as_media, check_media
 from .policies import EvictionPolicy, make_policy
-from .radix import RadixTree, Tokens, as_tokens
+from .radix import RadixTree, Tokens
 from .render import render
 from .sequences import LayerSequences, PoolSequences, SequenceSource
 from .session import Request, Session
@@ -28,6 +29,7 @@ from .stats import PrefixStats
 from .stored import (
     StoredSnapshot,
     StoredSpan,
+    close_snapshots,
     contiguous_snapshots,
     is_resident,
     resumable_length,
@@ -55,8 +57,11 @@ class PrefixCache:
     clock: returns seconds, for policies; where it goes backwards, time stands still for them.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
-    thread, while one thread runs passes (MLX: in that thread). A sequence holds the output of one
-    encoder run; of several images in a request only the last can be reused.
+    thread, while one thread runs passes (MLX: in that thread). The sequences named are its own for
+    as long as it lives: no other prefix cache may use them, and nobody puts tokens there but for a
+    session.
+
+    Raises: ValueError, KVCacheError for sequences of another prefix cache, or that hold tokens.
     """
 
     def __init__(
@@ -82,11 +87,12 @@ class PrefixCache:
         """Held while a session begins or ends."""
         self.events = Events(namespace)
         self._index: SpanIndex[StoredSnapshot] = SpanIndex(
-            chosen_policy, budget, on_evict=self._on_evict
+            chosen_policy, budget, on_evict=_weakly(self._on_evict)
         )
         self._trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt
         self._salts: dict[int, str] = {}  # by id of the root of its tree
         self._active: set[Request] = set()
+        self._dropped: deque[Request] = deque()  # sessions that were dropped before their end
         self._media_ids = MediaIds()
         self._clock = read_clock
         self._sessions = self._tokens = self._matched = 0
@@ -118,7 +124,7 @@ class PrefixCache:
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
         """
-        prompt, media = as_tokens(tokens), as_media(media)
+        prompt, media = own_tokens(tokens), as_media(media)
         points = as_positions(resume_points, "resume_points")
         check_text(salt, "a salt tells tenants apart")
         if not prompt.size:
@@ -127,40 +133,43 @@ class PrefixCache:
         request: Request | None = None
         try:
             with self.lock, uninterrupted():
-                ids = self._media_ids.substitute(prompt, media)
-                request = Request(self._source.acquire(), [ids])
-                self._begin(request, ids, salt, media, points)
-                return Session(request, prompt, self.lock, self._end)
+                self._end_dropped()
+                known = KnownTokens(self._media_ids.substitute(prompt, media), salt, media)
+                now = self._clock()  # before there is anything to give back: it may raise
+                request = Request(self._source.acquire(), known)
+                self._begin(request, now, points)
+                return Session(request, prompt, self.lock, self._end, self._dropped)
         except BaseException:
             if request is not None:  # begun, before Ctrl-C was let through
                 self._end(request, store=False)
             raise
 
-    def _begin(
-        self, request: Request, ids: Tokens, salt: str, media: Media, resume_points: list[int]
-    ) -> None:
-        """Restore the longest stored prefix of `ids` and count the request as active.
+    def _begin(self, request: Request, now: float, resume_points: list[int]) -> None:
+        """Restore the longest stored prefix of a prompt and count its request as active.
 
         On an exception its sequence is released, and nothing stays pinned.
         """
-        tree = self._trees.get(salt) or self._new_tree(salt)
-        prompt_spans = self._index.follow(tree, ids)
-        known = prompt_spans[-1].stop if prompt_spans else 0
-        matched = resumable_length(prompt_spans, ids.size, media)
+        known = request.known
+        ids = known.ids
         try:
+            tree = self._trees.get(known.salt) or self._new_tree(known.salt)
+            prompt_spans = self._index.follow(tree, ids)
+            stored = prompt_spans[-1].stop if prompt_spans else 0
+            matched = resumable_length(prompt_spans, ids.size, known.media)
             if matched:
                 # Following it splits the last span of the hit where the hit ends.
                 hit_spans = self._index.follow(tree, ids[:matched])
-                self._index.pin(hit_spans[-1])
                 request.pinned = hit_spans[-1]
+                self._index.pin(hit_spans[-1])
                 request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans))
             # One token before the end as well: the same prompt again leaves its last to compute.
-            wanted = {ids.size - 1, ids.size, known, *resume_points}
+            wanted = {ids.size - 1, ids.size, stored, *resume_points}
             request.handle.schedule(sorted(p for p in wanted if matched < p <= ids.size))
+            request.handle.track(known)
+            self._index.use(self._index.follow(tree, ids), now)
         except BaseException:
             self._release(request)
             raise
-        self._index.use(self._index.follow(tree, ids), self._clock())
         request.tree, request.matched = tree, matched
         self._active.add(request)
         self._sessions += 1
@@ -181,29 +190,35 @@ class PrefixCache:
                 # Last, when the spans of this request are not pinned any more.
                 self._index.trim(self._clock())
 
+    def _end_dropped(self) -> None:
+        """End the requests of sessions that nobody ended before they were dropped."""
+        while self._dropped:
+            self._end(self._dropped.popleft(), store=False)
+
     def _store(self, request: Request) -> None:
-        """Store the tokens held by the sequence of a request, as far as they are not yet.
+        """Store the known tokens held by the sequence of a request, as far as they are not yet.
 
         All of them, or none if a framework fails.
         """
-        ids, held = np.concatenate(request.ids), request.handle.length
-        if held > ids.size:
-            raise KVCacheError(
-                f"the cache holds {held} tokens of this session, which knows {ids.size}. "
-                "Say which came behind the prompt: extend(tokens)."
-            )
-        if held <= request.matched:
-            return
+        request.handle.update_known()
+        known = request.known
+        ids, held = known.ids, request.handle.held(len(known))
         restored = request.pinned.stop if request.pinned is not None else 0
+        restored = min(restored, known.unchanged)
+        if held <= restored or not request.handle.is_whole(held):
+            return
         known_spans = self._index.follow(request.tree, ids[:held])
         snapshots = self._captured(request, known_spans, restored, held)
-        spans = self._index.extend(request.tree, ids[:held])
-        # The others were used when the request began.
-        self._index.use(spans[len(known_spans) :], self._clock())
-        new = [span for span in spans if span.payload is None and span.stop in snapshots]
-        for span in spans:
-            if span.stop in snapshots:
-                self._replace(span, snapshots[span.stop])
+        try:
+            spans = self._index.extend(request.tree, ids[:held])
+            # The others were used when the request began.
+            self._index.use(spans[len(known_spans) :], self._clock())
+            new = [span for span in spans if span.payload is None and span.stop in snapshots]
+            for span in spans:
+                if span.stop in snapshots:
+                    self._replace(span, snapshots.pop(span.stop))
+        finally:  # what a policy that raised has kept from its place
+            close_snapshots(snapshots)
         for span in new:  # last, because subscribers may raise
             self.events.stored(span, self._salt_of(span))
 
@@ -225,8 +240,7 @@ class PrefixCache:
                     if snapshot is not None:
                         snapshots[stop] = snapshot
         except BaseException:
-            for snapshot in snapshots.values():
-                snapshot.close()
+            close_snapshots(snapshots)
             raise
         return snapshots
 
@@ -252,15 +266,20 @@ class PrefixCache:
 
     def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
         previous = span.payload
-        self._index.fill(span, StoredSnapshot(snapshot))
-        if previous is not None:
-            previous.close()
+        try:
+            self._index.fill(span, StoredSnapshot(snapshot))
+        finally:  # the span is filled, also if its policy raised
+            if previous is not None:
+                previous.close()
 
     def _release(self, request: Request) -> None:
-        if request.pinned is not None:
-            self._index.pin(request.pinned, -1)
-            request.pinned = None
-        request.handle.release()
+        """Give back what a request holds: all of it, also if a policy raises."""
+        pinned, request.pinned, request.ended = request.pinned, None, True
+        try:
+            if pinned is not None:
+                self._index.pin(pinned, -1)
+        finally:
+            request.handle.release()
 
     # Its content.
 
@@ -268,6 +287,7 @@ class PrefixCache:
     def stats(self) -> PrefixStats:
         """Totals since it was made, and its state now."""
         with self.lock:
+            self._end_dropped()
             spans = self._index.kept
             return PrefixStats(
                 sessions=self._sessions,
@@ -303,6 +323,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Evict all spans not in use by a session."""
         with self.lock, uninterrupted():
+            self._end_dropped()
             now = self._clock()
             # Leaf first: only spans without children are offered to the policy, and can be evicted.
             for span in sorted(self._index.kept, key=lambda span: -span.stop):
@@ -332,3 +353,18 @@ class PrefixCache:
 
     def _on_evict(self, span: StoredSpan) -> None:
         self.events.removed(span, self._salt_of(span))
+
+
+def _weakly(on_evict: Callable[[StoredSpan], None]) -> Callable[[StoredSpan], None]:
+    """Return `on_evict`, a method, without a reference to its object.
+
+    The index of a prefix cache would otherwise keep this alive, and its sequences claimed, until
+    the garbage collector comes round.
+    """
+    method = weakref.WeakMethod(on_evict)
+
+    def evicted(span: StoredSpan) -> None:
+        if (bound := method()) is not None:
+            bound(span)
+
+    return evicted

@@ -154,13 +154,19 @@ class SpanIndex(Generic[P]):
         if previous is None:
             self._ghosts.pop(span, None)
             self.kept[span] = None
+            if span.parent is not None:
+                span.parent.children += 1
+            # Last, because the policy may raise.
             self._reconsider(span)
-            self._count_children(span.parent, 1)
+            if span.parent is not None:
+                self._reconsider(span.parent)
 
     def pin(self, span: Span[P], pins: int = 1) -> None:
         """Protect `span` and all spans before it from eviction; pins=-1 ends one protection."""
-        for pinned in span.path:
+        path = span.path
+        for pinned in path:
             pinned.pins += pins
+        for pinned in path:  # last, because the policy may raise
             self._reconsider(pinned)
 
     def trim(self, now: float) -> None:
@@ -247,9 +253,12 @@ class SpanIndex(Generic[P]):
         Leaf first: a span is not offered while spans behind it are kept, which build on it.
         """
         offered = span.payload is not None and not span.pins and not span.children
-        if offered != span.offered:
-            span.offered = offered
-            (self.policy.offer if offered else self.policy.withdraw)(span)
+        if offered == span.offered:
+            return
+        # A policy that raises leaves a span that it was not offered.
+        span.offered = False
+        (self.policy.offer if offered else self.policy.withdraw)(span)
+        span.offered = offered
 
     def _forget(self) -> None:
         """Forget the oldest ghosts beyond the limit, except pinned ones and inner nodes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from kvcache._checks import as_indices, check_ids
 from kvcache._locks import Lock
@@ -16,6 +16,7 @@ from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
 
 from .arguments import as_layers
+from .known import KnownTokens
 
 
 class SequenceHandle(ABC):
@@ -31,14 +32,32 @@ class SequenceHandle(ABC):
     def caches(self) -> LayerCaches[KVCache]:
         """Caches of the sequence, one per layer. Raises: KVCacheError over a pool."""
 
-    @property
     @abstractmethod
-    def length(self) -> int:
-        """Tokens the sequence has seen."""
+    def held(self, limit: int) -> int:
+        """Return how many tokens, up to `limit`, the sequence has seen."""
+
+    @abstractmethod
+    def is_whole(self, stop: int) -> bool:
+        """Return whether no position before `stop` was left out, as far as the sequence tells."""
 
     @abstractmethod
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         """Fill the empty sequence with contiguous `snapshots`. Raises: CacheFullError."""
+
+    @abstractmethod
+    def track(self, known: KnownTokens) -> None:
+        """Keep `known` true from now on: cut off the tokens whose rows go, or change."""
+
+    @abstractmethod
+    def update_known(self) -> None:
+        """Bring the known tokens up to date, where nothing tells of changes when they are made."""
+
+    @abstractmethod
+    def truncate(self, length: int) -> None:
+        """Take back what the sequence holds from position `length` on.
+
+        Raises: TrimError where per-layer caches cannot.
+        """
 
     @abstractmethod
     def schedule(self, positions: Iterable[int]) -> None:
@@ -65,9 +84,11 @@ class SequenceSource(ABC):
 
 
 class PoolSequences(SequenceSource):
-    """Sequences of one multi-sequence cache; snapshots share their cells.
+    """Sequences of one multi-sequence cache, and their owner; snapshots share their cells.
 
     sequences: ids that may be used, None for all of the cache.
+
+    Raises: KVCacheError for a sequence that has another owner, or holds tokens.
     """
 
     def __init__(self, cache: Cache, sequences: Iterable[int] | None) -> None:
@@ -82,6 +103,8 @@ class PoolSequences(SequenceSource):
         check_ids(cache.max_sequences, *self._free)
         if len(set(self._free)) < self._total:
             raise ValueError(f"sessions share no sequence; name each once, got {self._free[::-1]}.")
+        self._known: dict[int, KnownTokens] = {}  # by sequence of an open session
+        cache.claim(self._free, self)
 
     def acquire(self) -> PoolHandle:
         if not self._free:
@@ -89,14 +112,49 @@ class PoolSequences(SequenceSource):
                 f"every session needs a sequence of its own; all {self._total} are in use. "
                 "End a session, or init the cache with more max_sequences."
             )
-        return PoolHandle(self._cache, self._free.pop(), on_release=self._free.append)
+        if tokens := self._cache.next_position(self._free[-1]):
+            raise KVCacheError(
+                f"a sequence of sessions is used by them alone; sequence {self._free[-1]} holds "
+                f"{tokens} tokens of no session. Remove them, and name other sequences for them."
+            )
+        return PoolHandle(self._cache, self._free.pop(), self)
+
+    def track(self, sequence: int, known: KnownTokens) -> None:
+        """Keep `known` true of a sequence until it is released."""
+        self._known[sequence] = known
+
+    def release(self, sequence: int) -> None:
+        """Empty a sequence, for another session to use."""
+        self._known.pop(sequence, None)
+        try:
+            self._cache.remove(sequence, 0)
+        finally:  # a pool that was closed meanwhile may be initialised again
+            self._free.append(sequence)
+
+    # As the owner of sequences.
+
+    @property
+    def recorded(self) -> Container[int]:
+        return self._known
+
+    def truncated(self, sequence: int, length: int) -> None:
+        self._known[sequence].truncate(length)
+
+    def invalidated(self, sequence: int, start: int) -> None:
+        self._known[sequence].invalidate(start)
+
+    def copied(self, source: int, target: int, length: int) -> None:
+        self._known[target].replace(self._known.get(source), length)
+
+    def looked_ahead(self, sequence: int, start: int, stop: int) -> None:
+        self._known[sequence].look_ahead(start, stop)
 
 
 class PoolHandle(SequenceHandle):
-    """One sequence of a multi-sequence cache. on_release: called with its id in the end."""
+    """One sequence of a multi-sequence cache. source: gets it back in the end."""
 
-    def __init__(self, cache: Cache, sequence: int, on_release: Callable[[int], None]) -> None:
-        self._cache, self._sequence, self._on_release = cache, sequence, on_release
+    def __init__(self, cache: Cache, sequence: int, source: PoolSequences) -> None:
+        self._cache, self._sequence, self._source = cache, sequence, source
 
     @property
     def sequence(self) -> int:
@@ -106,12 +164,26 @@ class PoolHandle(SequenceHandle):
     def caches(self) -> LayerCaches[KVCache]:
         raise KVCacheError("sessions over a pool share its cache. Use sequence.")
 
-    @property
-    def length(self) -> int:
-        return self._cache.next_position(self._sequence)
+    def held(self, limit: int) -> int:
+        return min(limit, self._cache.next_position(self._sequence))
+
+    def is_whole(self, stop: int) -> bool:
+        # At the end, because a window may have passed `stop`; or there, where it is the end of one
+        # part of a wrapper.
+        places = {self._cache.next_position(self._sequence), stop}
+        return any(self._cache.can_resume(self._sequence, place) for place in places)
 
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         self._cache.restore(self._sequence, *snapshots)
+
+    def track(self, known: KnownTokens) -> None:
+        self._source.track(self._sequence, known)
+
+    def update_known(self) -> None:
+        """Do nothing: the pool tells of every change."""
+
+    def truncate(self, length: int) -> None:
+        self._cache.remove(self._sequence, length)
 
     def schedule(self, positions: Iterable[int]) -> None:
         self._cache.schedule(self._sequence, positions)
@@ -120,8 +192,7 @@ class PoolHandle(SequenceHandle):
         return self._cache.snapshot(self._sequence, start, stop)
 
     def release(self) -> None:
-        self._cache.remove(self._sequence, 0)
-        self._on_release(self._sequence)
+        self._source.release(self._sequence)
 
 
 class LayerSequences(SequenceSource):
@@ -151,6 +222,7 @@ class LayerHandle(SequenceHandle):
 
     def __init__(self, caches: LayerCaches[KVCache], source: LayerSequences) -> None:
         self._caches, self._source = caches, source
+        self._known: KnownTokens | None = None
 
     @property
     def sequence(self) -> int:
@@ -160,12 +232,37 @@ class LayerHandle(SequenceHandle):
     def caches(self) -> LayerCaches[KVCache]:
         return self._caches
 
-    @property
-    def length(self) -> int:
-        return min(cache.offset for cache in self._caches)
+    def held(self, limit: int) -> int:
+        return min(limit, *(cache.offset for cache in self._caches))
+
+    def is_whole(self, stop: int) -> bool:
+        return True  # positions of updates follow one another
 
     def restore(self, snapshots: Sequence[Snapshot]) -> None:
         self._caches.restore(*snapshots, backend=self._source.backend)
+
+    def track(self, known: KnownTokens) -> None:
+        self._forget_rewinds()
+        self._known = known
+
+    def update_known(self) -> None:
+        rewinds = [cache.rewound for cache in self._caches if cache.rewound is not None]
+        if not rewinds or self._known is None:
+            return
+        if any(rewind.refilled for rewind in rewinds):
+            self._known.invalidate(0)
+        else:
+            self._known.truncate(min(rewind.length for rewind in rewinds))
+        # Last: if this is interrupted, the same is done once more.
+        self._forget_rewinds()
+
+    def _forget_rewinds(self) -> None:
+        for cache in self._caches:
+            cache.rewound = None
+
+    def truncate(self, length: int) -> None:
+        self._caches.trim(max(0, self._caches.offset - length))
+        self.update_known()
 
     def schedule(self, positions: Iterable[int]) -> None:
         self._caches.schedule(positions)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NoReturn, Self
 
-from kvcache.errors import NotSupportedError
+from kvcache._checks import as_room
+from kvcache._interrupts import uninterrupted
+from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.layers.stack import LayerCaches
 
 from .arguments import as_positions
+from .known import KnownTokens, own_tokens
 from .media import check_token_ids
-from .radix import RadixTree, Tokens, as_tokens
+from .radix import RadixTree, Tokens
 from .sequences import SequenceHandle
 from .stored import StoredSpan
 
@@ -23,23 +28,34 @@ from .stored import StoredSpan
 class Request:
     """State of one request, shared by its session and the prefix cache.
 
-    handle: its sequence. ids: token ids of the prompt, with stand-ins for media, then those of
-    each extension. tree: the tree of its salt. matched: prompt tokens restored from storage.
-    pinned: the last span in use by it, None if nothing was restored.
+    handle: its sequence. known: token ids of its rows, those of the prompt first. tree: the tree
+    of its salt. matched: prompt tokens restored from storage. pinned: the last span in use by it,
+    None if nothing was restored. ended: whether the sequence was given back.
     """
 
     handle: SequenceHandle
-    ids: list[Tokens]
+    known: KnownTokens
     tree: RadixTree[StoredSpan] = field(default_factory=RadixTree)
     matched: int = 0
     pinned: StoredSpan | None = None
+    ended: bool = False
 
 
 class Session:
     """One request: the part of its prompt computed already, and the rest to compute.
 
     Comes from :meth:`PrefixCache.session`. A context manager: leaving it stores the tokens
-    computed, leaving it with an exception stores nothing.
+    computed, leaving it with an exception stores nothing. :meth:`close` does the same. A session
+    that is dropped instead stores nothing, and gives its sequence back with the next call of the
+    prefix cache.
+
+    The tokens stored are those that were named, by the prompt or :meth:`extend`, and computed, as
+    far as their keys and values are those of a run of just these tokens. The session follows what
+    is done to its sequence. Tokens that are taken back (``remove``, ``trim``, ``rollback``,
+    ``functional.trim``) are forgotten, and their successors are named by :meth:`extend`. Behind a
+    change of any other kind (removal from the middle, ``copy_prefix`` from elsewhere, ``restore``,
+    ``set_causal`` across the bounds of a medium, a token computed where the window before it was
+    lost) nothing is stored.
     """
 
     def __init__(
@@ -48,8 +64,13 @@ class Session:
         prompt: Tokens,
         lock: threading.RLock,
         end: Callable[[Request, bool], None],
+        dropped: deque[Request],
     ) -> None:
         self._request, self._prompt, self._lock, self._end = request, prompt, lock, end
+        # It may run in any thread at any line, also within a change of the prefix cache, so it
+        # makes a note only. It must not keep this session alive, nor the prefix cache.
+        self._finalizer = weakref.finalize(self, dropped.append, request)
+        self._finalizer.atexit = False
 
     def __reduce__(self) -> NoReturn:
         raise NotSupportedError(
@@ -64,39 +85,78 @@ class Session:
 
     @property
     def remaining(self) -> Tokens:
-        """Tokens of the prompt to compute, int32, at least one."""
+        """Tokens of the prompt to compute, at least one: int32, read-only."""
         return self._prompt[self.matched :]
 
     @property
     def sequence(self) -> int:
         """Id of its sequence in the pool.
 
-        Raises: KVCacheError over per-layer caches, which have no ids.
+        Raises: KVCacheError over per-layer caches, which have no ids, or after the end.
         """
-        return self._request.handle.sequence
+        return self._handle.sequence
 
     @property
     def caches(self) -> LayerCaches[KVCache]:
         """Caches of this session alone, one per layer.
 
-        Raises: KVCacheError over a pool, whose one cache all sessions share.
+        Raises: KVCacheError over a pool, whose one cache all sessions share, or after the end.
         """
-        return self._request.handle.caches
+        return self._handle.caches
+
+    @property
+    def _handle(self) -> SequenceHandle:
+        if self._request.ended:
+            raise KVCacheError(
+                "a session has a sequence until it ends, and this one has ended. Begin another."
+            )
+        return self._request.handle
 
     def extend(self, tokens: Sequence[int] | Tokens) -> None:
-        """Name the tokens after the prompt; at the end, all computed of them are stored."""
-        ids = as_tokens(tokens)
+        """Name the tokens behind those known, computed or not; an array is copied.
+
+        At the end, all that are computed by then are stored. Tokens computed and never named are
+        not, nor is anything behind them. Take tokens back before others are named in their place.
+
+        Raises: ValueError for no list of ids, KVCacheError after the end.
+        """
+        ids = own_tokens(tokens)
         check_token_ids(ids, {})
-        self._request.ids.append(ids)
+        with self._lock:
+            self._handle.update_known()
+            self._request.known.append(ids)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens only, of those named and of those computed.
+
+        For a draft that was rejected, say. Taking tokens back in the caches does the same to their
+        names; this also takes back names of tokens not computed yet.
+
+        Raises: TrimError where a ring cannot go back (use ``caches.rollback``), ValueError for a
+            negative length, KVCacheError after the end; nothing has changed then.
+        """
+        length = as_room(length, "length")
+        with self._lock, uninterrupted():
+            self._handle.truncate(length)
+            self._request.known.cut(length)
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Make `positions` resume points: keep their rows where a window or ring would drop any.
 
-        Raises: TypeError, ValueError for anything but positions >= 0; nothing has changed then.
+        Raises: KVCacheError after the end; TypeError, ValueError for anything but positions >= 0;
+            nothing has changed then.
         """
         points = as_positions(positions, "resume points")
         with self._lock:
-            self._request.handle.schedule(points)
+            self._handle.schedule(points)
+
+    def close(self, store: bool = True) -> None:
+        """End the session, and store the tokens computed unless `store` is False.
+
+        Ending it again does nothing.
+        """
+        self._end(self._request, store)
+        self._finalizer.detach()
 
     def __enter__(self) -> Self:
         return self
@@ -107,4 +167,4 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end(self._request, kind is None)
+        self.close(store=kind is None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from kvcache.snapshots.snapshot import Snapshot, last_resumable
 
 from .index import Span
-from .media import Media
 
 
 class StoredSnapshot:
@@ -65,11 +64,19 @@ def contiguous_snapshots(
     ]
 
 
-def resumable_length(spans: Sequence[StoredSpan], tokens: int, media: Media) -> int:
+def close_snapshots(snapshots: Mapping[int, Snapshot]) -> None:
+    """Close all of `snapshots`, those of spans by their stop."""
+    for snapshot in snapshots.values():
+        snapshot.close()
+
+
+def resumable_length(
+    spans: Sequence[StoredSpan], tokens: int, media: Iterable[tuple[int, int]]
+) -> int:
     """Return how many tokens of a prompt need no computing: every layer can resume after them.
 
     spans: the spans a prompt of `tokens` begins with. At least one token is left to compute, and
-    the result is never inside one of `media`.
+    the result is never inside one of the ranges `media`.
     """
     while spans and spans[-1].payload is None:
         spans = spans[:-1]

@@ -47,7 +47,7 @@ class RowOwner(Protocol):
 class TokenRows:
     """Rows of some positions of a sequence; their content never changes, only its place.
 
-    positions: int32, ascending.
+    positions: int32, ascending; several rows of one position are the frames of encoder output.
     layers: the content in host memory; None for resident rows.
     owner: the cache of resident rows.
 
@@ -186,7 +186,7 @@ class TokenRows:
         if not self.positions.size:
             return other.renewed() if every else other.take(index)
         positions = np.concatenate([self.positions, other.positions[index]])
-        order = np.argsort(positions)
+        order = np.argsort(positions, kind="stable")  # frames of one position stay in order
         with self._owner_lock():
             if self.owner is not None and self.owner is other.owner:
                 slots = np.concatenate([self.slots, other.slots[index]])[order]

@@ -289,7 +289,7 @@ class Snapshot:
         parts = [
             Part(
                 CacheSpec(record.kind, Visibility(*record.visibility), record.dtype),
-                TokenRows(record.positions, record.layers),
+                _rows_of(record),
             )
             for record in records
         ]
@@ -313,6 +313,27 @@ def _check_tokens(tokens: npt.ArrayLike | None, stop: int | None = None) -> None
 def _check_fingerprint(fingerprint: str) -> None:
     if not isinstance(fingerprint, str):
         raise TypeError(f"a fingerprint is a str; got {reprlib.repr(fingerprint)}.")
+
+
+def _rows_of(record: Record) -> TokenRows:
+    """Return the rows in a file; of encoder output a row for each frame, whatever its age."""
+    positions, layers = record.positions, record.layers
+    arrays = [array.data for rows in layers.values() for array in rows]
+    forms = {(data.shape[0], *data.shape[2:-1]) for data in arrays if data.ndim == 4}
+    # Older files hold one output as one row, [frames, kv_heads, 1, head_dim]. Anything else is
+    # refused by the cache that it is restored to.
+    if record.kind != "encoder" or positions.size != 1 or len(forms) != 1:
+        return TokenRows(positions, layers)
+    [(frames, tokens)] = forms
+    if tokens != 1 or any(data.ndim != 4 for data in arrays):
+        return TokenRows(positions, layers)
+    by_frame = {
+        layer: tuple(
+            array._replace(data=np.array(array.data[:, :, 0].swapaxes(0, 1))) for array in rows
+        )
+        for layer, rows in layers.items()
+    }
+    return TokenRows(np.repeat(positions, frames), by_frame)
 
 
 def _host_rows(rows: TokenRows) -> LayerRows:

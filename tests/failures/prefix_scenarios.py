@@ -121,7 +121,7 @@ class LayerPrefixWorld(PrefixWorld):
     def look_at_source(self):
         if self.session is None:
             return {}
-        return {"caches": look_at_layers(self.session.caches)}
+        return {"caches": attempt(lambda: look_at_layers(self.session.caches))}
 
     def left(self):
         return 0
@@ -219,6 +219,7 @@ ENDS = [
 ]
 CLEAR = Act("clear", lambda world: world.prefix.clear())
 EXTEND = Act("extend", lambda world: world.session.extend([81]), _computed(PROMPT), silent=True)
+TRUNCATE = Act("truncate", lambda world: world.session.truncate(5), _computed(PROMPT))
 SCHEDULE = Act(
     "schedule", lambda world: world.session.schedule([12]), _computed(FORKED), silent=True
 )
@@ -231,10 +232,10 @@ STATES = {
     "budget": _state(PoolPrefixWorld, [PROMPT], budget=200),
 }
 ACTS = {
-    "pool": [*BEGINS, *ENDS, CLEAR, EXTEND],
+    "pool": [*BEGINS, *ENDS, CLEAR, EXTEND, TRUNCATE],
     "small pool": [BEGINS[1], ENDS[0]],
     "window": [*BEGINS, *ENDS, SCHEDULE],
-    "layers": [*BEGINS, *ENDS, CLEAR],
+    "layers": [*BEGINS, *ENDS, CLEAR, EXTEND],
     "budget": ENDS[:2],
 }
 SCENARIOS = [

@@ -62,17 +62,21 @@ class Pool:
     def run_all(self, requests, check=True):
         """One pass for several sessions."""
         tokens = [(seq, ids, p) for seq, ids, start, stop in requests for p in range(start, stop)]
-        images = [i for i, (_, _, p) in enumerate(tokens) if p == 0] if self.media else []
+        images = [i for i, (_, ids, p) in enumerate(tokens) if self.brings_image(ids, p)]
         batch = Batch([p for _, _, p in tokens], [seq for seq, _, _ in tokens], images)
         self.cache.start_forward(batch)
         if self.media:
-            self._cross_attend(requests, [tokens[i][1][0] for i in images])
+            self._cross_attend(requests, [tokens[i][1][tokens[i][2]] for i in images])
         keys = np.array([[(ids[p], p) for _, ids, p in tokens]], np.float32)
         for kind, seen in enumerate(self.seen, self.media):
             if isinstance(self.cache, WrapperCache):
                 self.cache.set_layer_type(kind)
             for layer in range(2 if check else 1):
                 self._attend(layer, keys, seen, tokens, check)
+
+    def brings_image(self, ids, place):
+        """Whether the token at `place` comes with the output of an encoder."""
+        return self.media and place == 0
 
     def _attend(self, layer, keys, seen, tokens, check):
         self.cache.set_layer(layer)

@@ -191,7 +191,7 @@ def drawn():
     run(server, LONG)
     run(server, [*LONG[:30], 1, 2, 3], salt="")
     run(server, [5, 6, 7], salt="me")
-    server.prefix.session([*LONG[:30], 1, 2, 3])
+    server.open_session = server.prefix.session([*LONG[:30], 1, 2, 3])
     return server
 
 
@@ -318,7 +318,7 @@ def test_metrics_are_the_statistics():
     collector = register_metrics(server.prefix, registry, "mine")
     for _ in range(20):
         run(server, [chance.randrange(3) for _ in range(chance.randrange(1, 60))])
-    server.prefix.session(LONG)
+    _open = server.prefix.session(LONG)
     text, stats = client.generate_latest(registry).decode(), server.prefix.stats
     assert stats.evictions
     assert stats.active == 1

@@ -67,7 +67,7 @@ def restored_pool():
 def test_a_snapshot_of_a_window_and_an_encoder():
     wrapper, snapshot = restored_pool()
     assert (snapshot.start, snapshot.stop) == (0, 6)
-    assert [part.rows.positions.tolist() for part in snapshot.parts] == [[2, 3, 4, 5], [2]]
+    assert [part.rows.positions.tolist() for part in snapshot.parts] == [[2, 3, 4, 5], [2, 2, 2]]
     wrapper.start_forward(Batch([6], [0]))
     for layer in (0, 1):
         wrapper.set_layer_type(0)
