@@ -75,11 +75,10 @@ class CellTable:
 
     def is_run(self, cells: Int32s) -> bool:
         """Return whether `cells` are consecutive in ascending order; False without any."""
-        if not cells.size:
-            return False
-        first = cells.item(0)
+        first = cells.item(0) if cells.size else 0
         # Compared as bytes, at the speed of memcmp: this is asked for every token of a pass.
-        return cells.tobytes() == self._numbers[first : first + cells.size].tobytes()
+        run = self._numbers[first : first + cells.size]
+        return cells.size > 0 and cells.tobytes() == run.tobytes()
 
     def span(self, ids: Int32s) -> tuple[int, int]:
         """Return the smallest range of cells ``[start, stop)`` around non-empty sequences `ids`."""

@@ -55,9 +55,12 @@ class Entry(NamedTuple):
 
     def without(self, start: int, stop: int | None) -> Entry | None:
         """Return the entry that is the latest once positions ``[start, stop)`` are removed."""
-        before = None if self.before is None else self.before.without(start, stop)
-        position = position_after(self.position, start, stop)
-        return before if position is None else self._replace(position=position, before=before)
+        latest: Entry | None = None
+        for entry in [*self.chain()][::-1]:  # no recursion: a sequence may have had many images
+            position = position_after(entry.position, start, stop)
+            if position is not None:
+                latest = entry._replace(position=position, before=latest)
+        return latest
 
 
 Entries: TypeAlias = Mapping[int, Entry]
@@ -79,16 +82,21 @@ def transferred(entries: Entries, source: Backend, target: Backend) -> Entries:
     distinct = {id(array): array for arrays in layers for array in arrays}
     moved = {key: transfer(array, source, target) for key, array in distinct.items()}
 
-    def on_target(entry: Entry | None) -> Entry | None:
-        if entry is None:
-            return None
-        arrays = {
+    def on_target(latest: Entry) -> Entry:
+        *earlier, first = latest.chain()
+        moved_entry = moved_from(first, None)
+        for entry in reversed(earlier):
+            moved_entry = moved_from(entry, moved_entry)
+        return moved_entry
+
+    def moved_from(entry: Entry, before: Entry | None) -> Entry:
+        layers = {
             layer: tuple(moved[id(array)] for array in arrays)
             for layer, arrays in entry.layers.items()
         }
-        return entry._replace(layers=arrays, before=on_target(entry.before))
+        return entry._replace(layers=layers, before=before)
 
-    return {sequence: on_target(entry) or entry for sequence, entry in entries.items()}
+    return {sequence: on_target(latest) for sequence, latest in entries.items()}
 
 
 # Rows.

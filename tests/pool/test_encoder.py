@@ -470,3 +470,16 @@ def test_an_init_that_fails_binds_nothing():
     with pytest.raises(DTypeError):
         cache.init("numpy", "float7")
     cache.set_config(CacheConfig(key_layout="thd"))
+
+
+def test_any_number_of_images():
+    """Images of a sequence are followed without recursion."""
+    cache = make()
+    count = 2000
+    for image in range(count):
+        arrive(cache, 0, image, position=image)
+    cache.remove(0, count - 1)
+    assert [cache.can_resume(0, position) for position in (0, 1, count)] == [True, False, False]
+    cache.start_forward(Batch([count], [0], [0]))
+    cache.put(output(7), output(-7))
+    assert got(cache.copy(), 0) == 7
