@@ -157,9 +157,7 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "a snapshot is of 0 <= start < stop <= offset of every cache; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
-        specs = [
-            CacheSpec(kind_of(type(cache)), cache.visibility, str(cache.dtype)) for cache in self
-        ]
+        specs = [CacheSpec(kind_of(type(cache)), cache.visibility, _dtype(cache)) for cache in self]
         return exchange(
             (),
             lambda: (cache.capture(start, stop) for cache in self),
@@ -196,7 +194,7 @@ class LayerCaches(Sequence[C], Generic[C]):
     def _specs_for(self, snapshots: Sequence[Snapshot]) -> list[CacheSpec]:
         """Return the specs of these caches; one without a dtype takes that of the snapshots."""
         dtypes = [spec.dtype for spec in snapshots[0].specs] if snapshots else []
-        dtypes = dtypes if len(dtypes) == len(self) else ["" for _ in self]
+        dtypes = dtypes if len(dtypes) == len(self) else [""] * len(self)
         return [
             CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or dtype)
             for cache, dtype in zip(self, dtypes, strict=True)
@@ -349,6 +347,11 @@ def _read_records(path: str | os.PathLike[str]) -> list[_Record]:
         )
         for layer, cache in enumerate(described)
     ]
+
+
+def _dtype(cache: LayerCache) -> str | tuple[str, ...]:
+    """Return the dtype of a cache that holds something, and so has one."""
+    return cache.dtype if cache.dtype is not None else ""
 
 
 def _class_name(kind: str) -> str:

@@ -29,7 +29,8 @@ class CacheSpec(NamedTuple):
     """Name of the kind of cache, as in files."""
     visibility: Visibility
     """Rule for the tokens needed to resume: :meth:`Visibility.needed`."""
-    dtype: str
+    dtype: str | tuple[str, ...]
+    """One dtype for all arrays of a layer, or one for each."""
 
 
 @dataclass
