@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from typing import ClassVar, SupportsIndex
 
@@ -105,10 +106,10 @@ class StateCache(CopyableStates):
         self.check_not_exported()
         position, coming = as_index(position, "position"), self._coming
         if position not in self._wanted_inside(coming.tokens):
+            wanted = reprlib.repr(self._wanted_inside(coming.tokens))
             raise StateError(
-                "record takes the state behind one of the cuts of the coming update, "
-                f"{self._wanted_inside(coming.tokens)}; got position {position}. Call "
-                "cuts(tokens) first, and schedule() other positions."
+                f"record takes the state behind one of the cuts of the coming update, {wanted}; "
+                f"got position {position}. Call cuts(tokens) first, and schedule() other positions."
             )
         form = admitted(arrays, self._form or coming.form, self._asked)
         state = form.backend.owned(arrays)
@@ -180,7 +181,8 @@ class StateCache(CopyableStates):
         if not self.can_trim(tokens):
             raise TrimError(
                 f"a recurrent layer goes back only to positions with a state, "
-                f"{[0, *self.kept]}; got {tokens} tokens, position {self._offset - tokens}. "
+                f"{reprlib.repr([0, *self.kept])}; got {tokens} tokens, position "
+                f"{self._offset - tokens}. "
                 "schedule() it before its tokens come, or use checkpoint() and rollback()."
             )
 
@@ -201,11 +203,11 @@ class StateCache(CopyableStates):
         self.check_not_exported()
         mark, count = checked_accepted(self._checkpoint, self._offset, accepted)
         if not self._holds(mark + count):
-            possible = [p - mark for p in {0, *self.kept} if p >= mark]
+            possible = sorted(position - mark for position in {0, *self.kept} if position >= mark)
             raise TrimError(
                 f"the state behind position {mark + count} was not recorded; accepted can be "
-                f"{sorted(possible)}, got {count}. Record states at cuts(tokens), or accept fewer "
-                "tokens and compute the others again."
+                f"{reprlib.repr(possible)}, got {count}. Record states at cuts(tokens), or accept "
+                "fewer tokens and compute the others again."
             )
         return mark + count
 

@@ -183,8 +183,10 @@ class CopyableStates(StandaloneCache):
 
     def _fill(self, states: States, offset: int, backend: Backend, shared: bool = False) -> None:
         """Take over `states`, the last of them behind `offset`, into this empty cache."""
-        form = admitted(states[offset], self._form, backend)
-        kept = {position: state for position, state in states.items() if position < offset}
+        state, rewound = states[offset], Rewind(0, refilled=True)
+        form = admitted(state, self._form, backend)
+        kept = {position: earlier for position, earlier in states.items() if position < offset}
+        points = self._points.union(kept)
         # One statement: no signal handler runs in between.
         (
             self._form,
@@ -196,10 +198,7 @@ class CopyableStates(StandaloneCache):
             self._coming,
             self._shared,
             self.rewound,
-        ) = (
-            *(form, states[offset], offset, kept, self._points.union(states), None, NO_UPDATE),
-            *(shared, Rewind(0, refilled=True)),
-        )
+        ) = form, state, offset, kept, points, None, NO_UPDATE, shared, rewound
 
     # Copies and files.
 
