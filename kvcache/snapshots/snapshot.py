@@ -395,7 +395,7 @@ def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> 
     stop = spans[-1][1]
     if (possible := last_resumable(snapshots, stop)) != stop:
         raise KVCacheError(
-            f"the tokens before position {stop} that its cache would see are not all in these "
-            f"snapshots; the last place to go on is {possible}. Split them there."
+            f"these snapshots do not hold all that is needed to go on at position {stop}; the last "
+            f"place to go on is {possible}. Split them there."
         )
     return stop

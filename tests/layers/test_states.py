@@ -179,6 +179,7 @@ def test_wrong_states(backend, name):
         assert seen(fresh) == seen(StateCache(backend))
 
 
+@pytest.mark.cross_backend
 def test_a_state_stays_on_its_backend():
     pytest.importorskip("torch")
     cache = filled(NUMPY, 1)
@@ -186,9 +187,6 @@ def test_a_state_stays_on_its_backend():
         cache.advance(1, *state(get_backend("torch"), 2))
     with pytest.raises(DTypeError, match=r"must be an array of torch:cpu, where this cache lives"):
         StateCache("torch").advance(1, *state(NUMPY, 2))
-
-
-test_a_state_stays_on_its_backend = pytest.mark.cross_backend(test_a_state_stays_on_its_backend)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 2**31 - 1, 10**30])
@@ -298,7 +296,7 @@ def test_going_back_where_no_state_is():
     cache.trim(2)
     assert (cache.offset, cache.state, cache.kept) == (0, (), ())
     with pytest.raises(ShapeError, match="as many arrays as the first"):  # until reset
-        cache.advance(1, np.ones((1, 1)))
+        cache.advance(1, np.ones((1, 1), "f4"))
 
 
 @pytest.mark.parametrize("accepted", range(6))
@@ -341,7 +339,7 @@ class TestTorch:
     def test_transforms_are_refused(self):
         torch = pytest.importorskip("torch")
         cache = StateCache()
-        with pytest.raises(TracedArrayError, match="kvcache.functional"):
+        with pytest.raises(TracedArrayError, match=r"kvcache\.functional"):
             torch.func.vmap(lambda array: cache.advance(1, array))(torch.ones(2, 1, 3))
         assert cache.backend is None
 
@@ -352,7 +350,7 @@ def test_jax_copies_nothing_and_refuses_transforms():
     cache, array = StateCache(), jax.numpy.ones((1, 3))
     cache.advance(1, array)
     assert cache.state[0] is array
-    with pytest.raises(TracedArrayError, match="kvcache.functional"):
+    with pytest.raises(TracedArrayError, match=r"kvcache\.functional"):
         jax.jit(lambda array: cache.advance(1, array))(array)
     assert cache.offset == 1
 
@@ -385,14 +383,12 @@ def test_a_snapshot_resumes_where_a_state_was_kept(backend):
     lower, upper = whole.split(5)
     assert not lower.resumable_anywhere
     restored = StateCache(backend)
-    with pytest.raises(KVCacheError, match="the last place to go on is 3. Split them there"):
+    with pytest.raises(KVCacheError, match=r"the last place to go on is 3\. Split them there"):
         restored.restore(lower)
     assert (restored.offset, restored.dtype) == (0, None)
-    for pieces, position in (((lower, upper), 9), (upper.split(6)[:1], None)):
-        if position:
-            again = StateCache(backend)
-            again.restore(*(piece.copy() for piece in pieces))
-            check(again, position, position)
+    again = StateCache(backend)
+    again.restore(lower, upper)
+    check(again, 9, 9)
     first, _ = lower.split(3)
     restored.restore(first)
     check(restored, 3, 3)
@@ -458,7 +454,7 @@ def test_files_of_states_are_checked(tmp_path):
     }
     for name, arrays in forged.items():
         target = StateCache(NUMPY)
-        with pytest.raises(SnapshotMismatchError, match="recurrent layer|ascending positions"):
+        with pytest.raises(SnapshotMismatchError, match=r"recurrent layer|ascending positions"):
             target.from_layer(arrays, 3)
         assert target.offset == 0, name
     with pytest.raises(KVCacheError, match="names a backend; got none"):
@@ -495,12 +491,6 @@ def held(caches):
     ]
 
 
-def fresh(backend, tokens):
-    caches = hybrid(backend)
-    feed(caches, tokens)
-    return held(caches)
-
-
 def assert_goes_on_as(caches, tokens):
     """Offset, the state, and the tokens of all other layers are those of a run of `tokens`."""
     other = hybrid(caches[0].backend)
@@ -508,8 +498,7 @@ def assert_goes_on_as(caches, tokens):
     check(caches[2], tokens, tokens)
     for cache, wanted in zip(caches[:2], other[:2], strict=True):
         assert cache.offset == wanted.offset
-        if wanted.offset <= 6 or isinstance(wanted, RotatingKVCache) is False:
-            assert held([cache]) == held([wanted])
+        assert held([cache]) == held([wanted])
 
 
 @pytest.mark.parametrize("accepted", [0, 1, 3, 4])
