@@ -407,6 +407,34 @@ def test_drafts_are_in_no_snapshot():
     assert cache.copy().kept == (2, 4, 5)
 
 
+def test_a_snapshot_holds_the_states_behind_its_tokens():
+    cache = filled(NUMPY, *range(1, 8), points=[3, 5])
+    for start, stop, rows in ((0, 3, [2]), (2, 5, [2, 4]), (3, 5, [4]), (3, 7, [4, 6]), (0, 2, [])):
+        assert cache.snapshot(start, stop).parts[0].rows.positions.tolist() == rows
+
+
+def test_what_a_copy_keeps_it_goes_on_keeping():
+    twin = filled(NUMPY, 1, 2, 3, points=[2]).copy().copy()
+    twin.advance(1, *state(NUMPY, 4))
+    twin.checkpoint()
+    twin.rollback()
+    assert twin.kept == (2, 4)
+    twin.trim(2)
+    check(twin, 2, 2)
+
+
+def test_a_position_that_was_passed_is_no_resume_point():
+    cache = filled(NUMPY, 1)
+    cache.checkpoint()
+    cache.advance(1, *state(NUMPY, 2))
+    cache.advance(1, *state(NUMPY, 3))
+    cache.schedule([-1, 0, 1, 2, 3])
+    cache.advance(1, *state(NUMPY, 4))
+    assert cache.kept == (1, 2, 3, 4)
+    cache.rollback(3)
+    assert cache.kept == (3, 4)
+
+
 def test_rows_that_are_no_states_are_refused():
     snapshot = filled(NUMPY, 1, 2).snapshot().to_host()
     [part] = snapshot.parts
@@ -415,7 +443,7 @@ def test_rows_that_are_no_states_are_refused():
         (),
         good[1:],
         good[::-1],
-        (good[0]._replace(token_axis=-2), good[1]),
+        tuple(array._replace(token_axis=1) for array in good),
         (good[0], good[1]._replace(data=good[1].data[:, :1])),
         (good[0]._replace(data=good[0].data[:, 0, 0, 0]), good[1]),
         (good[0]._replace(data=good[0].data.astype(np.float64)), good[1]),

@@ -20,8 +20,9 @@ def test_a_hit_ends_at_the_deepest_kept_state(backend, name):
     assert server.ask([1, 2, 71]) == 2
 
 
-def test_a_session_rolls_a_draft_back(backend):
-    server = Server(MODELS["hybrid"](backend))
+@pytest.mark.parametrize("name", ["recurrent", "hybrid"])
+def test_a_session_rolls_a_draft_back(backend, name):
+    server = Server(MODELS[name](backend))
     ids = [1, 2, 3, 4, 5, 6]
     with server.begin(ids) as session:
         server.compute(session, ids, 0)
@@ -33,3 +34,17 @@ def test_a_session_rolls_a_draft_back(backend):
         session.extend([8])
     assert server.ask([*ids, 30, 8, 9]) == 8
     assert server.ask([*ids, 30, 31, 9]) == 6
+
+
+def test_states_of_other_tokens_are_not_stored(backend):
+    """What was put in the caches of a session behind its back belongs to no token of it."""
+    server, other = (Server(MODELS["recurrent"](backend)) for _ in range(2))
+    with other.begin([5, 6, 7]) as session:
+        other.compute(session, [5, 6, 7], 0)
+        snapshot = session.caches.snapshot().to_host()
+    with server.begin([1, 2, 3, 4]) as session:
+        server.compute(session, [1, 2, 3], 0)
+        session.caches.reset()
+        session.caches.restore(snapshot, backend=backend)
+        server.model.run(session, [5, 6, 7, 4], 3, 4)
+    assert server.ask([1, 2, 3, 4]) == 0
