@@ -63,7 +63,7 @@ class StateCache(CopyableStates):
         form = admitted(arrays, self._form or self._coming.form, self._asked)
         backend = form.backend
         state = backend.owned(arrays)
-        # Nobody else asks for a state before the next update.
+        # It is not returned, so nobody else has it computed before the next update.
         backend.evaluate(*state)
         kept, stop = self._kept, self._offset + tokens
         if self._points or self._checkpoint is not None:
@@ -86,8 +86,8 @@ class StateCache(CopyableStates):
         pieces which end there can :meth:`record` the state of each. It need not: a cache then goes
         on, and just cannot go back there.
 
-        Announces an update of so many tokens. States recorded for another one that was given up
-        are dropped.
+        Announces an update of so many tokens, and drops what was recorded for another one that was
+        given up: a layer that announces some of its updates announces all.
 
         Raises: ValueError for less than one token, ExportedError.
         """

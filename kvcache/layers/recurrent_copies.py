@@ -91,7 +91,7 @@ class CopyableStates(StandaloneCache):
 
     def __repr__(self) -> str:
         place = self.backend.spec if self.backend else "the backend of its first array"
-        return f"<StateCache offset={self.offset} on {place}>"
+        return f"<{type(self).__name__} offset={self.offset} on {place}>"
 
     # What is held.
 
@@ -223,13 +223,21 @@ class CopyableStates(StandaloneCache):
         return clone
 
     def to_backend(self, backend: str | Backend) -> Self:
+        """Return an independent cache on `backend`, equal bit for bit; no checkpoint, no schedule.
+
+        The states are shared where the two frameworks can share memory, because neither cache
+        writes to them, and else copied through the host. This cache stays as it is.
+
+        Raises: DTypeError where `backend` lacks a dtype; UnknownBackendError,
+            BackendNotAvailableError.
+        """
         self.check_not_exported()
         target = get_backend(backend)
         clone = self.make(target, self.options)
         if self._form is not None and self._state:
-            self._shared = True  # the frameworks may share memory
+            self._shared = True
             move = partial(transfer, source=self._form.backend, target=target)
-            states = {p: target.owned(tuple(map(move, s))) for p, s in self._resumable().items()}
+            states = {p: tuple(map(move, state)) for p, state in self._resumable().items()}
             target.sync(*(array for state in states.values() for array in state))
             clone._fill(states, self._offset, target, shared=True)
         return clone

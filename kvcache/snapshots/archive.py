@@ -41,7 +41,7 @@ _SNAPSHOT = schema.record(
                         _POSITION,
                     ),
                     "dtype": schema.either(
-                        schema.one_of(*HOST_DTYPES), schema.list_of(schema.one_of(*HOST_DTYPES))
+                        schema.list_of(schema.one_of(*HOST_DTYPES)), schema.one_of(*HOST_DTYPES)
                     ),
                     "arrays": schema.mapping_of(schema.either(_NONE, schema.integer(-64, 63))),
                 }

@@ -47,4 +47,14 @@ def test_states_of_other_tokens_are_not_stored(backend):
         session.caches.reset()
         session.caches.restore(snapshot, backend=backend)
         server.model.run(session, [5, 6, 7, 4], 3, 4)
-    assert server.ask([1, 2, 3, 4]) == 0
+    assert server.ask([1, 2, 3, 4, 9]) == 0
+
+
+def test_tokens_taken_back_are_not_stored(backend):
+    server = Server(MODELS["recurrent"](backend))
+    ids = [1, 2, 3, 4, 5, 6]
+    with server.begin(ids) as session:
+        server.compute(session, ids, 0)
+        session.caches.trim(1)
+        server.model.run(session, [*ids[:5], 60], 5, 6)
+    assert server.ask([*ids, 9]) == 5
