@@ -361,11 +361,12 @@ class EncoderCache(Cache):
     ) -> Commit:
         if sequence in self._stored():
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
-        # A sequence has one output: that of the latest snapshot with any.
-        latest = [part.rows for [part] in parts if part.rows.positions.size]
+        # A sequence has one output: that of the latest snapshot with any before the position.
+        held = [(part.rows, np.searchsorted(part.rows.positions, position)) for [part] in parts]
+        latest = [(rows, int(count) - 1) for rows, count in held if count]
         if not latest:
             return lambda: None
-        entry = self._entry_of(latest[-1])  # copied now, as it may raise
+        entry = self._entry_of(*latest[-1])  # copied now, as it may raise
         entries, known = {**self._entries, sequence: entry}, self._known | entry.layers.keys()
 
         def commit() -> None:
@@ -374,13 +375,13 @@ class EncoderCache(Cache):
 
         return commit
 
-    def _entry_of(self, rows: TokenRows) -> Entry:
-        """Return the last of `rows` as an entry, copied to the device."""
-        last: LayerRows = rows.read(np.array([rows.positions.size - 1]))
+    def _entry_of(self, rows: TokenRows, index: int) -> Entry:
+        """Return one of `rows` as an entry, copied to the device."""
+        last: LayerRows = rows.read(np.array([index]))
         layers = {
             layer: from_row(self._bound(), self._layouts, arrays) for layer, arrays in last.items()
         }
-        return Entry(int(rows.positions[-1]), layers)
+        return Entry(int(rows.positions[index]), layers)
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), self._shallow_copy()

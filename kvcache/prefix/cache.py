@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from sys import getsizeof
 from typing import NoReturn
 
 import numpy as np
@@ -23,14 +25,18 @@ from .radix import RadixTree, Tokens, as_tokens
 from .render import render
 from .sequences import LayerSequences, PoolSequences, SequenceSource
 from .session import Request, Session
+from .spans import Prefix
 from .stats import PrefixStats
 from .stored import (
+    StoredPrefix,
     StoredSnapshot,
     StoredSpan,
     contiguous_snapshots,
     is_resident,
     resumable_length,
 )
+
+_MIN_INDEX_BUDGET = 1 << 26
 
 
 class PrefixCache:
@@ -47,6 +53,8 @@ class PrefixCache:
         per-layer caches, where every session gets caches of its own, filled by copying.
     budget: bytes stored at most, None for no limit. Cells of the pool count as well; they are
         copied to host memory when the pool needs the room.
+    index_budget: bytes of host memory at most for everything else that is remembered: token ids,
+        evicted spans, salts, media. None for a sixteenth of `budget`, and no less than 64 MiB.
     policy: choice of what to evict: ``"lru"``, ``"s3fifo"``, ``"cost"``, ``"gittins"`` or a
         :class:`~kvcache.prefix.policies.EvictionPolicy`.
     sequences: ids of the pool for sessions to use, None for all.
@@ -63,14 +71,15 @@ class PrefixCache:
         cache: Cache | Sequence[KVCache],
         *,
         budget: int | None = 1 << 30,
+        index_budget: int | None = None,
         policy: str | EvictionPolicy = "lru",
         sequences: Iterable[int] | None = None,
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        budget = None if budget is None else as_index(budget, "budget")
-        if budget is not None and budget < 0:
-            raise ValueError(f"a budget is bytes >= 0, or None for no limit; got {budget}.")
+        budget, index_budget = _as_budget(budget), _as_budget(index_budget)
+        if index_budget is None and budget is not None:
+            index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
         self._source: SequenceSource
         if isinstance(cache, Cache):
             self._source = PoolSequences(cache, sequences)
@@ -80,10 +89,14 @@ class PrefixCache:
         """Held while a session begins or ends."""
         self.events = Events(namespace)
         self._index: SpanIndex[StoredSnapshot] = SpanIndex(
-            make_policy(policy), budget, on_evict=self._on_evict
+            make_policy(policy),
+            budget,
+            index_budget=index_budget,
+            on_evict=self.events.removed,
+            on_empty=self._drop_tree,
+            others=lambda: getsizeof(self._trees) + self._media_ids.nbytes,
         )
-        self._trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt
-        self._salts: dict[int, str] = {}  # by id of the root of its tree
+        self._trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
         self._active: set[Request] = set()
         self._media_ids = MediaIds()
         self._clock = clock
@@ -124,9 +137,9 @@ class PrefixCache:
         request: Request | None = None
         try:
             with self.lock, uninterrupted():
-                ids = self._media_ids.substitute(prompt, media)
-                request = Request(self._source.acquire(), [ids])
-                self._begin(request, ids, salt, media, points)
+                ids, placements = self._media_ids.substitute(prompt, media)
+                request = Request(self._source.acquire(), [ids], placements, salt)
+                self._begin(request, ids, media, points)
                 return Session(request, prompt, self.lock, self._end)
         except BaseException:
             if request is not None:  # begun, before Ctrl-C was let through
@@ -134,31 +147,28 @@ class PrefixCache:
             raise
 
     def _begin(
-        self, request: Request, ids: Tokens, salt: str, media: Media, resume_points: list[int]
+        self, request: Request, ids: Tokens, media: Media, resume_points: list[int]
     ) -> None:
         """Restore the longest stored prefix of `ids` and count the request as active.
 
         On an exception its sequence is released, and nothing stays pinned.
         """
-        tree = self._trees.get(salt) or self._new_tree(salt)
-        prompt_spans = self._index.follow(tree, ids)
-        known = prompt_spans[-1].stop if prompt_spans else 0
-        matched = resumable_length(prompt_spans, ids.size, media)
+        prompt_spans, known = prefix = self._follow(request, ids)
+        matched = resumable_length(prefix, ids.size, media)
         try:
             if matched:
-                # Following it splits the last span of the hit where the hit ends.
-                hit_spans = self._index.follow(tree, ids[:matched])
+                hit_spans = [span for span in prompt_spans if span.start < matched]
                 self._index.pin(hit_spans[-1])
                 request.pinned = hit_spans[-1]
-                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans))
+                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans), matched)
             # One token before the end as well: the same prompt again leaves its last to compute.
             wanted = {ids.size - 1, ids.size, known, *resume_points}
             request.handle.schedule(sorted(p for p in wanted if matched < p <= ids.size))
         except BaseException:
             self._release(request)
             raise
-        self._index.use(self._index.follow(tree, ids), self._clock())
-        request.tree, request.matched = tree, matched
+        self._index.use(prompt_spans, self._clock())
+        request.matched = matched
         self._active.add(request)
         self._sessions += 1
         self._tokens += ids.size
@@ -166,7 +176,7 @@ class PrefixCache:
 
     def _end(self, request: Request, store: bool) -> None:
         """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
-        with self.lock, uninterrupted():
+        with self._changing():
             if request not in self._active:
                 return
             self._active.remove(request)
@@ -191,39 +201,45 @@ class PrefixCache:
             )
         if held <= request.matched:
             return
-        restored = request.pinned.stop if request.pinned is not None else 0
-        known_spans = self._index.follow(request.tree, ids[:held])
-        snapshots = self._captured(request, known_spans, restored, held)
-        spans = self._index.extend(request.tree, ids[:held])
+        known = self._follow(request, ids[:held])
+        if known.length == held and all(span.complete for span in known.spans):
+            return
+        snapshots = self._captured(request, known, held)
+        try:
+            for span in known.spans:
+                # Before a span is split, so that both parts get what belongs to them.
+                if span.payload is not None and span.start in snapshots:
+                    self._replace(span, snapshots.pop(span.start))
+            tree = self._trees.setdefault(request.salt, RadixTree(request.salt))
+            spans = self._index.extend(tree, ids[:held], request.media)
+        except BaseException:
+            _close(snapshots)
+            raise
         # The others were used when the request began.
-        self._index.use(spans[len(known_spans) :], self._clock())
-        new = [span for span in spans if span.payload is None and span.stop in snapshots]
+        self._index.use([span for span in spans if span.start >= known.length], self._clock())
         for span in spans:
-            if span.stop in snapshots:
-                self._replace(span, snapshots[span.stop])
-        for span in new:  # last, because subscribers may raise
-            self.events.stored(span, self._salt_of(span))
+            if span.start in snapshots:
+                self._index.fill(span, StoredSnapshot(snapshots[span.start]))
+                self.events.stored(span)
 
     def _captured(
-        self, request: Request, known_spans: list[StoredSpan], restored: int, held: int
+        self, request: Request, known: StoredPrefix, held: int
     ) -> dict[int, Snapshot]:
-        """Return snapshots to store, by stop: of spans behind `restored`, up to `held` tokens.
+        """Return snapshots to store, by start: of spans behind the hit, up to `held` tokens.
 
-        They are of whole spans, in addition to any rows stored already: of `known_spans`, and of
-        the span to come behind them. Spans of which the request has no rows are left out.
+        Of known spans with a payload they have its rows in addition. Spans of which the request
+        has no rows are left out.
         """
-        ends = [0, *(span.stop for span in known_spans), held]
-        stored = [*(span.payload for span in known_spans), None]
+        pieces = [(span.start, min(span.stop, known.length), span.payload) for span in known.spans]
         snapshots: dict[int, Snapshot] = {}
         try:
-            for start, stop, payload in zip(ends[:-1], ends[1:], stored, strict=True):
-                if start < stop and restored < stop:
+            for start, stop, payload in [*pieces, (known.length, held, None)]:
+                if start < stop and request.matched < stop:
                     snapshot = self._capture(request, start, stop, payload)
                     if snapshot is not None:
-                        snapshots[stop] = snapshot
+                        snapshots[start] = snapshot
         except BaseException:
-            for snapshot in snapshots.values():
-                snapshot.close()
+            _close(snapshots)
             raise
         return snapshots
 
@@ -254,9 +270,11 @@ class PrefixCache:
             previous.close()
 
     def _release(self, request: Request) -> None:
+        request.media, request.ended = (), True
         if request.pinned is not None:
-            self._index.pin(request.pinned, -1)
-            request.pinned = None
+            pinned, request.pinned = request.pinned, None
+            self._index.pin(pinned, -1)
+            self._index.settle(pinned)
         request.handle.release()
 
     # Its content.
@@ -277,6 +295,8 @@ class PrefixCache:
                 resident=sum(span.nbytes for span in spans if is_resident(span)),
                 spans=len(spans),
                 evictions=self._index.evictions,
+                index_nbytes=self._index.index_nbytes,
+                index_budget=self._index.index_budget,
             )
 
     def render(
@@ -296,34 +316,46 @@ class PrefixCache:
             return render(self._trees, self._index.nbytes, decode, svg, width)
 
     def clear(self) -> None:
-        """Evict all spans not in use by a session."""
-        with self.lock, uninterrupted():
-            now = self._clock()
+        """Evict all spans not in use by a session, and forget those evicted before."""
+        with self._changing():
+            now, kept = self._clock(), list(self._index.kept)
             # Leaf first: only spans without children are offered to the policy, and can be evicted.
-            for span in sorted(self._index.kept, key=lambda span: -span.stop):
+            for span in sorted(kept, key=lambda span: -span.stop):
                 if not span.pins:
                     self._index.evict(span, now)
-            # Sessions will extend their trees, and their ids have stand-ins for media.
-            if not self._active:
-                self._index.drop_ghosts()
-                self._trees, self._salts = {}, {}
-                self._media_ids.clear()
-            if not self._index.kept:
+            self._index.forget_ghosts()
+            if kept and not self._index.kept:
                 self.events.cleared()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change the content under the lock; subscribers hear of it when that is done."""
+        with self.lock:
+            try:
+                with uninterrupted():
+                    yield
+            finally:
+                self.events.deliver()
 
     # Trees.
 
-    def _new_tree(self, salt: str) -> RadixTree[StoredSpan]:
-        tree: RadixTree[StoredSpan] = RadixTree()
-        self._trees[salt] = tree
-        self._salts[id(tree.root)] = salt
-        return tree
+    def _follow(self, request: Request, ids: Tokens) -> StoredPrefix:
+        """Return what is known of `ids`, which begin the tokens of a request."""
+        tree = self._trees.get(request.salt)
+        return self._index.follow(tree, ids) if tree is not None else Prefix([], 0)
 
-    def _salt_of(self, span: StoredSpan) -> str:
-        node = span.node
-        while node.parent is not None:
-            node = node.parent
-        return self._salts[id(node)]
+    def _drop_tree(self, tree: RadixTree[StoredSpan]) -> None:
+        self._trees.pop(tree.salt, None)
 
-    def _on_evict(self, span: StoredSpan) -> None:
-        self.events.removed(span, self._salt_of(span))
+
+def _as_budget(budget: int | None) -> int | None:
+    """Return a number of bytes as an int. Raises: ValueError for a negative one."""
+    budget = None if budget is None else as_index(budget, "budget")
+    if budget is not None and budget < 0:
+        raise ValueError(f"a budget is bytes >= 0, or None for no limit; got {budget}.")
+    return budget
+
+
+def _close(snapshots: dict[int, Snapshot]) -> None:
+    for snapshot in snapshots.values():
+        snapshot.close()

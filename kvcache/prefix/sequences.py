@@ -35,8 +35,11 @@ class SequenceHandle(ABC):
         """Tokens the sequence has seen."""
 
     @abstractmethod
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
-        """Fill the empty sequence with contiguous `snapshots`. Raises: CacheFullError."""
+    def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
+        """Fill the empty sequence with contiguous `snapshots`, up to `stop` in the last one.
+
+        Raises: CacheFullError.
+        """
 
     @abstractmethod
     def schedule(self, positions: Iterable[int]) -> None:
@@ -106,8 +109,8 @@ class PoolHandle(SequenceHandle):
     def length(self) -> int:
         return self._cache.next_position(self._sequence)
 
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
-        self._cache.restore(self._sequence, *snapshots)
+    def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
+        self._cache.restore(self._sequence, *snapshots, stop=stop)
 
     def schedule(self, positions: Iterable[int]) -> None:
         self._cache.schedule(self._sequence, positions)
@@ -156,8 +159,8 @@ class LayerHandle(SequenceHandle):
     def length(self) -> int:
         return min(cache.offset for cache in self._caches)
 
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
-        self._caches.restore(*snapshots, backend=self._source.backend)
+    def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
+        self._caches.restore(*snapshots, stop=stop, backend=self._source.backend)
 
     def schedule(self, positions: Iterable[int]) -> None:
         self._caches.schedule(positions)

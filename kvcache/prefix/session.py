@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self
 
-from kvcache.errors import NotSupportedError
+from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.growing import KVCache
 from kvcache.layers.stack import LayerCaches
 
-from .media import check_token_ids
-from .radix import RadixTree, Tokens, as_tokens
+from .media import Placement, check_token_ids
+from .radix import Tokens, as_tokens
 from .sequences import SequenceHandle
 from .stored import StoredSpan
 
@@ -23,15 +23,18 @@ class Request:
     """State of one request, shared by its session and the prefix cache.
 
     handle: its sequence. ids: token ids of the prompt, with stand-ins for media, then those of
-    each extension. tree: the tree of its salt. matched: prompt tokens restored from storage.
-    pinned: the last span in use by it, None if nothing was restored.
+    each extension. media: where the stand-ins are. salt: that of its tree. matched: prompt tokens
+    restored from storage. pinned: the last span in use by it, None if nothing was restored.
+    ended: whether its sequence was given back.
     """
 
     handle: SequenceHandle
     ids: list[Tokens]
-    tree: RadixTree[StoredSpan] = field(default_factory=RadixTree)
+    media: tuple[Placement, ...] = ()
+    salt: str = ""
     matched: int = 0
     pinned: StoredSpan | None = None
+    ended: bool = False
 
 
 class Session:
@@ -70,8 +73,11 @@ class Session:
     def sequence(self) -> int:
         """Id of its sequence in the pool.
 
-        Raises: KVCacheError over per-layer caches, which have no ids.
+        Raises: KVCacheError over per-layer caches, which have no ids, and after the end of the
+            session, when the sequence may be another one's.
         """
+        if self._request.ended:
+            raise KVCacheError("the session has ended, and its sequence with it. Begin another.")
         return self._request.handle.sequence
 
     @property

@@ -1,7 +1,6 @@
 """Sessions that fail, and what a prefix cache can be made with."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -78,7 +77,7 @@ def test_no_cell_is_left():
     assert before.resident == 0 < before.nbytes
     with pytest.raises(CacheFullError, match="restoring needs 14 free cells; 8 of 24"):
         server.begin(LONG)
-    assert server.prefix.stats == replace(before, spans=2)  # parted where the hit would have ended
+    assert server.prefix.stats == before
     check_accounts(server)
     model.cache.remove(2, 4)
     assert server.ask(LONG) == len(LONG) - 1

@@ -1,6 +1,7 @@
 """The index of spans against a dict of what each token of each sequence has seen."""
 
 import random
+from sys import getsizeof
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache import KVCacheError
+from kvcache.prefix.footprint import of_span, of_tree
 from kvcache.prefix.index import SpanIndex
 from kvcache.prefix.policies import LRU, POLICIES, make_policy
 from kvcache.prefix.radix import RadixTree
@@ -29,6 +31,17 @@ class Rows:
         first, second = self.rows[:tokens], self.rows[tokens:]
         return Rows(first, self.resumable_anywhere), Rows(second, self.resumable_anywhere)
 
+    overhead = 5
+
+    def joins(self, following):
+        return self.resumable_anywhere
+
+    def join(self, following):
+        return Rows([*self.rows, *(row for each in following for row in each.rows)])
+
+    def reduced(self, position):
+        return None
+
     def close(self):
         assert not self.closed
         self.closed = True
@@ -47,11 +60,20 @@ def tokens_of(span):
     return [each for part in span.path for each in np.frombuffer(part.node.edge, "<i4").tolist()]
 
 
+def footprint_of(tree):
+    """Bytes of a tree and all of its spans, counted anew."""
+    spans = [node.value for node in tree.root.below() if node.value is not None]
+    nbytes = sum(of_span(span) + (span.payload.overhead if span.payload else 0) for span in spans)
+    return nbytes + (of_tree(tree) + getsizeof(tree.root.children) if spans else 0)
+
+
 class World:
     """An index over one tree, and the dict: (uses, used) by the tokens up to each."""
 
-    def __init__(self, name="lru", budget=None, **options):
-        self.index, self.tree = SpanIndex(make_policy(name), budget, **options), RadixTree()
+    def __init__(self, name="lru", budget=None, ghosts=None, **options):
+        """Ghosts are given in bytes, of everything outside the budget."""
+        self.index = SpanIndex(make_policy(name), budget, index_budget=ghosts, **options)
+        self.tree = RadixTree()
         self.now, self.asked, self.pinned = 0.0, {}, []
         self.resumable_anywhere = True
 
@@ -72,45 +94,59 @@ class World:
                 )
 
     def find(self, ids):
-        """What is kept of the beginning of `ids`."""
-        found = []
-        for span in self.index.follow(self.tree, np.array(ids, np.int32)):
+        """What is kept of the beginning of `ids`; finding it changes nothing."""
+        found, before = [], list(map(id, self.spans()))
+        spans, length = self.index.follow(self.tree, np.array(ids, np.int32))
+        for span in spans:
             if span.payload is None:
                 break
             found += span.payload.rows
-        return found
+        assert list(map(id, self.spans())) == before
+        assert not spans or spans[-1].start < length <= spans[-1].stop
+        return found[:length]
 
     def pin(self, ids):
-        spans = self.index.follow(self.tree, np.array(ids, np.int32))
+        spans, _ = self.index.follow(self.tree, np.array(ids, np.int32))
         if spans:
             self.index.pin(spans[-1])
-            self.pinned.append((spans[-1], tokens_of(spans[-1]), self.find(ids)))
+            self.pinned.append((spans[-1], tokens_of(spans[-1]), self.find(tokens_of(spans[-1]))))
 
     def unpin(self, number):
         if self.pinned:
             span, *_ = self.pinned.pop(number % len(self.pinned))
             self.index.pin(span, -1)
+            self.index.settle(span)
 
     def trim(self, budget):
         self.index.budget = budget
         self.index.trim(self.now)
         if self.index.nbytes > budget:
             assert all(span.pins for span in self.spans() if span.payload and not span.children)
+        limit = self.index.index_budget
+        if limit is not None and self.index._reserved > limit:
+            assert all(span.pins or span.node.children for span in self.spans())
 
     def check(self):
         spans = self.spans()
         ghosts = {span for span in spans if span.payload is None}
+        idle = {span for span in ghosts if not span.pins and not span.node.children}
         assert self.index.nbytes == sum(span.nbytes for span in spans)
-        assert set(self.index._ghosts) == ghosts
+        assert set(self.index._ghosts) == idle
         assert set(self.index.kept) == set(spans) - ghosts
-        known = set()
+        assert self.index._tracked == footprint_of(self.tree)
+        assert self.index._spans == len(spans)
+        known = {}
         for span in spans:
             self.check_span(span)
             ids = tokens_of(span)
             for stop in range(span.start + 1, span.stop + 1):
-                known.add(tuple(ids[:stop]))
-                assert self.asked[tuple(ids[:stop])] == (span.uses, span.used)
-        self.asked = {ids: seen for ids, seen in self.asked.items() if ids in known}
+                uses, used = self.asked[tuple(ids[:stop])]
+                # Joined spans have the uses of the last one: the least.
+                assert uses >= span.uses
+                assert used == span.used
+                known[tuple(ids[:stop])] = span.uses, used
+            assert uses == span.uses
+        self.asked = known
         for span, ids, found in self.pinned:
             assert tokens_of(span) == ids
             assert self.find(ids)[: len(found)] == found, "what was pinned has gone"
@@ -140,7 +176,7 @@ OPERATION = st.one_of(
 
 @given(
     st.sampled_from(sorted(POLICIES)),
-    st.integers(0, 8),
+    st.sampled_from([None, 0, 1_500, 4_000, 8_000]),
     st.booleans(),
     st.lists(OPERATION, max_size=30),
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
+from sys import getsizeof
 from typing import Protocol
 
 
@@ -52,6 +53,14 @@ class EvictionPolicy(ABC):
     A policy serves one index, from when that is made. Times are seconds and never go backwards.
     """
 
+    data_nbytes: int = 0
+    """Bytes of memory that `policy_data` of one span takes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the policy takes, `policy_data` aside; counted in statistics."""
+        return 0
+
     def use(self, span: PolicySpan, now: float) -> None:  # noqa: B027 - not all need to know
         """Take note of a request for `span`; its `uses` and `used` do not count it yet.
 
@@ -74,37 +83,73 @@ class EvictionPolicy(ABC):
         """Take note of the eviction of `span`, a candidate until now."""
         self.withdraw(span)
 
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        """Return True if the two parts of a sequence, used at the same time, may be one again.
+
+        The span of both has `uses` and `policy_data` of `lower`.
+        """
+        return upper.uses == lower.uses and upper.policy_data == lower.policy_data
+
+
+_MAX_STALE = 64
+"""Entries without a span that are left in a queue in any case."""
+_ENTRY_NBYTES = getsizeof((0.5, 0)) + getsizeof(0.5) + getsizeof(1 << 20)
+
 
 class Queue:
     """Offered spans in the order of a key, the least first.
 
     key: of a span; may change while it is queued, but only grow. None: not for this queue.
 
-    A span withdrawn stays in the heap until its turn comes, as a heap finds only its first
-    element fast; if it is offered again before, it is still there.
+    A heap finds only its first element fast. So the entry of a span withdrawn stays until its
+    turn comes, without the span; there are never more of these than others, but for a few.
     """
 
     def __init__(self, key: Callable[[PolicySpan], float | None]) -> None:
         self._key, self._order = key, count()
-        # The number decides between equal keys: spans cannot be compared.
-        self._heap: list[tuple[float, int, PolicySpan]] = []
-        self._queued: set[PolicySpan] = set()
+        # Numbers, not spans, which cannot be compared and shall not be kept alive by the heap.
+        self._heap: list[tuple[float, int]] = []
+        self._spans: dict[int, PolicySpan] = {}
+        self._numbers: dict[PolicySpan, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes, spans aside."""
+        tables = getsizeof(self._heap) + getsizeof(self._spans) + getsizeof(self._numbers)
+        return tables + len(self._heap) * _ENTRY_NBYTES
 
     def add(self, span: PolicySpan) -> None:
-        """Queue `span`, unless it is queued already or has no key here."""
+        """Queue `span`, unless it has no key here."""
         key = self._key(span)
-        if key is not None and span not in self._queued:
-            self._queued.add(span)
-            heappush(self._heap, (key, next(self._order), span))
+        if key is not None:
+            number = next(self._order)
+            self._spans[number], self._numbers[span] = span, number
+            heappush(self._heap, (key, number))
+
+    def withdraw(self, span: PolicySpan) -> None:
+        """Take `span` out, if it is queued."""
+        number = self._numbers.pop(span, None)
+        if number is not None:
+            del self._spans[number]
+            if len(self._heap) > 2 * len(self._spans) + _MAX_STALE:
+                self._compact()
 
     def first(self) -> PolicySpan | None:
-        """Return the offered span of the least key, None without any. It stays queued."""
-        while self._heap:
-            key, _, span = self._heap[0]
-            if span.offered and self._key(span) == key:
-                return span
-            heappop(self._heap)
-            self._queued.remove(span)
-            if span.offered:  # its key has grown since
+        """Return the span of the least key, None without any. It stays queued."""
+        heap, spans = self._heap, self._spans
+        while heap:
+            key, number = heap[0]
+            span = spans.get(number)
+            if span is not None:
+                if self._key(span) == key:
+                    return span
+                del spans[number]  # its key has grown since
                 self.add(span)
+            heappop(heap)
         return None
+
+    def _compact(self) -> None:
+        """Drop entries without a span, and tables that kept their size when spans went."""
+        self._spans, self._numbers = dict(self._spans), dict(self._numbers)
+        self._heap = [entry for entry in self._heap if entry[1] in self._spans]
+        heapify(self._heap)

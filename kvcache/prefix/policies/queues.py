@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
+from sys import getsizeof
 
 from .base import EvictionPolicy, PolicySpan, Queue
 
@@ -16,16 +18,23 @@ class LRU(EvictionPolicy):
     """Least recently used first."""
 
     def __init__(self) -> None:
-        self._queue = Queue(lambda span: span.used)
+        self._queue = Queue(attrgetter("used"))
+
+    @property
+    def nbytes(self) -> int:
+        return self._queue.nbytes
 
     def offer(self, span: PolicySpan) -> None:
         self._queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        """Do nothing: the queue skips spans not offered."""
+        self._queue.withdraw(span)
 
     def victim(self, now: float) -> PolicySpan | None:
         return self._queue.first()
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        return True  # the time of their last use is all that counts
 
 
 @dataclass(slots=True)  # not frozen, which would make every new one cost thrice as much
@@ -81,6 +90,8 @@ class S3FIFO(EvictionPolicy):
     small: share of the small queue, 0 to 1.
     """
 
+    data_nbytes = getsizeof(QueueSlot(0)) + 2 * getsizeof(1 << 20)
+
     def __init__(self, small: float = 0.1) -> None:
         self._share = small
         self._turns = count()
@@ -88,6 +99,10 @@ class S3FIFO(EvictionPolicy):
         # As of the offer: a span that is split while it is offered has fewer bytes when it goes.
         self._sizes: dict[PolicySpan, int] = {}
         self._evicted = 0  # bytes by the small queue so far
+
+    @property
+    def nbytes(self) -> int:
+        return self._small.queue.nbytes + self._main.queue.nbytes + getsizeof(self._sizes)
 
     def use(self, span: PolicySpan, now: float) -> None:
         slot = span.policy_data
@@ -106,7 +121,9 @@ class S3FIFO(EvictionPolicy):
         fifo.queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        self._fifo_of(self._slot_of(span)).nbytes -= self._sizes.pop(span)
+        fifo = self._fifo_of(self._slot_of(span))
+        fifo.nbytes -= self._sizes.pop(span)
+        fifo.queue.withdraw(span)
 
     def victim(self, now: float) -> PolicySpan | None:
         # So many second chances at most: no call waits for a whole queue to pass.
@@ -123,6 +140,9 @@ class S3FIFO(EvictionPolicy):
         if not slot.main:
             self._evicted += span.nbytes
             span.policy_data = QueueSlot(slot.turn, evicted_at=self._evicted)
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        return upper.policy_data == lower.policy_data
 
     def _returns_soon(self, ghost: QueueSlot) -> bool:
         """True if the small queue evicted no more bytes since than the main queue holds."""
@@ -174,6 +194,8 @@ class Cost(EvictionPolicy):
     last one evicted when it was used: so a span that is not used any more goes in the end.
     """
 
+    data_nbytes = 0  # a level is shared by all spans used at it
+
     def __init__(self, cost: Callable[[int, int], float] = recompute_cost) -> None:
         self._cost = cost
         self._queue = Queue(self._worth)
@@ -182,17 +204,27 @@ class Cost(EvictionPolicy):
     def use(self, span: PolicySpan, now: float) -> None:
         span.policy_data = self._level
 
+    @property
+    def nbytes(self) -> int:
+        return self._queue.nbytes
+
     def offer(self, span: PolicySpan) -> None:
         self._queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        """Do nothing: the queue skips spans not offered."""
+        self._queue.withdraw(span)
 
     def victim(self, now: float) -> PolicySpan | None:
         return self._queue.first()
 
     def evict(self, span: PolicySpan, now: float) -> None:
+        self.withdraw(span)
         self._level = max(self._level, self._worth(span))
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        # Numbers of uses that differ little are worth no lookup of one more span.
+        same_order = upper.uses.bit_length() == lower.uses.bit_length()
+        return same_order and upper.policy_data == lower.policy_data
 
     def _worth(self, span: PolicySpan) -> float:
         level = span.policy_data if isinstance(span.policy_data, float) else 0.0
