@@ -26,6 +26,8 @@ from .spans import P, Payload, Prefix, Span
 
 __all__ = ["Payload", "Prefix", "Span", "SpanIndex"]
 
+_ROOM = 1_000
+"""Bytes of tables without entries, rounded up."""
 _MIN_JOINED = 4
 """Spans joined at once at least: joining rows on the host copies them."""
 
@@ -211,7 +213,7 @@ class SpanIndex(Generic[P]):
 
         Tables of Python keep their size when entries go, until they grow again.
         """
-        entries = ENTRY * len(self.kept)
+        entries = _ROOM + ENTRY * len(self.kept)
         entries += ORDERED_ENTRY * (len(self._ghosts) + len(self._superseded))
         return self._tracked + entries + self._unowned
 
