@@ -121,7 +121,8 @@ class SpanIndex(Generic[P]):
             self._ghosts.pop(span, None)
             self.kept[span] = None
             self._reconsider(span)
-            self._count_children(span.parent, 1)
+            if span.parent is not None:
+                self._count_children(span.parent, 1)
 
     # Dropping.
 
@@ -173,16 +174,19 @@ class SpanIndex(Generic[P]):
         self._on_evict(span)
         self.policy.evict(span, now)
         self.evictions += 1
-        span.offered = False
-        self._put(span, None)
+        self.nbytes -= payload.nbytes
+        self._tracked -= payload.overhead
+        span.payload, span.offered = None, False
         payload.close()
         del self.kept[span]
-        parent = span.parent
-        if span.node.children:
+        node = span.node
+        parent = node.parent
+        if node.children:
             self._join_ghosts(span)
         else:
             self._ghosts[span] = None
-        self._count_children(parent, -1)
+        if parent is not None and parent.value is not None:
+            self._count_children(parent.value, -1)
 
     def forget_ghosts(self) -> None:
         """Remove all ghosts with nothing kept behind them, except pinned ones."""
@@ -394,10 +398,9 @@ class SpanIndex(Generic[P]):
                 self._split(span, tokens - surplus)
         self.evict(span, now)
 
-    def _count_children(self, span: Span[P] | None, change: int) -> None:
-        if span is not None:
-            span.children += change
-            self._reconsider(span)
+    def _count_children(self, span: Span[P], change: int) -> None:
+        span.children += change
+        self._reconsider(span)
 
     def _reconsider(self, span: Span[P]) -> None:
         """File `span` where it belongs: among the candidates, superseded spans, or idle ghosts.

@@ -86,7 +86,8 @@ class Span(Generic[P]):
     @property
     def start(self) -> int:
         """Position of its first token."""
-        return self.node.parent.depth if self.node.parent is not None else 0
+        parent = self.node.parent
+        return parent.depth if parent is not None else 0
 
     @property
     def stop(self) -> int:
@@ -96,12 +97,14 @@ class Span(Generic[P]):
     @property
     def nbytes(self) -> int:
         """Bytes its payload takes of the budget, 0 for a ghost."""
-        return self.payload.nbytes if self.payload is not None else 0
+        payload = self.payload
+        return payload.nbytes if payload is not None else 0
 
     @property
     def parent(self) -> Span[P] | None:
         """Span right before it, None for the first of a sequence."""
-        return self.node.parent.value if self.node.parent is not None else None
+        parent = self.node.parent
+        return parent.value if parent is not None else None
 
     @property
     def only_child(self) -> Span[P] | None:

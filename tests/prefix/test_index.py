@@ -284,9 +284,7 @@ def test_a_ghost_that_is_pinned_is_not_forgotten():
 
 
 def test_ghosts_are_bounded_in_bytes_and_the_oldest_go_from_the_end():
-    world = World(ghosts=0)
-    world.ask([0, 1])
-    limit = 20 * (world.index._reserved + 100)
+    world, limit = World(), 25_000
     world.index.index_budget = limit
     for first in range(100):
         world.ask([first, 1, 2])

@@ -93,7 +93,7 @@ class EvictionPolicy(ABC):
 
 _MAX_STALE = 64
 """Entries without a span that are left in a queue in any case."""
-_ENTRY_NBYTES = getsizeof((0.5, 0)) + getsizeof(0.5) + getsizeof(1 << 20)
+_ENTRY_NBYTES = getsizeof((0.5, 0, [])) + getsizeof([None]) + getsizeof(0.5) + getsizeof(1 << 20)
 
 
 class Queue:
@@ -107,49 +107,54 @@ class Queue:
 
     def __init__(self, key: Callable[[PolicySpan], float | None]) -> None:
         self._key, self._order = key, count()
-        # Numbers, not spans, which cannot be compared and shall not be kept alive by the heap.
-        self._heap: list[tuple[float, int]] = []
-        self._spans: dict[int, PolicySpan] = {}
-        self._numbers: dict[PolicySpan, int] = {}
+        # The number decides between equal keys: spans cannot be compared. A span is in a list of
+        # its own, to be taken out of its entry wherever that is in the heap.
+        self._heap: list[tuple[float, int, list[PolicySpan]]] = []
+        self._places: dict[PolicySpan, list[PolicySpan]] = {}
+        self.least = 0.0
+        """Key of the last result of :meth:`first`."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory it takes, spans aside."""
-        tables = getsizeof(self._heap) + getsizeof(self._spans) + getsizeof(self._numbers)
+        tables = getsizeof(self._heap) + getsizeof(self._places)
         return tables + len(self._heap) * _ENTRY_NBYTES
 
     def add(self, span: PolicySpan) -> None:
         """Queue `span`, unless it has no key here."""
         key = self._key(span)
         if key is not None:
-            number = next(self._order)
-            self._spans[number], self._numbers[span] = span, number
-            heappush(self._heap, (key, number))
+            self._places[span] = place = [span]
+            heappush(self._heap, (key, next(self._order), place))
 
     def withdraw(self, span: PolicySpan) -> None:
         """Take `span` out, if it is queued."""
-        number = self._numbers.pop(span, None)
-        if number is not None:
-            del self._spans[number]
-            if len(self._heap) > 2 * len(self._spans) + _MAX_STALE:
+        place = self._places.pop(span, None)
+        if place is None:
+            return
+        heap = self._heap
+        if heap[0][2] is place:  # as for every victim
+            heappop(heap)
+        else:
+            place.clear()
+            if len(heap) > 2 * len(self._places) + _MAX_STALE:
                 self._compact()
 
     def first(self) -> PolicySpan | None:
         """Return the span of the least key, None without any. It stays queued."""
-        heap, spans = self._heap, self._spans
+        heap = self._heap
         while heap:
-            key, number = heap[0]
-            span = spans.get(number)
-            if span is not None:
-                if self._key(span) == key:
-                    return span
-                del spans[number]  # its key has grown since
-                self.add(span)
+            key, _, place = heap[0]
+            if place and self._key(place[0]) == key:
+                self.least = key
+                return place[0]
             heappop(heap)
+            if place:  # its key has grown since
+                self.add(place[0])
         return None
 
     def _compact(self) -> None:
-        """Drop entries without a span, and tables that kept their size when spans went."""
-        self._spans, self._numbers = dict(self._spans), dict(self._numbers)
-        self._heap = [entry for entry in self._heap if entry[1] in self._spans]
+        """Drop entries without a span, and the table, which kept its size when spans went."""
+        self._places = dict(self._places)
+        self._heap = [entry for entry in self._heap if entry[2]]
         heapify(self._heap)

@@ -33,6 +33,9 @@ class LRU(EvictionPolicy):
     def victim(self, now: float) -> PolicySpan | None:
         return self._queue.first()
 
+    def evict(self, span: PolicySpan, now: float) -> None:
+        self._queue.withdraw(span)
+
     def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
         return True  # the time of their last use is all that counts
 
@@ -121,9 +124,7 @@ class S3FIFO(EvictionPolicy):
         fifo.queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        fifo = self._fifo_of(self._slot_of(span))
-        fifo.nbytes -= self._sizes.pop(span)
-        fifo.queue.withdraw(span)
+        self._take_out(span, self._slot_of(span))
 
     def victim(self, now: float) -> PolicySpan | None:
         # So many second chances at most: no call waits for a whole queue to pass.
@@ -135,14 +136,20 @@ class S3FIFO(EvictionPolicy):
         return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
-        self.withdraw(span)
         slot = self._slot_of(span)
+        self._take_out(span, slot)
         if not slot.main:
             self._evicted += span.nbytes
             span.policy_data = QueueSlot(slot.turn, evicted_at=self._evicted)
 
     def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
         return upper.policy_data == lower.policy_data
+
+    def _take_out(self, span: PolicySpan, slot: QueueSlot) -> None:
+        """Take an offered span out of its queue."""
+        fifo = self._main if slot.main else self._small
+        fifo.nbytes -= self._sizes.pop(span)
+        fifo.queue.withdraw(span)
 
     def _returns_soon(self, ghost: QueueSlot) -> bool:
         """True if the small queue evicted no more bytes since than the main queue holds."""
@@ -200,6 +207,7 @@ class Cost(EvictionPolicy):
         self._cost = cost
         self._queue = Queue(self._worth)
         self._level = 0.0
+        self._victim: tuple[PolicySpan | None, float] = None, 0.0  # with its worth
 
     def use(self, span: PolicySpan, now: float) -> None:
         span.policy_data = self._level
@@ -215,11 +223,15 @@ class Cost(EvictionPolicy):
         self._queue.withdraw(span)
 
     def victim(self, now: float) -> PolicySpan | None:
-        return self._queue.first()
+        span = self._queue.first()
+        self._victim = span, self._queue.least
+        return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
-        self.withdraw(span)
-        self._level = max(self._level, self._worth(span))
+        self._queue.withdraw(span)
+        victim, worth = self._victim
+        self._level = max(self._level, worth if span is victim else self._worth(span))
+        self._victim = None, 0.0
 
     def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
         # Numbers of uses that differ little are worth no lookup of one more span.
