@@ -26,7 +26,7 @@ from .spans import P, Payload, Prefix, Span
 
 __all__ = ["Payload", "Prefix", "Span", "SpanIndex"]
 
-_ROOM = 1_000
+_ROOM = 1_500
 """Bytes of tables without entries, rounded up."""
 _MIN_JOINED = 4
 """Spans joined at once at least: joining rows on the host copies them."""

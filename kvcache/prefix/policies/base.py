@@ -145,12 +145,15 @@ class Queue:
         heap = self._heap
         while heap:
             key, _, place = heap[0]
-            if place and self._key(place[0]) == key:
+            if not place:
+                heappop(heap)
+                continue
+            [span] = place
+            if self._key(span) == key:
                 self.least = key
-                return place[0]
+                return span
             heappop(heap)
-            if place:  # its key has grown since
-                self.add(place[0])
+            self.add(span)  # its key has grown since
         return None
 
     def _compact(self) -> None:
