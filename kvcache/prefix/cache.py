@@ -146,9 +146,7 @@ class PrefixCache:
                 self._end(request, store=False)
             raise
 
-    def _begin(
-        self, request: Request, ids: Tokens, media: Media, resume_points: list[int]
-    ) -> None:
+    def _begin(self, request: Request, ids: Tokens, media: Media, resume_points: list[int]) -> None:
         """Restore the longest stored prefix of `ids` and count the request as active.
 
         On an exception its sequence is released, and nothing stays pinned.
@@ -222,9 +220,7 @@ class PrefixCache:
                 self._index.fill(span, StoredSnapshot(snapshots[span.start]))
                 self.events.stored(span)
 
-    def _captured(
-        self, request: Request, known: StoredPrefix, held: int
-    ) -> dict[int, Snapshot]:
+    def _captured(self, request: Request, known: StoredPrefix, held: int) -> dict[int, Snapshot]:
         """Return snapshots to store, by start: of spans behind the hit, up to `held` tokens.
 
         Of known spans with a payload they have its rows in addition. Spans of which the request

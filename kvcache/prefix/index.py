@@ -22,11 +22,11 @@ from .footprint import ENTRY, ORDERED_ENTRY, of_span, of_tree
 from .media import Placement, within
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
-from .spans import P, Payload, Prefix, Span
+from .spans import P, Payload, Prefix, Span, alike
 
 __all__ = ["Payload", "Prefix", "Span", "SpanIndex"]
 
-_ROOM = 1_500
+_ROOM = 4_000
 """Bytes of tables without entries, rounded up."""
 _MIN_JOINED = 4
 """Spans joined at once at least: joining rows on the host copies them."""
@@ -194,14 +194,15 @@ class SpanIndex(Generic[P]):
             self._remove(next(iter(self._ghosts)))
 
     def settle(self, span: Span[P]) -> None:
-        """Join the spans up to `span` that nobody tells apart any more, if there are several."""
+        """Join the spans up to `span` that nobody tells apart any more, where there are several."""
         run: list[Span[P]] = []
-        for next_span in span.path:
-            if run and not self._alike(run[-1], next_span):
-                self._join_long(run)
+        for next_span in [*span.path, None]:
+            if run and (next_span is None or not self._are_alike(run[-1], next_span)):
+                if len(run) >= _MIN_JOINED:
+                    self._join(run)
                 run = []
-            run.append(next_span)
-        self._join_long(run)
+            if next_span is not None:
+                run.append(next_span)
 
     # Bytes outside the budget.
 
@@ -286,8 +287,8 @@ class SpanIndex(Generic[P]):
     def _remove(self, span: Span[P]) -> None:
         """Take a ghost without children out of its tree, and the tree with its last span."""
         node, parent = span.node, span.node.parent
-        if parent is None:  # never: spans are below the root
-            return
+        if parent is None:
+            return  # the root, which has no span
         self._tracked -= of_span(span)
         self._spans -= 1
         del self._ghosts[span]
@@ -307,37 +308,14 @@ class SpanIndex(Generic[P]):
 
     # Spans whose parts nobody tells apart any more.
 
-    def _alike(self, upper: Span[P], lower: Span[P]) -> bool:
-        """Return True if `upper` and `lower`, right behind it, may be one span again."""
-        if upper.pins != lower.pins or upper.used != lower.used:
-            return False
-        if upper.payload is None or lower.payload is None:
-            joins = upper.payload is lower.payload and len(upper.node.children) == 1
-        else:
-            joins = self._sole(upper, lower) and upper.payload.joins(lower.payload)
-        return joins and self.policy.alike(upper, lower)
-
-    def _sole(self, upper: Span[P], lower: Span[P]) -> bool:
-        """Return True if nothing but `lower` is behind `upper`, save one ghost at most.
-
-        For a ghost alone, a span that is requested as a whole shall not stay in two.
-        """
-        children = upper.node.children
-        return len(children) == 1 or (
-            len(children) == 2
-            and all(node.value is lower or node.value in self._ghosts for node in children.values())
-        )
+    def _are_alike(self, upper: Span[P], lower: Span[P]) -> bool:
+        return alike(upper, lower, self._ghosts) and self.policy.alike(upper, lower)
 
     def _join_ghosts(self, upper: Span[P]) -> None:
         """Join a ghost and the only one right behind it, if they are alike."""
         lower = upper.only_child
-        if lower is not None and self._alike(upper, lower):
+        if lower is not None and self._are_alike(upper, lower):
             self._join([upper, lower])
-
-    def _join_long(self, run: Sequence[Span[P]]) -> None:
-        """Join spans that are alike, if there are enough of them to be worth it."""
-        if len(run) >= _MIN_JOINED:
-            self._join(run)
 
     def _join(self, run: Sequence[Span[P]]) -> None:
         """Let the last of contiguous spans that are alike be all of them."""
@@ -383,7 +361,7 @@ class SpanIndex(Generic[P]):
             if reduced is not None:
                 self._put(span, reduced)
                 payload.close()
-                if self._alike(span, child):
+                if self._are_alike(span, child):
                     self._join([span, child])
                 return True
         return False

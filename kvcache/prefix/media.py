@@ -126,7 +126,7 @@ def _sizes() -> tuple[int, int]:
     medium = Medium(key, -_MAX_IDS)
     reference = KeyedRef(medium, lambda _: None, key)
     placement = Placement(0, 1, medium, np.zeros(1, np.int32))
-    number, empty, entry = getsizeof(_MAX_IDS), getsizeof(b""), 50
+    number, empty, entry = getsizeof(_MAX_IDS), getsizeof(b""), 70
     return (
         getsizeof(medium) + getsizeof(reference) + getsizeof(key) + number + entry,
         getsizeof(placement) + empty,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from .media import Placement
@@ -138,3 +138,21 @@ class Prefix(NamedTuple, Generic[P]):
 
     spans: list[Span[P]]
     length: int
+
+
+def alike(upper: Span[P], lower: Span[P], ghosts: Container[Span[P]]) -> bool:
+    """Return True if `upper` and `lower`, right behind it, may be one span again.
+
+    Nothing else may be behind `upper`, save for one of `ghosts` at most, which can be forgotten:
+    for that alone, a span that is requested as a whole shall not stay in two.
+    """
+    if upper.pins != lower.pins or upper.used != lower.used:
+        return False
+    children = upper.node.children
+    if upper.payload is None or lower.payload is None:
+        return upper.payload is lower.payload and len(children) == 1
+    if len(children) > 2:
+        return False
+    others = [node.value for node in children.values() if node.value is not lower]
+    forgettable = all(span is None or span in ghosts for span in others)
+    return forgettable and upper.payload.joins(lower.payload)

@@ -331,7 +331,8 @@ def test_where_no_ghost_is_left_spans_are_evicted_for_the_memory_of_the_index():
 
 
 def test_all_ghosts_are_forgotten_but_pinned_ones_and_those_others_hang_on():
-    world, empty = World(on_empty=lambda tree: empty.append(tree)), []
+    empty = []
+    world = World(on_empty=empty.append)
     for ids in ([1, 2], [1, 2, 3], [4]):
         world.ask(ids, keep=False)
     world.pin([1, 2])

@@ -96,8 +96,10 @@ class Gittins(EvictionPolicy):
     @property
     def nbytes(self) -> int:
         # The numbers of observations are a few, whatever the number of spans.
-        return getsizeof(self._offered) + getsizeof(self._offered_at) + _INDEX_NBYTES * len(
-            self._offered
+        return (
+            getsizeof(self._offered)
+            + getsizeof(self._offered_at)
+            + _INDEX_NBYTES * len(self._offered)
         )
 
     def use(self, span: PolicySpan, now: float) -> None:
