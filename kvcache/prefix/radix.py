@@ -112,7 +112,7 @@ class RadixTree(Generic[V]):
 
     @staticmethod
     def attach(node: Node[V], tokens: Tokens) -> Node[V]:
-        """Return a new child of `node` for `tokens`, the first of which no other child begins with."""
+        """Return a new child of `node` for `tokens`; no other child begins with their first."""
         child: Node[V] = Node(tokens.astype(_ID, copy=False).tobytes(), node)
         node.children[tokens.item(0)] = child
         return child

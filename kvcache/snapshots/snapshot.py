@@ -63,9 +63,9 @@ class Snapshot:
     just before it writes there. A snapshot can be restored to any cache of the same kind,
     visibility and dtype, on any backend. The caller that takes a snapshot closes it.
 
-    A snapshot can be split, and a restore can stop inside it, anywhere. Where every token stays (no window), a sequence can resume at
-    the end of each piece. Where old tokens are dropped, it can resume only at positions with all
-    the tokens needed before them: see :func:`last_resumable`.
+    A snapshot can be split anywhere, and a restore can stop inside it. Where every token stays (no
+    window), a sequence can resume at every position. Where old tokens are dropped, it can resume
+    only at positions with all the tokens needed before them: see :func:`last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:

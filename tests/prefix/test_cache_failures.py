@@ -52,6 +52,17 @@ def test_a_session_ends_once():
     assert {server.begin([1]).sequence, server.begin([2]).sequence} == {0, 1}
 
 
+@pytest.mark.parametrize("fail", [None, 1])
+def test_a_session_that_has_ended_has_no_sequence(fail):
+    server = Server(MODELS["full"](NUMPY))
+    session = server.begin(LONG)
+    assert session.sequence == 0
+    server.finish(session, LONG, fail=fail)
+    with pytest.raises(KVCacheError, match=r"the session has ended.*Begin another"):
+        _ = session.sequence
+    assert session.matched == 0
+
+
 def test_no_sequence_is_left():
     server = Server(MODELS["full"](NUMPY))
     server.ask(LONG)

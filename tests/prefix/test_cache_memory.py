@@ -229,7 +229,7 @@ def test_a_chat_over_budget_computes_a_turn_again_at_most(name, conversations):
         for number, ids in enumerate(chats):
             now += 60.0
             known = len(ids)
-            ids += [1_000 * turn + 100 * number + token for token in range(20)]
+            ids.extend(1_000 * turn + 100 * number + token for token in range(20))
             with prefix.session(ids) as session:
                 assert known - session.matched <= 40
                 for start in range(session.matched, len(ids) + 19, 8):
@@ -238,7 +238,7 @@ def test_a_chat_over_budget_computes_a_turn_again_at_most(name, conversations):
                     session.caches[0].update(rows, rows)
                 reply = [token + 50 for token in ids[-20:]]
                 session.extend(reply)
-            ids += reply
+            ids.extend(reply)
             assert prefix.stats.nbytes <= 2_640
 
 
