@@ -79,7 +79,8 @@ class SpanIndex(Generic[P]):
         length, node, inside = tree.match(tokens)
         if inside is not None and length > node.depth:
             node = inside
-        return Prefix(node.value.path if node.value is not None else [], length)
+        span = node.value
+        return Prefix(span.path if span is not None else [], length)
 
     def use(self, spans: Sequence[Span[P]], now: float) -> None:
         """Count a request for `spans`, given in the order of their tokens."""

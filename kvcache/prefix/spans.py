@@ -122,12 +122,12 @@ class Span(Generic[P]):
     @property
     def path(self) -> list[Span[P]]:
         """Spans from position 0 to this one, itself the last."""
-        spans: list[Span[P]] = []
-        span: Span[P] | None = self
-        while span is not None:
+        spans, node = [self], self.node.parent
+        while node is not None and (span := node.value) is not None:
             spans.append(span)
-            span = span.parent
-        return spans[::-1]
+            node = node.parent
+        spans.reverse()
+        return spans
 
 
 class Prefix(NamedTuple, Generic[P]):
