@@ -154,7 +154,8 @@ class LayerCaches(Sequence[C], Generic[C]):
         stop = None if stop is None else as_index(stop, "stop")
         if stop is None or not offsets or not 0 <= start < stop <= offsets[0]:
             raise ValueError(
-                "a snapshot is of 0 <= start < stop <= offset of every cache; got "
+                "a snapshot is of 0 <= start < stop <= offset, the same in all caches unless stop "
+                "is given; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
         specs = [
@@ -166,15 +167,21 @@ class LayerCaches(Sequence[C], Generic[C]):
             lambda rows: Snapshot(start, stop, list(map(Part, specs, rows))),
         )
 
-    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+    def restore(
+        self,
+        *snapshots: Snapshot,
+        stop: int | None = None,
+        backend: str | Backend | None = None,
+    ) -> None:
         """Fill empty caches of all layers from `snapshots`, to resume where the last one stops.
 
         snapshots: in order and without gaps, the first from position 0. They stay as they are,
             and may come from any backend.
+        stop: position inside the last one to resume at instead.
         backend: for caches that name none.
 
         Raises: SnapshotMismatchError, ValueError (not empty, no backend, a gap), KVCacheError
-            if the last one stops at no resume point, DTypeError; nothing has changed then.
+            if the position is no resume point, DTypeError; nothing has changed then.
         """
         named = None if backend is None else get_backend(backend)
         if any(cache.offset or (cache.backend or named) is None for cache in self):
@@ -182,14 +189,14 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "what is restored goes to empty caches, on a backend that they or the call name; "
                 f"got {', '.join(map(repr, self)) or 'none'}. Use new ones."
             )
-        stop = check_contiguous(snapshots, self._specs_for(snapshots))
+        position = check_contiguous(snapshots, self._specs_for(snapshots), stop)
 
         def restore_rows(cache: C) -> None:
             layer = self._caches.index(cache)  # the first, where several layers share it
             parts = [snapshot.parts[layer].rows for snapshot in snapshots]
             backend = cache.backend or named
             if backend is not None:  # checked above
-                cache.restore_rows(parts, stop, backend)
+                cache.restore_rows(parts, position, backend)
 
         self._all_or_none(restore_rows)
 
@@ -362,9 +369,14 @@ class StandaloneCache(LayerCache):
         """Return a snapshot of positions ``[start, stop)``; see :meth:`LayerCaches.snapshot`."""
         return LayerCaches([self]).snapshot(start, stop)
 
-    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+    def restore(
+        self,
+        *snapshots: Snapshot,
+        stop: int | None = None,
+        backend: str | Backend | None = None,
+    ) -> None:
         """Fill an empty cache from `snapshots`; see :meth:`LayerCaches.restore`."""
-        LayerCaches([self]).restore(*snapshots, backend=backend)
+        LayerCaches([self]).restore(*snapshots, stop=stop, backend=backend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokens held to a file for :meth:`load` on any backend."""

@@ -6,7 +6,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -39,6 +39,16 @@ class Part:
     spec: CacheSpec
     rows: TokenRows
 
+    def needed_at(self, position: int) -> Bools:
+        """Return which rows are needed to resume at `position`, behind them.
+
+        All rows of a cache that drops none: it may use them wherever it goes on.
+        """
+        positions = self.rows.positions
+        if self.spec.visibility.resumable_anywhere:
+            return np.ones(positions.size, np.bool_)
+        return self.spec.visibility.needed(positions, position)
+
 
 class Snapshot:
     """Positions ``[start, stop)`` of one sequence, as far as its caches held them.
@@ -54,9 +64,9 @@ class Snapshot:
     just before it writes there. A snapshot can be restored to any cache of the same kind,
     visibility and dtype, on any backend. The caller that takes a snapshot closes it.
 
-    A snapshot can be split anywhere. Where every token stays (no window), a sequence can resume at
-    the end of each piece. Where old tokens are dropped, it can resume only at positions with all
-    the tokens needed before them: see :func:`last_resumable`.
+    A snapshot can be split anywhere, and a restore can stop inside it. Where every token stays (no
+    window), a sequence can resume at every position. Where old tokens are dropped, it can resume
+    only at positions with all the tokens needed before them: see :func:`last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -124,30 +134,56 @@ class Snapshot:
             ),
         )
 
-    def merge(self, other: Snapshot) -> Snapshot:
-        """Join this snapshot and the adjacent `other` into one; closes both.
+    def merge(self, *others: Snapshot) -> Snapshot:
+        """Join this snapshot and `others`, each adjacent to the one before; closes all of them.
 
-        Raises: ValueError unless `other` starts at the stop of this one, SnapshotMismatchError if
-            it is of other caches.
+        Raises: ValueError unless each starts at the stop of the one before, SnapshotMismatchError
+            if one is of other caches.
         """
-        if other.start != self.stop:
+        merged = [self, *others]
+        for snapshot, other in pairwise(merged):
+            if other.start != snapshot.stop:
+                raise ValueError(
+                    f"snapshots that merge meet; got [{snapshot.start}, {snapshot.stop}) and "
+                    f"[{other.start}, {other.stop})."
+                )
+        check_same_specs(merged, self.specs)
+        columns = list(zip(*(snapshot._rows for snapshot in merged), strict=True))
+        return exchange(
+            [rows for column in columns for rows in column],
+            lambda: map(TokenRows.merged, columns),
+            lambda rows: self._of(self.start, merged[-1].stop, rows),
+        )
+
+    def needed_at(self, position: int) -> Snapshot:
+        """Return a snapshot of the same span with only the rows needed to resume at `position`.
+
+        position: not before the stop of this one, which stays as it is.
+        """
+        position = as_index(position, "position")
+        if position < self.stop:
             raise ValueError(
-                f"snapshots that merge meet; got [{self.start}, {self.stop}) and "
-                f"[{other.start}, {other.stop})."
+                f"rows of [{self.start}, {self.stop}) are needed at {self.stop} or behind it; got "
+                f"{position}. Split the snapshot there."
             )
-        check_same_specs([self, other], self.specs)
-        return self._joined(other, other.stop)
+        return exchange(
+            (),
+            lambda: (
+                part.rows.take(np.flatnonzero(part.needed_at(position))) for part in self.parts
+            ),
+            lambda rows: self._of(self.start, self.stop, rows),
+        )
 
     def union(self, other: Snapshot) -> Snapshot:
         """Return a snapshot of this span with the rows of either; closes both.
 
         Raises: SnapshotMismatchError if `other` is of other caches.
         """
-        return self._joined(other, self.stop, self._missing_of(other))
+        return self._joined(other, self._missing_of(other))
 
     def united(self, other: Snapshot) -> Snapshot:
         """Return :meth:`union` as an object of its own; both stay as they are."""
-        return self._joined(other, self.stop, self._missing_of(other), closing=False)
+        return self._joined(other, self._missing_of(other), closing=False)
 
     def _missing_of(self, other: Snapshot) -> list[Bools]:
         """Return which rows of each part of `other` are in this span, and not held here.
@@ -166,20 +202,19 @@ class Snapshot:
     def _joined(
         self,
         other: Snapshot,
-        stop: int,
-        new: Iterable[Bools | None] = repeat(None),
+        new: Iterable[Bools],
         closing: bool = True,
     ) -> Snapshot:
-        """Return a snapshot up to `stop` with the rows of both.
+        """Return a snapshot of this span with the rows of both.
 
-        new: for each part of `other` which of its rows are meant; None for all.
+        new: for each part of `other` which of its rows are meant.
         closing: close both then; if anything raises, neither has changed.
         """
         own_rows, rows = self._rows, other._rows
         return exchange(
             [*own_rows, *rows] if closing else (),
             lambda: map(TokenRows.joined, own_rows, rows, new),
-            lambda joined: self._of(self.start, stop, joined),
+            lambda joined: self._of(self.start, self.stop, joined),
         )
 
     def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
@@ -380,21 +415,32 @@ def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> 
             )
 
 
-def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> int:
+def check_contiguous(
+    snapshots: Sequence[Snapshot], wanted: list[CacheSpec], stop: int | None = None
+) -> int:
     """Check `snapshots` for a restore; return the position to resume at.
 
+    stop: that position, inside the last one; None for its end.
+
     Raises: SnapshotMismatchError, ValueError unless they are contiguous from position 0,
-        KVCacheError if the end of the last one is no resume point.
+        KVCacheError if the position is no resume point.
     """
+    stop = None if stop is None else as_index(stop, "stop")
     check_same_specs(snapshots, wanted)
     spans = [(snapshot.start, snapshot.stop) for snapshot in snapshots]
-    starts = [0, *(stop for _, stop in spans[:-1])]
+    starts = [0, *(end for _, end in spans[:-1])]
     if not spans or [start for start, _ in spans] != starts:
         raise ValueError(f"snapshots to restore follow each other from position 0; got {spans}.")
-    stop = spans[-1][1]
+    first, last = spans[-1]
+    stop = last if stop is None else stop
+    if not (first < stop <= last or stop == last):
+        raise ValueError(
+            f"a restore stops inside the last snapshot, [{first}, {last}); got {stop}. "
+            "Leave out snapshots behind it."
+        )
     if (possible := last_resumable(snapshots, stop)) != stop:
         raise KVCacheError(
             f"the tokens before position {stop} that its cache would see are not all in these "
-            f"snapshots; the last place to go on is {possible}. Split them there."
+            f"snapshots; the last place to go on is {possible}. Stop there."
         )
     return stop

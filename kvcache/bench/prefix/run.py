@@ -140,7 +140,7 @@ class Readers:
         """Look up as many in the index, and mark the spans found as used."""
         index, spans, now = self.index, self.spans, self.now
         for tokens in islice(self._queries, steps):
-            index.use(index.follow(spans, tokens), now)
+            index.use(index.follow(spans, tokens).spans, now)
         # Policies order spans by the time of use: uses of one block count as one moment.
         self.now = now + 0.01
 

@@ -26,11 +26,23 @@ class BlockPayload:
     """
 
     nbytes: int
+    overhead = 0
     resumable_anywhere = True
 
     def split(self, tokens: int) -> tuple[BlockPayload, BlockPayload]:
         """Return the first `tokens` blocks and the others: in a replay, a token is a block."""
         return BlockPayload(tokens), BlockPayload(self.nbytes - tokens)
+
+    def joins(self, following: BlockPayload) -> bool:
+        """Return True: blocks have no place."""
+        return True
+
+    def join(self, following: Sequence[BlockPayload]) -> BlockPayload:
+        """Return all blocks as one payload."""
+        return BlockPayload(self.nbytes + sum(payload.nbytes for payload in following))
+
+    def reduced(self, position: int) -> None:
+        """Return None: a request may end behind any block, so all are needed."""
 
     def close(self) -> None:
         """Do nothing: there is no data to release."""
