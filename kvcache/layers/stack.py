@@ -149,13 +149,11 @@ class LayerCaches(Sequence[C], Generic[C]):
             cache.check_not_exported()
         start = as_index(start, "start")
         offsets = self._offsets
-        if stop is None and len(offsets) == 1:
-            stop = offsets[0]
-        stop = None if stop is None else as_index(stop, "stop")
-        if stop is None or not offsets or not 0 <= start < stop <= offsets[0]:
+        # Past the end of some cache if they have several ends: refused.
+        stop = max(offsets, default=0) if stop is None else as_index(stop, "stop")
+        if not offsets or not 0 <= start < stop <= offsets[0]:
             raise ValueError(
-                "a snapshot is of 0 <= start < stop <= offset, the same in all caches unless stop "
-                "is given; got "
+                "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
         specs = [
