@@ -150,8 +150,9 @@ class LayerCaches(Sequence[C], Generic[C]):
         start = as_index(start, "start")
         offsets = self._offsets
         # Past the end of some cache if they have several ends: refused.
-        stop = max(offsets, default=0) if stop is None else as_index(stop, "stop")
-        if not offsets or not 0 <= start < stop <= offsets[0]:
+        furthest = offsets[-1] if offsets else None
+        stop = furthest if stop is None else as_index(stop, "stop")
+        if stop is None or not 0 <= start < stop <= offsets[0]:
             raise ValueError(
                 "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."

@@ -22,9 +22,7 @@ from .footprint import ENTRY, ORDERED_ENTRY, of_span, of_tree
 from .media import Placement, within
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
-from .spans import P, Payload, Prefix, Span, alike
-
-__all__ = ["Payload", "Prefix", "Span", "SpanIndex"]
+from .spans import P, Prefix, Span, alike, file_span
 
 _ROOM = 4_000
 """Bytes of tables without entries, rounded up."""
@@ -192,7 +190,8 @@ class SpanIndex(Generic[P]):
         else:
             self._ghosts[span] = None
         if parent is not None and parent.value is not None:
-            self._count_children(parent.value, -1)
+            parent.value.children -= 1
+            self._reconsider(parent.value)
 
     def forget_ghosts(self) -> None:
         """Remove all ghosts with nothing kept behind them, except pinned ones."""
@@ -382,10 +381,6 @@ class SpanIndex(Generic[P]):
                 self._split(span, tokens - surplus)
         self.evict(span, now)
 
-    def _count_children(self, span: Span[P], change: int) -> None:
-        span.children += change
-        self._reconsider(span)
-
     def _reconsider(self, span: Span[P]) -> None:
         """File `span` where it belongs: among the candidates, superseded spans, or idle ghosts.
 
@@ -393,10 +388,10 @@ class SpanIndex(Generic[P]):
         """
         payload, pinned = span.payload, span.pins
         if payload is None:
-            _file(span, self._ghosts, not pinned and not span.node.children)
+            file_span(span, self._ghosts, not pinned and not span.node.children)
         elif not payload.resumable_anywhere:
             alone = span.children == 1 and len(span.node.children) == 1
-            _file(span, self._superseded, not pinned and alone)
+            file_span(span, self._superseded, not pinned and alone)
         offered = payload is not None and not pinned and not span.children
         if offered == span.offered:
             return
@@ -404,11 +399,3 @@ class SpanIndex(Generic[P]):
         span.offered = False
         (self.policy.offer if offered else self.policy.withdraw)(span)
         span.offered = offered
-
-
-def _file(span: Span[P], spans: OrderedDict[Span[P], None], belongs: bool) -> None:
-    """Add `span` to the end of `spans` unless it is there, or take it out."""
-    if belongs:
-        spans.setdefault(span)
-    else:
-        spans.pop(span, None)

@@ -110,7 +110,7 @@ class MediaIds:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that all media take, but for their placements."""
-        return len(self._media) * _MEDIUM_NBYTES + getsizeof(self._media.data)
+        return len(self._media) * _MEDIUM_NBYTES
 
 
 def _key_of(digest: bytes | str, placeholders: Tokens) -> bytes:
@@ -125,14 +125,14 @@ def _key_of(digest: bytes | str, placeholders: Tokens) -> bytes:
 
 
 def _sizes() -> tuple[int, int]:
-    """Return the bytes of a medium with its reference, and of a placement."""
+    """Return the bytes of a medium with its entry, and of a placement."""
     key = hashlib.sha256().digest()
     medium = Medium(key, -_MAX_IDS)
     reference = KeyedRef(medium, lambda _: None, key)
     placement = Placement(0, 1, medium, np.zeros(1, np.int32))
-    number, empty = getsizeof(_MAX_IDS), getsizeof(b"")
+    number, empty, entry = getsizeof(_MAX_IDS), getsizeof(b""), 100
     return (
-        getsizeof(medium) + getsizeof(reference) + getsizeof(key) + number,
+        getsizeof(medium) + getsizeof(reference) + getsizeof(key) + number + entry,
         getsizeof(placement) + empty,
     )
 

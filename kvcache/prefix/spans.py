@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container, Sequence
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -156,3 +157,11 @@ def alike(upper: Span[P], lower: Span[P], ghosts: Container[Span[P]]) -> bool:
     others = [node.value for node in children.values() if node.value is not lower]
     forgettable = all(span is None or span in ghosts for span in others)
     return forgettable and upper.payload.joins(lower.payload)
+
+
+def file_span(span: Span[P], spans: OrderedDict[Span[P], None], belongs: bool) -> None:
+    """Add `span` to the end of `spans` unless it is there, or take it out."""
+    if belongs:
+        spans.setdefault(span)
+    else:
+        spans.pop(span, None)

@@ -119,6 +119,10 @@ class TokenRows:
                 self._become(self.positions, self.owner.read(self.slots))
             return self._layers
 
+    def host_copies(self) -> LayerRows:
+        """Return host copies of all rows, which stay where they are."""
+        return self.read(np.arange(self.positions.size)) if self.positions.size else {}
+
     def content(self) -> LayerRows:
         """Return the content by layer, in host memory: a copy of resident rows, which stay so."""
         with self._owner_lock():

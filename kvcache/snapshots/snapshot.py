@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,11 +12,11 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvcache._checks import as_index, as_int32s
+from kvcache._checks import as_index
 from kvcache._types import Bools, Int32s
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
-from .archive import Record, read_archive, write_archive
+from . import archive
 from .rows import LayerRows, TokenRows, close_all, exchange, spill_all
 from .visibility import Visibility
 
@@ -240,7 +239,7 @@ class Snapshot:
         return self.copy()
 
     def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[object, ...]]:
-        parts = [(part.spec, part.rows.positions, _host_rows(part.rows)) for part in self.parts]
+        parts = [(part.spec, part.rows.positions, part.rows.host_copies()) for part in self.parts]
         return _unpickled, (self.start, self.stop, parts)
 
     def to_host(self) -> Self:
@@ -287,10 +286,10 @@ class Snapshot:
             regular file, or may not be written; FileNotFoundError without its directory; OSError,
             such as for a full disk.
         """
-        _check_tokens(tokens, self.stop)
-        _check_fingerprint(fingerprint)
+        archive.check_tokens(tokens, self.stop)
+        archive.check_fingerprint(fingerprint)
         records = [
-            Record(
+            archive.Record(
                 part.spec.kind,
                 part.spec.visibility,
                 part.spec.dtype,
@@ -299,7 +298,7 @@ class Snapshot:
             )
             for part in self.parts
         ]
-        write_archive(path, (self.start, self.stop), records, tokens, fingerprint)
+        archive.write_archive(path, (self.start, self.stop), records, tokens, fingerprint)
 
     @classmethod
     def load(
@@ -317,63 +316,18 @@ class Snapshot:
             with; SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
             foreign or newer file, or no file that can be opened), FileNotFoundError.
         """
-        _check_tokens(tokens)
+        archive.check_tokens(tokens)
         if fingerprint is not None:
-            _check_fingerprint(fingerprint)
-        (start, stop), records = read_archive(path, tokens, fingerprint)
+            archive.check_fingerprint(fingerprint)
+        (start, stop), records = archive.read_archive(path, tokens, fingerprint)
         parts = [
             Part(
                 CacheSpec(record.kind, Visibility(*record.visibility), record.dtype),
-                _rows_of(record),
+                archive.rows_of(record),
             )
             for record in records
         ]
         return cls(start, stop, parts)
-
-
-def _check_tokens(tokens: npt.ArrayLike | None, stop: int | None = None) -> None:
-    """Raise ValueError unless `tokens` are ids, `stop` in number; None: any, or any number."""
-    if tokens is None:
-        return
-    ids = as_int32s(tokens, "token ids")
-    if ids.size and ids.min() < 0:
-        raise ValueError(f"token ids are >= 0; got {ids.min()}. Leave out padding.")
-    if stop is not None and ids.size != stop:
-        raise ValueError(
-            f"the tokens of a snapshot are all before its stop, {stop}; got {ids.size}. "
-            "Give those before its start as well, and none behind it."
-        )
-
-
-def _check_fingerprint(fingerprint: str) -> None:
-    if not isinstance(fingerprint, str):
-        raise TypeError(f"a fingerprint is a str; got {reprlib.repr(fingerprint)}.")
-
-
-def _rows_of(record: Record) -> TokenRows:
-    """Return the rows in a file; of encoder output a row for each frame, whatever its age."""
-    positions, layers = record.positions, record.layers
-    arrays = [array.data for rows in layers.values() for array in rows]
-    forms = {(data.shape[0], *data.shape[2:-1]) for data in arrays if data.ndim == 4}
-    # Older files hold one output as one row, [frames, kv_heads, 1, head_dim]. Anything else is
-    # refused by the cache that it is restored to.
-    if record.kind != "encoder" or positions.size != 1 or len(forms) != 1:
-        return TokenRows(positions, layers)
-    [(frames, tokens)] = forms
-    if tokens != 1 or any(data.ndim != 4 for data in arrays):
-        return TokenRows(positions, layers)
-    by_frame = {
-        layer: tuple(
-            array._replace(data=np.array(array.data[:, :, 0].swapaxes(0, 1))) for array in rows
-        )
-        for layer, rows in layers.items()
-    }
-    return TokenRows(np.repeat(positions, frames), by_frame)
-
-
-def _host_rows(rows: TokenRows) -> LayerRows:
-    """Return host copies of all rows, which stay where they are."""
-    return rows.read(np.arange(rows.positions.size)) if rows.positions.size else {}
 
 
 def _unpickled(

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import kvcache
 from kvcache import BackendNotAvailableError
 from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
-from kvcache.prefix.index import Span
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.render import render
+from kvcache.prefix.spans import Span
 
 from .served import Pool, Server
 

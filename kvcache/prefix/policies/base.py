@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class PolicySpan(Protocol):
-    """A span as policies see it: :class:`~kvcache.prefix.index.Span` without its tree.
+    """A span as policies see it: :class:`~kvcache.prefix.spans.Span` without its tree.
 
     policy_data: owned by the policy, None at first; both parts of a span that is split have it.
     """

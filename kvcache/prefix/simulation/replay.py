@@ -11,9 +11,10 @@ from typing import TypeAlias
 
 from kvcache._checks import as_budget
 from kvcache.prefix.arguments import as_list
-from kvcache.prefix.index import Span, SpanIndex
+from kvcache.prefix.index import SpanIndex
 from kvcache.prefix.policies import EvictionPolicy
 from kvcache.prefix.radix import RadixTree
+from kvcache.prefix.spans import Span
 
 from .trace import Request
 
