@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import kvcache
 from kvcache import Batch, CausalCache, RotatingKVCache
@@ -15,6 +16,7 @@ from kvcache.prefix.policies import POLICIES
 
 NUMPY = kvcache.get_backend("numpy")
 TOKENS = 40
+THOROUGH = settings.get_current_profile_name() == "thorough"
 
 
 class Service:
@@ -76,6 +78,7 @@ def test_tenants_and_images_that_never_come_back(name, budget):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="eight minutes: with HYPOTHESIS_PROFILE=thorough")
 def test_two_hundred_thousand_tenants_and_images():
     check_told(40_000, 5, budget=8_000, index_budget=4 << 20)
 
