@@ -331,6 +331,7 @@ def test_deep_spans_stand_in_the_order_of_their_tokens():
 
 
 def test_salts_and_texts_are_no_markup():
+    pytest.importorskip("rich")
     server = server_of()
     run(server, [1, 2], salt="[red]team[/red] :smile:")
     run(server, [3], salt="[/]")
