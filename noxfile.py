@@ -67,6 +67,12 @@ class Env:
         # Whatever the shell says, modules are compiled once: frameworks have thousands of them, and
         # each process of each session would compile them again. None of it goes into the checkout.
         session.env.update(PYTHONDONTWRITEBYTECODE=None, PYTHONPYCACHEPREFIX=str(WORK / "bytecode"))
+        # Likewise the programs of JAX, of which the processes of a session have many in common.
+        session.env.update(
+            JAX_COMPILATION_CACHE_DIR=str(WORK / "programs"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+        )
 
     def run(self, program: str, *args: str | Path) -> None:
         """Runs one of the environment's programs."""

@@ -59,7 +59,8 @@ class Calibration:
 
         Magnitudes are interpolated, not their ratios: over the whole run they change as much.
 
-        Raises: DiffusionCacheError for less than one step, or if there are no ratios.
+        Raises: DiffusionCacheError for less than one step, if there are no ratios, or for a
+            magnitude in between that is 0 or too large for a float.
         """
         if steps < 1 or not self.ratios:
             raise DiffusionCacheError(
@@ -67,10 +68,17 @@ class Calibration:
                 f"{len(self.ratios)}."
             )
         # In logarithms, where a product of ratios is a sum, and ratios stay positive.
-        magnitudes = np.cumsum(np.log(self.ratios))
-        positions = np.linspace(0, len(self.ratios) - 1, steps)
-        resampled = np.interp(positions, np.arange(len(self.ratios)), magnitudes)
-        return (1.0, *np.exp(np.diff(resampled)).tolist())
+        with np.errstate(all="ignore"):
+            magnitudes = np.cumsum(np.log(self.ratios))
+            positions = np.linspace(0, len(self.ratios) - 1, steps)
+            resampled = np.interp(positions, np.arange(len(self.ratios)), magnitudes)
+            ratios = np.exp(np.diff(resampled))
+        if not np.isfinite(ratios).all():
+            raise DiffusionCacheError(
+                f"ratios are resampled through positive, finite magnitudes; got "
+                f"{reprlib.repr(self.ratios)}. Measure the model again."
+            )
+        return (1.0, *ratios.tolist())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration to `path` as JSON with a checksum, whole or not at all.
@@ -151,6 +159,14 @@ def _not_negative(value: object, name: str) -> None:
         raise schema.SchemaError(f"{name} must be >= 0; got {value}")
 
 
+def _json_value(value: object, name: str) -> None:
+    """Check that a value has no NaN or infinity, which JSON of Python knows."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise schema.SchemaError(f"{name} must be JSON with finite numbers") from error
+
+
 _FIELDS = schema.record(
     {
         "polynomial": schema.list_of(schema.finite),
@@ -158,6 +174,6 @@ _FIELDS = schema.record(
         "explained": schema.finite,
         "points": schema.integer(0, 2**63 - 1),
         "signal_range": schema.tuple_of(schema.finite, schema.finite),
-        "provenance": schema.mapping_of(schema.anything),
+        "provenance": schema.mapping_of(_json_value),
     }
 )

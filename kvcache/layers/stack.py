@@ -149,30 +149,38 @@ class LayerCaches(Sequence[C], Generic[C]):
             cache.check_not_exported()
         start = as_index(start, "start")
         offsets = self._offsets
-        if stop is None and len(offsets) == 1:
-            stop = offsets[0]
-        stop = None if stop is None else as_index(stop, "stop")
-        if stop is None or not offsets or not 0 <= start < stop <= offsets[0]:
+        # Past the end of some cache if they have several ends: refused.
+        furthest = offsets[-1] if offsets else None
+        stop = furthest if stop is None else as_index(stop, "stop")
+        if stop is None or not 0 <= start < stop <= offsets[0]:
             raise ValueError(
-                "a snapshot is of 0 <= start < stop <= offset of every cache; got "
+                "a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
-        specs = [CacheSpec(kind_of(type(cache)), cache.visibility, _dtype(cache)) for cache in self]
+        specs = [
+            CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or "") for cache in self
+        ]
         return exchange(
             (),
             lambda: (cache.capture(start, stop) for cache in self),
             lambda rows: Snapshot(start, stop, list(map(Part, specs, rows))),
         )
 
-    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+    def restore(
+        self,
+        *snapshots: Snapshot,
+        stop: int | None = None,
+        backend: str | Backend | None = None,
+    ) -> None:
         """Fill empty caches of all layers from `snapshots`, to resume where the last one stops.
 
         snapshots: in order and without gaps, the first from position 0. They stay as they are,
             and may come from any backend.
+        stop: position inside the last one to resume at instead.
         backend: for caches that name none.
 
         Raises: SnapshotMismatchError, ValueError (not empty, no backend, a gap), KVCacheError
-            if the last one stops at no resume point, DTypeError; nothing has changed then.
+            if the position is no resume point, DTypeError; nothing has changed then.
         """
         named = None if backend is None else get_backend(backend)
         if any(cache.offset or (cache.backend or named) is None for cache in self):
@@ -180,14 +188,14 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "what is restored goes to empty caches, on a backend that they or the call name; "
                 f"got {', '.join(map(repr, self)) or 'none'}. Use new ones."
             )
-        stop = check_contiguous(snapshots, self._specs_for(snapshots))
+        position = check_contiguous(snapshots, self._specs_for(snapshots), stop)
 
         def restore_rows(cache: C) -> None:
             layer = self._caches.index(cache)  # the first, where several layers share it
             parts = [snapshot.parts[layer].rows for snapshot in snapshots]
             backend = cache.backend or named
             if backend is not None:  # checked above
-                cache.restore_rows(parts, stop, backend)
+                cache.restore_rows(parts, position, backend)
 
         self._all_or_none(restore_rows)
 
@@ -349,11 +357,6 @@ def _read_records(path: str | os.PathLike[str]) -> list[_Record]:
     ]
 
 
-def _dtype(cache: LayerCache) -> str | tuple[str, ...]:
-    """Return the dtype of a cache that holds something, and so has one."""
-    return cache.dtype if cache.dtype is not None else ""
-
-
 def _class_name(kind: str) -> str:
     return KINDS[kind].__name__ if kind in KINDS else repr(kind)
 
@@ -365,9 +368,14 @@ class StandaloneCache(LayerCache):
         """Return a snapshot of positions ``[start, stop)``; see :meth:`LayerCaches.snapshot`."""
         return LayerCaches([self]).snapshot(start, stop)
 
-    def restore(self, *snapshots: Snapshot, backend: str | Backend | None = None) -> None:
+    def restore(
+        self,
+        *snapshots: Snapshot,
+        stop: int | None = None,
+        backend: str | Backend | None = None,
+    ) -> None:
         """Fill an empty cache from `snapshots`; see :meth:`LayerCaches.restore`."""
-        LayerCaches([self]).restore(*snapshots, backend=backend)
+        LayerCaches([self]).restore(*snapshots, stop=stop, backend=backend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokens held to a file for :meth:`load` on any backend."""

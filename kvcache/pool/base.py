@@ -177,19 +177,20 @@ class Cache(OwnedCache):
                 lambda rows: Snapshot(start, stop, list(map(Part, specs, rows))),
             )
 
-    def restore(self, sequence: int, *snapshots: Snapshot) -> None:
+    def restore(self, sequence: int, *snapshots: Snapshot, stop: int | None = None) -> None:
         """Fill an empty sequence from `snapshots`, to resume where the last one stops.
 
         snapshots: in order and without gaps, the first from position 0. They stay as they are;
             resident ones of this cache share their cells with the sequence.
+        stop: position inside the last one to resume at instead.
 
-        Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError if the last one
-            stops at no resume point; nothing has changed then.
+        Raises: SnapshotMismatchError, CacheFullError, ValueError, KVCacheError if the position is
+            no resume point; nothing has changed then.
         """
         sequence = as_index(sequence, "sequence")
         with self.lock:
             check_ids(self.max_sequences, sequence)
-            stop = check_contiguous(snapshots, self.specs)
+            stop = check_contiguous(snapshots, self.specs, stop)
             parts = [snapshot.parts for snapshot in snapshots]
             commit = self.prepare_restore(sequence, parts, stop)
             self._commit(commit, self.owners.of_restore(sequence))

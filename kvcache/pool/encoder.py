@@ -349,7 +349,7 @@ class EncoderCache(Cache):
     ) -> Commit:
         if sequence in self._stored():
             raise ValueError(f"what is restored goes to an empty sequence; {sequence} holds some.")
-        latest = restored([part.rows for [part] in parts])
+        latest = restored([part.rows for [part] in parts], position)
         if latest is None:
             return lambda: None
         entry = on_device(self._bound(), self._layouts, latest, self._dtype)  # now, as it may raise

@@ -148,19 +148,20 @@ def _frames(rows: LayerRows) -> int:
     return counts.pop()
 
 
-def restored(parts: Sequence[TokenRows]) -> Entry | None:
-    """Return the latest of all outputs in `parts`, with the rows of each, uncopied."""
+def restored(parts: Sequence[TokenRows], stop: int) -> Entry | None:
+    """Return the latest of all outputs before `stop` in `parts`, with the rows of each."""
     entry: Entry | None = None
     for rows in parts:
         content = rows.content()
         positions, starts = np.unique(rows.positions, return_index=True)
         bounds = [*starts.tolist(), rows.positions.size]
-        for position, start, stop in zip(positions.tolist(), bounds, bounds[1:], strict=False):
-            layers = {
-                layer: tuple(array._replace(data=array.data[:, start:stop]) for array in arrays)
-                for layer, arrays in content.items()
-            }
-            entry = Entry(position, {}, entry, layers)
+        for position, first, end in zip(positions.tolist(), bounds, bounds[1:], strict=False):
+            if position < stop:
+                layers = {
+                    layer: tuple(array._replace(data=array.data[:, first:end]) for array in arrays)
+                    for layer, arrays in content.items()
+                }
+                entry = Entry(position, {}, entry, layers)
     return entry
 
 

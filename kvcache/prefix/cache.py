@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from sys import getsizeof
 from typing import NoReturn
 
 from kvcache._checks import as_budget, as_indices
@@ -25,8 +26,10 @@ from .radix import RadixTree, Tokens
 from .render import render
 from .sequences import LayerSequences, PoolSequences, SequenceSource
 from .session import Request, Session
+from .spans import Prefix
 from .stats import PrefixStats
 from .stored import (
+    StoredPrefix,
     StoredSnapshot,
     StoredSpan,
     close_snapshots,
@@ -34,6 +37,8 @@ from .stored import (
     is_resident,
     resumable_length,
 )
+
+_MIN_INDEX_BUDGET = 1 << 26
 
 
 class PrefixCache:
@@ -50,6 +55,8 @@ class PrefixCache:
         per-layer caches, where every session gets caches of its own, filled by copying.
     budget: bytes stored at most, None for no limit. Cells of the pool count as well; they are
         copied to host memory when the pool needs the room.
+    index_budget: bytes of host memory at most for everything else that is remembered: token ids,
+        evicted spans, salts, media. None for a sixteenth of `budget`, and no less than 64 MiB.
     policy: choice of what to evict: ``"lru"``, ``"s3fifo"``, ``"cost"``, ``"gittins"`` or a
         :class:`~kvcache.prefix.policies.EvictionPolicy`.
     sequences: ids of the pool for sessions to use, None for all.
@@ -69,12 +76,16 @@ class PrefixCache:
         cache: Cache | Sequence[KVCache],
         *,
         budget: int | None = 1 << 30,
+        index_budget: int | None = None,
         policy: str | EvictionPolicy = "lru",
         sequences: Iterable[int] | None = None,
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        budget, chosen_policy = as_budget(budget, "bytes"), make_policy(policy)
+        budget, index_budget = as_budget(budget, "bytes"), as_budget(index_budget, "bytes")
+        if index_budget is None and budget is not None:
+            index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
+        chosen_policy = make_policy(policy)
         read_clock = Clock(clock)
         check_text(namespace, "a namespace tells models apart")
         sequences = None if sequences is None else as_indices(sequences, "sequences")
@@ -86,14 +97,21 @@ class PrefixCache:
         self.lock = self._source.lock
         """Held while a session begins or ends."""
         self.events = Events(namespace)
+        trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
+        media_ids = MediaIds()
+        # No reference to this object: it would keep its sequences claimed, once dropped, until the
+        # garbage collector comes round.
         self._index: SpanIndex[StoredSnapshot] = SpanIndex(
-            chosen_policy, budget, on_evict=_weakly(self._on_evict)
+            chosen_policy,
+            budget,
+            index_budget=index_budget,
+            on_evict=self.events.removed,
+            on_empty=lambda tree: _drop(trees, tree),
+            others=lambda: getsizeof(trees) + media_ids.nbytes,
         )
-        self._trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt
-        self._salts: dict[int, str] = {}  # by id of the root of its tree
+        self._trees, self._media_ids = trees, media_ids
         self._active: set[Request] = set()
         self._dropped: deque[Request] = deque()  # sessions that were dropped before their end
-        self._media_ids = MediaIds()
         self._clock = read_clock
         self._sessions = self._tokens = self._matched = 0
 
@@ -134,7 +152,8 @@ class PrefixCache:
         try:
             with self.lock, uninterrupted():
                 self._end_dropped()
-                known = KnownTokens(self._media_ids.substitute(prompt, media), salt, media)
+                ids, placements = self._media_ids.substitute(prompt, media)
+                known = KnownTokens(ids, salt, placements)
                 now = self._clock()  # before there is anything to give back: it may raise
                 request = Request(self._source.acquire(), known)
                 self._begin(request, now, points)
@@ -150,27 +169,24 @@ class PrefixCache:
         On an exception its sequence is released, and nothing stays pinned.
         """
         known = request.known
-        ids = known.ids
+        ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
         try:
-            tree = self._trees.get(known.salt) or self._new_tree(known.salt)
-            prompt_spans = self._index.follow(tree, ids)
-            stored = prompt_spans[-1].stop if prompt_spans else 0
-            matched = resumable_length(prompt_spans, ids.size, known.media)
+            prompt_spans, stored = prefix = self._follow(known.salt, ids)
+            matched = resumable_length(prefix, ids.size, media)
             if matched:
-                # Following it splits the last span of the hit where the hit ends.
-                hit_spans = self._index.follow(tree, ids[:matched])
+                hit_spans = [span for span in prompt_spans if span.start < matched]
                 request.pinned = hit_spans[-1]
                 self._index.pin(hit_spans[-1])
-                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans))
+                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans), matched)
             # One token before the end as well: the same prompt again leaves its last to compute.
             wanted = {ids.size - 1, ids.size, stored, *resume_points}
             request.handle.schedule(sorted(p for p in wanted if matched < p <= ids.size))
             request.handle.track(known)
-            self._index.use(self._index.follow(tree, ids), now)
+            self._index.use(prompt_spans, now)
         except BaseException:
             self._release(request)
             raise
-        request.tree, request.matched = tree, matched
+        request.matched = matched
         self._active.add(request)
         self._sessions += 1
         self._tokens += ids.size
@@ -178,7 +194,7 @@ class PrefixCache:
 
     def _end(self, request: Request, store: bool) -> None:
         """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
-        with self.lock, uninterrupted():
+        with self._changing():
             if request not in self._active:
                 return
             self._active.remove(request)
@@ -203,42 +219,46 @@ class PrefixCache:
         request.handle.update_known()
         known = request.known
         ids, held = known.ids, request.handle.held(len(known))
-        restored = request.pinned.stop if request.pinned is not None else 0
-        restored = min(restored, known.unchanged)
+        restored = min(request.matched, known.unchanged)
         if held <= restored or not request.handle.is_whole(held):
             return
-        known_spans = self._index.follow(request.tree, ids[:held])
-        snapshots = self._captured(request, known_spans, restored, held)
+        prefix = self._follow(known.salt, ids[:held])
+        if prefix.length == held and all(span.complete for span in prefix.spans):
+            return
+        snapshots = self._captured(request, prefix, restored, held)
         try:
-            spans = self._index.extend(request.tree, ids[:held])
-            # The others were used when the request began.
-            self._index.use(spans[len(known_spans) :], self._clock())
-            new = [span for span in spans if span.payload is None and span.stop in snapshots]
+            for span in prefix.spans:
+                # Before a span is split, so that both parts get what belongs to them.
+                if span.payload is not None and span.start in snapshots:
+                    self._replace(span, snapshots.pop(span.start))
+            tree = self._trees.setdefault(known.salt, RadixTree(known.salt))
+            spans = self._index.extend(tree, ids[:held], known.media)
+            new = [span for span in spans if span.start >= prefix.length]
+            self._index.use(new, self._clock())  # the others were used when the request began
             for span in spans:
-                if span.stop in snapshots:
-                    self._replace(span, snapshots.pop(span.stop))
+                if span.start in snapshots:
+                    self._index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
+                    self.events.stored(span)
         finally:  # what a policy that raised has kept from its place
             close_snapshots(snapshots)
-        for span in new:  # last, because subscribers may raise
-            self.events.stored(span, self._salt_of(span))
 
     def _captured(
-        self, request: Request, known_spans: list[StoredSpan], restored: int, held: int
+        self, request: Request, prefix: StoredPrefix, restored: int, held: int
     ) -> dict[int, Snapshot]:
-        """Return snapshots to store, by stop: of spans behind `restored`, up to `held` tokens.
+        """Return snapshots to store, by start: of spans behind `restored`, up to `held` tokens.
 
-        They are of whole spans, in addition to any rows stored already: of `known_spans`, and of
-        the span to come behind them. Spans of which the request has no rows are left out.
+        Of known spans with a payload they have its rows in addition. Spans of which the request
+        has no rows are left out.
         """
-        ends = [0, *(span.stop for span in known_spans), held]
-        stored = [*(span.payload for span in known_spans), None]
+        length = prefix.length
+        pieces = [(span.start, min(span.stop, length), span.payload) for span in prefix.spans]
         snapshots: dict[int, Snapshot] = {}
         try:
-            for start, stop, payload in zip(ends[:-1], ends[1:], stored, strict=True):
+            for start, stop, payload in [*pieces, (length, held, None)]:
                 if start < stop and restored < stop:
                     snapshot = self._capture(request, start, stop, payload)
                     if snapshot is not None:
-                        snapshots[stop] = snapshot
+                        snapshots[start] = snapshot
         except BaseException:
             close_snapshots(snapshots)
             raise
@@ -275,9 +295,11 @@ class PrefixCache:
     def _release(self, request: Request) -> None:
         """Give back what a request holds: all of it, also if a policy raises."""
         pinned, request.pinned, request.ended = request.pinned, None, True
+        request.known.media = ()
         try:
             if pinned is not None:
                 self._index.pin(pinned, -1)
+                self._index.settle(pinned)
         finally:
             request.handle.release()
 
@@ -300,6 +322,8 @@ class PrefixCache:
                 resident=sum(span.nbytes for span in spans if is_resident(span)),
                 spans=len(spans),
                 evictions=self._index.evictions,
+                index_nbytes=self._index.index_nbytes,
+                index_budget=self._index.index_budget,
             )
 
     def render(
@@ -321,50 +345,33 @@ class PrefixCache:
             return render(self._trees, self._index.nbytes, decode, svg, width)
 
     def clear(self) -> None:
-        """Evict all spans not in use by a session."""
-        with self.lock, uninterrupted():
+        """Evict all spans not in use by a session, and forget those evicted before."""
+        with self._changing():
             self._end_dropped()
-            now = self._clock()
+            now, kept = self._clock(), list(self._index.kept)
             # Leaf first: only spans without children are offered to the policy, and can be evicted.
-            for span in sorted(self._index.kept, key=lambda span: -span.stop):
+            for span in sorted(kept, key=lambda span: -span.stop):
                 if not span.pins:
                     self._index.evict(span, now)
-            # Sessions will extend their trees, and their ids have stand-ins for media.
-            if not self._active:
-                self._index.drop_ghosts()
-                self._trees, self._salts = {}, {}
-                self._media_ids.clear()
-            if not self._index.kept:
+            self._index.forget_ghosts()
+            if kept and not self._index.kept:
                 self.events.cleared()
 
-    # Trees.
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change the content under the lock; subscribers hear of it when that is done."""
+        with self.lock:
+            try:
+                with uninterrupted():
+                    yield
+            finally:
+                self.events.deliver()
 
-    def _new_tree(self, salt: str) -> RadixTree[StoredSpan]:
-        tree: RadixTree[StoredSpan] = RadixTree()
-        self._trees[salt] = tree
-        self._salts[id(tree.root)] = salt
-        return tree
-
-    def _salt_of(self, span: StoredSpan) -> str:
-        node = span.node
-        while node.parent is not None:
-            node = node.parent
-        return self._salts[id(node)]
-
-    def _on_evict(self, span: StoredSpan) -> None:
-        self.events.removed(span, self._salt_of(span))
+    def _follow(self, salt: str, ids: Tokens) -> StoredPrefix:
+        """Return what is known of `ids`, which begin the tokens of a request."""
+        tree = self._trees.get(salt)
+        return self._index.follow(tree, ids) if tree is not None else Prefix([], 0)
 
 
-def _weakly(on_evict: Callable[[StoredSpan], None]) -> Callable[[StoredSpan], None]:
-    """Return `on_evict`, a method, without a reference to its object.
-
-    The index of a prefix cache would otherwise keep this alive, and its sequences claimed, until
-    the garbage collector comes round.
-    """
-    method = weakref.WeakMethod(on_evict)
-
-    def evicted(span: StoredSpan) -> None:
-        if (bound := method()) is not None:
-            bound(span)
-
-    return evicted
+def _drop(trees: dict[str, RadixTree[StoredSpan]], tree: RadixTree[StoredSpan]) -> None:
+    trees.pop(tree.salt, None)

@@ -3,89 +3,31 @@
 Every node of a tree is a span: the tokens between two places where sequences part, or where one
 ended. All tokens of a span have the same history, so a policy decides about spans. An evicted span
 leaves its tokens behind for a while, a ghost, so that a policy can learn from what comes back.
+
+Looking something up changes no tree. Spans are split where something is stored, and joined again
+when nobody needs to tell their parts apart.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Generic, Protocol, Self, TypeVar
+from collections.abc import Callable, Sequence
+from sys import getsizeof
+from typing import Generic
 
 from kvcache.errors import KVCacheError
 from kvcache.storage.lengths import ceil_div
 
+from .footprint import ENTRY, ORDERED_ENTRY, of_span, of_tree
+from .media import Placement, within
 from .policies import EvictionPolicy
-from .radix import Node, RadixTree, Tokens
+from .radix import RadixTree, Tokens
+from .spans import P, Prefix, Span, alike, file_span
 
-
-class Payload(Protocol):
-    """Data kept for a span."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes of the budget."""
-
-    @property
-    def resumable_anywhere(self) -> bool:
-        """True if its first part is of use without the second, wherever it is split."""
-
-    def split(self, tokens: int) -> tuple[Self, Self]:
-        """Return the data of the first `tokens` of its span, and of the others, to replace it."""
-
-    def close(self) -> None:
-        """Release everything it holds."""
-
-
-P = TypeVar("P", bound=Payload)
-
-
-class Span(Generic[P]):
-    """A node of the tree, with a payload for its tokens, or without one: a ghost.
-
-    uses: requests for it so far. used: time of the last, in seconds. pins: sessions that use it
-    or a span behind it. children: kept spans right behind it. offered: whether the policy may
-    choose it. policy_data: owned by the policy; both parts of a span that is split have it.
-    """
-
-    __slots__ = ("children", "node", "offered", "payload", "pins", "policy_data", "used", "uses")
-
-    def __init__(self, node: Node[Span[P]]) -> None:
-        self.node = node
-        self.payload: P | None = None
-        self.pins = self.children = self.uses = 0
-        self.used = 0.0
-        self.offered = False
-        self.policy_data: object = None
-
-    @property
-    def start(self) -> int:
-        """Position of its first token."""
-        return self.node.parent.depth if self.node.parent is not None else 0
-
-    @property
-    def stop(self) -> int:
-        """Position after its last token."""
-        return self.node.depth
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes its payload takes of the budget, 0 for a ghost."""
-        return self.payload.nbytes if self.payload is not None else 0
-
-    @property
-    def parent(self) -> Span[P] | None:
-        """Span right before it, None for the first of a sequence."""
-        return self.node.parent.value if self.node.parent is not None else None
-
-    @property
-    def path(self) -> list[Span[P]]:
-        """Spans from position 0 to this one, itself the last."""
-        spans: list[Span[P]] = []
-        span: Span[P] | None = self
-        while span is not None:
-            spans.append(span)
-            span = span.parent
-        return spans[::-1]
+_ROOM = 4_000
+"""Bytes of tables without entries, rounded up."""
+_MIN_JOINED = 4
+"""Spans joined at once at least: joining rows on the host copies them."""
 
 
 class SpanIndex(Generic[P]):
@@ -93,7 +35,10 @@ class SpanIndex(Generic[P]):
 
     budget: bytes of all payloads together at most, None for no limit; exceeded only while all
     candidates are pinned. grain: fewest tokens taken at once from a span that can be cut anywhere.
-    ghosts: evicted spans remembered at most. on_evict: called with a span about to be evicted.
+    index_budget: bytes of everything else at most, None for no limit: the oldest ghosts are
+    forgotten first, then spans are evicted. on_evict: called with a span about to be evicted.
+    on_empty: called with a tree that has lost its last span. others: returns bytes to be counted
+    as well.
     """
 
     def __init__(
@@ -102,64 +47,47 @@ class SpanIndex(Generic[P]):
         budget: int | None = None,
         *,
         grain: int = 64,
-        ghosts: int = 100_000,
+        index_budget: int | None = 1 << 26,
         on_evict: Callable[[Span[P]], None] = lambda _: None,
+        on_empty: Callable[[RadixTree[Span[P]]], None] = lambda _: None,
+        others: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy
         self.budget = budget
+        self.index_budget = index_budget
         self.nbytes = 0
         """Bytes of all payloads together."""
         self.evictions = 0
         """Spans evicted so far."""
         self.kept: dict[Span[P], None] = {}
         """Spans with a payload, in the order in which they came; there may be far more ghosts."""
-        self._grain, self._max_ghosts, self._on_evict = grain, ghosts, on_evict
+        self._grain = grain
+        self._on_evict, self._on_empty, self._others = on_evict, on_empty, others
+        # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
+        # Spans that may be reduced, as they have one kept span behind them: the longest idle first.
+        self._superseded: OrderedDict[Span[P], None] = OrderedDict()
+        self._spans = 0
+        self._tracked = 0  # bytes of trees, nodes, spans and the overhead of payloads
 
-    def follow(self, tree: RadixTree[Span[P]], tokens: Tokens) -> list[Span[P]]:
-        """Return the spans at the beginning of `tokens`, ghosts among them.
+    # Looking up.
 
-        The last is split where `tokens` leave it.
-        """
+    def follow(self, tree: RadixTree[Span[P]], tokens: Tokens) -> Prefix[P]:
+        """Return the spans at the beginning of `tokens`, ghosts among them. Nothing changes."""
         length, node, inside = tree.match(tokens)
-        if inside is not None and inside.value is not None and length > node.depth:
-            return self._split(inside.value, length - node.depth).path
-        return node.value.path if node.value is not None else []
+        if inside is not None and length > node.depth:
+            node = inside
+        span = node.value
+        return Prefix(span.path if span is not None else [], length)
 
-    def extend(self, tree: RadixTree[Span[P]], tokens: Tokens) -> list[Span[P]]:
-        """Return the spans of all `tokens`; the last may be new, a ghost.
-
-        Fill or pin a new one before :meth:`trim`, which may forget ghosts.
-        """
-        spans = self.follow(tree, tokens)
-        if tokens.size > (spans[-1].stop if spans else 0):
-            node = tree.insert(tokens)
-            node.value = Span(node)
-            self._ghosts[node.value] = None
-            spans.append(node.value)
-        return spans
-
-    def use(self, spans: list[Span[P]], now: float) -> None:
+    def use(self, spans: Sequence[Span[P]], now: float) -> None:
         """Count a request for `spans`, given in the order of their tokens."""
+        use = self.policy.use
         for span in spans:
             # The policy first: to it, uses and used are still those of earlier requests.
-            self.policy.use(span, now)
+            use(span, now)
             span.uses += 1
             span.used = now
-
-    def fill(self, span: Span[P], payload: P) -> None:
-        """Keep `payload` for `span` in place of its present one. The index takes ownership."""
-        previous, self.nbytes = span.payload, self.nbytes + payload.nbytes - span.nbytes
-        span.payload = payload
-        if previous is None:
-            self._ghosts.pop(span, None)
-            self.kept[span] = None
-            if span.parent is not None:
-                span.parent.children += 1
-            # Last, because the policy may raise.
-            self._reconsider(span)
-            if span.parent is not None:
-                self._reconsider(span.parent)
 
     def pin(self, span: Span[P], pins: int = 1) -> None:
         """Protect `span` and all spans before it from eviction; pins=-1 ends one protection."""
@@ -169,17 +97,61 @@ class SpanIndex(Generic[P]):
         for pinned in path:  # last, because the policy may raise
             self._reconsider(pinned)
 
+    # Storing.
+
+    def extend(
+        self, tree: RadixTree[Span[P]], tokens: Tokens, media: Sequence[Placement] = ()
+    ) -> list[Span[P]]:
+        """Return the spans of all `tokens`; the last may be new, a ghost.
+
+        The last known one is split where `tokens` leave it. Fill or pin a new one before
+        :meth:`trim`, which may forget ghosts. media: of `tokens`.
+        """
+        spans, length = self.follow(tree, tokens)
+        if spans and length < spans[-1].stop:
+            spans[-1] = self._split(spans[-1], length - spans[-1].start)
+        if length < tokens.size:
+            spans.append(self._attach(tree, spans[-1] if spans else None, tokens, media))
+        return spans
+
+    def fill(self, span: Span[P], payload: P) -> None:
+        """Keep `payload` for `span` in place of its present one. The index takes ownership."""
+        added = span.payload is None
+        self._put(span, payload)
+        if added:
+            self._ghosts.pop(span, None)
+            self.kept[span] = None
+            if span.parent is not None:
+                span.parent.children += 1
+            # Last, because the policy may raise.
+            self._reconsider(span)
+            if span.parent is not None:
+                self._reconsider(span.parent)
+
+    # Dropping.
+
     def trim(self, now: float) -> None:
-        """Evict until the budget holds, or all candidates are in use.
+        """Evict until the budgets hold, or all candidates are in use.
+
+        Payloads that nothing but the next position of their sequence could use go first.
 
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
         while self.budget is not None and self.nbytes > self.budget:
+            if self._reduce_superseded():
+                continue
             span = self.victim(now)
             if span is None:
                 break
             self._shrink(span, self.nbytes - self.budget, now)
-        self._forget()
+        while self.index_budget is not None and self._reserved > self.index_budget:
+            if self._ghosts:
+                self._remove(next(iter(self._ghosts)))
+                continue
+            span = self.victim(now)
+            if span is None:
+                break
+            self.evict(span, now)
 
     def victim(self, now: float) -> Span[P] | None:
         """Ask the policy for the span to evict next; None if it was offered none.
@@ -205,67 +177,225 @@ class SpanIndex(Generic[P]):
         # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
         self.policy.evict(span, now)
-        self.nbytes -= payload.nbytes
         self.evictions += 1
+        self.nbytes -= payload.nbytes
+        self._tracked -= payload.overhead
         span.payload, span.offered = None, False
         payload.close()
         del self.kept[span]
-        self._ghosts[span] = None
-        self._count_children(span.parent, -1)
+        node = span.node
+        parent = node.parent
+        if node.children:
+            self._join_ghosts(span)
+        else:
+            self._ghosts[span] = None
+        if parent is not None and parent.value is not None:
+            parent.value.children -= 1
+            self._reconsider(parent.value)
 
-    def drop_ghosts(self) -> None:
-        """Forget all ghosts. Their nodes stay: for trees given up as a whole."""
-        self._ghosts.clear()
+    def forget_ghosts(self) -> None:
+        """Remove all ghosts with nothing kept behind them, except pinned ones."""
+        while self._ghosts:
+            self._remove(next(iter(self._ghosts)))
+
+    def settle(self, span: Span[P]) -> None:
+        """Join the spans up to `span` that nobody tells apart any more, where there are several."""
+        run: list[Span[P]] = []
+        for next_span in [*span.path, None]:
+            if run and (next_span is None or not self._are_alike(run[-1], next_span)):
+                if len(run) >= _MIN_JOINED:
+                    self._join(run)
+                run = []
+            if next_span is not None:
+                run.append(next_span)
+
+    # Bytes outside the budget.
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of host memory outside the budget: trees, ghosts, media, and the policy's."""
+        containers = getsizeof(self.kept) + getsizeof(self._ghosts) + getsizeof(self._superseded)
+        return self._tracked + containers + self._unowned
+
+    @property
+    def _reserved(self) -> int:
+        """Upper bound of :attr:`index_nbytes` that falls with every span that goes.
+
+        Tables of Python keep their size when entries go, until they grow again.
+        """
+        entries = _ROOM + ENTRY * len(self.kept)
+        entries += ORDERED_ENTRY * (len(self._ghosts) + len(self._superseded))
+        return self._tracked + entries + self._unowned
+
+    @property
+    def _unowned(self) -> int:
+        return self.policy.nbytes + self._spans * self.policy.data_nbytes + self._others()
+
+    # Changes of the trees.
+
+    def _put(self, span: Span[P], payload: P | None) -> None:
+        """Set the payload of `span`, and count its bytes instead of those of the present one."""
+        if span.payload is not None:
+            self.nbytes -= span.payload.nbytes
+            self._tracked -= span.payload.overhead
+        if payload is not None:
+            self.nbytes += payload.nbytes
+            self._tracked += payload.overhead
+        span.payload = payload
+
+    def _attach(
+        self,
+        tree: RadixTree[Span[P]],
+        parent: Span[P] | None,
+        tokens: Tokens,
+        media: Sequence[Placement],
+    ) -> Span[P]:
+        """Return a new span, a ghost, for the `tokens` behind `parent`."""
+        node = parent.node if parent is not None else tree.root
+        if not node.children and parent is None:
+            self._tracked += of_tree(tree)
+        children = getsizeof(node.children) if node.children or parent is not None else 0
+        start = node.depth
+        new = RadixTree.attach(node, tokens[start:])
+        new.value = span = Span(tree, new, within(media, start, tokens.size) if media else ())
+        self._spans += 1
+        self._tracked += of_span(span) + getsizeof(node.children) - children
+        self._ghosts[span] = None
+        if parent is not None:
+            self._ghosts.pop(parent, None)
+            self._superseded.pop(parent, None)
+        return span
+
+    def _split(self, lower: Span[P], tokens: int) -> Span[P]:
+        """Return a new span for the first `tokens` of `lower`; the others stay in `lower`."""
+        # First, as it may raise.
+        parts = None if lower.payload is None else lower.payload.split(tokens)
+        self._tracked -= of_span(lower)
+        node = RadixTree.split(lower.node, tokens)
+        node.value = upper = Span(lower.tree, node)
+        if lower.media:
+            upper.media = within(lower.media, upper.start, upper.stop)
+            lower.media = within(lower.media, lower.start, lower.stop)
+        upper.pins, upper.uses, upper.used = lower.pins, lower.uses, lower.used
+        upper.policy_data = lower.policy_data
+        self._spans += 1
+        self._tracked += of_span(lower) + of_span(upper)
+        if parts is not None:
+            self._put(upper, parts[0])
+            self._put(lower, parts[1])
+            # Not offered: with a child, it is no candidate, whether `lower` is one or not.
+            upper.children = 1
+            self.kept[upper] = None
+            self._reconsider(upper)
+        return upper
+
+    def _remove(self, span: Span[P]) -> None:
+        """Take a ghost without children out of its tree, and the tree with its last span."""
+        node, parent = span.node, span.node.parent
+        if parent is None:
+            return  # the root, which has no span
+        self._tracked -= of_span(span)
+        self._spans -= 1
+        del self._ghosts[span]
+        RadixTree.detach(node)
+        node.value = None  # a span and its node refer to each other: free both at once
+        if parent.value is not None:
+            self._reconsider(parent.value)
+            if parent.value in self._ghosts:
+                # It is no younger than what was behind it.
+                self._ghosts.move_to_end(parent.value, last=False)
+            elif parent.value.payload is None:
+                self._join_ghosts(parent.value)
+        elif not parent.children:
+            self._tracked -= of_tree(span.tree) + getsizeof(parent.children)
+            parent.children = {}
+            self._on_empty(span.tree)
+
+    # Spans whose parts nobody tells apart any more.
+
+    def _are_alike(self, upper: Span[P], lower: Span[P]) -> bool:
+        return alike(upper, lower, self._ghosts) and self.policy.alike(upper, lower)
+
+    def _join_ghosts(self, upper: Span[P]) -> None:
+        """Join a ghost and the only one right behind it, if they are alike."""
+        lower = upper.only_child
+        if lower is not None and self._are_alike(upper, lower):
+            self._join([upper, lower])
+
+    def _join(self, run: Sequence[Span[P]]) -> None:
+        """Let the last of contiguous spans that are alike be all of them."""
+        *uppers, last = run
+        for upper, lower in zip(uppers, run[1:], strict=True):
+            for node in list(upper.node.children.values()):
+                if node.value is not None and node.value is not lower:
+                    self._remove(node.value)
+        payloads = [span.payload for span in run if span.payload is not None]
+        joined = payloads[0].join(payloads[1:]) if payloads else None  # may raise, so it is first
+        if last.offered:  # its size changes, on which its place among the candidates may depend
+            self.policy.withdraw(last)
+            last.offered = False
+        self._tracked -= sum(map(of_span, run))
+        RadixTree.join([span.node for span in run])
+        last.media = tuple(dict.fromkeys(placement for span in run for placement in span.media))
+        for upper in uppers:
+            self._put(upper, None)
+            upper.node.value = None
+            for spans in (self.kept, self._ghosts, self._superseded):
+                spans.pop(upper, None)
+        self._put(last, joined)
+        self._spans -= len(uppers)
+        self._tracked += of_span(last)
+        self._ghosts.pop(last, None)
+        self._reconsider(last)
+
+    # Spans that have one behind them to resume at instead.
+
+    def _reduce_superseded(self) -> bool:
+        """Release what a payload holds for its own end alone; return False if none does.
+
+        That is a payload with the next position of its sequence behind it: where a window drops
+        tokens, a conversation goes on from there. The end of the former would be of use only to
+        requests that part exactly there; a span with several behind it is none of these.
+        """
+        while self._superseded:
+            span, _ = self._superseded.popitem(last=False)
+            child, payload = span.only_child, span.payload
+            if payload is None or child is None or child.payload is None or span.used > child.used:
+                continue
+            reduced = payload.reduced(child.stop)
+            if reduced is not None:
+                self._put(span, reduced)
+                payload.close()
+                if self._are_alike(span, child):
+                    self._join([span, child])
+                return True
+        return False
 
     def _shrink(self, span: Span[P], excess: int, now: float) -> None:
         """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes."""
         tokens = span.stop - span.start
-        if span.payload is not None and span.payload.resumable_anywhere and span.nbytes:
+        if span.complete and span.nbytes:
             # Rounded up; and no less than the grain, or many calls would take a token each.
             surplus = max(self._grain, ceil_div(excess * tokens, span.nbytes))
             if surplus < tokens:
                 self._split(span, tokens - surplus)
         self.evict(span, now)
 
-    def _split(self, lower: Span[P], tokens: int) -> Span[P]:
-        """Return a new span for the first `tokens` of `lower`; the others stay in `lower`."""
-        node = RadixTree.split(lower.node, tokens)
-        node.value = upper = Span(node)
-        upper.pins, upper.uses, upper.used = lower.pins, lower.uses, lower.used
-        upper.policy_data = lower.policy_data
-        if lower.payload is None:
-            self._ghosts[upper] = None
-        else:
-            upper.payload, lower.payload = lower.payload.split(tokens)
-            # Not offered: with a child, it is no candidate, whether `lower` is one or not.
-            upper.children = 1
-            self.kept[upper] = None
-        return upper
-
-    def _count_children(self, span: Span[P] | None, change: int) -> None:
-        if span is not None:
-            span.children += change
-            self._reconsider(span)
-
     def _reconsider(self, span: Span[P]) -> None:
-        """Offer `span` to the policy, or withdraw it, if it has become or ceased to be evictable.
+        """File `span` where it belongs: among the candidates, superseded spans, or idle ghosts.
 
         Leaf first: a span is not offered while spans behind it are kept, which build on it.
         """
-        offered = span.payload is not None and not span.pins and not span.children
+        payload, pinned = span.payload, span.pins
+        if payload is None:
+            file_span(span, self._ghosts, not pinned and not span.node.children)
+        elif not payload.resumable_anywhere:
+            alone = span.children == 1 and len(span.node.children) == 1
+            file_span(span, self._superseded, not pinned and alone)
+        offered = payload is not None and not pinned and not span.children
         if offered == span.offered:
             return
         # A policy that raises leaves a span that it was not offered.
         span.offered = False
         (self.policy.offer if offered else self.policy.withdraw)(span)
         span.offered = offered
-
-    def _forget(self) -> None:
-        """Forget the oldest ghosts beyond the limit, except pinned ones and inner nodes."""
-        for _ in range(len(self._ghosts) - self._max_ghosts):
-            span, _ = self._ghosts.popitem(last=False)
-            if span.node.children or span.pins:
-                # To the end: left in front, it would be all that later calls look at.
-                self._ghosts[span] = None
-            else:
-                RadixTree.remove(span.node)

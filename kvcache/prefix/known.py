@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from .media import Placement
 from .radix import Tokens, as_tokens
 
 
@@ -17,12 +18,12 @@ class KnownTokens:
     otherwise (later ones moved into a gap, say) no token is known any more, nor becomes known,
     until these rows are gone: the rows of a token depend on all tokens before it.
 
-    ids: of the prompt, with stand-ins for media. salt: of the request. media: places
-    ``[start, stop)`` of media in the prompt.
+    ids: of the prompt, with stand-ins for media. salt: of the request. media: where the stand-ins
+    are.
     """
 
-    def __init__(self, ids: Tokens, salt: str, media: Iterable[tuple[int, int]]) -> None:
-        self.salt, self.media = salt, tuple(media)
+    def __init__(self, ids: Tokens, salt: str, media: tuple[Placement, ...] = ()) -> None:
+        self.salt, self.media = salt, media
         self.unchanged: int = ids.size
         """Tokens from the beginning whose rows have been there all along."""
         self._pieces, self._size = [ids], ids.size
@@ -60,7 +61,7 @@ class KnownTokens:
 
         Except within one medium: that is found as a whole or not at all.
         """
-        inside = any(first <= start and stop <= last for first, last in self.media)
+        inside = any(medium.start <= start and stop <= medium.stop for medium in self.media)
         if stop > start + 1 and not inside:
             self.invalidate(start)
 

@@ -25,6 +25,7 @@ COUNTERS = {
 GAUGES = {
     "active": "Requests open now",
     "nbytes": "Bytes stored",
+    "index_nbytes": "Bytes of host memory taken outside the budget",
     "pinned": "Bytes stored and in use by requests",
     "resident": "Bytes stored in the memory of the cache",
     "spans": "Spans stored",

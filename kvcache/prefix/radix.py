@@ -79,10 +79,16 @@ class Match(NamedTuple, Generic[V]):
 
 
 class RadixTree(Generic[V]):
-    """Values by sequences of token ids."""
+    """Values by sequences of token ids.
 
-    def __init__(self) -> None:
+    salt: of the requests whose tokens it holds, where there is a tree for each.
+    """
+
+    __slots__ = ("root", "salt")
+
+    def __init__(self, salt: str = "") -> None:
         self.root: Node[V] = Node(b"", None)
+        self.salt = salt
 
     def match(self, tokens: Tokens) -> Match[V]:
         """Find the longest path with the ids of `tokens`, from their beginning."""
@@ -102,10 +108,28 @@ class RadixTree(Generic[V]):
         length, node, inside = self.match(tokens)
         if inside is not None:
             node = self.split(inside, length - node.depth)
-        if length < tokens.size:
-            edge = tokens[length:].astype(_ID, copy=False).tobytes()
-            node.children[tokens.item(length)] = node = Node(edge, node)
-        return node
+        return self.attach(node, tokens[length:]) if length < tokens.size else node
+
+    @staticmethod
+    def attach(node: Node[V], tokens: Tokens) -> Node[V]:
+        """Return a new child of `node` for `tokens`; no other child begins with their first."""
+        child: Node[V] = Node(tokens.astype(_ID, copy=False).tobytes(), node)
+        node.children[tokens.item(0)] = child
+        return child
+
+    @staticmethod
+    def detach(node: Node[V]) -> None:
+        """Take `node`, and all under it, out of the tree."""
+        if node.parent is not None:
+            del node.parent.children[node.first]
+
+    @staticmethod
+    def join(nodes: Sequence[Node[V]]) -> None:
+        """Let the last of `nodes`, each the only child of the one before, be all of them."""
+        first, last = nodes[0], nodes[-1]
+        if first.parent is not None:
+            first.parent.children[first.first] = last
+        last.edge, last.parent = b"".join(node.edge for node in nodes), first.parent
 
     @staticmethod
     def remove(node: Node[V]) -> None:
@@ -115,7 +139,7 @@ class RadixTree(Generic[V]):
             del parent.children[node.first]
             node = parent
         if parent is not None and node.idle and len(node.children) == 1:
-            _join(node, parent)
+            RadixTree.join([node, *node.children.values()])
 
     @staticmethod
     def split(node: Node[V], length: int) -> Node[V]:
@@ -145,10 +169,3 @@ def _in_common(tokens: Tokens, node: Node[V]) -> int:
     ids = node.tokens[: tokens.size]
     differ = tokens != ids
     return int(differ.argmax()) if differ.any() else ids.size
-
-
-def _join(node: Node[V], parent: Node[V]) -> None:
-    """Put the only child of `node` in its place under `parent`."""
-    [child] = node.children.values()
-    parent.children[node.first] = child
-    child.edge, child.parent = node.edge + child.edge, parent

@@ -41,8 +41,11 @@ class SequenceHandle(ABC):
         """Return whether no position before `stop` was left out, as far as the sequence tells."""
 
     @abstractmethod
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
-        """Fill the empty sequence with contiguous `snapshots`. Raises: CacheFullError."""
+    def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
+        """Fill the empty sequence with contiguous `snapshots`, up to `stop` in the last one.
+
+        Raises: CacheFullError.
+        """
 
     @abstractmethod
     def track(self, known: KnownTokens) -> None:
@@ -173,8 +176,8 @@ class PoolHandle(SequenceHandle):
         places = {self._cache.next_position(self._sequence), stop}
         return any(self._cache.can_resume(self._sequence, place) for place in places)
 
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
-        self._cache.restore(self._sequence, *snapshots)
+    def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
+        self._cache.restore(self._sequence, *snapshots, stop=stop)
 
     def track(self, known: KnownTokens) -> None:
         self._source.track(self._sequence, known)
@@ -238,8 +241,8 @@ class LayerHandle(SequenceHandle):
     def is_whole(self, stop: int) -> bool:
         return True  # positions of updates follow one another
 
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
-        self._caches.restore(*snapshots, backend=self._source.backend)
+    def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
+        self._caches.restore(*snapshots, stop=stop, backend=self._source.backend)
 
     def track(self, known: KnownTokens) -> None:
         self._forget_rewinds()

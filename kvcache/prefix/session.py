@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -19,7 +19,7 @@ from kvcache.layers.stack import LayerCaches
 from .arguments import as_positions
 from .known import KnownTokens, own_tokens
 from .media import check_token_ids
-from .radix import RadixTree, Tokens
+from .radix import Tokens
 from .sequences import SequenceHandle
 from .stored import StoredSpan
 
@@ -28,14 +28,13 @@ from .stored import StoredSpan
 class Request:
     """State of one request, shared by its session and the prefix cache.
 
-    handle: its sequence. known: token ids of its rows, those of the prompt first. tree: the tree
-    of its salt. matched: prompt tokens restored from storage. pinned: the last span in use by it,
-    None if nothing was restored. ended: whether the sequence was given back.
+    handle: its sequence. known: token ids of its rows, those of the prompt first. matched: prompt
+    tokens restored from storage. pinned: the last span in use by it, None if nothing was restored.
+    ended: whether the sequence was given back.
     """
 
     handle: SequenceHandle
     known: KnownTokens
-    tree: RadixTree[StoredSpan] = field(default_factory=RadixTree)
     matched: int = 0
     pinned: StoredSpan | None = None
     ended: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class PrefixStats:
     """Spans stored now."""
     evictions: int
     """Spans evicted, in total."""
+    index_nbytes: int = field(compare=False)  # tables of Python grow and shrink on their own
+    """Bytes of host memory taken outside the budget: token ids, evicted spans remembered, salts,
+    media, and what the policy knows."""
+    index_budget: int | None
+    """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
 
     @property
     def hit_rate(self) -> float:

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from kvcache.snapshots.snapshot import Snapshot, last_resumable
+from kvcache.snapshots.snapshot import Part, Snapshot, last_resumable
 
-from .index import Span
+from .spans import Prefix, Span
+
+_NBYTES, _PART_NBYTES, _ARRAY_NBYTES = 400, 900, 300
+"""Bytes of Python objects: of a snapshot, of each part, and of each array of each layer."""
 
 
 class StoredSnapshot:
     """A snapshot as the payload of a span, and its owner.
 
-    nbytes: bytes of all its rows, resident or on the host, as of its creation.
+    nbytes: bytes of all its rows, resident or on the host, as of its creation. overhead: of what
+    tells where and of which positions they are.
     """
 
-    __slots__ = ("nbytes", "snapshot")
+    __slots__ = ("nbytes", "overhead", "snapshot")
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.nbytes = snapshot.nbytes
+        self.overhead = _NBYTES + sum(_overhead_of(part) for part in snapshot.parts)
 
     @property
     def resumable_anywhere(self) -> bool:
@@ -32,12 +37,56 @@ class StoredSnapshot:
         lower, upper = self.snapshot.split(self.snapshot.start + tokens)
         return StoredSnapshot(lower), StoredSnapshot(upper)
 
+    def joins(self, following: StoredSnapshot) -> bool:
+        """Return True if the next snapshot can be joined to this one, with no row moved.
+
+        Where a window drops tokens, only rows needed to resume at the end of the next one are.
+        """
+        return all(
+            _joins(part, next_part, following.snapshot.stop)
+            for part, next_part in zip(self.snapshot.parts, following.snapshot.parts, strict=True)
+        )
+
+    def join(self, following: Sequence[StoredSnapshot]) -> StoredSnapshot:
+        """Return this and the `following` snapshots as one payload; all of them are closed."""
+        return StoredSnapshot(self.snapshot.merge(*(payload.snapshot for payload in following)))
+
+    def reduced(self, position: int) -> StoredSnapshot | None:
+        """Return only the rows needed to resume at `position`; None if that is all of them.
+
+        None as well if a part keeps all of its tokens: without its other rows they were lost, as
+        the span could not be resumed at any more.
+        """
+        parts = self.snapshot.parts
+        if any(part.spec.visibility.window is None for part in parts):
+            return None
+        if all(part.needed_at(position).all() for part in parts):
+            return None
+        return StoredSnapshot(self.snapshot.needed_at(position))
+
     def close(self) -> None:
         """Release the rows of the snapshot."""
         self.snapshot.close()
 
 
+def _joins(part: Part, following: Part, stop: int) -> bool:
+    """Return True if the rows of both are in one place, and of use to resume at `stop` alone."""
+    together = part.rows.owner is following.rows.owner
+    if part.spec.visibility.resumable_anywhere:
+        return together
+    if not part.rows.positions.size:
+        return True
+    return together and bool(part.needed_at(stop).all())
+
+
+def _overhead_of(part: Part) -> int:
+    rows = part.rows
+    arrays = _ARRAY_NBYTES * rows.arrays + rows.positions.nbytes + rows.slots.nbytes
+    return _PART_NBYTES + arrays
+
+
 StoredSpan: TypeAlias = Span[StoredSnapshot]
+StoredPrefix: TypeAlias = Prefix[StoredSnapshot]
 
 
 def is_resident(span: StoredSpan) -> bool:
@@ -65,23 +114,22 @@ def contiguous_snapshots(
 
 
 def close_snapshots(snapshots: Mapping[int, Snapshot]) -> None:
-    """Close all of `snapshots`, those of spans by their stop."""
+    """Close all of `snapshots`, those of spans by their start."""
     for snapshot in snapshots.values():
         snapshot.close()
 
 
-def resumable_length(
-    spans: Sequence[StoredSpan], tokens: int, media: Iterable[tuple[int, int]]
-) -> int:
+def resumable_length(prefix: StoredPrefix, tokens: int, media: Iterable[tuple[int, int]]) -> int:
     """Return how many tokens of a prompt need no computing: every layer can resume after them.
 
-    spans: the spans a prompt of `tokens` begins with. At least one token is left to compute, and
-    the result is never inside one of the ranges `media`.
+    prefix: what is known of a prompt of `tokens`. At least one token is left to compute, and the
+    result is never inside one of the ranges `media`.
     """
+    spans = prefix.spans
     while spans and spans[-1].payload is None:
         spans = spans[:-1]
     snapshots = contiguous_snapshots(spans, spans)
-    length, limit = 0, tokens - 1
+    length, limit = 0, min(tokens - 1, prefix.length)
     # Lowered to where a medium starts, the limit may not be a resume point: look again.
     while snapshots and length != limit:
         length = limit = last_resumable(snapshots, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from kvcache.storage import schema
 from kvcache.storage.arrays import NamedArray
 
 from .files import Header, naming_damage, read_file, write_file
-from .rows import LayerRows
+from .rows import LayerRows, TokenRows
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 """A number of a layer, in the one way that it is written."""
@@ -65,6 +66,47 @@ class Record(NamedTuple):
     layers: LayerRows
 
 
+def rows_of(record: Record) -> TokenRows:
+    """Return the rows in a file; of encoder output a row for each frame, whatever its age."""
+    positions, layers = record.positions, record.layers
+    arrays = [array.data for rows in layers.values() for array in rows]
+    forms = {(data.shape[0], *data.shape[2:-1]) for data in arrays if data.ndim == 4}
+    # Older files hold one output as one row, [frames, kv_heads, 1, head_dim]. Anything else is
+    # refused by the cache that it is restored to.
+    if record.kind != "encoder" or positions.size != 1 or len(forms) != 1:
+        return TokenRows(positions, layers)
+    [(frames, tokens)] = forms
+    if tokens != 1 or any(data.ndim != 4 for data in arrays):
+        return TokenRows(positions, layers)
+    by_frame = {
+        layer: tuple(
+            array._replace(data=np.array(array.data[:, :, 0].swapaxes(0, 1))) for array in rows
+        )
+        for layer, rows in layers.items()
+    }
+    return TokenRows(np.repeat(positions, frames), by_frame)
+
+
+def check_tokens(tokens: npt.ArrayLike | None, stop: int | None = None) -> None:
+    """Raise ValueError unless `tokens` are ids, `stop` in number; None: any, or any number."""
+    if tokens is None:
+        return
+    ids = as_int32s(tokens, "token ids")
+    if ids.size and ids.min() < 0:
+        raise ValueError(f"token ids are >= 0; got {ids.min()}. Leave out padding.")
+    if stop is not None and ids.size != stop:
+        raise ValueError(
+            f"the tokens of a snapshot are all before its stop, {stop}; got {ids.size}. "
+            "Give those before its start as well, and none behind it."
+        )
+
+
+def check_fingerprint(fingerprint: str) -> None:
+    """Raise TypeError for anything but text."""
+    if not isinstance(fingerprint, str):
+        raise TypeError(f"a fingerprint is a str; got {reprlib.repr(fingerprint)}.")
+
+
 def write_archive(
     path: str | os.PathLike[str],
     span: tuple[int, int],
@@ -96,7 +138,7 @@ def write_archive(
         "kind": "snapshot",
         "span": list(span),
         "parts": parts,
-        "tokens": _token_hash(tokens),
+        "tokens": _token_hash(tokens, span[1]),
         "fingerprint": fingerprint,
     }
     write_file(path, tensors, header)
@@ -193,12 +235,22 @@ def _layers(
     }
 
 
-def _token_hash(tokens: npt.ArrayLike | None) -> str:
-    """Return a hash of token ids; "" for None."""
+def _token_hash(tokens: npt.ArrayLike | None, stop: int | None = None) -> str:
+    """Return a hash of token ids; "" for None.
+
+    Raises: ValueError for anything but ids >= 0, and for others than `stop` of them.
+    """
     if tokens is None:
         return ""
+    ids = as_int32s(tokens, "token ids")
+    if ids.size and ids.min() < 0:
+        raise ValueError(f"token ids are >= 0; got {ids.min()}.")
+    if stop is not None and ids.size != stop:
+        raise ValueError(
+            f"tokens name all {stop} positions up to the end of the snapshot; got {ids.size}."
+        )
     # As little-endian int32, so that lists, arrays of any integer dtype and machines agree.
-    return hashlib.sha256(as_int32s(tokens, "token ids").astype("<i4").tobytes()).hexdigest()
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
 
 
 def _check_owner(

@@ -75,6 +75,26 @@ class TokenRows:
         owner.pin(rows)
         return rows
 
+    @classmethod
+    def merged(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """Return all rows of `parts`, ascending from one to the next, as an object of its own."""
+        held = [rows for rows in parts if rows.positions.size]
+        if len(held) < 2:
+            return (held or parts)[0].renewed()
+        positions = np.concatenate([rows.positions for rows in held])
+        with held[0]._owner_lock():
+            owner = held[0].owner
+            if owner is not None and all(rows.owner is owner for rows in held):
+                return cls.resident(positions, owner, np.concatenate([rows.slots for rows in held]))
+        contents = [rows.content() for rows in held]
+        return cls(
+            positions,
+            {
+                layer: concat_layers([content[layer] for content in contents])
+                for layer in contents[0]
+            },
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the rows, resident or not."""
@@ -86,6 +106,11 @@ class TokenRows:
         """Bytes of host memory owned by the rows: 0 for resident ones."""
         return sum(array.data.nbytes for arrays in self._layers.values() for array in arrays)
 
+    @property
+    def arrays(self) -> int:
+        """Number of arrays of all layers in host memory: 0 for resident rows."""
+        return sum(map(len, self._layers.values()))
+
     def to_host(self) -> LayerRows:
         """Spill the rows to host memory, for good, and return them by layer."""
         with self._owner_lock():
@@ -93,6 +118,10 @@ class TokenRows:
                 # Read before unpinning: free slots may be written to at any time.
                 self._become(self.positions, self.owner.read(self.slots))
             return self._layers
+
+    def host_copies(self) -> LayerRows:
+        """Return host copies of all rows, which stay where they are."""
+        return self.read(np.arange(self.positions.size)) if self.positions.size else {}
 
     def content(self) -> LayerRows:
         """Return the content by layer, in host memory: a copy of resident rows, which stay so."""

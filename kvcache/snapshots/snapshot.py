@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache._checks import as_index, as_int32s
+from kvcache._checks import as_index
 from kvcache._types import Bools, Int32s
 from kvcache.errors import KVCacheError, SnapshotMismatchError
 
-from .archive import Record, read_archive, write_archive
+from . import archive
 from .rows import LayerRows, TokenRows, close_all, exchange, spill_all
 from .visibility import Visibility
 
 
 class CacheSpec(NamedTuple):
-    """Kind, visibility and dtype of a cache: equal for caches able to exchange snapshots."""
+    """Kind, visibility and dtypes of a cache: equal where snapshots can be exchanged."""
 
     kind: str
     """Name of the kind of cache, as in files."""
     visibility: Visibility
     """Rule for the tokens needed to resume: :meth:`Visibility.needed`."""
-    dtype: str | tuple[str, ...]
-    """One dtype for all arrays of a layer, or one for each."""
+    dtype: str | tuple[str, ...]  # of all arrays of a layer, or of each
 
 
 @dataclass
@@ -39,6 +37,16 @@ class Part:
 
     spec: CacheSpec
     rows: TokenRows
+
+    def needed_at(self, position: int) -> Bools:
+        """Return which rows are needed to resume at `position`, behind them.
+
+        All rows of a cache that drops none: it may use them wherever it goes on.
+        """
+        positions = self.rows.positions
+        if self.spec.visibility.resumable_anywhere:
+            return np.ones(positions.size, np.bool_)
+        return self.spec.visibility.needed(positions, position)
 
 
 class Snapshot:
@@ -55,9 +63,9 @@ class Snapshot:
     just before it writes there. A snapshot can be restored to any cache of the same kind,
     visibility and dtype, on any backend. The caller that takes a snapshot closes it.
 
-    A snapshot can be split anywhere. Where every token stays (no window), a sequence can resume at
-    the end of each piece. Where old tokens are dropped, it can resume only at positions with all
-    the tokens needed before them: see :func:`last_resumable`.
+    A snapshot can be split anywhere, and a restore can stop inside it. Where every token stays (no
+    window), a sequence can resume at every position. Where old tokens are dropped, it can resume
+    only at positions with all the tokens needed before them: see :func:`last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -125,30 +133,56 @@ class Snapshot:
             ),
         )
 
-    def merge(self, other: Snapshot) -> Snapshot:
-        """Join this snapshot and the adjacent `other` into one; closes both.
+    def merge(self, *others: Snapshot) -> Snapshot:
+        """Join this snapshot and `others`, each adjacent to the one before; closes all of them.
 
-        Raises: ValueError unless `other` starts at the stop of this one, SnapshotMismatchError if
-            it is of other caches.
+        Raises: ValueError unless each starts at the stop of the one before, SnapshotMismatchError
+            if one is of other caches.
         """
-        if other.start != self.stop:
+        merged = [self, *others]
+        for snapshot, other in pairwise(merged):
+            if other.start != snapshot.stop:
+                raise ValueError(
+                    f"snapshots that merge meet; got [{snapshot.start}, {snapshot.stop}) and "
+                    f"[{other.start}, {other.stop})."
+                )
+        check_same_specs(merged, self.specs)
+        columns = list(zip(*(snapshot._rows for snapshot in merged), strict=True))
+        return exchange(
+            [rows for column in columns for rows in column],
+            lambda: map(TokenRows.merged, columns),
+            lambda rows: self._of(self.start, merged[-1].stop, rows),
+        )
+
+    def needed_at(self, position: int) -> Snapshot:
+        """Return a snapshot of the same span with only the rows needed to resume at `position`.
+
+        position: not before the stop of this one, which stays as it is.
+        """
+        position = as_index(position, "position")
+        if position < self.stop:
             raise ValueError(
-                f"snapshots that merge meet; got [{self.start}, {self.stop}) and "
-                f"[{other.start}, {other.stop})."
+                f"rows of [{self.start}, {self.stop}) are needed at {self.stop} or behind it; got "
+                f"{position}. Split the snapshot there."
             )
-        check_same_specs([self, other], self.specs)
-        return self._joined(other, other.stop)
+        return exchange(
+            (),
+            lambda: (
+                part.rows.take(np.flatnonzero(part.needed_at(position))) for part in self.parts
+            ),
+            lambda rows: self._of(self.start, self.stop, rows),
+        )
 
     def union(self, other: Snapshot) -> Snapshot:
         """Return a snapshot of this span with the rows of either; closes both.
 
         Raises: SnapshotMismatchError if `other` is of other caches.
         """
-        return self._joined(other, self.stop, self._missing_of(other))
+        return self._joined(other, self._missing_of(other))
 
     def united(self, other: Snapshot) -> Snapshot:
         """Return :meth:`union` as an object of its own; both stay as they are."""
-        return self._joined(other, self.stop, self._missing_of(other), closing=False)
+        return self._joined(other, self._missing_of(other), closing=False)
 
     def _missing_of(self, other: Snapshot) -> list[Bools]:
         """Return which rows of each part of `other` are in this span, and not held here.
@@ -167,20 +201,19 @@ class Snapshot:
     def _joined(
         self,
         other: Snapshot,
-        stop: int,
-        new: Iterable[Bools | None] = repeat(None),
+        new: Iterable[Bools],
         closing: bool = True,
     ) -> Snapshot:
-        """Return a snapshot up to `stop` with the rows of both.
+        """Return a snapshot of this span with the rows of both.
 
-        new: for each part of `other` which of its rows are meant; None for all.
+        new: for each part of `other` which of its rows are meant.
         closing: close both then; if anything raises, neither has changed.
         """
         own_rows, rows = self._rows, other._rows
         return exchange(
             [*own_rows, *rows] if closing else (),
             lambda: map(TokenRows.joined, own_rows, rows, new),
-            lambda joined: self._of(self.start, stop, joined),
+            lambda joined: self._of(self.start, self.stop, joined),
         )
 
     def _of(self, start: int, stop: int, rows: Sequence[TokenRows]) -> Snapshot:
@@ -206,7 +239,7 @@ class Snapshot:
         return self.copy()
 
     def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[object, ...]]:
-        parts = [(part.spec, part.rows.positions, _host_rows(part.rows)) for part in self.parts]
+        parts = [(part.spec, part.rows.positions, part.rows.host_copies()) for part in self.parts]
         return _unpickled, (self.start, self.stop, parts)
 
     def to_host(self) -> Self:
@@ -253,10 +286,10 @@ class Snapshot:
             regular file, or may not be written; FileNotFoundError without its directory; OSError,
             such as for a full disk.
         """
-        _check_tokens(tokens, self.stop)
-        _check_fingerprint(fingerprint)
+        archive.check_tokens(tokens, self.stop)
+        archive.check_fingerprint(fingerprint)
         records = [
-            Record(
+            archive.Record(
                 part.spec.kind,
                 part.spec.visibility,
                 part.spec.dtype,
@@ -265,7 +298,7 @@ class Snapshot:
             )
             for part in self.parts
         ]
-        write_archive(path, (self.start, self.stop), records, tokens, fingerprint)
+        archive.write_archive(path, (self.start, self.stop), records, tokens, fingerprint)
 
     @classmethod
     def load(
@@ -283,63 +316,18 @@ class Snapshot:
             with; SnapshotMismatchError for other tokens or another model, CacheFileError (damaged,
             foreign or newer file, or no file that can be opened), FileNotFoundError.
         """
-        _check_tokens(tokens)
+        archive.check_tokens(tokens)
         if fingerprint is not None:
-            _check_fingerprint(fingerprint)
-        (start, stop), records = read_archive(path, tokens, fingerprint)
+            archive.check_fingerprint(fingerprint)
+        (start, stop), records = archive.read_archive(path, tokens, fingerprint)
         parts = [
             Part(
                 CacheSpec(record.kind, Visibility(*record.visibility), record.dtype),
-                _rows_of(record),
+                archive.rows_of(record),
             )
             for record in records
         ]
         return cls(start, stop, parts)
-
-
-def _check_tokens(tokens: npt.ArrayLike | None, stop: int | None = None) -> None:
-    """Raise ValueError unless `tokens` are ids, `stop` in number; None: any, or any number."""
-    if tokens is None:
-        return
-    ids = as_int32s(tokens, "token ids")
-    if ids.size and ids.min() < 0:
-        raise ValueError(f"token ids are >= 0; got {ids.min()}. Leave out padding.")
-    if stop is not None and ids.size != stop:
-        raise ValueError(
-            f"the tokens of a snapshot are all before its stop, {stop}; got {ids.size}. "
-            "Give those before its start as well, and none behind it."
-        )
-
-
-def _check_fingerprint(fingerprint: str) -> None:
-    if not isinstance(fingerprint, str):
-        raise TypeError(f"a fingerprint is a str; got {reprlib.repr(fingerprint)}.")
-
-
-def _rows_of(record: Record) -> TokenRows:
-    """Return the rows in a file; of encoder output a row for each frame, whatever its age."""
-    positions, layers = record.positions, record.layers
-    arrays = [array.data for rows in layers.values() for array in rows]
-    forms = {(data.shape[0], *data.shape[2:-1]) for data in arrays if data.ndim == 4}
-    # Older files hold one output as one row, [frames, kv_heads, 1, head_dim]. Anything else is
-    # refused by the cache that it is restored to.
-    if record.kind != "encoder" or positions.size != 1 or len(forms) != 1:
-        return TokenRows(positions, layers)
-    [(frames, tokens)] = forms
-    if tokens != 1 or any(data.ndim != 4 for data in arrays):
-        return TokenRows(positions, layers)
-    by_frame = {
-        layer: tuple(
-            array._replace(data=np.array(array.data[:, :, 0].swapaxes(0, 1))) for array in rows
-        )
-        for layer, rows in layers.items()
-    }
-    return TokenRows(np.repeat(positions, frames), by_frame)
-
-
-def _host_rows(rows: TokenRows) -> LayerRows:
-    """Return host copies of all rows, which stay where they are."""
-    return rows.read(np.arange(rows.positions.size)) if rows.positions.size else {}
 
 
 def _unpickled(
@@ -381,21 +369,32 @@ def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> 
             )
 
 
-def check_contiguous(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> int:
+def check_contiguous(
+    snapshots: Sequence[Snapshot], wanted: list[CacheSpec], stop: int | None = None
+) -> int:
     """Check `snapshots` for a restore; return the position to resume at.
 
+    stop: that position, inside the last one; None for its end.
+
     Raises: SnapshotMismatchError, ValueError unless they are contiguous from position 0,
-        KVCacheError if the end of the last one is no resume point.
+        KVCacheError if the position is no resume point.
     """
+    stop = None if stop is None else as_index(stop, "stop")
     check_same_specs(snapshots, wanted)
     spans = [(snapshot.start, snapshot.stop) for snapshot in snapshots]
-    starts = [0, *(stop for _, stop in spans[:-1])]
+    starts = [0, *(end for _, end in spans[:-1])]
     if not spans or [start for start, _ in spans] != starts:
         raise ValueError(f"snapshots to restore follow each other from position 0; got {spans}.")
-    stop = spans[-1][1]
+    first, last = spans[-1]
+    stop = last if stop is None else stop
+    if not (first < stop <= last or stop == last):
+        raise ValueError(
+            f"a restore stops inside the last snapshot, [{first}, {last}); got {stop}. "
+            "Leave out snapshots behind it."
+        )
     if (possible := last_resumable(snapshots, stop)) != stop:
         raise KVCacheError(
-            f"these snapshots do not hold all that is needed to go on at position {stop}; the last "
-            f"place to go on is {possible}. Split them there."
+            f"not all that is needed before position {stop} is in these snapshots; the last place "
+            f"to go on is {possible}. Stop there."
         )
     return stop

@@ -32,10 +32,6 @@ def text(value: object, name: str) -> None:
     _require(isinstance(value, str), name, "a string", value)
 
 
-def anything(value: object, name: str) -> None:
-    """Accept every value."""
-
-
 def integer(low: int, high: int) -> Check:
     """Return a check for an integer of ``[low, high]``; booleans are none."""
 

@@ -20,7 +20,7 @@ OTHER = [31, 32, 33, 34]
 ANSWER = [41, 42]
 # The place of rows, and the number of spans that hold them: a session that fails may have split
 # one, whose rows are then those of two.
-NOT_CONTENT = ("resident", "spans", "evictions")
+NOT_CONTENT = ("resident", "spans", "evictions", "index_nbytes")
 
 
 class PrefixWorld(World):

@@ -416,8 +416,10 @@ def test_what_snapshot_refuses():
     rule = r"^a snapshot is of 0 <= start < stop <= offset, the same in all caches; got "
     with pytest.raises(ValueError, match=rule + r"\[0, 4\) of 2 caches at \[3, 4\]\.$"):
         LayerCaches([one, two]).snapshot()
-    with pytest.raises(ValueError, match=rule + r"\[0, 3\) of 2 caches at \[3, 4\]\.$"):
-        LayerCaches([one, two]).snapshot(0, 3)
+    with pytest.raises(ValueError, match=rule + r"\[0, 4\) of 2 caches at \[3, 4\]\.$"):
+        LayerCaches([one, two]).snapshot(0, 4)
+    with LayerCaches([one, two]).snapshot(0, 3) as held:  # by all of them
+        assert held.stop == 3
     with pytest.raises(ValueError, match=rule + r"\[2, 2\) of 1 caches at \[3\]\.$"):
         one.snapshot(2, 2)
     with pytest.raises(ValueError, match=rule + r"\[0, None\) of 0 caches at \[\]\.$"):

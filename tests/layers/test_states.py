@@ -383,7 +383,7 @@ def test_a_snapshot_resumes_where_a_state_was_kept(backend):
     lower, upper = whole.split(5)
     assert not lower.resumable_anywhere
     restored = StateCache(backend)
-    with pytest.raises(KVCacheError, match=r"the last place to go on is 3\. Split them there"):
+    with pytest.raises(KVCacheError, match=r"the last place to go on is 3\. Stop there"):
         restored.restore(lower)
     assert (restored.offset, restored.dtype) == (0, None)
     again = StateCache(backend)

@@ -402,7 +402,7 @@ def test_time_stands_still_for_policies_while_the_clock_is_behind():
     server = Server(Pool(NUMPY, {}), policy=policy, clock=lambda: next(times))
     for _ in range(4):
         server.ask([1, 2, 3, 4])
-    assert len(policy.times) > 4
+    assert len(policy.times) == 4
     assert policy.times == sorted(policy.times)
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import kvcache
 from kvcache import BackendNotAvailableError
 from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
-from kvcache.prefix.index import Span
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.render import render
+from kvcache.prefix.spans import Span
 
 from .served import Pool, Server
 
@@ -168,17 +168,106 @@ def test_who_leaves_hears_no_more():
     assert two.events
 
 
-def test_a_subscriber_that_fails_leaves_everything_in_order():
-    server = server_of()
+def test_a_subscriber_that_raises_stops_nothing_and_is_logged(caplog):
+    server = server_of(budget=1_000)
     leave = server.prefix.events.subscribe(lambda event: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(server, LONG)
+    follower = Follower(server.prefix)
+    for first in range(5):
+        run(server, [first, *LONG])
+        assert server.prefix.stats.nbytes <= 1_000
+        assert follower.blocks == blocks_in(server.prefix)
     assert server.prefix.stats.active == server.prefix.stats.pinned == 0
+    assert server.prefix.stats.evictions
+    assert {record.name for record in caplog.records} == {"kvcache.prefix"}
+    assert len(caplog.records) == len(follower.events)
+    assert "ZeroDivisionError" in caplog.text
     leave()
+    leave()  # as often as one likes
     server.prefix.clear()
+    assert follower.blocks == set()
+    assert "AllBlocksCleared" not in caplog.text
+
+
+def test_a_subscriber_may_call_the_prefix_cache():
+    """It hears of a change when that is complete, and of its own changes after it."""
+    server = server_of(budget=1_000)
+    prefix, seen = server.prefix, []
+
+    def reset(event):
+        seen.append((type(event).__name__, prefix.stats.nbytes <= 1_000))
+        prefix.clear()
+
+    prefix.events.subscribe(reset)
+    follower = Follower(prefix)
+    for first in range(4):
+        run(server, [first, *LONG])
+        assert prefix.stats.spans == 0
+        assert follower.blocks == set()
+    assert seen[:3] == [("BlockStored", True), ("BlockRemoved", True), ("AllBlocksCleared", True)]
+    assert [type(event).__name__ for event in follower.events] == [name for name, _ in seen]
+    assert run(server, LONG) == 0
+
+
+def test_a_subscriber_may_begin_and_end_sessions():
+    server = server_of()
+    ids = list(range(50))
+
+    def ask(event):
+        if event.token_ids[:2] != ids[:2]:
+            run(server, ids)
+
+    server.prefix.events.subscribe(ask)
     follower = Follower(server.prefix)
     run(server, LONG)
-    assert follower.blocks == set(hashes(LONG))
+    assert follower.blocks == set(hashes(LONG)) | set(hashes(ids))
+    assert run(server, ids) == len(ids) - 1
+
+
+# Media.
+
+
+def last_stored(*digests, at=(0, 16), ids=(7,) * 16 + tuple(range(32))):
+    """The event of the last of some requests with an image each, on a server of its own."""
+    server = server_of(namespace="m")
+    follower = Follower(server.prefix)
+    for digest in digests:
+        with server.prefix.session(list(ids), media={at: digest}) as session:
+            part = session.sequence, list(ids), session.matched, len(ids)
+            server.model.run_all([part], check=False)
+    return follower.events[-1]
+
+
+def test_hashes_tell_images_apart_and_are_the_same_everywhere():
+    event = last_stored("a cat")
+    assert event == last_stored("a cat") == last_stored(b"a cat")
+    assert event == last_stored("a dog", "a bird", "a cat"), "whatever came before"
+    for other in (last_stored("a dog"), last_stored("a cat", at=(0, 15))):
+        assert not set(event.block_hashes) & set(other.block_hashes)
+    later = last_stored("a cat", at=(20, 24))
+    assert later.block_hashes[0] == hashes([7] * 16, namespace="m")[0]
+    assert later.block_hashes[1] != last_stored("a cat", at=(21, 25)).block_hashes[1]
+
+
+def test_an_image_in_an_event_has_the_ids_of_the_prompt():
+    ids = (*range(50, 62), *[9, 9, 9, 8] * 6, *range(12))
+    for at in ((12, 36), (12, 16), (14, 33)):
+        assert last_stored("a cat", at=at, ids=ids).token_ids == list(ids)
+
+
+def test_an_image_that_is_split_keeps_its_hashes():
+    """By a prompt that is the same up to the middle of it, and by another part of it evicted."""
+    server = server_of()
+    follower, ids = Follower(server.prefix), [*range(10), *[9] * 30, *range(20)]
+    for at, whole in (((10, 40), ids), ((10, 40), [*ids[:40], 5, 6]), ((10, 40), [*ids[:50], 1])):
+        with server.prefix.session(whole, media={at: "a cat"}) as session:
+            part = session.sequence, whole, session.matched, len(whole)
+            server.model.run_all([part], check=False)
+    server.prefix._index.budget, server.prefix._index._grain = 16 * 20, 1
+    run(server, [1])
+    assert len(follower.blocks) < 3
+    assert follower.blocks
+    server.prefix.clear()
+    assert follower.blocks == set()
 
 
 # Drawings.
@@ -198,7 +287,7 @@ def drawn():
 def test_a_tree_as_text(drawn):
     text = drawn.prefix.render()
     spans = drawn.prefix._index.kept
-    assert len(spans) == 5
+    assert len(spans) == 4
     for span in spans:
         assert f"[{span.start}, {span.stop})" in text
     assert "salt 'me'" in text
@@ -210,7 +299,7 @@ def test_a_tree_as_text(drawn):
     drawn.prefix._index.budget = 0
     run(drawn, [9])
     text = drawn.prefix.render(width=70)
-    assert text.count("forgotten") == 4
+    assert text.count("forgotten") == 3
     assert max(map(len, text.splitlines())) <= 70
 
 
@@ -221,7 +310,7 @@ def test_a_conversation_of_a_thousand_turns(svg):
     turns, tree = sys.getrecursionlimit() + 200, RadixTree()
     for turn in range(1, turns + 1):
         node = tree.insert(np.arange(turn, dtype=np.int32))
-        node.value = Span(node)
+        node.value = Span(tree, node)
     drawing = render({"": tree}, 0, None, svg, 80)
     if svg:
         drawing = "".join(ET.fromstring(drawing).itertext()).replace("\xa0", " ")
@@ -242,6 +331,7 @@ def test_deep_spans_stand_in_the_order_of_their_tokens():
 
 
 def test_salts_and_texts_are_no_markup():
+    pytest.importorskip("rich")
     server = server_of()
     run(server, [1, 2], salt="[red]team[/red] :smile:")
     run(server, [3], salt="[/]")

@@ -1,6 +1,7 @@
 """The index of spans against a dict of what each token of each sequence has seen."""
 
 import random
+from sys import getsizeof
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcache import KVCacheError
+from kvcache.prefix.footprint import of_span, of_tree
 from kvcache.prefix.index import SpanIndex
-from kvcache.prefix.policies import LRU, POLICIES, make_policy
+from kvcache.prefix.policies import LRU, POLICIES, EvictionPolicy, make_policy
 from kvcache.prefix.radix import RadixTree
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=10)
@@ -29,6 +31,20 @@ class Rows:
         first, second = self.rows[:tokens], self.rows[tokens:]
         return Rows(first, self.resumable_anywhere), Rows(second, self.resumable_anywhere)
 
+    overhead = 5
+
+    def joins(self, following):
+        return self.resumable_anywhere
+
+    def join(self, following):
+        rows = [*self.rows, *(row for each in following for row in each.rows)]
+        for payload in (self, *following):
+            payload.close()
+        return type(self)(rows, self.resumable_anywhere)
+
+    def reduced(self, position):
+        return None
+
     def close(self):
         assert not self.closed
         self.closed = True
@@ -47,11 +63,26 @@ def tokens_of(span):
     return [each for part in span.path for each in np.frombuffer(part.node.edge, "<i4").tolist()]
 
 
+def footprint_of(tree):
+    """Bytes of a tree and all of its spans, counted anew."""
+    spans = [node.value for node in tree.root.below() if node.value is not None]
+    nbytes = sum(of_span(span) + (span.payload.overhead if span.payload else 0) for span in spans)
+    return nbytes + (of_tree(tree) + getsizeof(tree.root.children) if spans else 0)
+
+
+class Cautious(LRU):
+    """Takes only equal spans for alike."""
+
+    alike = EvictionPolicy.alike
+
+
 class World:
     """An index over one tree, and the dict: (uses, used) by the tokens up to each."""
 
-    def __init__(self, name="lru", budget=None, **options):
-        self.index, self.tree = SpanIndex(make_policy(name), budget, **options), RadixTree()
+    def __init__(self, name="lru", budget=None, ghosts=None, **options):
+        """Ghosts are given in bytes, of everything outside the budget."""
+        self.index = SpanIndex(make_policy(name), budget, index_budget=ghosts, **options)
+        self.tree = RadixTree()
         self.now, self.asked, self.pinned = 0.0, {}, []
         self.resumable_anywhere = True
 
@@ -72,45 +103,63 @@ class World:
                 )
 
     def find(self, ids):
-        """What is kept of the beginning of `ids`."""
-        found = []
-        for span in self.index.follow(self.tree, np.array(ids, np.int32)):
+        """What is kept of the beginning of `ids`; finding it changes nothing."""
+        found, before = [], list(map(id, self.spans()))
+        spans, length = self.index.follow(self.tree, np.array(ids, np.int32))
+        for span in spans:
             if span.payload is None:
                 break
             found += span.payload.rows
-        return found
+        assert list(map(id, self.spans())) == before
+        assert not spans or spans[-1].start < length <= spans[-1].stop
+        return found[:length]
+
+    def part(self, ids):
+        """A request that ends, or parts, after `ids`: what is stored there is split."""
+        self.index.extend(self.tree, np.array(ids, np.int32))
 
     def pin(self, ids):
-        spans = self.index.follow(self.tree, np.array(ids, np.int32))
+        spans, _ = self.index.follow(self.tree, np.array(ids, np.int32))
         if spans:
             self.index.pin(spans[-1])
-            self.pinned.append((spans[-1], tokens_of(spans[-1]), self.find(ids)))
+            self.pinned.append((spans[-1], tokens_of(spans[-1]), self.find(tokens_of(spans[-1]))))
 
     def unpin(self, number):
         if self.pinned:
             span, *_ = self.pinned.pop(number % len(self.pinned))
             self.index.pin(span, -1)
+            self.index.settle(span)
 
     def trim(self, budget):
         self.index.budget = budget
         self.index.trim(self.now)
         if self.index.nbytes > budget:
             assert all(span.pins for span in self.spans() if span.payload and not span.children)
+        limit = self.index.index_budget
+        if limit is not None and self.index._reserved > limit:
+            assert all(span.pins or span.node.children for span in self.spans())
 
     def check(self):
         spans = self.spans()
         ghosts = {span for span in spans if span.payload is None}
+        idle = {span for span in ghosts if not span.pins and not span.node.children}
         assert self.index.nbytes == sum(span.nbytes for span in spans)
-        assert set(self.index._ghosts) == ghosts
+        assert set(self.index._ghosts) == idle
         assert set(self.index.kept) == set(spans) - ghosts
-        known = set()
+        assert self.index._tracked == footprint_of(self.tree)
+        assert self.index._spans == len(spans)
+        known = {}
         for span in spans:
             self.check_span(span)
             ids = tokens_of(span)
             for stop in range(span.start + 1, span.stop + 1):
-                known.add(tuple(ids[:stop]))
-                assert self.asked[tuple(ids[:stop])] == (span.uses, span.used)
-        self.asked = {ids: seen for ids, seen in self.asked.items() if ids in known}
+                uses, used = self.asked[tuple(ids[:stop])]
+                # Joined spans have the uses of the last one: the least.
+                assert uses >= span.uses
+                assert used == span.used
+                known[tuple(ids[:stop])] = span.uses, used
+            assert uses == span.uses
+        self.asked = known
         for span, ids, found in self.pinned:
             assert tokens_of(span) == ids
             assert self.find(ids)[: len(found)] == found, "what was pinned has gone"
@@ -140,7 +189,7 @@ OPERATION = st.one_of(
 
 @given(
     st.sampled_from(sorted(POLICIES)),
-    st.integers(0, 8),
+    st.sampled_from([None, 0, 1_500, 4_000, 8_000]),
     st.booleans(),
     st.lists(OPERATION, max_size=30),
 )
@@ -165,11 +214,12 @@ def test_a_span_that_is_split_has_the_same_history_twice():
     world.ask([1, 2, 3, 4])
     [lower] = world.spans()
     lower.policy_data = "mine"
-    world.find([1, 2, 9])
+    world.part([1, 2])
     upper, lower = world.spans()
     assert (upper.start, upper.stop, lower.start, lower.stop) == (0, 2, 2, 4)
     for span in (upper, lower):
         assert (span.uses, span.used, span.policy_data, span.nbytes) == (2, 5.0, "mine", 4)
+        assert span.tree is world.tree
     assert (upper.children, upper.offered, lower.offered) == (1, False, True)
 
 
@@ -178,7 +228,7 @@ def test_pins_protect_the_whole_path_when_it_is_split_while_they_hold():
     world.ask([1, 2, 3, 4, 5, 6])
     world.pin([1, 2, 3, 4, 5, 6])
     for length in (2, 4):
-        world.find([1, 2, 3, 4, 5, 6][:length])
+        world.part([1, 2, 3, 4, 5, 6][:length])
     assert [span.pins for span in world.spans()] == [1, 1, 1]
     world.trim(0)
     assert world.index.nbytes == 12
@@ -233,26 +283,283 @@ def test_a_ghost_that_is_pinned_is_not_forgotten():
     assert not world.spans()
 
 
-def test_ghosts_are_bounded_and_go_from_the_end():
-    world = World(ghosts=10)
-    for first in range(50):
+def test_ghosts_are_bounded_in_bytes_and_the_oldest_go_from_the_end():
+    world, limit = World(), 25_000
+    world.index.index_budget = limit
+    for first in range(100):
         world.ask([first, 1, 2])
         world.ask([first, 1, 2, 3])
         world.trim(0)
-        assert len(world.index._ghosts) <= 10
+        assert world.index.index_nbytes <= limit
         world.check()
-    assert {tokens_of(span)[0] for span in world.spans()} == set(range(45, 50))
-    assert world.find([49, 1]) == []
+    kept = {tokens_of(span)[0] for span in world.spans()}
+    assert kept == set(range(min(kept), 100))
+    assert 10 < len(kept) < 40
+    long = World(ghosts=limit)
+    for first in range(100):
+        long.ask([first] * (limit // 12))  # two of them have room
+        long.trim(0)
+    assert {tokens_of(span)[0] for span in long.spans()} == {98, 99}
 
 
-def test_ghosts_that_others_hang_on_make_way_later():
-    world = World(ghosts=2)
+def test_ghosts_go_before_those_that_they_hang_on():
+    world = World(Cautious())
     for length in range(1, 9):  # the first is the oldest, and all others are behind it
         world.ask(list(range(length)), keep=False)
-    for _ in range(20):  # no call looks at all of them
+    world.index.index_budget = world.index._reserved - 1
+    for left in range(7, 1, -1):
         world.trim(0)
-    assert len(world.spans()) == 2
+        assert [span.stop for span in world.spans()] == list(range(1, left + 1))
+        world.check()
+        world.index.index_budget = world.index._reserved - 1
+    world.index.index_budget = 0
+    world.trim(0)
+    assert not world.spans()
+    assert world.index.index_nbytes < 1_000
+
+
+def test_where_no_ghost_is_left_spans_are_evicted_for_the_memory_of_the_index():
+    world = World(ghosts=0)
+    world.ask([1, 2])
+    world.ask([3, 4])
+    world.pin([3, 4])
+    world.trim(100)
+    assert [tokens_of(span) for span in world.spans()] == [[3, 4]]
+    world.unpin(0)
+    world.trim(100)
+    assert not world.spans()
+
+
+def test_all_ghosts_are_forgotten_but_pinned_ones_and_those_others_hang_on():
+    empty = []
+    world = World(on_empty=empty.append)
+    for ids in ([1, 2], [1, 2, 3], [4]):
+        world.ask(ids, keep=False)
+    world.pin([1, 2])
+    world.ask([5], keep=False)
+    world.ask([5, 6])
+    world.index.forget_ghosts()
+    assert [tokens_of(span) for span in world.spans()] == [[5], [1, 2], [5, 6]]
+    assert not empty
+    world.unpin(0)
+    world.trim(0)
+    world.index.forget_ghosts()
+    assert not world.spans()
+    assert empty == [world.tree]
+    assert world.index._tracked == 0
+
+
+# What nobody tells apart any more.
+
+
+def cut_up(world, ids, at):
+    """A document that others were parted from at some places; they have gone again."""
+    world.ask(ids)
+    for place in at:
+        world.now += 1
+        world.ask([*ids[:place], 99])
+        world.index.evict(world.index.follow(world.tree, np.array([*ids[:place], 99])).spans[-1], 0)
+    world.index.forget_ghosts()
+
+
+def test_a_document_that_was_cut_is_whole_again_once_it_is_requested_as_a_whole():
+    world, ids = World(), list(range(20))
+    cut_up(world, ids, range(17, 0, -3))
+    assert len(world.spans()) == 7
+    world.pin(ids)
+    world.unpin(0)
+    assert len(world.spans()) == 7, "its parts were last used at different times"
+    world.now = 50.0
+    world.ask(ids)
+    payloads = [span.payload for span in world.spans()]
+    world.pin(ids)
+    world.unpin(0)
+    [span] = world.spans()
+    assert all(payload.closed for payload in payloads)
+    assert (span.start, span.stop, span.uses, span.used) == (0, 20, 2, 50.0)
+    assert span.offered
+    assert world.find(ids) == rows(ids, 0, 20)
     world.check()
+    world.trim(0)
+    world.check()
+
+
+def test_few_parts_stay_as_joining_copies_them():
+    world, ids = World(), list(range(20))
+    cut_up(world, ids, (5, 10))
+    world.ask(ids)
+    world.pin(ids)
+    world.unpin(0)
+    assert len(world.spans()) == 3
+    world.ask([*ids, 20])
+    world.pin([*ids, 20])
+    world.unpin(0)
+    assert len(world.spans()) == 1
+
+
+def test_parts_that_differ_stay_apart():
+    """By pins, by what is behind them, or by what the policy thinks of them."""
+    ids = list(range(20))
+    for difference in ("pin", "branches", "policy", "rows"):
+        world = World(Cautious())
+        cut_up(world, ids, (4, 8, 12, 16))
+        world.ask(ids)
+        if difference == "pin":
+            world.pin(ids[:12])
+        elif difference == "branches":
+            for last in (50, 51):
+                world.ask([*ids[:12], last])
+            world.ask(ids)
+        elif difference == "policy":
+            for span in world.spans():
+                span.policy_data = span.start > 8
+        else:
+            world.spans()[3].payload.resumable_anywhere = False
+        world.pin(ids)
+        world.unpin(len(world.pinned) - 1)
+        assert len([span for span in world.spans() if span.payload.rows]) >= 5, difference
+
+
+def test_one_ghost_makes_way_for_a_span_to_be_whole():
+    world, ids = World(), list(range(20))
+    world.ask(ids)
+    for place in (4, 8, 12, 16):
+        world.ask([*ids[:place], 99])
+        world.index.evict(world.index.follow(world.tree, np.array([*ids[:place], 99])).spans[-1], 0)
+    world.now = 1.0
+    world.ask(ids)
+    world.pin(ids)
+    world.unpin(0)
+    assert [tokens_of(span) for span in world.spans()] == [ids]
+    world.check()
+
+
+def test_ghosts_in_a_row_are_one():
+    world, ids = World(grain=2), list(range(20))
+    world.ask(ids)
+    for left in range(18, -1, -2):
+        world.trim(2 * left)
+        assert len(world.spans()) == (2 if left else 1)
+        world.check()
+    assert [tokens_of(span) for span in world.spans()] == [ids]
+    world.now = 1.0
+    world.ask([*ids[:9], 50], keep=False)
+    assert len(world.spans()) == 3
+    world.index._remove(world.index.follow(world.tree, np.array([*ids[:9], 50])).spans[-1])
+    assert len(world.spans()) == 2, "the first part was requested again"
+    world.check()
+
+
+# Where a window drops tokens.
+
+
+class Window(Rows):
+    """Rows of which all but the last two are of use at the end of their span only."""
+
+    def __init__(self, rows, resumable_anywhere=False):
+        super().__init__(rows, resumable_anywhere)
+
+    def reduced(self, position):
+        return Window(self.rows[-2:]) if len(self.rows) > 2 else None
+
+    def joins(self, following):
+        return len(self.rows) <= 2
+
+
+def keep_windows(world, *conversations):
+    """Turns of five tokens, each of which has a window of five rows of two bytes."""
+    for ids in conversations:
+        spans = world.index.extend(world.tree, np.array(ids, np.int32))
+        world.index.use(spans, world.now)
+        for span in spans:
+            if span.payload is None:
+                world.index.fill(span, Window(rows(ids, span.start, span.stop)))
+
+
+def held(world, ids):
+    """For each of the turns of a conversation the rows that are kept of it."""
+    known = rows(ids, 0, len(ids))
+    path = world.index.follow(world.tree, np.array(ids, np.int32)).spans
+    kept = {row for span in path if span.payload for row in span.payload.rows}
+    return [sum(row in kept for row in known[at : at + 5]) for at in range(0, len(ids), 5)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_of_a_conversation_the_last_turn_goes_last(name):
+    world, ids = World(name), list(range(20))
+    keep_windows(world, ids[:5], ids[:10], ids[:15], ids)
+    payloads = [span.payload for span in world.spans()]
+    world.trim(39)
+    assert held(world, ids) == [2, 5, 5, 5]
+    assert payloads[0].closed
+    world.trim(33)
+    assert held(world, ids)[1:] == [2, 5, 5]
+    world.trim(24)
+    assert held(world, ids)[3] == 5
+    assert world.index.evictions == 0
+    world.trim(0)
+    assert held(world, ids) == [0, 0, 0, 0]
+    assert all(payload.closed for payload in payloads)
+
+
+def test_turns_that_are_superseded_go_before_the_last_of_another_conversation():
+    world, other, ids = World(), list(range(20, 25)), list(range(15))
+    keep_windows(world, other)
+    world.now = 1.0
+    keep_windows(world, ids[:5], ids[:10], ids)
+    world.trim(28)
+    assert held(world, other) == [5]
+    assert held(world, ids)[2] == 5
+    world.trim(19)
+    assert held(world, other) == [0]
+    assert held(world, ids)[2] == 5
+
+
+def test_what_several_go_on_from_is_not_superseded():
+    world, ids = World(), list(range(15))
+    other = [*ids[:5], 50, 51, 52, 53, 54]
+    keep_windows(world, ids[:5], ids[:10], other)
+    world.trim(29)
+    assert sorted([held(world, ids[:10]), held(world, other)]) == [[5, 0], [5, 5]]
+    world.index.forget_ghosts()
+    world.trim(18)  # the one that is left goes on from it
+    assert sorted([held(world, ids[:10]), held(world, other)]) == [[2, 0], [2, 5]]
+
+
+def test_what_was_requested_later_than_what_is_behind_it_is_not_superseded():
+    world, ids = World(), list(range(10))
+    keep_windows(world, ids[:5], ids)
+    world.now = 1.0
+    keep_windows(world, ids[:5])
+    world.trim(19)
+    assert held(world, ids) == [5, 0]
+
+
+def test_a_pinned_turn_is_reduced_when_it_is_free_again():
+    world, ids = World(), list(range(10))
+    keep_windows(world, ids[:5], ids)
+    world.pin(ids[:5])
+    world.trim(19)
+    assert held(world, ids) == [5, 0]
+    world.unpin(0)
+    keep_windows(world, ids)
+    world.trim(19)
+    assert held(world, ids) == [2, 5]
+
+
+def test_a_reduced_turn_and_the_next_one_are_one_span():
+    world, ids = World(), list(range(15))
+    keep_windows(world, ids[:5], ids[:10], ids)
+    world.trim(29)
+    assert [span.stop for span in world.spans()] == [10, 15]
+    world.trim(23)
+    assert [span.stop for span in world.spans()] == [15]
+    assert held(world, ids) == [0, 2, 5]
+    world.trim(0)
+    assert world.index.nbytes == 0
+
+
+# Policies and trees.
 
 
 def test_several_trees_share_a_budget():
@@ -269,7 +576,7 @@ def test_several_trees_share_a_budget():
 @pytest.mark.parametrize("name", POLICIES)
 def test_ten_thousand_sessions_byte_for_byte(name):
     """2,500 for each policy: whatever is found is what was computed for exactly these tokens."""
-    world, chance = World(name, 2 * 400, grain=4, ghosts=300), random.Random(name)
+    world, chance = World(name, 2 * 400, grain=4, ghosts=200_000), random.Random(name)
     sessions, found = [[]], 0
     for number in range(2_500):
         world.now = float(number)

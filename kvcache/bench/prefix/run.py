@@ -20,10 +20,11 @@ from kvcache._checks import check_sizes
 from kvcache.bench.harness.contest import Contestant
 from kvcache.bench.harness.report import library_versions, this_machine
 from kvcache.bench.harness.timing import Progress, interleave, no_collection
-from kvcache.prefix.index import Span, SpanIndex
+from kvcache.prefix.index import SpanIndex
 from kvcache.prefix.policies import POLICIES, make_policy
 from kvcache.prefix.radix import RadixTree, Tokens
 from kvcache.prefix.simulation.replay import BlockPayload
+from kvcache.prefix.spans import Span
 
 from .report import EXTEND, FOLLOW, INSERT, LONG, MATCH, SHORT, PrefixReport, PrefixTiming
 
@@ -140,7 +141,7 @@ class Readers:
         """Look up as many in the index, and mark the spans found as used."""
         index, spans, now = self.index, self.spans, self.now
         for tokens in islice(self._queries, steps):
-            index.use(index.follow(spans, tokens), now)
+            index.use(index.follow(spans, tokens).spans, now)
         # Policies order spans by the time of use: uses of one block count as one moment.
         self.now = now + 0.01
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
+from sys import getsizeof
 from typing import Protocol
 
 
 class PolicySpan(Protocol):
-    """A span as policies see it: :class:`~kvcache.prefix.index.Span` without its tree.
+    """A span as policies see it: :class:`~kvcache.prefix.spans.Span` without its tree.
 
     policy_data: owned by the policy, None at first; both parts of a span that is split have it.
     """
@@ -52,6 +53,14 @@ class EvictionPolicy(ABC):
     A policy serves one index, from when that is made. Times are seconds and never go backwards.
     """
 
+    data_nbytes: int = 0
+    """Bytes of memory that `policy_data` of one span takes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the policy takes, `policy_data` aside; counted in statistics."""
+        return 0
+
     def use(self, span: PolicySpan, now: float) -> None:  # noqa: B027 - not all need to know
         """Take note of a request for `span`; its `uses` and `used` do not count it yet.
 
@@ -74,37 +83,86 @@ class EvictionPolicy(ABC):
         """Take note of the eviction of `span`, a candidate until now."""
         self.withdraw(span)
 
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        """Return True if the two parts of a sequence, used at the same time, may be one again.
+
+        The span of both has `uses` and `policy_data` of `lower`.
+        """
+        return upper.uses == lower.uses and upper.policy_data == lower.policy_data
+
+
+_MAX_STALE = 64
+"""Entries without a span that are left in a queue in any case."""
+_ENTRY_NBYTES = getsizeof((0.5, 0, [])) + getsizeof([None]) + getsizeof(0.5) + getsizeof(1 << 20)
+
 
 class Queue:
     """Offered spans in the order of a key, the least first.
 
     key: of a span; may change while it is queued, but only grow. None: not for this queue.
 
-    A span withdrawn stays in the heap until its turn comes, as a heap finds only its first
-    element fast; if it is offered again before, it is still there.
+    A heap finds only its first element fast. So the entry of a span withdrawn stays until its
+    turn comes, without the span; there are never more of these than others, but for a few.
     """
 
     def __init__(self, key: Callable[[PolicySpan], float | None]) -> None:
         self._key, self._order = key, count()
-        # The number decides between equal keys: spans cannot be compared.
-        self._heap: list[tuple[float, int, PolicySpan]] = []
-        self._queued: set[PolicySpan] = set()
+        # The number decides between equal keys: spans cannot be compared. A span is in a list of
+        # its own, to be taken out of its entry wherever that is in the heap.
+        self._heap: list[tuple[float, int, list[PolicySpan]]] = []
+        self._places: dict[PolicySpan, list[PolicySpan]] = {}
+        self.least = 0.0
+        """Key of the last result of :meth:`first`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes, spans aside."""
+        tables = getsizeof(self._heap) + getsizeof(self._places)
+        return tables + len(self._heap) * _ENTRY_NBYTES
 
     def add(self, span: PolicySpan) -> None:
-        """Queue `span`, unless it is queued already or has no key here."""
+        """Queue `span`, unless it has no key here."""
         key = self._key(span)
-        if key is not None and span not in self._queued:
-            self._queued.add(span)
-            heappush(self._heap, (key, next(self._order), span))
+        if key is not None:
+            self._places[span] = place = [span]
+            heappush(self._heap, (key, next(self._order), place))
+
+    def withdraw(self, span: PolicySpan) -> None:
+        """Take `span` out, if it is queued."""
+        place = self._places.pop(span, None)
+        if place is None:
+            return
+        heap = self._heap
+        if heap[0][2] is place:  # as for every victim
+            heappop(heap)
+        else:
+            place.clear()
+            if len(heap) > 2 * len(self._places) + _MAX_STALE:
+                self._compact()
 
     def first(self) -> PolicySpan | None:
-        """Return the offered span of the least key, None without any. It stays queued."""
-        while self._heap:
-            key, _, span = self._heap[0]
-            if span.offered and self._key(span) == key:
+        """Return the span of the least key, None without any. It stays queued."""
+        heap = self._heap
+        while heap:
+            key, _, place = heap[0]
+            if not place:
+                heappop(heap)
+                continue
+            [span] = place
+            if not span.offered:  # left here by a withdrawal that raised
+                heappop(heap)
+                if self._places.get(span) is place:
+                    del self._places[span]
+                continue
+            if self._key(span) == key:
+                self.least = key
                 return span
-            heappop(self._heap)
-            self._queued.remove(span)
-            if span.offered:  # its key has grown since
-                self.add(span)
+            heappop(heap)
+            self.add(span)  # its key has grown since
         return None
+
+    def _compact(self) -> None:
+        """Drop entries without a span, and the table, which kept its size when spans went."""
+        self._places = dict(self._places)
+        self._heap = [entry for entry in self._heap if entry[2]]
+        heapify(self._heap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ TICKS = 2048
 """Ticks for which a span is watched after its last request: four and a half hours."""
 SAMPLE = 64
 """Candidates compared for one eviction at most."""
+_INDEX_NBYTES = getsizeof(1 << 20)
 _MISSED = 32  # ticks made up for after silence; older ones teach nothing
 _FADE = 0.5 ** (TICK / 86_400)  # share of the past left after a tick: half of it after a day
 
@@ -78,6 +80,8 @@ class Gittins(EvictionPolicy):
     order has to be kept, which would change all the time. Nothing is known of the future.
     """
 
+    data_nbytes = getsizeof(LastUse(0, 0)) + getsizeof(1 << 20)
+
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(as_index(seed, "seed"))  # noqa: S311 - a sample, no secret
         self._offered: list[PolicySpan] = []
@@ -90,6 +94,15 @@ class Gittins(EvictionPolicy):
         """Tokens by ticks since their last request."""
         self._ticks, self._ticked = 0, 0.0
         self._index = gittins_index(self._hazard())
+
+    @property
+    def nbytes(self) -> int:
+        # The numbers of observations are a few, whatever the number of spans.
+        return (
+            getsizeof(self._offered)
+            + getsizeof(self._offered_at)
+            + _INDEX_NBYTES * len(self._offered)
+        )
 
     def use(self, span: PolicySpan, now: float) -> None:
         self._tick(now)
@@ -120,6 +133,9 @@ class Gittins(EvictionPolicy):
         if len(sample) > SAMPLE:
             sample = self._random.choices(sample, k=SAMPLE)
         return min(sample, key=lambda span: self.index(span, now), default=None)
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        return upper.policy_data == lower.policy_data
 
     def index(self, span: PolicySpan, now: float) -> tuple[float, float]:
         """Return the index of `span`, in requests per second; then its last use, among equals."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
+from sys import getsizeof
 
 from kvcache.prefix.arguments import as_finite
 
@@ -18,16 +20,26 @@ class LRU(EvictionPolicy):
     """Least recently used first."""
 
     def __init__(self) -> None:
-        self._queue = Queue(lambda span: span.used)
+        self._queue = Queue(attrgetter("used"))
+
+    @property
+    def nbytes(self) -> int:
+        return self._queue.nbytes
 
     def offer(self, span: PolicySpan) -> None:
         self._queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        """Do nothing: the queue skips spans not offered."""
+        self._queue.withdraw(span)
 
     def victim(self, now: float) -> PolicySpan | None:
         return self._queue.first()
+
+    def evict(self, span: PolicySpan, now: float) -> None:
+        self._queue.withdraw(span)
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        return True  # the time of their last use is all that counts
 
 
 @dataclass(slots=True)  # not frozen, which would make every new one cost thrice as much
@@ -85,6 +97,8 @@ class S3FIFO(EvictionPolicy):
     Raises: TypeError, ValueError for no such share.
     """
 
+    data_nbytes = getsizeof(QueueSlot(0)) + 2 * getsizeof(1 << 20)
+
     def __init__(self, small: float = 0.1) -> None:
         self._share = as_finite(small, "small is a share of all candidates, 0 to 1")
         if not 0 <= self._share <= 1:
@@ -94,6 +108,10 @@ class S3FIFO(EvictionPolicy):
         # As of the offer: a span that is split while it is offered has fewer bytes when it goes.
         self._sizes: dict[PolicySpan, int] = {}
         self._evicted = 0  # bytes by the small queue so far
+
+    @property
+    def nbytes(self) -> int:
+        return self._small.queue.nbytes + self._main.queue.nbytes + getsizeof(self._sizes)
 
     def use(self, span: PolicySpan, now: float) -> None:
         slot = span.policy_data
@@ -112,7 +130,7 @@ class S3FIFO(EvictionPolicy):
         fifo.queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        self._fifo_of(self._slot_of(span)).nbytes -= self._sizes.pop(span)
+        self._take_out(span, self._slot_of(span))
 
     def victim(self, now: float) -> PolicySpan | None:
         # So many second chances at most: no call waits for a whole queue to pass.
@@ -124,11 +142,20 @@ class S3FIFO(EvictionPolicy):
         return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
-        self.withdraw(span)
         slot = self._slot_of(span)
+        self._take_out(span, slot)
         if not slot.main:
             self._evicted += span.nbytes
             span.policy_data = QueueSlot(slot.turn, evicted_at=self._evicted)
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        return upper.policy_data == lower.policy_data
+
+    def _take_out(self, span: PolicySpan, slot: QueueSlot) -> None:
+        """Take an offered span out of its queue."""
+        fifo = self._main if slot.main else self._small
+        fifo.nbytes -= self._sizes.pop(span)
+        fifo.queue.withdraw(span)
 
     def _returns_soon(self, ghost: QueueSlot) -> bool:
         """True if the small queue evicted no more bytes since than the main queue holds."""
@@ -183,27 +210,44 @@ class Cost(EvictionPolicy):
         no finite number.
     """
 
+    data_nbytes = 0  # a level is shared by all spans used at it
+
     def __init__(self, cost: Callable[[int, int], float] = recompute_cost) -> None:
         if not callable(cost):
             raise TypeError(f"cost is a function of start and stop; got {cost!r}.")
         self._cost = cost
         self._queue = Queue(self._worth)
         self._level = 0.0
+        self._victim: tuple[PolicySpan | None, float] = None, 0.0  # with its worth
 
     def use(self, span: PolicySpan, now: float) -> None:
         span.policy_data = self._level
+
+    @property
+    def nbytes(self) -> int:
+        return self._queue.nbytes
 
     def offer(self, span: PolicySpan) -> None:
         self._queue.add(span)
 
     def withdraw(self, span: PolicySpan) -> None:
-        """Do nothing: the queue skips spans not offered."""
+        self._queue.withdraw(span)
 
     def victim(self, now: float) -> PolicySpan | None:
-        return self._queue.first()
+        span = self._queue.first()
+        self._victim = span, self._queue.least
+        return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
-        self._level = max(self._level, self._worth(span))
+        self._queue.withdraw(span)
+        victim, worth = self._victim
+        self._level = max(self._level, worth if span is victim else self._worth(span))
+        self._victim = None, 0.0
+
+    def alike(self, upper: PolicySpan, lower: PolicySpan) -> bool:
+        # Numbers of uses that differ little are worth no lookup of one more span.
+        same_order = upper.uses.bit_length() == lower.uses.bit_length()
+        return same_order and upper.policy_data == lower.policy_data
 
     def _worth(self, span: PolicySpan) -> float:
         level = span.policy_data if isinstance(span.policy_data, float) else 0.0

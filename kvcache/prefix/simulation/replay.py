@@ -11,9 +11,10 @@ from typing import TypeAlias
 
 from kvcache._checks import as_budget
 from kvcache.prefix.arguments import as_list
-from kvcache.prefix.index import Span, SpanIndex
+from kvcache.prefix.index import SpanIndex
 from kvcache.prefix.policies import EvictionPolicy
 from kvcache.prefix.radix import RadixTree
+from kvcache.prefix.spans import Span
 
 from .trace import Request
 
@@ -26,11 +27,23 @@ class BlockPayload:
     """
 
     nbytes: int
+    overhead = 0
     resumable_anywhere = True
 
     def split(self, tokens: int) -> tuple[BlockPayload, BlockPayload]:
         """Return the first `tokens` blocks and the others: in a replay, a token is a block."""
         return BlockPayload(tokens), BlockPayload(self.nbytes - tokens)
+
+    def joins(self, following: BlockPayload) -> bool:
+        """Return True: blocks have no place."""
+        return True
+
+    def join(self, following: Sequence[BlockPayload]) -> BlockPayload:
+        """Return all blocks as one payload."""
+        return BlockPayload(self.nbytes + sum(payload.nbytes for payload in following))
+
+    def reduced(self, position: int) -> None:
+        """Return None: a request may end behind any block, so all are needed."""
 
     def close(self) -> None:
         """Do nothing: there is no data to release."""

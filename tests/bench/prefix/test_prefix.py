@@ -52,7 +52,8 @@ def test_readers_find_all_and_queries_leave_early():
     assert asked[0] is asked[4]
     readers.follow_and_use(8)
     assert [
-        [span.uses for span in readers.index.follow(readers.spans, tokens)] for tokens in sequences
+        [span.uses for span in readers.index.follow(readers.spans, tokens).spans]
+        for tokens in sequences
     ] == [[6, 3]] * 4  # one use by each user when it came, and two of eight queries
     [query] = query_of(sequences[0], 4_000)
     assert (query.size, readers.tree.match(query).length) == (4_000, 100)

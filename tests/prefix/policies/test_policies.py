@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 from time import thread_time
 
 import numpy as np
@@ -21,6 +22,7 @@ from kvcache.prefix.policies import (
     recompute_cost,
 )
 from kvcache.prefix.policies import gittins as learning
+from kvcache.prefix.policies.base import Queue
 from kvcache.prefix.policies.gittins import gittins_index
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.simulation.replay import BlockPayload
@@ -328,3 +330,77 @@ def test_nobody_waits_long_for_an_eviction(name):
     finally:
         gc.enable()
     assert longest < 0.005
+
+
+class Item:
+    """A span of a queue."""
+
+    def __init__(self, used):
+        self.used, self.offered = used, True
+
+
+@given(st.lists(st.tuples(st.sampled_from("add withdraw first grow".split()), st.integers(0, 9))))
+def test_a_queue_holds_what_was_added_and_not_withdrawn(operations):
+    queue, queued = Queue(lambda item: item.used), {}
+    for operation, number in operations:
+        if operation == "add" and number not in queued:
+            queued[number] = Item(number % 4)
+            queue.add(queued[number])
+        elif operation == "withdraw" and number in queued:
+            queue.withdraw(queued.pop(number))
+        elif operation == "grow" and number in queued:
+            queued[number].used += number % 3
+        first = queue.first()
+        assert first is None if not queued else first in queued.values()
+        assert not queued or first.used == queue.least == min(x.used for x in queued.values())
+    stranger = Item(0)
+    queue.withdraw(stranger)  # no harm
+
+
+def test_a_queue_lets_go_of_what_is_withdrawn():
+    queue, items = Queue(lambda item: item.used), [Item(number) for number in range(3_000)]
+    for item in items:
+        queue.add(item)
+    full, references = queue.nbytes, [weakref.ref(item) for item in items]
+    while len(items) > 1:
+        queue.withdraw(items.pop())
+        del item
+        item = items[0]
+        assert references[len(items)]() is None
+    assert queue.nbytes < full / 20
+    assert queue.first() is item
+    for _ in range(1_000):
+        queue.withdraw(item)
+        queue.add(item)
+    assert queue.nbytes < full / 20
+
+
+def test_policies_take_spans_for_alike_by_what_they_go_by():
+    shelf = Shelf("lru")
+    one, two = (shelf.spans(first)[0] for first in (1, 2))
+    one.uses, two.uses = 4, 7
+    for policy, alike in ((LRU(), True), (Cost(), True), (LastIn(), False)):
+        assert policy.alike(one, two) == alike
+    one.uses = 3
+    assert not Cost().alike(one, two)
+    one.uses, one.policy_data, two.policy_data = 7, 1.0, 2.0
+    for policy, alike in ((LRU(), True), (Cost(), False), (S3FIFO(), False), (Gittins(), False)):
+        assert policy.alike(one, two) == alike
+    two.policy_data = 1.0
+    assert all(policy.alike(one, two) for policy in (Cost(), S3FIFO(), Gittins(), LastIn()))
+    assert LastIn().nbytes == LastIn().data_nbytes == 0
+
+
+def test_worth_is_that_of_the_span_that_goes():
+    """Also where another one goes than the policy chose."""
+    shelf = Shelf(Cost(lambda start, stop: 10.0))
+    for first, size in ((1, 10), (2, 5), (3, 2)):
+        shelf.ask(first, 0.0, size=size)
+    policy = shelf.index.policy
+    assert policy.victim(0.0).node.first == 1
+    shelf.index.evict(shelf.spans(3)[0], 0.0)
+    assert policy._level == 5
+    shelf.index.evict(policy.victim(0.0), 0.0)
+    assert policy._level == 5
+    shelf.index.evict(policy.victim(0.0), 0.0)
+    assert policy.victim(0.0) is None

@@ -1,0 +1,167 @@
+"""Spans, the nodes of the trees of an index, and the payloads kept for them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Sequence
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+
+from .media import Placement
+from .radix import Node, RadixTree
+
+
+class Payload(Protocol):
+    """Data kept for a span."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes of the budget; constant."""
+
+    @property
+    def overhead(self) -> int:
+        """Bytes of host memory it takes in addition, outside the budget; constant."""
+
+    @property
+    def resumable_anywhere(self) -> bool:
+        """True if its first part is of use without the second, wherever it is split."""
+
+    def split(self, tokens: int) -> tuple[Self, Self]:
+        """Return the data of the first `tokens` of its span, and of the others, to replace it."""
+
+    def joins(self, following: Self) -> bool:
+        """Return True if the payload of the span right behind can be joined to this one."""
+
+    def join(self, following: Sequence[Self]) -> Self:
+        """Return one payload for this and the `following`, contiguous spans, to replace them."""
+
+    def reduced(self, position: int) -> Self | None:
+        """Return what resuming at `position`, behind its span, needs of it; None for all of it.
+
+        Both stay usable, and are closed one by one.
+        """
+
+    def close(self) -> None:
+        """Release everything it holds."""
+
+
+P = TypeVar("P", bound=Payload)
+
+
+class Span(Generic[P]):
+    """A node of the tree, with a payload for its tokens, or without one: a ghost.
+
+    tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
+    so far. used: time of the last, in seconds. pins: sessions that use it or a span behind it.
+    children: kept spans right behind it. offered: whether the policy may choose it. policy_data:
+    owned by the policy; both parts of a span that is split have it.
+    """
+
+    __slots__ = (
+        "children",
+        "media",
+        "node",
+        "offered",
+        "payload",
+        "pins",
+        "policy_data",
+        "tree",
+        "used",
+        "uses",
+    )
+
+    def __init__(
+        self,
+        tree: RadixTree[Span[P]],
+        node: Node[Span[P]],
+        media: tuple[Placement, ...] = (),
+    ) -> None:
+        self.tree = tree
+        self.node = node
+        self.media = media
+        self.payload: P | None = None
+        self.pins = self.children = self.uses = 0
+        self.used = 0.0
+        self.offered = False
+        self.policy_data: object = None
+
+    @property
+    def start(self) -> int:
+        """Position of its first token."""
+        parent = self.node.parent
+        return parent.depth if parent is not None else 0
+
+    @property
+    def stop(self) -> int:
+        """Position after its last token."""
+        return self.node.depth
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes its payload takes of the budget, 0 for a ghost."""
+        payload = self.payload
+        return payload.nbytes if payload is not None else 0
+
+    @property
+    def parent(self) -> Span[P] | None:
+        """Span right before it, None for the first of a sequence."""
+        parent = self.node.parent
+        return parent.value if parent is not None else None
+
+    @property
+    def only_child(self) -> Span[P] | None:
+        """The span right behind it, ghosts included; None if there are several, or none."""
+        if len(self.node.children) != 1:
+            return None
+        [child] = self.node.children.values()
+        return child.value
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing can be added to its payload: no token of it was ever dropped."""
+        return self.payload is not None and self.payload.resumable_anywhere
+
+    @property
+    def path(self) -> list[Span[P]]:
+        """Spans from position 0 to this one, itself the last."""
+        spans, node = [self], self.node.parent
+        while node is not None and (span := node.value) is not None:
+            spans.append(span)
+            node = node.parent
+        spans.reverse()
+        return spans
+
+
+class Prefix(NamedTuple, Generic[P]):
+    """The known beginning of a sequence.
+
+    spans: in order, ghosts among them. length: its tokens; they may end inside the last span.
+    """
+
+    spans: list[Span[P]]
+    length: int
+
+
+def alike(upper: Span[P], lower: Span[P], ghosts: Container[Span[P]]) -> bool:
+    """Return True if `upper` and `lower`, right behind it, may be one span again.
+
+    Nothing else may be behind `upper`, save for one of `ghosts` at most, which can be forgotten:
+    for that alone, a span that is requested as a whole shall not stay in two.
+    """
+    if upper.pins != lower.pins or upper.used != lower.used:
+        return False
+    children = upper.node.children
+    if upper.payload is None or lower.payload is None:
+        return upper.payload is lower.payload and len(children) == 1
+    if len(children) > 2:
+        return False
+    others = [node.value for node in children.values() if node.value is not lower]
+    forgettable = all(span is None or span in ghosts for span in others)
+    return forgettable and upper.payload.joins(lower.payload)
+
+
+def file_span(span: Span[P], spans: OrderedDict[Span[P], None], belongs: bool) -> None:
+    """Add `span` to the end of `spans` unless it is there, or take it out."""
+    if belongs:
+        spans.setdefault(span)
+    else:
+        spans.pop(span, None)

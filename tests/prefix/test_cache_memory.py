@@ -1,0 +1,282 @@
+"""What a prefix cache takes besides what it stores: bounded, and told in its statistics."""
+
+import gc
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import kvcache
+from kvcache import Batch, CausalCache, RotatingKVCache
+from kvcache.prefix import PrefixCache
+from kvcache.prefix.media import MediaIds
+from kvcache.prefix.policies import POLICIES
+
+NUMPY = kvcache.get_backend("numpy")
+TOKENS = 40
+THOROUGH = settings.get_current_profile_name() == "thorough"
+
+
+class Service:
+    """A pool of one sequence, where a request computes its tokens in one pass."""
+
+    def __init__(self, capacity=512, **options):
+        self.cache = CausalCache()
+        self.cache.init("numpy", max_sequences=2, capacity=capacity, max_batch=capacity)
+        self.now = 0.0
+        self.prefix = PrefixCache(self.cache, clock=lambda: self.now, **options)
+
+    def ask(self, ids, **options):
+        self.now += 1.0
+        with self.prefix.session(ids, **options) as session:
+            positions = np.arange(session.matched, len(ids))
+            self.cache.start_forward(Batch(positions, np.full(positions.size, session.sequence)))
+            self.cache.set_layer(0)
+            self.cache.put(np.zeros((1, positions.size, 2), np.float32))
+        return session.matched
+
+    def give_up(self, ids, **options):
+        """A request that stores nothing; returns what it found."""
+        session = self.prefix.session(ids, **options)
+        session.__exit__(KeyError, None, None)
+        return session.matched
+
+    def strangers(self, start, stop):
+        """Requests with nothing in common, of a tenant and with an image each."""
+        for number in range(start, stop):
+            ids = np.random.default_rng(number).integers(0, 30_000, TOKENS).astype(np.int32)
+            image = {(4, 12): f"image {number}"}
+            assert self.ask(ids, salt=f"tenant {number}", media=image) == 0
+
+
+def check_told(sessions, samples, **options):
+    """Memory is flat after the bound, and the statistics tell it within 5 %."""
+    tracemalloc.start()
+    try:
+        service, held, told = Service(**options), [], []
+        service.strangers(10**6, 10**6 + 50)  # the pool makes its buffers, and NumPy its reserves
+        gc.collect()
+        pool = tracemalloc.get_traced_memory()[0] - service.prefix.stats.index_nbytes
+        for sample in range(samples):
+            service.strangers(sample * sessions, (sample + 1) * sessions)
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0] - pool)
+            told.append(service.prefix.stats.index_nbytes)
+    finally:
+        tracemalloc.stop()
+    assert told == pytest.approx(held, rel=0.05)
+    assert max(held) < 1.05 * min(held)
+    stats = service.prefix.stats
+    assert 0.9 * stats.index_budget < stats.index_nbytes <= stats.index_budget
+
+
+@pytest.mark.parametrize(("name", "budget"), [("lru", 0), *((name, 8_000) for name in POLICIES)])
+def test_tenants_and_images_that_never_come_back(name, budget):
+    check_told(700, 2, budget=budget, index_budget=1_000_000, policy=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not THOROUGH, reason="eight minutes: with HYPOTHESIS_PROFILE=thorough")
+def test_two_hundred_thousand_tenants_and_images():
+    check_told(40_000, 5, budget=8_000, index_budget=4 << 20)
+
+
+def test_nothing_is_left_of_tenants_and_images_that_are_forgotten():
+    service = Service(budget=0, index_budget=0)
+    before = service.prefix.stats.index_nbytes
+    service.strangers(0, 50)
+    assert not service.prefix._trees
+    assert not service.prefix._media_ids._media
+    assert service.prefix.stats.index_nbytes < before + 2_000
+    service = Service()
+    service.strangers(0, 50)
+    assert len(service.prefix._trees) == len(service.prefix._media_ids._media) == 50
+    with service.prefix.session([1, 2, 3], salt="tenant 3", media={(0, 1): "image 4"}) as session:
+        service.prefix.clear()
+        assert session.matched == 0
+        assert not service.prefix._trees
+        assert len(service.prefix._media_ids._media) == 1
+    service.prefix.clear()
+    assert not service.prefix._media_ids._media
+
+
+def test_a_tree_that_has_gone_while_a_session_was_open_is_made_again():
+    service = Service()
+    ids = list(range(TOKENS))
+    service.ask(ids, salt="me")
+    session = service.prefix.session([7, 7], salt="me")  # finds nothing, so it pins nothing
+    service.prefix.clear()
+    assert not service.prefix._trees
+    service.cache.start_forward(Batch([0, 1], [session.sequence] * 2))
+    service.cache.set_layer(0)
+    service.cache.put(np.zeros((1, 2, 2), np.float32))
+    session.__exit__(None, None, None)
+    assert service.give_up([7, 7, 7], salt="me") == 2
+    service.prefix.clear()
+    assert service.prefix.stats.spans == 0
+
+
+def test_a_request_that_stores_nothing_makes_no_tree():
+    service = Service()
+    for number in range(20):
+        assert service.give_up([1, 2, 3], salt=str(number), media={(0, 2): str(number)}) == 0
+    assert not service.prefix._trees
+    assert not service.prefix._media_ids._media
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [(0, 1 << 26), (1 << 34, 1 << 30), (None, None)])
+def test_the_bound_follows_the_budget(budget, wanted):
+    assert Service(budget=budget).prefix.stats.index_budget == wanted
+    assert Service(budget=budget, index_budget=5).prefix.stats.index_budget == 5
+
+
+def test_a_bound_that_is_none():
+    with pytest.raises(ValueError, match=r"a budget is bytes >= 0.*; got -1"):
+        Service(index_budget=-1)
+    with pytest.raises(TypeError):
+        Service(index_budget="much")
+
+
+def test_long_evicted_prompts_are_forgotten_by_their_bytes():
+    service = Service(capacity=4_096, budget=0, index_budget=100_000)
+    for first in range(40):
+        service.ask(np.full(4_000, first, np.int32))
+        assert service.prefix.stats.index_nbytes <= 100_000
+    [tree] = service.prefix._trees.values()
+    assert sorted(tree.root.children) == [35, 36, 37, 38, 39]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_clear_leaves_policies_nothing(name):
+    service = Service(policy=name, budget=1 << 20)
+    sizes = []
+    for _ in range(4):
+        for first in range(200):
+            service.ask([first, *range(9)])
+        service.prefix.clear()
+        sizes.append(service.prefix._index.policy.nbytes)
+    assert max(sizes) == sizes[0] < 40_000
+
+
+# One document, cut everywhere.
+
+
+def cost_of(service, ids):
+    """Calls of functions that a hit takes, which no other process disturbs."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        session = service.prefix.session(ids)
+    finally:
+        sys.setprofile(None)
+    session.__exit__(KeyError, None, None)
+    assert session.matched == len(ids) - 1
+    return calls
+
+
+def test_requests_that_store_nothing_cut_nothing():
+    service, whole = Service(capacity=2_048, budget=None), Service(capacity=2_048, budget=None)
+    ids = np.arange(2_000, dtype=np.int32)
+    for one in (service, whole):
+        one.ask(ids)
+    again = np.append(ids, 50_000).astype(np.int32)
+    before = service.prefix.stats.index_nbytes
+    for at in np.random.default_rng(0).permutation(np.arange(1, 2_000)):
+        cut = ids[: at + 1].copy()
+        cut[at] = 60_000
+        assert service.give_up(cut) == at
+    assert service.prefix.stats.spans == 1
+    assert service.prefix.stats.index_nbytes == before
+    assert cost_of(service, again) == cost_of(whole, again)
+
+
+def test_requests_that_are_stored_and_evicted_leave_a_document_whole():
+    service, whole = Service(capacity=2_048), Service(capacity=2_048)
+    ids = np.arange(400, dtype=np.int32)
+    for one in (service, whole):
+        one.ask(ids)
+    again = np.append(ids, 50_000).astype(np.int32)
+    for number, at in enumerate(np.random.default_rng(0).permutation(np.arange(1, 400))):
+        cut = ids[: at + 1].copy()
+        cut[at] = 60_000
+        assert service.ask(cut) == at
+        index = service.prefix._index
+        index.evict(index.follow(service.prefix._trees[""], cut).spans[-1], service.now)
+        if number % 10 == 9:
+            assert service.ask(again) >= 400 - (number < 10)
+    index.forget_ghosts()
+    service.ask(again)
+    service.ask(again)
+    assert service.prefix.stats.spans < 6
+    assert cost_of(service, again) < 1.5 * cost_of(whole, ids)
+
+
+# Windows over budget.
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("conversations", [1, 3])
+def test_a_chat_over_budget_computes_a_turn_again_at_most(name, conversations):
+    """A ring of 16, turns of 40 tokens, room for five turns."""
+    now = 0.0
+    caches = [RotatingKVCache(16, backend="numpy")]
+    prefix = PrefixCache(caches, budget=2_640, policy=name, clock=lambda: now)
+    chats = [[] for _ in range(conversations)]
+    for turn in range(25):
+        for number, ids in enumerate(chats):
+            now += 60.0
+            known = len(ids)
+            ids.extend(1_000 * turn + 100 * number + token for token in range(20))
+            with prefix.session(ids) as session:
+                assert known - session.matched <= 40
+                for start in range(session.matched, len(ids) + 19, 8):
+                    tokens = min(8, len(ids) + 19 - start)
+                    rows = np.zeros((1, 1, tokens, 2), np.float32)
+                    session.caches[0].update(rows, rows)
+                reply = [token + 50 for token in ids[-20:]]
+                session.extend(reply)
+            ids.extend(reply)
+            assert prefix.stats.nbytes <= 2_640
+
+
+# Media.
+
+
+def test_ids_of_media_begin_anew_without_taking_those_of_living_ones():
+    ids, tokens = MediaIds(), np.zeros(1, np.int32)
+    kept = [ids.substitute(tokens, {(0, 1): name}) for name in ("a", "b", "c")]
+    del kept[1]
+    ids._next = 2**31 - 1
+    found = [ids.substitute(tokens, {(0, 1): name}) for name in ("d", "e", "f")]
+    assert [int(substituted[0]) for substituted, _ in found] == [-(2**31), -2, -4]
+    assert [int(substituted[0]) for substituted, _ in kept] == [-1, -3]
+    assert ids.substitute(tokens, {(0, 1): "c"})[0] == [-3]
+    del found, kept
+    gc.collect()
+    assert not ids._media
+
+
+def test_media_are_told_apart_by_digest_length_and_placeholders():
+    ids = MediaIds()
+    asked = [("a", [5, 5]), ("b", [5, 5]), ("a", [5, 5, 5]), ("a", [5, 6])]
+    found = [
+        ids.substitute(np.array(tokens, np.int32), {(0, len(tokens)): name})
+        for name, tokens in asked
+    ]
+    assert [substituted.tolist() for substituted, _ in found] == [
+        [-1] * 2,
+        [-2] * 2,
+        [-3] * 3,
+        [-4] * 2,
+    ]
+    for (_, tokens), (_, [placement]) in zip(asked, found, strict=True):
+        assert placement.placeholders.tolist() == tokens
+        assert (placement.start, placement.stop) == (0, len(tokens))
+    assert len({placement.medium.key for _, [placement] in found}) == 4
