@@ -572,10 +572,13 @@ def test_hybrid_snapshots_resume_where_all_layers_can(backend):
         piece = snapshot.copy()
         if position < 12:
             piece, _ = piece.split(position)
-        again = hybrid(backend)
-        again.restore(piece)
-        assert again.offset == position
-        assert_goes_on_as(again, position)
+        for source, stop in ((piece, None), (snapshot, position)):
+            again = hybrid(backend)
+            again.restore(source, stop=stop)
+            assert again.offset == position
+            assert_goes_on_as(again, position)
+    with pytest.raises(KVCacheError, match="the last place to go on is 9"):
+        hybrid(backend).restore(snapshot, stop=11)
     elsewhere, _ = snapshot.split(8)
     with pytest.raises(KVCacheError, match="the last place to go on is 4"):
         hybrid(backend).restore(elsewhere)
