@@ -146,6 +146,9 @@ class JaxBackend(Backend):
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return _joiner(axis, self._copy_only)(*arrays)
 
+    def owned(self, arrays: NativeArrays) -> NativeArrays:
+        return arrays
+
     def free(self, buffer: NativeArray) -> None:
         buffer.delete()
 

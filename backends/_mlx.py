@@ -109,6 +109,9 @@ class MlxBackend(Backend):
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         return replace_floats(cls.xp, arrays, axis, _is_finite)
 
+    def owned(self, arrays: NativeArrays) -> NativeArrays:
+        return tuple([array[...] for array in arrays])  # an assignment rebinds the given objects
+
     def evaluate(self, *arrays: NativeArray) -> None:
         async_eval: Callable[..., None] = mx.async_eval
         async_eval(*arrays)

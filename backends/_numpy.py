@@ -88,6 +88,9 @@ class NumpyBackend(Backend):
         bits = tuple(array.view(f"u{kind.itemsize}") for array in arrays)
         return tuple(array.view(kind) for array in replaced(cls.xp, bits, axis, numbers, is_finite))
 
+    def owned(self, arrays: NativeArrays) -> NativeArrays:
+        return tuple([np.array(array, order="C") for array in arrays])
+
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self._host(array, dtype).copy()
 

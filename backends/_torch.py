@@ -122,6 +122,12 @@ class TorchBackend(Backend):
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return torch.cat([array.detach() for array in arrays], dim=axis)
 
+    def owned(self, arrays: NativeArrays) -> NativeArrays:
+        if torch.is_inference_mode_enabled():  # see alloc; entering the context costs a microsecond
+            with torch.inference_mode(False):
+                return _cloned(arrays)
+        return _cloned(arrays)
+
     def free(self, buffer: NativeArray) -> None:
         # Empties this handle only. Resizing the storage would free it under views as well.
         buffer.set_()
@@ -221,6 +227,10 @@ class TorchBackend(Backend):
 def _requires_grad(array: NativeArray) -> bool:
     """Return whether gradients go through what is computed from `array`."""
     return bool(array.requires_grad) and torch.is_grad_enabled()
+
+
+def _cloned(arrays: NativeArrays) -> NativeArrays:
+    return tuple([(a.detach() if a.requires_grad else a).clone() for a in arrays])
 
 
 def _all_finite(arrays: NativeArrays) -> bool:

@@ -281,6 +281,13 @@ class Backend(ABC, TracedFunctions):
         """Do :meth:`write_row_sets` after :meth:`replace_nonfinite`."""
         return self.write_row_sets(buffers, self.replace_nonfinite(rows, axis), index, axis)
 
+    def owned(self, arrays: Arrays) -> Arrays:
+        """Return `arrays` such that no holder of the given ones can change them; no autograd graph.
+
+        Copies where frameworks write in place. Where arrays never change (JAX), these themselves.
+        """
+        return tuple([self.concat([array], 0) for array in arrays])
+
     def evaluate(self, *arrays: Array) -> None:
         """Begin to compute `arrays`, so that they no longer hold what they are computed from.
 

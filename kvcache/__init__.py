@@ -35,6 +35,7 @@ from kvcache.errors import (
     UnknownStreamError,
 )
 from kvcache.layers.growing import KVCache
+from kvcache.layers.recurrent import StateCache
 from kvcache.layers.rotating import RotatingKVCache
 from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
@@ -77,6 +78,7 @@ __all__ = [
     "SharedCellsError",
     "Snapshot",
     "SnapshotMismatchError",
+    "StateCache",
     "StateError",
     "StepOrderError",
     "TracedArrayError",

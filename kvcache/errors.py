@@ -13,7 +13,7 @@
     ├── DTypeError                 (TypeError)     wrong dtype, or one the framework lacks
     ├── TracedArrayError           (TypeError)     an array inside of a transform, without values
     ├── ExportedError              (RuntimeError)  a cache is used while a program has its state
-    ├── StateError                 (ValueError)    a state that cannot be imported into this cache
+    ├── StateError                 (ValueError)    a state that this cache cannot take
     ├── TrimError                  (ValueError)    tokens that cannot be taken back exactly
     ├── CacheFullError             (RuntimeError)  not enough free cells for a pass
     ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
@@ -75,7 +75,7 @@ class ExportedError(KVCacheError, RuntimeError):
 
 
 class StateError(KVCacheError, ValueError):
-    """A state is another cache's, comes from an earlier export, or was consumed by a program."""
+    """A state is another cache's, of an earlier export, consumed by a program, or not asked for."""
 
 
 class TrimError(KVCacheError, ValueError):

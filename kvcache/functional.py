@@ -18,6 +18,13 @@ For a per-layer cache::
     mask = functional.mask(state, L)
     cache.import_state(state)                               # until then, the cache is locked
 
+For a recurrent layer::
+
+    state = cache.export_state()
+    ...                                                     # the layer: state.arrays to new ones
+    state = functional.advance(state, L, *arrays)           # in the program
+    cache.import_state(state)
+
 Donate the state to the program (``jax.jit(step, donate_argnums=...)``), and it is written in
 place. A state that is not donated is copied by every program that writes to it.
 """
@@ -29,7 +36,7 @@ from typing import TypeVar
 from kvcache._checks import as_limit, as_sizes
 from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
-from kvcache.layers.state import LayerState, RingState
+from kvcache.layers.state import LayerState, RecurrentState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.layout import TOKENS
@@ -38,7 +45,9 @@ __all__ = [
     "ForwardPlan",
     "LayerState",
     "PoolState",
+    "RecurrentState",
     "RingState",
+    "advance",
     "append",
     "get",
     "mask",
@@ -153,6 +162,23 @@ def trim(state: LayerState, tokens: int | Array) -> LayerState:
     if not isinstance(state, LayerState):
         raise TrimError("a ring cannot go back in a program. Use checkpoint() before the export.")
     return state._replace(offset=state.offset - tokens)
+
+
+def advance(state: RecurrentState, tokens: int, *arrays: Array) -> RecurrentState:
+    """Return `state` after `tokens` more tokens: `arrays` are the state behind them.
+
+    arrays: as many as in `state`, of the same shapes and dtypes; they become those of the result.
+
+    Raises: while it is traced, ShapeError, DTypeError; ValueError for less than one token.
+    """
+    [count] = as_sizes(tokens=tokens)
+    given, held = ([tuple(array.shape) for array in each] for each in (arrays, state.arrays))
+    if given != held:
+        raise ShapeError(f"a state keeps its shapes, {held}; got {given}.")
+    dtypes, kept = ([array.dtype for array in each] for each in (arrays, state.arrays))
+    if dtypes != kept:
+        raise DTypeError(f"a state keeps its dtypes, {kept}; got {dtypes}. Cast the arrays.")
+    return state._replace(arrays=arrays, offset=state.offset + count)
 
 
 def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array:

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 HOOKS = (
     "alloc concat evaluate from_host from_traced_forms read_rows read_slice sync to_host "
-    "traced_forms write_row_sets write_rows write_slice write_slices"
+    "owned traced_forms write_row_sets write_rows write_slice write_slices"
 ).split()
 
 

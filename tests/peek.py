@@ -132,7 +132,7 @@ def layer_pins_of(owner):
 
 def layer_retained(cache):
     """The rows that resume points retain of a per-layer cache, or None."""
-    return cache._points.retained
+    return getattr(cache._points, "retained", None)
 
 
 def checkpoint(cache):

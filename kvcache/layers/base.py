@@ -13,6 +13,8 @@ from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.arrays import LayerArrays
 
+from .rewind import Rewind
+
 R = TypeVar("R")
 KINDS: dict[str, type[LayerCache]] = {}
 """Every kind of per-layer cache, by its name in files."""
@@ -29,6 +31,9 @@ class LayerCache(ABC):
     with a constructor of its own overrides :attr:`options`, or :meth:`make`.
     """
 
+    rewound: Rewind | None = None
+    """How far the tokens went back, the furthest since an owner that keeps records of them last
+    set this to None."""
     kind: ClassVar[str]
     """Name of the class in files and snapshots; a subclass without its own has that of its base."""
 
@@ -50,8 +55,8 @@ class LayerCache(ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> str | None:
-        """Dtype of the arrays; None before the first update if none was named."""
+    def dtype(self) -> str | tuple[str, ...] | None:
+        """Dtype of all arrays, or of each; None before the first update if none was named."""
 
     @property
     @abstractmethod
@@ -94,9 +99,11 @@ class LayerCache(ABC):
         """Return to the checkpoint plus the first `accepted` tokens since, and close it.
 
         For speculative decoding: checkpoint, update with a draft, keep the accepted tokens.
-        Exact on every cache, even one whose :meth:`trim` would raise.
+        Exact also where :meth:`trim` would raise. A recurrent state has to have been recorded
+        behind the accepted tokens.
 
-        Raises: TrimError without a checkpoint or for more tokens than came since.
+        Raises: TrimError without a checkpoint, for more tokens than came since, or where no state
+            was recorded.
         """
 
     @abstractmethod

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, SupportsIndex, TypeAlias
 
+from kvcache._checks import as_index
 from kvcache._types import Int32s
+from kvcache.errors import TrimError
 
 from .buffers import Arrays
 
@@ -36,6 +38,21 @@ class Checkpoint:
     offset: int
     updates: tuple[Update, ...] = ()
     scheduled: frozenset[int] = frozenset()
+
+
+def checked_accepted(mark: int | None, offset: int, accepted: SupportsIndex) -> tuple[int, int]:
+    """Return where a checkpoint was opened, and `accepted` as an int.
+
+    mark: offset at the open checkpoint, None without one. offset: of the cache.
+
+    Raises: TrimError without a checkpoint, or for more tokens than came since.
+    """
+    if mark is None:
+        raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
+    count = as_index(accepted, "accepted")
+    if not 0 <= count <= offset - mark:
+        raise TrimError(f"accepted must be 0 to {offset - mark} tokens, those since; got {count}.")
+    return mark, count
 
 
 Names: TypeAlias = tuple[str, ...]

@@ -26,7 +26,6 @@ class CopyableCache(StandaloneCache):
     _buffers: GrowingBuffers | None
     _offset: int
     _checkpoint: Checkpoint | None
-    rewound: Rewind | None
 
     @property
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import TypeAlias
@@ -12,10 +12,10 @@ from kvcache.backends.arguments import refuse_traced
 from kvcache.backends.arrays import DType
 from kvcache.errors import BoundsError, DTypeError, ShapeError, StateError
 
-from .buffers import NAMES
-from .state import LayerState, RingState
+from .state import LayerState, RecurrentState, RingState
 
 State: TypeAlias = LayerState | RingState
+AnyState: TypeAlias = State | RecurrentState
 
 _owners: Iterator[int] = count()
 
@@ -30,20 +30,22 @@ class Export:
     """One export of a cache.
 
     owner: number in all states derived from the exported one. kind: their type.
-    forms: shape and dtype of keys and values in a program.
+    names: of all their arrays. forms: shape and dtype of those that hold tokens, by name.
     """
 
     owner: int
-    kind: type[State]
-    forms: tuple[tuple[tuple[int, ...], DType], ...]
+    kind: type[AnyState]
+    names: tuple[str, ...]
+    forms: Mapping[str, tuple[tuple[int, ...], DType]]
 
     @classmethod
-    def of(cls, owner: int, state: State) -> Export:
-        """Return the record of the export of `state`."""
-        arrays = state.keys, state.values
-        return cls(owner, type(state), tuple((tuple(a.shape), a.dtype) for a in arrays))
+    def of(cls, owner: int, state: AnyState, fields: Sequence[str]) -> Export:
+        """Return the record of the export of `state`, whose `fields` hold its tokens."""
+        arrays = _named_arrays(state, fields)
+        forms = {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}
+        return cls(owner, type(state), (*_named_arrays(state, state._fields),), forms)
 
-    def check(self, backend: Backend, state: State) -> None:
+    def check(self, backend: Backend, state: AnyState) -> None:
         """Raise StateError, ShapeError or DTypeError unless `state` comes from this export.
 
         Waits for the program that computes it, and consumes nothing.
@@ -52,7 +54,13 @@ class Export:
             raise StateError(
                 f"this cache exported a {self.kind.__name__}; got {type(state).__name__}."
             )
-        for name, array in state._asdict().items():
+        arrays = _named_arrays(state, state._fields)
+        if (*arrays,) != self.names:
+            raise ShapeError(
+                f"a state to import has the arrays of the exported one, {', '.join(self.names)}; "
+                f"got {', '.join(arrays)}."
+            )
+        for name, array in arrays.items():
             _check_alive(backend, name, array)
         owner = int(backend.to_host(state.owner))
         if owner != self.owner:
@@ -60,8 +68,19 @@ class Export:
                 f"a state goes back to the export that it comes from, number {self.owner} here; "
                 f"got one of number {owner}: of another cache, or of an earlier export."
             )
-        for name, form, array in zip(NAMES, self.forms, (state.keys, state.values), strict=True):
-            _check_form(name, *form, array)
+        for name, form in self.forms.items():
+            _check_form(name, *form, arrays[name])
+
+
+def _named_arrays(state: AnyState, fields: Sequence[str]) -> dict[str, Array]:
+    """Return the arrays in some fields of a state; those of a tuple are numbered."""
+    named: dict[str, Array] = {}
+    for field in fields:
+        value = getattr(state, field)
+        # Some frameworks return a list for a tuple.
+        several = isinstance(value, tuple | list)
+        named |= {f"{field}[{i}]": a for i, a in enumerate(value)} if several else {field: value}
+    return named
 
 
 def _check_alive(backend: Backend, name: str, array: Array) -> None:

@@ -20,7 +20,7 @@ from kvcache.storage.arrays import check_layer_form
 from kvcache.storage.lengths import padded_positions
 
 from .buffers import AXES, NAMES, GrowingBuffers, place_rows
-from .checkpoint import Checkpoint, Names, savepoint
+from .checkpoint import Checkpoint, Names, checked_accepted, savepoint
 from .columns import Sizes, attention_mask
 from .exports import State
 from .pinning import LayerPins
@@ -54,9 +54,6 @@ class KVCache(ExportableCache):
         "rewound",
     )
     """Attributes that calls assign to; their objects have savepoints of their own."""
-    rewound: Rewind | None = None
-    """How far the tokens went back, the furthest since an owner that keeps records of them last
-    set this to None."""
 
     def __init__(
         self, backend: str | Backend | None = None, step: int = 256, dtype: str | None = None
@@ -295,13 +292,9 @@ class KVCache(ExportableCache):
         """Return the open checkpoint and `accepted` as an int. Raise TrimError if either is bad."""
         self.check_not_exported()
         checkpoint = self._checkpoint
-        if checkpoint is None:
-            raise TrimError("rollback needs an open checkpoint. Call checkpoint() first.")
-        accepted = as_index(accepted, "accepted")
-        since = self._offset - checkpoint.offset
-        if not 0 <= accepted <= since:
-            raise TrimError(f"accepted must be 0 to {since} tokens, those since; got {accepted}.")
-        return checkpoint, accepted
+        mark = None if checkpoint is None else checkpoint.offset
+        _, accepted = checked_accepted(mark, self._offset, accepted)
+        return cast(Checkpoint, checkpoint), accepted
 
     def rollback(self, accepted: int = 0) -> None:
         self._return_to(*self._checked_rollback(accepted))

@@ -1,4 +1,4 @@
-"""Rows in the buffers of a per-layer cache, pinned by snapshots and resume points."""
+"""Rows in the memory of a per-layer cache, pinned by snapshots and resume points."""
 
 from __future__ import annotations
 
@@ -14,26 +14,14 @@ from kvcache.snapshots.visibility import Visibility
 from .buffers import GrowingBuffers
 
 
-class LayerPins:
-    """Owner of the pinned rows of one per-layer cache; implements :class:`RowOwner`.
+class PinnedRows:
+    """The pinned rows of one per-layer cache.
 
     rows: the rows pinned now, in most caches none.
     """
 
-    def __init__(self, buffers: GrowingBuffers) -> None:
-        self._buffers = buffers
-        self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
+    def __init__(self) -> None:
         self.rows: dict[TokenRows, None] = {}  # a set that keeps the order of pinning
-
-    @property
-    def token_bytes(self) -> int:
-        return self._buffers.token_bytes
-
-    def read(self, slots: Slots) -> LayerRows:
-        if not slots.size:
-            return {}
-        # Snapshots number layers; a cache knows only its own, under 0.
-        return {0: self._buffers.read_tokens(self._buffers.arrays, slots)}
 
     def pin(self, rows: TokenRows) -> None:
         self.rows[rows] = None
@@ -60,6 +48,25 @@ class LayerPins:
             self.rows = pinned
 
         return undo
+
+
+class LayerPins(PinnedRows):
+    """Owner of the pinned rows in the buffers of a cache; implements :class:`RowOwner`."""
+
+    def __init__(self, buffers: GrowingBuffers) -> None:
+        super().__init__()
+        self._buffers = buffers
+        self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
+
+    @property
+    def token_bytes(self) -> int:
+        return self._buffers.token_bytes
+
+    def read(self, slots: Slots) -> LayerRows:
+        if not slots.size:
+            return {}
+        # Snapshots number layers; a cache knows only its own, under 0.
+        return {0: self._buffers.read_tokens(self._buffers.arrays, slots)}
 
     def capture(self, positions: Int32s, slots: Slots, start: int, stop: int) -> TokenRows:
         """Pin the rows of ``[start, stop)`` among `positions`, which are held in `slots`."""

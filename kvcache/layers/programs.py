@@ -12,7 +12,7 @@ from kvcache._checks import as_room
 from kvcache.backends import Array
 from kvcache.errors import KVCacheError, StateError
 
-from .buffers import Arrays, GrowingBuffers
+from .buffers import NAMES, Arrays, GrowingBuffers
 from .copies import CopyableCache
 from .exports import Export, State, check_room, new_owner
 from .pinning import LayerPins
@@ -68,7 +68,7 @@ class ExportableCache(CopyableCache):
             raise
 
     def _given_away(self, buffers: GrowingBuffers, state: State, owner: int) -> State:
-        self._export = Export.of(owner, state)
+        self._export = Export.of(owner, state, NAMES)
         self._admission.suspend()
         # No reference is kept: frameworks copy a buffer that they cannot have for themselves.
         buffers.arrays = ()

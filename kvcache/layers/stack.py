@@ -158,7 +158,7 @@ class LayerCaches(Sequence[C], Generic[C]):
                 f"[{start}, {stop}) of {len(self)} caches at {offsets}."
             )
         specs = [
-            CacheSpec(kind_of(type(cache)), cache.visibility, str(cache.dtype)) for cache in self
+            CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or "") for cache in self
         ]
         return exchange(
             (),
@@ -202,7 +202,7 @@ class LayerCaches(Sequence[C], Generic[C]):
     def _specs_for(self, snapshots: Sequence[Snapshot]) -> list[CacheSpec]:
         """Return the specs of these caches; one without a dtype takes that of the snapshots."""
         dtypes = [spec.dtype for spec in snapshots[0].specs] if snapshots else []
-        dtypes = dtypes if len(dtypes) == len(self) else ["" for _ in self]
+        dtypes = dtypes if len(dtypes) == len(self) else [""] * len(self)
         return [
             CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or dtype)
             for cache, dtype in zip(self, dtypes, strict=True)

@@ -1,4 +1,4 @@
-"""The buffers of per-layer caches as pytrees, for :mod:`kvcache.functional`."""
+"""The arrays of per-layer caches as pytrees, for :mod:`kvcache.functional`."""
 
 from __future__ import annotations
 
@@ -48,3 +48,14 @@ class RingState(NamedTuple):
 
     Larger than any slot if the buffer is shorter than the ring: tokens beyond it are not written.
     """
+
+
+class RecurrentState(NamedTuple):
+    """A recurrent layer as a pytree, made by :meth:`StateCache.export_state`."""
+
+    arrays: tuple[Array, ...]
+    """The state behind the tokens seen: any number of arrays, batch first."""
+    offset: Array
+    """int32 []: tokens seen; the position of the next one."""
+    owner: Array
+    """int32 []: number of the export, by which :meth:`StateCache.import_state` knows its states."""

@@ -41,7 +41,9 @@ _SNAPSHOT = schema.record(
                         schema.either(_NONE, schema.integer(1, NO_LIMIT)),
                         _POSITION,
                     ),
-                    "dtype": schema.one_of(*HOST_DTYPES),
+                    "dtype": schema.either(
+                        schema.list_of(schema.one_of(*HOST_DTYPES)), schema.one_of(*HOST_DTYPES)
+                    ),
                     "arrays": schema.mapping_of(schema.either(_NONE, schema.integer(-64, 63))),
                 }
             )
@@ -53,12 +55,13 @@ _SNAPSHOT = schema.record(
 class Record(NamedTuple):
     """One part of a snapshot, as stored in a file.
 
-    visibility: window, chunk, sinks. positions: int32, ascending, one for each row of `layers`.
+    visibility: window, chunk, sinks. dtype: one for all arrays of a layer, or one for each.
+    positions: int32, ascending, one for each row of `layers`.
     """
 
     kind: str
     visibility: tuple[int | None, int | None, int]
-    dtype: str
+    dtype: str | tuple[str, ...]
     positions: Int32s
     layers: LayerRows
 
@@ -193,7 +196,8 @@ def _record(number: int, part: Header, tensors: Mapping[str, HostArray], span: r
     for layer, arrays in layers.items():
         for array in arrays:
             _check_rows(f"'{number}.{layer}.{array.name}'", array, positions.size)
-    return Record(part["kind"], tuple(part["visibility"]), part["dtype"], positions, layers)
+    dtype = part["dtype"] if isinstance(part["dtype"], str) else tuple(part["dtype"])
+    return Record(part["kind"], tuple(part["visibility"]), dtype, positions, layers)
 
 
 def _check_rows(name: str, array: NamedArray, tokens: int) -> None:

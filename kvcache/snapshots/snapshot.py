@@ -22,13 +22,13 @@ from .visibility import Visibility
 
 
 class CacheSpec(NamedTuple):
-    """Kind, visibility and dtype of a cache: equal for caches able to exchange snapshots."""
+    """Kind, visibility and dtypes of a cache: equal where snapshots can be exchanged."""
 
     kind: str
     """Name of the kind of cache, as in files."""
     visibility: Visibility
     """Rule for the tokens needed to resume: :meth:`Visibility.needed`."""
-    dtype: str
+    dtype: str | tuple[str, ...]  # of all arrays of a layer, or of each
 
 
 @dataclass
@@ -394,7 +394,7 @@ def check_contiguous(
         )
     if (possible := last_resumable(snapshots, stop)) != stop:
         raise KVCacheError(
-            f"the tokens before position {stop} that its cache would see are not all in these "
-            f"snapshots; the last place to go on is {possible}. Stop there."
+            f"not all that is needed before position {stop} is in these snapshots; the last place "
+            f"to go on is {possible}. Stop there."
         )
     return stop

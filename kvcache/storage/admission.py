@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from kvcache.backends import HOST_DTYPES, Array, Backend, backend_of, backend_type, get_backend
 from kvcache.backends.arguments import refuse_traced
@@ -85,10 +85,7 @@ class Admission:
     def check_not_exported(self) -> None:
         """Raise ExportedError after :meth:`suspend`, until :attr:`exported` is False again."""
         if self.exported:
-            raise ExportedError(
-                "a cache is not used while a program has its state. Call import_state(state) with "
-                "the last state of the program, or reset() to give the tokens up."
-            )
+            refuse_exported()
 
     @property
     def dtype(self) -> str | None:
@@ -144,16 +141,32 @@ def _check_framework(backend: Backend, keys: Array, values: Array | None) -> Non
             "of keys only."
         )
     for name, array in (("keys", keys), ("values", values)):
-        if not backend.owns(array):
-            if not hasattr(array, "dtype"):
-                backend_of(array)  # raises, and names the frameworks whose arrays are accepted
-            refuse_several_devices(backend, array)
-            raise DTypeError(
-                f"{name} must be an array of {backend.spec}, where this cache lives; got "
-                f"{type(array).__module__}.{type(array).__name__}"
-                f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
-                "Convert it with backend.from_dlpack, or through the host."
-            )
+        check_owner(backend, name, array)
+
+
+def check_owner(backend: Backend, name: str, array: Array) -> None:
+    """Raise DTypeError unless `backend` owns an array; UnknownBackendError for a non-array.
+
+    name: of the array, for the error.
+    """
+    if not backend.owns(array):
+        if not hasattr(array, "dtype"):
+            backend_of(array)  # raises, and names the frameworks whose arrays are accepted
+        refuse_several_devices(backend, array)
+        raise DTypeError(
+            f"{name} must be an array of {backend.spec}, where this cache lives; got "
+            f"{type(array).__module__}.{type(array).__name__}"
+            f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
+            "Convert it with backend.from_dlpack, or through the host."
+        )
+
+
+def refuse_exported() -> NoReturn:
+    """Raise ExportedError."""
+    raise ExportedError(
+        "a cache is not used while a program has its state. Call import_state(state) with "
+        "the last state of the program, or reset() to give the tokens up."
+    )
 
 
 def described(array: Array) -> str:

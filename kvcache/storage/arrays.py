@@ -22,8 +22,8 @@ Rows: TypeAlias = npt.NDArray[np.intp] | Indices | slice
 class NamedArray(NamedTuple):
     """One array of a layer, in host memory.
 
-    token_axis: counted from the end, such as -2 of ``[..., tokens, head_dim]``; None for an array
-        without one, shared by all tokens.
+    token_axis: such as -2 of ``[..., tokens, head_dim]``, or 0 where tokens come first and the
+        number of the other axes varies; None for an array without one, shared by all tokens.
     """
 
     name: str
@@ -84,28 +84,49 @@ def check_layer_form(
 
     Raises: SnapshotMismatchError, also if arrays differ in dtype, or in more than the tokens.
     """
-    forms = {tuple(map(_form, arrays)) for arrays in layers}
+    forms = {array_forms(arrays) for arrays in layers}
     fixed = None if dtype is None else HOST_DTYPES[dtype]
     for form in forms:
         wanted = tuple(
-            (name, -2, axes, form[0][3] if fixed is None else fixed, sizes)
-            for name, (*_, sizes) in zip(names, form, strict=False)
+            ArrayForm(name, -2, axes, form[0].dtype if fixed is None else fixed, own.sizes)
+            for name, own in zip(names, form, strict=False)
         )
         if len(form) < least or len(forms) > 1 or form != wanted:
-            given = sorted(forms, key=str)
+            given = sorted(map(_described, forms))
             raise SnapshotMismatchError(
                 f"rows of such a layer are {', '.join(names)}, of {axes} axes with the tokens on "
-                f"the one before the last, of {dtype or 'one dtype'}; got {given}."
+                f"the one before the last, of {dtype or 'one dtype'}; got {', '.join(given)}."
             )
 
 
-def _form(
-    array: NamedArray,
-) -> tuple[str, int | None, int, np.dtype[np.generic], tuple[int, ...]]:
-    """Return name, token axis, number of axes, dtype, and sizes of the axes besides the tokens."""
-    data = array.data
-    shape = data.shape
-    return array.name, array.token_axis, len(shape), data.dtype, shape[:-2] + shape[-1:]
+class ArrayForm(NamedTuple):
+    """Everything that all rows of an array have in common.
+
+    axes: their number, the token axis included. sizes: of all axes but that one.
+    """
+
+    name: str
+    token_axis: int | None
+    axes: int
+    dtype: np.dtype[np.generic]
+    sizes: tuple[int, ...]
+
+
+def array_forms(arrays: Iterable[NamedArray]) -> tuple[ArrayForm, ...]:
+    """Return the form of each of the arrays of a layer."""
+    return tuple(map(_form, arrays))
+
+
+def _form(array: NamedArray) -> ArrayForm:
+    data, axis = array.data, array.token_axis
+    sizes = list(data.shape)
+    if axis is not None and -len(sizes) <= axis < len(sizes):
+        del sizes[axis]
+    return ArrayForm(array.name, axis, data.ndim, data.dtype, tuple(sizes))
+
+
+def _described(forms: tuple[ArrayForm, ...]) -> str:
+    return str([tuple(form) for form in forms])
 
 
 def concat_layers(layers: list[LayerArrays]) -> LayerArrays:

@@ -402,6 +402,20 @@ class DetachesFromItsValues(Faulty):
         return array * 0
 
 
+class OwnsWhatIsWrittenToNext(Faulty):
+    finds = "recurrent_cache_returns_the_state_of_its_position"
+
+    def __init__(self):
+        super().__init__()
+        self.scratch = {}
+
+    def owned(self, arrays):
+        copies = [self.scratch.setdefault((a.shape, a.dtype), a.copy()) for a in arrays]
+        for copy, array in zip(copies, arrays, strict=True):
+            copy[...] = array
+        return tuple(copies)
+
+
 class NamespaceWithHoles(Faulty):
     finds = "namespace_has_the_standard_names"
     xp = math

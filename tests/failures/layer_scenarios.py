@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcache import KVCache, LayerCaches, RotatingKVCache, functional
+from kvcache import KVCache, LayerCaches, RotatingKVCache, StateCache, backend_of, functional
 
 from .. import peek
 from .observation import attempt, columns, look_at_layers
@@ -56,7 +56,18 @@ class LayerWorld(World):
 
 
 def _update(cache, pair):
-    return columns(cache, cache.update(*pair))
+    if not isinstance(cache, StateCache):
+        return columns(cache, cache.update(*pair))
+    tokens, start = pair[0].shape[2], cache.offset
+    for position in cache.cuts(tokens):
+        cache.record(position, *state_behind(pair, position - start))
+    cache.advance(tokens, *state_behind(pair, tokens))
+    return None
+
+
+def state_behind(pair, tokens):
+    """Return the state behind the first tokens of an update: the keys and values of the last."""
+    return [backend_of(array).slice(array, tokens - 1, tokens, 2) for array in pair]
 
 
 # Later calls.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import kvcache
-from kvcache import EncoderCache, KVCache, WrapperCache
+from kvcache import EncoderCache, StateCache, WrapperCache
+from kvcache.layers.base import LayerCache
 
 from .. import peek
 
@@ -91,6 +92,8 @@ def _taken(snapshot):
 
 def look_at_layer(cache):
     """Observe one per-layer cache."""
+    if isinstance(cache, StateCache):
+        return look_at_states(cache)
     offset = cache.offset
     return {
         "repr": repr(cache),
@@ -105,6 +108,20 @@ def look_at_layer(cache):
         "held": attempt(_held, cache),
         "masks": [attempt(_mask, cache, tokens) for tokens in range(1, min(offset, 2) + 1)],
         "can trim": [tokens for tokens in range(offset + 2) if cache.can_trim(tokens)],
+    }
+
+
+def look_at_states(cache):
+    """Observe the cache of a recurrent layer."""
+    return {
+        "repr": repr(cache),
+        "offset": cache.offset,
+        "nbytes": cache.nbytes,
+        "dtype": cache.dtype,
+        "backend": cache.backend and cache.backend.spec,
+        "kept": attempt(lambda: list(cache.kept)),
+        "state": attempt(lambda: [Bits(_on_host(cache.backend, a)) for a in cache.state]),
+        "can trim": [tokens for tokens in range(cache.offset + 2) if cache.can_trim(tokens)],
     }
 
 
@@ -200,7 +217,7 @@ def attended(backend, cache):
 
 def look_at(thing):
     """Observe whatever a call returned."""
-    if isinstance(thing, KVCache):
+    if isinstance(thing, LayerCache):
         return {**look_at_layer(thing), "snapshot": attempt(lambda: _taken(thing.snapshot()))}
     if isinstance(thing, kvcache.LayerCaches):
         return look_at_layers(thing)

@@ -39,6 +39,7 @@ PUBLIC = [
     "SharedCellsError",
     "Snapshot",
     "SnapshotMismatchError",
+    "StateCache",
     "StateError",
     "StepOrderError",
     "TracedArrayError",
@@ -62,7 +63,7 @@ ROTATING = ["keep", "max_size"]
 BACKEND = """
 alloc array_types assignment_rebinds compile concat config detached device device_of devices dtype
 dtype_name dtypes evaluate fast_key free from_dlpack from_host from_traced from_traced_forms gather
-import_dlpack is_deleted is_traced modules name owns read_rows read_slice replace_nonfinite
+import_dlpack is_deleted is_traced modules name owned owns read_rows read_slice replace_nonfinite
 requires_grad scatter
 slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
 traced_forms traced_index traced_read traced_replace_nonfinite traced_write with_gradients

@@ -11,11 +11,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcache import Batch, CausalCache, EncoderCache, KVCache, RotatingKVCache, WrapperCache
+from kvcache import (
+    Batch,
+    CausalCache,
+    EncoderCache,
+    KVCache,
+    RotatingKVCache,
+    StateCache,
+    WrapperCache,
+)
 from kvcache.prefix import PrefixCache
 
 from .. import peek
 
+RECURRENT = {"recurrent": True}
+"""Of a layer with a state instead of keys and values."""
 FRAMES = 2
 """What an encoder puts out for one image."""
 
@@ -118,6 +128,10 @@ class Layers:
     def __init__(self, backend, *parts):
         self.backend, self.seen, self.given = backend, [], []
         for limits in parts:
+            if limits == RECURRENT:
+                self.given.append(StateCache())
+                self.seen.append(None)
+                continue
             self.given.append(RotatingKVCache(**limits) if limits else KVCache())
             size, sinks = limits.get("max_size"), limits.get("keep", 0)
             self.seen.append(Seen(size and size - sinks, sinks=sinks))
@@ -125,6 +139,9 @@ class Layers:
     def run(self, session, ids, start, stop):
         keys = np.array([[[(ids[p], p) for p in range(start, stop)]]], np.float32)
         for cache, seen in zip(session.caches, self.seen, strict=True):
+            if seen is None:
+                self._advance(cache, ids, start, stop)
+                continue
             found, values = cache.update(
                 self.backend.from_host(keys), self.backend.from_host(-keys)
             )
@@ -134,6 +151,22 @@ class Layers:
             for place, line in zip(range(start, stop), allowed, strict=True):
                 check_rows(self.backend.to_host(found)[0, 0][line], seen.by(ids, place))
                 check_rows(-self.backend.to_host(values)[0, 0][line], seen.by(ids, place))
+
+    def _advance(self, cache, ids, start, stop):
+        """Look at the state behind `start`, and go on to `stop`: a state is all tokens so far."""
+        assert cache.offset == start
+        for array in cache.state:
+            assert self.backend.to_host(array).tolist() == [_padded(ids[:start])]
+        for place in cache.cuts(stop - start):
+            cache.record(place, self._state(ids[:place]))
+        cache.advance(stop - start, self._state(ids[:stop]))
+
+    def _state(self, ids):
+        return self.backend.from_host([_padded(ids)], "float32")
+
+
+def _padded(ids):
+    return [*map(float, ids), *[-1.0] * (40 - len(ids))]
 
 
 def check_rows(rows, wanted):
@@ -270,6 +303,8 @@ MODELS = {
     "per-layer": lambda backend: Layers(backend, {}, {}),
     "rotating": lambda backend: Layers(backend, {"max_size": 5}, {"max_size": 5}),
     "sinks": lambda backend: Layers(backend, {"max_size": 6, "keep": 2}, {"max_size": 3}, {}),
+    "recurrent": lambda backend: Layers(backend, RECURRENT),
+    "hybrid": lambda backend: Layers(backend, RECURRENT, {}, {"max_size": 6, "keep": 2}, RECURRENT),
 }
 FULL = {"full", "chunk", "encoder", "per-layer"}
 """Those that never drop a token: what is stored can be gone on from anywhere."""
