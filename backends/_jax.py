@@ -20,7 +20,7 @@ from jax import lax
 
 from kvcache.errors import UnknownBackendError
 
-from .arguments import refuse_traced
+from .arguments import checked_device, refuse_traced
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend, FastKey, P, R
 from .config import CacheConfig
@@ -62,7 +62,7 @@ class JaxBackend(Backend):
         usable = self.devices()
         if device and f"{device}:0" in usable:
             device = f"{device}:0"
-        self.device = self._check_device(device, usable)
+        self.device = checked_device(self.name, device, usable)
         platform, _, index = self.device.partition(":")
         self._device = jax.devices(platform)[int(index)]
         self._copy_only = platform == "cpu"

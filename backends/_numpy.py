@@ -10,6 +10,7 @@ import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend
 from .dtypes import HOST_DTYPES
@@ -25,7 +26,7 @@ class NumpyBackend(Backend):
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
-        self.device = self._check_device(device, self.devices())
+        self.device = checked_device(self.name, device, self.devices())
 
     @staticmethod
     def devices() -> list[str]:

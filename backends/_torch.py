@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
@@ -46,7 +47,7 @@ class TorchBackend(Backend):
             device = f"{device}:0"
         elif device == "cpu:0":
             device = "cpu"
-        self.device = self._check_device(device, usable)
+        self.device = checked_device(self.name, device, usable)
 
     @staticmethod
     def devices() -> list[str]:

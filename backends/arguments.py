@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.errors import BoundsError, DTypeError, ShapeError, TracedArrayError
+from kvcache.errors import (
+    BackendNotAvailableError,
+    BoundsError,
+    DTypeError,
+    ShapeError,
+    TracedArrayError,
+)
 
 from .arrays import Array, HostArray
 
@@ -70,3 +77,15 @@ def root_modules(kind: type) -> frozenset[str]:
     """Return the top-level modules of a type and its bases."""
     # Not builtins: every type has `object` among its bases, and would be of that module.
     return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__) - {"builtins"}
+
+
+def checked_device(name: str, device: str | None, usable: Sequence[str]) -> str:
+    """Return `device` of the backend `name`, or the first usable one for None.
+
+    Raises: BackendNotAvailableError for any other.
+    """
+    if device is not None and device not in usable:
+        raise BackendNotAvailableError(
+            f"{name} has no device {device!r} here; it has {', '.join(usable)}."
+        )
+    return device or usable[0]

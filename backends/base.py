@@ -17,7 +17,7 @@ from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.errors import BackendNotAvailableError, BoundsError, DTypeError, ShapeError
+from kvcache.errors import BoundsError, DTypeError, ShapeError
 
 from .arguments import check_dtype, fitting, host_index, root_modules
 from .arrays import Array, Arrays, DType, HostArray, TracedIndex
@@ -394,14 +394,3 @@ class Backend(ABC, TracedFunctions):
         # Not every framework takes negative strides or foreign byte orders. The reshape undoes
         # the axis that ascontiguousarray gives to a scalar.
         return np.ascontiguousarray(host, HOST_DTYPES[name]).reshape(host.shape)
-
-    def _check_device(self, device: str | None, usable: Sequence[str]) -> str:
-        """Return `device`, or the first usable one for None.
-
-        Raises: BackendNotAvailableError for any other.
-        """
-        if device is not None and device not in usable:
-            raise BackendNotAvailableError(
-                f"{self.name} has no device {device!r} here; it has {', '.join(usable)}."
-            )
-        return device or usable[0]

@@ -183,8 +183,7 @@ class SpanIndex(Generic[P]):
         span.payload, span.offered = None, False
         payload.close()
         del self.kept[span]
-        node = span.node
-        parent = node.parent
+        node, parent = span.node, span.node.parent
         if node.children:
             self._join_ghosts(span)
         else:
