@@ -78,7 +78,9 @@ def test_tenants_and_images_that_never_come_back(name, budget):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not THOROUGH, reason="minutes: HYPOTHESIS_PROFILE=thorough, -o faulthandler_timeout=0")
+@pytest.mark.skipif(
+    not THOROUGH, reason="takes minutes: HYPOTHESIS_PROFILE=thorough, -o faulthandler_timeout=0"
+)
 def test_two_hundred_thousand_tenants_and_images():
     check_told(40_000, 5, budget=8_000, index_budget=4 << 20)
 
