@@ -14,6 +14,7 @@ from .injection import (
     interrupt,
     lines,
     numbered,
+    send_signal,
 )
 from .observation import differences
 
@@ -50,15 +51,16 @@ class Reference:
         instead = scenario.act.instead
         self.instead = None if instead is None else course(scenario, place, instead)
 
-    def expected_after_failure(self, world, struck):
+    def expected_after_failure(self, world, moments):
         """Return the twin that a failed call has to equal.
 
         It is the one without the call, unless the failure turned into another call, or came when
-        the change was made and memory was given up.
+        the change was made: where memory was given up, or a signal had been held back until then.
         """
         if self.instead is not None and _is(world, self.instead):
             return self.instead
-        return self.after if struck in DONE_BEFORE_FREE and _is(world, self.after) else self.before
+        late = moments.struck in DONE_BEFORE_FREE or moments.strike is send_signal
+        return self.after if late and _is(world, self.after) else self.before
 
 
 def course(scenario, place, step):
@@ -112,7 +114,7 @@ def _after_hook(scenario, place, reference, moments, later, retried):
         return _compared("returned", world, reference.after, later, calls)
     if scenario.in_pass and retried:  # looking first would end the pass
         return _retried(scenario, world, reference, later, calls)
-    expected = reference.expected_after_failure(world, moments.struck)
+    expected = reference.expected_after_failure(world, moments)
     if not retried or expected is not reference.before:
         return _compared("given up", world, expected, later, calls)
     unlike = _compared("given up", world, expected, later, None)
