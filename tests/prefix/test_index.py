@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvcache import KVCacheError
 from kvcache.prefix.footprint import of_span, of_tree
 from kvcache.prefix.index import SpanIndex
+from kvcache.prefix.media import Medium, Placement
 from kvcache.prefix.policies import LRU, POLICIES, EvictionPolicy, make_policy
 from kvcache.prefix.radix import RadixTree
 
@@ -616,3 +617,23 @@ def test_a_policy_chooses_among_the_spans_it_was_offered():
     with pytest.raises(KVCacheError, match=message):
         world.trim(0)
     assert world.find([7]) == rows([7], 0, 1)
+
+
+def test_each_part_of_a_span_has_its_media():
+    """Also where the parts are joined again."""
+    ids = np.arange(12, dtype=np.int32)
+    ids[2:4], ids[6:9] = -1, -2
+    media = tuple(
+        Placement(start, stop, Medium(bytes([start]), stand_in), np.full(stop - start, 7, np.int32))
+        for start, stop, stand_in in ((2, 4, -1), (6, 9, -2))
+    )
+    index, tree = SpanIndex(LRU()), RadixTree()
+    [whole] = index.extend(tree, ids, media)
+    index.fill(whole, Rows(rows(ids.tolist(), 0, 12)))
+    assert whole.media == media
+    [upper, _] = index.extend(tree, np.append(ids[:5], 99).astype(np.int32), media[:1])
+    lower = index.follow(tree, ids).spans[-1]
+    assert (upper.media, lower.media) == (media[:1], media[1:])
+    [first, _] = index.extend(tree, np.append(ids[:3], 99).astype(np.int32), media[:1])
+    assert first.media == media[:1]  # it ends inside
+    assert index.follow(tree, ids).spans[1].media == media[:1]
