@@ -1,4 +1,4 @@
-"""What JSON of a file must look like, said once and checked before anything is made of it."""
+"""Checks of JSON from a file, said once and made before anything is built of it."""
 
 from __future__ import annotations
 
