@@ -12,13 +12,7 @@ from kvcache._checks import as_index, as_indices, as_room, as_sizes, check_ids, 
 from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig, get_backend
-from kvcache.backends.arrays import Arrays
-from kvcache.errors import (
-    KVCacheError,
-    NotSupportedError,
-    StateError,
-    TrimError,
-)
+from kvcache.errors import KVCacheError, NotSupportedError, TrimError
 from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
@@ -27,11 +21,12 @@ from .base import Cache
 from .batch import Batch
 from .owned import Commit
 from .runs import (
-    Cut,
     Held,
     Sequences,
     StatePass,
+    begun_pass,
     check_appended,
+    checked_cuts,
     end_of,
     runs_of,
     with_cuts,
@@ -131,34 +126,20 @@ class RecurrentCache(Cache):
         check_ids(self._max_sequences, *set(batch.sequences.tolist()))
         runs, sequences = runs_of(batch), self._history()
         if reserve:
-            begun = self._begun(runs, np.zeros(len(runs), np.int32), [], stores=False)
+            begun = StatePass(tuple(runs), np.zeros(len(runs), np.int32), stores=False)
         else:
             check_appended(runs, sequences)
             before = [sequences[run.sequence][run.position] if run.position else 0 for run in runs]
             runs = [with_cuts(run, self._points.get(run.sequence, ())) for run in runs]
             wanted = sum(1 + len(run.cuts) for run in runs)
             free, sequences = find_room(slots, sequences, set(), len(runs), wanted)
-            begun = self._begun(runs, np.array(before, np.int32), free)
+            begun = begun_pass(runs, np.array(before, np.int32), free, slots.layers)
 
         def commit() -> None:
             self._before = self._sequences, self._pass
             self._sequences, self._pass = sequences, begun
 
         return commit
-
-    def _begun(
-        self, runs: Sequence[Run], before: np.ndarray, free: Sequence[int], stores: bool = True
-    ) -> StatePass:
-        """Return a pass whose states go to `free` slots, those at its last cuts if not to all."""
-        behind, left = free[: len(runs)], list(free[len(runs) :])
-        cuts = [(run.sequence, position) for run in runs for position in run.cuts]
-        at_cuts = dict(zip(reversed(cuts), left, strict=False))
-        granted = [
-            run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
-            for run in runs
-        ]
-        expected = frozenset(self._sized().layers)
-        return StatePass(tuple(granted), before, tuple(behind), at_cuts, expected, stores=stores)
 
     def revert_forward(self) -> None:
         if self._before is not None:
@@ -214,7 +195,7 @@ class RecurrentCache(Cache):
                     f"the states of a pass that is complete are history; layer {self._layer} was "
                     "put. Call start_forward for the next tokens."
                 )
-            at_cuts = {} if not kept else _checked_cuts(current, kept)
+            at_cuts = {} if not kept else checked_cuts(current, kept)
             slots.check(self._layer, arrays, len(current.runs))
             for state in at_cuts.values():
                 slots.check_like(self._layer, state, arrays)
@@ -398,18 +379,3 @@ class RecurrentCache(Cache):
             slots.free()
 
         return commit
-
-
-def _checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:
-    """Return the states of `kept`. Raise StateError unless all are behind cuts of the pass."""
-    checked = {}
-    for (sequence, position), state in kept.items():
-        cut = as_index(sequence, "sequence"), as_index(position, "position")
-        if cut not in current.at_cuts:
-            wanted = reprlib.repr(sorted(current.at_cuts))
-            raise StateError(
-                f"a state is kept behind one of the cuts of the pass, {wanted} by sequence and "
-                f"position; got {cut}. schedule() other positions before the pass."
-            )
-        checked[cut] = tuple(state)
-    return checked

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from kvcache._checks import as_index
 from kvcache._types import Int32s
+from kvcache.backends.arrays import Arrays
+from kvcache.errors import StateError
 
 from .batch import Batch
-from .state_calls import Run
+from .state_calls import Run, StatesAtCuts
 
 Held: TypeAlias = dict[int, int]
 """The slots of one sequence by the position that the state is behind, ascending.
@@ -34,9 +38,9 @@ class StatePass(NamedTuple):
 
     runs: tuple[Run, ...]
     before: Int32s
-    behind: tuple[int, ...]
-    at_cuts: Mapping[Cut, int]
-    expected: frozenset[int]
+    behind: tuple[int, ...] = ()
+    at_cuts: Mapping[Cut, int] = {}
+    expected: frozenset[int] = frozenset()
     put: frozenset[int] = frozenset()
     recorded: Mapping[Cut, frozenset[int]] = {}
     detached: frozenset[int] = frozenset()
@@ -58,8 +62,8 @@ class StatePass(NamedTuple):
         points: scheduled positions by sequence; at these a state at the end of a run is kept.
         """
         changed = dict(sequences)
-        for run, slot in zip(self.runs, self.behind, strict=True):
-            if run.sequence in self.detached or not self.stores:
+        for run, slot in zip(self.runs, self.behind, strict=self.stores):
+            if run.sequence in self.detached:
                 continue
             held = dict(changed.pop(run.sequence, {}))  # popped, and so moved to the end
             if run.position not in points.get(run.sequence, ()):
@@ -123,3 +127,35 @@ def with_cuts(run: Run, points: Iterable[int]) -> Run:
     """Return a run with its cuts: those of the scheduled `points` that lie inside of it."""
     inside = range(run.position + 1, run.end)
     return run._replace(cuts=tuple(sorted(point for point in points if point in inside)))
+
+
+def begun_pass(
+    runs: Sequence[Run], before: Int32s, free: Sequence[int], layers: Iterable[int]
+) -> StatePass:
+    """Return a pass whose states go to `free` slots; where they are few, its first cuts get none.
+
+    before: slot of the state that each run begins with. layers: those with memory.
+    """
+    cuts = [(run.sequence, position) for run in runs for position in run.cuts]
+    at_cuts = dict(zip(reversed(cuts), free[len(runs) :], strict=False))
+    granted = [
+        run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
+        for run in runs
+    ]
+    behind = tuple(free[: len(runs)])
+    return StatePass(tuple(granted), before, behind, at_cuts, frozenset(layers))
+
+
+def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:
+    """Return the states of `kept`. Raises: StateError unless all are behind cuts of the pass."""
+    checked = {}
+    for (sequence, position), state in kept.items():
+        cut = as_index(sequence, "sequence"), as_index(position, "position")
+        if cut not in current.at_cuts:
+            wanted = reprlib.repr(sorted(current.at_cuts))
+            raise StateError(
+                f"a state is kept behind one of the cuts of the pass, {wanted} by sequence and "
+                f"position; got {cut}. schedule() other positions before the pass."
+            )
+        checked[cut] = tuple(state)
+    return checked
