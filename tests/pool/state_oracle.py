@@ -15,7 +15,7 @@ SHAPES = ((3, 4), (5,)), ((2,),)
 def dtypes_of(backend):
     """By layer, of the arrays."""
     other = "bfloat16" if "bfloat16" in backend.dtypes else "int8"
-    return ("float32", other), ("float16",)
+    return ("float32", other), ("int32",)
 
 
 def host_state(backend, layer, stamp):
