@@ -206,7 +206,7 @@ def test_states_of_another_form(backend):
         ((), ShapeError, "a state is one array or more; got none"),
         ((matrix,), ShapeError, r"layer 0 has float32\[3, 4\], .*\[5\]; got float32\[3, 4\]\."),
         ((matrix, last, last), ShapeError, "keep the number, shapes and dtypes of the first"),
-        ((matrix[:1, ...], last), ShapeError, r"one row for each, 2, on the first axis.* got \(1, 3, 4"),
+        ((matrix[:1, ...], last), ShapeError, r"one row for each, 2, on the first axis.*\(1, 3, 4"),
         ((matrix[:, :2, ...], last), ShapeError, r"got float32\[2, 4\]"),
         ((matrix[:, :0, ...], last), ShapeError, "no empty axis"),
         ((matrix, backend.from_host(np.ones((2, 5)), "uint8")), DTypeError, r"got .*uint8\[5"),
