@@ -190,11 +190,8 @@ class RecurrentCache(Cache):
         slots = self._sized()
         with self.lock:
             current = self._current()
-            if current.complete and current.stores and self._layer in current.put:
-                raise KVCacheError(
-                    f"the states of a pass that is complete are history; layer {self._layer} was "
-                    "put. Call start_forward for the next tokens."
-                )
+            if current.complete and self._layer in current.put:
+                self._refuse_shared(slots, current)
             at_cuts = {} if not kept else checked_cuts(current, kept)
             slots.check(self._layer, arrays, len(current.runs))
             for state in at_cuts.values():
@@ -202,6 +199,18 @@ class RecurrentCache(Cache):
             taken = [*current.behind, *(current.at_cuts[cut] for cut in at_cuts)]
             slots.put(self._layer, arrays, [*at_cuts.values()], np.array(taken, np.int32))
             self._pass = current.with_put(self._layer, at_cuts)
+
+    def _refuse_shared(self, slots: StateSlots, current: StatePass) -> None:
+        """Raise KVCacheError if a complete pass left states that others have as well.
+
+        Until then a layer may be put again, as after a put that was interrupted at its end.
+        """
+        held = {slot for states in self._sequences.values() for slot in states.values()}
+        if current.detached or not (held | slots.pinned).isdisjoint(current.written):
+            raise KVCacheError(
+                "the states of a complete pass are history once a snapshot or another sequence has "
+                f"them; layer {self._layer} was put. Call start_forward for the next tokens."
+            )
 
     def put(
         self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None

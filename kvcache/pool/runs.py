@@ -54,7 +54,12 @@ class StatePass(NamedTuple):
     @property
     def slots(self) -> set[int]:
         """Slots that the pass may still read or write."""
-        return {*self.before.tolist(), *self.behind, *self.at_cuts.values()}
+        return {*self.before.tolist(), *self.written}
+
+    @property
+    def written(self) -> set[int]:
+        """Slots that the pass writes."""
+        return {*self.behind, *self.at_cuts.values()}
 
     def after(self, sequences: Sequences, points: Mapping[int, frozenset[int]]) -> Sequences:
         """Return `sequences`, those before this pass, as they are once it is history.

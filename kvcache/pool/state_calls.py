@@ -61,8 +61,9 @@ class StateCalls:
         kept: the states at cuts of the runs, all of them or some, by sequence and position.
 
         Raises: ShapeError, DTypeError, StateError for a position that is no cut, KVCacheError
-            without a pass, or for a layer put before in a pass that is complete;
-            NotSupportedError for a cache without states. Nothing is stored then.
+            without a pass, or for a layer put again once the pass is complete and a snapshot or
+            another sequence has its states; NotSupportedError for a cache without states. Nothing
+            is stored then.
         """
         raise self._no_states()
 

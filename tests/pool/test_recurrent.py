@@ -273,16 +273,24 @@ def test_a_layer_that_was_left_out():
 
 
 def test_the_states_of_a_complete_pass_are_history():
+    """A layer is put again, after an interrupt say, until somebody else has its states."""
     cache = make()
     run(cache, {0: 2})
-    with pytest.raises(KVCacheError, match="complete are history; layer 1 was put"):
-        put_again(cache, 1)
+    put(NUMPY, cache, 1)
+    with cache.snapshot(0) as snapshot:
+        with pytest.raises(KVCacheError, match="once a snapshot or another sequence has them"):
+            put_again(cache, 1)
+        check_rows(NUMPY, snapshot, {2: code(0, 2)})
+    put(NUMPY, cache, 1)
+    cache.copy_prefix(0, 1, 2)
+    with pytest.raises(KVCacheError, match=r"layer 0 was put\. Call start_forward"):
+        put_again(cache, 0)
     begin(cache, {0: 1})
     put(NUMPY, cache, 0)
-    put(NUMPY, cache, 0)  # not complete: a layer may be computed again
+    cache.remove(0, 0)
     put(NUMPY, cache, 1)
-    with pytest.raises(KVCacheError, match="complete are history"):
-        put_again(cache, 0)
+    with pytest.raises(KVCacheError, match="are history once"):
+        put_again(cache, 1)
 
 
 def put_again(cache, layer):
