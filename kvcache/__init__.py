@@ -42,6 +42,7 @@ from kvcache.pool.base import Cache
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
 from kvcache.pool.encoder import EncoderCache
+from kvcache.pool.recurrent import RecurrentCache
 from kvcache.pool.rope import RoPEShift
 from kvcache.pool.wrapper import WrapperCache
 from kvcache.prefix import PrefixCache
@@ -72,6 +73,7 @@ __all__ = [
     "NewerFileError",
     "NotSupportedError",
     "PrefixCache",
+    "RecurrentCache",
     "RoPEShift",
     "RotatingKVCache",
     "ShapeError",

@@ -117,6 +117,21 @@ def encoder_batch(cache):
     return cache._batch
 
 
+# Recurrent states in pools.
+
+
+def state_rows(cache):
+    """The rows that snapshots pin in a recurrent cache."""
+    return [] if cache._slots is None else [*cache._slots._pinned]
+
+
+def free_slots(cache):
+    """How many slots no sequence, snapshot or pass of a recurrent cache has."""
+    held = {slot for slots in cache._history().values() for slot in slots.values()}
+    reserved = cache._pass.slots if cache._pass is not None else set()
+    return len({*range(1, cache._slots.count)} - held - cache._slots.pinned - reserved)
+
+
 # Per-layer caches.
 
 

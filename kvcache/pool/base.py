@@ -19,11 +19,12 @@ from .ahead import TokensAhead
 from .batch import Batch
 from .owned import Commit, OwnedCache
 from .owners import Owners
+from .state_calls import StateCalls
 
 C = TypeVar("C", bound="Cache")
 
 
-class Cache(OwnedCache):
+class Cache(StateCalls, OwnedCache):
     """Keys and values of many sequences, for all layers of a model.
 
     The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`get` for each

@@ -17,6 +17,7 @@ from .ahead import TokensAhead
 from .base import Cache
 from .batch import Batch
 from .owned import Commit
+from .state_calls import Run, StatesAtCuts
 
 
 class WrapperCache(Cache):
@@ -126,6 +127,16 @@ class WrapperCache(Cache):
 
     def get(self) -> tuple[Array, Array | None, Array | None]:
         return self.underlying_cache.get()
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return self.underlying_cache.runs
+
+    def get_states(self) -> tuple[Array, ...] | None:
+        return self.underlying_cache.get_states()
+
+    def put_states(self, *arrays: Array, kept: StatesAtCuts | None = None) -> None:
+        self.underlying_cache.put_states(*arrays, kept=kept)
 
     def set_causal(self, except_: TokensAhead = ()) -> None:
         self.underlying_cache.set_causal(except_)

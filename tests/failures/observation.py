@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import kvcache
-from kvcache import EncoderCache, StateCache, WrapperCache
+from kvcache import EncoderCache, RecurrentCache, StateCache, WrapperCache
 from kvcache.layers.base import LayerCache
 
 from .. import peek
@@ -194,6 +194,8 @@ def _look_at_sequence(cache, sequence):
 def _look_at_part(cache):
     if isinstance(cache, EncoderCache):
         return {"encoded": cache.encoder_cached}
+    if isinstance(cache, RecurrentCache):
+        return {"nbytes": attempt(lambda: cache.nbytes)}
     return {"cells": attempt(lambda: cache.cells), "room": attempt(peek.room, cache)}
 
 

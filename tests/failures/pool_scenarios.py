@@ -25,7 +25,7 @@ def _finish(world):
     world.seen = world.fill(world.arrays, world.frames)
 
 
-def _start(name, tokens):
+def start(name, tokens):
     return Act(
         f"start_forward {name}",
         lambda world: world.cache.start_forward(world.given),
@@ -34,7 +34,7 @@ def _start(name, tokens):
     )
 
 
-def _in_pass(name, tokens, layers, run, **kind):
+def in_pass(name, tokens, layers, run, **kind):
     """Return a call in a pass of which some layers have been put. run: the call."""
 
     def prepare(world):
@@ -53,8 +53,8 @@ def _put(world):
     world.put(world.arrays if world.layer == 0 else world.arrays[:1], world.frames)
 
 
-def _puts(name, tokens, layers=(0, 1)):
-    return [_in_pass(f"put {name} {layer}", tokens, layer, _put) for layer in layers]
+def puts(name, tokens, layers=(0, 1)):
+    return [in_pass(f"put {name} {layer}", tokens, layer, _put) for layer in layers]
 
 
 def _get(world):
@@ -62,7 +62,7 @@ def _get(world):
 
 
 def _gets(tokens):
-    return [_in_pass("get", tokens, LAYERS, _get, silent=True)]
+    return [in_pass("get", tokens, LAYERS, _get, silent=True)]
 
 
 def _set_causal(world):
@@ -70,9 +70,9 @@ def _set_causal(world):
 
 
 ONE, THREE, PAIR = {0: 1}, {2: 3}, {0: 1, 1: 2}
-STARTS = [_start("one", ONE), _start("three", THREE), _start("pair", PAIR)]
-PUTS = [*_puts("one", ONE), *_puts("pair", PAIR)]
-SET_CAUSAL = _in_pass("set_causal", {0: 1, 1: 2}, LAYERS, _set_causal, silent=True)
+STARTS = [start("one", ONE), start("three", THREE), start("pair", PAIR)]
+PUTS = [*puts("one", ONE), *puts("pair", PAIR)]
+SET_CAUSAL = in_pass("set_causal", {0: 1, 1: 2}, LAYERS, _set_causal, silent=True)
 RESERVE = Act(
     "reserve",
     lambda world: world.cache.start_forward(world.given, reserve=True),
@@ -153,7 +153,7 @@ def _restoring(name):
     return Act(f"restore {name}", lambda w: w.cache.restore(2, w.snapshots[name]), _source)
 
 
-def _init(world):
+def init(world):
     world.initialised()
 
 
@@ -183,12 +183,12 @@ ON_HOST = Act(
 )
 
 ACTS = {
-    "uninitialised": [Act("init", _init)],
-    "new wrapper": [Act("init", _init)],
+    "uninitialised": [Act("init", init)],
+    "new wrapper": [Act("init", init)],
     "new": [
         Act("allocate", _allocate, silent=True),
-        _start("first", {0: 3}),
-        *_puts("first", {0: 3}),
+        start("first", {0: 3}),
+        *puts("first", {0: 3}),
     ],
     "plain": [
         *STARTS,
@@ -202,18 +202,18 @@ ACTS = {
         *BETWEEN,
     ],
     "crowded": [
-        _start("spill", {0: 3}),
-        _start("spill one", {0: 1}),
+        start("spill", {0: 3}),
+        start("spill one", {0: 1}),
         TIGHT_STEPS,
         RESTORE_HELD,
         ON_HOST,
         CLOSE,
     ],
     "windowed": [*STARTS, *PUTS[2:], *PROGRAMS, *BETWEEN],
-    "one window": [_start("one", ONE), _start("three", {0: 3}), *PUTS[:2], PROGRAMS[0]],
-    "scattered": [*_puts("scattered", {1: 4}), REMOVE_MIDDLE, PROGRAMS[0]],
+    "one window": [start("one", ONE), start("three", {0: 3}), *PUTS[:2], PROGRAMS[0]],
+    "scattered": [*puts("scattered", {1: 4}), REMOVE_MIDDLE, PROGRAMS[0]],
     "arriving": [
-        *_puts("one", ONE),
+        *puts("one", ONE),
         *_gets(ONE),
         REMOVE_MIDDLE,
         TAKE_STATE,
@@ -223,12 +223,12 @@ ACTS = {
     ],
     "wrapper": [
         *STARTS,
-        *(a for n in range(1, 4) for a in _puts("pair", PAIR, [n])),
-        *_puts("image", {2: 2}, [4, 5]),
+        *(a for n in range(1, 4) for a in puts("pair", PAIR, [n])),
+        *puts("image", {2: 2}, [4, 5]),
         *BETWEEN,
     ],
-    "shifting wrapper": [REMOVE_MIDDLE, *_puts("pair", PAIR, [2])],
-    "encoder": [*_puts("image", THREE), *_gets(PAIR), *CHANGES, *RESTORES],
+    "shifting wrapper": [REMOVE_MIDDLE, *puts("pair", PAIR, [2])],
+    "encoder": [*puts("image", THREE), *_gets(PAIR), *CHANGES, *RESTORES],
     "bfloat16": [TAKE_STATE, ASSIGN_STATE, PROGRAMS[0]],
 }
 

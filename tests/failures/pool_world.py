@@ -252,10 +252,10 @@ def _plain(place, dtype="float32"):
     world.cache.copy_prefix(0, 1, 2)
     world.run({1: [2]})
     world.run({0: [4], 1: [3]})
-    return _held(world, 0)
+    return held(world, 0)
 
 
-def _held(world, sequence, name="held"):
+def held(world, sequence, name="held"):
     world.snapshots[name] = world.cache.snapshot(sequence)
     return world
 
@@ -264,10 +264,10 @@ def _crowded(place):
     """Leave no cell free but those that only snapshots hold."""
     world = PoolWorld(place, CausalCache(), capacity=4).initialised()
     world.run({0: range(4)})
-    _held(world, 0)
+    held(world, 0)
     world.cache.remove(0, 0)
     world.run({1: range(4)})
-    _held(world, 1, "second")
+    held(world, 1, "second")
     world.cache.remove(1, 0)
     world.run({2: range(4)})
     return world
@@ -280,7 +280,7 @@ def _windowed(place):
     world.cache.schedule(0, [5, 6, 8])
     world.run({0: [5], 1: [1]})
     world.run({0: [6]})
-    _held(world, 0)
+    held(world, 0)
     return world
 
 
@@ -297,7 +297,7 @@ def _scattered(place):
     world = PoolWorld(place, CausalCache(shift=_shift(place.backend)), capacity=4).initialised()
     for position in range(4):
         world.run({0: [position], 1: [position], 2: [position]})
-    _held(world, 2)
+    held(world, 2)
     world.cache.remove(1, 0)
     return world
 
@@ -322,7 +322,7 @@ def _wrapped(place):
     world.run({0: range(3)})
     world.cache.schedule(0, [4, 6])
     world.run({0: [3], 1: range(3)})
-    return _held(world, 0)
+    return held(world, 0)
 
 
 def _shifting(place):
@@ -333,13 +333,13 @@ def _shifting(place):
         CausalCache(shift=_shift(place.backend)),
     ).initialised()
     world.run({0: range(6)})
-    return _held(world, 0)
+    return held(world, 0)
 
 
 def _encoder(place):
     world = PoolWorld(place, EncoderCache()).initialised()
     world.run({0: range(2), 1: range(2)})
-    return _held(world, 0)
+    return held(world, 0)
 
 
 STATES = {

@@ -1,0 +1,166 @@
+"""Passes over recurrent layers: the runs of a batch, and the slots of their states."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from kvcache._checks import as_index
+from kvcache._types import Int32s
+from kvcache.backends.arrays import Arrays
+from kvcache.errors import StateError
+
+from .batch import Batch
+from .state_calls import Run, StatesAtCuts
+
+Held: TypeAlias = dict[int, int]
+"""The slots of one sequence by the position that the state is behind, ascending.
+
+The last is that of its end, and the others are kept to go back to. Replaced, never changed.
+"""
+Sequences: TypeAlias = Mapping[int, Held]
+"""By sequence, the one idle longest first; empty sequences are left out."""
+Cut: TypeAlias = tuple[int, int]
+"""Sequence and position."""
+
+
+class StatePass(NamedTuple):
+    """A pass on the host; replaced, never changed.
+
+    before: slot of the state that each run begins with, 0 for none. behind: slot for the state
+    behind each run. at_cuts: slots for the states at cuts. expected: layers to put; those put are
+    `put`. recorded: by cut, the layers that gave a state. detached: sequences changed since it
+    began, which it changes no more. stores: False for a reserve pass.
+    """
+
+    runs: tuple[Run, ...]
+    before: Int32s
+    behind: tuple[int, ...] = ()
+    at_cuts: Mapping[Cut, int] = {}
+    expected: frozenset[int] = frozenset()
+    put: frozenset[int] = frozenset()
+    recorded: Mapping[Cut, frozenset[int]] = {}
+    detached: frozenset[int] = frozenset()
+    stores: bool = True
+
+    @property
+    def complete(self) -> bool:
+        """True if every layer that was allocated when the pass began has been put, one at least."""
+        return not self.stores or (bool(self.put) and self.expected <= self.put)
+
+    @property
+    def slots(self) -> set[int]:
+        """Slots that the pass may still read or write."""
+        return {*self.before.tolist(), *self.written}
+
+    @property
+    def written(self) -> set[int]:
+        """Slots that the pass writes."""
+        return {*self.behind, *self.at_cuts.values()}
+
+    def after(self, sequences: Sequences, points: Mapping[int, frozenset[int]]) -> Sequences:
+        """Return `sequences`, those before this pass, as they are once it is history.
+
+        points: scheduled positions by sequence; at these a state at the end of a run is kept.
+        """
+        changed = dict(sequences)
+        for run, slot in zip(self.runs, self.behind, strict=self.stores):
+            if run.sequence in self.detached:
+                continue
+            held = dict(changed.pop(run.sequence, {}))  # popped, and so moved to the end
+            if run.position not in points.get(run.sequence, ()):
+                held.pop(run.position, None)
+            cuts = ((run.sequence, position) for position in run.cuts)
+            held |= {cut[1]: self.at_cuts[cut] for cut in cuts if self._is_whole(cut)}
+            changed[run.sequence] = {**held, run.end: slot}
+        return changed
+
+    def _is_whole(self, cut: Cut) -> bool:
+        """Return whether every layer gave a state at a cut."""
+        return bool(self.put) and self.recorded.get(cut, frozenset()) >= self.put
+
+    def with_put(self, layer: int, cuts: Iterable[Cut]) -> StatePass:
+        """Return the pass with one more layer put, and its states at `cuts` given."""
+        given = {cut: self.recorded.get(cut, frozenset()) | {layer} for cut in cuts}
+        return self._replace(put=self.put | {layer}, recorded={**self.recorded, **given})
+
+    def without(self, sequence: int) -> StatePass:
+        """Return the pass with one more sequence detached."""
+        return self._replace(detached=self.detached | {sequence})
+
+
+def end_of(held: Held | None) -> int:
+    """Return the position after the last token of a sequence; 0 for an empty one."""
+    return next(reversed(held)) if held else 0
+
+
+def runs_of(batch: Batch) -> list[Run]:
+    """Return the runs of a batch, without cuts.
+
+    Raises: ValueError unless the tokens of each sequence are adjacent and positions go up by one.
+    """
+    positions, sequences = batch.positions.astype(np.int64), batch.sequences
+    same = np.diff(sequences) == 0
+    starts = [0, *(np.flatnonzero(~same) + 1).tolist()]
+    ids = sequences[starts].tolist()
+    if len(set(ids)) < len(ids) or (np.diff(positions)[same] != 1).any():
+        raise ValueError(
+            "a recurrent layer computes the tokens of a sequence in one run: in a batch they are "
+            f"adjacent, and positions go up by one; got positions {positions.tolist()} of "
+            f"sequences {sequences.tolist()}. Sort the batch, or make several passes."
+        )
+    stops = [*starts[1:], len(batch)]
+    firsts = positions[starts].tolist()
+    return [Run(*numbers) for numbers in zip(ids, starts, stops, firsts, strict=True)]
+
+
+def check_appended(runs: Iterable[Run], sequences: Sequences) -> None:
+    """Raise ValueError unless every run goes on where its sequence ends."""
+    for run in runs:
+        end = end_of(sequences.get(run.sequence))
+        if run.position != end:
+            raise ValueError(
+                f"a state goes on at its own position: the next token of sequence {run.sequence} "
+                f"is {end}; got {run.position}. Remove what comes behind it, or restore a snapshot."
+            )
+
+
+def with_cuts(run: Run, points: Iterable[int]) -> Run:
+    """Return a run with its cuts: those of the scheduled `points` that lie inside of it."""
+    inside = range(run.position + 1, run.end)
+    return run._replace(cuts=tuple(sorted(point for point in points if point in inside)))
+
+
+def begun_pass(
+    runs: Sequence[Run], before: Int32s, free: Sequence[int], layers: Iterable[int]
+) -> StatePass:
+    """Return a pass whose states go to `free` slots; where they are few, its first cuts get none.
+
+    before: slot of the state that each run begins with. layers: those with memory.
+    """
+    cuts = [(run.sequence, position) for run in runs for position in run.cuts]
+    at_cuts = dict(zip(reversed(cuts), free[len(runs) :], strict=False))
+    granted = [
+        run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
+        for run in runs
+    ]
+    behind = tuple(free[: len(runs)])
+    return StatePass(tuple(granted), before, behind, at_cuts, frozenset(layers))
+
+
+def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:
+    """Return the states of `kept`. Raises: StateError unless all are behind cuts of the pass."""
+    checked = {}
+    for (sequence, position), state in kept.items():
+        cut = as_index(sequence, "sequence"), as_index(position, "position")
+        if cut not in current.at_cuts:
+            wanted = reprlib.repr(sorted(current.at_cuts))
+            raise StateError(
+                f"a state is kept behind one of the cuts of the pass, {wanted} by sequence and "
+                f"position; got {cut}. schedule() other positions before the pass."
+            )
+        checked[cut] = tuple(state)
+    return checked
