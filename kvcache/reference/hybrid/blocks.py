@@ -47,9 +47,7 @@ class HybridBlocks:
 
     # Attention.
 
-    def project(
-        self, norm: Array, layer: Attention, x: Array, cos: Array, sin: Array
-    ) -> Projected:
+    def project(self, norm: Array, layer: Attention, x: Array, cos: Array, sin: Array) -> Projected:
         """Return queries, keys, values and output gates of `x` [B, L, hidden].
 
         Queries and keys are normalised, then rotated by the angles [L, rotary_dim / 2].

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from kvcache.backends import HOST_DTYPES, HostArray
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 from kvcache.storage.reading import read_regular

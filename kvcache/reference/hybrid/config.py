@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +12,8 @@ from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 Settings: TypeAlias = Mapping[str, object]
 """Keys of a ``config.json`` with their values."""
 
+_LARGEST = (1 << 63) - 1
+_MOST_LAYERS = 1 << 12  # a damaged number could ask for more than memory holds
 _KINDS = {"linear_attention": True, "full_attention": False}
 
 
@@ -138,32 +139,33 @@ class _Section:
     def layer_types(self) -> tuple[bool, ...]:
         """Return for each layer whether it is recurrent."""
         count = self["num_hidden_layers"]
+        _require(f"number of layers within {_MOST_LAYERS:,}", count <= _MOST_LAYERS, True)
         kinds = self._settings.get("layer_types")
         if kinds is None:
             interval = self["full_attention_interval"]
             return tuple((i + 1) % interval != 0 for i in range(count))
-        if not _is_list(kinds) or len(kinds) != count or not all(k in _KINDS for k in kinds):
+        named = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
+        if len(named) != count or not set(named) <= set(_KINDS):
             raise UnsupportedModelError(
                 f"layer_types must name {' or '.join(_KINDS)} for each of {count} layers; "
                 f"got {reprlib.repr(kinds)}. Use a checkpoint of Qwen3-Next."
             )
-        return tuple(_KINDS[str(kind)] for kind in kinds)
+        return tuple(_KINDS[name] for name in named)
 
     def sparse(self, layers: int) -> tuple[bool, ...]:
         """Return for each layer whether it has experts."""
         dense = self._settings.get("mlp_only_layers")
         if dense is None:
             dense = []
-        if not _is_list(dense):
-            raise _no_number("mlp_only_layers", dense)
+        if not isinstance(dense, list):
+            raise UnsupportedModelError(
+                f"mlp_only_layers must be a list of layers; got {reprlib.repr(dense)}. "
+                "Use a checkpoint of Qwen3-Next."
+            )
         step = self["decoder_sparse_step"]
         return tuple(
             self.experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers)
         )
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _number(settings: Settings, key: str) -> float:
@@ -171,14 +173,17 @@ def _number(settings: Settings, key: str) -> float:
     if key not in settings:
         raise ModelFileError(f"config.json must have a number called {key}; it is missing.")
     number = settings[key]
-    if not isinstance(number, int | float) or not 0 < number < math.inf:
+    # Python counts true and false among the numbers.
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise _no_number(key, number)
+    if not 0 < number <= _LARGEST:
         raise _no_number(key, number)
     return number
 
 
 def _no_number(key: str, value: object) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{key} must be a number above 0, and an integer if it is a size; "
+        f"{key} must be a finite number above 0, an integer if it is a size; "
         f"got {reprlib.repr(value)}. Use a checkpoint of Qwen3-Next."
     )
 

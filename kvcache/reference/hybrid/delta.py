@@ -4,7 +4,8 @@ A state is a matrix [key dim, value dim] that maps keys to values. A token makes
 value that it has for the token's key, and corrects it by ``beta`` times the difference from the
 token's own value. The output is the value of the new state for the query.
 
-Shapes: B batch, H key heads, R value heads for each of them, L tokens, K key and V value dimensions.
+Shapes: B batch, H key heads, R value heads for each of them, L tokens, K and V dimensions of keys
+and values.
 
 ::
 

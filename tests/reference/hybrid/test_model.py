@@ -7,6 +7,7 @@ import kvcache
 from kvcache.errors import BoundsError, ShapeError, TrimError
 from kvcache.reference.hybrid.generate import generate
 from kvcache.reference.hybrid.model import Hybrid
+
 from .conftest import load
 from .oracle import Oracle
 
@@ -93,8 +94,9 @@ def test_greedy_tokens_without_caches(tiny_numpy, tiny_path):
     prompt = IDS[0, :20].tolist()
     expected = Oracle(tiny_path).greedy(prompt, 12)
     assert list(generate(tiny_numpy, prompt, max_tokens=12)) == expected
-    assert list(generate(tiny_numpy, prompt, max_tokens=12, eos_id=expected[4])) == (
-        expected[: expected.index(expected[4])]
+    assert (
+        list(generate(tiny_numpy, prompt, max_tokens=12, eos_id=expected[4]))
+        == (expected[: expected.index(expected[4])])
     )
 
 
