@@ -4,6 +4,8 @@ The same weights give the same tokens on every backend, with every cache and wit
 
 ``llama``      a decoder: GGUF files, tokenizer, generation, continuous batching, chat; needs
                ``pip install 'kvcache[demo]'``
+``hybrid``     a decoder with recurrent layers, from transformers checkpoints; needs a backend and
+               no more
 ``whisper``    an encoder-decoder, from speech to text; needs ``pip install 'kvcache[audio]'``
 ``dit``        a small diffusion transformer and toy data for it; needs a backend and no more
 ``errors``     errors of model files and recordings

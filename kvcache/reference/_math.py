@@ -33,6 +33,57 @@ def layer_norm(xp: Namespace, x: Array, scale: Array, shift: Array, eps: float) 
     return centred / xp.sqrt(variance + eps) * scale + shift
 
 
+def rms_norm(xp: Namespace, x: Array, scale: Array, eps: float) -> Array:
+    """Bring `x` to a mean square of 1 over the last axis, then scale it."""
+    return x * scale / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def rotate(xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate dimension i of `x` [..., L, D] with dimension i + R / 2 by the angles [L, R / 2].
+
+    Dimensions from R on stay as they are (RoPE: Su et al., 2021).
+    """
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    return xp.concat([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+
+
+def sigmoid(xp: Namespace, x: Array) -> Array:
+    """Return 1 / (1 + exp(-x)), by way of tanh, which cannot overflow as exp can."""
+    return 0.5 + 0.5 * xp.tanh(0.5 * x)
+
+
+def silu(xp: Namespace, x: Array) -> Array:
+    """Return ``x * sigmoid(x)``."""
+    return x * sigmoid(xp, x)
+
+
+def swiglu(xp: Namespace, x: Array) -> Array:
+    """Return ``silu(gate) * up`` of `x` [..., 2 * D], the gate in front: [..., D]."""
+    half = x.shape[-1] // 2
+    return silu(xp, x[..., :half]) * x[..., half:]
+
+
+def attend(xp: Namespace, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    """Attend with `q` [B, heads, L, D] to `k`, `v` [B, kv_heads, n, D]: [B, L, heads * D].
+
+    Grouped-query attention (Ainslie et al., 2023): heads that share a key head stand below each
+    other in one product, so that keys and values are never repeated.
+
+    bias: of the scores, [heads / kv_heads * L, n]: repeated for the heads that share a key head;
+        None for none.
+    """
+    batch, heads, length, dim = q.shape
+    grouped = (batch, k.shape[1], heads // k.shape[1] * length, dim)
+    # Scaling the queries touches L * D numbers, scaling the scores L * n.
+    scores = xp.matmul(xp.reshape(q * dim**-0.5, grouped), xp.permute_dims(k, (0, 1, 3, 2)))
+    if bias is not None:
+        scores = scores + bias
+    out = xp.reshape(xp.matmul(softmax(xp, scores), v), q.shape)
+    return xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (batch, length, heads * dim))
+
+
 def gelu(xp: Namespace, x: Array) -> Array:
     """Multiply `x` by the normal distribution function of `x`: the exact GELU, not the tanh one.
 

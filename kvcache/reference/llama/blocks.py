@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvcache.backends import Array, Backend
-from kvcache.backends.arrays import Namespace
-from kvcache.reference._math import softmax
+from kvcache.reference._math import attend, rms_norm, rotate, swiglu
 
 from .gguf import LlamaConfig
 from .weights import Layer
@@ -34,10 +33,10 @@ class LlamaBlocks:
         Queries and keys are rotated by the angles [L, head_dim / 2] (RoPE: Su et al., 2021).
         """
         xp, c = self.xp, self.config
-        qkv = xp.matmul(_rms_norm(xp, x, layer.attention_norm, c.norm_eps), layer.qkv)
+        qkv = xp.matmul(rms_norm(xp, x, layer.attention_norm, c.norm_eps), layer.qkv)
         qkv = xp.reshape(qkv, (*x.shape[:2], c.heads + 2 * c.kv_heads, c.head_dim))
         qkv = xp.permute_dims(qkv, (0, 2, 1, 3))
-        rotated = _rotate(xp, qkv[:, : c.heads + c.kv_heads, :, :], cos, sin)
+        rotated = rotate(xp, qkv[:, : c.heads + c.kv_heads, :, :], cos, sin)
         k, v = rotated[:, c.heads :, :, :], qkv[:, c.heads + c.kv_heads :, :, :]
         return rotated[:, : c.heads, :, :], k, v
 
@@ -51,47 +50,16 @@ class LlamaBlocks:
         return xp.concat([bias] * (self.config.heads // self.config.kv_heads), axis=0)
 
     def attend(self, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
-        """Attend with `q` [B, heads, L, D] to `k`, `v` [B, kv_heads, n, D]: [B, L, heads * D].
-
-        Grouped-query attention (Ainslie et al., 2023): heads that share a key head stand below
-        each other in one product, so that keys and values are never repeated.
-        """
-        xp = self.xp
-        batch, heads, length, dim = q.shape
-        grouped = (batch, k.shape[1], heads // k.shape[1] * length, dim)
-        # Scaling the queries touches L * D numbers, scaling the scores L * n.
-        scores = xp.matmul(xp.reshape(q * dim**-0.5, grouped), xp.permute_dims(k, (0, 1, 3, 2)))
-        if bias is not None:
-            scores = scores + bias
-        out = xp.reshape(xp.matmul(softmax(xp, scores), v), q.shape)
-        return xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (batch, length, heads * dim))
+        """Attend with `q` [B, heads, L, D] to `k`, `v` [B, kv_heads, n, D]: [B, L, heads * D]."""
+        return attend(self.xp, q, k, v, bias)
 
     def finish(self, layer: Layer, x: Array, attended: Array) -> Array:
         """Return `x` after the rest of a block: attention output, gated MLP, two residual sums."""
         xp = self.xp
         x = x + xp.matmul(attended, layer.attention_out)
-        hidden = _rms_norm(xp, x, layer.mlp_norm, self.config.norm_eps)
-        return x + xp.matmul(_swiglu(xp, xp.matmul(hidden, layer.gate_up)), layer.down)
+        hidden = rms_norm(xp, x, layer.mlp_norm, self.config.norm_eps)
+        return x + xp.matmul(swiglu(xp, xp.matmul(hidden, layer.gate_up)), layer.down)
 
     def logits(self, norm: Array, head: Array, x: Array) -> Array:
         """Return logits of the next token for `x` [B, L, hidden]: [B, L, vocab]."""
-        return self.xp.matmul(_rms_norm(self.xp, x, norm, self.config.norm_eps), head)
-
-
-def _rms_norm(xp: Namespace, x: Array, weight: Array, eps: float) -> Array:
-    return x * weight / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def _rotate(xp: Namespace, x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate dimension i of `x` [..., L, D] with dimension i + D / 2 by the angles [L, D / 2]."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    return xp.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def _swiglu(xp: Namespace, x: Array) -> Array:
-    """Return ``silu(gate) * up`` of `x` [..., 2 * D], the gate in front: [..., D]."""
-    half = x.shape[-1] // 2
-    gate, up = x[..., :half], x[..., half:]
-    # The sigmoid by way of tanh, which cannot overflow as exp(-gate) can.
-    return gate * (0.5 + 0.5 * xp.tanh(0.5 * gate)) * up
+        return self.xp.matmul(rms_norm(self.xp, x, norm, self.config.norm_eps), head)

@@ -7,7 +7,8 @@ from itertools import cycle
 from typing import Literal, TypeAlias
 
 from kvcache import KVCache, RotatingKVCache
-from kvcache.backends import Array, Backend
+from kvcache.backends import Backend
+from kvcache.reference._greedy import greedy
 
 from .gguf import LlamaConfig
 from .model import LayerCache, Llama
@@ -68,15 +69,15 @@ def generate(
 
     Raises: ValueError for an empty prompt, a negative max_tokens, a chunk below 1.
     """
-    # This function is no generator itself, so that bad arguments raise here and not at next().
-    if not len(prompt_ids):
-        raise ValueError("a prompt must have at least one token; got none.")
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens must be >= 0; got {max_tokens}.")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk must be >= 1 token; got {prefill_chunk}.")
-    tokens = _tokens(model, list(prompt_ids), caches, prefill_chunk, window)
-    return _until(tokens, max_tokens, eos_id)
+    return greedy(
+        model.backend,
+        lambda ids: model([ids], caches, window=window),
+        prompt_ids,
+        max_tokens,
+        keeps=caches is not None,
+        eos_id=eos_id,
+        prefill_chunk=prefill_chunk,
+    )
 
 
 def relay(
@@ -118,49 +119,3 @@ def relay(
             ids, left = [token], left - 1
         if left > left_after_leg or not left:  # the end token came, or all tokens have
             return
-
-
-def _until(tokens: Iterator[int], count: int, eos_id: int | None) -> Iterator[int]:
-    for _ in range(count):
-        token = next(tokens)
-        if token == eos_id:
-            return
-        yield token
-
-
-def _tokens(
-    model: Llama,
-    ids: list[int],
-    caches: Sequence[LayerCache] | None,
-    chunk: int | None,
-    window: int | None,
-) -> Iterator[int]:
-    """Yield greedy tokens after `ids` without end."""
-    while True:
-        token = _next(model, ids, caches, chunk, window)
-        yield token
-        ids = [token] if caches is not None else [*ids, token]
-
-
-def _next(
-    model: Llama,
-    ids: list[int],
-    caches: Sequence[LayerCache] | None,
-    chunk: int | None,
-    window: int | None,
-) -> int:
-    """Feed `ids` in chunks, if there are caches to keep them; return the token after them."""
-    step = chunk if chunk and caches is not None else len(ids)
-    for start in range(0, len(ids), step):
-        logits = model([ids[start : start + step]], caches, window=window)
-        # A lazy framework would otherwise pile up the graphs of all chunks.
-        model.backend.sync(logits)
-    return _argmax(model, logits)
-
-
-def _argmax(model: Llama, logits: Array) -> int:
-    """Find the likeliest token on the device: one number crosses to the host, not a vocabulary."""
-    backend = model.backend
-    # Frameworks differ in the dtype of argmax, and MLX's is unsigned.
-    best = backend.xp.astype(backend.xp.argmax(logits, axis=-1), backend.dtype("int32"))
-    return int(backend.to_host(best)[0])

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.backends import Array, Backend, HostArray
-from kvcache.errors import BoundsError, ShapeError
+from kvcache.errors import ShapeError
 from kvcache.reference._progress import Progress
+from kvcache.reference._tokens import checked_ids
 
 from .blocks import LlamaBlocks
 from .gguf import GGUFFile, LlamaConfig
@@ -92,7 +93,7 @@ class Llama:
             raise ValueError(f"window must be >= 1 token; got {window}.")
         if caches is not None:
             self._check_caches(caches)
-        ids = self._checked(tokens)
+        ids = checked_ids(tokens, self.config.vocab_size)
         length = ids.shape[1]
         if caches is None:
             caches = [_NoCache(self.backend)] * self.config.layers
@@ -122,21 +123,6 @@ class Llama:
                 bias = None if mask is None else self._bias(mask)
             x = self._finish(layer, x, self._attend(q, k, v, bias))
         return x
-
-    def _checked(self, tokens: npt.ArrayLike) -> HostArray:
-        """Return `tokens` as int32 [B, L]. Raise unless they are ids of the vocabulary."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise ShapeError(
-                "tokens must be integers of shape [batch, tokens], at least one each; "
-                f"got {ids.dtype} {ids.shape}."
-            )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise BoundsError(
-                f"token ids must lie in [0, {self.config.vocab_size}); "
-                f"got {ids.min()} to {ids.max()}. Use the tokenizer of the same file."
-            )
-        return ids.astype(np.int32)
 
     def _check_caches(self, caches: Sequence[LayerCache]) -> None:
         # Positions and the mask are computed once, for all layers.
