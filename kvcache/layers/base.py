@@ -75,6 +75,11 @@ class LayerCache(ABC):
     def can_trim(self, tokens: int) -> bool:
         """Return whether :meth:`trim` can take back this many tokens."""
 
+    def last_trimmable(self, limit: int) -> int:
+        """Return the last position up to `limit` that :meth:`trim` can go back to; 0 for none."""
+        position = min(limit, self.offset)
+        return position if self.can_trim(self.offset - position) else 0
+
     @abstractmethod
     def check_trim(self, tokens: int) -> None:
         """Raise TrimError unless :meth:`trim` can take back this many tokens."""

@@ -171,6 +171,11 @@ class StateCache(CopyableStates):
         seen = self._export is None and 0 <= tokens <= self._offset
         return seen and self._holds(self._offset - tokens)
 
+    def last_trimmable(self, limit: int) -> int:
+        if self._export is not None:
+            return 0
+        return max((position for position in self.kept if position <= limit), default=0)
+
     def check_trim(self, tokens: SupportsIndex) -> None:
         self.check_not_exported()
         tokens = as_index(tokens, "tokens")

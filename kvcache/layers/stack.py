@@ -10,8 +10,9 @@ from kvcache._checks import NO_LIMIT, as_index, as_indices
 from kvcache.backends import HOST_DTYPES, Backend, HostArray, get_backend
 from kvcache.errors import DamagedFileError, ForeignFileError, KVCacheError, NotSupportedError
 from kvcache.snapshots.files import naming_damage, read_file, write_file
+from kvcache.snapshots.resuming import check_contiguous
 from kvcache.snapshots.rows import exchange
-from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
+from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 from kvcache.storage import schema
 from kvcache.storage.arrays import LayerArrays, NamedArray
 
@@ -90,6 +91,15 @@ class LayerCaches(Sequence[C], Generic[C]):
     def can_trim(self, tokens: int) -> bool:
         """Return whether :meth:`trim` can take back this many tokens in all layers."""
         return all(cache.can_trim(tokens) for cache in self._distinct)
+
+    def last_trimmable(self, limit: int) -> int:
+        """Return the last position up to `limit` that all layers can go back to; 0 for none."""
+        before = limit + 1
+        while limit != before:
+            before = limit
+            for cache in self._distinct:
+                limit = cache.last_trimmable(limit)
+        return limit
 
     def trim(self, tokens: int) -> None:
         """Take back the last `tokens` tokens of all layers, or of none. Ends checkpoints.

@@ -12,8 +12,9 @@ from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig, get_backend, portable_spec
 from kvcache.errors import NotSupportedError
+from kvcache.snapshots.resuming import check_contiguous
 from kvcache.snapshots.rows import exchange
-from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot, check_contiguous
+from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 
 from .ahead import TokensAhead
 from .batch import Batch

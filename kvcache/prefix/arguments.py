@@ -9,7 +9,6 @@ from typing import SupportsIndex, cast
 
 from kvcache._checks import as_indices
 from kvcache.layers.base import LayerCache
-from kvcache.layers.growing import KVCache
 
 
 class Clock:
@@ -66,14 +65,14 @@ def as_positions(values: Iterable[SupportsIndex], name: str) -> list[int]:
     return positions
 
 
-def as_layers(caches: object, rule: str) -> list[KVCache]:
+def as_layers(caches: object, rule: str) -> list[LayerCache]:
     """Return per-layer caches as a list. rule: beginning of the error. Raises: TypeError."""
     layers = as_list(caches)
     if not all(isinstance(cache, LayerCache) for cache in layers):
         raise TypeError(f"{rule}, one cache for each layer; got {reprlib.repr(caches)}.")
     if isinstance(caches, LayerCache):
         raise TypeError(f"{rule}, one cache for each layer; got {caches}. Put it in a list.")
-    return cast("list[KVCache]", layers)
+    return cast("list[LayerCache]", layers)
 
 
 def as_list(values: object) -> list[object]:

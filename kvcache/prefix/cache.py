@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from sys import getsizeof
 from typing import NoReturn
 
-from kvcache._checks import as_budget, as_indices
+from kvcache._checks import as_budget, as_indices, as_sizes
 from kvcache._interrupts import uninterrupted
 from kvcache.errors import NotSupportedError
-from kvcache.layers.growing import KVCache
+from kvcache.layers.base import LayerCache
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
 
@@ -34,8 +34,8 @@ from .stored import (
     StoredSpan,
     close_snapshots,
     contiguous_snapshots,
+    find_hit,
     is_resident,
-    resumable_length,
 )
 
 _MIN_INDEX_BUDGET = 1 << 26
@@ -62,6 +62,9 @@ class PrefixCache:
     sequences: ids of the pool for sessions to use, None for all.
     namespace: whatever tells models apart (weights, adapter, RoPE); part of the hashes in events.
     clock: returns seconds, for policies; where it goes backwards, time stands still for them.
+    resume_every: keeps resume points at its multiples in every prompt, for models in which a window
+        drops tokens or a layer is recurrent. Each costs a window of rows, or a state, which can
+        weigh as much as thousands of tokens. None for no such points.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
     thread, while one thread runs passes (MLX: in that thread). The sequences named are its own for
@@ -73,7 +76,7 @@ class PrefixCache:
 
     def __init__(
         self,
-        cache: Cache | Sequence[KVCache],
+        cache: Cache | Sequence[LayerCache],
         *,
         budget: int | None = 1 << 30,
         index_budget: int | None = None,
@@ -81,7 +84,9 @@ class PrefixCache:
         sequences: Iterable[int] | None = None,
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
+        resume_every: int | None = None,
     ) -> None:
+        [every] = [None] if resume_every is None else as_sizes(resume_every=resume_every)
         budget, index_budget = as_budget(budget, "bytes"), as_budget(index_budget, "bytes")
         if index_budget is None and budget is not None:
             index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
@@ -112,7 +117,7 @@ class PrefixCache:
         self._trees, self._media_ids = trees, media_ids
         self._active: set[Request] = set()
         self._dropped: deque[Request] = deque()  # sessions that were dropped before their end
-        self._clock = read_clock
+        self._clock, self._resume_every = read_clock, every
         self._sessions = self._tokens = self._matched = 0
 
     def __reduce__(self) -> NoReturn:
@@ -172,21 +177,23 @@ class PrefixCache:
         ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
         try:
             prompt_spans, stored = prefix = self._follow(known.salt, ids)
-            matched = resumable_length(prefix, ids.size, media)
-            if matched:
+            hit = find_hit(prefix, ids.size, media)
+            if matched := hit.matched:
                 hit_spans = [span for span in prompt_spans if span.start < matched]
                 request.pinned = hit_spans[-1]
                 self._index.pin(hit_spans[-1])
                 request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans), matched)
             # One token before the end as well: the same prompt again leaves its last to compute.
             wanted = {ids.size - 1, ids.size, stored, *resume_points}
+            if self._resume_every is not None:
+                wanted.update(range(0, ids.size, self._resume_every))
             request.handle.schedule(sorted(p for p in wanted if matched < p <= ids.size))
             request.handle.track(known)
             self._index.use(prompt_spans, now)
         except BaseException:
             self._release(request)
             raise
-        request.matched = matched
+        request.hit = hit
         self._active.add(request)
         self._sessions += 1
         self._tokens += ids.size
@@ -219,7 +226,7 @@ class PrefixCache:
         request.handle.update_known()
         known = request.known
         ids, held = known.ids, request.handle.held(len(known))
-        restored = min(request.matched, known.unchanged)
+        restored = min(request.hit.matched, known.unchanged)
         if held <= restored or not request.handle.is_whole(held):
             return
         prefix = self._follow(known.salt, ids[:held])

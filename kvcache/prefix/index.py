@@ -23,6 +23,7 @@ from .media import Placement, within
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
 from .spans import P, Prefix, Span, alike, file_span
+from .superseded import Superseded
 
 _ROOM = 4_000
 """Bytes of tables without entries, rounded up."""
@@ -65,8 +66,7 @@ class SpanIndex(Generic[P]):
         self._on_evict, self._on_empty, self._others = on_evict, on_empty, others
         # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
-        # Spans that may be reduced, as they have one kept span behind them: the longest idle first.
-        self._superseded: OrderedDict[Span[P], None] = OrderedDict()
+        self._superseded: Superseded[P] = Superseded()
         self._spans = 0
         self._tracked = 0  # bytes of trees, nodes, spans and the overhead of payloads
 
@@ -88,6 +88,7 @@ class SpanIndex(Generic[P]):
             use(span, now)
             span.uses += 1
             span.used = now
+            self._superseded.use(span)
 
     def pin(self, span: Span[P], pins: int = 1) -> None:
         """Protect `span` and all spans before it from eviction; pins=-1 ends one protection."""
@@ -133,7 +134,7 @@ class SpanIndex(Generic[P]):
     def trim(self, now: float) -> None:
         """Evict until the budgets hold, or all candidates are in use.
 
-        Payloads that nothing but the next position of their sequence could use go first.
+        Where a sequence goes on behind a payload, what of it serves its own end alone goes first.
 
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
@@ -170,10 +171,17 @@ class SpanIndex(Generic[P]):
         return span
 
     def evict(self, span: Span[P], now: float) -> None:
-        """Close the payload of an offered span and make it a ghost. Ghosts stay as they are."""
-        payload = span.payload
-        if payload is None:
-            return
+        """Close the payload of an offered span, and of those before it that are of use to it alone.
+
+        They become ghosts. Ghosts stay as they are.
+        """
+        evicted: Span[P] | None = span
+        while evicted is not None and evicted.payload is not None:
+            self._evict_one(evicted, evicted.payload, now)
+            parent = evicted.parent
+            evicted = parent if parent is not None and parent.useless else None
+
+    def _evict_one(self, span: Span[P], payload: P, now: float) -> None:
         # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
         self.policy.evict(span, now)
@@ -213,7 +221,7 @@ class SpanIndex(Generic[P]):
     @property
     def index_nbytes(self) -> int:
         """Bytes of host memory outside the budget: trees, ghosts, media, and the policy's."""
-        containers = getsizeof(self.kept) + getsizeof(self._ghosts) + getsizeof(self._superseded)
+        containers = getsizeof(self.kept) + getsizeof(self._ghosts) + self._superseded.nbytes
         return self._tracked + containers + self._unowned
 
     @property
@@ -262,7 +270,7 @@ class SpanIndex(Generic[P]):
         self._ghosts[span] = None
         if parent is not None:
             self._ghosts.pop(parent, None)
-            self._superseded.pop(parent, None)
+            self._superseded.drop(parent)
         return span
 
     def _split(self, lower: Span[P], tokens: int) -> Span[P]:
@@ -339,36 +347,29 @@ class SpanIndex(Generic[P]):
         for upper in uppers:
             self._put(upper, None)
             upper.node.value = None
-            for spans in (self.kept, self._ghosts, self._superseded):
-                spans.pop(upper, None)
+            self.kept.pop(upper, None)
+            self._ghosts.pop(upper, None)
+            self._superseded.drop(upper)
         self._put(last, joined)
         self._spans -= len(uppers)
         self._tracked += of_span(last)
         self._ghosts.pop(last, None)
         self._reconsider(last)
 
-    # Spans that have one behind them to resume at instead.
-
     def _reduce_superseded(self) -> bool:
-        """Release what a payload holds for its own end alone; return False if none does.
-
-        That is a payload with the next position of its sequence behind it: where a window drops
-        tokens, a conversation goes on from there. The end of the former would be of use only to
-        requests that part exactly there; a span with several behind it is none of these.
-        """
-        while self._superseded:
-            span, _ = self._superseded.popitem(last=False)
-            child, payload = span.only_child, span.payload
-            if payload is None or child is None or child.payload is None or span.used > child.used:
-                continue
-            reduced = payload.reduced(child.stop)
-            if reduced is not None:
-                self._put(span, reduced)
-                payload.close()
-                if self._are_alike(span, child):
-                    self._join([span, child])
-                return True
-        return False
+        """Release rows that serve the end of a superseded span alone; return False if none do."""
+        popped = self._superseded.pop_reducible()
+        if popped is None:
+            return False
+        span, reduced = popped
+        previous, child = span.payload, span.only_child
+        self._put(span, reduced)
+        if previous is not None:
+            previous.close()
+        # Rows on the host are copied to be joined: not many for a few, each turn anew.
+        if child is not None and reduced.nbytes <= child.nbytes and self._are_alike(span, child):
+            self._join([span, child])
+        return True
 
     def _shrink(self, span: Span[P], excess: int, now: float) -> None:
         """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes."""
@@ -389,8 +390,7 @@ class SpanIndex(Generic[P]):
         if payload is None:
             file_span(span, self._ghosts, not pinned and not span.node.children)
         elif not payload.resumable_anywhere:
-            alone = span.children == 1 and len(span.node.children) == 1
-            file_span(span, self._superseded, not pinned and alone)
+            self._superseded.file(span)
         offered = payload is not None and not pinned and not span.children
         if offered == span.offered:
             return

@@ -10,7 +10,7 @@ from kvcache._checks import as_indices, check_ids
 from kvcache._locks import Lock
 from kvcache.backends import Backend
 from kvcache.errors import CacheFullError, KVCacheError
-from kvcache.layers.growing import KVCache
+from kvcache.layers.base import LayerCache
 from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
@@ -29,7 +29,7 @@ class SequenceHandle(ABC):
 
     @property
     @abstractmethod
-    def caches(self) -> LayerCaches[KVCache]:
+    def caches(self) -> LayerCaches[LayerCache]:
         """Caches of the sequence, one per layer. Raises: KVCacheError over a pool."""
 
     @abstractmethod
@@ -164,7 +164,7 @@ class PoolHandle(SequenceHandle):
         return self._sequence
 
     @property
-    def caches(self) -> LayerCaches[KVCache]:
+    def caches(self) -> LayerCaches[LayerCache]:
         raise KVCacheError("sessions over a pool share its cache. Use sequence.")
 
     def held(self, limit: int) -> int:
@@ -204,7 +204,7 @@ class LayerSequences(SequenceSource):
     caches: one per layer, empty; sessions get copies of them.
     """
 
-    def __init__(self, caches: Sequence[KVCache]) -> None:
+    def __init__(self, caches: Sequence[LayerCache]) -> None:
         layers = as_layers(
             caches, "a prefix cache is over one cache of several sequences, or per-layer caches"
         )
@@ -223,7 +223,7 @@ class LayerSequences(SequenceSource):
 class LayerHandle(SequenceHandle):
     """The per-layer caches of one session."""
 
-    def __init__(self, caches: LayerCaches[KVCache], source: LayerSequences) -> None:
+    def __init__(self, caches: LayerCaches[LayerCache], source: LayerSequences) -> None:
         self._caches, self._source = caches, source
         self._known: KnownTokens | None = None
 
@@ -232,7 +232,7 @@ class LayerHandle(SequenceHandle):
         raise KVCacheError("sessions over per-layer caches have no sequence id. Use caches.")
 
     @property
-    def caches(self) -> LayerCaches[KVCache]:
+    def caches(self) -> LayerCaches[LayerCache]:
         return self._caches
 
     def held(self, limit: int) -> int:

@@ -8,12 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from kvcache._checks import as_room
 from kvcache._interrupts import uninterrupted
 from kvcache.errors import KVCacheError, NotSupportedError
-from kvcache.layers.growing import KVCache
 from kvcache.layers.stack import LayerCaches
 
 from .arguments import as_positions
@@ -21,21 +20,21 @@ from .known import KnownTokens, own_tokens
 from .media import check_token_ids
 from .radix import Tokens
 from .sequences import SequenceHandle
-from .stored import StoredSpan
+from .stored import NO_HIT, Hit, StoredSpan
 
 
 @dataclass(eq=False)  # two requests of equal content are still two
 class Request:
     """State of one request, shared by its session and the prefix cache.
 
-    handle: its sequence. known: token ids of its rows, those of the prompt first. matched: prompt
-    tokens restored from storage. pinned: the last span in use by it, None if nothing was restored.
-    ended: whether the sequence was given back.
+    handle: its sequence. known: token ids of its rows, those of the prompt first. hit: the part of
+    the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
+    was restored. ended: whether the sequence was given back.
     """
 
     handle: SequenceHandle
     known: KnownTokens
-    matched: int = 0
+    hit: Hit = NO_HIT
     pinned: StoredSpan | None = None
     ended: bool = False
 
@@ -80,7 +79,22 @@ class Session:
     @property
     def matched(self) -> int:
         """Tokens of the prompt the sequence held from the beginning of the session."""
-        return self._request.matched
+        return self._request.hit.matched
+
+    @property
+    def stored(self) -> int:
+        """Tokens at the beginning of the prompt that are stored, and were matched if possible."""
+        return self._request.hit.stored
+
+    @property
+    def limited_by(self) -> tuple[int, ...]:
+        """Indices of the caches that kept the hit from going deeper, () if none did.
+
+        Of per-layer caches these are layers; over a pool, indices of the ``caches`` of a
+        :class:`~kvcache.WrapperCache`. Each of them alone could go on no later than at the least
+        position of all; a window had dropped tokens behind it, say, or no state was kept.
+        """
+        return self._request.hit.limited_by
 
     @property
     def remaining(self) -> Tokens:
@@ -96,8 +110,8 @@ class Session:
         return self._handle.sequence
 
     @property
-    def caches(self) -> LayerCaches[KVCache]:
-        """Caches of this session alone, one per layer.
+    def caches(self) -> LayerCaches[Any]:
+        """Caches of this session alone, one per layer, of the kinds that were given.
 
         Raises: KVCacheError over a pool, whose one cache all sessions share, or after the end.
         """

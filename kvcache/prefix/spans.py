@@ -25,6 +25,10 @@ class Payload(Protocol):
     def resumable_anywhere(self) -> bool:
         """True if its first part is of use without the second, wherever it is split."""
 
+    @property
+    def resumable_inside(self) -> bool:
+        """False if it is of use only together with a payload behind it."""
+
     def split(self, tokens: int) -> tuple[Self, Self]:
         """Return the data of the first `tokens` of its span, and of the others, to replace it."""
 
@@ -119,6 +123,11 @@ class Span(Generic[P]):
     def complete(self) -> bool:
         """True if nothing can be added to its payload: no token of it was ever dropped."""
         return self.payload is not None and self.payload.resumable_anywhere
+
+    @property
+    def useless(self) -> bool:
+        """True if it was of use to spans behind it only, and none of them is kept any more."""
+        return self.offered and self.payload is not None and not self.payload.resumable_inside
 
     @property
     def path(self) -> list[Span[P]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from kvcache.snapshots.snapshot import Part, Snapshot, last_resumable
+from kvcache.snapshots.resuming import last_resumable, last_resumable_of_each
+from kvcache.snapshots.snapshot import Part, Snapshot
 
 from .spans import Prefix, Span
 
@@ -17,13 +18,15 @@ class StoredSnapshot:
     """A snapshot as the payload of a span, and its owner.
 
     nbytes: bytes of all its rows, resident or on the host, as of its creation. overhead: of what
-    tells where and of which positions they are.
+    tells where and of which positions they are. resumable_inside: False if no request can resume in
+    its span, and its rows are of use only to resume behind it.
     """
 
-    __slots__ = ("nbytes", "overhead", "snapshot")
+    __slots__ = ("nbytes", "overhead", "resumable_inside", "snapshot")
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, resumable_inside: bool = True) -> None:
         self.snapshot = snapshot
+        self.resumable_inside = resumable_inside
         self.nbytes = snapshot.nbytes
         self.overhead = _NBYTES + sum(_overhead_of(part) for part in snapshot.parts)
 
@@ -35,7 +38,8 @@ class StoredSnapshot:
     def split(self, tokens: int) -> tuple[StoredSnapshot, StoredSnapshot]:
         """Return its first `tokens` and the others as two payloads; this one is closed."""
         lower, upper = self.snapshot.split(self.snapshot.start + tokens)
-        return StoredSnapshot(lower), StoredSnapshot(upper)
+        inside = self.resumable_inside
+        return StoredSnapshot(lower, inside), StoredSnapshot(upper, inside)
 
     def joins(self, following: StoredSnapshot) -> bool:
         """Return True if the next snapshot can be joined to this one, with no row moved.
@@ -49,20 +53,15 @@ class StoredSnapshot:
 
     def join(self, following: Sequence[StoredSnapshot]) -> StoredSnapshot:
         """Return this and the `following` snapshots as one payload; all of them are closed."""
-        return StoredSnapshot(self.snapshot.merge(*(payload.snapshot for payload in following)))
+        inside = any(payload.resumable_inside for payload in [self, *following])
+        merged = self.snapshot.merge(*(payload.snapshot for payload in following))
+        return StoredSnapshot(merged, inside)
 
     def reduced(self, position: int) -> StoredSnapshot | None:
-        """Return only the rows needed to resume at `position`; None if that is all of them.
-
-        None as well if a part keeps all of its tokens: without its other rows they were lost, as
-        the span could not be resumed at any more.
-        """
-        parts = self.snapshot.parts
-        if any(part.spec.visibility.window is None for part in parts):
+        """Return only the rows needed to resume at `position`; None if that is all of them."""
+        if all(part.needed_at(position).all() for part in self.snapshot.parts):
             return None
-        if all(part.needed_at(position).all() for part in parts):
-            return None
-        return StoredSnapshot(self.snapshot.needed_at(position))
+        return StoredSnapshot(self.snapshot.needed_at(position), resumable_inside=False)
 
     def close(self) -> None:
         """Release the rows of the snapshot."""
@@ -119,21 +118,55 @@ def close_snapshots(snapshots: Mapping[int, Snapshot]) -> None:
         snapshot.close()
 
 
-def resumable_length(prefix: StoredPrefix, tokens: int, media: Iterable[tuple[int, int]]) -> int:
-    """Return how many tokens of a prompt need no computing: every layer can resume after them.
+class Hit(NamedTuple):
+    """The part of a prompt that needs no computing.
 
-    prefix: what is known of a prompt of `tokens`. At least one token is left to compute, and the
-    result is never inside one of the ranges `media`.
+    matched: its tokens: every layer can resume after them. stored: tokens of the prompt that are
+    stored, matched or not. limited_by: indices of the caches that kept the hit from going deeper.
+    """
+
+    matched: int = 0
+    stored: int = 0
+    limited_by: tuple[int, ...] = ()
+
+
+NO_HIT = Hit()
+
+
+def find_hit(prefix: StoredPrefix, tokens: int, media: Iterable[tuple[int, int]]) -> Hit:
+    """Return the longest hit for a prompt of `tokens`, of which one at least is left to compute.
+
+    prefix: what is known of it. media: ranges inside which no hit ends.
     """
     spans = prefix.spans
     while spans and spans[-1].payload is None:
         spans = spans[:-1]
+    if not spans:
+        return NO_HIT
     snapshots = contiguous_snapshots(spans, spans)
-    length, limit = 0, min(tokens - 1, prefix.length)
+    stored = min(prefix.length, spans[-1].stop)
+    matched = _resumable_length(snapshots, min(tokens - 1, stored), media)
+    return Hit(matched, stored, _limiting(snapshots, matched, min(tokens - 1, stored)))
+
+
+def _resumable_length(
+    snapshots: Sequence[Snapshot], limit: int, media: Iterable[tuple[int, int]]
+) -> int:
+    """Return the last position up to `limit`, inside none of `media`, where all can resume."""
+    length = 0
     # Lowered to where a medium starts, the limit may not be a resume point: look again.
-    while snapshots and length != limit:
+    while length != limit:
         length = limit = last_resumable(snapshots, limit)
         for start, stop in media:
             if start < length < stop:
                 limit = start
     return length
+
+
+def _limiting(snapshots: Sequence[Snapshot], matched: int, limit: int) -> tuple[int, ...]:
+    """Return the indices of the caches that could go on least deep, if one had to stop early."""
+    if matched == limit:
+        return ()
+    alone = last_resumable_of_each(snapshots, limit)
+    least = min(alone)
+    return tuple(index for index, position in enumerate(alone) if position == least < limit)

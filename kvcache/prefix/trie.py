@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import merge
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from kvcache._checks import as_budget
 from kvcache._interrupts import uninterrupted
 from kvcache.errors import KVCacheError
-from kvcache.layers.growing import KVCache
+from kvcache.layers.base import LayerCache
 from kvcache.layers.stack import LayerCaches
 
 from .arguments import as_layers
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     the same tokens or of a beginning of them.
     """
 
-    caches: LayerCaches[KVCache]
+    caches: LayerCaches[LayerCache]
     repeats: int = 0
 
 
@@ -45,8 +45,9 @@ class PrefixTrie:
 
     :meth:`find_nearest` returns copies: going on with them changes nothing in the trie. An entry
     serves every prefix of its tokens if its caches can be trimmed; a rotating cache that has
-    turned serves only requests that go on where its tokens end. So an entry that can be trimmed
-    replaces those of earlier turns of its conversation, and a rotating one is stored beside them.
+    turned serves only requests that go on where its tokens end, and recurrent layers only those
+    that go on behind a state that they kept. So an entry that can be trimmed replaces those of
+    earlier turns of its conversation, and another one is stored beside them.
 
     budget: bytes of all entries at most, None for no limit. The least recently used go first, and
         a larger entry is not stored.
@@ -67,7 +68,7 @@ class PrefixTrie:
         """Bytes of all entries when they were inserted, spare capacity of their caches included."""
         return self._nbytes
 
-    def insert(self, tokens: Sequence[int] | Tokens, caches: Iterable[KVCache]) -> Entry:
+    def insert(self, tokens: Sequence[int] | Tokens, caches: Iterable[LayerCache]) -> Entry:
         """Store `caches`, one per layer, each with exactly `tokens`. The trie takes ownership.
 
         Return the entry that serves these tokens: the one that did already, where there is one,
@@ -94,7 +95,7 @@ class PrefixTrie:
             node.value = entry._replace(repeats=entry.repeats + 1)
             return node.value
 
-    def find_nearest(self, tokens: Query) -> tuple[LayerCaches[KVCache] | None, Query]:
+    def find_nearest(self, tokens: Query) -> tuple[LayerCaches[Any] | None, Query]:
         """Return copies of the caches with the longest prefix of `tokens`, and the other tokens.
 
         At least one token is left to compute, also where all of them are stored. (None, tokens) if
@@ -150,7 +151,7 @@ class PrefixTrie:
 
 
 def _serving(
-    match: Match[Entry], caches: LayerCaches[KVCache], tokens: int
+    match: Match[Entry], caches: LayerCaches[LayerCache], tokens: int
 ) -> tuple[Node[Entry], Entry] | None:
     """Return the node of an entry that serves all that `caches` of so many tokens would."""
     if match.length < tokens:
@@ -163,7 +164,9 @@ def _serving(
     return None
 
 
-def _replaced(match: Match[Entry], caches: LayerCaches[KVCache], tokens: int) -> list[Node[Entry]]:
+def _replaced(
+    match: Match[Entry], caches: LayerCaches[LayerCache], tokens: int
+) -> list[Node[Entry]]:
     """Return the nodes of shorter entries of no use beside `caches`, of so many tokens."""
     return [
         node
@@ -175,13 +178,20 @@ def _replaced(match: Match[Entry], caches: LayerCaches[KVCache], tokens: int) ->
 def _nearest(match: Match[Entry]) -> tuple[Node[Entry], Entry, int] | None:
     """Return the entry of most use to a query, its node, and how many of its tokens to use."""
     searched: Node[Entry] | None = None
+    best: tuple[Node[Entry], Entry, int] | None = None
+    reached = 0
     for top, length in _levels(match):
-        # Entries that cannot be trimmed to a longer prefix cannot be trimmed to this one.
+        if reached >= length:
+            break
+        # The others were asked for a longer prefix already, and so for this one.
         for node, entry in _entries(_below(top, searched)):
-            if entry.caches.can_trim(node.depth - length):
-                return node, entry, length
+            position = entry.caches.last_trimmable(length)
+            if position > reached:
+                best, reached = (node, entry, position), position
+            if reached == length:
+                return best
         searched = top
-    return None
+    return best
 
 
 def _token_ids(tokens: Sequence[int] | Tokens) -> Tokens:
@@ -193,7 +203,7 @@ def _token_ids(tokens: Sequence[int] | Tokens) -> Tokens:
     return ids
 
 
-def _layer_caches(caches: Iterable[KVCache]) -> LayerCaches[KVCache]:
+def _layer_caches(caches: Iterable[LayerCache]) -> LayerCaches[LayerCache]:
     """Return `caches` as one object. Raises: TypeError, ExportedError."""
     layers = as_layers(
         caches, "an entry is a list of per-layer caches (a PrefixCache stores those of pools)"
@@ -212,7 +222,7 @@ def _rest(tokens: Query, ids: Tokens, length: int) -> Query:
     return rest.copy() if isinstance(rest, np.ndarray) else rest  # type: ignore[return-value]
 
 
-def _copied(caches: LayerCaches[KVCache], held: int, length: int) -> LayerCaches[KVCache]:
+def _copied(caches: LayerCaches[LayerCache], held: int, length: int) -> LayerCaches[LayerCache]:
     """Return copies of `caches`, stored with `held` tokens, trimmed to `length` tokens."""
     if {cache.offset for cache in caches} != {held}:
         raise KVCacheError(
@@ -226,7 +236,7 @@ def _copied(caches: LayerCaches[KVCache], held: int, length: int) -> LayerCaches
 
 
 def _covers(
-    longer: LayerCaches[KVCache], tokens: int, shorter: LayerCaches[KVCache], fewer: int
+    longer: LayerCaches[LayerCache], tokens: int, shorter: LayerCaches[LayerCache], fewer: int
 ) -> bool:
     """Return True if `longer`, of so many tokens, serves whatever `shorter` of `fewer` does."""
     # Caches that can be trimmed by some tokens can be trimmed by fewer. So caches that cannot by a

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvcache._checks import as_index
 from kvcache._types import Bools, Int32s
-from kvcache.errors import KVCacheError, SnapshotMismatchError
+from kvcache.errors import SnapshotMismatchError
 
 from . import archive
 from .rows import LayerRows, TokenRows, close_all, exchange, spill_all
@@ -65,7 +65,8 @@ class Snapshot:
 
     A snapshot can be split anywhere, and a restore can stop inside it. Where every token stays (no
     window), a sequence can resume at every position. Where old tokens are dropped, it can resume
-    only at positions with all the tokens needed before them: see :func:`last_resumable`.
+    only at positions with all the tokens needed before them: see
+    :func:`~kvcache.snapshots.resuming.last_resumable`.
     """
 
     def __init__(self, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -338,26 +339,6 @@ def _unpickled(
     )
 
 
-def last_resumable(snapshots: Sequence[Snapshot], limit: int) -> int:
-    """Return the last position up to `limit` to resume at after restoring `snapshots`.
-
-    snapshots: of one sequence, in order, without gaps between them, the first from position 0.
-
-    Every cache must be able to resume there. Return 0 if there is no such position.
-    """
-    if not snapshots:
-        return 0
-    limit, before = min(limit, snapshots[-1].stop), -1
-    columns = list(zip(*(snapshot.parts for snapshot in snapshots), strict=True))
-    held = [np.concatenate([part.rows.positions for part in column]) for column in columns]
-    # Each cache may lower the limit, for those asked before it, too: repeat until all agree.
-    while limit != before:
-        before = limit
-        for column, positions in zip(columns, held, strict=True):
-            limit = column[0].spec.visibility.last_resumable(positions, limit)
-    return limit
-
-
 def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> None:
     """Raise SnapshotMismatchError unless all snapshots have the specs `wanted`."""
     for snapshot in snapshots:
@@ -367,34 +348,3 @@ def check_same_specs(snapshots: Sequence[Snapshot], wanted: list[CacheSpec]) -> 
                 "a snapshot goes back to caches of the same kinds, windows and dtype; "
                 f"got {given} for {[tuple(spec) for spec in wanted]}."
             )
-
-
-def check_contiguous(
-    snapshots: Sequence[Snapshot], wanted: list[CacheSpec], stop: int | None = None
-) -> int:
-    """Check `snapshots` for a restore; return the position to resume at.
-
-    stop: that position, inside the last one; None for its end.
-
-    Raises: SnapshotMismatchError, ValueError unless they are contiguous from position 0,
-        KVCacheError if the position is no resume point.
-    """
-    stop = None if stop is None else as_index(stop, "stop")
-    check_same_specs(snapshots, wanted)
-    spans = [(snapshot.start, snapshot.stop) for snapshot in snapshots]
-    starts = [0, *(end for _, end in spans[:-1])]
-    if not spans or [start for start, _ in spans] != starts:
-        raise ValueError(f"snapshots to restore follow each other from position 0; got {spans}.")
-    first, last = spans[-1]
-    stop = last if stop is None else stop
-    if not (first < stop <= last or stop == last):
-        raise ValueError(
-            f"a restore stops inside the last snapshot, [{first}, {last}); got {stop}. "
-            "Leave out snapshots behind it."
-        )
-    if (possible := last_resumable(snapshots, stop)) != stop:
-        raise KVCacheError(
-            f"not all that is needed before position {stop} is in these snapshots; the last place "
-            f"to go on is {possible}. Stop there."
-        )
-    return stop

@@ -22,7 +22,7 @@ from kvcache import (
     Snapshot,
     get_backend,
 )
-from kvcache.snapshots.snapshot import last_resumable
+from kvcache.snapshots.resuming import last_resumable
 from kvcache.testing.coded import same
 
 from .. import peek

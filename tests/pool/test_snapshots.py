@@ -32,7 +32,7 @@ from kvcache import (
     SnapshotMismatchError,
     WrapperCache,
 )
-from kvcache.snapshots.snapshot import last_resumable
+from kvcache.snapshots.resuming import last_resumable
 from kvcache.snapshots.visibility import Visibility
 from kvcache.testing.coded import coded, same
 

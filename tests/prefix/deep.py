@@ -3,11 +3,22 @@
 A key of the first layer is ``[token, position]``. A key of the second is a checksum of the keys
 that the token attends to in the first. So a key computed after a token was removed differs from
 that of a cold run, as it does in a transformer.
+
+The first layer of a hybrid is recurrent: its state is such a checksum of all tokens so far, in
+their order, and the key of the second.
 """
 
 import numpy as np
 
-from kvcache import Batch, CausalCache, KVCache, RotatingKVCache
+from kvcache import (
+    Batch,
+    CausalCache,
+    KVCache,
+    RecurrentCache,
+    RotatingKVCache,
+    StateCache,
+    WrapperCache,
+)
 from kvcache.prefix import PrefixCache
 
 PRIME = 8191  # products of two such numbers are exact in float32 arithmetic on the host
@@ -16,6 +27,23 @@ PRIME = 8191  # products of two such numbers are exact in float32 arithmetic on 
 def checksum(rows):
     """A number for the rows ``[token, position]`` in any order."""
     return sum(int((token + 3) * (2 * place + 5) ** 2 % PRIME) for token, place in rows) % PRIME
+
+
+def states_behind(before, ids, start):
+    """The states behind each token of ``ids[start:]``, by position, from that behind `start`."""
+    states = {start: before}
+    for place in range(start, len(ids)):
+        states[place + 1] = (states[place] * 31 + ids[place] + 3) % PRIME
+    return states
+
+
+def as_keys(states, start):
+    """The keys of the second layer of a hybrid: the states behind each token from `start` on."""
+    return [(states[place], 0) for place in sorted(states) if place > start]
+
+
+def as_array(state):
+    return np.array([[state]], np.float32)
 
 
 def add_positions(layer, keys, offsets):
@@ -89,6 +117,59 @@ class DeepLayers:
             seen = [found[0, 0][line].tolist() for line in (allowed if mask is None else mask)]
             keys = np.array([[[(checksum(rows), 0) for rows in seen]]], np.float32)
         return sorted(map(tuple, seen[-1]))
+
+
+class DeepHybridLayers(DeepLayers):
+    """The hybrid over per-layer caches of each session's own."""
+
+    def __init__(self, max_size=None):
+        super().__init__(max_size)
+        self.given[0] = StateCache("numpy")
+
+    def cold(self):
+        return DeepHybridLayers(self.max_size)
+
+    def run(self, caches, ids, start):
+        recurrent, attention = caches
+        before = int(recurrent.state[0][0, 0]) if recurrent.state else 0
+        count, states = len(ids) - start, states_behind(before, ids, start)
+        for place in recurrent.cuts(count):
+            recurrent.record(place, as_array(states[place]))
+        recurrent.advance(count, as_array(states[len(ids)]))
+        keys = np.array([[as_keys(states, start)]], np.float32)
+        found, _ = attention.update(keys, keys)
+        mask = attention.mask(count)
+        allowed = attention.positions >= 0 if mask is None else mask[-1]
+        return sorted(map(tuple, found[0, 0][allowed].tolist()))
+
+
+class DeepHybridPool(DeepPool):
+    """The hybrid over a pool."""
+
+    def __init__(self, max_sequences=3, max_batch=30, **limits):
+        self.cache = WrapperCache(RecurrentCache(), CausalCache(**limits))
+        self.cache.init("numpy", max_sequences=max_sequences, capacity=60, max_batch=max_batch)
+        self.given, self.limits = self.cache, limits
+
+    def cold(self):
+        return DeepHybridPool(1, **self.limits)
+
+    def run(self, sequence, ids, start, layers=2, ahead=()):
+        count = len(ids) - start
+        self.cache.start_forward(Batch(range(start, len(ids)), [sequence] * count))
+        self.cache.set_layer(0)
+        self.cache.set_layer_type(0)
+        held = self.cache.get_states()
+        states = states_behind(0 if held is None else int(held[0][0, 0]), ids, start)
+        cuts = {(sequence, place): [as_array(states[place])] for place in self.cache.runs[0].cuts}
+        self.cache.put_states(as_array(states[len(ids)]), kept=cuts)
+        if layers == 1:
+            return []
+        self.cache.set_layer_type(1)
+        keys = np.array([as_keys(states, start)], np.float32)
+        self.cache.put(keys, keys)
+        found, _, mask = self.cache.get()
+        return sorted(map(tuple, found[0][np.asarray(mask)[-1]].tolist()))
 
 
 class Deep:

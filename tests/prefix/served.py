@@ -16,6 +16,7 @@ from kvcache import (
     CausalCache,
     EncoderCache,
     KVCache,
+    RecurrentCache,
     RotatingKVCache,
     StateCache,
     WrapperCache,
@@ -26,6 +27,8 @@ from .. import peek
 
 RECURRENT = {"recurrent": True}
 """Of a layer with a state instead of keys and values."""
+WIDTH = 40
+"""Numbers of a state: so many tokens at most."""
 FRAMES = 2
 """What an encoder puts out for one image."""
 
@@ -50,8 +53,11 @@ class Pool:
     media = False
 
     def __init__(self, backend, *parts, max_sequences=2, capacity=24, max_batch=8):
-        caches = [CausalCache(**limits) for limits in parts]
-        self.seen = [Seen(limits.get("window"), limits.get("chunk")) for limits in parts]
+        caches, self.seen = [], []
+        for limits in parts:
+            recurrent = limits == RECURRENT
+            caches.append(RecurrentCache(8) if recurrent else CausalCache(**limits))
+            self.seen.append(None if recurrent else Seen(limits.get("window"), limits.get("chunk")))
         if self.media:
             caches.insert(0, EncoderCache())
         self.cache = caches[0] if len(caches) == 1 else WrapperCache(*caches)
@@ -82,14 +88,39 @@ class Pool:
             if isinstance(self.cache, WrapperCache):
                 self.cache.set_layer_type(kind)
             for layer in range(2 if check else 1):
-                self._attend(layer, keys, seen, tokens, check)
+                self.cache.set_layer(layer)
+                if seen is None:
+                    self._advance(requests)
+                else:
+                    self._attend(layer, keys, seen, tokens, check)
 
     def brings_image(self, ids, place):
         """Whether the token at `place` comes with the output of an encoder."""
         return self.media and place == 0
 
+    def _advance(self, requests):
+        """Look at the states of all sequences, and go on: a state is all tokens so far."""
+        states = self.cache.get_states()
+        ids = {sequence: ids for sequence, ids, *_ in requests}
+        runs = self.cache.runs
+        before = [ids[run.sequence][: run.position] for run in runs]
+        if states is None:
+            assert before == [[]] * len(runs)
+        else:  # zeros for a fresh sequence
+            rows = [padded(held) if held else [0.0] * WIDTH for held in before]
+            assert self.backend.to_host(states[0]).tolist() == rows
+        kept = {
+            (run.sequence, position): [self._states([ids[run.sequence][:position]])]
+            for run in runs
+            for position in run.cuts
+        }
+        after = [ids[run.sequence][: run.end] for run in runs]
+        self.cache.put_states(self._states(after), kept=kept)
+
+    def _states(self, held):
+        return self.backend.from_host([padded(ids) for ids in held], "float32")
+
     def _attend(self, layer, keys, seen, tokens, check):
-        self.cache.set_layer(layer)
         device = self.backend.from_host(keys * (layer + 1))
         self.cache.put(device, None if layer else self.backend.from_host(-keys))
         if not check:
@@ -156,17 +187,18 @@ class Layers:
         """Look at the state behind `start`, and go on to `stop`: a state is all tokens so far."""
         assert cache.offset == start
         for array in cache.state:
-            assert self.backend.to_host(array).tolist() == [_padded(ids[:start])]
+            assert self.backend.to_host(array).tolist() == [padded(ids[:start])]
         for place in cache.cuts(stop - start):
             cache.record(place, self._state(ids[:place]))
         cache.advance(stop - start, self._state(ids[:stop]))
 
     def _state(self, ids):
-        return self.backend.from_host([_padded(ids)], "float32")
+        return self.backend.from_host([padded(ids)], "float32")
 
 
-def _padded(ids):
-    return [*map(float, ids), *[-1.0] * (40 - len(ids))]
+def padded(ids):
+    """Ids as a state of fixed size."""
+    return [*map(float, ids), *[-1.0] * (WIDTH - len(ids))]
 
 
 def check_rows(rows, wanted):
@@ -282,6 +314,11 @@ def check_nothing_left(server):
     """After clear() everything is free."""
     server.prefix.clear()
     assert server.prefix.stats.nbytes == server.prefix.stats.spans == 0
+    parts = getattr(server.model.given, "caches", [server.model.given])
+    for cache in parts:
+        if isinstance(cache, RecurrentCache):
+            assert not peek.state_rows(cache)
+            assert not any(map(cache.holds_tokens, range(cache.max_sequences)))
     for cache in getattr(server.model, "caches", []):
         assert peek.table(cache).free == peek.table(cache).cells
         assert not peek.table(cache).allocator.refcounts.any()
@@ -305,8 +342,10 @@ MODELS = {
     "sinks": lambda backend: Layers(backend, {"max_size": 6, "keep": 2}, {"max_size": 3}, {}),
     "recurrent": lambda backend: Layers(backend, RECURRENT),
     "hybrid": lambda backend: Layers(backend, RECURRENT, {}, {"max_size": 6, "keep": 2}, RECURRENT),
+    "recurrent pool": lambda backend: Pool(backend, RECURRENT),
+    "hybrid pool": lambda backend: Pool(backend, {}, {"window": 4}, RECURRENT),
 }
 FULL = {"full", "chunk", "encoder", "per-layer"}
 """Those that never drop a token: what is stored can be gone on from anywhere."""
-SOME = ["full", "window", "window and chunk", "layers of both", "encoder", "sinks"]
+SOME = ["full", "window", "window and chunk", "layers of both", "encoder", "sinks", "hybrid pool"]
 """Those that differ most, for where time is short."""

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import kvcache
 import kvcache.functional
-from kvcache import CausalCache, KVCache, TrimError, WrapperCache
+from kvcache import CausalCache, KVCache, NotSupportedError, TrimError, WrapperCache
 from kvcache.prefix import PrefixCache
 
-from .deep import Deep, DeepLayers, DeepPool
+from .deep import Deep, DeepHybridLayers, DeepHybridPool, DeepLayers, DeepPool
 
 PROMPT = list(range(10, 20))
 
@@ -355,6 +355,10 @@ class Edited:
     def pool(self):
         return isinstance(self.model, DeepPool)
 
+    @property
+    def recurrent(self):
+        return isinstance(self.model, DeepHybridPool)
+
     def new(self, count):
         self.number += count
         return [100 + (self.number + i) % 3 for i in range(count)]
@@ -375,6 +379,8 @@ class Edited:
         length = max(0, len(self.ids) - count)
         if not self.pool and not self.session.caches.can_trim(len(self.ids) - length):
             return
+        if self.recurrent and not self.model.cache.can_resume(self.session.sequence, length):
+            return
         if by_session:
             self.session.truncate(length)
         elif self.pool:
@@ -387,7 +393,7 @@ class Edited:
         if self.pool and start + count < len(self.ids):
             try:
                 self.model.cache.remove(self.session.sequence, start, start + count)
-            except kvcache.SharedCellsError:
+            except (kvcache.SharedCellsError, NotSupportedError):
                 return
             del self.ids[start : start + count]
 
@@ -398,7 +404,10 @@ class Edited:
 
     def _copy(self, length, _):
         if self.pool and self.other is not None:
-            self.model.cache.copy_prefix(self.other.session.sequence, self.session.sequence, length)
+            source, target = self.other.session.sequence, self.session.sequence
+            if self.recurrent and not self.model.cache.can_resume(source, length):
+                length = len(self.other.ids)
+            self.model.cache.copy_prefix(source, target, length)
             self.ids = self.other.ids[:length]
 
     def _roll_back(self, count, accepted):
@@ -411,7 +420,9 @@ class Edited:
 
     def _refill(self, length, _):
         if not self.pool and self.model.max_size is None and self.ids:
-            with self.session.caches.snapshot(0, min(length, len(self.ids))) as snapshot:
+            held = len(self.ids)
+            length = length if self.session.caches.can_trim(held - length) else held
+            with self.session.caches.snapshot(0, length) as snapshot:
                 self.session.caches.reset()
                 self.session.caches.restore(snapshot)
             del self.ids[length:]
@@ -424,6 +435,10 @@ MODELS = {
     "chunk": lambda: DeepPool(chunk=4),
     "per-layer": DeepLayers,
     "ring": lambda: DeepLayers(max_size=6),
+    "hybrid": DeepHybridLayers,
+    "hybrid with a ring": lambda: DeepHybridLayers(max_size=6),
+    "hybrid pool": DeepHybridPool,
+    "hybrid pool with a window": lambda: DeepHybridPool(window=4),
 }
 
 

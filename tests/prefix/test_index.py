@@ -32,7 +32,7 @@ class Rows:
         first, second = self.rows[:tokens], self.rows[tokens:]
         return Rows(first, self.resumable_anywhere), Rows(second, self.resumable_anywhere)
 
-    overhead = 5
+    overhead, resumable_inside = 5, True
 
     def joins(self, following):
         return self.resumable_anywhere

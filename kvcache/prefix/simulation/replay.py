@@ -28,7 +28,7 @@ class BlockPayload:
 
     nbytes: int
     overhead = 0
-    resumable_anywhere = True
+    resumable_anywhere = resumable_inside = True
 
     def split(self, tokens: int) -> tuple[BlockPayload, BlockPayload]:
         """Return the first `tokens` blocks and the others: in a replay, a token is a block."""
