@@ -25,6 +25,7 @@ it is the same few every time.
 
 import json
 import os
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def backend(request):
 
 def pytest_configure(config):
     """Writes a record of this run where $KVCACHE_RECORD says."""
+    # Tests send themselves Ctrl-C; a shell that starts them in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     path = os.environ.get("KVCACHE_RECORD")
     if path and not hasattr(config, "workerinput"):  # xdist's workers report to the one process
         config.pluginmanager.register(Record(Path(path)))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Self, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
-from kvcache._checks import NO_LIMIT, as_index, as_indices
-from kvcache.backends import HOST_DTYPES, Backend, HostArray, get_backend
-from kvcache.errors import DamagedFileError, ForeignFileError, KVCacheError, NotSupportedError
-from kvcache.snapshots.files import naming_damage, read_file, write_file
+from kvcache._checks import as_index, as_indices
+from kvcache.backends import Backend, HostArray, get_backend
+from kvcache.errors import ForeignFileError
+from kvcache.snapshots.files import write_file
 from kvcache.snapshots.resuming import check_contiguous
 from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
-from kvcache.storage import schema
-from kvcache.storage.arrays import LayerArrays, NamedArray
 
 from .base import KINDS, LayerCache, kind_of
+from .records import read_records
 
 C = TypeVar("C", bound=LayerCache)
 
@@ -274,7 +273,7 @@ class LayerCaches(Sequence[C], Generic[C]):
         """
         target = get_backend(backend)
         caches: list[Any] = []  # of the kinds that the file names
-        for record in _read_records(path):
+        for record in read_records(path):
             if record.kind not in KINDS:
                 raise ForeignFileError(
                     f"load reads caches of the kinds {', '.join(sorted(KINDS))}; "
@@ -282,89 +281,6 @@ class LayerCaches(Sequence[C], Generic[C]):
                 )
             caches.append(record.to_cache(KINDS[record.kind], target, path))
         return cls(caches)
-
-
-_CACHES = schema.record(
-    {
-        "caches": schema.list_of(
-            schema.record(
-                {
-                    "kind": schema.text,
-                    "offset": schema.integer(0, NO_LIMIT),
-                    "options": schema.mapping_of(
-                        schema.either(
-                            schema.one_of(None), schema.text, schema.integer(-NO_LIMIT, NO_LIMIT)
-                        )
-                    ),
-                    "arrays": schema.mapping_of(
-                        schema.either(schema.one_of(None), schema.integer(-64, 63))
-                    ),
-                }
-            )
-        )
-    }
-)
-
-
-class _Record(NamedTuple):
-    """One cache, as stored in a file."""
-
-    kind: str
-    offset: int
-    options: dict[str, int | str | None]
-    arrays: LayerArrays
-
-    def to_cache(self, kind: type[C], backend: Backend, path: str | os.PathLike[str]) -> C:
-        """Return the cache, of class `kind`, on `backend`.
-
-        Raises: DTypeError where the backend lacks the dtype; NotSupportedError if the constructor
-            of `kind` does not take the options; DamagedFileError if it refuses them, or the arrays
-            are not those of such a cache.
-        """
-        for dtype in self._dtypes():
-            backend.dtype(dtype)
-        try:
-            cache = kind.make(backend, self.options)
-            if self.offset:
-                cache.from_layer(self.arrays, self.offset)
-        except NotSupportedError:  # of a class whose constructor takes other options
-            raise
-        except (KVCacheError, TypeError, ValueError) as error:
-            raise DamagedFileError(
-                f"{path} is damaged: there is no {kind.__name__} as its header says: {error}"
-            ) from error
-        return cache
-
-    def _dtypes(self) -> list[str]:
-        """Return the names of all dtypes of the cache that are ones."""
-        named = [self.options.get("dtype"), *(array.data.dtype.name for array in self.arrays)]
-        return [name for name in named if isinstance(name, str) and name in HOST_DTYPES]
-
-
-def _read_records(path: str | os.PathLike[str]) -> list[_Record]:
-    """Return the caches in a file. Raises: CacheFileError, FileNotFoundError."""
-    header, tensors = read_file(path)
-    if header.get("kind") == "snapshot":
-        raise ForeignFileError(f"{path} holds a snapshot, no caches. Use kvcache.Snapshot.load.")
-    with naming_damage(path):
-        _CACHES(header, "its header")
-        described = header["caches"]
-        # Of an empty cache the file may list arrays, but holds none.
-        axes = [cache["arrays"] if cache["offset"] else {} for cache in described]
-        names = [f"{layer}.{name}" for layer, arrays in enumerate(axes) for name in arrays]
-        schema.check_names(list(tensors), names, "its tensors")
-    return [
-        _Record(
-            cache["kind"],
-            cache["offset"],
-            cache["options"],
-            tuple(
-                NamedArray(name, tensors[f"{layer}.{name}"], axis)
-                for name, axis in axes[layer].items()
-            ),
-        )
-        for layer, cache in enumerate(described)
-    ]
 
 
 def _class_name(kind: str) -> str:
@@ -398,7 +314,7 @@ class StandaloneCache(LayerCache):
         Raises: CacheFileError (damaged, foreign or newer file, or no file that can be opened),
             FileNotFoundError, DTypeError where the backend lacks the dtype.
         """
-        records, kind = _read_records(path), kind_of(cls)
+        records, kind = read_records(path), kind_of(cls)
         # By kind, not by class: a subclass without a kind of its own reads files of its base.
         if [record.kind for record in records] != [kind]:
             kinds = ", ".join(_class_name(record.kind) for record in records)
