@@ -227,10 +227,11 @@ def test_states_of_another_form(backend):
     assert resumable(cache, 0) == [0, 2, 3]
 
 
+@pytest.mark.one_backend(name="torch")
 def test_arrays_of_another_framework():
+    torch = pytest.importorskip("torch")
     cache = make(NUMPY)
     begin(cache, {0: 1})
-    torch = pytest.importorskip("torch")
     with pytest.raises(DTypeError, match=r"array 0 of a state must be an array of numpy:cpu"):
         cache.put_states(torch.ones(1, 2))
     cache = make("torch")
@@ -417,6 +418,7 @@ def test_every_pass_has_room_whatever_is_kept():
 # Snapshots.
 
 
+@pytest.mark.cross_backend
 def test_a_snapshot_goes_to_every_backend(backend, tmp_path):
     cache = make("torch")
     if "bfloat16" not in backend.dtypes:
@@ -485,7 +487,9 @@ def test_rows_of_another_form_are_not_restored():
     assert cache.next_position(1) == 0
 
 
+@pytest.mark.one_backend(name="mlx")
 def test_a_dtype_that_the_backend_lacks_is_not_restored():
+    pytest.importorskip("mlx")
     source = make("numpy")
     begin(source, {0: 1})
     source.put_states(NUMPY.from_host(np.ones((1, 2)), "float8_e5m2"))
