@@ -164,7 +164,8 @@ class PrefixCache:
                 self._begin(request, now, points)
                 return Session(request, prompt, self.lock, self._end, self._dropped)
         except BaseException:
-            if request is not None:  # begun, before Ctrl-C was let through
+            if request is not None and request in self._active:  # before Ctrl-C was let through
+                self._count(request, -1)
                 self._end(request, store=False)
             raise
 
@@ -195,9 +196,13 @@ class PrefixCache:
             raise
         request.hit = hit
         self._active.add(request)
-        self._sessions += 1
-        self._tokens += ids.size
-        self._matched += matched
+        self._count(request, 1)
+
+    def _count(self, request: Request, sessions: int) -> None:
+        """Add a request to the totals, or take it back with -1; before its tokens change."""
+        self._sessions += sessions
+        self._tokens += sessions * len(request.known)
+        self._matched += sessions * request.hit.matched
 
     def _end(self, request: Request, store: bool) -> None:
         """Release a request, after storing its tokens if `store`. Ending it again does nothing."""

@@ -33,6 +33,7 @@ PUBLIC = [
     "NewerFileError",
     "NotSupportedError",
     "PrefixCache",
+    "RecurrentCache",
     "RoPEShift",
     "RotatingKVCache",
     "ShapeError",
@@ -55,8 +56,8 @@ PUBLIC = [
 # What models, runners and caches of other packages may use of a cache.
 CACHE = """
 backend can_trim capture check_not_exported check_rollback check_trim checkpoint copy dtype
-export_state from_layer growths import_state kind len load make mask nbytes offset options positions
-reset restore restore_rows rewound rollback save savepoint schedule snapshot state to_backend
+export_state from_layer growths import_state kind last_trimmable len load make mask nbytes offset
+options positions reset restore restore_rows rewound rollback save savepoint schedule snapshot state to_backend
 to_layer trim update visibility
 """.split()
 ROTATING = ["keep", "max_size"]
