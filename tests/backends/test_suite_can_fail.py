@@ -458,6 +458,7 @@ def test_a_backend_may_leave_the_hooks_for_several_arrays_to_their_defaults():
     assert {result.outcome for result in run_suite(Plain())} == {"passed", "missing"}
 
 
+@pytest.mark.slow
 def test_every_check_finds_something():
     """A check that no fault makes fail might as well be missing."""
     checks = {check.name for check in all_checks()}

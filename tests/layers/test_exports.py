@@ -57,8 +57,8 @@ PUBLIC = [
 CACHE = """
 backend can_trim capture check_not_exported check_rollback check_trim checkpoint copy dtype
 export_state from_layer growths import_state kind last_trimmable len load make mask nbytes offset
-options positions reset restore restore_rows rewound rollback save savepoint schedule snapshot state to_backend
-to_layer trim update visibility
+options positions reset restore restore_rows rewound rollback save savepoint schedule snapshot
+state to_backend to_layer trim update visibility
 """.split()
 ROTATING = ["keep", "max_size"]
 BACKEND = """

@@ -31,6 +31,7 @@ def prompts(chance, count):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "parts"), [(8_000, [{}]), (2_000, [{"window": 3}, {}])])
 def test_ten_thousand_sessions_add_up(count, parts):
     """Some of which fail, some two at a time."""

@@ -82,6 +82,7 @@ def check_told(sessions, samples, **options):
     assert 0.9 * budget < told[-1] <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "budget"), [("lru", 0), *((name, 8_000) for name in POLICIES)])
 def test_tenants_and_images_that_never_come_back(name, budget):
     check_told(700, 2, budget=budget, index_budget=1_000_000, policy=name)

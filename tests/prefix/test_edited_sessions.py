@@ -442,8 +442,9 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     talks=st.lists(
         st.tuples(st.integers(1, 12), st.lists(STEP, max_size=6)), min_size=1, max_size=3

@@ -98,6 +98,7 @@ def cut(ids, length):
     return ids[: inside[0] if inside else length]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits", [{}, {"window": 3}, {"chunk": 4}], ids=["full", "window", "chunk"]
 )

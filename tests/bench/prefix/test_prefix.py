@@ -18,13 +18,14 @@ from kvcache.bench.prefix.run import (
 )
 from kvcache.prefix.policies import POLICIES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def measured():
     return run_prefix(prompts=2, users=3, spans=50, rounds=2)
 
 
-@pytest.mark.slow
 def test_everything_is_measured(measured):
     names = [timing.name for timing in measured.timings]
     lookups = [promised.MATCH, promised.FOLLOW, promised.INSERT, promised.EXTEND]
@@ -85,7 +86,6 @@ def test_all_spans_of_a_full_index_may_go(name):
     assert (index.evictions, index.nbytes) == (20, 0)
 
 
-@pytest.mark.slow
 def test_progress_counts_to_the_end():
     seen = []
     run_prefix(1, 3, 4, rounds=2, progress=lambda *what: seen.append(what))
@@ -152,7 +152,6 @@ def test_the_table_shows_every_figure_in_80_columns():
     assert any(line.startswith("Targets: 1 of 2 hold") for line in lines)
 
 
-@pytest.mark.slow
 def test_command(tmp_path):
     testing = pytest.importorskip("typer.testing")
     from kvcache.cli import app

@@ -314,6 +314,7 @@ def test_names():
         make_policy(LRU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_nobody_waits_long_for_an_eviction(name):
     """Seconds of this thread alone; `kvcache bench prefix` measures five times as many spans."""
