@@ -166,12 +166,12 @@ def test_prompts_are_checked(model):
 @pytest.mark.model
 @pytest.mark.parametrize("window", [None, 12])
 def test_eight_real_prompts(smollm2, story, window):
-    """Of few tokens where a step is slow, and of three lengths, for each of which JAX compiles.
+    """Fewer, of few tokens, where a step is slow; of three lengths, for each of which JAX compiles.
 
     MLX multiplies float32 matrices on one core, unvectorised, on Linux.
     """
-    prompts = [story[i : i + 4 + 7 * (i % 3)] for i in range(8)]
-    count = 3 if smollm2.backend.name in {"jax", "mlx"} else 12
-    requests, _ = served(smollm2, prompts, [count] * 8, capacity=64, window=window)
+    number, count = (3, 3) if smollm2.backend.name in {"jax", "mlx"} else (8, 12)
+    prompts = [story[i : i + 4 + 7 * (i % 3)] for i in range(number)]
+    requests, _ = served(smollm2, prompts, [count] * number, capacity=64, window=window)
     expected = [alone(smollm2, prompt, count, window) for prompt in prompts]
     assert [request.generated for request in requests] == expected
