@@ -60,7 +60,8 @@ class Reference:
         if self.instead is not None and _is(world, self.instead):
             return self.instead
         late = moments.struck in DONE_BEFORE_FREE or moments.strike is send_signal
-        return self.after if late and _is(world, self.after) else self.before
+        tells = self.after.state != self.before.state  # or both would be what is seen
+        return self.after if late and tells and _is(world, self.after) else self.before
 
 
 def course(scenario, place, step):
