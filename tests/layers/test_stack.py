@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from kvcache import KVCache, LayerCaches, RotatingKVCache, TrimError
+from kvcache import KVCache, LayerCaches, RotatingKVCache, StateCache, TrimError
 
 from .oracle import fingerprint
 
@@ -121,3 +121,28 @@ def test_snapshot_restore_and_files(tmp_path):
     assert target.offset == 5
     for one, other in zip(stack, target, strict=True):
         np.testing.assert_array_equal(one.state[0], other.state[0])
+
+
+def test_the_last_position_that_all_layers_can_go_back_to():
+    stack = filled(KVCache("numpy"), RotatingKVCache(8, backend="numpy"))
+    assert [stack.last_trimmable(limit) for limit in (0, 3, 5, 9)] == [0, 3, 5, 5]
+    stack = filled(KVCache("numpy"), RotatingKVCache(4, backend="numpy"))  # it has turned
+    assert [stack.last_trimmable(limit) for limit in (4, 5, 6)] == [0, 5, 5]
+    states = [StateCache("numpy"), StateCache("numpy"), KVCache("numpy")]
+    for cache, points in zip(states, [(2, 3), (2, 4), ()], strict=False):
+        cache.schedule(points)
+    for position in range(5):
+        states[0].advance(1, np.ones((1, 2), np.float32))
+        states[1].advance(1, np.ones((1, 2), np.float32))
+        states[2].update(rows(position), rows(position))
+    stack = LayerCaches(states)
+    assert [stack.last_trimmable(limit) for limit in (1, 2, 3, 4, 5)] == [0, 2, 2, 2, 5]
+    assert LayerCaches([]).last_trimmable(3) == 3
+
+
+def test_what_it_is_in_words():
+    stack = filled(KVCache("numpy"), RotatingKVCache(8, backend="numpy"))
+    assert repr(stack) == "<LayerCaches 2 of KVCache, RotatingKVCache, offset=5>"
+    stack[0].update(rows(5), rows(5))
+    assert repr(stack) == "<LayerCaches 2 of KVCache, RotatingKVCache, offset=5, 6>"
+    assert repr(LayerCaches([])) == "<LayerCaches 0 of none, offset=0>"

@@ -278,7 +278,7 @@ def test_a_reserve_pass_works_and_stores_nothing():
         ),
         (output(2)[0], output(2), ShapeError, "frames"),
         (output(2), output(2).astype(np.float16), DTypeError, "values must be float32 arrays"),
-        (output(2), None, DTypeError, "values must be float32 arrays"),
+        (output(2), None, DTypeError, r"values must be float32 arrays .* got None\. Put both\.$"),
         (output(2, frames=6), output(2), ShapeError, "frames"),
     ],
 )
@@ -299,7 +299,7 @@ def test_what_else_is_refused():
     with pytest.raises(ValueError, match="max_sequences must be >= 1; got 0"):
         cache.init("numpy", max_sequences=0)
     cache.init("numpy", max_sequences=2)
-    with pytest.raises(KVCacheError, match="set_config comes before init"):
+    with pytest.raises(KVCacheError, match=r"^set_config comes before init\. Make a new cache\.$"):
         cache.set_config(CacheConfig())
     with pytest.raises(KVCacheError, match="Call start_forward first"):
         cache.get()
@@ -483,3 +483,20 @@ def test_any_number_of_images():
     cache.start_forward(Batch([count], [0], [0]))
     cache.put(output(7), output(-7))
     assert got(cache.copy(), 0) == 7
+
+
+def test_what_to_do_is_said():
+    cache = make()
+    with pytest.raises(
+        KVCacheError, match=r"^put and get belong to a pass\. Call start_forward fi"
+    ):
+        cache.get()
+    cache.start_forward(Batch([0], [1]))
+    with pytest.raises(KVCacheError) as raised:
+        cache.get()
+    assert str(raised.value) == (
+        "layer 0 of sequence 1 holds no encoder output. "
+        "Put it in a pass whose batch names its multimodal token."
+    )
+    with pytest.raises(KVCacheError, match=r"^a cache is sized first\. Call init\.$"):
+        EncoderCache().next_position(0)

@@ -199,3 +199,40 @@ def test_layer_types_and_prefix_arguments(backend):
     with pytest.raises(TypeError, match="the start of a medium must be an integer"):
         prefix.session([1, 2], media={(0.0, 1): "image"})
     assert prefix.stats.active == 0
+
+
+def sized(cache):
+    cache.init("numpy", max_sequences=2, capacity=8, max_batch=8)
+    return cache
+
+
+NAMED = {
+    "allocate": ("layers", filled, lambda cache, bad: cache.allocate(bad, 2, 3)),
+    "plan": ("tokens", filled, lambda cache, bad: cache.plan(tokens=bad)),
+    "next_position": ("sequence", filled, lambda cache, bad: cache.next_position(bad)),
+    "schedule of": ("sequence", filled, lambda cache, bad: cache.schedule(bad, [20])),
+    "schedule": ("positions", filled, lambda cache, bad: cache.schedule(0, bad)),
+}
+NAMED_BY_ENCODERS = {
+    "set_layer": ("layer", lambda cache, bad: cache.set_layer(bad)),
+    "can_resume": ("position", lambda cache, bad: cache.can_resume(0, bad)),
+    "can_resume of": ("sequence", lambda cache, bad: cache.can_resume(bad, 0)),
+    "schedule of": ("sequence", lambda cache, bad: cache.schedule(bad, [20])),
+    "schedule": ("positions", lambda cache, bad: cache.schedule(0, bad)),
+}
+NAMED |= {
+    f"encoder, {name}": (argument, lambda: sized(EncoderCache()), call)
+    for name, (argument, call) in NAMED_BY_ENCODERS.items()
+}
+NAMED["wrapper, schedule"] = (
+    "positions",
+    lambda: sized(WrapperCache(CausalCache())),
+    lambda cache, bad: cache.schedule(0, bad),
+)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_argument_is_named(name):
+    argument, make_cache, call = NAMED[name]
+    with pytest.raises(TypeError, match=rf"^{argument} must be a[ n]"):
+        call(make_cache(), 1.5)

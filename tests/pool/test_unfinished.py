@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -406,6 +407,44 @@ def test_ctrl_c_while_a_pass_begins(monkeypatch, tokens, name):
     check_table(peek.table(cache))
     for position in range(6, 10):
         assert run(cache, [position] * 2, [0, 1]) == run(twin, [position] * 2, [0, 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("name", ["evict", "insert", "span", "_append", "_choose"])
+def test_a_pass_that_fails_as_it_begins_never_came(monkeypatch, tokens, name):
+    """Every step of the table, just before it and just after."""
+    for late in (False, True):
+        cache, twin = (make(window=3, max_sequences=2, max_batch=3) for _ in range(2))
+        for each in (cache, twin):
+            for position in range(6):
+                run(each, [position] * 2, [0, 1])
+        with monkeypatch.context() as patch:
+            calls = fails(patch, peek.table(cache), name, late)
+            with suppress(MemoryError):
+                cache.start_forward(Batch(range(6, 6 + tokens), [0] * tokens))
+        if not calls:
+            continue  # a pass of so many tokens takes another way
+        assert looks(cache) == looks(twin)
+        assert peek.table(cache).free == peek.table(twin).free
+        check_table(peek.table(cache))
+        for position in range(6, 10):
+            assert run(cache, [position] * 2, [0, 1]) == run(twin, [position] * 2, [0, 1])
+
+
+def fails(patch, owner, name, late):
+    """Let the first call of this function fail, `late` after its work; list the calls."""
+    real, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(name)
+        if len(calls) > 1:
+            return real(*args, **kwargs)
+        if late:
+            real(*args, **kwargs)
+        raise MemoryError
+
+    patch.setattr(owner, name, call)
+    return calls
 
 
 @pytest.mark.parametrize("change", ["remove", "middle", "copy", "restore", "abort"])

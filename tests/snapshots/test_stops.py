@@ -175,3 +175,27 @@ def test_a_file_is_bound_to_ids_that_are_ids(tmp_path):
     with pytest.raises(ValueError, match="token ids are >= 0; got -1"):
         Snapshot.load(path, tokens=[-1])
     assert Snapshot.load(path, tokens=np.array([1, 2, 3, 4])).stop == 4
+
+
+def test_an_empty_snapshot_of_the_same_caches():
+    stack = LayerCaches([KVCache("numpy"), RotatingKVCache(6, backend="numpy")])
+    for cache in stack:
+        feed(cache, NUMPY, 0, 9)
+    with stack.snapshot() as snapshot:
+        empty = snapshot.empty_like(9, 12)
+        assert (empty.start, empty.stop, empty.nbytes) == (9, 12, 0)
+        assert empty.specs == snapshot.specs
+        assert [part.rows.positions.tolist() for part in empty.parts] == [[], []]
+        assert snapshot.nbytes, "it stays as it is"
+        assert repr(empty) == "<Snapshot [9, 12) of kv, rotating, 0 bytes, host>"
+        nbytes = snapshot.nbytes
+        assert repr(snapshot) == f"<Snapshot [0, 9) of kv, rotating, {nbytes} bytes, resident>"
+
+
+def test_snapshots_behind_the_stop_are_left_out():
+    cache = KVCache("numpy")
+    feed(cache, NUMPY, 0, 8)
+    first, second = cache.snapshot().split(4)
+    fresh = KVCache("numpy")
+    with pytest.raises(ValueError, match=r"\[4, 8\); got 4\. Leave out snapshots behind it\.$"):
+        fresh.restore(first, second, stop=4)
