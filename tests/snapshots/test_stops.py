@@ -199,3 +199,25 @@ def test_snapshots_behind_the_stop_are_left_out():
     fresh = KVCache("numpy")
     with pytest.raises(ValueError, match=r"\[4, 8\); got 4\. Leave out snapshots behind it\.$"):
         fresh.restore(first, second, stop=4)
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_union_has_the_rows_of_both_within_its_span(closing):
+    def ring(stop):
+        cache = RotatingKVCache(6, backend="numpy")
+        feed(cache, NUMPY, 0, stop)
+        return cache.snapshot()
+
+    def positions(snapshot):
+        return snapshot.parts[0].rows.positions.tolist()
+
+    late, other = ring(11), ring(8)
+    first, rest = late.split(3)
+    second, third = rest.split(7)
+    assert [positions(part) for part in (first, second, third)] == [[], [5, 6], [7, 8, 9, 10]]
+    both = second.union(other) if closing else second.united(other)
+    assert (both.start, both.stop, positions(both)) == (3, 7, [3, 4, 5, 6])
+    left = [positions(second), positions(other)]
+    assert left == ([[], []] if closing else [[5, 6], [2, 3, 4, 5, 6, 7]])
+    [keys, _] = both.parts[0].rows.host_copies()[0]
+    assert keys.data.ravel().tolist() == [3, 4, 5, 6]
