@@ -18,7 +18,7 @@ from .console import BackendName, check_folder, notes
 from .models import load_model
 
 if TYPE_CHECKING:
-    from kvcache.reference.llama.chat import Chat, Conversation, Turn
+    from kvcache.reference.chat import Chat, Conversation, Turn
     from kvcache.reference.llama.tokenizer import Tokenizer
 
 
@@ -82,7 +82,7 @@ def chat(
     make_policy(policy)
     check_folder("--tree", tree)
     llama, tokenizer = load_model(model, target)
-    from kvcache.reference.llama.chat import Chat, Conversation
+    from kvcache.reference.chat import Chat, Conversation
 
     talk = Chat(
         llama,
@@ -129,7 +129,7 @@ def _turn(
     talk: Chat, conversation: Conversation, tokenizer: Tokenizer, text: str, max_tokens: int
 ) -> Turn:
     """Print the answer to `text` and its costs; return them."""
-    from kvcache.reference.llama.chat import Turn
+    from kvcache.reference.chat import Turn
 
     turn, stream = Turn(conversation.ask(text)), tokenizer.stream()
     for token in talk.reply(turn, max_tokens):

@@ -43,7 +43,7 @@ _LAYER_KINDS: dict[CacheKind, LayerKind] = {
 
 @dataclass
 class PoolOptions:
-    """Options of a pool, as :class:`~kvcache.reference.llama.server.Server` takes them."""
+    """Options of a pool, as :class:`~kvcache.reference.server.Server` takes them."""
 
     max_sequences: int
     capacity: int
@@ -266,7 +266,7 @@ def _generate_in_pool(
     eos_id: int | None,
 ) -> None:
     """Decode all prompts in one pool; print each text when it is complete."""
-    from kvcache.reference.llama.server import Server
+    from kvcache.reference.server import Server
 
     def note(line: str) -> None:
         notes.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)

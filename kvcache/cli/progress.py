@@ -13,7 +13,7 @@ from kvcache.backends import Backend, nbytes
 
 if TYPE_CHECKING:
     from kvcache.reference.llama.model import Llama
-    from kvcache.reference.llama.server import Request, Server
+    from kvcache.reference.server import Request, Server
 
 
 class Stopwatch:

@@ -8,6 +8,9 @@ The same weights give the same tokens on every backend, with every cache and wit
                no more
 ``whisper``    an encoder-decoder, from speech to text; needs ``pip install 'kvcache[audio]'``
 ``dit``        a small diffusion transformer and toy data for it; needs a backend and no more
+``chat``       conversations with a decoder, through a prefix cache
+``server``     continuous batching with a decoder
+``template``   chat templates, in a process of their own
 ``errors``     errors of model files and recordings
 
 Each package lists its modules. Import from the modules: the packages re-export nothing, so that

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
+from kvcache.reference.template import render_template
 
 from .gguf import GGUFFile, Metadata
-from .template import render_template
 
 try:
     import jinja2  # noqa: F401 - for chat templates, in a process of their own

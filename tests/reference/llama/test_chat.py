@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
-from kvcache.reference.llama.chat import Chat, Conversation, Turn, pieces
+from kvcache.reference.chat import Chat, Conversation, Turn, pieces
 from kvcache.reference.llama.generate import generate, make_caches
 from kvcache.reference.llama.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ import kvcache
 from kvcache import RoPEShift
 from kvcache.reference.llama.generate import generate, make_caches
 from kvcache.reference.llama.model import Llama
-from kvcache.reference.llama.server import Server
+from kvcache.reference.server import Server
 
 LENGTHS = [3, 11, 1, 6, 17, 2, 9, 5]
 PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in LENGTHS]

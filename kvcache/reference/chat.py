@@ -16,10 +16,10 @@ from kvcache.prefix import PrefixCache, Session
 from kvcache.prefix.arguments import check_text
 from kvcache.prefix.radix import as_tokens
 
-from .generate import generate, make_caches
-from .model import Llama
-from .pooled import PassPart, PooledPass
-from .tokenizer import Tokenizer
+from .llama.generate import generate, make_caches
+from .llama.model import Llama
+from .llama.pooled import PassPart, PooledPass
+from .llama.tokenizer import Tokenizer
 
 __all__ = ["Chat", "Conversation", "Turn"]
 

@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 
 from kvcache import CacheFullError, CausalCache, RoPEShift
 
-from .model import Llama
-from .pooled import PassPart, PooledPass
+from .llama.model import Llama
+from .llama.pooled import PassPart, PooledPass
 
 __all__ = ["Request", "Server"]
 
