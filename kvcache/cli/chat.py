@@ -15,11 +15,11 @@ import kvcache
 from kvcache.prefix.policies import make_policy
 
 from .console import BackendName, check_folder, notes
-from .models import load_model
+from .models import ModelPath, load_model
 
 if TYPE_CHECKING:
     from kvcache.reference.chat import Chat, Conversation, Turn
-    from kvcache.reference.llama.tokenizer import Tokenizer
+    from kvcache.reference.tokenizer import Tokenizer
 
 
 class ChatCache(StrEnum):
@@ -64,10 +64,7 @@ def chat(
     tree: Annotated[
         Path | None, typer.Option(help="Draw the tree of stored prefixes to this SVG at the end.")
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A GGUF file of llama architecture; default: SmolLM2-135M-Instruct."),
-    ] = None,
+    model: ModelPath = None,
 ) -> None:
     """Talk to a real model; every turn reuses the computation of the turns before.
 
@@ -81,11 +78,11 @@ def chat(
     target.dtype(dtype)
     make_policy(policy)
     check_folder("--tree", tree)
-    llama, tokenizer = load_model(model, target)
+    decoder, tokenizer = load_model(model, target)
     from kvcache.reference.chat import Chat, Conversation
 
     talk = Chat(
-        llama,
+        decoder,
         cache.value,
         max_size=max_size,
         keep=keep,

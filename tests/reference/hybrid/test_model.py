@@ -5,7 +5,7 @@ import pytest
 
 import kvcache
 from kvcache.errors import BoundsError, ShapeError, TrimError
-from kvcache.reference.hybrid.generate import generate
+from kvcache.reference.generate import generate
 from kvcache.reference.hybrid.model import Hybrid
 
 from .conftest import load
@@ -192,7 +192,7 @@ def test_settings_of_newer_versions(write_checkpoint, tiny_numpy):
 
 
 def test_keys_and_values_of_half_precision(tiny, expected):
-    caches = tiny.make_caches("bfloat16")
+    caches = tiny.make_caches(dtype="bfloat16")
     every = in_pieces(tiny, IDS, caches, [35, 35])
     assert caches[1].dtype == "bfloat16"
     assert caches[0].dtype == ("float32", "float32")
