@@ -72,6 +72,9 @@ def chat(
     with and without that. One line of input is one turn; the end of the input, or /quit, ends it.
 
     Many turns from a file: [bold]kvcache chat --backend torch --cache rotating < turns.txt[/]
+
+    With a small hybrid: [bold]python -m kvcache.reference.hybrid.train small-hybrid[/], and then
+    [bold]kvcache chat --model small-hybrid[/]
     """
     target = kvcache.get_backend(backend)
     # What is wrong raises now, and not after loading or at the end.
@@ -141,7 +144,8 @@ def _described(turn: Turn) -> str:
     line = (
         f"{turn.reused} of {len(turn.prompt)} tokens reused, first token after {turn.seconds:.3f} s"
     )
-    if turn.cold_seconds is not None:
+    # Where nothing was reused, both computed the same: the times tell of the first one's start.
+    if turn.cold_seconds is not None and turn.reused:
         ratio = turn.cold_seconds / turn.seconds
         line += f"; without reuse {turn.cold_seconds:.3f} s, {ratio:.1f} times as long"
     return line

@@ -2,14 +2,16 @@
 
 The same weights give the same tokens on every backend, with every cache and with none.
 
-``llama``      a decoder: GGUF files, tokenizer, generation, continuous batching, chat; needs
-               ``pip install 'kvcache[demo]'``
-``hybrid``     a decoder with recurrent layers, from transformers checkpoints; needs a backend and
-               no more
+``llama``      a decoder, from GGUF files; needs ``pip install 'kvcache[demo]'``
+``hybrid``     a decoder with recurrent layers, from transformers checkpoints; needs a backend, and
+               for text ``pip install 'kvcache[demo]'``
 ``whisper``    an encoder-decoder, from speech to text; needs ``pip install 'kvcache[audio]'``
 ``dit``        a small diffusion transformer and toy data for it; needs a backend and no more
-``chat``       conversations with a decoder, through a prefix cache
-``server``     continuous batching with a decoder
+``decoder``    the parts of a decoder that the next four use
+``generate``   greedy generation, a relay between backends
+``chat``       conversations through a prefix cache
+``server``     continuous batching
+``tokenizer``  text to token ids and back, chat templates
 ``template``   chat templates, in a process of their own
 ``errors``     errors of model files and recordings
 

@@ -5,6 +5,5 @@
 ``weights``    from the tensors of a file to the weights of the decoder
 ``gguf``       GGUF model files: configuration, metadata, tensors
 ``tokenizer``  byte-level BPE from the vocabulary in a GGUF file
-``generate``   greedy generation, the caches for it, a relay between backends
 ``pooled``     the decoder over a multi-sequence cache, one program per pass
 """

@@ -100,6 +100,19 @@ def test_greedy_tokens_without_caches(tiny_numpy, tiny_path):
     )
 
 
+def test_without_caches_lengths_repeat(tiny_numpy, monkeypatch):
+    """Or every one would be compiled by itself, where frameworks compile."""
+    run, shapes = Hybrid._run, []
+
+    def noting(self, ids, caches):
+        shapes.append(ids.shape)
+        return run(self, ids, caches)
+
+    monkeypatch.setattr(Hybrid, "_run", noting)
+    list(generate(tiny_numpy, [5] * 30, max_tokens=4))
+    assert shapes == [(1, 32)] * 3 + [(1, 64)]
+
+
 # States inside of a call.
 
 
