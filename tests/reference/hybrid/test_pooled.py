@@ -149,6 +149,29 @@ def test_what_is_refused_changes_nothing(tiny_numpy):
         tiny_numpy.make_pass(2, 20, 20, context_shift=True)
 
 
+@pytest.mark.parametrize("layer", range(4))
+def test_a_pass_that_fails_is_not_history(tiny_numpy, layer, monkeypatch):
+    forward = tiny_numpy.make_pass(2, 40, 40)
+    forward.cache.schedule(0, [5, 12])
+    forward(parts_of(forward.cache, {0: 8}))
+    mlp, calls = tiny_numpy.stages.mlp, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == layer + 1:
+            raise MemoryError
+        return mlp(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_numpy.stages, "mlp", failing)
+        with pytest.raises(MemoryError):
+            forward(parts_of(forward.cache, {0: 10, 1: 3}))
+    if layer < 3:  # behind the last one, the pass was complete
+        assert [forward.cache.next_position(sequence) for sequence in range(2)] == [8, 0]
+        check(tiny_numpy, logits(forward, parts_of(forward.cache, {0: 10, 1: 3})))
+    assert [p for p in range(1, 19) if forward.cache.can_resume(0, p)] == [5, 12, 18]
+
+
 def test_memory(tiny_numpy):
     forward = tiny_numpy.make_pass(2, 16, 16)
     forward(parts_of(forward.cache, {0: 3}))
