@@ -237,8 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = time.perf_counter() - started
             _say(f"step {done} of {steps}, {seconds:.0f} s: {loss:.2f} nats per character")
 
-    given.directory.mkdir(parents=True, exist_ok=True)  # a bad path raises now, and not at the end
-    model = train(steps=given.steps, seed=given.seed, progress=show)
+    try:
+        # A bad path raises now, and not at the end.
+        given.directory.mkdir(parents=True, exist_ok=True)
+        model = train(steps=given.steps, seed=given.seed, progress=show)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     algorithm = byte_tokenizer(SPECIAL)
     save_checkpoint(
         given.directory,

@@ -54,3 +54,14 @@ def test_the_command(tmp_path, capsys):
 def test_no_steps():
     with pytest.raises(ValueError, match="1 step or more; got 0"):
         training.train(steps=0)
+
+
+def test_bad_arguments(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments, says in (
+        ([str(tmp_path), "--steps", "0"], "1 step or more; got 0"),
+        ([str(tmp_path / "file")], "exists"),
+    ):
+        with pytest.raises(SystemExit):
+            training.main(arguments)
+        assert says in capsys.readouterr().err
