@@ -77,6 +77,7 @@ def test_a_directory(saved):
     assert tokenizer.decode(ids) == "<|user|>é<|end|><|assistant|>"
 
 
+@pytest.mark.slow
 @pytest.mark.cross_backend
 def test_transformers_reads_it(saved):
     transformers = pytest.importorskip("transformers", reason="needs the group peers")

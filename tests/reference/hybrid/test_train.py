@@ -29,6 +29,7 @@ def losses(steps, seed):
     return [report[2] for report in told]
 
 
+@pytest.mark.slow
 def test_it_learns():
     told = losses(12, seed=0)
     assert told[0] > 4.5  # of 260 tokens: log(260) is 5.6
@@ -39,6 +40,7 @@ def test_a_seed_gives_the_same_again():
     assert losses(2, seed=1) == losses(2, seed=1) != losses(2, seed=2)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     training.main([str(tmp_path / "small"), "--steps", "1"])
     said = capsys.readouterr().err
