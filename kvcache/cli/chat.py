@@ -15,11 +15,11 @@ import kvcache
 from kvcache.prefix.policies import make_policy
 
 from .console import BackendName, check_folder, notes
-from .models import load_model
+from .models import ModelPath, load_model
 
 if TYPE_CHECKING:
-    from kvcache.reference.llama.chat import Chat, Conversation, Turn
-    from kvcache.reference.llama.tokenizer import Tokenizer
+    from kvcache.reference.chat import Chat, Conversation, Turn
+    from kvcache.reference.tokenizer import Tokenizer
 
 
 class ChatCache(StrEnum):
@@ -64,10 +64,7 @@ def chat(
     tree: Annotated[
         Path | None, typer.Option(help="Draw the tree of stored prefixes to this SVG at the end.")
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A GGUF file of llama architecture; default: SmolLM2-135M-Instruct."),
-    ] = None,
+    model: ModelPath = None,
 ) -> None:
     """Talk to a real model; every turn reuses the computation of the turns before.
 
@@ -75,17 +72,20 @@ def chat(
     with and without that. One line of input is one turn; the end of the input, or /quit, ends it.
 
     Many turns from a file: [bold]kvcache chat --backend torch --cache rotating < turns.txt[/]
+
+    With a small hybrid: [bold]python -m kvcache.reference.hybrid.train small-hybrid[/], and then
+    [bold]kvcache chat --model small-hybrid[/]
     """
     target = kvcache.get_backend(backend)
     # What is wrong raises now, and not after loading or at the end.
     target.dtype(dtype)
     make_policy(policy)
     check_folder("--tree", tree)
-    llama, tokenizer = load_model(model, target)
-    from kvcache.reference.llama.chat import Chat, Conversation
+    decoder, tokenizer = load_model(model, target)
+    from kvcache.reference.chat import Chat, Conversation
 
     talk = Chat(
-        llama,
+        decoder,
         cache.value,
         max_size=max_size,
         keep=keep,
@@ -129,7 +129,7 @@ def _turn(
     talk: Chat, conversation: Conversation, tokenizer: Tokenizer, text: str, max_tokens: int
 ) -> Turn:
     """Print the answer to `text` and its costs; return them."""
-    from kvcache.reference.llama.chat import Turn
+    from kvcache.reference.chat import Turn
 
     turn, stream = Turn(conversation.ask(text)), tokenizer.stream()
     for token in talk.reply(turn, max_tokens):
@@ -144,7 +144,8 @@ def _described(turn: Turn) -> str:
     line = (
         f"{turn.reused} of {len(turn.prompt)} tokens reused, first token after {turn.seconds:.3f} s"
     )
-    if turn.cold_seconds is not None:
+    # Where nothing was reused, both computed the same: the times tell of the first one's start.
+    if turn.cold_seconds is not None and turn.reused:
         ratio = turn.cold_seconds / turn.seconds
         line += f"; without reuse {turn.cold_seconds:.3f} s, {ratio:.1f} times as long"
     return line

@@ -6,22 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import kvcache
 from kvcache.backends import Backend
+from kvcache.layers.base import LayerCache
 
 from .console import BackendName, notes, progress_bar
-from .models import load_models
-from .progress import Stopwatch, generation_table, pool_table
+from .models import ModelPath, load_models
+from .progress import Stopwatch, generation_table, pool_table, tokens_held
 
 if TYPE_CHECKING:
-    from kvcache.reference.llama.generate import CacheKind as LayerKind
-    from kvcache.reference.llama.model import Llama
-    from kvcache.reference.llama.tokenizer import Tokenizer
+    from kvcache.reference.decoder import Decoder, LayerKind
+    from kvcache.reference.tokenizer import Tokenizer
 
 
 class CacheKind(StrEnum):
@@ -37,13 +36,12 @@ class CacheKind(StrEnum):
 _LAYER_KINDS: dict[CacheKind, LayerKind] = {
     CacheKind.kv: "kv",
     CacheKind.rotating: "rotating",
-    CacheKind.none: "none",
 }
 
 
 @dataclass
 class PoolOptions:
-    """Options of a pool, as :class:`~kvcache.reference.llama.server.Server` takes them."""
+    """Options of a pool, as :class:`~kvcache.reference.server.Server` takes them."""
 
     max_sequences: int
     capacity: int
@@ -78,10 +76,7 @@ def generate(
         str, typer.Option(help="Dtype of the cache; the model computes in float32.")
     ] = "float32",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens at most.")] = 128,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A GGUF file of llama architecture; default: SmolLM2-135M-Instruct."),
-    ] = None,
+    model: ModelPath = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer the prompt with the model's chat template.")
     ] = False,
@@ -147,17 +142,13 @@ def generate(
     if pooled:
         _generate_in_pool(models[0], tokenizer, ids, pool, dtype, max_tokens, eos_id)
         return
-    from kvcache.reference.llama import generate as generation
+    from kvcache.reference import generate as generation
 
-    caches = generation.make_caches(
-        models[0].backend,
-        models[0].config,
-        _LAYER_KINDS[cache],
-        max_size=max_size,
-        keep=keep,
-        dtype=dtype,
-    )
-    if caches and relay_names:
+    caches = []
+    if cache in _LAYER_KINDS:
+        kind = _LAYER_KINDS[cache]
+        caches = list(models[0].make_caches(kind, max_size=max_size, keep=keep, dtype=dtype))
+    if relay_names:
         tokens = generation.relay(
             models,
             ids[0],
@@ -170,13 +161,18 @@ def generate(
         )
     else:
         tokens = generation.generate(
-            models[0], ids[0], caches, max_tokens, eos_id=eos_id, prefill_chunk=prefill_chunk
+            models[0],
+            ids[0],
+            caches or None,
+            max_tokens,
+            eos_id=eos_id,
+            prefill_chunk=prefill_chunk,
         )
     watch = Stopwatch(tokens)
     # Plain completion goes on in the same line; the prompt is text of the user, not markup.
     notes.print(prompts[0], style="dim", end="\n" if chat else "", markup=False, highlight=False)
     _print_text(watch, tokenizer)
-    notes.print(generation_table(backends, cache.value, caches or [], len(ids[0]), watch))
+    notes.print(generation_table(backends, cache.value, caches, len(ids[0]), watch))
 
 
 def _refuse_mixtures(
@@ -244,20 +240,22 @@ def _print_text(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
     print(flush=True)
 
 
-def _hand_over_note(caches: Sequence[kvcache.KVCache]) -> Callable[[Llama], None]:
+def _hand_over_note(caches: Sequence[LayerCache]) -> Callable[[Decoder], None]:
     """Return a function to note a hand-over of `caches`, a list changed in place by the relay."""
 
-    def note(model: Llama) -> None:
+    def note(model: Decoder) -> None:
         # On a terminal the text is on the same screen, in the middle of a line.
         line = "\n" if notes.is_terminal else ""
-        line += f"[{len(caches)} caches of {caches[0].len} tokens handed to {model.backend.spec}]"
+        line += (
+            f"[{len(caches)} caches of {tokens_held(caches)} tokens handed to {model.backend.spec}]"
+        )
         notes.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     return note
 
 
 def _generate_in_pool(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     pool: PoolOptions,
@@ -266,7 +264,7 @@ def _generate_in_pool(
     eos_id: int | None,
 ) -> None:
     """Decode all prompts in one pool; print each text when it is complete."""
-    from kvcache.reference.llama.server import Server
+    from kvcache.reference.server import Server
 
     def note(line: str) -> None:
         notes.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -294,4 +292,4 @@ def _generate_in_pool(
             for request in finished:
                 left.remove(request)
                 print(f"[{request.number}] {tokenizer.decode(request.generated)}", flush=True)
-    notes.print(pool_table(model, server, requests, dtype, time.perf_counter() - started))
+    notes.print(pool_table(model.backend, server, requests, dtype, time.perf_counter() - started))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 import kvcache
-from kvcache.backends import Backend, nbytes
+from kvcache.backends import Backend
+from kvcache.layers.base import LayerCache
 
 if TYPE_CHECKING:
-    from kvcache.reference.llama.model import Llama
-    from kvcache.reference.llama.server import Request, Server
+    from kvcache.reference.server import Request, Server
 
 
 class Stopwatch:
@@ -47,33 +47,51 @@ class Stopwatch:
 def generation_table(
     backends: Sequence[Backend],
     kind: str,
-    caches: Sequence[kvcache.KVCache],
+    caches: Sequence[LayerCache],
     prompt_tokens: int,
     watch: Stopwatch,
 ) -> Table:
     """Return times and sizes of one generation through per-layer caches, or through none."""
     table = Table.grid(padding=(0, 2))
     table.add_row("backend", ", ".join(backend.spec for backend in backends))
-    # The dtype is that of all caches, so it stands there once; without caches, not at all.
-    table.add_row("cache", ", ".join([kind, *{str(cache.dtype) for cache in caches}]))
+    # Layers of one kind share a dtype, so each stands there once; without caches, none does.
+    table.add_row("cache", ", ".join([kind, *_dtypes(caches)]))
     table.add_row("prompt", f"{prompt_tokens} tokens, {watch.first - watch.started:.2f} s")
     table.add_row("generated", f"{watch.count} tokens, {watch.rate} tokens/s")
     if caches:
-        held = f"{_size(sum(cache.nbytes for cache in caches))} for {caches[0].len} tokens"
-        table.add_row("held", f"{held}, {sum(cache.growths for cache in caches)} growths")
+        held = f"{_size(sum(cache.nbytes for cache in caches))} for {tokens_held(caches)} tokens"
+        growths = sum(cache.growths for cache in _with_tokens(caches))
+        table.add_row("held", f"{held}, {growths} growths")
     return table
 
 
+def tokens_held(caches: Sequence[LayerCache]) -> int:
+    """Return how many tokens the layers with keys and values hold; all seen if there is none."""
+    return next((cache.len for cache in _with_tokens(caches)), caches[0].offset)
+
+
+def _with_tokens(caches: Sequence[LayerCache]) -> list[kvcache.KVCache]:
+    return [cache for cache in caches if isinstance(cache, kvcache.KVCache)]
+
+
+def _dtypes(caches: Sequence[LayerCache]) -> list[str]:
+    """Return the dtypes of the caches, each once."""
+    dtypes = (cache.dtype for cache in caches)
+    # A state has a dtype for each of its arrays; an empty cache may have none yet.
+    named = (d if isinstance(d, tuple) else (str(d),) for d in dtypes if d is not None)
+    return list(dict.fromkeys(dtype for names in named for dtype in names))
+
+
 def pool_table(
-    model: Llama, server: Server, requests: Sequence[Request], dtype: str, seconds: float
+    backend: Backend, server: Server, requests: Sequence[Request], dtype: str, seconds: float
 ) -> Table:
     """Return times and sizes of the generation of several requests in one pool."""
-    config, cells = model.config, server.cells
     generated = sum(len(request.generated) for request in requests)
-    size = nbytes((config.layers, 2, cells, config.kv_heads, config.head_dim), dtype)
     table = Table.grid(padding=(0, 2))
-    table.add_row("backend", model.backend.spec)
-    table.add_row("cache", f"pool, {dtype}, {_size(size)} for {cells:,} tokens")
+    table.add_row("backend", backend.spec)
+    table.add_row(
+        "cache", f"pool, {dtype}, {_size(server.forward.nbytes)} for {server.cells:,} tokens"
+    )
     table.add_row("generated", f"{generated} tokens, {generated / seconds:.1f} tokens/s")
     table.add_row("passes", f"{server.passes} for {len(requests)} prompts")
     ends = [f"{request.number} {request.finish}" for request in requests]

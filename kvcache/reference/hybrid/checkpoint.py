@@ -46,6 +46,17 @@ class Checkpoint:
             raise self._damaged(name, "it is no JSON object")
         return value
 
+    def has(self, name: str) -> bool:
+        """Return whether the directory has something of this name."""
+        return (self.path / name).exists()
+
+    def text(self, name: str) -> str:
+        """Read a file of UTF-8 text. Raises: ModelFileError."""
+        try:
+            return self.bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(name, error) from error
+
     def bytes(self, name: str) -> bytes:
         """Read a file of the directory. Raises: ModelFileError."""
         try:
@@ -69,7 +80,7 @@ class Checkpoint:
 
     def _files(self) -> list[str]:
         """Return the names of the files with tensors."""
-        if not (self.path / _INDEX).exists():
+        if not self.has(_INDEX):
             return [_SINGLE]
         places = self.json(_INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):

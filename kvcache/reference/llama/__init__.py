@@ -4,10 +4,6 @@
 ``blocks``     its computation, as pure functions
 ``weights``    from the tensors of a file to the weights of the decoder
 ``gguf``       GGUF model files: configuration, metadata, tensors
-``template``   chat templates, in a process of their own
 ``tokenizer``  byte-level BPE from the vocabulary in a GGUF file
-``generate``   greedy generation, the caches for it, a relay between backends
 ``pooled``     the decoder over a multi-sequence cache, one program per pass
-``server``     continuous batching over ``pooled``
-``chat``       conversations through a prefix cache
 """

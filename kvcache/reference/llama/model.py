@@ -12,13 +12,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvcache import CausalCache, KVCache, LayerCaches, RoPEShift, RotatingKVCache
 from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ShapeError
 from kvcache.reference._progress import Progress
 from kvcache.reference._tokens import checked_ids
+from kvcache.reference.decoder import LayerKind, check_kind
 
 from .blocks import LlamaBlocks
 from .gguf import GGUFFile, LlamaConfig
+from .pooled import PooledPass
 from .weights import Weights, load_weights
 
 __all__ = ["LayerCache", "Llama"]
@@ -71,6 +74,52 @@ class Llama:
         Raises: UnsupportedModelError, ModelFileError.
         """
         return cls(file.config, load_weights(file, backend.from_host, progress), backend)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def make_caches(
+        self,
+        kind: LayerKind = "kv",
+        *,
+        max_size: int = 4096,
+        keep: int = 0,
+        dtype: str = "float32",
+    ) -> LayerCaches[KVCache]:
+        """Make the empty cache of each layer; see :meth:`Decoder.make_caches`."""
+        check_kind(kind)
+        self.backend.dtype(dtype)
+        if kind == "kv":
+            return LayerCaches(
+                KVCache(self.backend, dtype=dtype) for _ in range(self.config.layers)
+            )
+        return LayerCaches(
+            RotatingKVCache(max_size, keep, self.backend, dtype=dtype)
+            for _ in range(self.config.layers)
+        )
+
+    def make_pass(
+        self,
+        max_sequences: int,
+        capacity: int,
+        max_batch: int,
+        *,
+        dtype: str = "float32",
+        window: int | None = None,
+        context_shift: bool = False,
+    ) -> PooledPass:
+        """Make a cache of many sequences and a pass over it; see :meth:`Decoder.make_pass`."""
+        shift = RoPEShift(self.weights.inverse_frequencies) if context_shift else None
+        cache = CausalCache(window=window, shift=shift)
+        cache.init(
+            self.backend,
+            dtype,
+            max_sequences=max_sequences,
+            capacity=capacity,
+            max_batch=max_batch,
+        )
+        return PooledPass(self, cache, dtype)
 
     def __call__(
         self,

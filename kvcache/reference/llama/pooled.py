@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from kvcache import Batch, CausalCache, functional
-from kvcache.backends import Array, HostArray
+from kvcache.backends import Array, HostArray, nbytes
 from kvcache.errors import ShapeError
 from kvcache.functional import ForwardPlan, PoolState
+from kvcache.reference.decoder import PassPart
 
-from .model import Llama
 from .weights import Layer
+
+if TYPE_CHECKING:
+    from .model import Llama
 
 DeviceWeights: TypeAlias = tuple[Array, tuple[Layer, ...], Array, Array]
 """Embedding, layers, norm and head: the arguments of a program that are the same in each pass."""
 
 
-class PassPart(NamedTuple):
-    """Tokens of one sequence in a forward pass."""
-
-    sequence: int
-    start: int
-    """Position of the first token."""
-    ids: list[int]
-    last: bool
-    """True if the pass is to return the token after them."""
-
-
 class PooledPass:
     """A forward pass of the model over a pool."""
+
+    any_length = True  # where each length is compiled by itself, passes are padded to few
 
     def __init__(self, model: Llama, cache: CausalCache, dtype: str) -> None:
         """Allocate the layers of `cache`, initialised with `dtype` before."""
@@ -44,6 +38,16 @@ class PooledPass:
         self._step = model.backend.compile(self._apply, donate=[0])
         weights = model.weights
         self._weights = weights.embedding, weights.layers, weights.norm, weights.head
+
+    @property
+    def cells(self) -> int:
+        return self.cache.cells
+
+    @property
+    def nbytes(self) -> int:
+        config = self.model.config
+        shape = (config.layers, 2, self.cells, config.kv_heads, config.head_dim)
+        return nbytes(shape, self._dtype)
 
     def __call__(self, parts: Sequence[PassPart]) -> list[int]:
         """Feed `parts`; return the next token of each part with `last` set.

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+# First, because importing it says how to install tokenizers where it is missing.
+from kvcache.reference.tokenizer import Tokenizer
+
+# isort: split
+
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
 from .gguf import GGUFFile, Metadata
-from .template import render_template
 
-try:
-    import jinja2  # noqa: F401 - for chat templates, in a process of their own
-    import tokenizers
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-except ImportError as error:
-    raise ImportError(
-        f"tokenizing needs {error.name}. pip install 'kvcache[demo]'", name=error.name
-    ) from error
-
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["GGUFTokenizer"]
 
 # Types of tokens in a GGUF file.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -29,12 +27,8 @@ _LLAMA3_WORDS = (
 )
 
 
-class Tokenizer:
-    """Text to token ids and back, as the model in a GGUF file was trained.
-
-    bos_id: token to put in front of every prompt, or None.
-    eos_id: token that ends an answer, or None.
-    """
+class GGUFTokenizer(Tokenizer):
+    """Text to token ids and back, as the model in a GGUF file was trained."""
 
     def __init__(self, metadata: Metadata) -> None:
         """Build a tokenizer from the metadata of an open GGUF file.
@@ -43,80 +37,28 @@ class Tokenizer:
             of splitting words that are not known here; ModelFileError without a vocabulary.
         """
         vocabulary = _Vocabulary(metadata)
-        self.eos_id = vocabulary.token_id("eos")
         adds_bos = vocabulary.get("add_bos_token", vocabulary.pre == "llama-bpe")
-        self.bos_id = vocabulary.token_id("bos") if adds_bos else None
         template = metadata.get("tokenizer.chat_template")
-        self._template = template if isinstance(template, str) else None
-        self._names = {f"{role}_token": vocabulary.name(role) for role in ("bos", "eos")}
         try:
-            self._bpe = vocabulary.build()
+            algorithm = vocabulary.build()
         except ModelFileError:
             raise
         except Exception as error:  # the library raises nothing more specific
             raise ModelFileError(
                 f"the vocabulary of the model file makes no sense ({error}). Download it again."
             ) from error
+        super().__init__(
+            algorithm,
+            bos_id=vocabulary.token_id("bos") if adds_bos else None,
+            eos_id=vocabulary.token_id("eos"),
+            template=template if isinstance(template, str) else None,
+            names={f"{role}_token": vocabulary.name(role) for role in ("bos", "eos")},
+        )
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
+    def from_gguf(cls, file: GGUFFile) -> GGUFTokenizer:
         """Build the tokenizer of an open model file. Raises as the constructor does."""
         return cls(file.metadata)
-
-    def encode(self, text: str, special: bool = False, bos: bool = False) -> list[int]:
-        """Return the token ids of `text`.
-
-        special: read ``<|im_start|>`` and its like as the tokens they name; otherwise they
-            are ordinary characters, so that a user's text cannot pose as a turn of its own.
-        bos: put the beginning-of-text token in front, if the file wants one.
-        """
-        self._bpe.encode_special_tokens = not special
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, special tokens included; incomplete UTF-8 becomes U+FFFD."""
-        return str(self._bpe.decode(list(ids), skip_special_tokens=False))
-
-    def stream(self) -> TextStream:
-        """Return a decoder for tokens coming one at a time."""
-        return TextStream(self._bpe)
-
-    def apply_chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Return token ids of a conversation in the file's own chat template, up to the answer.
-
-        messages: ``[{"role": "user", "content": "..."}, ...]``, or the text of one user turn.
-
-        Raises: UnsupportedModelError if the file has no template, or one that cannot be used.
-        """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        return self.encode(self.render_chat(messages), special=True)
-
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the text of a conversation in the file's own chat template, up to the answer.
-
-        Raises: as :meth:`apply_chat`.
-        """
-        if self._template is None:
-            raise UnsupportedModelError(
-                "a chat needs a GGUF file with tokenizer.chat_template; this one has none. "
-                "Use plain completion, or an instruction-tuned model."
-            )
-        variables = {"messages": list(messages), "add_generation_prompt": True, **self._names}
-        return render_template(self._template, variables)
-
-
-class TextStream:
-    """Text of tokens as they come; bytes of an incomplete character are held back."""
-
-    def __init__(self, bpe: tokenizers.Tokenizer) -> None:
-        self._bpe = bpe
-        self._stream = decoders.DecodeStream(skip_special_tokens=False)
-
-    def push(self, token_id: int) -> str:
-        """Return the text completed by `token_id`, possibly ``""``."""
-        return self._stream.step(self._bpe, token_id) or ""
 
 
 class _Vocabulary:

@@ -47,8 +47,8 @@ SETTINGS = {
 }
 
 
-def tiny_tensors(seed=0, dense=(2,)):
-    """Random weights by their names in a checkpoint: layers 0 and 2 recurrent, `dense` without MoE.
+def tiny_tensors(seed=0, dense=(2,), recurrent_layers=(0, 2)):
+    """Random weights of four layers by their names in a checkpoint; those in `dense` without MoE.
 
     Decays are slow and outputs of recurrent layers large, so that the state matters.
     """
@@ -101,7 +101,11 @@ def tiny_tensors(seed=0, dense=(2,)):
         tensors |= {
             f"{prefix}input_layernorm.weight": matrix(HIDDEN),
             f"{prefix}post_attention_layernorm.weight": matrix(HIDDEN),
-            **(attention(f"{prefix}self_attn.") if i % 2 else recurrent(f"{prefix}linear_attn.")),
+            **(
+                recurrent(f"{prefix}linear_attn.")
+                if i in recurrent_layers
+                else attention(f"{prefix}self_attn.")
+            ),
             **(mlp(f"{prefix}mlp.", WIDE) if i in dense else experts(f"{prefix}mlp.")),
         }
     head = {"model.norm.weight": matrix(HIDDEN), "lm_head.weight": 2 * matrix(VOCAB, HIDDEN)}
@@ -117,11 +121,13 @@ def write_tensors(path, tensors):
 def write_checkpoint(tmp_path_factory):
     """Writes a tiny checkpoint; arguments replace settings and tensors, `...` removes them."""
 
-    def write(settings=(), tensors=(), dense=(2,), bfloat16=False):
+    def write(settings=(), tensors=(), dense=(2,), bfloat16=False, recurrent=(0, 2)):
         path = tmp_path_factory.mktemp("checkpoint")
-        chosen = {k: v for k, v in (SETTINGS | dict(settings)).items() if v is not ...}
+        kinds = ["linear_attention" if i in recurrent else "full_attention" for i in range(4)]
+        kinds = {} if recurrent == (0, 2) else {"layer_types": kinds}
+        chosen = {k: v for k, v in (SETTINGS | kinds | dict(settings)).items() if v is not ...}
         (path / "config.json").write_text(json.dumps(chosen))
-        arrays = tiny_tensors(dense=dense) | dict(tensors)
+        arrays = tiny_tensors(dense=dense, recurrent_layers=recurrent) | dict(tensors)
         arrays = {name: array for name, array in arrays.items() if array is not ...}
         if bfloat16:
             arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
@@ -149,3 +155,20 @@ def load(path, backend, **options):
     from kvcache.reference.hybrid.model import Hybrid
 
     return Hybrid.from_checkpoint(Checkpoint(path), backend, **options)
+
+
+@pytest.fixture(scope="session")
+def chat_path(write_checkpoint):
+    """The directory of a tiny hybrid over bytes, which can be talked to: it answers at random."""
+    pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
+    from kvcache.reference.hybrid.corpus import END, SPECIAL, TEMPLATE
+    from kvcache.reference.hybrid.saving import byte_tokenizer
+
+    rng = np.random.default_rng(4)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    tensors = {name: rng.normal(size=(260, HIDDEN)).astype(np.float32) for name in names}
+    path = write_checkpoint({"vocab_size": 260}, tensors)
+    (path / "tokenizer.json").write_text(byte_tokenizer(SPECIAL).to_str())
+    settings = {"eos_token": {"content": END}, "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path

@@ -5,7 +5,7 @@ import pytest
 
 import kvcache
 from kvcache.errors import BoundsError, ShapeError, TrimError
-from kvcache.reference.hybrid.generate import generate
+from kvcache.reference.generate import generate
 from kvcache.reference.hybrid.model import Hybrid
 
 from .conftest import load
@@ -100,6 +100,19 @@ def test_greedy_tokens_without_caches(tiny_numpy, tiny_path):
     )
 
 
+def test_without_caches_lengths_repeat(tiny_numpy, monkeypatch):
+    """Or every one would be compiled by itself, where frameworks compile."""
+    run, shapes = Hybrid._run, []
+
+    def noting(self, ids, caches):
+        shapes.append(ids.shape)
+        return run(self, ids, caches)
+
+    monkeypatch.setattr(Hybrid, "_run", noting)
+    list(generate(tiny_numpy, [5] * 30, max_tokens=4))
+    assert shapes == [(1, 32)] * 3 + [(1, 64)]
+
+
 # States inside of a call.
 
 
@@ -192,7 +205,7 @@ def test_settings_of_newer_versions(write_checkpoint, tiny_numpy):
 
 
 def test_keys_and_values_of_half_precision(tiny, expected):
-    caches = tiny.make_caches("bfloat16")
+    caches = tiny.make_caches(dtype="bfloat16")
     every = in_pieces(tiny, IDS, caches, [35, 35])
     assert caches[1].dtype == "bfloat16"
     assert caches[0].dtype == ("float32", "float32")

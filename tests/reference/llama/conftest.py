@@ -93,6 +93,16 @@ def tiny(tiny_file, backend):
     return Llama.from_gguf(tiny_file, backend)
 
 
+class Windowed:
+    """A model that attends to so many tokens at most, for generation."""
+
+    def __init__(self, model, window):
+        self.model, self.backend, self.window = model, model.backend, window
+
+    def __call__(self, ids, caches):
+        return self.model(ids, caches, window=self.window)
+
+
 @pytest.fixture(scope="session")
 def smollm2_file():
     """SmolLM2-135M-Instruct, opened."""

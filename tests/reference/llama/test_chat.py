@@ -6,9 +6,9 @@ import pytest
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
-from kvcache.reference.llama.chat import Chat, Conversation, Turn, pieces
-from kvcache.reference.llama.generate import generate, make_caches
-from kvcache.reference.llama.tokenizer import Tokenizer
+from kvcache.reference.chat import Chat, Conversation, Turn, pieces
+from kvcache.reference.generate import generate
+from kvcache.reference.llama.tokenizer import GGUFTokenizer
 
 KINDS = ["kv", "rotating", "pool"]
 SIZES = {"max_size": 14, "keep": 2, "capacity": 160}
@@ -22,7 +22,7 @@ def cold_tiny(model, kind, prompt, count):
 
 def cold(model, kind, prompt, count, piece=None, **sizes):
     sizes = {name: sizes[name] for name in ("max_size", "keep")}
-    caches = make_caches(model.backend, model.config, kind if kind != "pool" else "kv", **sizes)
+    caches = model.make_caches(kind if kind != "pool" else "kv", **sizes)
     return list(generate(model, prompt, caches, count, prefill_chunk=piece))
 
 
@@ -124,7 +124,7 @@ def test_pieces_have_few_lengths_where_each_is_compiled():
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_file):
-    return Tokenizer.from_gguf(smollm2_file)
+    return GGUFTokenizer.from_gguf(smollm2_file)
 
 
 @pytest.mark.model

@@ -8,8 +8,10 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
 from kvcache.errors import DTypeError
-from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.generate import generate
 from kvcache.reference.llama.model import Llama
+
+from .conftest import Windowed
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -29,7 +31,7 @@ def tokens(model):
 
 
 def caches_for(model, **options):
-    return make_caches(model.backend, model.config, **options)
+    return model.make_caches(**options)
 
 
 def test_uncached_on_every_backend(tiny, tokens):
@@ -55,7 +57,7 @@ def test_chunks_are_fed_whole(model):
     fed = []
 
     class Counting:
-        backend, config = model.backend, model.config
+        backend = model.backend
 
         def __call__(self, ids, *args, **kwargs):
             fed.append(len(ids[0]))
@@ -81,8 +83,8 @@ def test_no_tokens_compute_nothing(model):
 
 
 def test_window(model, tokens):
-    windowed = list(generate(model, PROMPT, caches_for(model), 20, window=3))
-    assert windowed == list(generate(model, PROMPT, None, 20, window=3))
+    windowed = list(generate(Windowed(model, 3), PROMPT, caches_for(model), 20))
+    assert windowed == list(generate(Windowed(model, 3), PROMPT, None, 20))
     assert windowed != tokens
 
 
@@ -106,13 +108,12 @@ def test_make_caches(model):
     rotating = caches_for(model, kind="rotating", max_size=9, keep=2)
     assert [type(cache) for cache in rotating] == [kvcache.RotatingKVCache] * 2
     assert (rotating[0].max_size, rotating[0].keep) == (9, 2)
-    assert caches_for(model, kind="none") is None
 
 
 def test_make_caches_refuses(model):
-    with pytest.raises(ValueError, match="'kv', 'rotating' or 'none'; got 'paged'"):
+    with pytest.raises(ValueError, match="'kv' or 'rotating'; got 'paged'"):
         caches_for(model, kind="paged")
     with pytest.raises(ValueError, match="keep must be 0 to max_size - 1"):
         caches_for(model, kind="rotating", max_size=4, keep=4)
     with pytest.raises(DTypeError, match="float7"):
-        caches_for(model, kind="none", dtype="float7")
+        caches_for(model, dtype="float7")

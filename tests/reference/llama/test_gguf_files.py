@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 from kvcache.errors import KVCacheError
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 from kvcache.reference.llama.gguf import open_gguf
-from kvcache.reference.llama.tokenizer import Tokenizer
+from kvcache.reference.llama.tokenizer import GGUFTokenizer
 from kvcache.reference.llama.weights import load_weights
 
 from ...forging import damages, flipped, peak_of
@@ -142,7 +142,7 @@ KEYS = {
 
 
 def test_a_small_vocabulary():
-    assert Tokenizer(KEYS).encode("ab") == [2]
+    assert GGUFTokenizer(KEYS).encode("ab") == [2]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_small_vocabulary():
 )
 def test_vocabularies_that_make_no_sense(key, value, match):
     with pytest.raises(ModelFileError, match=match):
-        Tokenizer(KEYS | {f"tokenizer.ggml.{key}": value})
+        GGUFTokenizer(KEYS | {f"tokenizer.ggml.{key}": value})
 
 
 @given(
@@ -173,4 +173,4 @@ def test_vocabularies_that_make_no_sense(key, value, match):
 )
 def test_any_vocabulary(key, value):
     with suppress(ModelFileError, UnsupportedModelError):
-        Tokenizer(KEYS | {key: value}).encode("ab")
+        GGUFTokenizer(KEYS | {key: value}).encode("ab")

@@ -8,7 +8,6 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
 from kvcache.errors import BoundsError, ShapeError
-from kvcache.reference.llama.generate import make_caches
 from kvcache.reference.llama.gguf import open_gguf
 from kvcache.reference.llama.model import Llama
 
@@ -96,7 +95,7 @@ def test_uncached_shapes_repeat(tiny_numpy, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 5, 40])
 def test_cached_in_chunks(tiny, expected, chunk):
-    caches = make_caches(tiny.backend, tiny.config)
+    caches = tiny.make_caches()
     np.testing.assert_allclose(in_pieces(tiny, IDS, caches, chunk), expected, **CLOSE)
     assert [cache.offset for cache in caches] == [40, 40]
 
@@ -104,7 +103,7 @@ def test_cached_in_chunks(tiny, expected, chunk):
 @pytest.mark.parametrize("chunk", [1, 5, 40])
 @pytest.mark.parametrize("keep", [0, 4])
 def test_rotating_is_a_window_with_sinks(tiny, tiny_file, chunk, keep):
-    caches = make_caches(tiny.backend, tiny.config, "rotating", max_size=16, keep=keep)
+    caches = tiny.make_caches("rotating", max_size=16, keep=keep)
     query, key = np.arange(40)[:, None], np.arange(40)
     visible = (query - key < 16 - keep) | (key < keep)
     expected = oracle(tiny_file, IDS[0], visible)
@@ -114,7 +113,7 @@ def test_rotating_is_a_window_with_sinks(tiny, tiny_file, chunk, keep):
 @pytest.mark.parametrize("chunk", [7, 40])
 def test_window_over_a_full_cache(tiny, tiny_file, chunk):
     expected = oracle(tiny_file, IDS[0], np.subtract.outer(np.arange(40), np.arange(40)) < 6)
-    caches = make_caches(tiny.backend, tiny.config)
+    caches = tiny.make_caches()
     windowed = in_pieces(tiny, IDS[:1], caches, chunk, window=6)[0]
     np.testing.assert_allclose(windowed, expected, **CLOSE)
     uncached = tiny.backend.to_host(tiny(IDS[:1], window=6, last_only=False))[0]
@@ -123,7 +122,7 @@ def test_window_over_a_full_cache(tiny, tiny_file, chunk):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_caches_of_another_dtype(tiny, expected, dtype):
-    caches = make_caches(tiny.backend, tiny.config, dtype=dtype)
+    caches = tiny.make_caches(dtype=dtype)
     logits = in_pieces(tiny, IDS, caches, 20)
     assert {cache.dtype for cache in caches} == {dtype}
     assert logits.dtype == np.float32
@@ -135,7 +134,7 @@ def test_only_standard_array_functions(tiny_file, expected):
     pytest.importorskip("array_api_strict")
     backend = kvcache.get_backend("array_api:array_api_strict")
     model = Llama.from_gguf(tiny_file, backend)
-    caches = make_caches(backend, model.config)
+    caches = model.make_caches()
     np.testing.assert_allclose(in_pieces(model, IDS, caches, 20), expected, **CLOSE)
 
 
@@ -172,14 +171,14 @@ def test_large_gates_do_not_overflow(write_gguf):
     ],
 )
 def test_bad_tokens_change_nothing(tiny_numpy, tokens, error, says):
-    caches = make_caches(tiny_numpy.backend, tiny_numpy.config)
+    caches = tiny_numpy.make_caches()
     with pytest.raises(error, match=says):
         tiny_numpy(tokens, caches)
     assert [cache.offset for cache in caches] == [0, 0]
 
 
 def test_one_cache_per_layer_in_step(tiny_numpy):
-    caches = make_caches(tiny_numpy.backend, tiny_numpy.config)
+    caches = tiny_numpy.make_caches()
     with pytest.raises(ShapeError, match=r"one cache per layer, 2, .* got 1 at \[0\]"):
         tiny_numpy([[1]], caches[:1])
     assert caches[0].offset == 0
@@ -191,7 +190,7 @@ def test_one_cache_per_layer_in_step(tiny_numpy):
 
 
 def test_bad_window_changes_nothing(tiny_numpy):
-    caches = make_caches(tiny_numpy.backend, tiny_numpy.config)
+    caches = tiny_numpy.make_caches()
     for given in (caches, None):
         with pytest.raises(ValueError, match="window must be >= 1 token; got 0"):
             tiny_numpy([[1]], given, window=0)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import kvcache
 from kvcache.backends import transfer
 from kvcache.cli import app
-from kvcache.reference.llama.generate import generate, make_caches, relay
+from kvcache.reference.generate import generate, relay
 from kvcache.reference.llama.model import Llama
 
 pytestmark = pytest.mark.cross_backend
@@ -35,12 +35,12 @@ def models(tiny_file, names):
 
 
 def relayed(models, count, options=(), **rest):
-    caches = make_caches(models[0].backend, models[0].config, **dict(options))
+    caches = list(models[0].make_caches(**dict(options)))
     return list(relay(models, PROMPT, caches, count, **rest)), caches
 
 
 def alone(model, count, options=(), **rest):
-    caches = make_caches(model.backend, model.config, **dict(options))
+    caches = model.make_caches(**dict(options))
     return list(generate(model, PROMPT, caches, count, **rest))
 
 
@@ -63,7 +63,7 @@ def test_nothing_is_computed_again(models):
 
     class Counting:
         def __init__(self, model):
-            self.model, self.backend, self.config = model, model.backend, model.config
+            self.model, self.backend, self.make_caches = model, model.backend, model.make_caches
 
         def __call__(self, ids, *args, **kwargs):
             fed.append(len(ids[0]))
@@ -106,7 +106,7 @@ def test_a_real_model_on_the_command_line(smollm2_file, smollm2_weights, monkeyp
     """Twelve tokens over every framework, each of which is given the weights once."""
     loaded = []
 
-    def load(file, backend):
+    def load(file, backend, progress):
         loaded.append(backend.name)
 
         def put(array):
@@ -117,7 +117,7 @@ def test_a_real_model_on_the_command_line(smollm2_file, smollm2_weights, monkeyp
         weights = type(smollm2_weights)(head, layers, put(norm), head, frequencies)
         return Llama(file.config, weights, backend)
 
-    monkeypatch.setattr("kvcache.cli.models._load_weights", load)
+    monkeypatch.setattr(Llama, "from_gguf", load)
     prompt = ["The capital of France is", "-n", "12", "--cache", "rotating", "--max-size", "8"]
     one = run(*prompt)
     loaded.clear()

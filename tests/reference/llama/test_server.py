@@ -10,9 +10,11 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
 from kvcache import RoPEShift
-from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.generate import generate
 from kvcache.reference.llama.model import Llama
-from kvcache.reference.llama.server import Server
+from kvcache.reference.server import Server
+
+from .conftest import Windowed
 
 LENGTHS = [3, 11, 1, 6, 17, 2, 9, 5]
 PROMPTS = [np.random.default_rng(n).integers(0, 64, n).tolist() for n in LENGTHS]
@@ -24,8 +26,8 @@ def model(tiny_file):
 
 
 def alone(model, prompt, count, window=None):
-    caches = make_caches(model.backend, model.config)
-    return list(generate(model, prompt, caches, count, window=window))
+    caches = model.make_caches()
+    return list(generate(Windowed(model, window), prompt, caches, count))
 
 
 def served(model, prompts, counts, **options):
@@ -85,7 +87,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_fed(model):
 
 def shifted(model, prompt, count, capacity, keep):
     """The slow oracle: per-layer caches, rebuilt without the middle when they are full."""
-    caches, pending, out = make_caches(model.backend, model.config), list(prompt), []
+    caches, pending, out = model.make_caches(), list(prompt), []
     while len(out) < count:
         if caches[0].offset + len(pending) > capacity:
             caches = without_middle(model, caches, keep, keep + (capacity - keep + 1) // 2)
@@ -98,7 +100,7 @@ def without_middle(model, caches, start, stop):
     shift = RoPEShift(model.weights.inverse_frequencies)
     rest = np.r_[:start, stop : caches[0].offset]
     offsets = np.where(rest < start, 0, start - stop).astype(np.int32)
-    rebuilt = make_caches(model.backend, model.config)
+    rebuilt = model.make_caches()
     for layer, (cache, new) in enumerate(zip(caches, rebuilt, strict=True)):
         keys, values = (array[0][:, rest] for array in cache.state)
         new.update(shift(layer, keys, offsets)[None], values[None])

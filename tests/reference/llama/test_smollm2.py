@@ -7,7 +7,9 @@ pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
 import kvcache
-from kvcache.reference.llama.generate import generate, make_caches
+from kvcache.reference.generate import generate
+
+from .conftest import Windowed
 
 pytestmark = pytest.mark.model
 
@@ -23,7 +25,7 @@ def new(smollm2, recorded):
 
 
 def test_cached(smollm2, recorded, new):
-    caches = make_caches(smollm2.backend, smollm2.config)
+    caches = smollm2.make_caches()
     assert list(generate(smollm2, recorded["prompt_ids"], caches, len(new))) == new
 
 
@@ -58,20 +60,20 @@ class SinkCache(kvcache.KVCache):
 def windowed(smollm2, story):
     """What a full cache says under the mask of each `keep`: tokens, and the logits after them."""
     backend, layers = smollm2.backend, smollm2.config.layers
-    plain = make_caches(backend, smollm2.config)
+    plain = smollm2.make_caches()
     sinks = [SinkCache(backend) for _ in range(layers)]
     return {0: said(smollm2, story, plain, window=16), 4: said(smollm2, story, sinks)}
 
 
 def said(model, prompt, caches, chunk=None, window=None):
-    tokens = list(generate(model, prompt, caches, 8, prefill_chunk=chunk, window=window))
+    tokens = list(generate(Windowed(model, window), prompt, caches, 8, prefill_chunk=chunk))
     return tokens, model.backend.to_host(model([tokens[-1:]], caches, window=window))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, None])
 @pytest.mark.parametrize("keep", [0, 4])
 def test_rotating_is_a_windowed_full_cache(smollm2, story, windowed, keep, chunk):
-    caches = make_caches(smollm2.backend, smollm2.config, "rotating", max_size=16, keep=keep)
+    caches = smollm2.make_caches("rotating", max_size=16, keep=keep)
     tokens, logits = said(smollm2, story, caches, chunk)
     expected, expected_logits = windowed[keep]
     assert tokens == expected

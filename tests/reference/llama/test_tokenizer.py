@@ -8,14 +8,14 @@ pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 from tokenizers.pre_tokenizers import ByteLevel
 
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
-from kvcache.reference.llama.tokenizer import Tokenizer
+from kvcache.reference.llama.tokenizer import GGUFTokenizer
 
 HARD = "naïve café 🙂👩‍👩‍👧 日本語, Ελληνικά\t\n\n  don't 3.14159\r\n x² ﷽"
 
 
 @pytest.fixture(scope="module")
 def smollm2_tokenizer(smollm2_file):
-    return Tokenizer.from_gguf(smollm2_file)
+    return GGUFTokenizer.from_gguf(smollm2_file)
 
 
 def synthetic(pre="gpt-2", merges=(), more=(), **keys):
@@ -92,18 +92,18 @@ def test_chat(smollm2_tokenizer):
 
 
 def test_chat_without_a_template():
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.chat_template; this one has none"):
-        Tokenizer(synthetic()).apply_chat("Hi")
+    with pytest.raises(UnsupportedModelError, match=r"a chat template; this one has none"):
+        GGUFTokenizer(synthetic()).apply_chat("Hi")
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ ''.__class__.__mro__ }}", "{{ missing() }}"])
 def test_chat_with_a_bad_template(template):
     with pytest.raises(UnsupportedModelError, match="plain Jinja; this one fails"):
-        Tokenizer(synthetic(chat_template=template)).apply_chat("Hi")
+        GGUFTokenizer(synthetic(chat_template=template)).apply_chat("Hi")
 
 
 def test_chat_template_knows_the_special_names():
-    tokenizer = Tokenizer(
+    tokenizer = GGUFTokenizer(
         synthetic(
             more=[("<s>", 3), ("</s>", 3)],
             chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
@@ -115,7 +115,7 @@ def test_chat_template_knows_the_special_names():
 
 def test_chat_template_blocks_leave_no_lines():
     template = "{% for m in messages %}\n{{ m.role }}:{{ m.content }}\n{% endfor %}\n"
-    tokenizer = Tokenizer(synthetic(chat_template=template))
+    tokenizer = GGUFTokenizer(synthetic(chat_template=template))
     assert tokenizer.decode(tokenizer.apply_chat("a")) == "user:a\n"
 
 
@@ -128,25 +128,25 @@ def test_chat_template_blocks_leave_no_lines():
     ],
 )
 def test_numbers_are_split_as_the_model_learned(pre, expected):
-    tokenizer = Tokenizer(synthetic(pre, merges=["1 2", "12 3", "123 4"]))
+    tokenizer = GGUFTokenizer(synthetic(pre, merges=["1 2", "12 3", "123 4"]))
     assert pieces(tokenizer, "1234a 12") == expected
 
 
 def test_llama3_takes_known_words_whole():
     keys = {"merges": ["a b"], "more": [("abc", 1)]}
-    assert pieces(Tokenizer(synthetic("llama-bpe", **keys)), "abc") == ["abc"]
-    assert pieces(Tokenizer(synthetic("gpt-2", **keys)), "abc") == ["ab", "c"]
+    assert pieces(GGUFTokenizer(synthetic("llama-bpe", **keys)), "abc") == ["abc"]
+    assert pieces(GGUFTokenizer(synthetic("gpt-2", **keys)), "abc") == ["ab", "c"]
 
 
 def test_user_defined_tokens_are_always_found():
-    tokenizer = Tokenizer(synthetic(more=[("<tool>", 4)]))
+    tokenizer = GGUFTokenizer(synthetic(more=[("<tool>", 4)]))
     assert tokenizer.encode("a<tool>")[1:] == [256]
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(True, [256]), (False, []), (None, [])])
 def test_beginning_of_text(wanted, expected):
     keys = {"ggml.bos_token_id": 256, "ggml.add_bos_token": wanted}
-    tokenizer = Tokenizer(synthetic(more=[("<s>", 3)], **keys))
+    tokenizer = GGUFTokenizer(synthetic(more=[("<s>", 3)], **keys))
     assert tokenizer.encode("a", bos=True)[:-1] == expected
     assert len(tokenizer.encode("a")) == 1
 
@@ -161,10 +161,10 @@ def test_beginning_of_text(wanted, expected):
 )
 def test_other_tokenizers(key, value, says):
     with pytest.raises(UnsupportedModelError, match=says):
-        Tokenizer(synthetic() | {f"tokenizer.ggml.{key}": value})
+        GGUFTokenizer(synthetic() | {f"tokenizer.ggml.{key}": value})
 
 
 @pytest.mark.parametrize("key", ["tokens", "merges"])
 def test_no_vocabulary(key):
     with pytest.raises(ModelFileError, match=f"tokenizer.ggml.{key} is missing"):
-        Tokenizer(synthetic() | {f"tokenizer.ggml.{key}": None})
+        GGUFTokenizer(synthetic() | {f"tokenizer.ggml.{key}": None})

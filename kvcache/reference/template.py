@@ -77,5 +77,5 @@ def _parsed(output: str) -> _Result:
 def _failed(reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"a chat template must be plain Jinja; this one fails: {reason}. "
-        "Use plain completion, or another GGUF file."
+        "Use plain completion, or another model."
     )

@@ -2,7 +2,7 @@
 
 Sequences join and leave while others go on (Orca: Yu et al., OSDI 2022). A pass holds the next
 token of each, and pieces of the prompts that join (chunked prefill, Sarathi: Agrawal et al., 2023).
-It is one program: compiled on JAX, once per padded length.
+On llama models it is one program: compiled on JAX, once per padded length.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from kvcache import CacheFullError, CausalCache, RoPEShift
+from kvcache import CacheFullError
 
-from .model import Llama
-from .pooled import PassPart, PooledPass
+from .decoder import Decoder, PassPart
 
 __all__ = ["Request", "Server"]
 
@@ -71,12 +70,13 @@ class Server:
     eos_id: token that ends a request; it is not returned. None goes on past it.
     note: called with one line of text for each event of a request: waiting, preemption, a shift.
 
-    Raises: ValueError for sizes below 1, and for `cells` or `context_shift` with a window.
+    Raises: ValueError for sizes below 1, and for `cells` or `context_shift` with a window;
+        UnsupportedModelError for `context_shift` where the model cannot drop tokens.
     """
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         max_sequences: int = 8,
         capacity: int = 1024,
         *,
@@ -96,21 +96,20 @@ class Server:
         if not 0 <= keep < capacity - 1:
             raise ValueError(f"keep must leave room in the capacity of {capacity}; got {keep}.")
         per_sequence = capacity if cells is None else math.ceil(cells / max_sequences)
-        shift = RoPEShift(model.weights.inverse_frequencies) if context_shift else None
-        self.cache = CausalCache(window=window, shift=shift)
-        self.cache.init(
-            model.backend,
-            dtype,
-            max_sequences=max_sequences,
-            capacity=per_sequence,
-            max_batch=max_batch,
+        self.forward = model.make_pass(
+            max_sequences,
+            per_sequence,
+            max_batch,
+            dtype=dtype,
+            window=window,
+            context_shift=context_shift,
         )
+        self.cache = self.forward.cache
         self.capacity = min(capacity, max_sequences * per_sequence)
-        self.cells = self.cache.cells
+        self.cells = self.forward.cells
         self.passes = 0
         # Within a window a sequence never fills its capacity, however long it grows.
         self._bounded = window is not None and window < per_sequence
-        self._pass = PooledPass(model, self.cache, dtype)
         self._max_batch, self._keep, self._eos = max_batch, keep, eos_id
         self._context_shift, self._note = context_shift, note or (lambda _: None)
         self._free_sequences = list(range(max_sequences))
@@ -196,7 +195,9 @@ class Server:
         while True:
             scheduled = self._schedule()
             try:
-                return scheduled, self._pass([request.part(count) for request, count in scheduled])
+                return scheduled, self.forward(
+                    [request.part(count) for request, count in scheduled]
+                )
             except CacheFullError:
                 if len(self._running) == 1:
                     raise

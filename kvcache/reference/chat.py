@@ -1,4 +1,4 @@
-"""Conversations with the reference model: every turn goes on from the turns before."""
+"""Conversations with a language model: every turn goes on from the turns before."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, TypeAlias
 
-from kvcache import CausalCache, KVCache
 from kvcache._checks import as_index
 from kvcache.prefix import PrefixCache, Session
 from kvcache.prefix.arguments import check_text
 from kvcache.prefix.radix import as_tokens
 
-from .generate import generate, make_caches
-from .model import Llama
-from .pooled import PassPart, PooledPass
+from .decoder import Decoder, LayerKind, ModelCaches, PassPart
+from .generate import generate
 from .tokenizer import Tokenizer
 
 __all__ = ["Chat", "Conversation", "Turn"]
 
-Kind: TypeAlias = Literal["kv", "rotating", "pool"]
+Kind: TypeAlias = LayerKind | Literal["pool"]
 
 PIECE = 512
 """Tokens of a prompt in one pass, at most."""
@@ -103,7 +101,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         kind: Kind = "kv",
         *,
         max_size: int = 1024,
@@ -116,7 +114,7 @@ class Chat:
         compare: bool = False,
     ) -> None:
         self._eos = None if eos_id is None else as_index(eos_id, "eos_id")
-        self._compare, self._vocabulary = compare, model.config.vocab_size
+        self._compare, self._vocabulary = compare, model.vocab_size
         self._decoder: _LayerDecoder | _PoolDecoder
         if kind not in ("kv", "rotating", "pool"):
             raise ValueError(
@@ -178,18 +176,10 @@ class _LayerDecoder:
     """Greedy decoding through the per-layer caches of a session."""
 
     def __init__(
-        self,
-        model: Llama,
-        kind: Literal["kv", "rotating"],
-        max_size: int,
-        keep: int,
-        dtype: str,
+        self, model: Decoder, kind: LayerKind, max_size: int, keep: int, dtype: str
     ) -> None:
         self._model = model
-        caches = make_caches(
-            model.backend, model.config, kind, max_size=max_size, keep=keep, dtype=dtype
-        )
-        self.cache = caches or []
+        self.cache = model.make_caches(kind, max_size=max_size, keep=keep, dtype=dtype)
 
     def tokens(self, session: Session) -> Iterator[int]:
         """Yield tokens after the prompt of `session` without end, computing the rest of it."""
@@ -197,9 +187,9 @@ class _LayerDecoder:
 
     def cold(self, prompt: Sequence[int]) -> Iterator[int]:
         """Yield tokens after `prompt` without end, computing all of it."""
-        return self._tokens(list(prompt), [cache.copy() for cache in self.cache])
+        return self._tokens(list(prompt), self.cache.copy())
 
-    def _tokens(self, ids: list[int], caches: Sequence[KVCache]) -> Iterator[int]:
+    def _tokens(self, ids: list[int], caches: ModelCaches) -> Iterator[int]:
         # Where slices are programs each length is compiled by itself, so there should be few.
         powers = not self._model.backend.slices_are_views
         *before, last = pieces(len(ids), PIECE, powers)
@@ -211,10 +201,9 @@ class _LayerDecoder:
 class _PoolDecoder:
     """Greedy decoding in one cache: sequence 0 for sessions, 1 for answers without reuse."""
 
-    def __init__(self, model: Llama, capacity: int, dtype: str) -> None:
-        self.cache = CausalCache()
-        self.cache.init(model.backend, dtype, max_sequences=2, capacity=capacity, max_batch=PIECE)
-        self._pass = PooledPass(model, self.cache, dtype)
+    def __init__(self, model: Decoder, capacity: int, dtype: str) -> None:
+        self._pass = model.make_pass(2, capacity, PIECE, dtype=dtype)
+        self.cache = self._pass.cache
 
     def tokens(self, session: Session) -> Iterator[int]:
         """Yield tokens after the prompt of `session` without end, computing the rest of it."""
@@ -227,8 +216,7 @@ class _PoolDecoder:
 
     def _tokens(self, sequence: int, position: int, ids: list[int]) -> Iterator[int]:
         """Feed `ids` of a sequence from `position` on, then every token of the output."""
-        # Every length will do: a PooledPass pads where lengths are to be few.
-        for start, stop in pieces(len(ids), PIECE, powers_of_two=False):
+        for start, stop in pieces(len(ids), PIECE, powers_of_two=not self._pass.any_length):
             part = PassPart(sequence, position + start, ids[start:stop], last=stop == len(ids))
             tokens = self._pass([part])
         for next_position in count(position + len(ids)):

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("gguf", reason="needs pip install 'kvcache[demo]'")
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
 
+from kvcache.reference import template
 from kvcache.reference.errors import UnsupportedModelError
-from kvcache.reference.llama import template
-from kvcache.reference.llama.template import render_template
+from kvcache.reference.template import render_template
 
 NESTED = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 DOUBLED = (
