@@ -237,6 +237,13 @@ class JaxBackend(Backend):
         return _as_bits(buffer, jnp.empty(0, dtype))
 
     @classmethod
+    def traced_read_rows(
+        cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
+    ) -> NativeArray:
+        rows = jnp.take(buffer, index, axis=axis, mode="clip")
+        return _as_bits(rows, jnp.empty(0, dtype))
+
+    @classmethod
     def traced_cond(
         cls,
         condition: NativeArray,

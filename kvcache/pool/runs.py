@@ -33,7 +33,8 @@ class StatePass(NamedTuple):
     before: slot of the state that each run begins with, 0 for none. behind: slot for the state
     behind each run. at_cuts: slots for the states at cuts. expected: layers to put; those put are
     `put`. recorded: by cut, the layers that gave a state. detached: sequences changed since it
-    began, which it changes no more. stores: False for a reserve pass.
+    began, which it changes no more. stores: False for a reserve pass. planned: True if programs
+    put its layers.
     """
 
     runs: tuple[Run, ...]
@@ -45,6 +46,7 @@ class StatePass(NamedTuple):
     recorded: Mapping[Cut, frozenset[int]] = {}
     detached: frozenset[int] = frozenset()
     stores: bool = True
+    planned: bool = False
 
     @property
     def complete(self) -> bool:
@@ -79,13 +81,24 @@ class StatePass(NamedTuple):
         return changed
 
     def _is_whole(self, cut: Cut) -> bool:
-        """Return whether every layer gave a state at a cut."""
+        """Return whether every layer gave a state at a cut, as programs do."""
+        if self.planned:
+            return True
         return bool(self.put) and self.recorded.get(cut, frozenset()) >= self.put
 
     def with_put(self, layer: int, cuts: Iterable[Cut]) -> StatePass:
         """Return the pass with one more layer put, and its states at `cuts` given."""
         given = {cut: self.recorded.get(cut, frozenset()) | {layer} for cut in cuts}
         return self._replace(put=self.put | {layer}, recorded={**self.recorded, **given})
+
+    def as_plan(self) -> StatePass:
+        """Return the pass for programs, which give states behind ends only."""
+        runs = tuple(run._replace(cuts=()) for run in self.runs)
+        return self._replace(runs=runs, at_cuts={}, put=frozenset(), recorded={}, planned=True)
+
+    def carried_out(self) -> StatePass:
+        """Return the pass as its program leaves it: complete, if it was planned."""
+        return self._replace(put=self.expected) if self.planned else self
 
     def without(self, sequence: int) -> StatePass:
         """Return the pass with one more sequence detached."""
@@ -132,6 +145,40 @@ def with_cuts(run: Run, points: Iterable[int]) -> Run:
     """Return a run with its cuts: those of the scheduled `points` that lie inside of it."""
     inside = range(run.position + 1, run.end)
     return run._replace(cuts=tuple(sorted(point for point in points if point in inside)))
+
+
+def steps_of(batch: Batch, steps: int) -> list[Run]:
+    """Return the runs of so many decode steps, without cuts: one step after the other in each.
+
+    Raises: ValueError for a batch with two tokens of a sequence.
+    """
+    sequences, positions = batch.sequences.tolist(), batch.positions.tolist()
+    if len(set(sequences)) < len(sequences):
+        raise ValueError(f"a decode step has one token per sequence; got {sequences}.")
+    pairs = enumerate(zip(sequences, positions, strict=True))
+    return [
+        Run(sequence, number * steps, (number + 1) * steps, position)
+        for number, (sequence, position) in pairs
+    ]
+
+
+def step_slots(state_pass: StatePass, steps: int) -> tuple[Int32s, Int32s]:
+    """Return the slots that each step reads, and those that it writes, ``[steps, runs]`` each.
+
+    A step reads what the one before wrote. It writes to the same slot again, unless that state is
+    behind a cut.
+    """
+    written = np.array(
+        [
+            [
+                state_pass.at_cuts.get((run.sequence, run.position + step + 1), slot)
+                for run, slot in zip(state_pass.runs, state_pass.behind, strict=True)
+            ]
+            for step in range(steps)
+        ],
+        np.int32,
+    )
+    return np.concatenate([state_pass.before[None], written[:-1]]), written
 
 
 def begun_pass(
