@@ -190,12 +190,13 @@ def begun_pass(
     """
     cuts = [(run.sequence, position) for run in runs for position in run.cuts]
     at_cuts = dict(zip(reversed(cuts), free[len(runs) :], strict=False))
-    granted = [
-        run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
-        for run in runs
-    ]
+    if len(at_cuts) < len(cuts):
+        runs = [
+            run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
+            for run in runs
+        ]
     behind = tuple(free[: len(runs)])
-    return StatePass(tuple(granted), before, behind, at_cuts, frozenset(layers))
+    return StatePass(tuple(runs), before, behind, at_cuts, frozenset(layers))
 
 
 def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:

@@ -119,7 +119,8 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         slots, ahead = self._sized(), known.ahead()
         check_appended(runs, ahead)
         before = [ahead[run.sequence][run.position] if run.position else 0 for run in runs]
-        runs = [with_cuts(run, known.points.get(run.sequence, ())) for run in runs]
+        if known.points:
+            runs = [with_cuts(run, known.points.get(run.sequence, ())) for run in runs]
         wanted = sum(1 + len(run.cuts) for run in runs)
         free, sequences = find_room(slots, known.sequences, known.reserved(), len(runs), wanted)
         return sequences, begun_pass(runs, np.array(before, np.int32), free, slots.layers)

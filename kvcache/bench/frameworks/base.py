@@ -119,14 +119,14 @@ class Framework:
 
         layers: buffers of each, of states.
         """
-        indices = np.array(read), np.array(written)
+        indices, finish = (np.array(read), np.array(written)), self.finish
 
         def run(steps: int) -> None:
             nonlocal indices
             for _ in range(steps):
                 source, target = indices
                 for buffers in layers:
-                    _ = [buffer.take(source, 0) for buffer in buffers]
+                    finish(tuple([buffer.take(source, 0) for buffer in buffers]))
                     for buffer, rows in zip(buffers, new, strict=True):
                         buffer[target] = rows
                 indices = target, source

@@ -60,7 +60,7 @@ class TorchFramework(Framework):
     def raw_states(
         self, layers: list[NativeArrays], new: NativeArrays, read: list[int], written: list[int]
     ) -> Loop:
-        device = new[0].device
+        device, finish = new[0].device, self.finish
 
         def run(steps: int) -> None:
             nonlocal read, written
@@ -68,7 +68,7 @@ class TorchFramework(Framework):
                 # From the host, once for all layers: a step has its own.
                 source, target = (torch.tensor(index, device=device) for index in (read, written))
                 for buffers in layers:
-                    _ = [buffer.index_select(0, source) for buffer in buffers]
+                    finish(tuple([buffer.index_select(0, source) for buffer in buffers]))
                     for buffer, rows in zip(buffers, new, strict=True):
                         buffer.index_copy_(0, target, rows)
                 read, written = written, read

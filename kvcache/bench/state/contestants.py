@@ -71,8 +71,8 @@ class PoolSteps:
             self.position += 1
             for layer in range(self.case.layers):
                 self.cache.set_layer(layer)
-                states = self.cache.get_states()
-                self.framework.finish(states or ())
+                # Not kept: as for raw, the memory of one read serves the next.
+                self.framework.finish(self.cache.get_states() or ())
                 self.cache.put_states(*self.new)
             # A lazy framework is waited for by the next step, which reads what was put.
 
