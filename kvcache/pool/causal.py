@@ -242,7 +242,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
     def prepare_replan(self, batch: Batch) -> Commit:
         pool = self._pool
         failed = pool.passes.conflicting(batch.positions, batch.sequences)
-        return (lambda: pool.drop(failed, None)) if failed else (lambda: None)
+        return (lambda: pool.drop(failed, None, maybe_written=True)) if failed else (lambda: None)
 
     def tokens_begun(self) -> int:
         return len(self._pool.current_pass().cells)
