@@ -53,10 +53,8 @@ class StateHistory(NamedTuple):
             return set()
         left = {slot for held in self.ahead().values() for slot in held.values()}
         before = {slot for held in self.sequences.values() for slot in held.values()}
-        # A sequence that left a pass is not ahead, but the program writes its states all the same.
-        changed = {slot for p in self.begun if p.detached for slot in p.written}
         last = self.begun[-1]
-        return (left - before) | changed | (last.written if last.planned else last.slots)
+        return (left - before) | (last.written if last.planned else last.slots)
 
     # Changes.
 

@@ -154,6 +154,34 @@ def test_plans_after_one_another_need_two_slots(backend):
     run_eagerly(backend, cache, [(0, 9)])
 
 
+def test_what_is_scheduled_too_late_is_not_kept():
+    """The state behind a planned pass was for the next one only, and is overwritten."""
+    cache = make()
+    run_eagerly(NUMPY, cache, [(0, 0)], 2)
+    state = cache.program_state
+    for position in range(2, 6):
+        plan = cache.plan(batch_of([(0, position)]))
+        cache.schedule(0, [position, position + 1] if position != 4 else [])
+        state, _ = put(state, plan, news(NUMPY, [(0, position + 1)]))
+    cache.program_state = state
+    check_held(NUMPY, cache, 0, [3, 4, 6])
+
+
+def test_a_sequence_that_was_removed_disturbs_no_planned_pass():
+    cache = make(resume_points=2)
+    run_eagerly(NUMPY, cache, [(0, 0), (1, 0)], 2)
+    state, plans = cache.program_state, [cache.plan(batch_of([(0, 2), (1, 2)]))]
+    cache.remove(1, 0)
+    plans += [cache.plan(batch_of([(0, position)])) for position in (3, 4, 5)]
+    for position, plan in enumerate(plans, 3):
+        ends = [(0, position), (1, 3)][: len(plan.before)]
+        state, seen = put(state, plan, news(NUMPY, ends))
+        check_seen(NUMPY, seen, [(0, position - 1), (1, 2)][: len(ends)])
+    cache.program_state = state
+    check_held(NUMPY, cache, 0, [6])
+    assert cache.next_position(1) == 0
+
+
 def test_a_failed_program_is_planned_again():
     cache = make()
     run_eagerly(NUMPY, cache, [(0, 0)], 3)
