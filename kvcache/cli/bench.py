@@ -168,7 +168,7 @@ def state(
     batches: Annotated[
         str, typer.Option(help="Sequences that decode together, comma-separated.")
     ] = "1,8,32",
-    layers: Annotated[int, typer.Option(help="Recurrent layers of the model.")] = 4,
+    layers: Annotated[int, typer.Option(help="Recurrent layers of the model.")] = 12,
     heads: Annotated[int, typer.Option(help="Heads, each with a matrix.")] = 32,
     head_dim: HeadDim = 128,
     channels: Annotated[int, typer.Option(help="Channels of the convolution.")] = 8192,
@@ -180,7 +180,7 @@ def state(
 
     StateCache.advance beside plain copies of the same arrays, and a decode step of a RecurrentCache
     beside a gather and a scatter of the same rows, in all layers. A fork (copy_prefix) copies
-    nothing. The defaults are states of Qwen3-Next; 32 sequences hold 2 GiB. Example:
+    nothing. The defaults are states of Qwen3-Next, in a third of its layers. Example:
 
     [bold]kvcache bench state --backends torch --batches 1,16 --layers 2[/]
     """

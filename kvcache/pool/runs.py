@@ -31,15 +31,16 @@ class StatePass(NamedTuple):
     """A pass on the host; replaced, never changed.
 
     before: slot of the state that each run begins with, 0 for none. behind: slot for the state
-    behind each run. at_cuts: slots for the states at cuts. expected: layers to put; those put are
-    `put`. recorded: by cut, the layers that gave a state. detached: sequences changed since it
-    began, which it changes no more. stores: False for a reserve pass. planned: True if programs
-    put its layers.
+    behind each run. resumes: whether any run begins with a state. at_cuts: slots for the states at
+    cuts. expected: layers to put; those put are `put`. recorded: by cut, the layers that gave a
+    state. detached: sequences changed since it began, which it changes no more. stores: False for
+    a reserve pass. planned: True if programs put its layers.
     """
 
     runs: tuple[Run, ...]
     before: Int32s
-    behind: tuple[int, ...] = ()
+    behind: Int32s
+    resumes: bool
     at_cuts: Mapping[Cut, int] = {}
     expected: frozenset[int] = frozenset()
     put: frozenset[int] = frozenset()
@@ -61,7 +62,7 @@ class StatePass(NamedTuple):
     @property
     def written(self) -> set[int]:
         """Slots that the pass writes."""
-        return {*self.behind, *self.at_cuts.values()}
+        return {*self.behind.tolist(), *self.at_cuts.values()}
 
     def after(self, sequences: Sequences, points: Mapping[int, frozenset[int]]) -> Sequences:
         """Return `sequences`, those before this pass, as they are once it is history.
@@ -69,7 +70,7 @@ class StatePass(NamedTuple):
         points: scheduled positions by sequence; at these a state at the end of a run is kept.
         """
         changed = dict(sequences)
-        for run, slot in zip(self.runs, self.behind, strict=self.stores):
+        for run, slot in zip(self.runs, self.behind.tolist(), strict=self.stores):
             if run.sequence in self.detached:
                 continue
             held = dict(changed.pop(run.sequence, {}))  # popped, and so moved to the end
@@ -115,6 +116,10 @@ def runs_of(batch: Batch) -> list[Run]:
 
     Raises: ValueError unless the tokens of each sequence are adjacent and positions go up by one.
     """
+    ids = batch.sequences.tolist()
+    if len(set(ids)) == len(ids):  # a decode step: no arrays are needed
+        tokens = enumerate(zip(ids, batch.positions.tolist(), strict=True))
+        return [Run(sequence, i, i + 1, position) for i, (sequence, position) in tokens]
     positions, sequences = batch.positions.astype(np.int64), batch.sequences
     same = np.diff(sequences) == 0
     starts = [0, *(np.flatnonzero(~same) + 1).tolist()]
@@ -172,7 +177,7 @@ def step_slots(state_pass: StatePass, steps: int) -> tuple[Int32s, Int32s]:
         [
             [
                 state_pass.at_cuts.get((run.sequence, run.position + step + 1), slot)
-                for run, slot in zip(state_pass.runs, state_pass.behind, strict=True)
+                for run, slot in zip(state_pass.runs, state_pass.behind.tolist(), strict=True)
             ]
             for step in range(steps)
         ],
@@ -195,8 +200,14 @@ def begun_pass(
             run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
             for run in runs
         ]
-    behind = tuple(free[: len(runs)])
-    return StatePass(tuple(runs), before, behind, at_cuts, frozenset(layers))
+    return StatePass(
+        tuple(runs),
+        before,
+        np.array(free[: len(runs)], np.int32),
+        bool(before.any()),
+        at_cuts,
+        frozenset(layers),
+    )
 
 
 def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 from .batch import Batch
@@ -17,8 +16,8 @@ class StateHistory(NamedTuple):
     begun: passes, oldest first: the current one is the last. Several were planned for programs.
     """
 
-    sequences: Sequences = MappingProxyType({})
-    points: Mapping[int, frozenset[int]] = MappingProxyType({})
+    sequences: Mapping[int, Held] = {}
+    points: Mapping[int, frozenset[int]] = {}
     begun: tuple[StatePass, ...] = ()
 
     @property

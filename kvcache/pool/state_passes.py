@@ -102,7 +102,9 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         check_ids(self.max_sequences, *(run.sequence for run in runs))
         self._before, known = None, self._going_on()
         if reserve:
-            begun = StatePass(tuple(runs), np.zeros(len(runs), np.int32), stores=False)
+            zeros, none = np.zeros(len(runs), np.int32), np.empty(0, np.int32)
+            resumes = any(run.position for run in runs)
+            begun = StatePass(tuple(runs), zeros, none, resumes, stores=False)
             return self._beginning(known, known.sequences, begun)
         return self._beginning(known, *self._begun(known, runs))
 
@@ -178,7 +180,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         slots = self._sized()
         with self.lock:  # another thread may write to the buffers, and so consume them
             current = self._eager()
-            if not any(run.position for run in current.runs):
+            if not current.resumes:
                 return None
             if self._layer in slots.layers:
                 return slots.get(self._layer, current.before)
@@ -193,14 +195,17 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         slots = self._sized()
         with self.lock:
             current = self._eager()
-            if current.complete and self._layer in current.put:
+            if self._layer in current.put and current.complete:
                 self._refuse_shared(slots, current)
             at_cuts = {} if not kept else checked_cuts(current, kept)
             slots.check(self._layer, arrays, len(current.runs))
             for state in at_cuts.values():
                 slots.check_like(self._layer, state, arrays)
-            taken = [*current.behind, *(current.at_cuts[cut] for cut in at_cuts)]
-            slots.put(self._layer, arrays, [*at_cuts.values()], np.array(taken, np.int32))
+            taken = current.behind
+            if at_cuts:
+                index = np.array([current.at_cuts[cut] for cut in at_cuts], np.int32)
+                taken = np.concatenate([taken, index])
+            slots.put(self._layer, arrays, [*at_cuts.values()], taken)
             self._known = self._known.with_current(current.with_put(self._layer, at_cuts))
 
     def _refuse_shared(self, slots: StateSlots, current: StatePass) -> None:
@@ -280,7 +285,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
                 f"{len(current.runs)} sequences. Plan them without tokens=."
             )
         # Edge padding: the last run is written again, to its own slot, with equal rows.
-        slots = (current.before, np.array(current.behind, np.int32))
+        slots = current.before, current.behind
         plan = self._device_plan(*(np.pad(index, (0, extra), "edge") for index in slots))
         self._known = self._known.with_current(current.as_plan())
         return plan

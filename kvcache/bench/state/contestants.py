@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from kvcache.bench.frameworks.base import Framework
@@ -77,18 +78,21 @@ class PoolSteps:
             # A lazy framework is waited for by the next step, which reads what was put.
 
 
-def _filled(framework: Framework, case: StateCase) -> RecurrentCache:
+def _filled(case: StateCase) -> RecurrentCache:
     """Return a pool with a state for each sequence, and room for one sequence more."""
-    steps = PoolSteps(framework, case)
-    cache = steps.cache = RecurrentCache(resume_points=1)
-    cache.init(case.backend, max_sequences=case.batch + 1, max_batch=case.batch)
-    steps.run(1)
+    cache, new = RecurrentCache(resume_points=1), replace(case, batch=1).states()
+    cache.init(case.backend, max_sequences=case.batch + 1, max_batch=1)
+    for sequence in range(case.batch):
+        cache.start_forward(Batch([0], [sequence]))
+        for layer in range(case.layers):
+            cache.set_layer(layer)
+            cache.put_states(*new)
     return cache
 
 
-def _forks(framework: Framework, case: StateCase) -> Loop:
+def _forks(_: Framework, case: StateCase) -> Loop:
     """Let another sequence go on from the state of the first."""
-    cache, fresh = _filled(framework, case), case.batch
+    cache, fresh = _filled(case), case.batch
 
     def run(steps: int) -> None:
         for _ in range(steps):
@@ -114,9 +118,9 @@ def _raw_by_host(framework: Framework, case: StateCase) -> Loop:
     return run
 
 
-def _restores(framework: Framework, case: StateCase) -> Loop:
+def _restores(_: Framework, case: StateCase) -> Loop:
     """Take a snapshot of one sequence, copy it to the host, and restore another from it."""
-    cache, fresh = _filled(framework, case), case.batch
+    cache, fresh = _filled(case), case.batch
 
     def run(steps: int) -> None:
         for _ in range(steps):

@@ -29,7 +29,7 @@ def run_state(
     backends: Sequence[str],
     dtypes: Sequence[str] = ("float32",),
     batches: Sequence[int] = BATCHES,
-    layers: int = 4,
+    layers: int = 12,
     heads: int = 32,
     head_dim: int = 128,
     channels: int = 8192,
