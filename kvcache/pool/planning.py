@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from kvcache._checks import as_room, as_sizes
-from kvcache._interrupts import uninterrupted
 
 from .base import Cache
 from .batch import Batch
@@ -47,9 +46,7 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
     @program_state.setter
     def program_state(self, state: StateT) -> None:
         with self.lock:
-            commit = self.prepare_import(state)
-            with uninterrupted():
-                commit()
+            self.prepare_import(state)()
 
     def plan(self, batch: Batch | None = None, tokens: int | None = None) -> PlanT:
         """Begin the pass of `batch`, as :meth:`start_forward` does, and return it as a plan.
@@ -111,7 +108,11 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
 
     @abstractmethod
     def prepare_import(self, state: StateT) -> Commit:
-        """Check a state assigned to :attr:`program_state` and return the commit to take it over."""
+        """Check a state assigned to :attr:`program_state` and return the commit to take it over.
+
+        Cut off by an interrupt, the commit leaves passes planned, and the same state to be assigned
+        again: programs have written to no place that is history.
+        """
 
     @abstractmethod
     def has_plans(self) -> bool:

@@ -172,7 +172,13 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
                 f"a wrapper of {len(parts)} caches has as many states; got {len(state)}."
             )
         pairs = zip(parts, state, strict=True)
-        return _together([cache.prepare_import(own) for cache, own in pairs])
+        take_over = _together([cache.prepare_import(own) for cache, own in pairs])
+
+        def commit() -> None:
+            with uninterrupted():  # a pass is complete in all parts or in none
+                take_over()
+
+        return commit
 
     def has_plans(self) -> bool:
         return any(cache.has_plans() for cache in self._planning)
