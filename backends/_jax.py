@@ -237,6 +237,19 @@ class JaxBackend(Backend):
         return _as_bits(buffer, jnp.empty(0, dtype))
 
     @classmethod
+    def traced_read_rows(
+        cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
+    ) -> NativeArray:
+        count = index.shape[0]
+        if count == 1:
+            # Like a single write in traced_write: XLA on CPU would fuse a single read with the
+            # write that follows, and copy the whole buffer for it.
+            index = jnp.repeat(index, 2)
+        rows = jnp.take(buffer, index, axis=axis, mode="clip")
+        rows = lax.slice_in_dim(rows, 0, count, axis=axis)
+        return _as_bits(rows, jnp.empty(0, dtype))
+
+    @classmethod
     def traced_cond(
         cls,
         condition: NativeArray,

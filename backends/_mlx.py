@@ -176,6 +176,12 @@ class MlxBackend(Backend):
         size[axis] = length
         return mx.slice(buffer, start, [axis], size)
 
+    @classmethod
+    def traced_read_rows(
+        cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
+    ) -> NativeArray:
+        return mx.take(buffer, index, axis=axis)
+
     def sync(self, *arrays: NativeArray) -> None:
         mx.eval(*arrays)
 

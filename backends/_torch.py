@@ -213,6 +213,12 @@ class TorchBackend(Backend):
         fits = start + rows.shape[axis] <= buffer.shape[axis]
         return cls.traced_write(buffer, torch.where(fits, rows, present), index, axis)
 
+    @classmethod
+    def traced_read_rows(
+        cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
+    ) -> NativeArray:
+        return torch.index_select(buffer, axis, index.long())
+
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
         return buffer.detach() if buffer.requires_grad else buffer
 

@@ -149,6 +149,12 @@ class ArrayApiBackend(Backend):
     ) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, start + length), ...)]
 
+    @classmethod
+    def traced_read_rows(
+        cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
+    ) -> NativeArray:
+        return array_api_compat.array_namespace(buffer).take(buffer, index, axis=axis)
+
     def import_dlpack(self, array: object) -> NativeArray:
         return self.xp.from_dlpack(array)
 

@@ -72,6 +72,11 @@ class TracedFunctions:
         return buffer[(*FULL_SLICES[axis], slice(start, start + length))]
 
     @classmethod
+    def traced_read_rows(cls, buffer: Array, index: Array, axis: int, dtype: DType) -> Array:
+        """Return a copy of the positions at `index` of `axis`, in the framework's `dtype`."""
+        return buffer[(*FULL_SLICES[axis], index)]
+
+    @classmethod
     def traced_cond(
         cls,
         condition: Array | bool,

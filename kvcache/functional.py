@@ -11,6 +11,14 @@ For a pool of cells::
     k, v, mask = functional.get(state, plan, layer)
     cache.program_state = state                             # back on the host
 
+For recurrent layers in a pool::
+
+    plan, state = cache.plan(batch), cache.program_state
+    states = functional.get_states(state, plan, layer)      # in the program
+    ...                                                     # the layer
+    state = functional.put_states(state, plan, layer, *states)
+    cache.program_state = state                             # back on the host
+
 For a per-layer cache::
 
     state = cache.export_state(tokens)                      # room for so many more
@@ -37,7 +45,7 @@ from kvcache._checks import as_limit, as_sizes
 from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.state import LayerState, RecurrentState, RingState
-from kvcache.pool.plan import ForwardPlan, PoolState
+from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.layout import TOKENS
 
@@ -47,11 +55,14 @@ __all__ = [
     "PoolState",
     "RecurrentState",
     "RingState",
+    "StatePlan",
     "advance",
     "append",
     "get",
+    "get_states",
     "mask",
     "put",
+    "put_states",
     "trim",
 ]
 
@@ -100,6 +111,46 @@ def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array |
         for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False)
     ]
     return history[0], history[1] if len(history) > 1 else None, plan.mask
+
+
+def get_states(state: PoolState, plan: StatePlan, layer: int) -> tuple[Array, ...]:
+    """Return copies of the states that the runs of the pass begin with, ``[runs, ...]`` each.
+
+    As :meth:`RecurrentCache.get_states`, but always zeros for a fresh sequence.
+
+    Raises: KVCacheError for a layer without buffers.
+    """
+    read, likes = backend_type(plan.before).traced_read_rows, plan.likes.get(layer, {})
+    return tuple(
+        read(buffer, plan.before, 0, likes.get(number, buffer).dtype)
+        for number, buffer in enumerate(_layer(state, layer))
+    )
+
+
+def put_states(state: PoolState, plan: StatePlan, layer: int, *arrays: Array) -> PoolState:
+    """Return `state` with `arrays`, ``[runs, ...]``, as the states behind the runs of the pass.
+
+    arrays: as many as the layer has, of its shapes and dtypes.
+
+    Consumes the buffers of `state`.
+
+    Raises: while it is traced, KVCacheError for a layer without buffers, ShapeError, DTypeError.
+    """
+    buffers, likes = _layer(state, layer), plan.likes.get(layer, {})
+    runs = plan.behind.shape[0]
+    held = [(runs, *buffer.shape[1:]) for buffer in buffers]
+    given = [tuple(array.shape) for array in arrays]
+    if given != held:
+        raise ShapeError(f"states of layer {layer} have the shapes {held}; got {given}.")
+    expected = [likes.get(number, buffer).dtype for number, buffer in enumerate(buffers)]
+    dtypes = [array.dtype for array in arrays]
+    if dtypes != expected:
+        raise DTypeError(f"states of layer {layer} are {expected}; got {dtypes}. Cast the arrays.")
+    write = backend_type(plan.behind).traced_write
+    written = tuple(
+        write(buffer, rows, plan.behind, 0) for buffer, rows in zip(buffers, arrays, strict=True)
+    )
+    return {**state, layer: written}
 
 
 def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:

@@ -128,7 +128,7 @@ def state_rows(cache):
 def free_slots(cache):
     """How many slots no sequence, snapshot or pass of a recurrent cache has."""
     held = {slot for slots in cache._history().values() for slot in slots.values()}
-    reserved = cache._pass.slots if cache._pass is not None else set()
+    reserved = {slot for state_pass in cache._known.begun for slot in state_pass.slots}
     return len({*range(1, cache._slots.count)} - held - cache._slots.pinned - reserved)
 
 

@@ -14,6 +14,8 @@ from kvcache.bench.plan.report import LOADS, Load, PlanReport, PlanTiming, PlanV
 from kvcache.bench.plan.run import run_plan
 from kvcache.bench.prefix.report import PrefixReport, PrefixTiming
 from kvcache.bench.prefix.run import run_prefix
+from kvcache.bench.state.report import StateReport, StateTiming
+from kvcache.bench.state.run import run_state
 from kvcache.bench.step.report import StepReport, StepTiming
 from kvcache.bench.step.run import run_step
 
@@ -33,6 +35,8 @@ __all__ = [
     "PrefixReport",
     "PrefixTiming",
     "Skipped",
+    "StateReport",
+    "StateTiming",
     "StepReport",
     "StepTiming",
     "Timing",
@@ -42,6 +46,7 @@ __all__ = [
     "run_diffusion",
     "run_plan",
     "run_prefix",
+    "run_state",
     "run_step",
     "toy_model",
 ]

@@ -18,6 +18,7 @@ from kvcache.bench import (
     run_diffusion,
     run_plan,
     run_prefix,
+    run_state,
     run_step,
     toy_model,
 )
@@ -157,6 +158,45 @@ def prefix(
     """
     with _bar() as progress:
         report = run_prefix(users=users, spans=spans, rounds=rounds, progress=progress)
+    _show(report, json)
+
+
+@bench_app.command()
+def state(
+    backends: Backends = "",
+    dtypes: Annotated[str, typer.Option(help="Of matrices, comma-separated.")] = "float32",
+    batches: Annotated[
+        str, typer.Option(help="Sequences that decode together, comma-separated.")
+    ] = "1,8,32",
+    layers: Annotated[int, typer.Option(help="Recurrent layers of the model.")] = 12,
+    heads: Annotated[int, typer.Option(help="Heads, each with a matrix.")] = 32,
+    head_dim: HeadDim = 128,
+    channels: Annotated[int, typer.Option(help="Channels of the convolution.")] = 8192,
+    kernel: Annotated[int, typer.Option(help="Tokens that the convolution sees.")] = 4,
+    rounds: Rounds = 101,
+    json: Json = None,
+) -> None:
+    """Measure the cost of recurrent states: updates, forks, snapshots.
+
+    StateCache.advance beside plain copies of the same arrays, and a decode step of a RecurrentCache
+    beside a gather and a scatter of the same rows, in all layers. A fork (copy_prefix) copies
+    nothing. The defaults are states of Qwen3-Next, in a third of its layers. Example:
+
+    [bold]kvcache bench state --backends torch --batches 1,16 --layers 2[/]
+    """
+    with _bar() as progress:
+        report = run_state(
+            _list(backends) or installed_backends(),
+            _list(dtypes),
+            _numbers(batches),
+            layers,
+            heads,
+            head_dim,
+            channels,
+            kernel,
+            rounds,
+            progress,
+        )
     _show(report, json)
 
 

@@ -90,10 +90,10 @@ class PoolBuffers:
                 self._exported = dict(layers)
         return self._exported
 
-    def import_state(self, state: PoolState) -> None:
-        """Replace the buffers by those of `state`, derived by programs from exported ones.
+    def prepare_import(self, state: PoolState) -> Commit:
+        """Return a commit to replace the buffers by those of `state`, derived from exported ones.
 
-        Raises: ShapeError if layers, shapes or dtypes differ; nothing has changed then.
+        Raises: ShapeError if layers, shapes or dtypes differ.
         """
         # Pending rows stay in the queue: they belong in the buffers returned by the programs.
         if self._exported is None:
@@ -102,8 +102,12 @@ class PoolBuffers:
             expected = form_of(self._exported)
         check_form(expected, state)
         imported, layers = dict(state), dict(state)
-        with self._pending.lock:
-            self._layers, self._exported, self._maybe_traced = layers, imported, True
+
+        def commit() -> None:
+            with self._pending.lock:
+                self._layers, self._exported, self._maybe_traced = layers, imported, True
+
+        return commit
 
     def _take_back(self) -> None:
         with self._pending.lock:  # another thread may be reading rows

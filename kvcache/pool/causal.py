@@ -12,7 +12,6 @@ from kvcache._checks import (
     as_index,
     as_indices,
     as_limit,
-    as_room,
     as_sizes,
     as_tokens_or_none,
     check_ids,
@@ -28,7 +27,6 @@ from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
 from .ahead import TokensAhead, seen_ahead, tell_owners
-from .base import Cache
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
@@ -38,10 +36,11 @@ from .originals import Shift
 from .owned import Commit
 from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
-from .programs import plan_current, plan_pass, plan_steps
+from .planning import Planned, PlanningCache
+from .programs import plan_current, plan_steps
 
 
-class CausalCache(Cache):
+class CausalCache(PlanningCache[ForwardPlan, PoolState]):
     """Causal attention over many sequences, within an optional window or chunk.
 
     window: a token sees itself and the ``window - 1`` tokens before it; None, or a number beyond
@@ -224,69 +223,45 @@ class CausalCache(Cache):
 
     # Programs.
 
-    @property
-    def program_state(self) -> PoolState:
-        """Buffers of all layers, by layer, for :mod:`kvcache.functional`.
-
-        A program consumes buffers donated to it: assign the state that it returns. That completes
-        the passes planned so far.
-
-        Raises: on assignment, ShapeError if layers, shapes or dtypes differ.
-        """
+    def export_programs(self) -> PoolState:
         return self._pool.buffers.export_state()
 
-    @program_state.setter
-    def program_state(self, state: PoolState) -> None:
-        with self.lock:
-            self._pool.buffers.import_state(state)
-            self._pool.passes.confirm()
+    def prepare_import(self, state: PoolState) -> Commit:
+        pool = self._pool
+        take_over = pool.buffers.prepare_import(state)
 
-    def plan(self, batch: Batch | None = None, tokens: int | None = None) -> ForwardPlan:
-        """Begin the pass of `batch`, as :meth:`start_forward` does, and return it as a plan.
+        def commit() -> None:
+            take_over()
+            pool.passes.confirm()
 
-        Its tokens become history when the state that the program returns is assigned to
-        :attr:`program_state`. Until then more passes can be planned, each after the one before. If
-        a program fails, plan its pass again, which takes this and later ones back, or call
-        :meth:`abort`, which takes back all passes planned since the state was last assigned.
+        return commit
 
-        batch: None for the current pass (begun by a wrapper, or changed by set_causal).
-        tokens: repeat the last token up to so many, so that a program is compiled for few
-            lengths. The arrays given to the program have to repeat it, too.
+    def has_plans(self) -> bool:
+        return bool(self._pool.passes.planned)
 
-        Raises: as start_forward; ValueError for more tokens than `tokens`, NotSupportedError for
-            a reserve pass.
-        """
-        count = len(self._pool.current_pass().cells if batch is None else batch)
-        tokens = None if tokens is None else as_room(tokens, "tokens")
-        if tokens is not None and tokens < count:
-            raise ValueError(f"a pass is padded to its length or more; got {tokens} for {count}.")
-        with self.lock:
-            if batch is None:
-                return plan_current(self._pool, count, tokens)
-            self._go_on_from_plans(batch)
-            return plan_pass(self._pool, batch, tokens, partial(self.begin_pass, reserve=False))
+    def prepare_replan(self, batch: Batch) -> Commit:
+        pool = self._pool
+        failed = pool.passes.conflicting(batch.positions, batch.sequences)
+        return (lambda: pool.drop(failed, None, maybe_written=True)) if failed else (lambda: None)
 
-    def plan_steps(self, batch: Batch, steps: int) -> ForwardPlan:
-        """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
+    def tokens_begun(self) -> int:
+        return len(self._pool.current_pass().cells)
 
-        Every leaf of the plan has one more axis in front, the steps, for ``lax.scan`` or a loop.
-        The passes become history as for :meth:`plan`.
+    def pass_savepoint(self) -> Commit:
+        pool, before = self._pool, self._pool.passes.current
 
-        Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
-            sequence, or a token that does not come after its last. Nothing has changed then.
-        """
-        [steps] = as_sizes(steps=steps)
-        with self.lock:
-            self._go_on_from_plans(batch)
-            return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False))
+        def undo() -> None:
+            begun = pool.passes.current
+            if begun is not None and begun is not before:
+                pool.drop([begun], before)
 
-    def _go_on_from_plans(self, batch: Batch) -> None:
-        """Take back what the passes of a new plan do not go on from: unfinished or failed ones."""
-        passes = self._pool.passes
-        if not passes.planned:
-            self.abort()
-        elif failed := passes.conflicting(batch.positions, batch.sequences):
-            self._pool.drop(failed, None)
+        return undo
+
+    def plan_begun(self, tokens: int | None) -> ForwardPlan:
+        return plan_current(self._pool, self.tokens_begun(), tokens)
+
+    def begin_steps(self, batch: Batch, steps: int) -> Planned[ForwardPlan]:
+        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False))
 
     # Sequences.
 

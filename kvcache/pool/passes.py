@@ -150,9 +150,15 @@ class CellPool:
             self.pins.take_back(sequence, position)
         self.maybe_expired |= taken.keys()
 
-    def drop(self, passes: list[Pass], current: Pass | None) -> None:
-        """Take back `passes`, begun in vain; `current` is the current pass again."""
+    def drop(self, passes: list[Pass], current: Pass | None, maybe_written: bool = False) -> None:
+        """Take back `passes`, begun in vain; `current` is the current pass again.
+
+        maybe_written: True if their plans were handed out, so that programs may have written to
+        their cells.
+        """
         with uninterrupted():
+            if not maybe_written:
+                self.passes.unplan(passes)
             self.take_back(passes)
             self.passes.current = current
 

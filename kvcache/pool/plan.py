@@ -45,6 +45,21 @@ class ForwardPlan(NamedTuple):
         return self.key_like, self.value_like
 
 
+class StatePlan(NamedTuple):
+    """A pass over recurrent layers as arrays of the cache's backend, a pytree like the plan above.
+
+    :mod:`kvcache.functional` applies it. From :meth:`RecurrentCache.plan_steps` every leaf has one
+    more axis in front, the steps.
+    """
+
+    before: Array
+    """int32 [runs]: slot of the state that each run of the pass begins with."""
+    behind: Array
+    """int32 [runs]: slot for the state behind each run."""
+    likes: Mapping[int, Mapping[int, Array]]
+    """By layer and number of an array: an empty one like it, where the buffer carries bits."""
+
+
 class Pass:
     """A forward pass on the host: the cells written, the range read, and the visibility.
 

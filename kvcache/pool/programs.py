@@ -15,6 +15,7 @@ from kvcache.storage.masks import device_mask
 from .batch import Batch
 from .passes import CellPool
 from .plan import ForwardPlan, Pass
+from .planning import Planned
 
 StartForward = Callable[[Batch], None]
 """Function to begin a pass, as :meth:`Cache.start_forward` does."""
@@ -39,25 +40,9 @@ def plan_current(pool: CellPool, count: int, tokens: int | None) -> ForwardPlan:
     return plan
 
 
-def plan_pass(
-    pool: CellPool, batch: Batch, tokens: int | None, start_forward: StartForward
-) -> ForwardPlan:
-    """Begin the pass of `batch` with `start_forward`, and return it as :func:`plan_current` does.
-
-    Raises: CacheFullError, ValueError, whatever a framework raises; nothing has changed then.
-    """
-    before = pool.passes.current
-    start_forward(batch)
-    try:
-        return plan_current(pool, len(batch), tokens)
-    except BaseException:
-        pool.drop([pool.current_pass()], before)
-        raise
-
-
 def plan_steps(
     pool: CellPool, batch: Batch, steps: int, start_forward: StartForward
-) -> ForwardPlan:
+) -> Planned[ForwardPlan]:
     """Return the plans of `steps` decode steps, stacked; `start_forward` begins each in turn.
 
     As for :func:`plan_current`, they are complete once the state of the programs comes back.
@@ -80,7 +65,7 @@ def plan_steps(
         pool.drop(passes, before)
         raise
     else:
-        return plan
+        return Planned(plan, lambda: pool.drop(passes, before))
     finally:
         pins.paused = False
 

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn, Self
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import numpy as np
 
 from kvcache._checks import as_index, as_indices, as_room, as_sizes, check_ids, check_range
-from kvcache._interrupts import uninterrupted
-from kvcache._locks import Lock
-from kvcache.backends import Array, Backend, CacheConfig, get_backend
-from kvcache.errors import KVCacheError, NotSupportedError, TrimError
+from kvcache.backends import Backend, get_backend
+from kvcache.errors import KVCacheError, NotSupportedError, ShapeError, TrimError
 from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 
-from .base import Cache
-from .batch import Batch
 from .owned import Commit
-from .runs import (
-    Held,
-    Sequences,
-    StatePass,
-    begun_pass,
-    check_appended,
-    checked_cuts,
-    end_of,
-    runs_of,
-    with_cuts,
-)
-from .state_calls import Run, StatesAtCuts
+from .runs import Held, end_of
+from .state_history import StateHistory
+from .state_passes import StatePasses
 from .state_room import find_room
-from .state_slots import StateSlots
+from .state_slots import LayerForm
 
 
-class RecurrentCache(Cache):
+class RecurrentCache(StatePasses):
     """States of recurrent layers, for many sequences: one behind the end of each, and kept ones.
 
     For linear attention, state space models and short convolutions; in a :class:`WrapperCache`
@@ -58,174 +45,41 @@ class RecurrentCache(Cache):
 
     Sequences with a common prefix share its states. A pass never writes to a state that is history,
     so that nothing is copied when one of them goes on.
+
+    Passes are also available as plans for compiled programs, as those of :class:`CausalCache`::
+
+        cache.allocate(range(layers), ((32, 128, 128), "float32"), ((8192, 3), "bfloat16"))
+        plan, state = cache.plan(batch), cache.program_state
+        states = functional.get_states(state, plan, layer)          # in the program
+        state = functional.put_states(state, plan, layer, *states)
+        cache.program_state = state                                 # back on the host
+
+    A planned pass keeps no states at cuts. One of several steps (``plan_steps``) keeps those of
+    scheduled positions, where each is the end of a step.
     """
 
     def __init__(self, resume_points: int = 16) -> None:
-        super().__init__()
-        self.resume_points = as_room(resume_points, "resume_points")
-        self._slots: StateSlots | None = None
-        self._max_sequences = self._layer = 0
-        self._forget_all()
+        super().__init__(as_room(resume_points, "resume_points"))
 
-    def _forget_all(self) -> None:
-        self._sequences: Sequences = {}  # without the current pass
-        self._points: Mapping[int, frozenset[int]] = {}  # scheduled positions by sequence
-        self._pass: StatePass | None = None
-        self._before: tuple[Sequences, StatePass | None] | None = None  # the pass just begun
+    def allocate(self, layers: Iterable[int], *arrays: tuple[Sequence[int], str]) -> None:
+        """Allocate the buffers of all `layers` now, or of none, instead of at their first put.
 
-    def set_config(self, config: CacheConfig) -> None:
-        """Do nothing: a state has no layout but its own."""
+        arrays: shape, without the axis of sequences, and dtype of each array of a state.
 
-    def init(
-        self,
-        backend: str | Backend,
-        dtype: str = "float32",
-        *,
-        max_sequences: int = 1,
-        capacity: int = 1,
-        max_batch: int = 1,
-    ) -> None:
-        """Size the cache. States have dtypes of their own and any length, so the rest is ignored.
-
-        max_batch: there is room for a pass over so many sequences, however full the cache is.
+        Raises: ShapeError for no array, or for a layer that exists with others; ValueError for
+            sizes below 1, DTypeError, KVCacheError before :meth:`init`.
         """
-        max_sequences, max_batch = as_sizes(max_sequences=max_sequences, max_batch=max_batch)
-        runs = min(max_sequences, max_batch)
-        # One more, for the zeros that a fresh sequence begins with.
-        count = 1 + max_sequences + runs + self.resume_points
-        slots = StateSlots(get_backend(backend), count, self.lock)
-        with uninterrupted():
-            self._forget_all()
-            self.owners.all_gone()
-            self._slots, self._max_sequences = slots, max_sequences
-
-    def _sized(self) -> StateSlots:
-        """Return the slots. Raises: KVCacheError before :meth:`init`."""
-        if self._slots is None:
-            raise KVCacheError("a cache is sized before it is used. Call init first.")
-        return self._slots
-
-    @property
-    def backend(self) -> Backend | None:
-        return None if self._slots is None else self._slots.backend
+        if not arrays:
+            raise ShapeError("a state is one array or more; got none.")
+        shapes = tuple(_as_shape(shape) for shape, _ in arrays)
+        form = LayerForm(shapes, tuple(dtype for _, dtype in arrays))
+        with self.lock:
+            self._sized().allocate(as_indices(layers, "layers"), form)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the memory of all layers put so far, in use or not."""
         return self._sized().nbytes
-
-    def share_lock(self, lock: Lock) -> None:
-        super().share_lock(lock)
-        if self._slots is not None:
-            self._slots.lock = lock
-
-    # Passes.
-
-    def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
-        slots, self._before = self._sized(), None
-        check_ids(self._max_sequences, *set(batch.sequences.tolist()))
-        runs, sequences = runs_of(batch), self._history()
-        if reserve:
-            begun = StatePass(tuple(runs), np.zeros(len(runs), np.int32), stores=False)
-        else:
-            check_appended(runs, sequences)
-            before = [sequences[run.sequence][run.position] if run.position else 0 for run in runs]
-            runs = [with_cuts(run, self._points.get(run.sequence, ())) for run in runs]
-            wanted = sum(1 + len(run.cuts) for run in runs)
-            free, sequences = find_room(slots, sequences, set(), len(runs), wanted)
-            begun = begun_pass(runs, np.array(before, np.int32), free, slots.layers)
-
-        def commit() -> None:
-            self._before = self._sequences, self._pass
-            self._sequences, self._pass = sequences, begun
-
-        return commit
-
-    def revert_forward(self) -> None:
-        if self._before is not None:
-            self._sequences, self._pass = self._before
-
-    def pass_complete(self) -> bool:
-        return self._pass is None or self._pass.complete
-
-    def drop_pass(self) -> None:
-        self._pass = None
-
-    def _history(self) -> Sequences:
-        """Return the slots of all sequences, with those of a pass that is finished."""
-        if self._pass is None or self.is_unfinished():
-            return self._sequences
-        return self._pass.after(self._sequences, self._points)
-
-    def _current(self) -> StatePass:
-        if self._pass is None:
-            raise KVCacheError("put_states and get_states belong to a pass. Call start_forward.")
-        return self._pass
-
-    # Layers.
-
-    def set_layer(self, layer: int) -> None:
-        self._layer = layer if type(layer) is int else as_index(layer, "layer")
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        return self._current().runs
-
-    def get_states(self) -> tuple[Array, ...] | None:
-        slots = self._sized()
-        with self.lock:  # another thread may write to the buffers, and so consume them
-            current = self._current()
-            if not any(run.position for run in current.runs):
-                return None
-            if self._layer in slots.layers:
-                return slots.get(self._layer, current.before)
-            if not current.stores:  # of a reserve pass, to allocate memory
-                return None
-            raise KVCacheError(
-                f"layer {self._layer} was never put, and sequences of the pass have tokens. Put "
-                "every layer in every pass."
-            )
-
-    def put_states(self, *arrays: Array, kept: StatesAtCuts | None = None) -> None:
-        slots = self._sized()
-        with self.lock:
-            current = self._current()
-            if current.complete and self._layer in current.put:
-                self._refuse_shared(slots, current)
-            at_cuts = {} if not kept else checked_cuts(current, kept)
-            slots.check(self._layer, arrays, len(current.runs))
-            for state in at_cuts.values():
-                slots.check_like(self._layer, state, arrays)
-            taken = [*current.behind, *(current.at_cuts[cut] for cut in at_cuts)]
-            slots.put(self._layer, arrays, [*at_cuts.values()], np.array(taken, np.int32))
-            self._pass = current.with_put(self._layer, at_cuts)
-
-    def _refuse_shared(self, slots: StateSlots, current: StatePass) -> None:
-        """Raise KVCacheError if a complete pass left states that others have as well.
-
-        Until then a layer may be put again, as after a put that was interrupted at its end.
-        """
-        held = {slot for states in self._sequences.values() for slot in states.values()}
-        if current.detached or not (held | slots.pinned).isdisjoint(current.written):
-            raise KVCacheError(
-                "the states of a complete pass are history once a snapshot or another sequence has "
-                f"them; layer {self._layer} was put. Call start_forward for the next tokens."
-            )
-
-    def put(
-        self, keys: Array, values: Array | None = None, frames: Sequence[int] | None = None
-    ) -> None:
-        """Refuse: a recurrent layer has no keys. Raises: NotSupportedError."""
-        self._refuse_keys()
-
-    def get(self) -> tuple[Array, Array | None, Array | None]:
-        """Refuse: a recurrent layer has no keys. Raises: NotSupportedError."""
-        self._refuse_keys()
-
-    def _refuse_keys(self) -> NoReturn:
-        raise NotSupportedError(
-            "a RecurrentCache holds states, no keys and values. Call get_states and put_states."
-        )
 
     # Sequences.
 
@@ -249,7 +103,7 @@ class RecurrentCache(Cache):
             )
         kept = {position: slot for position, slot in held.items() if position <= length}
         # Kept states stay so: the end of the target is one, unless it is the end of the source.
-        points = self._points.get(source, frozenset())
+        points = self._known.points.get(source, frozenset())
         points = frozenset(p for p in {*kept, *points} if p <= length and (p < end or p in points))
         return self._replacing(target, kept, points)
 
@@ -257,12 +111,7 @@ class RecurrentCache(Cache):
         """Return a commit to let a sequence hold just `held`, and leave the current pass."""
 
         def commit() -> None:
-            others = {s: states for s, states in self._sequences.items() if s != sequence}
-            schedules = {s: own for s, own in self._points.items() if s != sequence}
-            changed = {**others, sequence: held} if held else others
-            scheduled = {**schedules, sequence: points} if points and held else schedules
-            current = None if self._pass is None else self._pass.without(sequence)
-            self._sequences, self._points, self._pass = changed, scheduled, current
+            self._known = self._known.replacing(sequence, held, points)
 
         return commit
 
@@ -294,35 +143,23 @@ class RecurrentCache(Cache):
     # Snapshots.
 
     @property
-    def max_sequences(self) -> int:
-        self._sized()
-        return self._max_sequences
-
-    @property
     def specs(self) -> list[CacheSpec]:
         # The state behind p is the row of p - 1, and all that is needed to go on at p. Layers
         # differ in dtypes, which are unknown before the first put: the arrays tell them.
         self._check_ids()
         return [CacheSpec("recurrent", Visibility(window=1), ())]
 
-    def next_position(self, sequence: int) -> int:
-        sequence = as_index(sequence, "sequence")
-        self._check_ids(sequence)
-        with self.lock:
-            return end_of(self._history().get(sequence))
-
     def schedule(self, sequence: int, positions: Iterable[int]) -> None:
         """Keep the states behind `positions` once their tokens come, where layers give them.
 
-        Positions before the end of the sequence are ignored: their states are gone, or kept.
+        Positions before the end of the sequence are ignored: their states are gone, or kept. So
+        are those inside of planned passes.
         """
         sequence, points = as_index(sequence, "sequence"), as_indices(positions, "positions")
         self._check_ids(sequence)
         with self.lock:
-            end = max(1, end_of(self._history().get(sequence)))
-            known = {*self._points.get(sequence, ()), *points}
-            ahead = frozenset(position for position in known if position >= end)
-            self._points = {**self._points, sequence: ahead}
+            end = end_of(self._history().get(sequence))
+            self._known = self._known.scheduling(sequence, points, end)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         [spec], held = self.specs, self._history().get(sequence, {})
@@ -347,15 +184,19 @@ class RecurrentCache(Cache):
         if rows.owner is slots:
             [slot] = rows.slots[index[-1:]].tolist()
             return self._replacing(sequence, {position: slot}, frozenset())
+        if self._known.has_plans:
+            raise KVCacheError(
+                "a program has the states of this cache, so none is written. Assign the state that "
+                "it returns to program_state first."
+            )
         content = rows.read(index[-1:])
-        reserved = set() if self._pass is None else self._pass.slots
-        [slot], sequences = find_room(slots, self._sequences, reserved, 1, 1)
+        [slot], sequences = find_room(slots, self._known.sequences, self._known.reserved(), 1, 1)
         add_layers = slots.prepare_rows(slot, content)
         restore = self._replacing(sequence, {position: slot}, frozenset())
 
         def commit() -> None:
             add_layers()
-            self._sequences = sequences
+            self._known = self._known._replace(sequences=sequences)
             restore()
 
         return commit
@@ -364,15 +205,16 @@ class RecurrentCache(Cache):
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), self._shallow_copy()
-        clone._forget_all()
+        clone._known, clone._before = StateHistory(), None
         with self.lock:  # other threads may change sequences meanwhile
             if self._slots is not None:
                 clone._slots = self._slots.copied(target, clone.lock)
-                clone._sequences = self._history()
-                clone._points = {
-                    sequence: frozenset(held.keys() & self._points.get(sequence, frozenset()))
-                    for sequence, held in clone._sequences.items()
+                sequences = self._history()
+                points = {
+                    sequence: frozenset(held.keys() & self._known.points.get(sequence, ()))
+                    for sequence, held in sequences.items()
                 }
+                clone._known = StateHistory(sequences, points)
         return clone
 
     def prepare_close(self) -> Commit:
@@ -383,8 +225,12 @@ class RecurrentCache(Cache):
 
         def commit() -> None:
             spill()
-            self._forget_all()
-            self._slots = None
+            self._known, self._before, self._slots = StateHistory(), None, None
             slots.free()
 
         return commit
+
+
+def _as_shape(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of an array of one state. Raises: ValueError for sizes below 1."""
+    return tuple(as_sizes(**{f"axis {number}": size for number, size in enumerate(sizes)}))

@@ -31,20 +31,23 @@ class StatePass(NamedTuple):
     """A pass on the host; replaced, never changed.
 
     before: slot of the state that each run begins with, 0 for none. behind: slot for the state
-    behind each run. at_cuts: slots for the states at cuts. expected: layers to put; those put are
-    `put`. recorded: by cut, the layers that gave a state. detached: sequences changed since it
-    began, which it changes no more. stores: False for a reserve pass.
+    behind each run. resumes: whether any run begins with a state. at_cuts: slots for the states at
+    cuts. expected: layers to put; those put are `put`. recorded: by cut, the layers that gave a
+    state. detached: sequences changed since it began, which it changes no more. stores: False for
+    a reserve pass. planned: True if programs put its layers.
     """
 
     runs: tuple[Run, ...]
     before: Int32s
-    behind: tuple[int, ...] = ()
+    behind: Int32s
+    resumes: bool
     at_cuts: Mapping[Cut, int] = {}
     expected: frozenset[int] = frozenset()
     put: frozenset[int] = frozenset()
     recorded: Mapping[Cut, frozenset[int]] = {}
     detached: frozenset[int] = frozenset()
     stores: bool = True
+    planned: bool = False
 
     @property
     def complete(self) -> bool:
@@ -59,7 +62,7 @@ class StatePass(NamedTuple):
     @property
     def written(self) -> set[int]:
         """Slots that the pass writes."""
-        return {*self.behind, *self.at_cuts.values()}
+        return {*self.behind.tolist(), *self.at_cuts.values()}
 
     def after(self, sequences: Sequences, points: Mapping[int, frozenset[int]]) -> Sequences:
         """Return `sequences`, those before this pass, as they are once it is history.
@@ -67,7 +70,7 @@ class StatePass(NamedTuple):
         points: scheduled positions by sequence; at these a state at the end of a run is kept.
         """
         changed = dict(sequences)
-        for run, slot in zip(self.runs, self.behind, strict=self.stores):
+        for run, slot in zip(self.runs, self.behind.tolist(), strict=self.stores):
             if run.sequence in self.detached:
                 continue
             held = dict(changed.pop(run.sequence, {}))  # popped, and so moved to the end
@@ -79,13 +82,24 @@ class StatePass(NamedTuple):
         return changed
 
     def _is_whole(self, cut: Cut) -> bool:
-        """Return whether every layer gave a state at a cut."""
+        """Return whether every layer gave a state at a cut, as programs do."""
+        if self.planned:
+            return True
         return bool(self.put) and self.recorded.get(cut, frozenset()) >= self.put
 
     def with_put(self, layer: int, cuts: Iterable[Cut]) -> StatePass:
         """Return the pass with one more layer put, and its states at `cuts` given."""
         given = {cut: self.recorded.get(cut, frozenset()) | {layer} for cut in cuts}
         return self._replace(put=self.put | {layer}, recorded={**self.recorded, **given})
+
+    def as_plan(self) -> StatePass:
+        """Return the pass for programs, which give states behind ends only."""
+        runs = tuple(run._replace(cuts=()) for run in self.runs)
+        return self._replace(runs=runs, at_cuts={}, put=frozenset(), recorded={}, planned=True)
+
+    def carried_out(self) -> StatePass:
+        """Return the pass as its program leaves it: complete, if it was planned."""
+        return self._replace(put=self.expected) if self.planned else self
 
     def without(self, sequence: int) -> StatePass:
         """Return the pass with one more sequence detached."""
@@ -102,6 +116,10 @@ def runs_of(batch: Batch) -> list[Run]:
 
     Raises: ValueError unless the tokens of each sequence are adjacent and positions go up by one.
     """
+    ids = batch.sequences.tolist()
+    if len(set(ids)) == len(ids):  # a decode step: no arrays are needed
+        tokens = enumerate(zip(ids, batch.positions.tolist(), strict=True))
+        return [Run(sequence, i, i + 1, position) for i, (sequence, position) in tokens]
     positions, sequences = batch.positions.astype(np.int64), batch.sequences
     same = np.diff(sequences) == 0
     starts = [0, *(np.flatnonzero(~same) + 1).tolist()]
@@ -134,6 +152,40 @@ def with_cuts(run: Run, points: Iterable[int]) -> Run:
     return run._replace(cuts=tuple(sorted(point for point in points if point in inside)))
 
 
+def steps_of(batch: Batch, steps: int) -> list[Run]:
+    """Return the runs of so many decode steps, without cuts: one step after the other in each.
+
+    Raises: ValueError for a batch with two tokens of a sequence.
+    """
+    sequences, positions = batch.sequences.tolist(), batch.positions.tolist()
+    if len(set(sequences)) < len(sequences):
+        raise ValueError(f"a decode step has one token per sequence; got {sequences}.")
+    pairs = enumerate(zip(sequences, positions, strict=True))
+    return [
+        Run(sequence, number * steps, (number + 1) * steps, position)
+        for number, (sequence, position) in pairs
+    ]
+
+
+def step_slots(state_pass: StatePass, steps: int) -> tuple[Int32s, Int32s]:
+    """Return the slots that each step reads, and those that it writes, ``[steps, runs]`` each.
+
+    A step reads what the one before wrote. It writes to the same slot again, unless that state is
+    behind a cut.
+    """
+    written = np.array(
+        [
+            [
+                state_pass.at_cuts.get((run.sequence, run.position + step + 1), slot)
+                for run, slot in zip(state_pass.runs, state_pass.behind.tolist(), strict=True)
+            ]
+            for step in range(steps)
+        ],
+        np.int32,
+    )
+    return np.concatenate([state_pass.before[None], written[:-1]]), written
+
+
 def begun_pass(
     runs: Sequence[Run], before: Int32s, free: Sequence[int], layers: Iterable[int]
 ) -> StatePass:
@@ -143,12 +195,19 @@ def begun_pass(
     """
     cuts = [(run.sequence, position) for run in runs for position in run.cuts]
     at_cuts = dict(zip(reversed(cuts), free[len(runs) :], strict=False))
-    granted = [
-        run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
-        for run in runs
-    ]
-    behind = tuple(free[: len(runs)])
-    return StatePass(tuple(granted), before, behind, at_cuts, frozenset(layers))
+    if len(at_cuts) < len(cuts):
+        runs = [
+            run._replace(cuts=tuple(p for p in run.cuts if (run.sequence, p) in at_cuts))
+            for run in runs
+        ]
+    return StatePass(
+        tuple(runs),
+        before,
+        np.array(free[: len(runs)], np.int32),
+        bool(before.any()),
+        at_cuts,
+        frozenset(layers),
+    )
 
 
 def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:

@@ -25,6 +25,9 @@ def find_room(
 
     Raises: CacheFullError if fewer than `least` can be had.
     """
+    free = _free(slots, _held(sequences) | reserved)
+    if len(free) >= wanted:  # as in nearly every decode step
+        return free[:wanted], sequences
     _spill(slots, _held(sequences) | reserved, wanted)
     missing = wanted - len(_free(slots, _held(sequences) | reserved))
     if missing > 0:

@@ -9,11 +9,17 @@ import numpy as np
 
 from kvcache._locks import Lock
 from kvcache._types import Int32s
-from kvcache.backends import HOST_DTYPES, Array, Backend, nbytes
+from kvcache.backends import HOST_DTYPES, Array, Backend, HostArray, nbytes
 from kvcache.backends.arguments import refuse_traced
-from kvcache.backends.arrays import Arrays
+from kvcache.backends.arrays import Arrays, DType
 from kvcache.backends.base import FastKey
-from kvcache.errors import DTypeError, ShapeError, SnapshotMismatchError
+from kvcache.errors import (
+    DTypeError,
+    KVCacheError,
+    ShapeError,
+    SnapshotMismatchError,
+    StateError,
+)
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
 from kvcache.storage.admission import check_owner
 from kvcache.storage.arrays import LayerArrays, NamedArray
@@ -21,7 +27,9 @@ from kvcache.storage.lengths import padded_index
 from kvcache.storage.states import TOKEN_AXIS, check_state_rows
 
 from .checks import refuse_gradients
+from .exchange import check_form, convert
 from .owned import Commit
+from .plan import PoolState
 
 Likeness: TypeAlias = tuple[FastKey, ...]
 """What has to be alike for arrays to need no check."""
@@ -46,6 +54,12 @@ class StateSlots:
     def __init__(self, backend: Backend, count: int, lock: Lock) -> None:
         self.backend, self.count, self.lock = backend, count, lock
         self.layers: dict[int, Arrays] = {}
+        self.forms: dict[int, LayerForm] = {}
+        """Of the layers; buffers in the form for programs may carry bits of another dtype."""
+        # The buffers as exported last, unless the cache has used them since.
+        self._exported: PoolState | None = None
+        self._maybe_traced = False  # True while any buffer may be in the form for programs
+        self._traced_dtypes: dict[str, DType] = {}  # by name of the dtype outside of programs
         self._checked: dict[int, Likeness] = {}  # of the arrays put last in a layer
         self._pinned: dict[
             TokenRows, None
@@ -60,7 +74,8 @@ class StateSlots:
 
     def get(self, layer: int, slots: Int32s) -> Arrays:
         """Return copies of the states in `slots`, ``[slots, ...]``."""
-        return tuple([self.backend.read_rows(buffer, slots, 0) for buffer in self.layers[layer]])
+        read, buffers = self.backend.read_rows, self._settled()[layer]
+        return tuple([read(buffer, slots, 0) for buffer in buffers])
 
     def put(self, layer: int, arrays: Arrays, at_cuts: Sequence[Arrays], slots: Int32s) -> None:
         """Store the states of `arrays`, ``[runs, ...]``, and those `at_cuts`, ``[1, ...]``.
@@ -76,31 +91,124 @@ class StateSlots:
                 [self.backend.concat(column, 0) for column in zip(arrays, *at_cuts, strict=True)]
             )
         if layer not in self.layers:
-            self.layers[layer] = self._first_put(rows, slots)
+            self._first_put(layer, rows, slots)
             return
         if slots.size:
-            write = self.backend.write_row_sets
+            layers, write = self._settled(), self.backend.write_row_sets
+            self._exported = None
             # Unpacked from map(): no signal handler runs between the call, which may consume the
             # buffers, and the assignment.
-            [self.layers[layer]] = map(write, (self.layers[layer],), (rows,), (slots,), (0,))
+            [layers[layer]] = map(write, (layers[layer],), (rows,), (slots,), (0,))
             # They are not returned, so nobody else has them computed before the next pass.
-            self.backend.evaluate(*self.layers[layer])
+            self.backend.evaluate(*layers[layer])
 
-    def _first_put(self, rows: Arrays, slots: Int32s) -> Arrays:
-        """Return new buffers for a layer, with `rows` in `slots`."""
-        buffers = self._alloc_for(rows)
+    def _first_put(self, layer: int, rows: Arrays, slots: Int32s) -> None:
+        """Allocate a layer, with `rows` in `slots`."""
+        form = self._form_of(rows)
+        buffers = self._alloc(form)
         if slots.size:
             buffers = self.backend.write_row_sets(buffers, rows, slots, 0)
             self.backend.evaluate(*buffers)
-        return buffers
+        self._add({layer: buffers}, {layer: form})
 
-    def _alloc_for(self, arrays: Arrays) -> Arrays:
-        pairs = zip(*self._form_of(arrays), strict=True)
+    def allocate(self, layers: Iterable[int], form: LayerForm) -> None:
+        """Allocate the buffers of all `layers`, or of none. Raises: ShapeError, DTypeError."""
+        wanted = [*layers]
+        for layer in wanted:
+            self._check_form(layer, form)
+        new = {layer: self._alloc(form) for layer in {*wanted} - self.layers.keys()}
+        self._add(new, dict.fromkeys(new, form))
+
+    def _alloc(self, form: LayerForm) -> Arrays:
+        pairs = zip(*form, strict=True)
         return tuple(self.backend.alloc((self.count, *shape), dtype) for shape, dtype in pairs)
+
+    def _add(self, layers: dict[int, Arrays], forms: dict[int, LayerForm]) -> None:
+        """Take over new layers. Other threads that go through the layers keep their own lists."""
+        self.forms, self.layers, self._exported = (
+            {**self.forms, **forms},
+            {**self._settled(), **layers},
+            None,
+        )
 
     def _form_of(self, arrays: Arrays) -> LayerForm:
         shapes = tuple(tuple(array.shape[1:]) for array in arrays)
         return LayerForm(shapes, tuple(map(self.backend.dtype_name, arrays)))
+
+    # Programs.
+
+    def export(self) -> PoolState:
+        """Return all buffers by layer in the form for :mod:`kvcache.functional`."""
+        # Exported twice without use in between, the state is the same: no conversion.
+        if self._exported is None:
+            self._maybe_traced = True
+            convert(self.layers, self.backend.traced_form)
+            self._exported = dict(self.layers)
+        return self._exported
+
+    def prepare_import(self, state: PoolState) -> Commit:
+        """Return a commit to replace the buffers by those of `state`, derived from exported ones.
+
+        Raises: ShapeError if layers, shapes or dtypes differ, StateError for consumed arrays.
+        """
+        check_form({layer: self._traced_form(form) for layer, form in self.forms.items()}, state)
+        if any(self.backend.is_deleted(array) for arrays in state.values() for array in arrays):
+            raise StateError(
+                "arrays of this state were consumed by a program. Assign the state that the last "
+                "program returned."
+            )
+        imported, layers = dict(state), {layer: tuple(arrays) for layer, arrays in state.items()}
+
+        def commit() -> None:
+            self.layers, self._exported, self._maybe_traced = layers, imported, True
+
+        return commit
+
+    def _traced_form(self, form: LayerForm) -> list[tuple[tuple[int, ...], DType]]:
+        return [
+            ((self.count, *shape), self._traced_dtype(dtype))
+            for shape, dtype in zip(*form, strict=True)
+        ]
+
+    def _traced_dtype(self, dtype: str) -> DType:
+        if dtype not in self._traced_dtypes:
+            like = self.backend.alloc((1,), dtype)
+            self._traced_dtypes[dtype] = self.backend.traced_form(like).dtype
+        return self._traced_dtypes[dtype]
+
+    def likes(self, lead: tuple[int, ...]) -> dict[int, dict[int, Array]]:
+        """Return `likes` of a :class:`StatePlan`. lead: axes in front."""
+        bits: dict[int, dict[int, Array]] = {}
+        for layer, form in self.forms.items():
+            for number, dtype in enumerate(form.dtypes):
+                if self._traced_dtype(dtype) != self.backend.dtype(dtype):
+                    empty = self.backend.alloc((*lead, 0), dtype)
+                    bits.setdefault(layer, {})[number] = empty
+        return bits
+
+    def _settled(self) -> dict[int, Arrays]:
+        """Return the buffers by layer, back from programs.
+
+        Raises: KVCacheError if a program has consumed them.
+        """
+        if self._maybe_traced:
+            self._check_present()
+            self._exported = None
+            for layer, form in self.forms.items():
+                for number, dtype in enumerate(form.dtypes):
+                    present = self.layers[layer]
+                    taken_back = self.backend.from_traced(present[number], dtype)
+                    self.layers[layer] = *present[:number], taken_back, *present[number + 1 :]
+            self._maybe_traced = False
+        return self.layers
+
+    def _check_present(self) -> None:
+        deleted = self.backend.is_deleted
+        if any(deleted(buffer) for buffers in self.layers.values() for buffer in buffers):
+            raise KVCacheError(
+                "a program has the states of this cache. Assign the state that it returned to "
+                "program_state."
+            )
 
     # Checks.
 
@@ -141,8 +249,10 @@ class StateSlots:
                     f"arrays of states have one row for each, {rows}, on the first axis, and no "
                     f"empty axis; got {shape}."
                 )
-        form = self._form_of(arrays)
-        if layer in self.layers and form != (fixed := self._form_of(self.layers[layer])):
+        self._check_form(layer, self._form_of(arrays))
+
+    def _check_form(self, layer: int, form: LayerForm) -> None:
+        if form != (fixed := self.forms.get(layer, form)):
             kind = DTypeError if form.shapes == fixed.shapes else ShapeError
             raise kind(
                 f"states of a layer keep the number, shapes and dtypes of the first: layer {layer} "
@@ -153,12 +263,8 @@ class StateSlots:
 
     @property
     def token_bytes(self) -> int:
-        layers = list(self.layers.values())
-        return sum(
-            nbytes(tuple(buffer.shape[1:]), self.backend.dtype_name(buffer))
-            for buffers in layers
-            for buffer in buffers
-        )
+        pairs = (pair for form in self.forms.values() for pair in zip(*form, strict=True))
+        return sum(nbytes(shape, dtype) for shape, dtype in pairs)
 
     def read(self, slots: Slots) -> LayerRows:
         """Return host copies of the states in `slots`, as rows of a batch of one."""
@@ -168,14 +274,25 @@ class StateSlots:
         with self.lock:
             return {
                 layer: tuple(
-                    NamedArray(f"state{number}", self._on_host(rows, slots.size), TOKEN_AXIS)
-                    for number, rows in enumerate(self.get(layer, index))
+                    NamedArray(f"state{number}", rows[: slots.size, None], TOKEN_AXIS)
+                    for number, rows in enumerate(self._on_host(layer, index))
                 )
                 for layer in self.layers
             }
 
-    def _on_host(self, rows: Array, count: int) -> np.ndarray:
-        return self.backend.to_host(rows)[:count, None]
+    def _on_host(self, layer: int, index: Int32s) -> list[HostArray]:
+        """Return host copies of the states at `index`.
+
+        Buffers stay in the form for programs: another thread may be running one.
+        """
+        if self._maybe_traced:
+            self._check_present()
+        backend, dtypes = self.backend, self.forms[layer].dtypes
+        rows = [backend.read_rows(buffer, index, 0) for buffer in self.layers[layer]]
+        return [
+            backend.to_host(backend.from_traced(copied, dtype))
+            for copied, dtype in zip(rows, dtypes, strict=True)
+        ]
 
     def pin(self, rows: TokenRows) -> None:
         self._pinned[rows] = None
@@ -216,17 +333,18 @@ class StateSlots:
 
         Raises: SnapshotMismatchError for states of another form, DTypeError.
         """
-        index, new = np.array([slot], np.int32), {}
+        index, new, layers = np.array([slot], np.int32), {}, self._settled()
         states = {layer: self._admitted(layer, arrays) for layer, arrays in rows.items()}
-        write = self.backend.write_row_sets
+        write, self._exported = self.backend.write_row_sets, None
         for layer, state in states.items():
-            if layer in self.layers:
-                [self.layers[layer]] = map(write, (self.layers[layer],), (state,), (index,), (0,))
+            if layer in layers:
+                [layers[layer]] = map(write, (layers[layer],), (state,), (index,), (0,))
             else:
-                new[layer] = write(self._alloc_for(state), state, index, 0)
+                new[layer] = write(self._alloc(self._form_of(state)), state, index, 0)
         # Another thread may read what a lazy framework would compute in this one only.
-        self.backend.sync(*(array for layer in states for array in {**self.layers, **new}[layer]))
-        return lambda: self.layers.update(new)
+        self.backend.sync(*(array for layer in states for array in {**layers, **new}[layer]))
+        forms = {layer: self._form_of(states[layer]) for layer in new}
+        return lambda: self._add(new, forms)
 
     def _admitted(self, layer: int, arrays: LayerArrays) -> Arrays:
         """Return a state in host memory as arrays ``[1, ...]`` of the backend."""
@@ -235,7 +353,7 @@ class StateSlots:
             tuple(array.data.shape[2:] for array in arrays),
             tuple(_name_of(array) for array in arrays),
         )
-        fixed = self._form_of(self.layers[layer]) if layer in self.layers else given
+        fixed = self.forms.get(layer, given)
         if given != fixed or any(array.data.shape[1] != 1 for array in arrays):
             raise SnapshotMismatchError(
                 f"a snapshot goes back to layers of the same states; layer {layer} has "
@@ -249,14 +367,15 @@ class StateSlots:
         clone = StateSlots(target, self.count, lock)
         clone.layers = {
             layer: tuple(self._moved(buffer, target) for buffer in buffers)
-            for layer, buffers in self.layers.items()
+            for layer, buffers in self._settled().items()
         }
+        clone.forms = dict(self.forms)
         target.sync(*(buffer for buffers in clone.layers.values() for buffer in buffers))
         return clone
 
     def free(self) -> None:
         """Free all memory. What fails to be freed goes with its last use."""
-        freed, self.layers, self._checked = self.layers, {}, {}
+        freed, self.layers, self.forms, self._checked = self.layers, {}, {}, {}
         for buffers in freed.values():
             for buffer in buffers:
                 self.backend.free(buffer)

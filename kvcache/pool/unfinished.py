@@ -68,6 +68,10 @@ class OpenPasses:
         if forward_pass.expected and forward_pass not in self.planned:
             self.planned.append(forward_pass)
 
+    def unplan(self, passes: Sequence[Pass]) -> None:
+        """Count `passes` as not planned: no program has got their plans."""
+        self.planned = [p for p in self.planned if p not in passes]
+
     def confirm(self) -> None:
         """Finish the planned passes: the state that came back holds their tokens."""
         for forward_pass in self.planned:

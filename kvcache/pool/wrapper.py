@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Self
+from typing import Self, TypeAlias
 
 from kvcache._checks import as_index, as_indices
 from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig
+from kvcache.errors import NotSupportedError, ShapeError
 from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part
 
@@ -17,10 +18,17 @@ from .ahead import TokensAhead
 from .base import Cache
 from .batch import Batch
 from .owned import Commit
+from .plan import ForwardPlan, PoolState, StatePlan
+from .planning import Planned, PlanningCache
 from .state_calls import Run, StatesAtCuts
 
+Plan: TypeAlias = "ForwardPlan | StatePlan | tuple[Plan, ...]"
+"""Plan of one cache; of a wrapper, a tuple of those of its parts."""
+ProgramState: TypeAlias = "PoolState | tuple[ProgramState, ...]"
+"""Buffers of one cache, or of the parts of a wrapper."""
 
-class WrapperCache(Cache):
+
+class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
     """Several caches with the same passes; the model chooses one of them for each layer.
 
     ::
@@ -29,6 +37,8 @@ class WrapperCache(Cache):
         cache.set_layer_type(layer % 2)
         cache.set_layer(layer)
         cache.put(k, v)
+
+    A plan is a tuple of those of the parts, in order, and so is the state of its programs.
     """
 
     def __init__(self, *caches: Cache) -> None:
@@ -137,6 +147,68 @@ class WrapperCache(Cache):
 
     def put_states(self, *arrays: Array, kept: StatesAtCuts | None = None) -> None:
         self.underlying_cache.put_states(*arrays, kept=kept)
+
+    # Programs.
+
+    @property
+    def _planning(self) -> list[PlanningCache[Plan, ProgramState]]:
+        """The parts. Raises: NotSupportedError unless all of them have plans."""
+        parts = [cache for cache in self.caches if isinstance(cache, PlanningCache)]
+        if len(parts) < len(self.caches):
+            kinds = {type(cache).__name__ for cache in self.caches if cache not in parts}
+            raise NotSupportedError(
+                f"a wrapper has plans if all of its parts do; {', '.join(sorted(kinds))} has none. "
+                "Call start_forward here, and plan() of the other parts."
+            )
+        return parts
+
+    def export_programs(self) -> tuple[ProgramState, ...]:
+        return tuple(cache.export_programs() for cache in self._planning)
+
+    def prepare_import(self, state: tuple[ProgramState, ...]) -> Commit:
+        parts = self._planning
+        if len(state) != len(parts):
+            raise ShapeError(
+                f"a wrapper of {len(parts)} caches has as many states; got {len(state)}."
+            )
+        pairs = zip(parts, state, strict=True)
+        take_over = _together([cache.prepare_import(own) for cache, own in pairs])
+
+        def commit() -> None:
+            with uninterrupted():  # a pass is complete in all parts or in none
+                take_over()
+
+        return commit
+
+    def has_plans(self) -> bool:
+        return any(cache.has_plans() for cache in self._planning)
+
+    def prepare_replan(self, batch: Batch) -> Commit:
+        return _together([cache.prepare_replan(batch) for cache in self._planning])
+
+    def tokens_begun(self) -> int:
+        return self._planning[0].tokens_begun()
+
+    def pass_savepoint(self) -> Commit:
+        return _together([cache.pass_savepoint() for cache in self._planning])
+
+    def plan_begun(self, tokens: int | None) -> tuple[Plan, ...]:
+        return tuple(cache.plan_begun(tokens) for cache in self._planning)
+
+    def begin_steps(self, batch: Batch, steps: int) -> Planned[tuple[Plan, ...]]:
+        planned: list[Planned[Plan]] = []
+
+        def undo() -> None:
+            for part in reversed(planned):
+                part.undo()
+
+        try:
+            with uninterrupted():  # between its return and its place in the list, a plan is lost
+                planned.extend(cache.begin_steps(batch, steps) for cache in self._planning)
+        except BaseException:
+            undo()
+            raise
+        return Planned(tuple(part.plan for part in planned), undo)
 
     def set_causal(self, except_: TokensAhead = ()) -> None:
         self.underlying_cache.set_causal(except_)

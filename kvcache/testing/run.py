@@ -10,6 +10,7 @@ from kvcache.backends import Backend
 from kvcache.testing import (  # noqa: F401 - importing them adds their checks, in this order
     backend_checks,
     cache_checks,
+    pool_state_checks,
     state_checks,
 )
 

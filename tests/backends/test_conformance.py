@@ -83,6 +83,57 @@ def test_a_gap_that_has_closed_is_reported():
         Closed().test_contract(check)
 
 
+# What mixes up recurrent states is found, whoever does it.
+
+
+class ReadsTheNextRow(NumpyBackend):
+    def read_rows(self, buffer, index, axis):
+        return super().read_rows(buffer, (index + 1) % buffer.shape[axis], axis)
+
+
+class WritesInReverse(NumpyBackend):
+    def write_row_sets(self, buffers, rows, index, axis):
+        return super().write_row_sets(buffers, rows, index[::-1], axis)
+
+
+POOL, LAYER = "recurrent_pool_keeps_states_apart", "recurrent_cache_keeps_states_apart"
+
+
+def check_called(name):
+    """A check in float32, which NumPy passes."""
+    check = next(check for check in all_checks() if str(check) == f"{name}-float32")
+    check.run(NumpyBackend(), "float32")
+    return check
+
+
+@pytest.mark.parametrize("backend", [ReadsTheNextRow(), WritesInReverse()])
+def test_a_backend_that_mixes_up_rows_is_found(backend):
+    with pytest.raises(AssertionError):
+        check_called(POOL).run(backend, "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "broken"),
+    [
+        # A slot is used again while a sequence has its state.
+        (POOL, "kvcache.pool.state_room._held", lambda sequences: set()),
+        # A sequence that goes back stays where it is.
+        (POOL, "kvcache.pool.recurrent.RecurrentCache._cut", lambda *args: lambda: None),
+        # Kept states change places.
+        (
+            LAYER,
+            "kvcache.layers.recurrent_copies.CopyableStates._to_keep",
+            lambda self, stop: dict(zip(self._kept, reversed(self._kept.values()), strict=True)),
+        ),
+    ],
+)
+def test_a_cache_that_mixes_up_states_is_found(monkeypatch, name, where, broken):
+    check = check_called(name)
+    monkeypatch.setattr(where, broken)
+    with pytest.raises((AssertionError, ValueError)):
+        check.run(NumpyBackend(), "float32")
+
+
 # What each framework has, as the documentation says.
 
 LACKS = {

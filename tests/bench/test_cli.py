@@ -3,7 +3,7 @@
 import pytest
 
 import kvcache.bench
-from kvcache.bench import AppendReport, DiffusionReport, Load, PlanReport, StepReport
+from kvcache.bench import AppendReport, DiffusionReport, Load, PlanReport, StateReport, StepReport
 from kvcache.reference.dit.model import DiT, DiTConfig
 
 pytest.importorskip("typer")
@@ -65,6 +65,17 @@ def test_step(tmp_path):
     assert (report.layers, report.heads, report.head_dim, report.rounds) == (2, 2, 4, 2)
 
 
+def test_state(tmp_path):
+    path = tmp_path / "state.json"
+    tiny = "--layers 2 --heads 2 --head-dim 4 --channels 6 --kernel 3 --rounds 2"
+    result = invoke(f"state --backends numpy --batches 1,2 {tiny} --json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "2 layers with states of 2 x 4 x 4 and 6 x 2" in " ".join(result.stdout.split())
+    report = StateReport.from_json(path)
+    assert report.places == [1, 2]
+    assert (report.channels, report.kernel, report.rounds) == (6, 3, 2)
+
+
 def test_diffusion(tmp_path):
     model = tmp_path / "model.safetensors"
     tiny = DiTConfig(tokens=8, width=8, heads=2, blocks=3)
@@ -90,7 +101,7 @@ def test_without_backends_all_installed_are_measured(monkeypatch):
     assert "numpy:cpu float32" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["append", "diffusion", "plan", "step"])
+@pytest.mark.parametrize("command", ["append", "diffusion", "plan", "state", "step"])
 def test_help_teaches_by_an_example(command):
     result = invoke(f"{command} --help")
     assert result.exit_code == 0

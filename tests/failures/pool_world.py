@@ -189,12 +189,12 @@ def by_program(world, arrays):
     for layer in range(LAYERS):
         pair = arrays if layer == 0 else arrays[:1]
         state = functional.put(state, world.plan, layer, *pair)
-        seen.append(_Got(functional.get(state, world.plan, layer)))
+        seen.append(Got(functional.get(state, world.plan, layer)))
     world.cache.program_state = state
     return [attended(world.backend, got) for got in seen]
 
 
-class _Got:
+class Got:
     """The result of a get, as a cache that was asked already."""
 
     def __init__(self, result):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcache import CausalCache, RecurrentCache
+from kvcache import CausalCache, RecurrentCache, WrapperCache, functional
 
 from .. import peek
-from .observation import Bits, attempt, parts
+from .observation import Bits, attempt, attended, parts
 from .pool_scenarios import (
     BETWEEN,
     CLOSE,
@@ -21,7 +21,7 @@ from .pool_scenarios import (
     puts,
     start,
 )
-from .pool_world import PoolWorld, gives_up, goes_on, held
+from .pool_world import LAYERS, Got, PoolWorld, following, gives_up, goes_on, held
 from .scenario import Act, Scenario
 
 
@@ -36,15 +36,15 @@ class StateWorld(PoolWorld):
         tokens = np.asarray(self.backend.to_host(arrays[0]))[0]
         ends = [run.stop - 1 for run in self.cache.runs]
         at_cuts = {
-            (run.sequence, position): self._states(
+            (run.sequence, position): self.states(
                 tokens, [run.start + position - run.position - 1], len(arrays)
             )
             for run in self.cache.runs
             for position in run.cuts
         }
-        self.cache.put_states(*self._states(tokens, ends, len(arrays)), kept=at_cuts)
+        self.cache.put_states(*self.states(tokens, ends, len(arrays)), kept=at_cuts)
 
-    def _states(self, tokens, index, count):
+    def states(self, tokens, index, count):
         """Return states of `count` arrays behind the tokens at `index`."""
         return [self.array(tokens[index] * (number + 1)) for number in range(count)]
 
@@ -75,9 +75,104 @@ def _states_seen(world):
 
 
 def _got(world):
-    arrays = world.cache.get()
-    return [None if array is None else Bits(world.backend.to_host(array)) for array in arrays]
+    return attended(world.backend, world.cache)
 
+
+# Programs.
+
+
+def _tokens(tokens):
+    """Return a preparation of a batch."""
+
+    def prepare(world):
+        positions = {s: following(world.cache, s, count) for s, count in tokens.items()}
+        world.given, world.arrays, _ = world.batch(positions)
+        stops = np.cumsum([*tokens.values()])
+        world.ends = (stops - 1).tolist()
+
+    return prepare
+
+
+def _plan(world):
+    world.plan = world.cache.plan(world.given)
+
+
+def _plan_steps(world):
+    world.plan = world.cache.plan_steps(world.given, 2)
+
+
+def _by_program(world, step=None):
+    """Apply the plan of this world, or one of its steps; observe what the program is given."""
+    several = isinstance(world.cache, WrapperCache)
+    plans = world.plan if several else [world.plan]
+    triples = zip(parts(world.cache), plans, _each(world.cache.program_state), strict=True)
+    written = [_applied(world, *triple, step) for triple in triples]
+    after = tuple(state for state, _ in written)
+    world.cache.program_state = after if several else after[0]
+    return [seen for _, seen in written]
+
+
+def _each(states):
+    return states if isinstance(states, tuple) else [states]
+
+
+def _applied(world, cache, plan, state, step):
+    """Return the state that a program makes of the buffers of one cache, and what it was given."""
+    if step is not None:
+        plan = type(plan)(*(_nth(leaf, step) for leaf in plan))
+    hosts, seen = np.asarray(world.backend.to_host(world.arrays[0]))[0], []
+    for layer in range(LAYERS):
+        count = 2 if layer == 0 else 1
+        if isinstance(cache, RecurrentCache):
+            given = functional.get_states(state, plan, layer)
+            seen.append([Bits(world.backend.to_host(array)) for array in given])
+            news = world.states(hosts, world.ends, count)
+            state = functional.put_states(state, plan, layer, *news)
+        else:
+            state = functional.put(state, plan, layer, *world.arrays[:count])
+            seen.append(attended(world.backend, Got(functional.get(state, plan, layer))))
+    return state, seen
+
+
+def _nth(leaf, step):
+    if isinstance(leaf, dict):
+        return {key: _nth(own, step) for key, own in leaf.items()}
+    return leaf[step] if isinstance(leaf, list) else leaf[step, ...]
+
+
+def _finish_plan(world):
+    world.seen = _by_program(world)
+
+
+def _finish_steps(world):
+    world.seen = [_by_program(world, step) for step in range(2)]
+
+
+def _take_state(world):
+    world.state = world.cache.program_state
+
+
+def _state_given(world):
+    """Let a program make a pass, whose result is still to be assigned."""
+    _tokens(PAIR)(world)
+    _plan(world)
+    states = world.cache.program_state
+    plans = world.plan if isinstance(states, tuple) else [world.plan]
+    triples = zip(parts(world.cache), plans, _each(states), strict=True)
+    written = tuple(_applied(world, *triple, None)[0] for triple in triples)
+    world.state = written if isinstance(states, tuple) else written[0]
+
+
+def _assign_state(world):
+    world.cache.program_state = world.state
+
+
+PROGRAMS = [
+    Act("plan", _plan, _tokens(PAIR), _finish_plan),
+    Act("plan_steps", _plan_steps, _tokens({0: 1, 1: 1}), _finish_steps),
+    Act("take program_state", _take_state, silent=True),
+    Act("assign program_state", _assign_state, _state_given),
+]
 
 # States.
 
@@ -137,6 +232,7 @@ ACTS = {
         *puts("cut", CUT),
         GET,
         RESERVE,
+        *PROGRAMS,
         *BETWEEN,
     ],
     "crowded states": [
@@ -148,13 +244,14 @@ ACTS = {
     "states beside keys": [
         *STARTS,
         *(act for number in range(1, 4) for act in puts("pair", PAIR, [number])),
+        *PROGRAMS,
         *BETWEEN,
     ],
 }
 
 
 def _scenario(state, act):
-    passes = act.name.startswith(("start_forward", "put", "get", "reserve"))
+    passes = act.name.startswith(("start_forward", "put", "get", "reserve", "plan"))
     return Scenario(
         state, STATES[state], act, (goes_on, gives_up) if passes else (goes_on,), passes
     )

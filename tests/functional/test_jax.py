@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from kvcache import Batch, CausalCache, KVCache, functional, get_backend
+from kvcache import Batch, CausalCache, KVCache, RecurrentCache, functional, get_backend
 
 jax = pytest.importorskip("jax", reason="needs pip install 'kvcache[jax]'")
 pytestmark = pytest.mark.one_backend(name="jax")
@@ -111,6 +111,37 @@ def test_scan_over_decode_steps():
         cache.program_state, cache.plan_steps(first, steps), inputs(2)
     )
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5)
+
+
+def recurrent_step(state, plan, x):
+    """Two recurrent layers, of a matrix and a short convolution. x: [runs]."""
+    for layer in range(LAYERS):
+        matrix, last = functional.get_states(state, plan, layer)
+        matrix, last = matrix * 0.5 + x[:, None, None], last + x[:, None].astype(last.dtype)
+        x = matrix.sum((1, 2)) + last.astype(x.dtype).sum(1)
+        state = functional.put_states(state, plan, layer, matrix, last)
+    return state, x
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+@pytest.mark.parametrize("runs", [1, 8])
+def test_no_copy_of_the_states(runs, steps):
+    """A program needs less than the buffers besides, in a step and in a scan over several."""
+    cache = RecurrentCache()
+    cache.init(JAX, max_sequences=runs, max_batch=runs)
+    cache.allocate(range(LAYERS), ((8, 8), "float32"), ((40,), "bfloat16"))
+    batch = Batch([0] * runs, range(runs))
+    plan = cache.plan(batch) if steps is None else cache.plan_steps(batch, steps)
+
+    def scan(state, plans, x):
+        return jax.lax.scan(lambda c, p: (recurrent_step(c[0], p, c[1]), None), (state, x), plans)
+
+    step, x = scan if steps else recurrent_step, np.ones(runs, np.float32)
+    program = jax.jit(step, donate_argnums=0).lower(cache.program_state, plan, x).compile()
+    buffers = [buffer for layer in cache.program_state.values() for buffer in layer]
+    held = sum(buffer.nbytes for buffer in buffers)
+    assert program.memory_analysis().alias_size_in_bytes >= held
+    assert not copies(program, min(buffers, key=lambda buffer: buffer.size))
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -173,6 +173,20 @@ def test_a_copy_shares_states_until_one_goes_on(backend):
         check_rows(backend, other, {2: code(0, 2)})
 
 
+def test_a_copy_that_goes_on_keeps_the_state_it_began_with(backend):
+    """It was kept in the source, which has forgotten that it was scheduled."""
+    cache = make(backend)
+    cache.schedule(0, [2])
+    run(cache, {0: 5})
+    cache.schedule(0, [9])
+    cache.copy_prefix(0, 1, 2)
+    begin(cache, {1: 1})
+    for layer in range(LAYERS):
+        cache.set_layer(layer)
+        cache.put_states(*states(backend, layer, [code(1, 3)]))
+    assert resumable(cache, 1) == [0, 2, 3]
+
+
 # What is refused.
 
 

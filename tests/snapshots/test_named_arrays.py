@@ -155,7 +155,7 @@ def test_a_pool_of_three_arrays(backend):
     assert pool.buffers.token_bytes == 4 * (2 * 3 + 2 * 2 + 2 * 1 + 2 * 3)
     state = pool.buffers.export_state()
     assert [len(arrays) for arrays in state.values()] == [3, 1]
-    pool.buffers.import_state(state)
+    pool.buffers.prepare_import(state)()
     copied = pool.buffers.to_backend(backend, Pool.LAYOUTS[::-1], 10)
     assert copied.cells == 10
     arrays = pool.buffers.get(0, Pass(pool.table, np.array([1]), 1, 4, None, None, Visibility()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from kvcache.backends.arrays import NativeArray
-from kvcache.bench.harness.contest import Case, Loop
+import array_api_compat
+
+from kvcache.backends.arrays import NativeArray, NativeArrays
+from kvcache.bench.harness.contest import Case, Loop, UnavailableError
 
 from .base import Framework, at_last_positions
 
@@ -33,6 +35,21 @@ class ArrayApiFramework(Framework):
                 _ = keys[:, :, : p + 1, :], values[:, :, : p + 1, :]
 
         return run
+
+    def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
+        held, copied = [new] * layers, array_api_compat.array_namespace(*new).asarray
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                for layer in range(layers):
+                    held[layer] = tuple([copied(array, copy=True) for array in new])
+
+        return run
+
+    def raw_states(
+        self, layers: list[NativeArrays], new: NativeArrays, read: list[int], written: list[int]
+    ) -> Loop:
+        raise UnavailableError("the standard has no assignment by an index array")
 
     def raw_step(self, case: Case, layers: list[tuple[NativeArray, NativeArray]]) -> Loop:
         k, v = case.token(), case.token()

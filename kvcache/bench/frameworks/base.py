@@ -10,8 +10,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
+import numpy as np
+
 from kvcache.backends import nbytes
-from kvcache.backends.arrays import NativeArray
+from kvcache.backends.arrays import NativeArray, NativeArrays
 from kvcache.bench.harness.contest import Case, Factories, Loop, UnavailableError
 
 
@@ -98,6 +100,38 @@ class Framework:
             finish(tuple(views))
 
         return at_last_positions(case, step)
+
+    def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
+        """Copy the arrays of a recurrent state, `new`, once for each layer, keeping the copies."""
+        held = [new] * layers
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                for layer in range(layers):
+                    held[layer] = tuple([array.copy() for array in new])
+
+        return run
+
+    def raw_states(
+        self, layers: list[NativeArrays], new: NativeArrays, read: list[int], written: list[int]
+    ) -> Loop:
+        """Gather the rows `read` of every array, and scatter `new` to the rows `written`, in turn.
+
+        layers: buffers of each, of states.
+        """
+        indices, finish = (np.array(read), np.array(written)), self.finish
+
+        def run(steps: int) -> None:
+            nonlocal indices
+            for _ in range(steps):
+                source, target = indices
+                for buffers in layers:
+                    finish(tuple([buffer.take(source, 0) for buffer in buffers]))
+                    for buffer, rows in zip(buffers, new, strict=True):
+                        buffer[target] = rows
+                indices = target, source
+
+        return run
 
     def updates(
         self, case: Case, update: Callable[[NativeArray, NativeArray], tuple[object, ...]]

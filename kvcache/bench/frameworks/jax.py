@@ -7,10 +7,11 @@ from functools import cache
 from typing import ClassVar, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kvcache.backends.arrays import NativeArray
+from kvcache.backends.arrays import NativeArray, NativeArrays
 from kvcache.bench.harness.contest import (
     Case,
     Contestant,
@@ -64,6 +65,27 @@ class JaxFramework(Framework):
 
         return at_last_positions(case, step)
 
+    def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
+        raise UnavailableError("an array of JAX never changes, and can be kept without a copy")
+
+    def raw_states(
+        self, layers: list[NativeArrays], new: NativeArrays, read: list[int], written: list[int]
+    ) -> Loop:
+        indices, finish = (np.array(read, np.int32), np.array(written, np.int32)), self.finish
+        take, put = _take(), _put()
+
+        def run(steps: int) -> None:
+            nonlocal indices
+            for _ in range(steps):
+                source, target = indices
+                for number, buffers in enumerate(layers):
+                    finish(take(buffers, source))
+                    layers[number] = put(buffers, new, target)
+                # The next step waits for the writes, as it does in a model.
+                indices = target, source
+
+        return run
+
     def plain(self, case: Case) -> Contestant:
         """Make the raw call as most code has it, without the compiler option for O(token)."""
         if not _converts(case):
@@ -104,6 +126,22 @@ def _write(options: tuple[tuple[str, str], ...] = ()) -> Write:
 
     compiled: Write = jax.jit(write, donate_argnums=0, compiler_options=dict(options) or None)
     return compiled
+
+
+@cache
+def _take() -> Callable[[NativeArrays, np.ndarray], NativeArrays]:
+    def take(buffers: NativeArrays, index: jax.Array) -> NativeArrays:
+        return tuple(jnp.take(buffer, index, axis=0, mode="clip") for buffer in buffers)
+
+    return jax.jit(take, compiler_options=_COPY_ONLY)
+
+
+@cache
+def _put() -> Callable[[NativeArrays, NativeArrays, np.ndarray], NativeArrays]:
+    def put(buffers: NativeArrays, rows: NativeArrays, index: jax.Array) -> NativeArrays:
+        return tuple(buffer.at[index].set(own) for buffer, own in zip(buffers, rows, strict=True))
+
+    return jax.jit(put, donate_argnums=0, compiler_options=_COPY_ONLY)
 
 
 FRAMEWORK = JaxFramework()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import ClassVar
 
 import mlx.core as mx
 
+from kvcache.backends.arrays import NativeArrays
 from kvcache.bench.harness.contest import (
     Case,
     Contestant,
@@ -54,6 +56,31 @@ class MlxFramework(Framework):
                 values[:, :, p : p + 1] = v
                 # Not kept in a variable: a view that is alive makes the next write copy all.
                 mx.eval(keys[:, :, : p + 1], values[:, :, : p + 1])
+
+        return run
+
+    def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
+        raise UnavailableError("an array of MLX can be kept without a copy")
+
+    def raw_states(
+        self, layers: list[NativeArrays], new: NativeArrays, read: list[int], written: list[int]
+    ) -> Loop:
+        begin: Callable[..., None] = mx.async_eval
+
+        def run(steps: int) -> None:
+            nonlocal read, written
+            for _ in range(steps):
+                source = mx.array(read)
+                for buffers in layers:
+                    # Not kept: a pending read would make the write copy all of the buffer.
+                    mx.eval(*[mx.take(buffer, source, 0) for buffer in buffers])
+                    for buffer, rows in zip(buffers, new, strict=True):
+                        # Row by row: an assignment by an index array takes ten times as long.
+                        for number, slot in enumerate(written):
+                            buffer[slot : slot + 1] = rows[number : number + 1]
+                    # The next step waits for the writes, as it does in a model.
+                    begin(*buffers)
+                read, written = written, read
 
         return run
 

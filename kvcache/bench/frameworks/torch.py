@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kvcache.backends.arrays import NativeArrays
 from kvcache.bench.harness.contest import (
     Case,
     Contestant,
@@ -43,6 +44,34 @@ class TorchFramework(Framework):
             for p in range(case.tokens - steps, case.tokens):
                 keys[p * k.numel() : (p + 1) * k.numel()].copy_(k)
                 values[p * v.numel() : (p + 1) * v.numel()].copy_(v)
+
+        return run
+
+    def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
+        held = [new] * layers
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                for layer in range(layers):
+                    held[layer] = tuple([array.clone() for array in new])
+
+        return run
+
+    def raw_states(
+        self, layers: list[NativeArrays], new: NativeArrays, read: list[int], written: list[int]
+    ) -> Loop:
+        device, finish = new[0].device, self.finish
+
+        def run(steps: int) -> None:
+            nonlocal read, written
+            for _ in range(steps):
+                # From the host, once for all layers: a step has its own.
+                source, target = (torch.tensor(index, device=device) for index in (read, written))
+                for buffers in layers:
+                    finish(tuple([buffer.index_select(0, source) for buffer in buffers]))
+                    for buffer, rows in zip(buffers, new, strict=True):
+                        buffer.index_copy_(0, target, rows)
+                read, written = written, read
 
         return run
 
