@@ -67,8 +67,8 @@ dtype_name dtypes evaluate fast_key free from_dlpack from_host from_traced from_
 import_dlpack is_deleted is_traced modules name owned owns read_rows read_slice replace_nonfinite
 requires_grad scatter
 slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
-traced_forms traced_index traced_read traced_read_rows traced_replace_nonfinite traced_write with_gradients
-write_finite_row_sets write_finite_slices write_row_sets write_rows
+traced_forms traced_index traced_read traced_read_rows traced_replace_nonfinite traced_write
+with_gradients write_finite_row_sets write_finite_slices write_row_sets write_rows
 write_slice write_slices xp
 """.split()
 
