@@ -171,17 +171,13 @@ class SpanIndex(Generic[P]):
         return span
 
     def evict(self, span: Span[P], now: float) -> None:
-        """Close the payload of an offered span, and of those before it that are of use to it alone.
-
-        They become ghosts. Ghosts stay as they are.
-        """
+        """Make an offered span a ghost, and those before it that are of use to it alone."""
         evicted: Span[P] | None = span
         while evicted is not None and evicted.payload is not None:
-            self._evict_one(evicted, evicted.payload, now)
-            parent = evicted.parent
-            evicted = parent if parent is not None and parent.useless else None
+            evicted = self._evict_one(evicted, evicted.payload, now)
 
-    def _evict_one(self, span: Span[P], payload: P, now: float) -> None:
+    def _evict_one(self, span: Span[P], payload: P, now: float) -> Span[P] | None:
+        """Do :meth:`evict` for one span; return the one before it if that is of no use now."""
         # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
         self.policy.evict(span, now)
@@ -196,9 +192,11 @@ class SpanIndex(Generic[P]):
             self._join_ghosts(span)
         else:
             self._ghosts[span] = None
-        if parent is not None and parent.value is not None:
-            parent.value.children -= 1
-            self._reconsider(parent.value)
+        if parent is None or parent.value is None:
+            return None
+        parent.value.children -= 1
+        self._reconsider(parent.value)
+        return parent.value if parent.value.useless else None
 
     def forget_ghosts(self) -> None:
         """Remove all ghosts with nothing kept behind them, except pinned ones."""
