@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy.typing as npt
 
-from kvcache import Cache, LayerCaches
+from kvcache import Cache, KVCache, LayerCaches, RotatingKVCache
 from kvcache.backends import Array, Backend
 
 LayerKind: TypeAlias = Literal["kv", "rotating"]
@@ -112,7 +112,16 @@ class Decoder(Protocol):
         """
 
 
-def check_kind(kind: LayerKind) -> None:
-    """Raise ValueError for an unknown kind of per-layer caches."""
+def attention_caches(
+    backend: Backend, kind: LayerKind, max_size: int, keep: int, dtype: str
+) -> Callable[[], KVCache]:
+    """Return a function that makes the empty cache of one attention layer.
+
+    Raises: as :meth:`Decoder.make_caches`; sizes that leave no window when a cache is made.
+    """
     if kind not in ("kv", "rotating"):
         raise ValueError(f"a cache per layer is of kind 'kv' or 'rotating'; got {kind!r}.")
+    backend.dtype(dtype)
+    if kind == "kv":
+        return lambda: KVCache(backend, dtype=dtype)
+    return lambda: RotatingKVCache(max_size, keep, backend, dtype=dtype)

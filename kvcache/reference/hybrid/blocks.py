@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from kvcache.backends import Array, Backend
+from kvcache.reference._blocks import DecoderBlocks
 from kvcache.reference._math import attend, rms_norm, rotate, sigmoid, silu, softmax, swiglu
 
 from .config import HybridConfig
@@ -25,25 +24,12 @@ class Projected(NamedTuple):
     gates: Array  # [B, L, heads * head_dim]
 
 
-class HybridBlocks:
+class HybridBlocks(DecoderBlocks):
     """Stages of a decoder of the sizes in `config`, over the array API, in float32."""
 
     def __init__(self, backend: Backend, config: HybridConfig) -> None:
-        self.xp = backend.xp
+        super().__init__(backend, config)
         self.config = config
-        self._visible = backend.from_host(np.float32(0))
-        self._hidden = backend.from_host(np.float32(-np.inf))
-
-    def embed(self, embedding: Array, ids: Array) -> Array:
-        """Return embeddings of token ids, int [B, L]: [B, L, hidden]."""
-        xp = self.xp
-        # take() of the array API knows indices of one dimension only.
-        columns = xp.take(embedding, xp.reshape(ids, (-1,)), axis=1)
-        return xp.reshape(xp.permute_dims(columns, (1, 0)), (*ids.shape, self.config.hidden_size))
-
-    def logits(self, norm: Array, head: Array, x: Array) -> Array:
-        """Return logits of the next token for `x` [B, L, hidden]: [B, L, vocab]."""
-        return self.xp.matmul(rms_norm(self.xp, x, norm, self.config.norm_eps), head)
 
     # Attention.
 
@@ -61,14 +47,6 @@ class HybridBlocks:
         q = rotate(xp, rms_norm(xp, q, layer.query_norm, c.norm_eps), cos, sin)
         k = rotate(xp, rms_norm(xp, k, layer.key_norm, c.norm_eps), cos, sin)
         return Projected(q, k, heads[:, c.heads + c.kv_heads :, :, :], rows[:, :, stop:])
-
-    def bias(self, mask: Array) -> Array:
-        """Return the bias of attention scores: 0 where `mask`, bool [L, n], is True, else -inf.
-
-        [group * L, n]: repeated for the heads that share a key head.
-        """
-        bias = self.xp.where(mask, self._visible, self._hidden)
-        return self.xp.concat([bias] * (self.config.heads // self.config.kv_heads), axis=0)
 
     def attend(self, layer: Attention, given: Projected, bias: Array | None) -> Array:
         """Return the output of an attention layer: [B, L, hidden].

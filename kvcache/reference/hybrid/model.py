@@ -17,7 +17,6 @@ from kvcache import (
     KVCache,
     LayerCaches,
     RecurrentCache,
-    RotatingKVCache,
     StateCache,
     WrapperCache,
 )
@@ -25,7 +24,7 @@ from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ShapeError
 from kvcache.reference._progress import Progress
 from kvcache.reference._tokens import checked_ids
-from kvcache.reference.decoder import LayerKind, check_kind
+from kvcache.reference.decoder import LayerKind, attention_caches
 from kvcache.reference.errors import UnsupportedModelError
 
 from .blocks import Projected
@@ -100,17 +99,9 @@ class Hybrid:
 
         kind, max_size, keep, dtype: of the attention layers. The others have states, in float32.
         """
-        check_kind(kind)
-        self.backend.dtype(dtype)
-
-        def attention_cache() -> KVCache:
-            if kind == "kv":
-                return KVCache(self.backend, dtype=dtype)
-            return RotatingKVCache(max_size, keep, self.backend, dtype=dtype)
-
+        make = attention_caches(self.backend, kind, max_size, keep, dtype)
         return LayerCaches(
-            StateCache(self.backend) if recurrent else attention_cache()
-            for recurrent in self.config.recurrent
+            StateCache(self.backend) if recurrent else make() for recurrent in self.config.recurrent
         )
 
     def make_pass(

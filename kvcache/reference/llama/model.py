@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvcache import CausalCache, KVCache, LayerCaches, RoPEShift, RotatingKVCache
+from kvcache import CausalCache, KVCache, LayerCaches, RoPEShift
 from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ShapeError
 from kvcache.reference._progress import Progress
 from kvcache.reference._tokens import checked_ids
-from kvcache.reference.decoder import LayerKind, check_kind
+from kvcache.reference.decoder import LayerKind, attention_caches
 
 from .blocks import LlamaBlocks
 from .gguf import GGUFFile, LlamaConfig
@@ -88,16 +88,8 @@ class Llama:
         dtype: str = "float32",
     ) -> LayerCaches[KVCache]:
         """Make the empty cache of each layer; see :meth:`Decoder.make_caches`."""
-        check_kind(kind)
-        self.backend.dtype(dtype)
-        if kind == "kv":
-            return LayerCaches(
-                KVCache(self.backend, dtype=dtype) for _ in range(self.config.layers)
-            )
-        return LayerCaches(
-            RotatingKVCache(max_size, keep, self.backend, dtype=dtype)
-            for _ in range(self.config.layers)
-        )
+        make = attention_caches(self.backend, kind, max_size, keep, dtype)
+        return LayerCaches(make() for _ in range(self.config.layers))
 
     def make_pass(
         self,
