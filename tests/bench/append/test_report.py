@@ -193,6 +193,7 @@ def test_ratios_that_differ_are_shown_from_least_to_greatest():
     assert "1.50 - 2.00" in text
 
 
+@pytest.mark.installation
 def test_the_table_says_who_is_missing_and_who_missed(report):
     text = " ".join(rendered(report).split())
     for skip in report.skipped:
