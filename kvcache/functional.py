@@ -47,7 +47,6 @@ from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.state import LayerState, RecurrentState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.layout import TOKENS
 
 __all__ = [
     "ForwardPlan",
@@ -165,27 +164,30 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     Raises: while it is traced, ShapeError for several tokens at once on a ring, or for other
         heads or dimensions; DTypeError.
     """
-    _check(state.keys, keys, state.like, TOKENS)
-    _check(state.values, values, state.like, TOKENS)
-    start = state.offset
+    axis = _token_axis(state.likes[0])
+    for buffer, update, like in zip(
+        (state.keys, state.values), (keys, values), state.likes, strict=True
+    ):
+        _check(buffer, update, like, axis)
+    start, tokens = state.offset, keys.shape[axis]
     if isinstance(state, RingState):
-        if keys.shape[TOKENS] != 1:
+        if tokens != 1:
             raise ShapeError(
-                f"in a program a ring takes one token at a time; got {keys.shape[TOKENS]}. "
+                f"in a program a ring takes one token at a time; got {tokens}. "
                 "Prefill with update, then export."
             )
         start = state.slot
     write = backend_type(keys).traced_append
     appended = state._replace(
-        keys=write(state.keys, keys, start, TOKENS),
-        values=write(state.values, values, start, TOKENS),
-        offset=state.offset + keys.shape[TOKENS],
+        keys=write(state.keys, keys, start, axis),
+        values=write(state.values, values, start, axis),
+        offset=state.offset + tokens,
     )
     if isinstance(appended, RingState):
         appended = _turned(appended)
     else:
-        appended = appended._replace(written=appended.written + keys.shape[TOKENS])
-    return appended, _whole(appended.keys, keys), _whole(appended.values, values)
+        appended = appended._replace(written=appended.written + tokens)
+    return appended, _whole(appended.keys, keys, axis), _whole(appended.values, values, axis)
 
 
 def _turned(state: RingState) -> RingState:
@@ -254,11 +256,29 @@ def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool
     rule = Visibility(None if limit is None else limit - 1)
     first = (state.offset if ahead else state.offset - tokens)[None]
     if isinstance(state, RingState):
-        columns = _next_positions(state) if ahead else state.positions
-        return rule.sees(first[:, None], columns[None, :], state.sinks)
-    # Position p of a growing cache is in slot p, so its first positions count up from 0: an arange
-    # that needs no framework to make it.
-    return rule.sees((state.positions[:tokens] + first)[:, None], state.positions[None, :])
+        columns, sinks = _next_positions(state) if ahead else state.positions, state.sinks
+        queries = first
+    else:
+        # Position p of a growing cache is in slot p, so its first positions count up from 0: an
+        # arange that needs no framework to make it.
+        columns, sinks = state.positions, None
+        queries = columns[:tokens] + first
+    if not state.padding.shape[0]:
+        return rule.sees(queries[:, None], columns[None, :], sinks)
+    return _mask_of_rows(rule, queries, columns, sinks, state.padding)
+
+
+def _mask_of_rows(
+    rule: Visibility, queries: Array, columns: Array, sinks: Array | None, padding: Array
+) -> Array:
+    """Return the mask of each row of a batch, ``[B, 1, queries, columns]``."""
+    rows = padding[:, None, None, None]
+    own = queries[None, None, :, None] - rows
+    # A column of padding, and an empty slot, are before position 0 of the row.
+    visible = rule.sees(own, columns[None, None, None, :] - rows, sinks)
+    # A query of padding sees itself alone: softmax over nothing is NaN.
+    alone = (own < 0) & (queries[:, None] == columns[None, :])[None, None]
+    return visible | alone
 
 
 def _next_positions(state: RingState) -> Array:
@@ -306,6 +326,6 @@ def _token_axis(like: Array) -> int:
     return int(list(like.shape).index(0))
 
 
-def _whole(buffer: Array, like: Array) -> Array:
+def _whole(buffer: Array, like: Array, axis: int) -> Array:
     """Return all slots of `buffer` in the dtype of `like`."""
-    return backend_type(like).traced_read(buffer, 0, buffer.shape[TOKENS], TOKENS, like.dtype)
+    return backend_type(like).traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype)

@@ -1,6 +1,6 @@
 """Growing buffers for the arrays of one layer, ``[B, kv_heads, slots, head_dim]`` each.
 
-Per-layer caches allocate, grow and view memory only here. The caches above decide which token
+In the layout "bthd", slots come before kv_heads. Per-layer caches allocate, grow and view memory only here. The caches above decide which token
 lives in which slot.
 """
 
@@ -16,7 +16,7 @@ from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.storage.admission import Geometry
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.layout import TOKENS
-from kvcache.storage.lengths import padded_index, round_up
+from kvcache.storage.lengths import padded_index
 
 from .columns import Sizes
 
@@ -31,23 +31,23 @@ Arrays: TypeAlias = tuple[Array, ...]
 class GrowingBuffers:
     """Buffers of one layer, allocated by the first :meth:`grow`.
 
-    geometry: of everything written here. step: capacities are multiples of so many slots.
-    limit: most slots ever needed; None for no limit.
+    geometry: of everything written here. sizes: of buffers not allocated yet.
     """
 
-    def __init__(
-        self, backend: Backend, geometry: Geometry, step: int, limit: int | None = None
-    ) -> None:
+    def __init__(self, backend: Backend, geometry: Geometry, sizes: Sizes) -> None:
         self.backend = backend
         self.geometry = geometry
+        self.axis = geometry.axis
         self.arrays: Arrays = ()
         self.capacity = 0  # as in `sizes`: every update asks for it
         self.growths = 0
-        self.sizes = Sizes.on(backend, step, limit)
+        self.sizes = sizes
         # True if a view of n slots is a slice of just n slots, without padding or a copy.
-        self._exact = backend.slices_are_views and self.sizes.padding == 1
+        self._exact = backend.slices_are_views and sizes.padding == 1
         # Slots below this one, but above those held, may still have tokens that were taken back.
         self._dirty = 0
+        # How often the arrays were replaced by others, which a savepoint puts back.
+        self._moves = 0
         # Whether the buffers themselves may be returned, when all slots are held; else other
         # objects, of the same memory.
         self._returnable = not backend.assignment_rebinds
@@ -66,45 +66,54 @@ class GrowingBuffers:
 
     def _nbytes(self, slots: int) -> int:
         geometry = self.geometry
-        return sum(nbytes(shape, geometry.dtype) for shape in geometry.shapes(slots))
+        shapes = zip(geometry.shapes(slots), geometry.dtypes, strict=True)
+        return sum(nbytes(shape, dtype) for shape, dtype in shapes)
 
     def grow(self, slots: int, spare: bool = True) -> None:
         """Make room for `slots` slots, keeping their content; do nothing if there is.
 
         spare: whether to make room in steps of any size, and for half more than before at least.
         """
-        if slots <= self.capacity:
-            return
-        sizes = self.sizes.grown(slots) if spare else self.sizes.fitted(slots)
-        growths = self.growths
-        arrays = self._alloc(sizes.capacity)
+        if slots > self.capacity:
+            self._resize(self.sizes.grown(slots) if spare else self.sizes.fitted(slots))
+
+    def _resize(self, sizes: Sizes) -> None:
+        """Move all slots to buffers of other sizes, not smaller ones."""
+        arrays = self.alloc(sizes.capacity)
         if self.capacity:
-            arrays = self.backend.write_slices(arrays, self.arrays, 0, self.capacity, TOKENS)
-            growths += 1
+            arrays = self.backend.write_slices(arrays, self.arrays, 0, self.capacity, self.axis)
+        self._replace(arrays, sizes, self.growths + bool(self.capacity))
+
+    def _replace(self, arrays: Arrays, sizes: Sizes, growths: int) -> None:
         # The old arrays are only dropped, not freed: :meth:`savepoint` may put them back.
-        self.arrays, self.sizes, self.capacity, self.growths = (
+        self.arrays, self.sizes, self.capacity, self.growths, self._moves = (
             arrays,
             sizes,
             sizes.capacity,
             growths,
+            self._moves + 1,
         )
 
-    def _alloc(self, slots: int) -> Arrays:
+    def alloc(self, slots: int) -> Arrays:
+        """Return new arrays of so many slots."""
         alloc, geometry = self.backend.alloc, self.geometry
-        return tuple([alloc(shape, geometry.dtype) for shape in geometry.shapes(slots)])
+        shapes = zip(geometry.shapes(slots), geometry.dtypes, strict=True)
+        return tuple([alloc(shape, dtype) for shape, dtype in shapes])
 
     def savepoint(self) -> Callable[[], None]:
-        """Return a function that undoes growth from now on."""
-        arrays, sizes, growths, dirty = self.arrays, self.sizes, self.growths, self._dirty
+        """Return a function that undoes growth, and other moves, from now on."""
+        arrays, sizes, growths = self.arrays, self.sizes, self.growths
+        geometry, dirty, moves = self.geometry, self._dirty, self._moves
 
         def undo() -> None:
-            # Without growth the present arrays are the successors of those, by now consumed; free
+            # Without a move the present arrays are the successors of those, by now consumed; free
             # slots of theirs may have been written to.
-            if self.capacity == sizes.capacity:
+            if self._moves == moves:
                 self._dirty = self.capacity
             else:
                 self.arrays, self.sizes, self.capacity = arrays, sizes, sizes.capacity
-                self.growths, self._dirty = growths, dirty
+                self.growths, self.geometry = growths, geometry
+                self._dirty, self._moves = dirty, moves
 
         return undo
 
@@ -115,18 +124,23 @@ class GrowingBuffers:
 
         The caller assigns the result in the same statement.
         """
-        return self.backend.traced_forms(self.arrays)
+        return traced_forms(self.backend, self.arrays)
 
     def from_traced(self, arrays: Arrays) -> Arrays:
         """Return `arrays` in the form for the buffers; consumes them.
 
         The caller assigns the result in the same statement, with all that depends on it.
         """
-        return self.backend.from_traced_forms(arrays, self.geometry.dtype)
+        key_dtype, value_dtype = self.geometry.dtypes
+        if key_dtype == value_dtype:
+            return self.backend.from_traced_forms(arrays, key_dtype)
+        pairs = zip(copies_of(self.backend, arrays), self.geometry.dtypes, strict=True)
+        return tuple([self.backend.from_traced(array, dtype) for array, dtype in pairs])
 
-    def empty(self) -> Array:
-        """Return an empty array, shape ``(0,)``, in the dtype of the buffers."""
-        return self.backend.alloc((0,), self.geometry.dtype)
+    def likes(self) -> tuple[Array, Array]:
+        """Return arrays without slots, in the dtypes of keys and values and of their rank."""
+        keys, values = self.alloc(0)
+        return keys, values
 
     # Tokens taken back.
 
@@ -143,156 +157,125 @@ class GrowingBuffers:
         while held < self._dirty:
             # In powers of two: where every length is compiled, there are few.
             tokens = 1 << ((self._dirty - held).bit_length() - 1)
-            self.arrays = self.written(self._alloc(tokens), held, held + tokens)
+            self.arrays = self.written(self.alloc(tokens), held, held + tokens)
             held += tokens
         self._dirty = 0
 
     # Slots.
 
     def append(
-        self, keys: Array, values: Array, start: int, stop: int, held: int
+        self, keys: Array, values: Array, start: int, stop: int, first: int = 0
     ) -> tuple[Array, Array]:
-        """Write keys and values to slots ``[start, stop)``; return :meth:`view` of `held` slots.
+        """Write keys and values to slots ``[start, stop)``; return :meth:`view` of ``[first, stop)``.
 
         The path of every decode step, hence one call without a loop.
         """
         if not self._exact and self._dirty:
-            self.clean(held)
+            self.clean(stop)
         # One statement: the old arrays are consumed once this is called.
         self.arrays = self.written((keys, values), start, stop)
-        new_keys, new_values = self.arrays
-        width = held if self._exact else self.width(held)
-        if width == self.capacity:
+        if not self._exact:
+            first, stop = self.sizes.span(first, stop)
+        if stop - first == self.capacity:
             return self.whole()
-        read = self.backend.read_slice
-        return read(new_keys, 0, width, TOKENS), read(new_values, 0, width, TOKENS)
+        new_keys, new_values = self.arrays
+        read, axis = self.backend.read_slice, self.axis
+        return read(new_keys, first, stop, axis), read(new_values, first, stop, axis)
 
     def written(self, update: Arrays, start: int, stop: int) -> Arrays:
         """Return the arrays with an update in slots ``[start, stop)``; consumes the present ones.
 
         The caller assigns the result in the same statement, with all that depends on the write.
         """
-        return self.backend.write_slices(self.arrays, update, start, stop, TOKENS)
-
-    def with_rows(self, update: Arrays, slots: HostArray) -> Arrays:
-        """Return the arrays with one row of an update in each of `slots`, as :meth:`written`."""
-        return self.backend.write_row_sets(self.arrays, update, slots, TOKENS)
-
-    def read_rows(self, slots: HostArray) -> Arrays:
-        """Return copies of the rows in `slots`."""
-        return self.take_tokens(self.arrays, slots)
-
-    def take_tokens(self, update: Arrays, rows: HostArray) -> Arrays:
-        """Return copies of some tokens of an update."""
-        return tuple(self.backend.gather(array, rows, TOKENS) for array in update)
-
-    def width(self, held: int) -> int:
-        """Return the number of columns of :meth:`view` for `held` slots."""
-        return self.sizes.width(held)
+        return self.backend.write_slices(self.arrays, update, start, stop, self.axis)
 
     def whole(self) -> tuple[Array, Array]:
         """Return all slots."""
         keys, values = self.arrays
         return (keys, values) if self._returnable else (keys[...], values[...])
 
-    def view(self, held: int) -> Arrays:
-        """Return the first `held` slots plus padding; the whole buffers where slices are copies."""
+    def view(self, first: int, stop: int) -> Arrays:
+        """Return slots ``[first, stop)`` plus padding; the whole buffers where slices are copies."""
         if not self._exact:
-            self.clean(held)
-        return self._first(self.width(held))
+            self.clean(stop)
+        return self.slots(*self.sizes.span(first, stop))
 
-    def _first(self, columns: int) -> Arrays:
-        """Return the first `columns` slots, as views where the framework has views."""
-        if columns == self.capacity:
+    def slots(self, first: int, stop: int) -> Arrays:
+        """Return slots ``[first, stop)``, as views where the framework has views."""
+        if stop - first == self.capacity:
             return self.whole()
         read = self.backend.read_slice
-        return tuple(read(array, 0, columns, TOKENS) for array in self.arrays)
+        return tuple([read(array, first, stop, self.axis) for array in self.arrays])
 
-    def padded(self, columns: int) -> int:
-        """Return `columns` rounded up to the backend's padding."""
-        return self.sizes.padded(columns)
-
-    def held_and_update(self, update: Arrays, held: int) -> Arrays:
-        """Return copies of :meth:`view` of `held` slots with an unwritten update appended."""
-        return tuple(map(self._concat_padded, self.view(held), update))
-
-    def _concat_padded(self, old: Array, new: Array) -> Array:
-        """Return `old` and `new` as one array, padded with zeros as the backend asks."""
-        columns = old.shape[TOKENS] + new.shape[TOKENS]
-        missing = self.padded(columns) - columns
-        parts = [old, new]
-        if missing:
-            shape = (*old.shape[:TOKENS], missing, old.shape[3])
-            parts.append(self.backend.alloc(shape, self.geometry.dtype))
-        return self.backend.concat(parts, TOKENS)
+    def joined(self, parts: Sequence[Arrays]) -> tuple[Array, Array]:
+        """Return the slots of `parts` in new arrays, one after the other, padded with zeros."""
+        columns = sum(part[0].shape[self.axis] for part in parts)
+        missing = self.sizes.padded(columns) - columns
+        parts = [*parts, self.alloc(missing)] if missing else parts
+        concat = self.backend.concat
+        keys, values = (concat(arrays, self.axis) for arrays in zip(*parts, strict=True))
+        return keys, values
 
     def with_gradients(self, columns: Arrays, update: Arrays, start: int) -> tuple[Array, Array]:
         """Return `columns` with gradients for `update`, which they hold from `start` on."""
         connect = self.backend.with_gradients
         keys, values = (
-            connect(column, rows, start, TOKENS)
+            connect(column, rows, start, self.axis)
             for column, rows in zip(columns, update, strict=True)
         )
         return keys, values
 
-    def exact(self, held: int) -> Arrays:
-        """Return the first `held` slots, without padding; copies where slices are copies."""
-        if not self.backend.slices_are_views:
-            # Cut on the host, in a tenth of a millisecond; a program for each length takes 100.
-            return tuple(self.backend.from_host(array.data) for array in self.to_host(held))
-        return self._first(held)
-
     # Copies.
 
-    def held_slice(self, held: int) -> Arrays:
-        """Return the first `held` slots plus padding, as views where the framework has views."""
-        if not self._exact:
-            self.clean(held)
-        return self._padded_slice(held)
+    def gathered(self, columns: Arrays, index: Indices) -> Arrays:
+        """Return copies of the tokens at `index` of `columns`, on the device."""
+        return tuple([self.backend.gather(array, index, self.axis) for array in columns])
 
-    def _padded_slice(self, held: int) -> Arrays:
-        width = min(self.capacity, self.padded(held))
-        return tuple(self.backend.slice(array, 0, width, TOKENS) for array in self.arrays)
-
-    def to_host(self, held: int) -> LayerArrays:
-        """Return NumPy copies of the first `held` slots."""
-        to_host = self.backend.to_host
-        arrays = zip(NAMES, self._padded_slice(held), strict=True)
-        # Padding is cut off on the host: on the device every length might compile a program.
-        return tuple(NamedArray(name, to_host(array)[:, :, :held]) for name, array in arrays)
+    def read_slots(self, slots: Indices) -> LayerArrays:
+        """Return NumPy copies of `slots`, ascending, in the form of snapshots."""
+        first, stop = (int(slots[0]), int(slots[-1]) + 1) if slots.size else (0, 0)
+        if stop - first != slots.size or not slots.size:
+            return self.read_tokens(self.arrays, slots)
+        last = min(first + self.sizes.padded(slots.size), self.capacity)
+        padded_first = last - self.sizes.padded(slots.size)
+        return self._to_host(self.slots(padded_first, last), first - padded_first, slots.size)
 
     def read_tokens(self, columns: Arrays, index: Indices) -> LayerArrays:
-        """Return NumPy copies of the tokens at `index` of `columns`, arrays like the buffers."""
-        backend, index_padded = self.backend, padded_index(self.backend, index)
-        gathered = [backend.to_host(backend.gather(c, index_padded, TOKENS)) for c in columns]
+        """Return NumPy copies of the tokens at `index` of `columns`, in the form of snapshots."""
+        gathered = self.gathered(columns, padded_index(self.backend, index))
+        return self._to_host(gathered, 0, index.size)
+
+    def _to_host(self, columns: Arrays, first: int, tokens: int) -> LayerArrays:
+        """Return NumPy copies of some columns: on the device every length might compile a program."""
+        hosts = [swapped(self.backend.to_host(array), self.axis) for array in columns]
         return tuple(
-            NamedArray(name, np.array(array[:, :, : index.size], order="C"))
-            for name, array in zip(NAMES, gathered, strict=True)
+            NamedArray(name, np.array(host[:, :, first : first + tokens], order="C"))
+            for name, host in zip(NAMES, hosts, strict=True)
         )
 
-    def transferred(self, backend: Backend, held: int) -> Arrays:
-        """Return the first `held` slots on another backend, without a copy where possible.
+    def transferred(self, backend: Backend) -> Arrays:
+        """Return all slots on another backend, without a copy where possible.
 
         They may share memory with these buffers: copy them and sync before this cache changes.
+        Whole buffers are transferred, because a slice need not be compact memory, and then some
+        frameworks cannot share it (JAX).
         """
-        self.clean(held)
-        # Rounded to the padding of the target, as far as the buffer reaches: it then compiles for
-        # few lengths. Whole buffers are transferred, because a slice need not be compact memory,
-        # and then some frameworks cannot share it (JAX).
-        width = min(self.capacity, round_up(held, backend.config.padding))
-        arrays = [transfer(array, self.backend, backend) for array in self.arrays]
-        return tuple(
-            array if width == self.capacity else backend.read_slice(array, 0, width, TOKENS)
-            for array in arrays
-        )
+        return tuple([transfer(array, self.backend, backend) for array in self.arrays])
 
 
-def place_rows(parts: Sequence[LayerArrays], slots: Indices, width: int) -> LayerArrays:
-    """Return host arrays of `width` slots: the rows of `parts` in `slots`, 0 elsewhere."""
-    placed = []
-    for arrays in zip(*parts, strict=True):
-        rows = np.concatenate([array.data for array in arrays], axis=TOKENS)
-        whole = np.zeros((*rows.shape[:TOKENS], width, rows.shape[-1]), rows.dtype)
-        whole[:, :, slots] = rows
-        placed.append(arrays[0]._replace(data=whole))
-    return tuple(placed)
+def traced_forms(backend: Backend, arrays: Arrays) -> Arrays:
+    """Return keys and values in the form for compiled programs; consumes them, or none."""
+    keys, values = arrays
+    if keys.dtype == values.dtype:
+        return backend.traced_forms(arrays)
+    return tuple([backend.traced_form(array) for array in copies_of(backend, arrays)])
+
+
+def copies_of(backend: Backend, arrays: Arrays) -> Arrays:
+    """Return copies, so that failing to convert the second array does not cost the first."""
+    return tuple([backend.concat([array], 0) for array in arrays])
+
+
+def swapped(array: HostArray, axis: int) -> HostArray:
+    """Return keys or values with the tokens on `axis` with them on that of snapshots, or back."""
+    return array if axis == TOKENS else array.swapaxes(axis, TOKENS)

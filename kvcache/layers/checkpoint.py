@@ -7,36 +7,19 @@ from dataclasses import dataclass
 from typing import Protocol, SupportsIndex, TypeAlias
 
 from kvcache._checks import as_index
-from kvcache._types import Int32s
 from kvcache.errors import TrimError
-
-from .buffers import Arrays
-
-
-@dataclass(frozen=True)
-class Update:
-    """One update since a checkpoint: its arrays, and the rows displaced by them.
-
-    arrays: copies, ``[B, kv_heads, L, head_dim]``. slots: written to. displaced: copies of the
-        earlier content of `slots`.
-    """
-
-    arrays: Arrays
-    slots: Int32s
-    displaced: Arrays
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a per-layer cache for a rollback to return to; a further update makes a new one.
+    """State of a per-layer cache for a rollback to return to.
 
-    offset: tokens seen by then.
-    updates: since then, oldest first, in caches that displace tokens. Others need none.
+    offset: tokens seen by then. first: first position held by then, sinks aside.
     scheduled: resume points still ahead by then.
     """
 
     offset: int
-    updates: tuple[Update, ...] = ()
+    first: int = 0
     scheduled: frozenset[int] = frozenset()
 
 

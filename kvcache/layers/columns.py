@@ -42,10 +42,14 @@ class Sizes(NamedTuple):
         """Return `columns` rounded up to the padding."""
         return round_up(columns, self.padding)
 
-    def width(self, held: int) -> int:
-        """Return the number of columns that are returned for `held` slots."""
+    def span(self, first: int, stop: int) -> tuple[int, int]:
+        """Return the range of slots that is returned for ``[first, stop)``, padding included."""
         # Where a slice is a copy, returning the whole buffer is cheaper; the mask hides the rest.
-        return self.padded(held) if self.slices_are_views else self.capacity
+        if not self.slices_are_views:
+            return 0, self.capacity
+        width = self.padded(stop - first)
+        last = min(first + width, self.capacity)
+        return last - width, last
 
     def grown(self, slots: int) -> Sizes:
         """Return the sizes once there is room for `slots` slots.
@@ -67,14 +71,31 @@ class Sizes(NamedTuple):
 
 
 def attention_mask(
-    backend: Backend, rule: Visibility, stop: int, tokens: int, columns: Int32s
+    backend: Backend,
+    rule: Visibility,
+    queries: Int32s,
+    columns: Int32s,
+    padding: Int32s | None = None,
 ) -> Array | None:
-    """Return the mask of the `tokens` queries before position `stop` over `columns`.
+    """Return the mask of `queries` over `columns`, positions both; -1 for a column of padding.
 
-    columns: their positions, -1 for padding. None if every query sees every column.
+    padding: tokens that each row of the batch lacks on its left; the mask is then per row. A query
+        before the first token of its row sees itself alone: softmax over nothing is NaN.
+
+    None if every query sees every column.
     """
-    queries = np.arange(stop - tokens, stop, dtype=np.int32)[:, None]
-    visible: Bools = np.asarray(rule.sees(queries, columns))
+    visible: Bools = np.asarray(rule.sees(queries[:, None], columns))
+    if padding is not None:
+        own = queries[None, :, None] - padding[:, None, None]
+        visible = np.asarray(rule.sees(own, in_rows(columns, padding)[:, None, :]))
+        visible |= (own < 0) & (queries[:, None] == columns)
+        visible = visible[:, None]
     if visible.all():
         return None  # attention runs faster without a mask
     return device_mask(backend, backend.config.mask_dtype, visible)
+
+
+def in_rows(columns: Int32s, padding: Int32s) -> Int32s:
+    """Return the positions of `columns` in each row of a batch, ``[B, n]``; -1 for no token."""
+    own = columns - padding[:, None]
+    return np.where((columns < 0) | (own < 0), -1, own).astype(np.int32)

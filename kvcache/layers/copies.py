@@ -6,14 +6,17 @@ from abc import abstractmethod
 from functools import partial
 from typing import Self
 
+from kvcache._types import Int32s
 from kvcache.backends import Backend, get_backend
 from kvcache.errors import KVCacheError, ShapeError
+from kvcache.snapshots.rows import Slots
 from kvcache.storage.admission import Admission
 from kvcache.storage.arrays import LayerArrays, check_layer_form
 from kvcache.storage.layout import TOKENS
 
-from .buffers import AXES, NAMES, Arrays, GrowingBuffers
+from .buffers import AXES, NAMES, Arrays, GrowingBuffers, swapped
 from .checkpoint import Checkpoint
+from .padding import check_padding, padding_array, without_padding
 from .rewind import Rewind
 from .stack import StandaloneCache
 
@@ -26,6 +29,7 @@ class CopyableCache(StandaloneCache):
     _buffers: GrowingBuffers | None
     _offset: int
     _checkpoint: Checkpoint | None
+    _padding: Int32s | None
 
     @property
     @abstractmethod
@@ -40,58 +44,108 @@ class CopyableCache(StandaloneCache):
         """
 
     @abstractmethod
-    def _slots(self, offset: int) -> int:
-        """Return the number of tokens held once `offset` have been seen."""
+    def _held(self) -> tuple[Int32s, Slots]:
+        """Return the positions held, ascending, and their slots."""
+
+    @abstractmethod
+    def _least_held(self, offset: int) -> int:
+        """Return how many tokens a cache holds at least after `offset`."""
+
+    @abstractmethod
+    def _most_held(self, offset: int) -> int:
+        """Return how many tokens a cache can hold after `offset`."""
+
+    @abstractmethod
+    def _slot(self, buffers: GrowingBuffers, position: int) -> int:
+        """Return the slot of the token at a position to come, or among the latest ones."""
+
+    @abstractmethod
+    def _held_of(self, buffers: GrowingBuffers, arrays: Arrays, backend: Backend) -> Arrays:
+        """Return the tokens held, and padding, of `arrays`, which are those of `buffers`.
+
+        backend: of `arrays`, which is another after a transfer.
+        """
+
+    @abstractmethod
+    def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
+        """Do :meth:`_fill` on the device."""
 
     def copy(self) -> Self:
         self.check_not_exported()
         clone = self.make(self._asked_backend, self.options)
-        if self._buffers is not None and self._offset:
-            clone._fill(self._buffers.held_slice(self.len), self._offset)
+        if (buffers := self._buffers) is not None and self._offset:
+            buffers.clean(self._slot(buffers, self._offset))
+            arrays = self._held_of(buffers, buffers.arrays, buffers.backend)
+            clone._fill(arrays, self.len, self._offset, self._padding)
         return clone
 
     def to_backend(self, backend: str | Backend) -> Self:
         self.check_not_exported()
         target = get_backend(backend)
         clone = self.make(target, self.options)
-        if self._buffers is not None and self._offset:
-            buffers = clone._fill(self._buffers.transferred(target, self.len), self._offset)
+        if (buffers := self._buffers) is not None and self._offset:
+            buffers.clean(self._slot(buffers, self._offset))
+            arrays = self._held_of(buffers, buffers.transferred(target), target)
+            copied = clone._fill(arrays, self.len, self._offset, self._padding)
             # The copy may still be reading the memory of this cache, which may change next.
-            target.sync(*buffers.arrays)
+            target.sync(*copied.arrays)
         return clone
 
     def to_layer(self) -> LayerArrays:
         self.check_not_exported()
         if self._buffers is None or not self._offset:
             return ()
-        return self._buffers.to_host(self.len)
+        arrays = self._buffers.read_slots(self._held()[1])
+        return arrays if self._padding is None else (*arrays, padding_array(self._padding))
 
     def from_layer(self, arrays: LayerArrays, offset: int) -> None:
         if self.backend is None:
             raise KVCacheError("a cache that is filled from the host names a backend; got none.")
+        arrays, padding = without_padding(arrays, offset)
         check_layer_form([arrays], NAMES, AXES, least=len(NAMES))
         held = [array.data.shape[TOKENS] for array in arrays]
-        if held != [self._slots(offset)] * len(NAMES):
+        least, most = self._least_held(offset), self._most_held(offset)
+        if len({*held}) > 1 or not least <= held[0] <= most:
             raise ShapeError(
-                f"at offset {offset}, {type(self).__name__} holds {self._slots(offset)} tokens in "
-                f"{' and '.join(NAMES)}; got {held}."
+                f"at offset {offset}, {type(self).__name__} holds {least} tokens"
+                f"{f' to {most}' * (most > least)} in {' and '.join(NAMES)}; got {held}."
             )
         # Without a step's spare room: it may come from a file, whose size says nothing of it.
-        self._fill_from_host(arrays, offset, self.backend, spare=False)
+        self._fill_from_host(arrays, offset, self.backend, padding, spare=False)
 
     def _fill_from_host(
-        self, layer: LayerArrays, offset: int, backend: Backend, spare: bool = True
+        self,
+        layer: LayerArrays,
+        offset: int,
+        backend: Backend,
+        padding: Int32s | None = None,
+        spare: bool = True,
     ) -> None:
-        arrays = tuple(backend.from_host(array.data) for array in layer)
-        self._atomic(partial(self._fill, arrays, offset, spare))
+        axis, held = self._admission.axis, layer[0].data.shape[TOKENS]
+        arrays = tuple([backend.from_host(swapped(array.data, axis)) for array in layer])
+        self._atomic(partial(self._fill, arrays, held, offset, padding, spare))
 
-    def _fill(self, arrays: Arrays, offset: int, spare: bool = True) -> GrowingBuffers:
-        """Copy `arrays` into the first slots of an empty cache; the next token is at `offset`."""
-        keys, values = arrays
-        slots = self._admission.validate(keys, values)
-        buffers = self._with_room(slots, spare)
-        buffers.arrays = buffers.written(arrays, 0, slots)
+    def _fill(
+        self,
+        arrays: Arrays,
+        held: int,
+        offset: int,
+        padding: Int32s | None,
+        spare: bool = True,
+    ) -> GrowingBuffers:
+        """Copy the tokens held after `offset` into an empty cache.
+
+        held: their number; columns of `arrays` behind them are of no account.
+        """
+        self._admission.validate(*arrays)
+        check_padding(padding, arrays[0].shape[0])
+        buffers = self._place(arrays, held, offset, spare)
         buffers.backend.evaluate(*buffers.arrays)
         # A checkpoint opened while empty knows nothing of these tokens.
-        self._offset, self._checkpoint, self.rewound = offset, None, Rewind(0, refilled=True)
+        (
+            self._offset,
+            self._checkpoint,
+            self._padding,
+            self.rewound,
+        ) = offset, None, padding, Rewind(0, refilled=True)
         return buffers

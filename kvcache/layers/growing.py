@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar, SupportsIndex, cast
 
 import numpy as np
 
-from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit
+from kvcache._checks import NO_LIMIT, as_index, as_indices, as_limit, as_room
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
 from kvcache.errors import KVCacheError, StateError, TrimError
@@ -16,13 +16,14 @@ from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.admission import Admission
-from kvcache.storage.arrays import check_layer_form
-from kvcache.storage.lengths import padded_positions
+from kvcache.storage.arrays import check_layer_form, concat_layers
+from kvcache.storage.lengths import padded_positions, round_up
 
-from .buffers import AXES, NAMES, GrowingBuffers, place_rows
+from .buffers import AXES, NAMES, Arrays, GrowingBuffers, swapped
 from .checkpoint import Checkpoint, Names, checked_accepted, savepoint
-from .columns import Sizes, attention_mask
+from .columns import MOST_SPARE, Sizes, attention_mask, in_rows
 from .exports import State
+from .padding import as_padding
 from .pinning import LayerPins
 from .programs import ExportableCache
 from .rewind import Rewind
@@ -40,7 +41,10 @@ class KVCache(ExportableCache):
 
     backend: name or :class:`~kvcache.Backend`; None takes that of the first array.
     step: buffers grow to multiples of this many tokens, and by half at least.
-    dtype: of keys and values; None takes that of the first ones.
+    dtype: of keys and values; None takes those of the first ones, which may differ.
+    capacity: tokens to make room for at the first update already.
+    layout: "bhtd", or "bthd" for keys and values ``[B, tokens, kv_heads, head_dim]``. Snapshots,
+        files and copies know no layout: they go to a cache of either.
     """
 
     kind: ClassVar[str] = "kv"
@@ -49,6 +53,8 @@ class KVCache(ExportableCache):
         "_pins",
         "_points",
         "_offset",
+        "_room",
+        "_padding",
         "_checkpoint",
         "_export",
         "rewound",
@@ -56,38 +62,47 @@ class KVCache(ExportableCache):
     """Attributes that calls assign to; their objects have savepoints of their own."""
 
     def __init__(
-        self, backend: str | Backend | None = None, step: int = 256, dtype: str | None = None
+        self,
+        backend: str | Backend | None = None,
+        step: int = 256,
+        dtype: str | None = None,
+        *,
+        capacity: int = 0,
+        layout: str = "bhtd",
     ) -> None:
-        self._configure(backend, step, dtype)
+        self._configure(backend, step, dtype, capacity, layout)
 
     def _configure(
         self,
         backend: str | Backend | None,
         step: int,
         dtype: str | None,
-        limit: int | None = None,
+        capacity: int,
+        layout: str,
     ) -> None:
         """Check and keep the options common to all kinds; start empty.
 
-        limit: most slots ever needed. Not in ``__init__``, whose signature differs by kind.
+        Not in ``__init__``, whose signature differs by kind.
         """
+        self._capacity = as_room(capacity, "capacity")
         self._step = as_index(step, "step")
         if self._step < 1:
             raise ValueError(f"step must be >= 1 token; got {step}.")
         if self._step > NO_LIMIT:
             raise ValueError(f"step must be < 2**31 tokens; got {step}.")
-        self._limit = limit
         self._asked_backend, self._asked_dtype = backend, dtype
-        self._admission = Admission(backend, dtype)
+        self._admission = Admission(backend, dtype, layout)
         self._start()
 
     def _start(self) -> None:
         """Become empty, keeping the options."""
         self._admission.forget()
-        self._buffers: GrowingBuffers | None = None
+        self._buffers = None
+        self._room = self._capacity
         self._pins: LayerPins | None = None
         self._points = ResumePoints()
         self._offset = 0
+        self._padding = None
         self._checkpoint: Checkpoint | None = None
         self._export = None
         self.rewound = Rewind(0)
@@ -133,26 +148,43 @@ class KVCache(ExportableCache):
         self.check_not_exported()
         if self._buffers is None or not self._offset:
             return ()
-        return self._buffers.exact(self.len)
+        return self._exact(self._buffers)
+
+    def _exact(self, buffers: GrowingBuffers) -> Arrays:
+        """Return the tokens held, ascending and without padding."""
+        _, slots = self._held()
+        if buffers.backend.slices_are_views:
+            return buffers.slots(int(slots[0]), int(slots[-1]) + 1)
+        # Cut on the host, in a tenth of a millisecond; a program for each length takes 100.
+        arrays = buffers.read_slots(slots)
+        from_host = buffers.backend.from_host
+        return tuple([from_host(swapped(array.data, buffers.axis)) for array in arrays])
 
     @property
     def positions(self) -> Int32s:
-        """Position of every column of the last `update`, int32 [n]; -1 for padding."""
+        """Position of every column of the last `update`, int32 [n]; -1 for padding.
+
+        ``[B, n]`` if rows are padded: positions count from the first token of the row.
+        """
         self.check_not_exported()
-        return self._columns(self._offset, 0, self._sizes())
+        return self._shown(self._columns())
+
+    def _shown(self, columns: Int32s) -> Int32s:
+        return columns if self._padding is None else in_rows(columns, self._padding)
 
     def _sizes(self) -> Sizes:
         """Return the sizes of the buffers, allocated or not."""
         if self._buffers is not None:
             return self._buffers.sizes
-        return Sizes() if self.backend is None else Sizes.on(self.backend, self._step, self._limit)
+        return Sizes() if self.backend is None else Sizes.on(self.backend, self._step, None)
 
-    def _columns(self, stop: int, extra: int, sizes: Sizes) -> Int32s:
-        """Return the positions of the columns of an update that ends at position `stop`.
+    def _columns(self) -> Int32s:
+        """Return the positions of the columns of the last update."""
+        return self._columns_at(self._offset, self._sizes())
 
-        extra: tokens in columns of their own; the slots are as they were before these.
-        """
-        return padded_positions(np.arange(stop, dtype=np.int32), sizes.width(stop))
+    def _columns_at(self, stop: int, sizes: Sizes) -> Int32s:
+        first, last = sizes.span(0, stop)
+        return padded_positions(np.arange(stop, dtype=np.int32), last - first)
 
     # Writing and reading.
 
@@ -178,7 +210,7 @@ class KVCache(ExportableCache):
         if stop > buffers.capacity:
             return self._updated_with_room(keys, values)
         try:
-            columns = buffers.append(keys, values, start, stop, stop)
+            columns = buffers.append(keys, values, start, stop)
             if self._admission.requires_grad:
                 columns = buffers.with_gradients(columns, (keys, values), start)
             self._offset = stop  # last: if anything raises, these slots still count as empty
@@ -192,17 +224,40 @@ class KVCache(ExportableCache):
 
         def update() -> tuple[Array, Array]:
             tokens = self._admission.validate(keys, values)
-            self._with_room(self._slots(self._offset + tokens))
+            self._with_room(self._offset + tokens)
             return self.update(keys, values)
 
         return self._atomic(update)
 
     def _with_room(self, slots: int, spare: bool = True) -> GrowingBuffers:
         if self._buffers is None:
-            buffers = GrowingBuffers(*self._admission.bound(), self._step, self._limit)
-            self._buffers, self._pins = buffers, LayerPins(buffers)
+            backend, geometry = self._admission.bound()
+            sizes = Sizes.on(backend, self._step, None)
+            self._buffers = GrowingBuffers(backend, geometry, sizes)
+            self._pins = LayerPins(self._buffers)
+            slots = self._first_room(slots) if spare else slots
         self._buffers.grow(slots, spare)
         return self._buffers
+
+    def _first_room(self, slots: int) -> int:
+        """Return the slots to make room for when the first `slots` are needed."""
+        # Half a step more at least, so that the tokens right after a prompt move nothing.
+        return max(slots + min(self._step, MOST_SPARE) // 2, self._room)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens, so that they move nothing.
+
+        Before the first update, which tells the sizes of a token, the room is made then.
+
+        Raises: ValueError for less than none; ExportedError; whatever the framework raises if
+            memory runs out. The cache is unchanged then.
+        """
+        self.check_not_exported()
+        room = self._offset + as_room(tokens, "tokens")
+        if self._buffers is None:
+            self._room = max(self._room, room)
+        else:
+            self._atomic(partial(self._buffers.grow, room, False))
 
     def savepoint(self) -> Callable[[], None]:
         parts = self._admission, self._points, self._buffers, self._pins
@@ -227,21 +282,20 @@ class KVCache(ExportableCache):
         limit = tokens if ahead else self._maskable()
         if not 1 <= tokens <= limit:
             raise ValueError(f"mask covers 1 to {max(1, limit)} latest tokens; got {tokens}.")
-        columns = self._next_columns(tokens) if ahead else self.positions
         if self.backend is None:
             raise KVCacheError(
                 "a mask ahead of the first update needs a backend. Name it when the cache is made."
             )
-        return attention_mask(self.backend, self._attended(window), stop, tokens, columns)
+        columns = self._next_columns(tokens) if ahead else self._columns()
+        queries = np.arange(stop - tokens, stop, dtype=np.int32)
+        return attention_mask(
+            self.backend, self._attended(window), queries, columns, self._padding
+        )
 
     def _next_columns(self, tokens: int) -> Int32s:
         """Return the positions of the columns that an update of `tokens` tokens would return."""
-        stop = self._offset + tokens
-        return self._columns(stop, self._extra_of(tokens), self._sizes().grown(self._slots(stop)))
-
-    def _extra_of(self, tokens: int) -> int:
-        """Return how many of the next `tokens` tokens get columns of their own."""
-        return 0
+        stop, sizes = self._offset + tokens, self._sizes()
+        return self._columns_at(stop, sizes.grown(stop if self._buffers else self._first_room(stop)))
 
     def _maskable(self) -> int:
         """Return the largest number of latest queries with a mask."""
@@ -276,7 +330,7 @@ class KVCache(ExportableCache):
             self._pins.spill(offset)
         self._points.forget(offset)
         if self._buffers is not None:
-            self._buffers.take_back(self._slots(self._offset))
+            self._buffers.take_back(self._slot(self._buffers, self._offset))
         self.rewound = Rewind.after(self.rewound, offset, self._offset)
         self._offset = offset
         self._checkpoint = None
@@ -311,10 +365,35 @@ class KVCache(ExportableCache):
             self._pins.spill()  # snapshots outlive the buffers that their rows are in
         self._start()
 
-    # For compiled programs.
+    # Rows of unequal length.
 
-    def _slots(self, offset: int) -> int:
-        return offset
+    @property
+    def padding(self) -> Int32s | None:
+        """Columns of padding on the left of each row, int32 [B]; None if no row has any."""
+        return self._padding
+
+    def pad(self, tokens: Iterable[SupportsIndex]) -> None:
+        """Declare that rows of the batch begin with so many columns of padding.
+
+        Before the first update, whose rows are of one length then. Positions of a row count from
+        its first token, masks hide the padding, and a query of padding sees itself alone.
+
+        Raises: ValueError for a cache with tokens, or a negative number; TypeError for no list of
+            integers; ExportedError.
+        """
+        self.check_not_exported()
+        padding = as_padding(tokens)
+        if self._offset:
+            raise ValueError(
+                f"padding is declared before the first token; {self._offset} came. Use a new cache."
+            )
+        self._padding = padding
+
+    def _padding_array(self) -> Array:
+        """Return the padding on the device, of no elements if there is none."""
+        return self._on_device(() if self._padding is None else self._padding)[0]
+
+    # For compiled programs.
 
     def _check_written(self, buffers: GrowingBuffers, state: State, offset: int) -> int:
         written = int(buffers.backend.to_host(cast(LayerState, state).written))
@@ -326,12 +405,13 @@ class KVCache(ExportableCache):
         return written
 
     def _state_maker(
-        self, capacity: int, owner: int, like: Array
+        self, capacity: int, owner: int, likes: tuple[Array, Array]
     ) -> Callable[[Array, Array], State]:
+        padding = self._padding_array()
         numbers = self._offset, np.arange(capacity), owner, self._offset
         offset, positions, owner_array, written = self._on_device(*numbers)
         return lambda keys, values: LayerState(
-            keys, values, offset, positions, like, owner_array, written
+            keys, values, offset, positions, likes, owner_array, written, padding
         )
 
     # Snapshots.
@@ -355,20 +435,40 @@ class KVCache(ExportableCache):
     def restore_rows(self, parts: Sequence[TokenRows], offset: int, backend: Backend) -> None:
         indices = [np.flatnonzero(self.visibility.needed(r.positions, offset)) for r in parts]
         needed = [(rows, index) for rows, index in zip(parts, indices, strict=True) if index.size]
-        slots = self._slots_of(np.concatenate([rows.positions[index] for rows, index in needed]))
         # 0: see LayerPins.read. Rows of a file may be of any form.
         layers = [rows.read(index).get(0, ()) for rows, index in needed]
         check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES))
-        self._fill_from_host(place_rows(layers, slots, self._slots(offset)), offset, backend)
+        self._fill_from_host(concat_layers(layers), offset, backend)
 
     def _held(self) -> tuple[Int32s, Slots]:
         """Return the positions held, ascending, and their slots."""
         return np.arange(self._offset, dtype=np.int32), np.arange(self._offset)
 
-    def _slots_of(self, positions: Int32s) -> Slots:
-        """Return the slot of each of `positions`."""
-        return positions.astype(np.int64)
+    def _slot(self, buffers: GrowingBuffers, position: int) -> int:
+        """Return the slot of the token at a position to come, or among the latest ones."""
+        return position
+
+    def _least_held(self, offset: int) -> int:
+        return offset
+
+    def _most_held(self, offset: int) -> int:
+        return offset
+
+    def _held_of(self, buffers: GrowingBuffers, arrays: Arrays, backend: Backend) -> Arrays:
+        width = min(buffers.capacity, round_up(self._offset, backend.config.padding))
+        return tuple([backend.slice(array, 0, width, buffers.axis) for array in arrays])
+
+    def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
+        width = arrays[0].shape[self._admission.axis]
+        buffers = self._with_room(width, spare)
+        buffers.arrays = buffers.written(arrays, 0, width)
+        return buffers
 
     @property
     def options(self) -> Mapping[str, int | str | None]:
-        return {"step": self._step, "dtype": self._asked_dtype}
+        options: dict[str, int | str | None] = {"step": self._step, "dtype": self._asked_dtype}
+        if self._capacity:
+            options["capacity"] = self._capacity
+        if self._admission.layout != "bhtd":
+            options["layout"] = self._admission.layout
+        return options

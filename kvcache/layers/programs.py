@@ -46,18 +46,18 @@ class ExportableCache(CopyableCache):
             raise KVCacheError("a cache has the shape of its first update. Prefill, then export.")
         undo = self.savepoint()
         try:
-            buffers = self._with_room(self._slots(self._offset + tokens))
-            self._before_export()
-            buffers.clean(self._slots(self._offset))
-            return self._exported(buffers)
+            return self._exported(tokens)
         except BaseException:
             undo()
             raise
 
-    def _exported(self, buffers: GrowingBuffers) -> State:
-        """Lock the cache; return `buffers` as a state. If it raises, they are as before."""
+    def _exported(self, tokens: int) -> State:
+        """Lock the cache; return its buffers as a state. If it raises, they are as before."""
+        buffers = self._with_room(self._offset + tokens)
+        self._before_export()
+        buffers.clean(self._offset)
         owner = new_owner()
-        make_state = self._state_maker(buffers.capacity, owner, buffers.empty())
+        make_state = self._state_maker(buffers.capacity, owner, buffers.likes())
         arrays: Arrays = ()
         try:
             buffers.arrays = arrays = buffers.to_traced()
@@ -92,7 +92,11 @@ class ExportableCache(CopyableCache):
             raise StateError("a state goes back to the cache that exported it; this exported none.")
         export.check(buffers.backend, state)
         offset = int(buffers.backend.to_host(state.offset))
-        check_room(offset, self._slots(offset), buffers.capacity)
+        self._take_over(buffers, state, offset)
+
+    def _take_over(self, buffers: GrowingBuffers, state: State, offset: int) -> None:
+        """Do :meth:`import_state` of a state that comes from the export."""
+        check_room(offset, offset, buffers.capacity)
         buffers.take_back(self._check_written(buffers, state, offset))
         from_traced, admission = buffers.from_traced, self._admission
         # A program that goes back and appends as many tokens again cannot be told from one that
@@ -108,10 +112,6 @@ class ExportableCache(CopyableCache):
             self.rewound,
         ) = from_traced((state.keys, state.values)), offset, None, None, False, rewind
 
-    @abstractmethod
-    def _slots(self, offset: int) -> int:
-        """Return the number of slots in use after `offset` tokens."""
-
     def _before_export(self) -> None:
         """Copy rows in slots that programs may overwrite to the host."""
         if self._pins is not None:
@@ -119,7 +119,7 @@ class ExportableCache(CopyableCache):
 
     @abstractmethod
     def _state_maker(
-        self, capacity: int, owner: int, like: Array
+        self, capacity: int, owner: int, likes: tuple[Array, Array]
     ) -> Callable[[Array, Array], State]:
         """Return a constructor of states from keys and values; all other arrays are made here."""
 

@@ -1,30 +1,30 @@
-"""The rotating per-layer cache: a bounded number of tokens in a ring."""
+"""The rotating per-layer cache: the latest tokens, and the first ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 
-from kvcache._checks import NO_LIMIT, as_index, as_indices
-from kvcache._types import Indices, Int32s
+from kvcache._checks import NO_LIMIT, as_index, as_indices, as_room
+from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
-from kvcache.errors import StateError, TrimError
+from kvcache.errors import NotSupportedError, StateError, TrimError
 from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.layout import TOKENS
-from kvcache.storage.lengths import padded_positions
+from kvcache.storage.lengths import padded_index, padded_positions, round_up
 
-from .buffers import Arrays, GrowingBuffers
-from .checkpoint import Checkpoint, Names, Update
+from .arena import Arena, Placement, Ring, arena_columns, place
+from .buffers import Arrays, GrowingBuffers, traced_forms
+from .checkpoint import Checkpoint, Names
 from .columns import Sizes
-from .exports import State
+from .exports import State, check_room, new_owner
 from .growing import KVCache
+from .pinning import LayerPins
+from .rewind import Rewind
 from .state import RingState
-
-Position = TypeVar("Position", int, Int32s)
 
 
 class RotatingKVCache(KVCache):
@@ -33,13 +33,19 @@ class RotatingKVCache(KVCache):
     A query sees itself, the ``max_size - keep - 1`` tokens before it, and the first `keep`
     tokens (attention sinks, StreamingLLM, arXiv:2309.17453), however many tokens an update
     brings: one of several tokens returns the columns of all their windows, and the mask tells
-    them apart. Columns are in no particular order; :attr:`positions` gives their positions.
+    them apart. Columns ascend by position, sinks first: ``max_size - 1`` of them and those of the
+    update, more where the backend pads, or where a checkpoint or `slack` and sinks hold others.
 
-    max_size: tokens held, sinks included. keep: sinks. Others as for :class:`KVCache`.
+    The tokens lie in buffers of about twice the window, and move to their front once per window.
+
+    max_size: tokens that a query sees, sinks included. keep: sinks.
+    slack: further tokens to hold, so that as many can be trimmed at any time.
+    Others as for :class:`KVCache`; `capacity` beyond that of a full ring has no effect.
     """
 
     kind: ClassVar[str] = "rotating"
-    _changing: ClassVar[Names] = (*KVCache._changing, "_extra")
+    _buffers: Arena | None
+    _changing: ClassVar[Names] = (*KVCache._changing, "_first", "_lead", "_latest", "_wide")
 
     def __init__(
         self,
@@ -48,6 +54,10 @@ class RotatingKVCache(KVCache):
         backend: str | Backend | None = None,
         step: int = 256,
         dtype: str | None = None,
+        *,
+        slack: int = 0,
+        capacity: int = 0,
+        layout: str = "bhtd",
     ) -> None:
         max_size, keep = as_index(max_size, "max_size"), as_index(keep, "keep")
         if max_size < 1:
@@ -57,254 +67,341 @@ class RotatingKVCache(KVCache):
                 f"keep must be 0 to max_size - 1, so that a window is left; "
                 f"got keep={keep} with max_size={max_size}."
             )
-        # A larger ring never turns either, and larger numbers do not fit the int32 of masks.
+        # A larger ring never drops a token, and larger numbers do not fit the int32 of masks.
         self.max_size = min(max_size, NO_LIMIT)
         self.keep = min(keep, self.max_size - 1)
+        self.slack = min(as_room(slack, "slack"), NO_LIMIT)
         self._window = self.max_size - self.keep
+        self._ring = Ring(self._window, self.keep, self.slack)
         # A buffer never outgrows the ring, whatever its step.
         step = min(as_index(step, "step"), NO_LIMIT)
-        self._configure(backend, step, dtype, limit=self.max_size)
+        self._configure(backend, step, dtype, capacity, layout)
 
     def _start(self) -> None:
         super()._start()
-        # Tokens of the last update returned as further columns after those of the ring.
-        self._extra = 0
+        self._first = 0  # first position held, sinks aside
+        # Of the last update: its first column behind the sinks, its tokens, and the positions of
+        # its columns if they were no slots.
+        self._lead, self._latest = 0, 0
+        self._wide: Int32s | None = None
 
     @property
     def options(self) -> Mapping[str, int | str | None]:
-        return {"max_size": self.max_size, "keep": self.keep, **super().options}
+        slack = {"slack": self.slack} if self.slack else {}
+        return {"max_size": self.max_size, "keep": self.keep, **super().options, **slack}
 
     @property
     def len(self) -> int:
-        return min(self._offset, self.max_size)
+        return self._offset if self._first <= self.keep else self.keep + self._offset - self._first
 
     @property
-    def positions(self) -> Int32s:
-        self.check_not_exported()
-        return self._columns(self._offset, self._extra, self._sizes())
+    def state_positions(self) -> Int32s:
+        """Position of every column of :attr:`state`, int32 [len], ascending."""
+        return self._held()[0]
 
-    def _columns(self, stop: int, extra: int, sizes: Sizes) -> Int32s:
-        start = stop - extra
-        ring = self._ring_positions(start)
-        columns = padded_positions(ring, sizes.width(ring.size))
-        if not extra:
-            return columns
-        columns = np.concatenate([columns, np.arange(start, stop, dtype=np.int32)])
-        return padded_positions(columns, sizes.padded(columns.size))
-
-    def _extra_of(self, tokens: int) -> int:
-        return tokens if tokens > 1 and self._offset + tokens > self.max_size else 0
+    def _sizes(self) -> Sizes:
+        if self._buffers is None and self.backend is not None:
+            return self._ring.sizes(self.backend, self._step)
+        return super()._sizes()
 
     # Writing.
 
     def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        start, buffers = self._offset, self._buffers
-        if buffers is None or self._checkpoint is not None:
+        start, arena = self._offset, self._buffers
+        if arena is None or self._points.scheduled:
             return self._updated_carefully(keys, values)
-        tokens = self._admission.validate(keys, values)
-        stop = start + tokens
-        if stop <= self.max_size:
-            if stop > buffers.capacity:
-                return self._updated_carefully(keys, values)
-            try:
-                columns = buffers.append(keys, values, start, stop, stop)
-                if self._admission.requires_grad:
-                    columns = buffers.with_gradients(columns, (keys, values), start)
-                self._offset, self._extra = stop, 0
-            except BaseException:
-                buffers.take_back(stop)
-                raise
-            return columns
-        if tokens > 1 or buffers.capacity < self.max_size or self._displacing_takes_care():
+        stop = start + self._admission.validate(keys, values)
+        if stop - arena.shift > arena.capacity or (self.keep and stop > self.max_size):
             return self._updated_carefully(keys, values)
-        # The token displaces the one that its query no longer sees, so the ring after the write is
-        # the answer. One statement: should the write raise, the old token still counts, and no
-        # signal handler runs once the old token is gone and the new one does not count yet.
-        slot = self._ring_slot(start)
-        written = buffers.written
-        buffers.arrays, self._offset, self._extra = written((keys, values), slot, slot + 1), stop, 0
-        return buffers.whole()
-
-    def _displacing_takes_care(self) -> bool:
-        """Return whether rows may have to be saved before slots change, or gradients to flow."""
-        pinned = self._pins is not None and self._pins.rows
-        return bool(pinned or self._points.scheduled or self._admission.requires_grad)
-
-    def _updated_carefully(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """Do any :meth:`update`, also one that grows, is recorded, or displaces much or pinned."""
-        update, undo = (keys, values), self.savepoint()
+        lead = 0 if self.keep else max(0, start + 1 - self._window)
+        shift = arena.shift
         try:
-            tokens = self._admission.validate(keys, values)
-            start, stop = self._offset, self._offset + tokens
-            buffers = self._with_room(self._slots(stop))
-            recorded = self._recorded(buffers, update)
-            if stop > self.max_size:
-                self._before_displacing()
-                columns = self._displaced_by(buffers, update, recorded)
-            else:
-                columns = buffers.append(keys, values, start, stop, stop)
-                if self._admission.requires_grad:
-                    columns = buffers.with_gradients(columns, update, start)
-                self._offset, self._extra, self._checkpoint = stop, 0, recorded
+            columns = arena.append(keys, values, start - shift, stop - shift, lead - shift)
+            if self._admission.requires_grad:
+                first = start - shift - arena.sizes.span(lead - shift, stop - shift)[0]
+                columns = arena.with_gradients(columns, (keys, values), first)
+            self._commit(stop, lead)
         except BaseException:
-            undo()
+            arena.take_back(stop - shift)
             raise
         return columns
 
-    def _displaced_by(
-        self, buffers: GrowingBuffers, update: Arrays, recorded: Checkpoint | None
-    ) -> tuple[Array, Array]:
-        """Append an update that displaces tokens; return the columns that its queries see.
+    def _commit(self, stop: int, lead: int, wide: Int32s | None = None) -> None:
+        """Count the tokens up to `stop` as held, and remember the columns of their update."""
+        # One statement: no signal handler runs in between.
+        self._first, self._latest, self._offset, self._lead, self._wide = (
+            max(self._first, stop - self._window - self.slack),
+            stop - self._offset,
+            stop,
+            lead,
+            wide,
+        )
 
-        Of several tokens, the first ones still see tokens displaced by the last: they get the ring
-        as it was before, followed by the update.
-
-        recorded: the open checkpoint with this update.
-        """
-        start, tokens = self._offset, update[0].shape[TOKENS]
-        positions, slots = self._destinations(tokens)
-        staying = update
-        if positions.size < tokens:  # the first ones are displaced by the last of this update
-            staying = buffers.take_tokens(update, positions - start)
-        displaced = buffers.read_rows(slots)
-        columns: Arrays = ()
-        if tokens > 1:
-            columns = buffers.held_and_update(update, self.len)
-            self._retain_from(buffers, columns, start, tokens)
+    def _updated_carefully(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """Do any :meth:`update`, also one that moves tokens, drops some behind sinks, or is long."""
+        update, undo = (keys, values), self.savepoint()
         try:
-            buffers.arrays = buffers.with_rows(staying, slots)
-            # Nobody is given the ring itself, so it would not be computed along with `columns`.
-            buffers.backend.evaluate(*buffers.arrays)
-            extra = tokens if columns else 0
-            keys, values = columns or buffers.whole()
-            if self._admission.requires_grad:
-                first = buffers.width(self.len) if columns else int(slots[0])
-                keys, values = buffers.with_gradients((keys, values), update, first)
-            self._offset, self._extra, self._checkpoint = start + tokens, extra, recorded
+            stop = self._offset + self._admission.validate(keys, values)
+            arena, lead = self._with_room(0), self._lead_of(stop)
+            behind, growing = 0 < self.keep < lead, self._checkpoint is not None
+            placement = arena.placement(self._floor, stop, behind, growing)
+            if placement.wide:
+                return self._updated_widely(arena, placement, update, stop)
+            sinks = self._sinks_by(arena, update) if behind else ()
+            if sinks or arena.moves_to(placement):
+                self._spill()
+            arena.make_room(placement, self._floor, self._offset, sinks)
+            if behind and arena.backend.slices_are_views:
+                return self._updated_behind_sinks(arena, update, lead, stop)
+            slots = (arena.slot(position) for position in (self._offset, stop, lead))
+            return self._counted(arena, arena.append(*update, *slots), update, stop)
         except BaseException:
-            buffers.arrays = buffers.with_rows(displaced, slots)
+            undo()
             raise
+
+    def _counted(
+        self, arena: Arena, columns: Arrays, update: Arrays, stop: int
+    ) -> tuple[Array, Array]:
+        """Count an update in the arena as held; return its columns, with gradients."""
+        lead = self._lead_of(stop)
+        if self._admission.requires_grad:
+            first, _ = arena.sizes.span(*arena.bounds(lead, stop))
+            columns = arena.with_gradients(columns, update, arena.slot(self._offset) - first)
+        # All that points inside need is held until the next update drops some of it.
+        self._retain(arena, min(self._first, self._floor), stop, stop - 1)
+        self._commit(stop, lead)
+        keys, values = columns
         return keys, values
 
-    def _before_displacing(self) -> None:
-        """Retain rows due for resume points, and spill pinned ones, before slots change."""
-        if self._pins is None:
-            return
-        if self._points.scheduled:
-            held = self._held()
-            self._pins.retain_due(self._points, *held, self.visibility, self._offset)
-        if self._pins.rows:  # all of them: a full ring gets round to every slot
+    def _updated_behind_sinks(
+        self, arena: Arena, update: Arrays, lead: int, stop: int
+    ) -> tuple[Array, Array]:
+        """Append an update, and return the sinks and the windows of its queries."""
+        # A token to be dropped is among those overwritten, and counts until then.
+        displaced = arena.rows_before(lead)
+        try:
+            arena.arrays = arena.written(update, arena.slot(self._offset), arena.slot(stop))
+            arena.arrays = arena.with_sinks_before(lead, arena.sinks)
+            columns = arena.view(*arena.bounds(lead, stop))
+            return self._counted(arena, columns, update, stop)
+        except BaseException:
+            arena.arrays = arena.with_sinks_before(lead, displaced)
+            raise
+
+    def _updated_widely(
+        self, arena: Arena, placement: Placement, update: Arrays, stop: int
+    ) -> tuple[Array, Array]:
+        """Append an update too long for the arena, which gets its last tokens only."""
+        start, kept, sinks = self._offset, self._ring.first(stop), self._sinks_by(arena, update)
+        positions = self._wide_columns(arena.sizes, arena.shift, stop)
+        before = self._columns_before(arena, sinks, self._lead_of(stop))
+        columns = arena.joined([*before, update])
+        self._retain(arena, self._floor, start, start)
+        self._retain_from(arena, columns, positions, stop)
+        self._spill()
+        parts = [(arena.tokens(kept, start), kept)] if kept < start else []
+        first, read = max(kept, start), arena.backend.read_slice
+        latest = tuple([read(array, first - start, stop - start, arena.axis) for array in update])
+        arena.refill(placement, [*parts, (latest, first)], sinks)
+        if self._admission.requires_grad:
+            first = sum(part[0].shape[arena.axis] for part in before)
+            columns = arena.with_gradients(columns, update, first)
+        self._commit(stop, 0, positions)
+        return columns
+
+    def _columns_before(self, arena: Arena, sinks: Arrays, lead: int) -> list[Arrays]:
+        """Return the columns before those of a wide update."""
+        parts = [sinks] if lead > self.keep and sinks else []
+        if arena.capacity and not arena.backend.slices_are_views:
+            return [*parts, arena.whole()]  # as each length of a slice would be compiled
+        return [*parts, arena.tokens(lead, self._offset)] if lead < self._offset else parts
+
+    def _sinks_by(self, arena: Arena, update: Arrays) -> Arrays:
+        """Return the sinks once `update` came, in arrays of their own; () for a ring without."""
+        if arena.settled or not self.keep:
+            return arena.sinks
+        there = min(self.keep, self._offset)
+        parts = [arena.tokens(0, there)] if there else []
+        if there < self.keep:
+            read, stop = arena.backend.read_slice, self.keep - self._offset
+            parts.append(tuple([read(array, there - self._offset, stop, arena.axis) for array in update]))
+        concat = arena.backend.concat
+        return tuple([concat(arrays, arena.axis) for arrays in zip(*parts, strict=True)])
+
+    @property
+    def _floor(self) -> int:
+        """First position held for whatever comes, a rollback included; sinks aside."""
+        return self._first if self._checkpoint is None else self._checkpoint.first
+
+    def _lead_of(self, stop: int) -> int:
+        """Return the first column, sinks aside, of an update that ends at `stop`."""
+        lead = max(0, self._offset + 1 - self._window)
+        if not self.keep:
+            return lead
+        # Sinks come right before what is held, and overwrite what lies there.
+        held = self._floor if self._checkpoint else max(self._first, self._ring.first(stop))
+        return min(lead, held) if min(lead, held) > self.keep else 0
+
+    def _with_room(self, slots: int, spare: bool = True) -> Arena:
+        if self._buffers is None:
+            backend, geometry = self._admission.bound()
+            self._buffers = Arena(backend, geometry, self._step, self._ring)
+            self._pins = LayerPins(self._buffers)
+            slots = max(slots, min(self._room, self.max_size)) if spare else slots
+        self._buffers.grow(slots, spare)
+        return self._buffers
+
+    def _spill(self) -> None:
+        """Copy pinned rows to the host, before their slots change."""
+        if self._pins is not None and self._pins.rows:
             self._pins.spill()
 
+    def _retain(self, arena: Arena, first: int, stop: int, reached: int) -> None:
+        """Retain the rows for resume points up to `reached`, of the tokens ``[first, stop)``."""
+        if self._points.scheduled and self._pins is not None:
+            positions = self._between(first, stop)
+            slots = arena.slots_of(positions)
+            self._pins.retain_due(self._points, positions, slots, self.visibility, reached)
+
     def _retain_from(
-        self, buffers: GrowingBuffers, columns: Arrays, start: int, tokens: int
+        self, arena: Arena, columns: Arrays, positions: Int32s, stop: int
     ) -> None:
-        """Retain rows for resume points inside an update of `tokens`, whose `columns` have all."""
+        """Retain rows for resume points inside an update, whose `columns` have all of them."""
         # Not its end: everything needed to resume there will be in the ring.
-        due = self._points.due(start + tokens - 1)
-        if not due:
-            return
-        positions = self._columns(start + tokens, tokens, buffers.sizes)
-        # Padding, position -1, sorts to the front and is cut off.
-        order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
+        due = self._points.due(stop - 1)
+        # Hidden columns, position -1, sort to the front and are cut off.
+        order = np.argsort(positions, kind="stable")[np.count_nonzero(positions < 0) :]
         for point in due:
             wanted = order[self.visibility.needed(positions[order], point)]
-            layer = buffers.read_tokens(columns, wanted)
+            layer = arena.read_tokens(columns, wanted)
             self._points.retain(point, TokenRows(positions[wanted], {0: layer}))
 
-    # Slots.
+    # What is held.
 
-    def _destinations(self, tokens: int) -> tuple[Int32s, Int32s]:
-        """Return the positions of the next `tokens` that stay, and their slots."""
-        start, stop = self._offset, self._offset + tokens
-        positions = np.arange(start, stop, dtype=np.int32)
-        positions = positions[(positions < self.keep) | (positions >= stop - self._window)]
-        slots = np.where(positions < self.keep, positions, self._ring_slot(positions))
-        return positions, slots
-
-    def _ring_slot(self, position: Position) -> Position:
-        """Return the slot of a position, or of an array of them, sinks excluded."""
-        return self.keep + (position - self.keep) % self._window
-
-    def _ring_positions(self, offset: int) -> Int32s:
-        """Return the position in every slot of the ring after `offset` tokens."""
-        slots = np.arange(min(offset, self.max_size), dtype=np.int32)
-        latest = offset - 1
-        # A slot holds the newest position that is congruent to it modulo the window.
-        turned = latest - (latest - slots) % self._window
-        return np.where(slots < self.keep, slots, turned).astype(np.int32)
-
-    def _slots(self, offset: int) -> int:
-        return min(offset, self.max_size)
+    def _between(self, first: int, stop: int) -> Int32s:
+        """Return the positions of the sinks and of ``[first, stop)``."""
+        if first <= self.keep:
+            return np.arange(stop, dtype=np.int32)
+        return np.concatenate([np.arange(self.keep), np.arange(first, stop)]).astype(np.int32)
 
     def _held(self) -> tuple[Int32s, Slots]:
-        positions = self._ring_positions(self._offset)
-        slots = np.argsort(positions)
-        return positions[slots], slots
+        positions = self._between(self._first, self._offset)
+        return positions, np.arange(0) if self._buffers is None else self._buffers.slots_of(positions)
 
-    def _slots_of(self, positions: Int32s) -> Slots:
-        slots: Indices = np.where(
-            positions < self.max_size, positions, self._ring_slot(positions)
-        ).astype(np.int64)
-        return slots
+    def _exact(self, buffers: GrowingBuffers) -> Arrays:
+        backend, arena = buffers.backend, self._with_room(0)
+        if not backend.slices_are_views:
+            return super()._exact(buffers)
+        return self._held_of(arena, arena.arrays, backend)
+
+    def _slot(self, buffers: GrowingBuffers, position: int) -> int:
+        return self._with_room(0).slot(position)
+
+    def _columns(self) -> Int32s:
+        if self._wide is not None:
+            return self._wide
+        if self._buffers is None:
+            return np.empty(0, np.int32)
+        return self._buffers.positions(self._lead, self._offset)
+
+    def _next_columns(self, tokens: int) -> Int32s:
+        stop, arena = self._offset + tokens, self._buffers
+        sizes, shift, settled = self._sizes(), 0, False
+        if arena is not None:
+            shift, settled = arena.shift, arena.settled
+        elif self._room:
+            sizes = sizes.grown(min(self._room, self.max_size))
+        ring, lead, growing = self._ring, self._lead_of(stop), self._checkpoint is not None
+        behind = 0 < self.keep < lead
+        placement = place(
+            sizes, shift, ring, self._floor, stop, behind and not settled, growing
+        )
+        if placement.wide:
+            return self._wide_columns(sizes, shift, stop)
+        return arena_columns(ring, placement.sizes, placement.shift, settled or behind, lead, stop)
+
+    def _wide_columns(self, sizes: Sizes, shift: int, stop: int) -> Int32s:
+        """Return the positions of the columns of a wide update, to an arena as it was before."""
+        start, lead = self._offset, self._lead_of(stop)
+        first = np.arange(self.keep if lead > self.keep else 0, dtype=np.int32)
+        window = np.arange(lead, start, dtype=np.int32)
+        if sizes.capacity and not sizes.slices_are_views:  # then the whole arena comes
+            window = np.arange(shift, shift + sizes.capacity, dtype=np.int32)
+            window[(window < lead) | (window >= start)] = -1
+        columns = np.concatenate([first, window, np.arange(start, stop, dtype=np.int32)])
+        return padded_positions(columns, sizes.padded(columns.size))
+
+    def _least_held(self, offset: int) -> int:
+        return min(offset, self.max_size)
+
+    def _most_held(self, offset: int) -> int:
+        return min(offset, self.max_size + self.slack)
+
+    def _held_of(self, buffers: GrowingBuffers, arrays: Arrays, backend: Backend) -> Arrays:
+        arena, axis, first = self._with_room(0), buffers.axis, self._first
+        stop = arena.slot(self._offset)
+        if first <= self.keep:
+            width = round_up(self._offset, backend.config.padding)
+            stop = min(arena.slot(0) + width, arena.capacity)
+            return tuple([backend.slice(array, arena.slot(0), stop, axis) for array in arrays])
+        window = [backend.slice(array, arena.slot(first), stop, axis) for array in arrays]
+        if not self.keep:
+            return tuple(window)
+        at = 0 if arena.settled else arena.slot(0)
+        sinks = [backend.slice(array, at, at + self.keep, axis) for array in arrays]
+        return tuple([backend.concat(pair, axis) for pair in zip(sinks, window, strict=True)])
+
+    def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
+        arena, ring = self._with_room(0, spare), self._ring
+        sizes, axis = arena.sizes, arena.axis
+        natural, width = arena.shift, arrays[0].shape[axis]
+        resized = sizes.grown if spare else sizes.fitted
+        self._first = 0 if held == offset else offset - (held - self.keep)
+        if held == offset:
+            fits = sizes.limit is None or width - natural <= sizes.limit
+            tokens = arrays if fits else self._cut(arena, arrays, 0, held)
+            slots = tokens[0].shape[axis] - natural
+            placement = Placement(resized(max(slots, arena.capacity)), natural)
+            arena.refill(placement, [(tokens, 0)], ())
+        else:
+            sinks = self._cut(arena, arrays, 0, self.keep) if self.keep else ()
+            placement = Placement(
+                resized(arena.head + offset - self._first), self._first - arena.head
+            )
+            window = self._cut(arena, arrays, self.keep, held)
+            arena.refill(placement, [(window, self._first)], sinks)
+        self._show_held()
+        return arena
+
+    @staticmethod
+    def _cut(arena: Arena, arrays: Arrays, start: int, stop: int) -> Arrays:
+        """Return copies of the tokens ``[start, stop)`` of `arrays`."""
+        backend, axis = arena.backend, arena.axis
+        return tuple([backend.concat([backend.slice(a, start, stop, axis)], axis) for a in arrays])
+
+    def _show_held(self) -> None:
+        """Let `positions` and masks speak of the tokens held, not of an update."""
+        self._latest, self._wide = 0, None
+        self._lead = 0 if self._first <= self.keep else self._first
 
     # Masks.
 
     def _maskable(self) -> int:
-        return self._offset if self._offset <= self.max_size else max(1, self._extra)
+        return self._offset if self._first <= self.keep else max(1, self._latest)
 
     def _attended(self, window: int | None) -> Visibility:
         return Visibility(min(window or self._window, self._window) - 1, sinks=self.keep)
-
-    # Programs.
-
-    def _before_export(self) -> None:
-        self._before_displacing()
-        self._extra = 0
-
-    def _state_maker(
-        self, capacity: int, owner: int, like: Array
-    ) -> Callable[[Array, Array], RingState]:
-        offset, positions, owner_array, slot, sinks, size = self._on_device(
-            self._offset,
-            self._slot_positions(self._offset, capacity),
-            owner,
-            self._next_slot(self._offset),
-            self.keep,
-            self.max_size if capacity >= self.max_size else np.iinfo(np.int32).max,
-        )
-        return lambda keys, values: RingState(
-            keys, values, offset, positions, like, owner_array, slot, sinks, size
-        )
-
-    def _slot_positions(self, offset: int, capacity: int) -> Int32s:
-        """Return the position in each of `capacity` slots after `offset` tokens, -1 for none."""
-        return padded_positions(self._ring_positions(offset), capacity)
-
-    def _next_slot(self, offset: int) -> int:
-        """Return the slot of the token at position `offset`."""
-        return offset if offset < self.max_size else self._ring_slot(offset)
-
-    def _check_written(self, buffers: GrowingBuffers, state: State, offset: int) -> int:
-        expected = self._slot_positions(offset, buffers.capacity)
-        # Also an older state whose arrays a later append has changed: one in place (NumPy, torch).
-        if not np.array_equal(buffers.backend.to_host(state.positions), expected):
-            raise StateError(
-                f"the tokens of a ring are those before its offset, {offset}; a program has "
-                "displaced some of them. Import the last state: a ring cannot go back in a program."
-            )
-        return self._slots(offset)
 
     # Snapshots.
 
     @property
     def visibility(self) -> Visibility:
-        # One more than the next token sees, so that every slot of a restored ring is filled.
+        # One more than the next token sees: files and snapshots have a full window.
         return Visibility(self._window, sinks=self.keep)
 
     def schedule(self, positions: Iterable[int]) -> None:
         self.check_not_exported()
-        # Rows for earlier positions may be displaced already: too late to retain them.
+        # Rows for earlier positions may be dropped already: too late to retain them.
         points = as_indices(positions, "positions")
         self._points.schedule(point for point in points if point >= self._offset)
 
@@ -312,78 +409,125 @@ class RotatingKVCache(KVCache):
 
     def can_trim(self, tokens: int) -> bool:
         tokens = as_index(tokens, "tokens")
-        return super().can_trim(tokens) and (tokens == 0 or self._offset <= self.max_size)
+        needed = self._offset - tokens - self._window
+        held = self._first <= self.keep or needed >= self._first
+        return super().can_trim(tokens) and (tokens == 0 or held)
 
     def check_trim(self, tokens: int) -> None:
         if super().can_trim(tokens) and not self.can_trim(tokens):
             raise TrimError(
                 f"a rotating cache cannot trim once tokens were displaced: {self._offset} came, "
-                f"it holds {self.max_size}. Use checkpoint() and rollback()."
+                f"it holds {self.len}. Use checkpoint() and rollback(), or a cache with slack."
             )
         super().check_trim(tokens)
 
     def _rewind(self, offset: int) -> None:
         super()._rewind(offset)
-        self._extra = 0
+        self._show_held()
 
-    def _recorded(self, buffers: GrowingBuffers, update: Arrays) -> Checkpoint | None:
-        """Return the open checkpoint, if any, with an update and the rows displaced by it."""
-        checkpoint = self._checkpoint
-        if checkpoint is None:
-            return None
-        tokens = update[0].shape[TOKENS]
-        _, slots = self._destinations(tokens)
-        kept, displaced = buffers.take_tokens(update, np.arange(tokens)), buffers.read_rows(slots)
-        # Copies not yet made would keep the buffer that they are of, and its writes from being in
-        # place.
-        buffers.backend.evaluate(*kept, *displaced)
-        return replace(checkpoint, updates=(*checkpoint.updates, Update(kept, slots, displaced)))
+    def checkpoint(self) -> None:
+        super().checkpoint()
+        if self._checkpoint is not None:
+            self._checkpoint = replace(self._checkpoint, first=self._first)
 
     def _return_to(self, checkpoint: Checkpoint, accepted: int) -> None:
-        """Undo all updates since `checkpoint`, except their first `accepted` tokens."""
-        buffers, offset = self._buffers, checkpoint.offset + accepted
-        undo = self.savepoint()
-        try:
-            if self._pins is not None:
-                self._pins.spill()
+        def go_back() -> None:
+            offset = checkpoint.offset + accepted
+            self._first = max(checkpoint.first, self._ring.first(offset))
             self._rewind(offset)
             # Points passed since were unscheduled when their rows were retained; both are undone.
             self._points.schedule(point for point in checkpoint.scheduled if point > offset)
-            if buffers is not None and checkpoint.updates:
-                buffers.arrays = self._with_accepted(buffers, checkpoint, accepted)
-                buffers.backend.evaluate(*buffers.arrays)
+
+        self._atomic(go_back)
+
+    # Programs.
+
+    def _exported(self, tokens: int) -> State:
+        backend, geometry = self._admission.bound()
+        if self._padding is not None and self.keep:
+            raise NotSupportedError(
+                "a program knows the sinks of a row only where rows have no padding. split() the "
+                "batch, or leave out keep."
+            )
+        arena, owner = self._with_room(0), new_owner()
+        self._retain(arena, self._first, self._offset, self._offset)
+        self._spill()
+        slots = min(self._offset + tokens, self.max_size)
+        capacity = Sizes.on(backend, self._step, self.max_size).grown(slots).capacity
+        positions = ring_positions(self._ring, self._offset)
+        held = np.pad(arena.slots_of(positions), (0, capacity - positions.size), "edge")
+        make_state = self._state_maker(capacity, owner, arena.likes())
+        keys, values = traced_forms(backend, arena.gathered(arena.arrays, held))
+        state = self._given_away(arena, make_state(keys, values), owner)
+        self._show_held()
+        return state
+
+    def _state_maker(
+        self, capacity: int, owner: int, likes: tuple[Array, Array]
+    ) -> Callable[[Array, Array], RingState]:
+        padding = self._padding_array()
+        ring, offset = self._ring, self._offset
+        numbers = self._on_device(
+            offset,
+            padded_positions(ring_positions(ring, offset), capacity),
+            owner,
+            offset if offset < self.max_size else ring_slot(ring, offset),
+            self.keep,
+            self.max_size if capacity >= self.max_size else np.iinfo(np.int32).max,
+        )
+        offset_array, positions, owner_array, slot, sinks, size = numbers
+        return lambda keys, values: RingState(
+            keys, values, offset_array, positions, likes, owner_array, slot, sinks, size, padding
+        )
+
+    def _take_over(self, buffers: GrowingBuffers, state: State, offset: int) -> None:
+        backend, capacity = buffers.backend, state.keys.shape[buffers.axis]
+        check_room(offset, min(offset, self.max_size), capacity)
+        positions = ring_positions(self._ring, offset)
+        # Also an older state whose arrays a later append has changed: one in place (NumPy, torch).
+        if not np.array_equal(
+            backend.to_host(state.positions), padded_positions(positions, capacity)
+        ):
+            raise StateError(
+                f"the tokens of a ring are those before its offset, {offset}; a program has "
+                "displaced some of them. Import the last state: a ring cannot go back in a program."
+            )
+        ascending = np.argsort(positions).astype(np.int32)
+        index = backend.from_host(padded_index(backend, ascending))
+        arrays = (state.keys, state.values)
+        rows = tuple(
+            [
+                backend.traced_read_rows(array, index, buffers.axis, backend.dtype(dtype))
+                for array, dtype in zip(arrays, buffers.geometry.dtypes, strict=True)
+            ]
+        )
+        rewound = Rewind.after(self.rewound, offset, self._offset)
+        undo = self.savepoint()
+        try:
+            self._place(rows, ascending.size, offset, spare=True)
+            # One statement: no signal handler runs in between.
+            (
+                self._offset,
+                self._checkpoint,
+                self._export,
+                self._admission.exported,
+                self.rewound,
+            ) = offset, None, None, False, rewound
         except BaseException:
             undo()
             raise
 
-    def savepoint(self) -> Callable[[], None]:
-        undo_on_host, checkpoint, buffers = super().savepoint(), self._checkpoint, self._buffers
-        if checkpoint is None or buffers is None or not checkpoint.updates:
-            return undo_on_host
-        since = self._offset - checkpoint.offset
 
-        def undo() -> None:
-            if self._checkpoint is not checkpoint:  # a rollback may have overwritten slots
-                buffers.arrays = self._with_accepted(buffers, checkpoint, since)
-            undo_on_host()
 
-        return undo
+def ring_slot(ring: Ring, position: int) -> int:
+    """Return the slot of a position in the form for programs, which is no sink."""
+    return ring.keep + (position - ring.keep) % ring.window
 
-    def _with_accepted(
-        self, buffers: GrowingBuffers, checkpoint: Checkpoint, accepted: int
-    ) -> Arrays:
-        """Return the arrays as after the first `accepted` tokens since `checkpoint`.
 
-        Consumes the present ones; call it in the statement that assigns the result.
-        """
-        updates = checkpoint.updates
-        # As if rows were written one after the other, the last one to a slot staying: what was
-        # displaced, the oldest last, and then the accepted tokens.
-        tokens = np.arange(checkpoint.offset, checkpoint.offset + accepted, dtype=np.int32)
-        slots = np.concatenate([*(u.slots for u in reversed(updates)), self._slots_of(tokens)])
-        unique, latest = np.unique(slots[::-1], return_index=True)
-        parts = [*(u.displaced for u in reversed(updates)), *(u.arrays for u in updates)]
-        concat = buffers.backend.concat
-        sources = tuple(concat(arrays, TOKENS) for arrays in zip(*parts, strict=True))
-        rows = buffers.take_tokens(sources, slots.size - 1 - latest)
-        return buffers.with_rows(rows, unique.astype(np.int32))
+def ring_positions(ring: Ring, offset: int) -> Int32s:
+    """Return the position in every slot of the form for programs, after `offset` tokens."""
+    slots = np.arange(min(offset, ring.keep + ring.window), dtype=np.int32)
+    latest = offset - 1
+    # A slot holds the newest position that is congruent to it modulo the window.
+    turned = latest - (latest - slots) % ring.window
+    return np.where(slots < ring.keep, slots, turned).astype(np.int32)

@@ -11,32 +11,38 @@ class LayerState(NamedTuple):
     """A growing cache as a pytree, made by :meth:`KVCache.export_state`."""
 
     keys: Array
-    """[B, kv_heads, slots, head_dim]"""
+    """[B, kv_heads, slots, head_dim], or as the layout of the cache says."""
     values: Array
     offset: Array
     """int32 []: tokens seen; the position of the next one."""
     positions: Array
     """int32 [slots]: position of the token in each slot, present or to come."""
-    like: Array
-    """Empty array in the dtype of the cache; the buffers may carry that dtype as bits."""
+    likes: tuple[Array, Array]
+    """Arrays without slots, in the dtypes of keys and values, which the buffers may carry as bits.
+
+    The axis of length 0 is that of the tokens."""
     owner: Array
     """int32 []: number of the export, by which :meth:`KVCache.import_state` knows its states."""
     written: Array
     """int32 []: slots below this one may have been written to, also by tokens taken back."""
+    padding: Array
+    """int32 [B]: tokens that each row lacks on its left; [0] if no row lacks any."""
 
 
 class RingState(NamedTuple):
     """A rotating cache as a pytree, made by :meth:`RotatingKVCache.export_state`."""
 
     keys: Array
-    """[B, kv_heads, slots, head_dim]"""
+    """[B, kv_heads, slots, head_dim], or as the layout of the cache says."""
     values: Array
     offset: Array
     """int32 []: tokens seen; the position of the next one."""
     positions: Array
     """int32 [slots]: position of the token in each slot, -1 for an empty slot."""
-    like: Array
-    """Empty array in the dtype of the cache; the buffers may carry that dtype as bits."""
+    likes: tuple[Array, Array]
+    """Arrays without slots, in the dtypes of keys and values, which the buffers may carry as bits.
+
+    The axis of length 0 is that of the tokens."""
     owner: Array
     """int32 []: number of the export, by which :meth:`KVCache.import_state` knows its states."""
     slot: Array
@@ -48,6 +54,8 @@ class RingState(NamedTuple):
 
     Larger than any slot if the buffer is shorter than the ring: tokens beyond it are not written.
     """
+    padding: Array
+    """int32 [B]: tokens that each row lacks on its left; [0] if no row lacks any."""
 
 
 class RecurrentState(NamedTuple):

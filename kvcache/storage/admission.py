@@ -10,22 +10,42 @@ from kvcache.backends.arguments import refuse_traced
 from kvcache.backends.base import FastKey
 from kvcache.errors import DTypeError, ExportedError, KVCacheError, ShapeError
 
-from .layout import TOKENS
+from .layout import LAYER_AXIS, TOKENS
 
 
 class Geometry(NamedTuple):
-    """Sizes and dtype shared by all updates of one per-layer cache."""
+    """Sizes and dtypes shared by all updates of one per-layer cache.
+
+    axis: that of the tokens.
+    """
 
     batch: int
     kv_heads: int
     key_dim: int
     value_dim: int
-    dtype: str
+    key_dtype: str
+    value_dtype: str
+    axis: int = TOKENS
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """Dtypes of keys and values."""
+        return self.key_dtype, self.value_dtype
+
+    @property
+    def dtype(self) -> str | tuple[str, str]:
+        """Dtype of both, or of each where they differ."""
+        return self.key_dtype if self.key_dtype == self.value_dtype else self.dtypes
 
     def shapes(self, tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of keys and values, ``[batch, kv_heads, tokens, head_dim]``."""
-        lead = self.batch, self.kv_heads, tokens
+        """Return the shapes of keys and values of so many tokens, in the layout of the cache."""
+        heads = self.kv_heads
+        lead = (self.batch, heads, tokens) if self.axis == TOKENS else (self.batch, tokens, heads)
         return (*lead, self.key_dim), (*lead, self.value_dim)
+
+    def with_batch(self, batch: int) -> Geometry:
+        """Return the geometry of another number of rows."""
+        return self._replace(batch=batch)
 
 
 class Admission:
@@ -33,13 +53,21 @@ class Admission:
 
     backend, dtype: as requested when the cache was made; None takes that of the first update.
         From then on :attr:`backend` and :attr:`geometry` hold the result.
+    layout: of keys and values.
     requires_grad: whether gradients are to flow to the latest update.
     exported: whether a program has the state of the cache.
 
-    Raises: DTypeError for an unknown dtype, or one that `backend` lacks.
+    Raises: DTypeError for an unknown dtype, or one that `backend` lacks; ValueError for an
+        unknown layout.
     """
 
-    def __init__(self, backend: str | Backend | None, dtype: str | None) -> None:
+    def __init__(
+        self, backend: str | Backend | None, dtype: str | None, layout: str = "bhtd"
+    ) -> None:
+        if layout not in LAYER_AXIS:
+            raise ValueError(f"layout is one of {', '.join(LAYER_AXIS)}; got {layout!r}.")
+        self.layout = layout
+        self.axis = LAYER_AXIS[layout]
         if dtype is not None and dtype not in HOST_DTYPES:
             raise DTypeError(f"dtype is one of {', '.join(HOST_DTYPES)}; got {dtype!r}.")
         self._asked = None if backend is None else get_backend(backend)
@@ -88,8 +116,8 @@ class Admission:
             refuse_exported()
 
     @property
-    def dtype(self) -> str | None:
-        """Dtype of keys and values; None until it is fixed."""
+    def dtype(self) -> str | tuple[str, str] | None:
+        """Dtype of keys and values, or of each where they differ; None until it is fixed."""
         return self.geometry.dtype if self.geometry is not None else self._dtype
 
     def validate(self, keys: Array, values: Array) -> int:
@@ -111,7 +139,7 @@ class Admission:
             key_pair = backend.fast_key(keys), backend.fast_key(values)
             self.requires_grad = backend.requires_grad(keys) or backend.requires_grad(values)
             self._latest = key_pair
-        return key_pair[0][1][TOKENS]
+        return key_pair[0][1][self.axis]
 
     def _validate_new(self, keys: Array, values: Array) -> Backend:
         """Check an update in full, fix backend and geometry, and return the backend."""
@@ -121,11 +149,12 @@ class Admission:
         for array in (keys, values):
             if backend.is_traced(array):
                 refuse_traced(array)
-        _check_shapes(tuple(keys.shape), tuple(values.shape))
-        geometry = _geometry(backend, keys, values)
+        _check_shapes(tuple(keys.shape), tuple(values.shape), self.layout)
+        geometry = _geometry(backend, keys, values, self.axis)
         if self._dtype is not None and geometry.dtype != self._dtype:
             raise DTypeError(
-                f"this cache holds {self._dtype}; got {geometry.dtype}. Cast keys and values first."
+                f"this cache holds {self._dtype}; got {_named(geometry.dtype)}. Cast keys and "
+                "values first."
             )
         if self.geometry is not None and geometry != self.geometry:
             _refuse_change(self.geometry, geometry)
@@ -181,35 +210,41 @@ def refuse_several_devices(backend: Backend, array: Array) -> None:
         backend.device_of(array)
 
 
-def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...]) -> None:
+_AXIS_NAMES = {"b": "B", "h": "kv_heads", "t": "tokens", "d": "head_dim"}
+
+
+def _check_shapes(keys: tuple[int, ...], values: tuple[int, ...], layout: str) -> None:
     """Raise ShapeError unless both have 4 axes, agree in the first 3, and are not empty."""
     if len(keys) != 4 or len(values) != 4:
-        raise ShapeError(
-            f"keys and values must be [B, kv_heads, tokens, head_dim]; got {keys} and {values}."
-        )
+        axes = ", ".join(_AXIS_NAMES[axis] for axis in layout)
+        raise ShapeError(f"keys and values must be [{axes}]; got {keys} and {values}.")
     if keys[:3] != values[:3]:
         raise ShapeError(
             f"keys and values must agree in batch, kv_heads and tokens; got {keys} and {values}."
         )
-    if not keys[TOKENS]:
+    if not keys[LAYER_AXIS[layout]]:
         raise ShapeError(f"an update has at least one token; got {keys} and {values}. Skip it.")
     if not all(keys) or not all(values):
         raise ShapeError(f"batch, kv_heads and head_dim are at least 1; got {keys} and {values}.")
 
 
-def _geometry(backend: Backend, keys: Array, values: Array) -> Geometry:
-    dtype = backend.dtype_name(keys)
-    if backend.dtype_name(values) != dtype:
-        raise DTypeError(
-            f"keys and values must have one dtype; got {dtype} and {backend.dtype_name(values)}."
-        )
-    batch, kv_heads, _, key_dim = keys.shape
-    return Geometry(batch, kv_heads, key_dim, values.shape[3], dtype)
+def _geometry(backend: Backend, keys: Array, values: Array, axis: int) -> Geometry:
+    dtypes = backend.dtype_name(keys), backend.dtype_name(values)
+    kv_heads = keys.shape[1 if axis == TOKENS else 2]
+    return Geometry(keys.shape[0], kv_heads, keys.shape[3], values.shape[3], *dtypes, axis)
+
+
+def _named(dtype: str | tuple[str, ...]) -> str:
+    return dtype if isinstance(dtype, str) else " and ".join(dtype)
 
 
 def _refuse_change(fixed: Geometry, given: Geometry) -> None:
     """Raise ShapeError, or DTypeError if only the dtype differs, naming each difference."""
-    changed = [name for name in fixed._fields if getattr(fixed, name) != getattr(given, name)]
-    kind = DTypeError if changed == ["dtype"] else ShapeError
+    names = ["batch", "kv_heads", "key_dim", "value_dim", "key_dtype", "value_dtype"]
+    changed = [name for name in names if getattr(fixed, name) != getattr(given, name)]
+    if isinstance(fixed.dtype, str) and isinstance(given.dtype, str):  # of both at once
+        changed = [name for name in changed if "dtype" not in name]
+        changed += ["dtype"] * (fixed.dtype != given.dtype)
+    kind = DTypeError if all("dtype" in name for name in changed) else ShapeError
     changes = ", ".join(f"{n} {getattr(fixed, n)}, not {getattr(given, n)}" for n in changed)
     raise kind(f"every update of a cache has the same geometry: {changes}. reset() starts anew.")

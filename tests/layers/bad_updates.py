@@ -65,7 +65,9 @@ BAD = {
         r"this cache holds \w+; got|" + GEOMETRY.format(r"dtype \w+"),
     ),
     "dtypes differ": Bad(
-        lambda k, v: (k, _other(v)), DTypeError, "must have one dtype; got", always=True
+        lambda k, v: (k, _other(v)),
+        DTypeError,
+        r"this cache holds \w+; got \w+ and \w+|" + GEOMETRY.format(r"value_dtype \w+"),
     ),
 }
 """What can be said on every backend, once `on` has brought it there."""

@@ -169,8 +169,10 @@ def check_whole(cache, oracle):
 
 def held_columns(cache):
     """The tokens held, and nothing for each column of padding that an update would return."""
-    columns = host_rows(cache.backend, cache.state)
-    return columns + [None] * (cache.positions.size - len(columns))
+    held = iter(host_rows(cache.backend, cache.state))
+    columns = [next(held) if position >= 0 else None for position in cache.positions.tolist()]
+    assert not list(held), "a token held has no column"
+    return columns
 
 
 def fingerprint(cache):

@@ -80,14 +80,16 @@ def test_growth_keeps_every_token(backend):
         assert cache.growths > 0
 
 
-def test_a_rotating_cache_never_holds_more_than_its_size(backend):
+def test_a_rotating_cache_never_takes_more_than_twice_its_size(backend):
     for size, step in ((11, 4), (11, 256), (300, 256), (1, 1)):
         cache = RotatingKVCache(size, backend=backend, step=step)
         shape = Shape(1, 1, 2, 2)
         for tokens in (1, 7, size + 3, 1):
             update = shape.keys(tokens, 0), shape.values(tokens, 0)
             cache.update(*map(backend.from_host, update))
-            padded = -(-size // backend.config.padding) * backend.config.padding
+            most = 2 * size if backend.slices_are_views else size + max(1, size // 8)
+            padded = -(-most // backend.config.padding) * backend.config.padding
+            assert cache.len <= size
             assert cache.len * 16 <= cache.nbytes <= padded * 16
 
 

@@ -1,0 +1,59 @@
+"""Rows of unequal length in one batch: padding on their left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+import numpy as np
+
+from kvcache._checks import NO_LIMIT, as_indices
+from kvcache._types import Int32s
+from kvcache.errors import ShapeError, SnapshotMismatchError
+from kvcache.storage.arrays import LayerArrays, NamedArray
+
+NAME = "padding"
+"""Name of the array in files."""
+
+
+def as_padding(tokens: Iterable[SupportsIndex] | None) -> Int32s | None:
+    """Return the padding of each row as int32; None if no row has any.
+
+    Raises: TypeError for no list of integers; ValueError for negative ones.
+    """
+    if tokens is None:
+        return None
+    padding = as_indices(tokens, "padding")
+    if any(not 0 <= count <= NO_LIMIT for count in padding):
+        raise ValueError(f"padding is 0 tokens or more in each row; got {padding}.")
+    return np.array(padding, np.int32) if any(padding) else None
+
+
+def check_padding(padding: Int32s | None, rows: int) -> None:
+    """Raise ShapeError unless there is one number for each row of the batch."""
+    if padding is not None and padding.size != rows:
+        raise ShapeError(
+            f"padding has one number for each row of the batch, {rows}; got {padding.size}."
+        )
+
+
+def padding_array(padding: Int32s) -> NamedArray:
+    """Return the padding as it stands in files."""
+    return NamedArray(NAME, padding, None)
+
+
+def without_padding(arrays: LayerArrays, offset: int) -> tuple[LayerArrays, Int32s | None]:
+    """Return the arrays of a layer without its padding, and that.
+
+    Raises: SnapshotMismatchError for padding that is none.
+    """
+    if not arrays or arrays[-1].name != NAME:
+        return arrays, None
+    data = arrays[-1].data
+    if arrays[-1].token_axis is not None or data.ndim != 1 or data.dtype != np.int32:
+        raise SnapshotMismatchError(
+            f"padding is int32, one number per row; got {data.dtype} {data.shape}."
+        )
+    if (data < 0).any():
+        raise SnapshotMismatchError(f"padding is 0 tokens or more; got {data.min()}.")
+    return arrays[:-1], np.array(data) if data.any() else None
