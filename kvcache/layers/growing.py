@@ -161,6 +161,11 @@ class KVCache(ExportableCache):
         return tuple([from_host(swapped(array.data, buffers.axis)) for array in arrays])
 
     @property
+    def state_positions(self) -> Int32s:
+        """Position of every column of :attr:`state`, int32 [len], ascending."""
+        return self._held()[0]
+
+    @property
     def positions(self) -> Int32s:
         """Position of every column of the last `update`, int32 [n]; -1 for padding.
 
@@ -241,8 +246,8 @@ class KVCache(ExportableCache):
 
     def _first_room(self, slots: int) -> int:
         """Return the slots to make room for when the first `slots` are needed."""
-        # Half a step more at least, so that the tokens right after a prompt move nothing.
-        return max(slots + min(self._step, MOST_SPARE) // 2, self._room)
+        # Half a step more, unless told, so that the tokens right after a prompt move nothing.
+        return max(self._room, slots + min(self._step, MOST_SPARE) // 2 * (self._room < slots))
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens, so that they move nothing.
@@ -460,7 +465,8 @@ class KVCache(ExportableCache):
 
     def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
         width = arrays[0].shape[self._admission.axis]
-        buffers = self._with_room(width, spare)
+        buffers = self._with_room(held, spare)
+        buffers.grow(width, spare)
         buffers.arrays = buffers.written(arrays, 0, width)
         return buffers
 

@@ -94,11 +94,6 @@ class RotatingKVCache(KVCache):
     def len(self) -> int:
         return self._offset if self._first <= self.keep else self.keep + self._offset - self._first
 
-    @property
-    def state_positions(self) -> Int32s:
-        """Position of every column of :attr:`state`, int32 [len], ascending."""
-        return self._held()[0]
-
     def _sizes(self) -> Sizes:
         if self._buffers is None and self.backend is not None:
             return self._ring.sizes(self.backend, self._step)
@@ -290,7 +285,7 @@ class RotatingKVCache(KVCache):
 
     def _exact(self, buffers: GrowingBuffers) -> Arrays:
         backend, arena = buffers.backend, self._with_room(0)
-        if not backend.slices_are_views:
+        if not backend.slices_are_views or self._first <= self.keep or not self.keep:
             return super()._exact(buffers)
         return self._held_of(arena, arena.arrays, backend)
 

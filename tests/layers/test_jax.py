@@ -37,7 +37,7 @@ def test_reset_keeps_no_buffer():
 
 def test_growing_keeps_no_old_buffer():
     """The cache itself lets go of them at once: no other copy of its tokens stays with it."""
-    cache, one = KVCache("jax"), jnp.ones((1, 2, 256, 4))
+    cache, one = KVCache("jax", capacity=256), jnp.ones((1, 2, 256, 4))
     old = [weakref.ref(part) for part in cache.update(one, one)]
     cache.update(one, one)
     assert cache.growths == 1

@@ -143,7 +143,7 @@ def test_a_snapshot_copies_nothing_until_its_slots_change():
             cache.len * per_token,
             True,
         )
-        feed(cache, 1)
+        feed(cache, 40)
         assert snapshot.resident is (kind == "kv")
         assert snapshot.host_nbytes == (0 if kind == "kv" else snapshot.nbytes)
     assert len(peek.layer_pins(cache)) == 0

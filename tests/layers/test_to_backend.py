@@ -203,6 +203,9 @@ class Far(NumpyBackend):
     def from_host(self, *args):
         return super().from_host(*args).view(FarArray)
 
+    def concat(self, *args):
+        return super().concat(*args).view(FarArray)
+
 
 def test_another_device_of_one_framework(kind):
     cache = kind("numpy")
