@@ -366,6 +366,7 @@ class KVCache(ExportableCache):
 
     def _forget(self) -> None:
         # Buffers that a program has are left to it, and pinned rows were spilled at the export.
+        self._points.forget(0)  # or they would be spilled, too
         if self._pins is not None:
             self._pins.spill()  # snapshots outlive the buffers that their rows are in
         self._start()
