@@ -274,6 +274,8 @@ def _mask_of_rows(
     """Return the mask of each row of a batch, ``[B, 1, queries, columns]``."""
     rows = padding[:, None, None, None]
     own = queries[None, None, :, None] - rows
+    if sinks is not None:  # the first slots of a ring keep padding, too
+        sinks = sinks - padding.max()
     # A column of padding, and an empty slot, are before position 0 of the row.
     visible = rule.sees(own, columns[None, None, None, :] - rows, sinks)
     # A query of padding sees itself alone: softmax over nothing is NaN.

@@ -41,6 +41,11 @@ class Ring(NamedTuple):
         spare = self.window if backend.slices_are_views else max(1, self.window // 8)
         return Sizes.on(backend, step, self.head(backend.slices_are_views) + self.window + self.slack + spare)
 
+    @property
+    def size(self) -> int:
+        """Tokens that a query sees."""
+        return self.window + self.keep
+
     def first(self, offset: int) -> int:
         """Return the first position held after `offset` tokens, sinks aside."""
         return max(0, offset - self.window - self.slack)
@@ -146,6 +151,11 @@ class Arena(GrowingBuffers):
         self._replace(arrays, placement.sizes, self.growths + grown)
         self.shift, self.settled, self.sinks = placement.shift, bool(sinks), sinks
         self._dirty = 0
+
+    def select(self, rows: Int32s) -> None:
+        sinks = tuple([self.backend.gather(array, rows, 0) for array in self.sinks])
+        super().select(rows)
+        self.sinks = sinks
 
     # Sinks.
 

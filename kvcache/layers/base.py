@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
 
+from kvcache._types import Int32s
 from kvcache.backends import Backend, portable_spec
 from kvcache.errors import NotSupportedError
 from kvcache.snapshots.rows import TokenRows
@@ -134,6 +135,64 @@ class LayerCache(ABC):
         except BaseException:
             undo()
             raise
+
+    # The batch axis.
+
+    @property
+    @abstractmethod
+    def padding(self) -> Int32s | None:
+        """Tokens that each row of the batch lacks on its left, int32 [B]; None if no row does."""
+
+    @abstractmethod
+    def pad(self, padding: Iterable[SupportsIndex]) -> None:
+        """Declare that rows of the batch begin with so many tokens of padding.
+
+        Before the first update. :attr:`offset` counts them, positions of a row do not.
+
+        padding: a number for each row.
+
+        Raises: ValueError for a cache with tokens, or a negative number; TypeError for no list of
+            integers; ExportedError. ShapeError at the first update if it has other rows.
+        """
+
+    @abstractmethod
+    def check_select(self, rows: Iterable[SupportsIndex]) -> None:
+        """Raise ValueError or TypeError unless :meth:`select` can take these rows."""
+
+    @abstractmethod
+    def select(self, rows: Iterable[SupportsIndex]) -> None:
+        """Make row `i` of the batch what row ``rows[i]`` was: reorder, repeat and drop rows.
+
+        Snapshots taken before stay as they are. An open checkpoint stays open, for the rows
+        selected. O(tokens held); the same rows in order cost nothing. A cache without tokens has
+        no rows, and does nothing.
+
+        Raises: ValueError for a row that is not there, or for no row; TypeError for no list of
+            integers; ExportedError. Nothing has changed then.
+        """
+
+    @abstractmethod
+    def split(self) -> list[Self]:
+        """Return a cache for each row of the batch, without its padding; this one stays as it is.
+
+        Copies; no checkpoints. An empty cache has no rows.
+
+        Raises: ExportedError.
+        """
+
+    @classmethod
+    @abstractmethod
+    def concat(cls, caches: Sequence[Self]) -> Self:
+        """Return a cache with the rows of all `caches`, which stay as they are.
+
+        Rows end at one position: shorter ones get padding on their left. Copies; no checkpoints.
+
+        caches: with tokens, of one kind with the same options, on one backend, alike but for their
+            number of rows; or all of them empty.
+
+        Raises: ValueError for no cache, for empty ones among others, or for other options;
+            ShapeError if they are not alike; ExportedError.
+        """
 
     # Snapshots. A row is the share of one position in all arrays of the layer.
 

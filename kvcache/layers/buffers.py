@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kvcache._types import Indices
+from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.storage.admission import Geometry
 from kvcache.storage.arrays import LayerArrays, NamedArray
@@ -225,6 +225,14 @@ class GrowingBuffers:
         )
         return keys, values
 
+    def select(self, rows: Int32s) -> None:
+        """Replace the arrays by some rows of the batch."""
+        gather = self.backend.gather
+        arrays = tuple([gather(array, rows, 0) for array in self.arrays])
+        self.backend.evaluate(*arrays)
+        self._replace(arrays, self.sizes, self.growths)
+        self.geometry = self.geometry.with_batch(rows.size)
+
     # Copies.
 
     def gathered(self, columns: Arrays, index: Indices) -> Arrays:
@@ -232,9 +240,9 @@ class GrowingBuffers:
         return tuple([self.backend.gather(array, index, self.axis) for array in columns])
 
     def read_slots(self, slots: Indices) -> LayerArrays:
-        """Return NumPy copies of `slots`, ascending, in the form of snapshots."""
+        """Return NumPy copies of `slots`, in the form of snapshots."""
         first, stop = (int(slots[0]), int(slots[-1]) + 1) if slots.size else (0, 0)
-        if stop - first != slots.size or not slots.size:
+        if not slots.size or not np.array_equal(slots, np.arange(first, stop)):
             return self.read_tokens(self.arrays, slots)
         last = min(first + self.sizes.padded(slots.size), self.capacity)
         padded_first = last - self.sizes.padded(slots.size)

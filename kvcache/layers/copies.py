@@ -6,6 +6,8 @@ from abc import abstractmethod
 from functools import partial
 from typing import Self
 
+import numpy as np
+
 from kvcache._types import Int32s
 from kvcache.backends import Backend, get_backend
 from kvcache.errors import KVCacheError, ShapeError
@@ -56,6 +58,14 @@ class CopyableCache(StandaloneCache):
         """Return how many tokens a cache can hold after `offset`."""
 
     @abstractmethod
+    def _set_padding(self, padding: Int32s | None) -> None:
+        """Have so many columns of padding on the left of each row, before the first token."""
+
+    def _order(self, held: int, offset: int) -> Int32s:
+        """Return the positions of the `held` tokens after `offset`, in the order of files."""
+        return np.arange(held, dtype=np.int32)
+
+    @abstractmethod
     def _slot(self, buffers: GrowingBuffers, position: int) -> int:
         """Return the slot of the token at a position to come, or among the latest ones."""
 
@@ -95,13 +105,19 @@ class CopyableCache(StandaloneCache):
         self.check_not_exported()
         if self._buffers is None or not self._offset:
             return ()
-        arrays = self._buffers.read_slots(self._held()[1])
+        positions, slots = self._held()
+        order = np.searchsorted(positions, self._order(positions.size, self._offset))
+        arrays = self._buffers.read_slots(slots[order])
         return arrays if self._padding is None else (*arrays, padding_array(self._padding))
 
     def from_layer(self, arrays: LayerArrays, offset: int) -> None:
         if self.backend is None:
             raise KVCacheError("a cache that is filled from the host names a backend; got none.")
-        arrays, padding = without_padding(arrays, offset)
+        self._atomic(partial(self._from_layer, arrays, offset, self.backend))
+
+    def _from_layer(self, arrays: LayerArrays, offset: int, backend: Backend) -> None:
+        arrays, padding = without_padding(arrays)
+        self._set_padding(padding)
         check_layer_form([arrays], NAMES, AXES, least=len(NAMES))
         held = [array.data.shape[TOKENS] for array in arrays]
         least, most = self._least_held(offset), self._most_held(offset)
@@ -110,8 +126,10 @@ class CopyableCache(StandaloneCache):
                 f"at offset {offset}, {type(self).__name__} holds {least} tokens"
                 f"{f' to {most}' * (most > least)} in {' and '.join(NAMES)}; got {held}."
             )
+        ascending = np.argsort(self._order(held[0], offset))
+        arrays = tuple([array.take(ascending) for array in arrays])
         # Without a step's spare room: it may come from a file, whose size says nothing of it.
-        self._fill_from_host(arrays, offset, self.backend, padding, spare=False)
+        self._fill_from_host(arrays, offset, backend, padding, spare=False)
 
     def _fill_from_host(
         self,
@@ -139,13 +157,9 @@ class CopyableCache(StandaloneCache):
         """
         self._admission.validate(*arrays)
         check_padding(padding, arrays[0].shape[0])
+        self._set_padding(padding)
         buffers = self._place(arrays, held, offset, spare)
         buffers.backend.evaluate(*buffers.arrays)
         # A checkpoint opened while empty knows nothing of these tokens.
-        (
-            self._offset,
-            self._checkpoint,
-            self._padding,
-            self.rewound,
-        ) = offset, None, padding, Rewind(0, refilled=True)
+        self._offset, self._checkpoint, self.rewound = offset, None, Rewind(0, refilled=True)
         return buffers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, SupportsIndex, cast
+from typing import ClassVar, Self, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from .buffers import AXES, NAMES, Arrays, GrowingBuffers, swapped
 from .checkpoint import Checkpoint, Names, checked_accepted, savepoint
 from .columns import MOST_SPARE, Sizes, attention_mask, in_rows
 from .exports import State
-from .padding import as_padding
+from .padding import check_padding, common_padding, without_padding
 from .pinning import LayerPins
 from .programs import ExportableCache
 from .rewind import Rewind
@@ -237,9 +237,10 @@ class KVCache(ExportableCache):
     def _with_room(self, slots: int, spare: bool = True) -> GrowingBuffers:
         if self._buffers is None:
             backend, geometry = self._admission.bound()
+            check_padding(self._padding, geometry.batch)
             sizes = Sizes.on(backend, self._step, None)
             self._buffers = GrowingBuffers(backend, geometry, sizes)
-            self._pins = LayerPins(self._buffers)
+            self._pins = LayerPins(self._buffers, self._padding)
             slots = self._first_room(slots) if spare else slots
         self._buffers.grow(slots, spare)
         return self._buffers
@@ -371,29 +372,16 @@ class KVCache(ExportableCache):
             self._pins.spill()  # snapshots outlive the buffers that their rows are in
         self._start()
 
-    # Rows of unequal length.
+    # Rows.
 
-    @property
-    def padding(self) -> Int32s | None:
-        """Columns of padding on the left of each row, int32 [B]; None if no row has any."""
-        return self._padding
-
-    def pad(self, tokens: Iterable[SupportsIndex]) -> None:
-        """Declare that rows of the batch begin with so many columns of padding.
-
-        Before the first update, whose rows are of one length then. Positions of a row count from
-        its first token, masks hide the padding, and a query of padding sees itself alone.
-
-        Raises: ValueError for a cache with tokens, or a negative number; TypeError for no list of
-            integers; ExportedError.
-        """
-        self.check_not_exported()
-        padding = as_padding(tokens)
-        if self._offset:
-            raise ValueError(
-                f"padding is declared before the first token; {self._offset} came. Use a new cache."
-            )
+    def _set_padding(self, padding: Int32s | None) -> None:
         self._padding = padding
+
+    def _slots_of_row(self, padding: int) -> Slots:
+        return np.arange(padding, self._offset)
+
+    def _positions_of_all(self, caches: Sequence[Self], stop: int) -> Int32s:
+        return np.arange(stop, dtype=np.int32)
 
     def _padding_array(self) -> Array:
         """Return the padding on the device, of no elements if there is none."""
@@ -443,8 +431,10 @@ class KVCache(ExportableCache):
         needed = [(rows, index) for rows, index in zip(parts, indices, strict=True) if index.size]
         # 0: see LayerPins.read. Rows of a file may be of any form.
         layers = [rows.read(index).get(0, ()) for rows, index in needed]
+        padding = common_padding(layers, self._padding)
+        layers = [without_padding(arrays)[0] for arrays in layers]
         check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES))
-        self._fill_from_host(concat_layers(layers), offset, backend)
+        self._fill_from_host(concat_layers(layers), offset, backend, padding)
 
     def _held(self) -> tuple[Int32s, Slots]:
         """Return the positions held, ascending, and their slots."""

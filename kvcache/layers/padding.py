@@ -37,12 +37,32 @@ def check_padding(padding: Int32s | None, rows: int) -> None:
         )
 
 
+def check_empty(offset: int) -> None:
+    """Raise ValueError for a cache with tokens."""
+    if offset:
+        raise ValueError(
+            f"padding is declared before the first token; {offset} came. Use a new cache."
+        )
+
+
+def check_rows(rows: Iterable[SupportsIndex], there: int | None) -> Int32s:
+    """Return `rows` of a batch as int32; none if there is no batch yet.
+
+    Raises: ValueError for a row that is not there, or for no row; TypeError for no list of
+        integers.
+    """
+    index = as_indices(rows, "rows")
+    if there is not None and not (index and 0 <= min(index) and max(index) < there):
+        raise ValueError(f"rows are 0 to {there - 1}, one or more of them; got {index}.")
+    return np.array(index if there is not None else [], np.int32)
+
+
 def padding_array(padding: Int32s) -> NamedArray:
     """Return the padding as it stands in files."""
     return NamedArray(NAME, padding, None)
 
 
-def without_padding(arrays: LayerArrays, offset: int) -> tuple[LayerArrays, Int32s | None]:
+def without_padding(arrays: LayerArrays) -> tuple[LayerArrays, Int32s | None]:
     """Return the arrays of a layer without its padding, and that.
 
     Raises: SnapshotMismatchError for padding that is none.
@@ -57,3 +77,19 @@ def without_padding(arrays: LayerArrays, offset: int) -> tuple[LayerArrays, Int3
     if (data < 0).any():
         raise SnapshotMismatchError(f"padding is 0 tokens or more; got {data.min()}.")
     return arrays[:-1], np.array(data) if data.any() else None
+
+
+def common_padding(layers: Iterable[LayerArrays], declared: Int32s | None) -> Int32s | None:
+    """Return the padding that rows of snapshots tell; `declared` is that of the cache.
+
+    Raises: SnapshotMismatchError if they differ.
+    """
+    told = [without_padding(arrays)[1] for arrays in layers]
+    given = [None if padding is None else padding.tolist() for padding in told]
+    wanted = given[0] if declared is None else declared.tolist()
+    if any(padding != wanted for padding in given):
+        raise SnapshotMismatchError(
+            f"all rows of a batch are restored with one padding, {wanted} here; got {given}. "
+            "Restore to a new cache."
+        )
+    return told[0]

@@ -10,8 +10,10 @@ from kvcache._types import Int32s
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
+from kvcache.storage.arrays import LayerArrays
 
 from .buffers import GrowingBuffers
+from .padding import padding_array
 
 
 class PinnedRows:
@@ -51,11 +53,15 @@ class PinnedRows:
 
 
 class LayerPins(PinnedRows):
-    """Owner of the pinned rows in the buffers of a cache; implements :class:`RowOwner`."""
+    """Owner of the pinned rows in the buffers of a cache; implements :class:`RowOwner`.
 
-    def __init__(self, buffers: GrowingBuffers) -> None:
+    padding: of the rows of the batch.
+    """
+
+    def __init__(self, buffers: GrowingBuffers, padding: Int32s | None) -> None:
         super().__init__()
         self._buffers = buffers
+        self.padding = padding
         self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
 
     @property
@@ -66,7 +72,11 @@ class LayerPins(PinnedRows):
         if not slots.size:
             return {}
         # Snapshots number layers; a cache knows only its own, under 0.
-        return {0: self._buffers.read_tokens(self._buffers.arrays, slots)}
+        return {0: self.rows_of(self._buffers.read_tokens(self._buffers.arrays, slots))}
+
+    def rows_of(self, arrays: LayerArrays) -> LayerArrays:
+        """Return `arrays` of some tokens as rows of snapshots, which tell the padding."""
+        return arrays if self.padding is None else (*arrays, padding_array(self.padding))
 
     def capture(self, positions: Int32s, slots: Slots, start: int, stop: int) -> TokenRows:
         """Pin the rows of ``[start, stop)`` among `positions`, which are held in `slots`."""

@@ -12,17 +12,15 @@ from kvcache._checks import as_room
 from kvcache.backends import Array
 from kvcache.errors import KVCacheError, StateError
 
+from .batch import BatchCache
 from .buffers import NAMES, Arrays, GrowingBuffers
-from .copies import CopyableCache
 from .exports import Export, State, check_room, new_owner
-from .pinning import LayerPins
 from .rewind import Rewind
 
 
-class ExportableCache(CopyableCache):
+class ExportableCache(BatchCache):
     """A cache that is locked while a program has its state."""
 
-    _pins: LayerPins | None
     _export: Export | None
     """The export under way, None while the cache has its state itself."""
 

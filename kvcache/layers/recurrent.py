@@ -15,12 +15,13 @@ from kvcache.storage.states import admitted
 
 from .checkpoint import checked_accepted
 from .exports import Export, new_owner
-from .recurrent_copies import NO_UPDATE, Coming, CopyableStates, States
+from .recurrent_batch import BatchStates
+from .recurrent_copies import NO_UPDATE, Coming, States
 from .rewind import Rewind
 from .state import RecurrentState
 
 
-class StateCache(CopyableStates):
+class StateCache(BatchStates):
     """The state of one recurrent layer: linear attention, a state space model, a convolution.
 
     ::

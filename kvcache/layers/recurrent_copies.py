@@ -65,6 +65,7 @@ class CopyableStates(StandaloneCache):
         "_coming",
         "_export",
         "_pins",
+        "_padding",
         "rewound",
     )
     """Attributes that calls assign to; the pins have a savepoint of their own."""
@@ -87,6 +88,7 @@ class CopyableStates(StandaloneCache):
         self._coming = NO_UPDATE
         self._export: Export | None = None
         self._pins = PinnedRows()
+        self._padding: Int32s | None = None
         self.rewound = Rewind(0)
 
     def __repr__(self) -> str:

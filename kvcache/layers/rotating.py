@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
 from kvcache._checks import NO_LIMIT, as_index, as_indices, as_room
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
-from kvcache.errors import NotSupportedError, StateError, TrimError
+from kvcache.errors import StateError, TrimError
 from kvcache.snapshots.rows import Slots, TokenRows
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.lengths import padded_index, padded_positions, round_up
@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, Names
 from .columns import Sizes
 from .exports import State, check_room, new_owner
 from .growing import KVCache
+from .padding import check_padding
 from .pinning import LayerPins
 from .rewind import Rewind
 from .state import RingState
@@ -45,7 +46,7 @@ class RotatingKVCache(KVCache):
 
     kind: ClassVar[str] = "rotating"
     _buffers: Arena | None
-    _changing: ClassVar[Names] = (*KVCache._changing, "_first", "_lead", "_latest", "_wide")
+    _changing: ClassVar[Names] = (*KVCache._changing, "_ring", "_first", "_lead", "_latest", "_wide")
 
     def __init__(
         self,
@@ -72,13 +73,13 @@ class RotatingKVCache(KVCache):
         self.keep = min(keep, self.max_size - 1)
         self.slack = min(as_room(slack, "slack"), NO_LIMIT)
         self._window = self.max_size - self.keep
-        self._ring = Ring(self._window, self.keep, self.slack)
         # A buffer never outgrows the ring, whatever its step.
         step = min(as_index(step, "step"), NO_LIMIT)
         self._configure(backend, step, dtype, capacity, layout)
 
     def _start(self) -> None:
         super()._start()
+        self._ring = Ring(self._window, self.keep, self.slack)
         self._first = 0  # first position held, sinks aside
         # Of the last update: its first column behind the sinks, its tokens, and the positions of
         # its columns if they were no slots.
@@ -92,7 +93,8 @@ class RotatingKVCache(KVCache):
 
     @property
     def len(self) -> int:
-        return self._offset if self._first <= self.keep else self.keep + self._offset - self._first
+        dropped = self._first - self._sinks
+        return self._offset if dropped <= 0 else self._offset - dropped
 
     def _sizes(self) -> Sizes:
         if self._buffers is None and self.backend is not None:
@@ -106,9 +108,9 @@ class RotatingKVCache(KVCache):
         if arena is None or self._points.scheduled:
             return self._updated_carefully(keys, values)
         stop = start + self._admission.validate(keys, values)
-        if stop - arena.shift > arena.capacity or (self.keep and stop > self.max_size):
+        if stop - arena.shift > arena.capacity or (self._ring.keep and stop > self._ring.size):
             return self._updated_carefully(keys, values)
-        lead = 0 if self.keep else max(0, start + 1 - self._window)
+        lead = 0 if self._ring.keep else max(0, start + 1 - self._window)
         shift = arena.shift
         try:
             columns = arena.append(keys, values, start - shift, stop - shift, lead - shift)
@@ -138,8 +140,9 @@ class RotatingKVCache(KVCache):
         try:
             stop = self._offset + self._admission.validate(keys, values)
             arena, lead = self._with_room(0), self._lead_of(stop)
-            behind, growing = 0 < self.keep < lead, self._checkpoint is not None
+            behind, growing = 0 < self._ring.keep < lead, self._checkpoint is not None
             placement = arena.placement(self._floor, stop, behind, growing)
+            self._retain(arena, self._floor, self._offset, self._offset)
             if placement.wide:
                 return self._updated_widely(arena, placement, update, stop)
             sinks = self._sinks_by(arena, update) if behind else ()
@@ -162,8 +165,8 @@ class RotatingKVCache(KVCache):
         if self._admission.requires_grad:
             first, _ = arena.sizes.span(*arena.bounds(lead, stop))
             columns = arena.with_gradients(columns, update, arena.slot(self._offset) - first)
-        # All that points inside need is held until the next update drops some of it.
-        self._retain(arena, min(self._first, self._floor), stop, stop - 1)
+        # Points inside: none needs a token before the windows of this update.
+        self._retain(arena, lead, stop, stop - 1)
         self._commit(stop, lead)
         keys, values = columns
         return keys, values
@@ -191,7 +194,6 @@ class RotatingKVCache(KVCache):
         positions = self._wide_columns(arena.sizes, arena.shift, stop)
         before = self._columns_before(arena, sinks, self._lead_of(stop))
         columns = arena.joined([*before, update])
-        self._retain(arena, self._floor, start, start)
         self._retain_from(arena, columns, positions, stop)
         self._spill()
         parts = [(arena.tokens(kept, start), kept)] if kept < start else []
@@ -206,19 +208,19 @@ class RotatingKVCache(KVCache):
 
     def _columns_before(self, arena: Arena, sinks: Arrays, lead: int) -> list[Arrays]:
         """Return the columns before those of a wide update."""
-        parts = [sinks] if lead > self.keep and sinks else []
+        parts = [sinks] if lead > self._ring.keep and sinks else []
         if arena.capacity and not arena.backend.slices_are_views:
             return [*parts, arena.whole()]  # as each length of a slice would be compiled
         return [*parts, arena.tokens(lead, self._offset)] if lead < self._offset else parts
 
     def _sinks_by(self, arena: Arena, update: Arrays) -> Arrays:
         """Return the sinks once `update` came, in arrays of their own; () for a ring without."""
-        if arena.settled or not self.keep:
+        if arena.settled or not self._ring.keep:
             return arena.sinks
-        there = min(self.keep, self._offset)
+        there = min(self._ring.keep, self._offset)
         parts = [arena.tokens(0, there)] if there else []
-        if there < self.keep:
-            read, stop = arena.backend.read_slice, self.keep - self._offset
+        if there < self._ring.keep:
+            read, stop = arena.backend.read_slice, self._ring.keep - self._offset
             parts.append(tuple([read(array, there - self._offset, stop, arena.axis) for array in update]))
         concat = arena.backend.concat
         return tuple([concat(arrays, arena.axis) for arrays in zip(*parts, strict=True)])
@@ -231,18 +233,19 @@ class RotatingKVCache(KVCache):
     def _lead_of(self, stop: int) -> int:
         """Return the first column, sinks aside, of an update that ends at `stop`."""
         lead = max(0, self._offset + 1 - self._window)
-        if not self.keep:
+        if not self._ring.keep:
             return lead
         # Sinks come right before what is held, and overwrite what lies there.
         held = self._floor if self._checkpoint else max(self._first, self._ring.first(stop))
-        return min(lead, held) if min(lead, held) > self.keep else 0
+        return min(lead, held) if min(lead, held) > self._ring.keep else 0
 
     def _with_room(self, slots: int, spare: bool = True) -> Arena:
         if self._buffers is None:
             backend, geometry = self._admission.bound()
             self._buffers = Arena(backend, geometry, self._step, self._ring)
-            self._pins = LayerPins(self._buffers)
-            slots = max(slots, min(self._room, self.max_size)) if spare else slots
+            check_padding(self._padding, geometry.batch)
+            self._pins = LayerPins(self._buffers, self._padding)
+            slots = max(slots, min(self._room, self._ring.size)) if spare else slots
         self._buffers.grow(slots, spare)
         return self._buffers
 
@@ -254,7 +257,7 @@ class RotatingKVCache(KVCache):
     def _retain(self, arena: Arena, first: int, stop: int, reached: int) -> None:
         """Retain the rows for resume points up to `reached`, of the tokens ``[first, stop)``."""
         if self._points.scheduled and self._pins is not None:
-            positions = self._between(first, stop)
+            positions = self._between(first, stop, self._ring.keep)
             slots = arena.slots_of(positions)
             self._pins.retain_due(self._points, positions, slots, self.visibility, reached)
 
@@ -264,30 +267,33 @@ class RotatingKVCache(KVCache):
         """Retain rows for resume points inside an update, whose `columns` have all of them."""
         # Not its end: everything needed to resume there will be in the ring.
         due = self._points.due(stop - 1)
+        if not due or self._pins is None:
+            return
         # Hidden columns, position -1, sort to the front and are cut off.
         order = np.argsort(positions, kind="stable")[np.count_nonzero(positions < 0) :]
         for point in due:
             wanted = order[self.visibility.needed(positions[order], point)]
-            layer = arena.read_tokens(columns, wanted)
+            layer = self._pins.rows_of(arena.read_tokens(columns, wanted))
             self._points.retain(point, TokenRows(positions[wanted], {0: layer}))
 
     # What is held.
 
-    def _between(self, first: int, stop: int) -> Int32s:
-        """Return the positions of the sinks and of ``[first, stop)``."""
-        if first <= self.keep:
+    @staticmethod
+    def _between(first: int, stop: int, sinks: int) -> Int32s:
+        """Return the positions of so many sinks and of ``[first, stop)``."""
+        if first <= sinks:
             return np.arange(stop, dtype=np.int32)
-        return np.concatenate([np.arange(self.keep), np.arange(first, stop)]).astype(np.int32)
+        return np.concatenate([np.arange(sinks), np.arange(first, stop)]).astype(np.int32)
 
     def _held(self) -> tuple[Int32s, Slots]:
-        positions = self._between(self._first, self._offset)
+        positions = self._between(self._first, self._offset, self._sinks)
         return positions, np.arange(0) if self._buffers is None else self._buffers.slots_of(positions)
 
     def _exact(self, buffers: GrowingBuffers) -> Arrays:
         backend, arena = buffers.backend, self._with_room(0)
-        if not backend.slices_are_views or self._first <= self.keep or not self.keep:
-            return super()._exact(buffers)
-        return self._held_of(arena, arena.arrays, backend)
+        if backend.slices_are_views and self.len < self._offset and self._ring.keep:
+            return self._held_of(arena, arena.arrays, backend)
+        return super()._exact(buffers)
 
     def _slot(self, buffers: GrowingBuffers, position: int) -> int:
         return self._with_room(0).slot(position)
@@ -305,9 +311,9 @@ class RotatingKVCache(KVCache):
         if arena is not None:
             shift, settled = arena.shift, arena.settled
         elif self._room:
-            sizes = sizes.grown(min(self._room, self.max_size))
+            sizes = sizes.grown(min(self._room, self._ring.size))
         ring, lead, growing = self._ring, self._lead_of(stop), self._checkpoint is not None
-        behind = 0 < self.keep < lead
+        behind = 0 < self._ring.keep < lead
         placement = place(
             sizes, shift, ring, self._floor, stop, behind and not settled, growing
         )
@@ -318,7 +324,7 @@ class RotatingKVCache(KVCache):
     def _wide_columns(self, sizes: Sizes, shift: int, stop: int) -> Int32s:
         """Return the positions of the columns of a wide update, to an arena as it was before."""
         start, lead = self._offset, self._lead_of(stop)
-        first = np.arange(self.keep if lead > self.keep else 0, dtype=np.int32)
+        first = np.arange(self._ring.keep if lead > self._ring.keep else 0, dtype=np.int32)
         window = np.arange(lead, start, dtype=np.int32)
         if sizes.capacity and not sizes.slices_are_views:  # then the whole arena comes
             window = np.arange(shift, shift + sizes.capacity, dtype=np.int32)
@@ -327,23 +333,57 @@ class RotatingKVCache(KVCache):
         return padded_positions(columns, sizes.padded(columns.size))
 
     def _least_held(self, offset: int) -> int:
-        return min(offset, self.max_size)
+        return min(offset, self._ring.size)
 
     def _most_held(self, offset: int) -> int:
-        return min(offset, self.max_size + self.slack)
+        return min(offset, self._ring.size + self.slack)
+
+    def _set_padding(self, padding: Int32s | None) -> None:
+        super()._set_padding(padding)
+        self._ring = self._ring._replace(keep=self._sinks)
+
+    @property
+    def _sinks(self) -> int:
+        """First columns to hold: the sinks of each row, behind its padding."""
+        behind = 0 if self._padding is None else int(self._padding.max())
+        return self.keep + behind if self.keep else 0
+
+    def _slots_of_row(self, padding: int) -> Slots:
+        held, slots = self._held()
+        first = self._first - padding if self._first > self._ring.keep else 0
+        own = held - padding
+        row = (own >= 0) & ((own < self.keep) | (own >= first))
+        return slots[row]
+
+    def _positions_of_all(self, caches: Sequence[Self], stop: int) -> Int32s:
+        short = max(stop - cache._offset for cache in caches)
+        sinks = self.keep + short if self.keep else 0
+        firsts = [c._first + stop - c._offset for c in caches if c._first > c._ring.keep]
+        first = max([0, stop - self._window - self.slack, *firsts])
+        return self._between(first, stop, sinks)
+
+    def _order(self, held: int, offset: int) -> Int32s:
+        # As in the form for programs, and then those of slack.
+        latest = ring_positions(self._ring._replace(keep=self._sinks), offset)
+        first = offset - self._window
+        slack = np.arange(first - (held - latest.size), first, dtype=np.int32)
+        return np.concatenate([latest, slack])
 
     def _held_of(self, buffers: GrowingBuffers, arrays: Arrays, backend: Backend) -> Arrays:
         arena, axis, first = self._with_room(0), buffers.axis, self._first
         stop = arena.slot(self._offset)
-        if first <= self.keep:
+        if self.len == self._offset:
             width = round_up(self._offset, backend.config.padding)
             stop = min(arena.slot(0) + width, arena.capacity)
             return tuple([backend.slice(array, arena.slot(0), stop, axis) for array in arrays])
+        if self._ring.keep != self._sinks:  # rows with more padding were dropped
+            _, slots = self._held()
+            return tuple([backend.gather(array, slots, axis) for array in arrays])
         window = [backend.slice(array, arena.slot(first), stop, axis) for array in arrays]
-        if not self.keep:
+        if not self._ring.keep:
             return tuple(window)
         at = 0 if arena.settled else arena.slot(0)
-        sinks = [backend.slice(array, at, at + self.keep, axis) for array in arrays]
+        sinks = [backend.slice(array, at, at + self._ring.keep, axis) for array in arrays]
         return tuple([backend.concat(pair, axis) for pair in zip(sinks, window, strict=True)])
 
     def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
@@ -351,7 +391,7 @@ class RotatingKVCache(KVCache):
         sizes, axis = arena.sizes, arena.axis
         natural, width = arena.shift, arrays[0].shape[axis]
         resized = sizes.grown if spare else sizes.fitted
-        self._first = 0 if held == offset else offset - (held - self.keep)
+        self._first = 0 if held == offset else offset - (held - self._ring.keep)
         if held == offset:
             fits = sizes.limit is None or width - natural <= sizes.limit
             tokens = arrays if fits else self._cut(arena, arrays, 0, held)
@@ -359,11 +399,11 @@ class RotatingKVCache(KVCache):
             placement = Placement(resized(max(slots, arena.capacity)), natural)
             arena.refill(placement, [(tokens, 0)], ())
         else:
-            sinks = self._cut(arena, arrays, 0, self.keep) if self.keep else ()
+            sinks = self._cut(arena, arrays, 0, self._ring.keep) if self._ring.keep else ()
             placement = Placement(
                 resized(arena.head + offset - self._first), self._first - arena.head
             )
-            window = self._cut(arena, arrays, self.keep, held)
+            window = self._cut(arena, arrays, self._ring.keep, held)
             arena.refill(placement, [(window, self._first)], sinks)
         self._show_held()
         return arena
@@ -377,12 +417,12 @@ class RotatingKVCache(KVCache):
     def _show_held(self) -> None:
         """Let `positions` and masks speak of the tokens held, not of an update."""
         self._latest, self._wide = 0, None
-        self._lead = 0 if self._first <= self.keep else self._first
+        self._lead = 0 if self._first <= self._ring.keep else self._first
 
     # Masks.
 
     def _maskable(self) -> int:
-        return self._offset if self._first <= self.keep else max(1, self._latest)
+        return self._offset if self._first <= self._ring.keep else max(1, self._latest)
 
     def _attended(self, window: int | None) -> Visibility:
         return Visibility(min(window or self._window, self._window) - 1, sinks=self.keep)
@@ -392,7 +432,7 @@ class RotatingKVCache(KVCache):
     @property
     def visibility(self) -> Visibility:
         # One more than the next token sees: files and snapshots have a full window.
-        return Visibility(self._window, sinks=self.keep)
+        return Visibility(self._window, sinks=self._sinks)
 
     def schedule(self, positions: Iterable[int]) -> None:
         self.check_not_exported()
@@ -405,7 +445,7 @@ class RotatingKVCache(KVCache):
     def can_trim(self, tokens: int) -> bool:
         tokens = as_index(tokens, "tokens")
         needed = self._offset - tokens - self._window
-        held = self._first <= self.keep or needed >= self._first
+        held = self._first <= self._ring.keep or needed >= self._first
         return super().can_trim(tokens) and (tokens == 0 or held)
 
     def check_trim(self, tokens: int) -> None:
@@ -439,16 +479,11 @@ class RotatingKVCache(KVCache):
 
     def _exported(self, tokens: int) -> State:
         backend, geometry = self._admission.bound()
-        if self._padding is not None and self.keep:
-            raise NotSupportedError(
-                "a program knows the sinks of a row only where rows have no padding. split() the "
-                "batch, or leave out keep."
-            )
         arena, owner = self._with_room(0), new_owner()
         self._retain(arena, self._first, self._offset, self._offset)
         self._spill()
-        slots = min(self._offset + tokens, self.max_size)
-        capacity = Sizes.on(backend, self._step, self.max_size).grown(slots).capacity
+        slots = min(self._offset + tokens, self._ring.size)
+        capacity = Sizes.on(backend, self._step, self._ring.size).grown(slots).capacity
         positions = ring_positions(self._ring, self._offset)
         held = np.pad(arena.slots_of(positions), (0, capacity - positions.size), "edge")
         make_state = self._state_maker(capacity, owner, arena.likes())
@@ -466,9 +501,9 @@ class RotatingKVCache(KVCache):
             offset,
             padded_positions(ring_positions(ring, offset), capacity),
             owner,
-            offset if offset < self.max_size else ring_slot(ring, offset),
-            self.keep,
-            self.max_size if capacity >= self.max_size else np.iinfo(np.int32).max,
+            offset if offset < self._ring.size else ring_slot(ring, offset),
+            ring.keep,
+            ring.size if capacity >= ring.size else np.iinfo(np.int32).max,
         )
         offset_array, positions, owner_array, slot, sinks, size = numbers
         return lambda keys, values: RingState(
@@ -477,7 +512,7 @@ class RotatingKVCache(KVCache):
 
     def _take_over(self, buffers: GrowingBuffers, state: State, offset: int) -> None:
         backend, capacity = buffers.backend, state.keys.shape[buffers.axis]
-        check_room(offset, min(offset, self.max_size), capacity)
+        check_room(offset, min(offset, self._ring.size), capacity)
         positions = ring_positions(self._ring, offset)
         # Also an older state whose arrays a later append has changed: one in place (NumPy, torch).
         if not np.array_equal(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Generic, Self, SupportsIndex, TypeVar, overload
 
 from kvcache._checks import as_index, as_indices
 from kvcache.backends import Backend, HostArray, get_backend
@@ -138,6 +138,46 @@ class LayerCaches(Sequence[C], Generic[C]):
             for undo in reversed(undos):
                 undo()
             raise
+
+    # The batch axis.
+
+    def pad(self, padding: Iterable[SupportsIndex]) -> None:
+        """Declare padding on the left of rows in all layers; see :meth:`LayerCache.pad`."""
+        numbers = as_indices(padding, "padding")  # an iterator serves the first cache only
+        self._all_or_none(lambda cache: cache.pad(numbers))
+
+    def select(self, rows: Iterable[SupportsIndex]) -> None:
+        """Reorder, repeat and drop rows of the batch in all layers, or in none.
+
+        Raises: as :meth:`LayerCache.select`; all are unchanged then.
+        """
+        numbers = as_indices(rows, "rows")
+        for cache in self._distinct:
+            cache.check_select(numbers)
+        self._all_or_none(lambda cache: cache.select(numbers))
+
+    def split(self) -> list[Self]:
+        """Return the caches of each row of the batch, without padding; see `LayerCache.split`."""
+        rows = {id(cache): cache.split() for cache in self._distinct}
+        number = max(map(len, rows.values()), default=0)
+        return [type(self)(rows[id(cache)][row] for cache in self) for row in range(number)]
+
+    @classmethod
+    def concat(cls, stacks: Sequence[Self]) -> Self:
+        """Return caches with the rows of all `stacks`, layer by layer; see `LayerCache.concat`.
+
+        Raises: ValueError for no stack, or for other numbers of layers.
+        """
+        if len({len(stack) for stack in stacks}) != 1:
+            raise ValueError(
+                "concat joins stacks of as many layers each, one or more; got "
+                f"{[len(stack) for stack in stacks]}."
+            )
+        joined: dict[int, C] = {}  # by identity: layers that share a cache share the joined one
+        for layer, cache in enumerate(stacks[0]):
+            if id(cache) not in joined:
+                joined[id(cache)] = type(cache).concat([stack[layer] for stack in stacks])
+        return cls(joined[id(cache)] for cache in stacks[0])
 
     # Snapshots.
 

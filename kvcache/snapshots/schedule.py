@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from kvcache._interrupts import uninterrupted
-from kvcache._types import Bools
+from kvcache._types import Bools, Int32s
 
 from .rows import TokenRows, exchange
 
@@ -77,6 +77,19 @@ class ResumePoints:
             with uninterrupted():
                 rows = exchange([retained], make, tuple)
                 self.retained = rows[0] if rows else None
+
+    def select(self, rows: Int32s) -> None:
+        """Keep some rows of the batch in what is retained, which goes to host memory."""
+        if (retained := self.retained) is None:
+            return
+        layers = {
+            layer: tuple([array._replace(data=array.data[rows]) for array in arrays])
+            for layer, arrays in retained.content().items()
+        }
+        selected = TokenRows(retained.positions, layers)
+        with uninterrupted():
+            self.retained = selected
+            retained.close()
 
     def take_back(self, position: int) -> None:
         """Drop the rows retained from `position` on, and schedule the points after it again."""

@@ -105,6 +105,11 @@ class Admission:
             raise KVCacheError("a cache has the shape of its first update. Update it first.")
         return self.backend, self.geometry
 
+    def resize(self, batch: int) -> None:
+        """Take updates of another number of rows from now on."""
+        if self.geometry is not None:
+            self.geometry, self._latest = self.geometry.with_batch(batch), None
+
     def suspend(self) -> None:
         """Refuse updates while :attr:`exported`: a program has the state of the cache."""
         self.exported = True
