@@ -39,7 +39,9 @@ class Ring(NamedTuple):
         """Return the sizes of an arena on `backend` that is not allocated yet."""
         # Of a buffer that is returned whole, free slots cost attention as much as others.
         spare = self.window if backend.slices_are_views else max(1, self.window // 8)
-        return Sizes.on(backend, step, self.head(backend.slices_are_views) + self.window + self.slack + spare)
+        return Sizes.on(
+            backend, step, self.head(backend.slices_are_views) + self.window + self.slack + spare
+        )
 
     @property
     def size(self) -> int:
@@ -49,6 +51,20 @@ class Ring(NamedTuple):
     def first(self, offset: int) -> int:
         """Return the first position held after `offset` tokens, sinks aside."""
         return max(0, offset - self.window - self.slack)
+
+    # In the form for programs, which turns: the slot of a token is that of an earlier one.
+
+    def slot(self, position: int) -> int:
+        """Return the slot of a position, no sink, in the form for programs."""
+        return self.keep + (position - self.keep) % self.window
+
+    def positions(self, offset: int) -> Int32s:
+        """Return the position in every slot of the form for programs, after `offset` tokens."""
+        slots = np.arange(min(offset, self.size), dtype=np.int32)
+        latest = offset - 1
+        # A slot holds the newest position that is congruent to it modulo the window.
+        turned = latest - (latest - slots) % self.window
+        return np.where(slots < self.keep, slots, turned).astype(np.int32)
 
 
 class Placement(NamedTuple):
@@ -215,7 +231,9 @@ def arena_columns(
     own, end = _bounds(ring, shift, settled, lead, stop)
     first, last = sizes.span(own, end)
     positions = np.arange(first + shift, last + shift, dtype=np.int32)
-    positions[(positions >= stop) | ((positions < lead) & (settled | (positions >= ring.keep)))] = -1
+    positions[
+        (positions >= stop) | ((positions < lead) & (settled | (positions >= ring.keep)))
+    ] = -1
     positions[positions < 0] = -1
     if settled:
         sinks = own - first if sizes.slices_are_views else 0

@@ -9,7 +9,6 @@ from typing import Self, SupportsIndex
 
 import numpy as np
 
-from kvcache._checks import as_indices
 from kvcache._types import Int32s
 from kvcache.errors import ShapeError
 from kvcache.snapshots.rows import Slots
@@ -128,7 +127,11 @@ class BatchCache(CopyableCache):
         arrays = tuple([backend.concat(part, 0) for part in zip(*parts, strict=True)])
         short = [stop - block._offset for block in blocks for _ in range(block.rows or 0)]
         joined._fill(arrays, positions.size, stop, as_padding(short))
+        joined._note_joined(blocks)
         return joined
+
+    def _note_joined(self, caches: Sequence[Self]) -> None:
+        """Note what rows of a new cache lack because one of `caches`, joined, had dropped it."""
 
     @abstractmethod
     def _positions_of_all(self, caches: Sequence[Self], stop: int) -> Int32s:

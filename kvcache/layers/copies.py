@@ -45,6 +45,11 @@ class CopyableCache(StandaloneCache):
         spare: whether to make room in steps of any size.
         """
 
+    @property
+    def _held_columns(self) -> int:
+        """Tokens of :meth:`_held_of`, which a copy has to hold."""
+        return self.len
+
     @abstractmethod
     def _held(self) -> tuple[Int32s, Slots]:
         """Return the positions held, ascending, and their slots."""
@@ -80,23 +85,27 @@ class CopyableCache(StandaloneCache):
     def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
         """Do :meth:`_fill` on the device."""
 
+    def _clone(self, backend: str | Backend | None) -> Self:
+        """Return an empty cache like this one, for a copy."""
+        return self.make(backend, self.options)
+
     def copy(self) -> Self:
         self.check_not_exported()
-        clone = self.make(self._asked_backend, self.options)
+        clone = self._clone(self._asked_backend)
         if (buffers := self._buffers) is not None and self._offset:
             buffers.clean(self._slot(buffers, self._offset))
             arrays = self._held_of(buffers, buffers.arrays, buffers.backend)
-            clone._fill(arrays, self.len, self._offset, self._padding)
+            clone._fill(arrays, self._held_columns, self._offset, self._padding)
         return clone
 
     def to_backend(self, backend: str | Backend) -> Self:
         self.check_not_exported()
         target = get_backend(backend)
-        clone = self.make(target, self.options)
+        clone = self._clone(target)
         if (buffers := self._buffers) is not None and self._offset:
             buffers.clean(self._slot(buffers, self._offset))
             arrays = self._held_of(buffers, buffers.transferred(target), target)
-            copied = clone._fill(arrays, self.len, self._offset, self._padding)
+            copied = clone._fill(arrays, self._held_columns, self._offset, self._padding)
             # The copy may still be reading the memory of this cache, which may change next.
             target.sync(*copied.arrays)
         return clone
@@ -106,7 +115,8 @@ class CopyableCache(StandaloneCache):
         if self._buffers is None or not self._offset:
             return ()
         positions, slots = self._held()
-        order = np.searchsorted(positions, self._order(positions.size, self._offset))
+        held = min(positions.size, self._most_held(self._offset))
+        order = np.searchsorted(positions, self._order(held, self._offset))
         arrays = self._buffers.read_slots(slots[order])
         return arrays if self._padding is None else (*arrays, padding_array(self._padding))
 

@@ -52,7 +52,7 @@ def check_rows(rows: Iterable[SupportsIndex], there: int | None) -> Int32s:
         integers.
     """
     index = as_indices(rows, "rows")
-    if there is not None and not (index and 0 <= min(index) and max(index) < there):
+    if there is not None and not (index and min(index) >= 0 and max(index) < there):
         raise ValueError(f"rows are 0 to {there - 1}, one or more of them; got {index}.")
     return np.array(index if there is not None else [], np.int32)
 
