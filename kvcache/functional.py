@@ -275,12 +275,12 @@ def _mask_of_rows(
     rows = padding[:, None, None, None]
     own = queries[None, None, :, None] - rows
     if sinks is not None:  # the first slots of a ring keep padding, too
-        sinks = sinks - padding.max()
+        sinks = sinks - backend_type(padding).xp.max(padding)
     # A column of padding, and an empty slot, are before position 0 of the row.
     visible = rule.sees(own, columns[None, None, None, :] - rows, sinks)
     # A query of padding sees itself alone: softmax over nothing is NaN.
-    alone = (own < 0) & (queries[:, None] == columns[None, :])[None, None]
-    return visible | alone
+    ahead = queries[None, None, :, None] - columns[None, None, None, :]
+    return visible | ((own < 0) & (ahead <= 0) & (ahead >= 0))
 
 
 def _next_positions(state: RingState) -> Array:

@@ -44,17 +44,27 @@ class ArenaCache(KVCache):
         start, arena = self._offset, self._buffers
         if arena is None or self._points.scheduled:
             return self._updated_carefully(keys, values)
-        stop = start + self._admission.validate(keys, values)
-        if stop - arena.shift > arena.capacity or (self._ring.keep and stop > self._ring.size):
+        stop, shift = start + self._admission.validate(keys, values), arena.shift
+        if stop - shift > arena.capacity or (self._ring.keep and stop > self._ring.size):
             return self._updated_carefully(keys, values)
-        lead = 0 if self._ring.keep else max(0, start + 1 - self._window)
-        shift = arena.shift
+        lead = start + 1 - self._window
+        if lead < 0 or self._ring.keep:
+            lead = 0
+        first = stop - self._window - self.slack
+        first = max(first, self._first)
         try:
             columns = arena.append(keys, values, start - shift, stop - shift, lead - shift)
             if self._admission.requires_grad:
-                first = start - shift - arena.sizes.span(lead - shift, stop - shift)[0]
-                columns = arena.with_gradients(columns, (keys, values), first)
-            self._commit(stop, lead)
+                before = start - shift - arena.sizes.span(lead - shift, stop - shift)[0]
+                columns = arena.with_gradients(columns, (keys, values), before)
+            # One statement, as in `_commit`, whose call would cost a tenth of this one.
+            self._offset, self._first, self._lead, self._latest, self._wide = (
+                stop,
+                first,
+                lead,
+                stop - start,
+                None,
+            )
         except BaseException:
             arena.take_back(stop - shift)
             raise
@@ -72,7 +82,7 @@ class ArenaCache(KVCache):
         )
 
     def _updated_carefully(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """Do any :meth:`update`, also one that moves tokens, drops some behind sinks, or is long."""
+        """Do any :meth:`update`, also one that moves tokens, has sinks to copy, or is long."""
         update, undo = (keys, values), self.savepoint()
         try:
             stop = self._offset + self._admission.validate(keys, values)

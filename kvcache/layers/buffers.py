@@ -1,7 +1,7 @@
 """Growing buffers for the arrays of one layer, ``[B, kv_heads, slots, head_dim]`` each.
 
-In the layout "bthd", slots come before kv_heads. Per-layer caches allocate, grow and view memory only here. The caches above decide which token
-lives in which slot.
+In the layout "bthd", slots come before kv_heads. Per-layer caches allocate, grow and view memory
+only here. The caches above decide which token lives in which slot.
 """
 
 from __future__ import annotations
@@ -166,20 +166,21 @@ class GrowingBuffers:
     def append(
         self, keys: Array, values: Array, start: int, stop: int, first: int = 0
     ) -> tuple[Array, Array]:
-        """Write keys and values to slots ``[start, stop)``; return :meth:`view` of ``[first, stop)``.
+        """Write keys and values to slots ``[start, stop)``; return the view of ``[first, stop)``.
 
         The path of every decode step, hence one call without a loop.
         """
         if not self._exact and self._dirty:
             self.clean(stop)
+        backend, axis = self.backend, self.axis
         # One statement: the old arrays are consumed once this is called.
-        self.arrays = self.written((keys, values), start, stop)
+        self.arrays = backend.write_slices(self.arrays, (keys, values), start, stop, axis)
         if not self._exact:
             first, stop = self.sizes.span(first, stop)
         if stop - first == self.capacity:
             return self.whole()
         new_keys, new_values = self.arrays
-        read, axis = self.backend.read_slice, self.axis
+        read = backend.read_slice
         return read(new_keys, first, stop, axis), read(new_values, first, stop, axis)
 
     def written(self, update: Arrays, start: int, stop: int) -> Arrays:
@@ -195,7 +196,7 @@ class GrowingBuffers:
         return (keys, values) if self._returnable else (keys[...], values[...])
 
     def view(self, first: int, stop: int) -> Arrays:
-        """Return slots ``[first, stop)`` plus padding; the whole buffers where slices are copies."""
+        """Return slots ``[first, stop)`` plus padding; whole buffers where slices are copies."""
         if not self._exact:
             self.clean(stop)
         return self.slots(*self.sizes.span(first, stop))
@@ -254,7 +255,7 @@ class GrowingBuffers:
         return self._to_host(gathered, 0, index.size)
 
     def _to_host(self, columns: Arrays, first: int, tokens: int) -> LayerArrays:
-        """Return NumPy copies of some columns: on the device every length might compile a program."""
+        """Return NumPy copies of some columns, cut on the host, where no length is compiled."""
         hosts = [swapped(self.backend.to_host(array), self.axis) for array in columns]
         return tuple(
             NamedArray(name, np.array(host[:, :, first : first + tokens], order="C"))

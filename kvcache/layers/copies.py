@@ -128,7 +128,7 @@ class CopyableCache(StandaloneCache):
     def _from_layer(self, arrays: LayerArrays, offset: int, backend: Backend) -> None:
         arrays, padding = without_padding(arrays)
         self._set_padding(padding)
-        check_layer_form([arrays], NAMES, AXES, least=len(NAMES))
+        check_layer_form([arrays], NAMES, AXES, least=len(NAMES), mixed=True)
         held = [array.data.shape[TOKENS] for array in arrays]
         least, most = self._least_held(offset), self._most_held(offset)
         if len({*held}) > 1 or not least <= held[0] <= most:

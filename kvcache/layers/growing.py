@@ -166,7 +166,6 @@ class KVCache(ReadableCache):
         return self._buffers
 
     def _first_room(self, slots: int) -> int:
-        """Return the slots to make room for when the first `slots` are needed."""
         # Half a step more, unless told, so that the tokens right after a prompt move nothing.
         return max(self._room, slots + min(self._step, MOST_SPARE) // 2 * (self._room < slots))
 
@@ -311,7 +310,7 @@ class KVCache(ReadableCache):
         layers = [rows.read(index).get(0, ()) for rows, index in needed]
         padding = common_padding(layers, self._padding)
         layers = [without_padding(arrays)[0] for arrays in layers]
-        check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES))
+        check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES), mixed=True)
         self._fill_from_host(concat_layers(layers), offset, backend, padding)
 
     def _held(self) -> tuple[Int32s, Slots]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 
 from kvcache._checks import as_index, as_limit
@@ -37,7 +39,7 @@ class ReadableCache(ExportableCache):
         return self._admission.backend
 
     @property
-    def dtype(self) -> str | None:
+    def dtype(self) -> str | tuple[str, str] | None:
         return self._admission.dtype
 
     @property
@@ -101,6 +103,10 @@ class ReadableCache(ExportableCache):
     def _columns_at(self, stop: int, sizes: Sizes) -> Int32s:
         first, last = sizes.span(0, stop)
         return padded_positions(np.arange(stop, dtype=np.int32), last - first)
+
+    @abstractmethod
+    def _first_room(self, slots: int) -> int:
+        """Return the slots to make room for when the first `slots` are needed."""
 
     # Masks.
 

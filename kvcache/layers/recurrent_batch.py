@@ -59,9 +59,9 @@ class BatchStates(CopyableStates):
             return
         take = partial(_taken, form, lambda array: form.backend.gather(array, index, 0))
         state, kept, coming = take(self._state), _each(self._kept, take), self._coming
-        arrays = state or next(iter(coming.states.values()), ())
-        selected = admitted(take(arrays) if not state else state, None, form.backend)
-        recorded = Coming(coming.tokens, _each(coming.states, take), coming.form and selected)
+        recorded = _each(coming.states, take)
+        selected = admitted(state or next(iter(recorded.values())), None, form.backend)
+        coming = Coming(coming.tokens, recorded, coming.form and selected)
         # One statement: no signal handler runs in between.
         (
             self._form,
@@ -75,7 +75,7 @@ class BatchStates(CopyableStates):
             self._form and selected,
             state,
             kept,
-            recorded,
+            coming,
             padding,
             False,
             Rewind(0, refilled=True),

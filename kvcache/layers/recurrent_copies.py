@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
+from kvcache._types import Int32s
 from kvcache.backends import Array, Backend, get_backend, transfer
 from kvcache.backends.arrays import Arrays
 from kvcache.errors import KVCacheError

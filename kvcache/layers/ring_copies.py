@@ -56,7 +56,7 @@ class CopyableRing(ArenaCache):
             self._whole = max(0, *(self._dropped_by(cache, self._offset) for cache in caches))
 
     @staticmethod
-    def _dropped_by(cache: RotatingKVCache, stop: int) -> int:
+    def _dropped_by(cache: CopyableRing, stop: int) -> int:
         """Return how many first positions of rows that end at `stop` a cache dropped."""
         dropped = max(cache._first if cache._first > cache._ring.keep else 0, cache._whole)
         return dropped + stop - cache._offset if dropped else 0
@@ -83,7 +83,7 @@ class CopyableRing(ArenaCache):
         return tuple([backend.concat(pair, axis) for pair in zip(sinks, window, strict=True)])
 
     def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
-        arena, ring = self._with_room(0, spare), self._ring
+        arena = self._with_room(0, spare)
         sizes, axis = arena.sizes, arena.axis
         natural, width = arena.shift, arrays[0].shape[axis]
         resized = sizes.grown if spare else sizes.fitted

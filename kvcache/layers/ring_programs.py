@@ -22,8 +22,8 @@ class ExportableRing(CopyableRing):
     """A rotating cache whose tokens are given to programs, and taken back, in a copy."""
 
     def _exported(self, tokens: int) -> State:
-        backend, geometry = self._admission.bound()
         arena, owner = self._with_room(0), new_owner()
+        backend = arena.backend
         self._retain(arena, self._first, self._offset, self._offset)
         self._spill()
         slots = min(self._offset + tokens, self._ring.size)
@@ -66,8 +66,8 @@ class ExportableRing(CopyableRing):
                 f"the tokens of a ring are those before its offset, {offset}; a program has "
                 "displaced some of them. Import the last state: a ring cannot go back in a program."
             )
-        ascending = np.argsort(positions).astype(np.int32)
-        index = backend.from_host(padded_index(backend, ascending))
+        ascending = np.argsort(positions)
+        index = backend.from_host(padded_index(backend, ascending), "int32")
         arrays = (state.keys, state.values)
         rows = tuple(
             [

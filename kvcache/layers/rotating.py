@@ -121,7 +121,7 @@ class RotatingKVCache(ExportableRing):
             more = self._ring.keep + self._window + self.slack + 1 - self._offset
             raise NotSupportedError(
                 "rows with sinks, joined after some had dropped tokens that others hold, have no "
-                f"snapshots or files before {more} more tokens came. Use those of each row: split()."
+                f"snapshots or files before {more} more tokens came. Use those of split()."
             )
 
     @property
@@ -140,8 +140,8 @@ class RotatingKVCache(ExportableRing):
     def can_trim(self, tokens: int) -> bool:
         tokens = as_index(tokens, "tokens")
         needed = self._offset - tokens - self._window
-        held = needed >= self._whole and (self._first <= self._ring.keep or needed >= self._first)
-        held = held or max(self._first, self._whole) == 0
+        held = self._first <= self._ring.keep or needed >= self._first
+        held = held and (not self._whole or needed >= self._whole)
         return super().can_trim(tokens) and (tokens == 0 or held)
 
     def check_trim(self, tokens: int) -> None:

@@ -73,23 +73,27 @@ def check_layer_form(
     layers: Iterable[LayerArrays],
     names: Sequence[str],
     axes: int,
-    dtype: str | None = None,
+    dtype: str | tuple[str, ...] | None = None,
     least: int = 1,
+    mixed: bool = False,
 ) -> None:
     """Check that rows of one layer are such as the caches of a kind take out of themselves.
 
     layers: the arrays of some rows each. names: of all arrays, in order; rows have the first
         `least` of them or more.
-    axes: their number, the tokens on the one before the last. dtype: None for any.
+    axes: their number, the tokens on the one before the last. dtype: of all, or of each; None for
+        any.
+    mixed: whether arrays may differ in dtype.
 
     Raises: SnapshotMismatchError, also if arrays differ in dtype, or in more than the tokens.
     """
     forms = {array_forms(arrays) for arrays in layers}
-    fixed = None if dtype is None else HOST_DTYPES[dtype]
     for form in forms:
+        given_dtypes = [own.dtype if mixed else form[0].dtype for own in form]
+        dtypes = given_dtypes if dtype is None else _dtypes(dtype, len(names))
         wanted = tuple(
-            ArrayForm(name, -2, axes, form[0].dtype if fixed is None else fixed, own.sizes)
-            for name, own in zip(names, form, strict=False)
+            ArrayForm(name, -2, axes, fixed, own.sizes)
+            for name, own, fixed in zip(names, form, dtypes, strict=False)
         )
         if len(form) < least or len(forms) > 1 or form != wanted:
             given = sorted(map(_described, forms))
@@ -97,6 +101,11 @@ def check_layer_form(
                 f"rows of such a layer are {', '.join(names)}, of {axes} axes with the tokens on "
                 f"the one before the last, of {dtype or 'one dtype'}; got {', '.join(given)}."
             )
+
+
+def _dtypes(dtype: str | tuple[str, ...], number: int) -> list[np.dtype[np.generic]]:
+    names = (dtype,) * number if isinstance(dtype, str) else dtype
+    return [HOST_DTYPES[name] for name in names]
 
 
 class ArrayForm(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -24,11 +24,8 @@ from hypothesis.stateful import (
 
 from kvcache import (
     KVCache,
-    LayerCaches,
     NotSupportedError,
     RotatingKVCache,
-    ShapeError,
-    StateCache,
     TrimError,
 )
 
