@@ -87,7 +87,14 @@ class MlxBackend(Backend):
             return self.write_slice(buffer, rows, first, first + index.size, axis)
         return _put_rows(buffer, rows, mx.array(index), axis)
 
-    write_slices = staticmethod(set_slices)
+    def write_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        first = axis if isinstance(axis, int) else axis[0]
+        if stop - start == buffers[0].shape[first]:
+            # The whole buffer becomes the update, strides included, and reading would stay slow.
+            updates = tuple([mx.contiguous(update) for update in updates])
+        return set_slices(buffers, updates, start, stop, axis)
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
@@ -111,6 +118,9 @@ class MlxBackend(Backend):
 
     def owned(self, arrays: NativeArrays) -> NativeArrays:
         return tuple([array[...] for array in arrays])  # an assignment rebinds the given objects
+
+    def shared(self, arrays: NativeArrays) -> NativeArrays:
+        return tuple([array[...] for array in arrays])
 
     def evaluate(self, *arrays: NativeArray) -> None:
         async_eval: Callable[..., None] = mx.async_eval

@@ -288,6 +288,13 @@ class Backend(ABC, TracedFunctions):
         """
         return tuple([self.concat([array], 0) for array in arrays])
 
+    def shared(self, arrays: Arrays) -> Arrays | None:
+        """Return arrays equal to `arrays` that can be written to apart from them, without a copy.
+
+        For frameworks that copy an array at the first write if others know it. None elsewhere.
+        """
+        return None
+
     def evaluate(self, *arrays: Array) -> None:
         """Begin to compute `arrays`, so that they no longer hold what they are computed from.
 

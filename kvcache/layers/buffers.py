@@ -7,7 +7,8 @@ only here. The caches above decide which token lives in which slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from copy import copy
+from typing import Self, TypeAlias
 
 import numpy as np
 
@@ -76,6 +77,26 @@ class GrowingBuffers:
         """
         if slots > self.capacity:
             self._resize(self.sizes.grown(slots) if spare else self.sizes.fitted(slots))
+
+    def hold(self, tokens: Arrays, sizes: Sizes) -> None:
+        """Take copies of `tokens` as the first slots of buffers of such sizes, allocated here."""
+        spare = sizes.capacity - tokens[0].shape[self.axis]
+        parts = [tokens, self.alloc(spare)] if spare else [tokens]
+        concat = self.backend.concat
+        arrays = tuple([concat(pair, self.axis) for pair in zip(*parts, strict=True)])
+        self._replace(arrays, sizes, self.growths)
+
+    def shared(self) -> Self | None:
+        """Return buffers of the same content, copied when one of the two is written to.
+
+        None where the framework cannot, or where most slots would be copied for nothing.
+        """
+        arrays = self.backend.shared(self.arrays)
+        if arrays is None:
+            return None
+        twin = copy(self)
+        twin.arrays, twin.growths = arrays, 0
+        return twin
 
     def _resize(self, sizes: Sizes) -> None:
         """Move all slots to buffers of other sizes, not smaller ones."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
-from typing import Self
+from typing import Self, SupportsIndex
 
 import numpy as np
 
+from kvcache._checks import as_index
 from kvcache._types import Int32s
-from kvcache.backends import Backend, get_backend
+from kvcache.backends import Array, Backend, get_backend
 from kvcache.errors import KVCacheError, ShapeError
 from kvcache.snapshots.rows import Slots
 from kvcache.storage.admission import Admission
@@ -93,10 +94,18 @@ class CopyableCache(StandaloneCache):
         self.check_not_exported()
         clone = self._clone(self._asked_backend)
         if (buffers := self._buffers) is not None and self._offset:
+            few = buffers.capacity <= 2 * buffers.sizes.fitted(self._held_columns).capacity
+            if few and (shared := buffers.shared()) is not None:
+                clone._adopt(self, shared)
+                return clone
             buffers.clean(self._slot(buffers, self._offset))
             arrays = self._held_of(buffers, buffers.arrays, buffers.backend)
             clone._fill(arrays, self._held_columns, self._offset, self._padding)
         return clone
+
+    @abstractmethod
+    def _adopt(self, source: Self, buffers: GrowingBuffers) -> None:
+        """Hold what `source` holds, in `buffers` of its own; this cache is empty."""
 
     def to_backend(self, backend: str | Backend) -> Self:
         self.check_not_exported()
@@ -125,17 +134,50 @@ class CopyableCache(StandaloneCache):
             raise KVCacheError("a cache that is filled from the host names a backend; got none.")
         self._atomic(partial(self._from_layer, arrays, offset, self.backend))
 
-    def _from_layer(self, arrays: LayerArrays, offset: int, backend: Backend) -> None:
-        arrays, padding = without_padding(arrays)
-        self._set_padding(padding)
-        check_layer_form([arrays], NAMES, AXES, least=len(NAMES), mixed=True)
-        held = [array.data.shape[TOKENS] for array in arrays]
+    def fill(self, keys: Array, values: Array, offset: SupportsIndex | None = None) -> None:
+        """Hold these tokens, the last ones before `offset`, in an empty cache. Copies.
+
+        For tokens of another cache, or computed elsewhere. None of them counts as computed here:
+        sessions do not store them.
+
+        keys, values: in the layout of the cache, ascending by position; of a rotating cache the
+            sinks and the window, ``min(offset, max_size)`` tokens, or further ones of `slack`.
+        offset: position of the next token; None for as many as there are tokens.
+
+        Raises: ValueError for a cache with tokens; ShapeError, also for too few or too many tokens;
+            DTypeError, UnknownBackendError, TracedArrayError, ExportedError. Nothing has changed
+            then.
+        """
+        self.check_not_exported()
+        if self._offset:
+            raise ValueError(
+                f"fill takes an empty cache; {self._offset} tokens came. Use a new one."
+            )
+        stop = None if offset is None else as_index(offset, "offset")
+
+        def fill() -> None:
+            held = self._admission.validate(keys, values)
+            position = held if stop is None else stop
+            self._check_held([held, held], position)
+            self._fill((keys, values), held, position, self._padding)
+
+        self._atomic(fill)
+
+    def _check_held(self, held: list[int], offset: int) -> None:
+        """Raise ShapeError unless so many keys and values are held after `offset` tokens."""
         least, most = self._least_held(offset), self._most_held(offset)
         if len({*held}) > 1 or not least <= held[0] <= most:
             raise ShapeError(
                 f"at offset {offset}, {type(self).__name__} holds {least} tokens"
                 f"{f' to {most}' * (most > least)} in {' and '.join(NAMES)}; got {held}."
             )
+
+    def _from_layer(self, arrays: LayerArrays, offset: int, backend: Backend) -> None:
+        arrays, padding = without_padding(arrays)
+        self._set_padding(padding)
+        check_layer_form([arrays], NAMES, AXES, least=len(NAMES), mixed=True)
+        held = [array.data.shape[TOKENS] for array in arrays]
+        self._check_held(held, offset)
         ascending = np.argsort(self._order(held[0], offset))
         arrays = tuple([array.take(ascending) for array in arrays])
         # Without a step's spare room: it may come from a file, whose size says nothing of it.

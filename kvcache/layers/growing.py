@@ -306,12 +306,35 @@ class KVCache(ReadableCache):
     def restore_rows(self, parts: Sequence[TokenRows], offset: int, backend: Backend) -> None:
         indices = [np.flatnonzero(self.visibility.needed(r.positions, offset)) for r in parts]
         needed = [(rows, index) for rows, index in zip(parts, indices, strict=True) if index.size]
+        if (arrays := self._resident(needed, backend)) is not None:
+            held = sum(index.size for _, index in needed)
+            self._atomic(partial(self._fill, arrays, held, offset, self._padding))
+            return
         # 0: see LayerPins.read. Rows of a file may be of any form.
         layers = [rows.read(index).get(0, ()) for rows, index in needed]
         padding = common_padding(layers, self._padding)
         layers = [without_padding(arrays)[0] for arrays in layers]
         check_layer_form(layers, NAMES, AXES, self.dtype, least=len(NAMES), mixed=True)
         self._fill_from_host(concat_layers(layers), offset, backend, padding)
+
+    def _resident(
+        self, needed: Sequence[tuple[TokenRows, Slots]], backend: Backend
+    ) -> Arrays | None:
+        """Return rows that caches of `backend` hold, uncopied where slices are views.
+
+        None where some are elsewhere, or in another layout, or have padding.
+        """
+        parts = []
+        for rows, index in needed:
+            owner = rows.owner
+            if not isinstance(owner, LayerPins) or self._padding is not None:
+                return None
+            if not owner.serves(backend, self._admission.axis):
+                return None
+            parts.append(owner.arrays(rows.slots[index]))
+        if len(parts) == 1:
+            return parts[0]
+        return tuple([backend.concat(p, self._admission.axis) for p in zip(*parts, strict=True)])
 
     def _held(self) -> tuple[Int32s, Slots]:
         """Return the positions held, ascending, and their slots."""
@@ -332,11 +355,24 @@ class KVCache(ReadableCache):
         return tuple([backend.slice(array, 0, width, buffers.axis) for array in arrays])
 
     def _place(self, arrays: Arrays, held: int, offset: int, spare: bool) -> GrowingBuffers:
-        width = arrays[0].shape[self._admission.axis]
-        buffers = self._with_room(held, spare)
-        buffers.grow(width, spare)
-        buffers.arrays = buffers.written(arrays, 0, width)
+        buffers, width = self._with_room(0, False), arrays[0].shape[self._admission.axis]
+        resized = buffers.sizes.grown if spare else buffers.sizes.fitted
+        sizes = resized(max(self._first_room(held), width) if spare else width)
+        buffers.hold(arrays, sizes)
+        buffers.take_back(width)  # columns behind those held may have other tokens
         return buffers
+
+    def _adopt(self, source: Self, buffers: GrowingBuffers) -> None:
+        self._admission.adopt(source._admission)
+        pins = LayerPins(buffers, source._padding)
+        self._padding = source._padding
+        # Last, and in one statement: with tokens but without buffers it would be no cache.
+        self._buffers, self._pins, self._offset, self.rewound = (
+            buffers,
+            pins,
+            source._offset,
+            Rewind(0, refilled=True),
+        )
 
     @property
     def options(self) -> Mapping[str, int | str | None]:

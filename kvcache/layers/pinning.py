@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy as np
+
 from kvcache._interrupts import uninterrupted
 from kvcache._types import Int32s
+from kvcache.backends import Backend
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.arrays import LayerArrays
 
-from .buffers import GrowingBuffers
+from .buffers import Arrays, GrowingBuffers
 from .padding import padding_array
 
 
@@ -77,6 +80,22 @@ class LayerPins(PinnedRows):
     def rows_of(self, arrays: LayerArrays) -> LayerArrays:
         """Return `arrays` of some tokens as rows of snapshots, which tell the padding."""
         return arrays if self.padding is None else (*arrays, padding_array(self.padding))
+
+    def serves(self, backend: Backend, axis: int) -> bool:
+        """Return whether a cache of `backend` with the tokens on `axis` can copy the rows itself.
+
+        Not where slices are copies, each length compiled, nor of rows with padding.
+        """
+        buffers = self._buffers
+        alike = buffers.backend is backend and buffers.axis == axis
+        return alike and self.padding is None and backend.slices_are_views
+
+    def arrays(self, slots: Slots) -> Arrays:
+        """Return the rows in `slots` on the device: views of a run of them, else copies."""
+        first, stop = int(slots[0]), int(slots[-1]) + 1
+        if np.array_equal(slots, np.arange(first, stop)):
+            return self._buffers.slots(first, stop)
+        return self._buffers.gathered(self._buffers.arrays, slots)
 
     def capture(self, positions: Int32s, slots: Slots, start: int, stop: int) -> TokenRows:
         """Pin the rows of ``[start, stop)`` among `positions`, which are held in `slots`."""

@@ -104,6 +104,11 @@ class CopyableRing(ArenaCache):
         self._show_held()
         return arena
 
+    def _adopt(self, source: Self, buffers: GrowingBuffers) -> None:
+        self._first = source._first
+        self._show_held()
+        super()._adopt(source, buffers)
+
     @staticmethod
     def _cut(arena: Arena, arrays: Arrays, start: int, stop: int) -> Arrays:
         """Return copies of the tokens ``[start, stop)`` of `arrays`."""

@@ -105,6 +105,11 @@ class Admission:
             raise KVCacheError("a cache has the shape of its first update. Update it first.")
         return self.backend, self.geometry
 
+    def adopt(self, other: Admission) -> None:
+        """Take what the updates of another cache fixed."""
+        self.backend, self.geometry = other.backend, other.geometry
+        self._fast_key, self._latest = other._fast_key, None
+
     def resize(self, batch: int) -> None:
         """Take updates of another number of rows from now on."""
         if self.geometry is not None:

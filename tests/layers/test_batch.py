@@ -135,7 +135,7 @@ class BatchMachine(RuleBasedStateMachine):
             assert (cache.backend.to_host(before) == cache.backend.to_host(after)).all()
         columns = np.arange(rows.offset, rows.offset + tokens)
         for row, padding, own in zip(rows.tokens, rows.padding, numbers, strict=True):
-            row += own[columns >= padding].tolist()
+            row.extend(own[columns >= padding].tolist())
         rows.offset += tokens
         self.check_columns(host(cache, keys), host(cache, values), tokens, numbers)
 

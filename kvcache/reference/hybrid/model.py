@@ -221,9 +221,10 @@ class Hybrid:
 
     def _through(self, cache: KVCache, k: Array, v: Array) -> tuple[Array, Array]:
         """Update `cache`, casting to its dtype and back to float32."""
-        if cache.dtype in (None, "float32"):
+        dtype = cache.dtype
+        if not isinstance(dtype, str) or dtype == "float32":
             return cache.update(k, v)
         cast = self.backend.xp.astype
-        stored, computed = self.backend.dtype(cache.dtype), self.backend.dtype("float32")
+        stored, computed = self.backend.dtype(dtype), self.backend.dtype("float32")
         k, v = cache.update(cast(k, stored), cast(v, stored))
         return cast(k, computed), cast(v, computed)
