@@ -64,12 +64,14 @@ class JaxBackend(Backend):
             device = f"{device}:0"
         self.device = checked_device(self.name, device, usable)
         platform, _, index = self.device.partition(":")
-        self._device = jax.devices(platform)[int(index)]
+        [self._device] = [
+            device for device in jax.local_devices(backend=platform) if device.id == int(index)
+        ]
         self._copy_only = platform == "cpu"
 
     @staticmethod
     def devices() -> list[str]:
-        names = [f"{device.platform}:{device.id}" for device in jax.devices()]
+        names = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
         return names if jax.default_backend() == "cpu" else [*names, "cpu:0"]
 
     @staticmethod
@@ -80,17 +82,12 @@ class JaxBackend(Backend):
         if len(devices) > 1:  # sharded, or a copy on each
             names = sorted(f"{device.platform}:{device.id}" for device in devices)
             raise UnknownBackendError(
-                f"keys and values are on one device; got an array on {', '.join(names)}. Caches do "
-                "not support sharded arrays yet: put it on one device, or keep a cache per device."
+                f"this cache is on one device; got an array on {', '.join(names)}. Make the cache "
+                "with backend=kvcache.get_backend('jax', sharding=...), the NamedSharding of its "
+                "keys, or put the array on one device."
             )
         [device] = devices
         return f"{device.platform}:{device.id}"
-
-    def owns(self, array: NativeArray) -> bool:
-        try:
-            return super().owns(array)
-        except UnknownBackendError:  # on several devices
-            return False
 
     def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
@@ -191,6 +188,18 @@ class JaxBackend(Backend):
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
 
+    def traced_zeros(self, shape: Sequence[int], dtype: str, axes: str = "") -> NativeArray:
+        # Inside of a program an array is on no device yet.
+        device = None if _in_program() else self._device
+        return jnp.zeros(tuple(shape), self._traced_dtype(dtype), device=device)
+
+    def _traced_dtype(self, dtype: str) -> DType:
+        kind = self.dtype(dtype)
+        return _BITS.get(dtype, kind) if self._copy_only else kind
+
+    def traced_constant(self, array: HostArray) -> NativeArray:
+        return jnp.asarray(array) if _in_program() else self.from_host(array)
+
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         kind = arrays[0].dtype
@@ -222,11 +231,10 @@ class JaxBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # Leading axes are merged: with two of them, XLA on CPU copies the buffer of a batch of 1.
-        flat, flat_rows = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
-        # In the dtype of `start`: with 64-bit types enabled, arange would be of another.
+        # No axes are merged: batch and sharded heads in one cannot be sharded, and XLA would gather
+        # the whole buffer. In the dtype of `start`: with 64-bit types, arange would be of another.
         index = start + jnp.arange(rows.shape[axis], dtype=start.dtype)
-        return cls.traced_write(flat, flat_rows, index, 1).reshape(buffer.shape)
+        return cls.traced_write(buffer, rows, index, axis)
 
     @classmethod
     def traced_read(
@@ -262,6 +270,11 @@ class JaxBackend(Backend):
 
     def sync(self, *arrays: NativeArray) -> None:
         jax.block_until_ready(arrays)
+
+
+def _in_program() -> bool:
+    """Return whether a transform is tracing what is called: every new array is a tracer then."""
+    return isinstance(jnp.zeros(1), jax.core.Tracer)
 
 
 def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:

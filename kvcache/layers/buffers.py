@@ -15,7 +15,7 @@ from kvcache._types import Indices
 from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.storage.admission import Geometry
 from kvcache.storage.arrays import LayerArrays, NamedArray
-from kvcache.storage.layout import TOKENS
+from kvcache.storage.layout import LAYER_AXES, TOKENS
 from kvcache.storage.lengths import padded_index, round_up
 
 from .columns import Sizes
@@ -90,8 +90,8 @@ class GrowingBuffers:
         )
 
     def _alloc(self, slots: int) -> Arrays:
-        alloc, geometry = self.backend.alloc, self.geometry
-        return tuple([alloc(shape, geometry.dtype) for shape in geometry.shapes(slots)])
+        alloc, geometry = self.backend.alloc_axes, self.geometry
+        return tuple([alloc(shape, geometry.dtype, LAYER_AXES) for shape in geometry.shapes(slots)])
 
     def savepoint(self) -> Callable[[], None]:
         """Return a function that undoes growth from now on."""
@@ -223,7 +223,7 @@ class GrowingBuffers:
         parts = [old, new]
         if missing:
             shape = (*old.shape[:TOKENS], missing, old.shape[3])
-            parts.append(self.backend.alloc(shape, self.geometry.dtype))
+            parts.append(self.backend.alloc_axes(shape, self.geometry.dtype, LAYER_AXES))
         return self.backend.concat(parts, TOKENS)
 
     def with_gradients(self, columns: Arrays, update: Arrays, start: int) -> tuple[Array, Array]:
@@ -239,7 +239,8 @@ class GrowingBuffers:
         """Return the first `held` slots, without padding; copies where slices are copies."""
         if not self.backend.slices_are_views:
             # Cut on the host, in a tenth of a millisecond; a program for each length takes 100.
-            return tuple(self.backend.from_host(array.data) for array in self.to_host(held))
+            from_host = self.backend.from_host_axes
+            return tuple(from_host(array.data, LAYER_AXES) for array in self.to_host(held))
         return self._first(held)
 
     # Copies.
@@ -280,7 +281,7 @@ class GrowingBuffers:
         # few lengths. Whole buffers are transferred, because a slice need not be compact memory,
         # and then some frameworks cannot share it (JAX).
         width = min(self.capacity, round_up(held, backend.config.padding))
-        arrays = [transfer(array, self.backend, backend) for array in self.arrays]
+        arrays = [transfer(array, self.backend, backend, LAYER_AXES) for array in self.arrays]
         return tuple(
             array if width == self.capacity else backend.read_slice(array, 0, width, TOKENS)
             for array in arrays

@@ -10,7 +10,7 @@ from kvcache.backends import Backend, get_backend
 from kvcache.errors import KVCacheError, ShapeError
 from kvcache.storage.admission import Admission
 from kvcache.storage.arrays import LayerArrays, check_layer_form
-from kvcache.storage.layout import TOKENS
+from kvcache.storage.layout import LAYER_AXES, TOKENS
 
 from .buffers import AXES, NAMES, Arrays, GrowingBuffers
 from .checkpoint import Checkpoint
@@ -82,7 +82,7 @@ class CopyableCache(StandaloneCache):
     def _fill_from_host(
         self, layer: LayerArrays, offset: int, backend: Backend, spare: bool = True
     ) -> None:
-        arrays = tuple(backend.from_host(array.data) for array in layer)
+        arrays = tuple(backend.from_host_axes(array.data, LAYER_AXES) for array in layer)
         self._atomic(partial(self._fill, arrays, offset, spare))
 
     def _fill(self, arrays: Arrays, offset: int, spare: bool = True) -> GrowingBuffers:

@@ -156,8 +156,7 @@ def check_owner(backend: Backend, name: str, array: Array) -> None:
         raise DTypeError(
             f"{name} must be an array of {backend.spec}, where this cache lives; got "
             f"{type(array).__module__}.{type(array).__name__}"
-            f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
-            "Convert it with backend.from_dlpack, or through the host."
+            f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. {backend.moved_by}"
         )
 
 
