@@ -197,8 +197,8 @@ class JaxBackend(Backend):
         kind = self.dtype(dtype)
         return _BITS.get(dtype, kind) if self._copy_only else kind
 
-    def traced_constant(self, array: HostArray) -> NativeArray:
-        return jnp.asarray(array) if _in_program() else self.from_host(array)
+    def traced_range(self, stop: int) -> NativeArray:
+        return jnp.arange(stop, dtype=jnp.int32) if _in_program() else super().traced_range(stop)
 
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:

@@ -408,9 +408,9 @@ class Backend(ABC, TracedFunctions):
         """
         return self.traced_form(self.alloc_axes(shape, dtype, axes))
 
-    def traced_constant(self, array: HostArray) -> Array:
-        """Do :meth:`from_host` inside of a program or outside."""
-        return self.from_host(array)
+    def traced_range(self, stop: int) -> Array:
+        """Return int32 ``[0, stop)``, made inside of a program or outside."""
+        return self.from_host(np.arange(stop, dtype=np.int32))
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         """Return host ints as an argument of programs, without recompilation when they change."""

@@ -163,10 +163,15 @@ def backend_of(array: Array) -> Backend:
 
 
 def backend_type(array: Array) -> type[Backend]:
-    """Return the backend class for `array`, which may be a tracer without a device."""
+    """Return the backend class for `array`, which may be a tracer without a device.
+
+    Raises: UnknownBackendError for a type of arrays that no cache can hold.
+    """
     backend = _types.get(type(array))  # torch.compile can trace no more than such a lookup
     if backend is None:
-        backend = _types[type(array)] = _load(_name_of(type(array)) or "array_api")
+        backend = _load(_name_of(type(array)) or "array_api")
+        backend.check_type(type(array))
+        _types[type(array)] = backend
     return backend
 
 

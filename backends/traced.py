@@ -24,6 +24,10 @@ class TracedFunctions:
     """Array-API namespace for code written above the caches."""
 
     @classmethod
+    def check_type(cls, kind: type) -> None:
+        """Raise UnknownBackendError for a type of arrays that no cache can hold."""
+
+    @classmethod
     def is_traced(cls, array: Array) -> bool:
         """Return whether a transform (jit, vmap, compile) traces `array`: it has no values yet.
 
