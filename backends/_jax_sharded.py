@@ -7,7 +7,7 @@ its own part, and no program has a collective.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import repeat
 from typing import ClassVar, TypeAlias
 
@@ -226,18 +226,28 @@ def _check_divided(mesh: Mesh, what: str, size: int, names: MeshAxes) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _same(given: Sharding, wanted: Sharding, axes: int) -> bool:
-    """Return whether arrays of so many axes lie alike, for XLA and for the types of JAX."""
-    # Meshes with other types of axes cannot meet in one program.
-    is_named = isinstance(given, NamedSharding) and isinstance(wanted, NamedSharding)
-    return given == wanted or (
-        is_named and given.mesh == wanted.mesh and given.is_equivalent_to(wanted, axes)
-    )
+def _alike(given: Sharding, wanted: Sharding) -> bool:
+    """Return whether arrays in both can meet in one program without being moved.
+
+    Axes of a mesh may be part of the type of an array, so those of a single device count, too.
+    """
+    if not isinstance(given, NamedSharding) or not isinstance(wanted, NamedSharding):
+        return given == wanted
+    same_place = (given.mesh, given.memory_kind) == (wanted.mesh, wanted.memory_kind)
+    return same_place and _trimmed(given.spec) == _trimmed(wanted.spec)
+
+
+def _trimmed(spec: PartitionSpec) -> list[object]:
+    """Return the entries of `spec` without those at its end that divide nothing."""
+    entries = [*spec]
+    while entries and not entries[-1]:
+        entries.pop()
+    return entries
 
 
 def _placed(array: NativeArray, like: NativeArray) -> NativeArray:
     """Return `array` in the sharding of `like`."""
-    if _same(array.sharding, like.sharding, array.ndim):
+    if _alike(array.sharding, like.sharding):
         return array
     return jax.device_put(array, like.sharding)
 
@@ -248,7 +258,7 @@ def _divided_like(source: NativeArray, result: NativeArray, axis: int) -> Native
     Raises: ShapeError if there is another number of rows, which cannot be divided.
     """
     sharding = source.sharding
-    if _same(result.sharding, sharding, result.ndim) or not isinstance(sharding, NamedSharding):
+    if _alike(result.sharding, sharding) or not isinstance(sharding, NamedSharding):
         return result
     entry = [*sharding.spec, *[None] * result.ndim][axis]
     if entry is not None:
@@ -264,7 +274,11 @@ def _put(host: HostArray, sharding: NamedSharding) -> NativeArray:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-@cache
+@lru_cache(maxsize=256)
 def _zeros(shape: tuple[int, ...], dtype: DType, sharding: NamedSharding) -> jax.stages.Wrapped:
-    # A program inside of the caller's keeps its sharding there, whatever the types of the axes.
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    """Return a program that makes zeros, which keeps the sharding inside of another one, too."""
+    # Twice the same: device_put gives their types to explicit axes of a mesh, and without
+    # out_shardings the other ones are left to XLA.
+    return jax.jit(
+        lambda: jax.device_put(jnp.zeros(shape, dtype), sharding), out_shardings=sharding
+    )
