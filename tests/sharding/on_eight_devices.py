@@ -442,15 +442,15 @@ def attended(x, keys, values, mask):
 
 def layer_step(states, x, writes=True):
     """A step of a model of several layers, with a cache each."""
-    new = []
-    for state in states:
-        keys, values = state.keys, state.values
+    after = []
+    for before in states:
+        state, keys, values = before, before.keys, before.values
         if writes:
             rows = x.astype(state.like.dtype)
-            state, keys, values = functional.append(state, rows, -rows)
+            state, keys, values = functional.append(before, rows, -rows)
         x = attended(x, keys, values, functional.mask(state, x.shape[2]))
-        new.append(state)
-    return new, x
+        after.append(state)
+    return after, x
 
 
 def pool_step(state, plan, x, writes=True):
