@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvcache.errors import UnknownBackendError
 
@@ -26,6 +27,7 @@ from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of
+from .interrupts import keeping_result
 from .nonfinite import finite_bits, replaced, substitutes
 from .traced import Ts
 
@@ -157,6 +159,13 @@ class JaxBackend(Backend):
         return np.array(array)
 
     @classmethod
+    def whole_beside(cls, array: NativeArray) -> object | None:
+        sharding = getattr(array, "sharding", None)
+        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        return None
+
+    @classmethod
     def is_traced(cls, array: NativeArray) -> bool:
         return isinstance(array, jax.core.Tracer)
 
@@ -169,7 +178,7 @@ class JaxBackend(Backend):
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))
-        return _keeping_result(compiled) if donate else compiled
+        return keeping_result(compiled) if donate else compiled
 
     def traced_form(self, buffer: NativeArray) -> NativeArray:
         return self.traced_forms((buffer,))[0]
@@ -282,26 +291,9 @@ def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
-def _keeping_result(program: Callable[P, R]) -> Callable[P, R]:
-    """Return `program`, which consumes arguments, such that Ctrl-C cannot lose its result.
-
-    Python runs signal handlers when a call returns, before its result is assigned. Raised there,
-    a KeyboardInterrupt would leave the caller with nothing but the consumed buffer. An iterator is
-    unpacked by one instruction, after which no handler runs; nor does one when a function written
-    in Python returns. Callers store the result in the statement of the call.
-    """
-
-    def call(*arguments: P.args, **options: P.kwargs) -> R:
-        run = partial(program, **options) if options else program
-        # One line, because debuggers interrupt between lines.
-        return [*map(run, *zip(arguments, strict=True))][0]  # noqa: RUF015 - next() is a call
-
-    return call
-
-
 def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -> Callable[P, R]:
     """Return `function` compiled, with its first argument donated."""
-    return _keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
+    return keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
 
 
 @cache

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from kvcache.errors import NotSupportedError, ShapeError, UnknownBackendError
 
@@ -170,7 +170,7 @@ class ShardedJaxBackend(JaxBackend):
         raise BufferError("the memory of one device is not that of several")
 
 
-def _checked(sharding: NamedSharding) -> tuple[Mesh, dict[str, MeshAxes]]:
+def _checked(sharding: object) -> tuple[Mesh, dict[str, MeshAxes]]:
     """Return the mesh, and by letter of :data:`KEY_AXES` the axes of the mesh that divide it."""
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         raise UnknownBackendError(
@@ -209,12 +209,12 @@ def _described(mesh: Mesh, divided: dict[str, MeshAxes]) -> str:
     return ", ".join([f"{mesh.size} {mesh.devices.flat[0].platform} devices", *parts])
 
 
-def _count(mesh: Mesh, names: MeshAxes) -> int:
+def _count(mesh: Mesh | AbstractMesh, names: MeshAxes) -> int:
     """Return the number of devices that something divided over these axes is divided over."""
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
-def _check_divided(mesh: Mesh, what: str, size: int, names: MeshAxes) -> None:
+def _check_divided(mesh: Mesh | AbstractMesh, what: str, size: int, names: MeshAxes) -> None:
     """Raise ShapeError unless `size` can be divided over these axes of the mesh."""
     devices = _count(mesh, names)
     if size % devices:

@@ -162,6 +162,18 @@ def backend_of(array: Array) -> Backend:
     )
 
 
+def backend_beside(array: Array) -> Backend:
+    """Return a backend for what is computed with `array`, whose own arrays are whole everywhere.
+
+    That of :func:`backend_of`, or one over the devices of an array with a sharding.
+
+    Raises: UnknownBackendError, as backend_of.
+    """
+    kind = backend_type(array)
+    sharding = kind.whole_beside(array)
+    return backend_of(array) if sharding is None else _sharded(kind.name, None, sharding)
+
+
 def backend_type(array: Array) -> type[Backend]:
     """Return the backend class for `array`, which may be a tracer without a device.
 

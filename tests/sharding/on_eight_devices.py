@@ -14,6 +14,7 @@ from kvcache import (
     KVCache,
     LayerCaches,
     RecurrentCache,
+    RoPEShift,
     RotatingKVCache,
     StateCache,
     functional,
@@ -404,6 +405,26 @@ def test_a_removal_from_the_middle_shifts_sharded_keys(backend):
     assert sorted(backend.to_host(keys)[0, seen, 2]) == [0, 1, 2, 3]
     assert sorted(backend.to_host(values)[0, seen, 2]) == [-5, -4, -3, 0]
     assert keys.sharding.is_equivalent_to(backend.sharding_of(keys.shape, "htd"), 3)
+
+
+def test_rotary_keys_are_shifted(backend):
+    shifted = []
+    for target in (get_backend("numpy"), backend):
+        cache = CausalCache(shift=RoPEShift([1.0, 0.1]))
+        cache.init(target, "float32", max_sequences=1, capacity=32, max_batch=8)
+        new = placed(target, coded(range(6))[0], axes="htd")
+        cache.start_forward(Batch(range(6), [0] * 6))
+        cache.put(new, new)
+        cache.remove(0, 1, 4)
+        snapshot = cache.snapshot(0)
+        fresh = CausalCache()
+        fresh.init("numpy", "float32", max_sequences=1, capacity=8, max_batch=8)
+        fresh.restore(0, snapshot)
+        fresh.start_forward(Batch([3], [0]))
+        fresh.put(*[coded([3])[0]] * 2)
+        keys, _, mask = fresh.get()
+        shifted.append(keys[:, mask[0]])
+    np.testing.assert_allclose(*shifted, atol=1e-6)
 
 
 def test_states_in_pools(backend):
