@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvcache.errors import UnknownBackendError
 
+from ._jax_append import appender
 from .arguments import checked_device, refuse_traced
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend, FastKey, P, R
@@ -240,10 +241,9 @@ class JaxBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # No axes are merged: batch and sharded heads in one cannot be sharded, and XLA would gather
-        # the whole buffer. In the dtype of `start`: with 64-bit types, arange would be of another.
-        index = start + jnp.arange(rows.shape[axis], dtype=start.dtype)
-        return cls.traced_write(buffer, rows, index, axis)
+        # Batch and heads stay two axes: merged into one they cannot be divided over devices, and
+        # XLA would gather the whole buffer.
+        return appender(axis)(buffer, _as_bits(rows, buffer), start)
 
     @classmethod
     def traced_read(

@@ -535,6 +535,36 @@ def test_steps_of_layers(partition, types, dtype, tokens):
         assert [int(state.offset) for state in states] == [tokens] * LAYERS
 
 
+def test_a_step_moves_no_more_than_one_written_by_hand():
+    backend, shape = backend_for("both"), (BATCH, HEADS, 1024, 16)
+    new = backend.from_host_axes(np.ones((BATCH, HEADS, 1, 16), np.float32), "bhtd")
+
+    def by_hand(state, x):
+        after, position = {}, state[-1]
+        for layer in range(LAYERS):
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(buffer, rows, position, 2)
+                for buffer, rows in zip(state[layer], (x, -x), strict=True)
+            )
+            x = attended(x, keys, values, jnp.arange(shape[2]) <= position)
+            after[layer] = keys, values
+        return {**after, -1: position + 1}, x
+
+    def zeros():
+        return backend.alloc_axes(shape, "float32", "bhtd")
+
+    state = {layer: (zeros(), zeros()) for layer in range(LAYERS)}
+    ours = [functional.empty([shape] * 2, "float32", backend=backend) for _ in range(LAYERS)]
+    moved = [
+        compiled(step, *arguments).cost_analysis()["bytes accessed"]
+        for step, *arguments in (
+            (layer_step, ours, new),
+            (by_hand, {**state, -1: backend.from_host(np.int32(0))}, new),
+        )
+    ]
+    assert moved[0] <= 1.05 * moved[1]
+
+
 def test_a_step_of_a_ring(backend):
     cache, plain = RotatingKVCache(6, 2, backend), RotatingKVCache(6, 2, "jax")
     new = coded(range(7))
