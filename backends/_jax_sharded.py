@@ -125,7 +125,10 @@ class ShardedJaxBackend(JaxBackend):
         return super().write_finite_row_sets(buffers, placed, index, axis)
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
-        return super().replace_nonfinite(tuple(map(_placed, arrays, repeat(arrays[0]))), axis)
+        keys = arrays[0]
+        # Keys and values of one shape are looked at in pairs; others have axes of their own.
+        placed = [_placed(array, keys) if array.shape == keys.shape else array for array in arrays]
+        return super().replace_nonfinite(tuple(placed), axis)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return _divided_like(buffer, super().read_rows(buffer, index, axis), axis)

@@ -11,8 +11,10 @@ import kvcache
 from kvcache import (
     Batch,
     CausalCache,
+    EncoderCache,
     KVCache,
     LayerCaches,
+    PrefixCache,
     RecurrentCache,
     RoPEShift,
     RotatingKVCache,
@@ -407,6 +409,37 @@ def test_a_removal_from_the_middle_shifts_sharded_keys(backend):
     assert keys.sharding.is_equivalent_to(backend.sharding_of(keys.shape, "htd"), 3)
 
 
+def test_output_of_encoders(backend):
+    layouts = "thd", "hdt"
+    config = kvcache.CacheConfig(key_layout="thd", value_layout="hdt")
+
+    def encoder(target):
+        cache = EncoderCache()
+        cache.set_config(config)
+        cache.init(target, max_sequences=3)
+        return cache
+
+    cache = encoder(backend)
+    rows = coded(range(6))[0]
+    cache.start_forward(Batch([0, 0], [0, 1], [0, 1]))
+    new = [turned(rows, layouts[0]), turned(-rows, layouts[1])]
+    pairs = zip(new, layouts, strict=True)
+    cache.put(*[placed(backend, array, axes=layout) for array, layout in pairs], frames=[2, 4])
+    restored = encoder(backend)
+    restored.restore(2, cache.snapshot(1))
+    for each, sequences, frames in (
+        (cache, [0, 1], rows),
+        (cache.to_backend("numpy").to_backend(backend), [1], rows[:, 2:]),
+        (restored, [2], rows[:, 2:]),
+    ):
+        each.start_forward(Batch([1] * len(sequences), sequences))
+        *got, _ = each.get()
+        for array, layout, sign in zip(got, layouts, (1, -1), strict=True):
+            assert array.sharding.is_equivalent_to(backend.sharding_of(array.shape, layout), 3)
+            host = sign * turned_back(backend.to_host(array), layout)
+            np.testing.assert_array_equal(host, frames)
+
+
 def test_rotary_keys_are_shifted(backend):
     shifted = []
     for target in (get_backend("numpy"), backend):
@@ -518,8 +551,10 @@ def check_program(step, state, *arguments):
     return after, out
 
 
-@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 3), ("bfloat16", 1)])
-@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize(
+    ("types", "dtype", "tokens"),
+    [("Auto", "float32", 1), ("Auto", "bfloat16", 3), ("Explicit", "float32", 3)],
+)
 def test_steps_of_layers(partition, types, dtype, tokens):
     backend, x = backend_for(partition, types), coded(range(tokens)) / 8
     shape, expected = (BATCH, HEADS, 512, DIM), None
@@ -581,7 +616,11 @@ def test_a_step_of_a_ring(backend):
         assert one.sharding.is_equivalent_to(backend.sharding, 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(("both", "Auto"), "bfloat16"), (("heads", "Explicit"), "float32")],
+    indirect=["backend"],
+)
 def test_an_exported_cache_goes_on(backend, dtype):
     cache = KVCache(backend, step=4)
     push(cache, backend, 3, dtype)
@@ -618,6 +657,42 @@ def test_steps_of_pools(backend, dtype, sequences):
         np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
+def test_planned_steps_in_one_program(backend):
+    def decode(state, plans, x):
+        return jax.lax.scan(
+            lambda carry, plan: (pool_step(carry[0], plan, carry[1]), None), (state, x), plans
+        )
+
+    outputs = []
+    for target in (get_backend("jax"), backend):
+        cache = pool(target)
+        cache.allocate(range(LAYERS), HEADS, DIM)
+        plans = cache.plan_steps(Batch([0, 0], [0, 1]), 4)
+        x = placed(target, coded(range(2))[0] / 8, axes="htd")
+        program = compiled(decode, cache.program_state, plans, x)
+        assert COLLECTIVES.findall(program.as_text()) == []
+        (cache.program_state, out), _ = program(cache.program_state, plans, x)
+        outputs.append(out)
+        assert cache.next_position(1) == 4
+    np.testing.assert_allclose(*outputs, rtol=1e-4)
+
+
+def test_a_prefix_is_found_again(backend):
+    """A session goes on from rows in the cells, and after they gave way from the host."""
+    cache = CausalCache()
+    cache.init(backend, "float32", max_sequences=1, capacity=16, max_batch=8)
+    prefix = PrefixCache(cache)
+    tokens = [*range(7)]
+    for other in ([7, 8, 9], None):
+        with prefix.session([*tokens, 99]) as session:
+            matched = session.matched
+            put(cache, backend, range(matched, 8), sequence=session.sequence)
+        if other:
+            with prefix.session([*other, 98]) as session:
+                put(cache, backend, range(4), sequence=session.sequence)
+    assert matched == 7
+
+
 @pytest.mark.parametrize("runs", [1, 2])
 def test_steps_of_states(backend, runs):
     x, expected = np.arange(runs * HEADS, dtype=np.float32).reshape(runs, HEADS), None
@@ -638,7 +713,11 @@ def test_steps_of_states(backend, runs):
 # States that programs make.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(("both", "Auto"), "bfloat16"), (("heads", "Explicit"), "float32")],
+    indirect=["backend"],
+)
 def test_a_state_made_in_a_program(backend, dtype):
     shapes = [(BATCH, HEADS, 16, DIM), (BATCH, HEADS, 16, 2 * DIM)]
     keys = placed(backend, coded(range(3)), dtype)
