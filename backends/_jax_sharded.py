@@ -32,7 +32,7 @@ KEY_AXES = {"b": "batch", "h": "kv_heads", "t": "tokens", "d": "head_dim"}
 
 
 class ShardedJaxBackend(JaxBackend):
-    """Divides history over the devices of a mesh; all other arrays are whole on each of them.
+    """History divided over the devices of a mesh; all other arrays whole on each of them.
 
     sharding: of keys ``[B, kv_heads, tokens, head_dim]``.
 
@@ -130,12 +130,21 @@ class ShardedJaxBackend(JaxBackend):
         placed = [_placed(array, keys) if array.shape == keys.shape else array for array in arrays]
         return super().replace_nonfinite(tuple(placed), axis)
 
+    # Rows of a divided axis, which are those of sequences, are gathered first: which device has a
+    # row afterwards depends on all of them.
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
-        return _divided_like(buffer, super().read_rows(buffer, index, axis), axis)
+        return _divided_like(buffer, super().read_rows(_gathered(buffer, axis), index, axis), axis)
+
+    def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
+        rows = super().read_slice(_gathered(buffer, axis), start, stop, axis)
+        return _divided_like(buffer, rows, axis)
 
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
-        placed = map(_placed, arrays, repeat(arrays[0]))
-        return _divided_like(arrays[0], super().concat([*placed], axis), axis)
+        first = _gathered(arrays[0], axis)
+        return _divided_like(
+            arrays[0], super().concat([*map(_placed, arrays, repeat(first))], axis), axis
+        )
 
     # To and from the host.
 
@@ -154,9 +163,8 @@ class ShardedJaxBackend(JaxBackend):
         host = np.empty(array.shape, HOST_DTYPES[self.dtype_name(array)])
         # Parts by their place, because several devices may have the same one.
         parts = {str(shard.index): shard for shard in array.addressable_shards}
-        if len(parts) < len(
-            set(map(str, array.sharding.devices_indices_map(array.shape).values()))
-        ):
+        places = array.sharding.devices_indices_map(array.shape).values()
+        if len(parts) < len({*map(str, places)}):
             raise NotSupportedError(
                 "a process reads the part of an array that its own devices have; other processes "
                 "have parts of this one. Gather it in all of them at once "
@@ -263,11 +271,24 @@ def _divided_like(source: NativeArray, result: NativeArray, axis: int) -> Native
     sharding = source.sharding
     if _alike(result.sharding, sharding) or not isinstance(sharding, NamedSharding):
         return result
-    entry = [*sharding.spec, *[None] * result.ndim][axis]
-    if entry is not None:
-        names = (entry,) if isinstance(entry, str) else entry
-        _check_divided(sharding.mesh, f"axis {axis}", result.shape[axis], names)
+    _check_divided(sharding.mesh, f"axis {axis}", result.shape[axis], _names(sharding, axis))
     return jax.device_put(result, sharding)
+
+
+def _gathered(array: NativeArray, axis: int) -> NativeArray:
+    """Return `array` with the whole of `axis` on every device, itself if it is there."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding) or not _names(sharding, axis):
+        return array
+    spec = PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    whole = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    return jax.device_put(array, whole)
+
+
+def _names(sharding: NamedSharding, axis: int) -> MeshAxes:
+    """Return the axes of the mesh that `axis` is divided over."""
+    entry = sharding.spec[axis] if axis < len(sharding.spec) else None
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _put(host: HostArray, sharding: NamedSharding) -> NativeArray:

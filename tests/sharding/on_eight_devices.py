@@ -37,7 +37,6 @@ PARTITIONS = {
     "batch": ((4, 2), ("data",)),
     "both": ((2, 4), ("data", "model")),
 }
-TYPES = ("Auto", "Explicit")
 
 
 def sharded(partition="both", types="Auto"):
@@ -205,6 +204,25 @@ def test_host_copies_leave_donation_alone():
     assert parts == [shard.data.unsafe_buffer_pointer() for shard in buffer.addressable_shards]
 
 
+def test_rows_of_the_batch():
+    """They are taken, joined and cut on a divided axis as on any other."""
+    for types in ("Auto", "Explicit"):
+        backend = backend_for("batch", types)
+        rows = np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1) * np.ones(
+            (8, 2, 3, 4), np.float32
+        )
+        buffer, order = placed(backend, rows), [7, 0, 0, 5]
+        for got, wanted in (
+            (backend.gather(buffer, order, 0), rows[order]),
+            (backend.concat([buffer, buffer], 0), np.concatenate([rows, rows])),
+            (backend.slice(buffer, 2, 6, 0), rows[2:6]),
+        ):
+            assert got.sharding.is_equivalent_to(backend.sharding, 4)
+            np.testing.assert_array_equal(backend.to_host(got), wanted)
+        with pytest.raises(kvcache.ShapeError, match=r"axis 0 divided over the 4 .* got 3"):
+            backend.gather(buffer, [0, 1, 2], 0)
+
+
 # What comes in.
 
 
@@ -234,6 +252,14 @@ def test_arrays_of_other_devices_are_refused(make):
             cache.update(wrong, wrong)
         assert (cache.offset, cache.nbytes) == (0, 0)
     push(cache, backend, 3)
+
+
+def test_arrays_of_other_devices_are_refused_by_pools():
+    backend, new = backend_for("both"), jnp.asarray(coded(range(2))[0])
+    cache = pool(backend)
+    cache.start_forward(Batch([0, 1], [0, 0]))
+    with pytest.raises(kvcache.DTypeError, match=r"8 cpu devices.*jax\.device_put"):
+        cache.put(new, new)
 
 
 @pytest.mark.parametrize("named", [None, "jax"])
