@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
 
@@ -16,7 +17,7 @@ def run_both(script, place, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / script, str(rank), place],
+            [sys.executable, "-P", HERE / script, str(rank), place],
             env=kept | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -42,6 +43,7 @@ def test_jax():
         "two_jax_processes.py",
         f"127.0.0.1:{port}",
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_PLATFORMS="cpu",
     )
 
 
