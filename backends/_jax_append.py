@@ -26,6 +26,10 @@ def appender(axis: int) -> Callable[..., NativeArray]:
         return lax.dynamic_update_slice_in_dim(buffer, rows, start, axis)
 
     def write_twice(buffer: NativeArray, rows: NativeArray, start: NativeArray) -> NativeArray:
+        # A write of no rows, which XLA leaves out: inside of jax.shard_map it gives the buffer the
+        # type of what is written, as a loop demands.
+        nothing = lax.slice_in_dim(rows, 0, 0, axis=axis)
+        buffer = lax.dynamic_update_slice_in_dim(buffer, nothing, start, axis)
         # XLA on CPU fuses a single write with the read that follows, and then copies the whole
         # buffer. It does not fuse a loop.
         return lax.fori_loop(0, 2, lambda _, out: write(out, rows, start), buffer)

@@ -764,6 +764,21 @@ def test_a_state_made_in_a_program(backend, dtype):
         assert not np.any(other[:, :, 3:])
 
 
+def test_parts_that_a_program_handles_itself(backend):
+    """Inside of shard_map, a state is one of the part of a device."""
+    spec, new = backend.sharding.spec, placed(backend, coded(range(3)))
+    part = new.addressable_shards[0].data.shape
+
+    def prefill(keys):
+        state = functional.empty([(*part[:2], 16, DIM)] * 2, "float32")
+        return functional.append(state, keys, -keys)[1]
+
+    program = jax.jit(
+        jax.shard_map(prefill, mesh=backend.sharding.mesh, in_specs=spec, out_specs=spec)
+    )
+    np.testing.assert_array_equal(program(new)[:, :, :3], coded(range(3)))
+
+
 def test_a_state_that_cannot_be_divided():
     with pytest.raises(kvcache.ShapeError, match=SIX):
         functional.empty([(1, 6, 16, DIM)] * 2, "float32", sharded("heads"))
