@@ -16,6 +16,7 @@ from .dtypes import HOST_DTYPES, nbytes
 from .registry import (
     BackendInfo,
     available_backends,
+    backend_beside,
     backend_of,
     backend_type,
     get_backend,
@@ -33,6 +34,7 @@ __all__ = [
     "HostArray",
     "Layout",
     "available_backends",
+    "backend_beside",
     "backend_of",
     "backend_type",
     "get_backend",

@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvcache.errors import UnknownBackendError
 
+from ._jax_append import appender
 from .arguments import checked_device, refuse_traced
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of
+from .interrupts import keeping_result
 from .nonfinite import finite_bits, replaced, substitutes
 from .traced import Ts
 
@@ -64,12 +67,14 @@ class JaxBackend(Backend):
             device = f"{device}:0"
         self.device = checked_device(self.name, device, usable)
         platform, _, index = self.device.partition(":")
-        self._device = jax.devices(platform)[int(index)]
+        [self._device] = [
+            device for device in jax.local_devices(backend=platform) if device.id == int(index)
+        ]
         self._copy_only = platform == "cpu"
 
     @staticmethod
     def devices() -> list[str]:
-        names = [f"{device.platform}:{device.id}" for device in jax.devices()]
+        names = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
         return names if jax.default_backend() == "cpu" else [*names, "cpu:0"]
 
     @staticmethod
@@ -80,17 +85,12 @@ class JaxBackend(Backend):
         if len(devices) > 1:  # sharded, or a copy on each
             names = sorted(f"{device.platform}:{device.id}" for device in devices)
             raise UnknownBackendError(
-                f"keys and values are on one device; got an array on {', '.join(names)}. Caches do "
-                "not support sharded arrays yet: put it on one device, or keep a cache per device."
+                f"this cache is on one device; got an array on {', '.join(names)}. Make the cache "
+                "with backend=kvcache.get_backend('jax', sharding=...), the NamedSharding of its "
+                "keys, or put the array on one device."
             )
         [device] = devices
         return f"{device.platform}:{device.id}"
-
-    def owns(self, array: NativeArray) -> bool:
-        try:
-            return super().owns(array)
-        except UnknownBackendError:  # on several devices
-            return False
 
     def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
@@ -160,6 +160,13 @@ class JaxBackend(Backend):
         return np.array(array)
 
     @classmethod
+    def whole_beside(cls, array: NativeArray) -> object | None:
+        sharding = getattr(array, "sharding", None)
+        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        return None
+
+    @classmethod
     def is_traced(cls, array: NativeArray) -> bool:
         return isinstance(array, jax.core.Tracer)
 
@@ -172,7 +179,7 @@ class JaxBackend(Backend):
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))
-        return _keeping_result(compiled) if donate else compiled
+        return keeping_result(compiled) if donate else compiled
 
     def traced_form(self, buffer: NativeArray) -> NativeArray:
         return self.traced_forms((buffer,))[0]
@@ -190,6 +197,18 @@ class JaxBackend(Backend):
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
+
+    def traced_zeros(self, shape: Sequence[int], dtype: str, axes: str = "") -> NativeArray:
+        # Inside of a program an array is on no device yet.
+        device = None if _in_program() else self._device
+        return jnp.zeros(tuple(shape), self._traced_dtype(dtype), device=device)
+
+    def _traced_dtype(self, dtype: str) -> DType:
+        kind = self.dtype(dtype)
+        return _BITS.get(dtype, kind) if self._copy_only else kind
+
+    def traced_range(self, stop: int) -> NativeArray:
+        return jnp.arange(stop, dtype=jnp.int32) if _in_program() else super().traced_range(stop)
 
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
@@ -222,11 +241,9 @@ class JaxBackend(Backend):
     def traced_append(
         cls, buffer: NativeArray, rows: NativeArray, start: NativeArray, axis: int
     ) -> NativeArray:
-        # Leading axes are merged: with two of them, XLA on CPU copies the buffer of a batch of 1.
-        flat, flat_rows = (array.reshape(-1, *array.shape[axis:]) for array in (buffer, rows))
-        # In the dtype of `start`: with 64-bit types enabled, arange would be of another.
-        index = start + jnp.arange(rows.shape[axis], dtype=start.dtype)
-        return cls.traced_write(flat, flat_rows, index, 1).reshape(buffer.shape)
+        # Batch and heads stay two axes: merged into one they cannot be divided over devices, and
+        # XLA would gather the whole buffer.
+        return appender(axis)(buffer, _as_bits(rows, buffer), start)
 
     @classmethod
     def traced_read(
@@ -264,31 +281,19 @@ class JaxBackend(Backend):
         jax.block_until_ready(arrays)
 
 
+def _in_program() -> bool:
+    """Return whether a transform is tracing what is called: every new array is a tracer then."""
+    return isinstance(jnp.zeros(1), jax.core.Tracer)
+
+
 def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     """Return `array` reinterpreted in the dtype of `like`, of the same width."""
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
 
 
-def _keeping_result(program: Callable[P, R]) -> Callable[P, R]:
-    """Return `program`, which consumes arguments, such that Ctrl-C cannot lose its result.
-
-    Python runs signal handlers when a call returns, before its result is assigned. Raised there,
-    a KeyboardInterrupt would leave the caller with nothing but the consumed buffer. An iterator is
-    unpacked by one instruction, after which no handler runs; nor does one when a function written
-    in Python returns. Callers store the result in the statement of the call.
-    """
-
-    def call(*arguments: P.args, **options: P.kwargs) -> R:
-        run = partial(program, **options) if options else program
-        # One line, because debuggers interrupt between lines.
-        return [*map(run, *zip(arguments, strict=True))][0]  # noqa: RUF015 - next() is a call
-
-    return call
-
-
 def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -> Callable[P, R]:
     """Return `function` compiled, with its first argument donated."""
-    return _keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
+    return keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
 
 
 @cache

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvcache.errors import UnknownBackendError
+
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
@@ -58,8 +60,20 @@ class TorchBackend(Backend):
             "cpu"
         ]
 
+    @classmethod
+    def check_type(cls, kind: type) -> None:
+        # By name: importing its module takes a tenth of a second, for nearly nobody.
+        names = [(base.__name__, base.__module__.partition(".")[0]) for base in kind.__mro__]
+        if ("DTensor", "torch") in names:
+            raise UnknownBackendError(
+                "a cache holds tensors of one device, which its writes change in place; got a "
+                "DTensor, whose writes are collective calls. Keep a cache in every process, of the "
+                "local part: cache.update(keys.to_local(), values.to_local())."
+            )
+
     @staticmethod
     def device_of(array: NativeArray) -> str:
+        TorchBackend.check_type(type(array))
         return "cpu" if array.device.type == "cpu" else str(array.device)
 
     def _framework_dtypes(self) -> dict[str, DType]:
@@ -221,6 +235,9 @@ class TorchBackend(Backend):
 
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
         return buffer.detach() if buffer.requires_grad else buffer
+
+    def traced_range(self, stop: int) -> NativeArray:
+        return torch.arange(stop, dtype=torch.int32, device=self.device)
 
     def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):

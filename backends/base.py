@@ -17,7 +17,7 @@ from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.errors import BoundsError, DTypeError, ShapeError
+from kvcache.errors import BoundsError, DTypeError, ShapeError, UnknownBackendError
 
 from .arguments import check_dtype, fitting, host_index, root_modules
 from .arrays import Array, Arrays, DType, HostArray, TracedIndex
@@ -63,6 +63,8 @@ class Backend(ABC, TracedFunctions):
 
     Caches then return objects other than their own, so that a change of one never reaches them.
     """
+    moved_by: ClassVar[str] = "Convert it with backend.from_dlpack, or through the host."
+    """How an array of another device or framework gets here: a sentence for errors."""
     device: str
     """Device the backend allocates on, in the framework's words, for example ``"cuda:0"``."""
 
@@ -126,8 +128,12 @@ class Backend(ABC, TracedFunctions):
 
     def owns(self, array: Array) -> bool:
         """Return whether `array` is of this framework and on this device."""
-        is_foreign = root_modules(type(array)).isdisjoint(self.modules or (self.name,))
-        return not is_foreign and self.device_of(array) == self.device
+        if root_modules(type(array)).isdisjoint(self.modules or (self.name,)):
+            return False
+        try:
+            return self.device_of(array) == self.device
+        except UnknownBackendError:  # on several devices
+            return False
 
     def fast_key(self, array: Array) -> FastKey:
         """Return a key, equal for arrays alike in every checked property. Begins with type, shape.
@@ -145,6 +151,17 @@ class Backend(ABC, TracedFunctions):
 
         Zeros, because hidden slots still enter attention, where 0 times NaN is NaN.
         """
+
+    def alloc_axes(self, shape: Sequence[int], dtype: str, axes: str) -> Array:
+        """Do :meth:`alloc` for history, of which a backend may have a part on each device.
+
+        axes: a letter for each axis from the first on: ``b`` batch, ``h`` kv_heads, ``t`` tokens
+            or slots, ``d`` head_dim, ``c`` channels or heads of a recurrent state. Axes without a
+            letter are like ``d``.
+
+        Raises: ShapeError for a size that cannot be divided over the devices.
+        """
+        return self.alloc(shape, dtype)
 
     def slice_update(self, buffer: Array, update: Array, start: int, axis: int) -> Array:
         """Write `update` at ``[start, start + n)`` of `axis`, n = ``update.shape[axis]``.
@@ -328,6 +345,10 @@ class Backend(ABC, TracedFunctions):
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
         """Return a copy on the device, equal bit for bit; cast on the host if `dtype` differs."""
 
+    def from_host_axes(self, array: npt.ArrayLike, axes: str) -> Array:
+        """Do :meth:`from_host` for history; axes and errors as in :meth:`alloc_axes`."""
+        return self.from_host(array)
+
     @abstractmethod
     def to_host(self, array: Array) -> HostArray:
         """Return a NumPy copy of `array`, equal bit for bit, owned by the caller."""
@@ -386,6 +407,17 @@ class Backend(ABC, TracedFunctions):
     def from_traced_forms(self, buffers: Arrays, dtype: str) -> Arrays:
         """Do :meth:`from_traced` for all `buffers`; none is consumed if it raises."""
         return tuple(self.from_traced(buffer, dtype) for buffer in buffers)
+
+    def traced_zeros(self, shape: Sequence[int], dtype: str, axes: str = "") -> Array:
+        """Return zeros in the form for compiled programs, made inside of a program or outside.
+
+        axes: as in :meth:`alloc_axes`; without any, the whole array is on every device.
+        """
+        return self.traced_form(self.alloc_axes(shape, dtype, axes))
+
+    def traced_range(self, stop: int) -> Array:
+        """Return int32 ``[0, stop)``, made inside of a program or outside."""
+        return self.from_host(np.arange(stop, dtype=np.int32))
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         """Return host ints as an argument of programs, without recompilation when they change."""

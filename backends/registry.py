@@ -50,6 +50,8 @@ _REGISTRY: dict[str, _Entry] = {
 }
 # Modules of the array types, where these are not defined in the framework itself.
 _ALIASES = {"jax": "jaxlib"}
+# Adapters for arrays over several devices, by the name of the backend for one.
+_SHARDED = {"jax": "kvcache.backends._jax_sharded:ShardedJaxBackend"}
 # Order for "auto". MLX comes first only on Apple machines, which it is made for.
 _PREFERENCE = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
 
@@ -78,24 +80,35 @@ class BackendInfo:
     remedy: str
 
 
-def get_backend(spec: str | Backend = "auto", device: str | None = None) -> Backend:
+def get_backend(
+    spec: str | Backend = "auto", device: str | None = None, sharding: object | None = None
+) -> Backend:
     """Return the backend called `spec`: ``"numpy"``, ``"torch:cuda:1"``, ``"array_api:cupy"``, ...
 
     ``"auto"`` stands for ``$KVCACHE_BACKEND`` if set, else for the best one installed. `device`
     may be given apart from the name. A backend passed in is returned as it is.
 
+    sharding: on JAX, the NamedSharding of keys ``[B, kv_heads, tokens, head_dim]``. The backend
+        then allocates over the devices of its mesh, divided along kv_heads, batch, or both. Equal
+        shardings have one backend.
+
     A spec is code to run: it imports a framework, an installed package, or with ``array_api:`` any
     module at all. Do not take it from whom you would not let run code.
 
     Raises:
-        UnknownBackendError: no backend has that name, or two devices are named.
+        UnknownBackendError: no backend has that name, or two devices are named, or what is given
+            as a sharding is none.
         BackendNotAvailableError: its framework or device is missing; gives the command to
             install it.
+        NotSupportedError: a sharding for another framework, or one that divides tokens or
+            head_dim.
     """
+    if not isinstance(spec, str | Backend):
+        raise UnknownBackendError(f"a backend is named by a string; got {type(spec).__name__}.")
+    if sharding is not None:
+        return _sharded(spec, device, sharding)
     if isinstance(spec, Backend):
         return spec
-    if not isinstance(spec, str):
-        raise UnknownBackendError(f"a backend is named by a string; got {type(spec).__name__}.")
     if spec == "auto":
         spec = os.environ.get("KVCACHE_BACKEND") or "auto"
     name, _, suffix = spec.partition(":")
@@ -120,7 +133,8 @@ def portable_spec(backend: Backend) -> str:
     if not known:
         raise NotSupportedError(
             f"a pickled cache names its backend, and {backend.spec!r} does not lead to "
-            f"{type(backend).__name__}. Make it known with register_backend."
+            f"{type(backend).__name__}. Make it known with register_backend, or save the cache to "
+            "a file and load it on the backend."
         )
     return backend.spec
 
@@ -148,11 +162,28 @@ def backend_of(array: Array) -> Backend:
     )
 
 
+def backend_beside(array: Array) -> Backend:
+    """Return a backend for what is computed with `array`, whose own arrays are whole everywhere.
+
+    That of :func:`backend_of`, or one over the devices of an array with a sharding.
+
+    Raises: UnknownBackendError, as backend_of.
+    """
+    kind = backend_type(array)
+    sharding = kind.whole_beside(array)
+    return backend_of(array) if sharding is None else _sharded(kind.name, None, sharding)
+
+
 def backend_type(array: Array) -> type[Backend]:
-    """Return the backend class for `array`, which may be a tracer without a device."""
+    """Return the backend class for `array`, which may be a tracer without a device.
+
+    Raises: UnknownBackendError for a type of arrays that no cache can hold.
+    """
     backend = _types.get(type(array))  # torch.compile can trace no more than such a lookup
     if backend is None:
-        backend = _types[type(array)] = _load(_name_of(type(array)) or "array_api")
+        backend = _load(_name_of(type(array)) or "array_api")
+        backend.check_type(type(array))
+        _types[type(array)] = backend
     return backend
 
 
@@ -252,12 +283,32 @@ def _load(name: str) -> type[Backend]:
 
 # By resolved device: "torch", "torch:cuda" and "torch:cuda:0" are to be one object.
 _instances: dict[tuple[str, str], Backend] = {}
+_sharded_instances: dict[object, Backend] = {}  # by sharding
 
 
 @cache
 def _backend(name: str, device: str | None) -> Backend:
     backend = _load(name)(device)
     return _instances.setdefault((name, backend.device), backend)
+
+
+def _sharded(spec: str | Backend, device: str | None, sharding: object) -> Backend:
+    """Return the backend of a sharding. Raises: as :func:`get_backend`."""
+    name = spec.name if isinstance(spec, Backend) else spec
+    if device or ":" in name:
+        raise UnknownBackendError(
+            f"a sharding says on which devices a cache is; got {spec!r} and device={device!r} "
+            "besides. Name the framework alone."
+        )
+    if name not in _SHARDED:
+        raise NotSupportedError(
+            f"caches over several devices are made on {', '.join(_SHARDED)}; got {name!r}. Keep a "
+            "cache for each device, of its part of the heads."
+        )
+    _load(name)  # raises, with the remedy, where the framework is missing
+    module, _, attribute = _SHARDED[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)(sharding)
+    return _sharded_instances.setdefault(sharding, backend)
 
 
 def _inspect(name: str) -> BackendInfo:

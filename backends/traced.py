@@ -24,6 +24,18 @@ class TracedFunctions:
     """Array-API namespace for code written above the caches."""
 
     @classmethod
+    def check_type(cls, kind: type) -> None:
+        """Raise UnknownBackendError for a type of arrays that no cache can hold."""
+
+    @classmethod
+    def whole_beside(cls, array: Array) -> object | None:
+        """Return a sharding whose arrays are whole on every device of `array`; None for one device.
+
+        It is one for :func:`get_backend`.
+        """
+        return None
+
+    @classmethod
     def is_traced(cls, array: Array) -> bool:
         """Return whether a transform (jit, vmap, compile) traces `array`: it has no values yet.
 

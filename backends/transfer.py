@@ -8,8 +8,10 @@ from .arrays import Array
 from .base import Backend
 
 
-def transfer(array: Array, source: Backend, target: Backend) -> Array:
+def transfer(array: Array, source: Backend, target: Backend, axes: str = "") -> Array:
     """Return `array` of `source` as an array of `target`, equal bit for bit.
+
+    axes: of history, as in :meth:`Backend.alloc_axes`.
 
     The two share memory where the frameworks can; otherwise the host copies. Before writing to
     either array, copy the result and sync the copy: it may still be reading the memory of `array`.
@@ -21,6 +23,8 @@ def transfer(array: Array, source: Backend, target: Backend) -> Array:
     try:
         shared = target.from_dlpack(array)
     except DTypeError:
-        return target.from_host(source.to_host(array))
+        return target.from_host_axes(source.to_host(array), axes)
     # DLPack may have left the array on the device of `source`.
-    return shared if target.owns(shared) else target.from_host(source.to_host(array))
+    if target.owns(shared):
+        return shared
+    return target.from_host_axes(source.to_host(array), axes)

@@ -170,6 +170,6 @@ def layer_points(cache):
 
 def keeping_result(program):
     """A program that consumes arguments, as the JAX adapter calls it."""
-    from kvcache.backends._jax import _keeping_result
+    from kvcache.backends.interrupts import keeping_result
 
-    return _keeping_result(program)
+    return keeping_result(program)

@@ -117,9 +117,9 @@ class GrowingBuffers:
 
     def alloc(self, slots: int) -> Arrays:
         """Return new arrays of so many slots."""
-        alloc, geometry = self.backend.alloc, self.geometry
+        alloc, geometry = self.backend.alloc_axes, self.geometry
         shapes = zip(geometry.shapes(slots), geometry.dtypes, strict=True)
-        return tuple([alloc(shape, dtype) for shape, dtype in shapes])
+        return tuple([alloc(shape, dtype, geometry.axes) for shape, dtype in shapes])
 
     def savepoint(self) -> Callable[[], None]:
         """Return a function that undoes growth, and other moves, from now on."""
@@ -160,7 +160,9 @@ class GrowingBuffers:
 
     def likes(self) -> tuple[Array, Array]:
         """Return arrays without slots, in the dtypes of keys and values and of their rank."""
-        keys, values = self.alloc(0)
+        shape = [1, 1, 1, 1]
+        shape[self.axis] = 0
+        keys, values = (self.backend.alloc(shape, dtype) for dtype in self.geometry.dtypes)
         return keys, values
 
     # Tokens taken back.
@@ -290,7 +292,8 @@ class GrowingBuffers:
         Whole buffers are transferred, because a slice need not be compact memory, and then some
         frameworks cannot share it (JAX).
         """
-        return tuple([transfer(array, self.backend, backend) for array in self.arrays])
+        axes = self.geometry.axes
+        return tuple([transfer(array, self.backend, backend, axes) for array in self.arrays])
 
 
 def traced_forms(backend: Backend, arrays: Arrays) -> Arrays:

@@ -192,7 +192,8 @@ class CopyableCache(StandaloneCache):
         spare: bool = True,
     ) -> None:
         axis, held = self._admission.axis, layer[0].data.shape[TOKENS]
-        arrays = tuple([backend.from_host(swapped(array.data, axis)) for array in layer])
+        from_host, layout = backend.from_host_axes, self._admission.layout
+        arrays = tuple([from_host(swapped(array.data, axis), layout) for array in layer])
         self._atomic(partial(self._fill, arrays, held, offset, padding, spare))
 
     def _fill(

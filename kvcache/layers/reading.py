@@ -70,8 +70,8 @@ class ReadableCache(ExportableCache):
             return buffers.slots(int(slots[0]), int(slots[-1]) + 1)
         # Cut on the host, in a tenth of a millisecond; a program for each length takes 100.
         arrays = buffers.read_slots(slots)
-        from_host = buffers.backend.from_host
-        return tuple([from_host(swapped(array.data, buffers.axis)) for array in arrays])
+        from_host, axes = buffers.backend.from_host_axes, buffers.geometry.axes
+        return tuple([from_host(swapped(array.data, buffers.axis), axes) for array in arrays])
 
     @property
     def state_positions(self) -> Int32s:

@@ -17,6 +17,7 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.admission import refuse_exported
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.states import (
+    STATE_AXES,
     TOKEN_AXIS,
     StateForm,
     admitted,
@@ -239,7 +240,7 @@ class CopyableStates(StandaloneCache):
         clone = self.make(target, self.options)
         if self._form is not None and self._state:
             self._shared = True
-            move = partial(transfer, source=self._form.backend, target=target)
+            move = partial(transfer, source=self._form.backend, target=target, axes=STATE_AXES)
             states = {p: tuple(map(move, state)) for p, state in self._resumable().items()}
             target.sync(*(array for state in states.values() for array in state))
             clone._fill(states, self._offset, target, shared=True)

@@ -14,7 +14,7 @@ from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.backends.base import FastKey
 from kvcache.errors import KVCacheError, ShapeError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
-from kvcache.storage.arrays import NamedArray, check_layer_form
+from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form
 from kvcache.storage.lengths import ceil_div, padded_index
 
 from .checks import check_dtype, check_heads, check_tokens, refuse_gradients
@@ -250,22 +250,23 @@ class PoolBuffers:
         for layer, buffers in self._settled().items():
             parts = zip(buffers, self.layouts, clone.layouts, strict=False)
             clone._layers[layer] = tuple(
-                clone._copied(transfer(buffer, self.backend, backend), old, new)
+                clone._copied(transfer(buffer, self.backend, backend, old.axes), old, new)
                 for buffer, old, new in parts
             )
         for layer, keys in self._originals.buffers.items():
-            clone._originals.buffers[layer] = clone._copied(
-                transfer(keys, self.backend, backend), self.layouts[0], clone.layouts[0]
-            )
+            old, new = self.layouts[0], clone.layouts[0]
+            moved = transfer(keys, self.backend, backend, old.axes)
+            clone._originals.buffers[layer] = clone._copied(moved, old, new)
         return clone
 
     def _copied(self, rows: Array, old: ArrayLayout, new: ArrayLayout) -> Array:
         """Return a buffer in layout `new`, its first cells a copy of `rows` in layout `old`."""
         if new.axes != old.axes:  # on the host, which moves bits and never computes with them
             order = [old.axes.index(axis) for axis in new.axes]
-            rows = self.backend.from_host(self.backend.to_host(rows).transpose(order))
+            turned = self.backend.to_host(rows).transpose(order)
+            rows = self.backend.from_host_axes(turned, new.axes)
         tokens = rows.shape[new.token_axis]
-        buffer = self.backend.alloc(new.resized(rows, self.cells), self.dtype)
+        buffer = self.backend.alloc_axes(new.resized(rows, self.cells), self.dtype, new.axes)
         buffer = self.backend.write_slice(buffer, rows, 0, tokens, new.token_axis)
         self.backend.sync(buffer)  # `rows` may share memory with the other pool, soon changed
         return buffer
@@ -319,6 +320,8 @@ class PoolBuffers:
             queued = [] if layer in self._layers else self._pending.rows_of(layer)
             given = [rows.get(layer, ()) for rows in parts]
             check_layer_form([*queued, *given], names, len(HOST_LAYOUT.axes), self.dtype)
+            if layer not in self._layers:
+                self._check_new(next(arrays for arrays in given if arrays))
         for layer, buffers in list(self._layers.items()):
             pairs = zip(self.layouts, buffers, strict=False)
             own = [layout.sizes(buffer) for layout, buffer in pairs]
@@ -329,6 +332,12 @@ class PoolBuffers:
                         "a snapshot goes back to layers of the same heads and head_dim; "
                         f"layer {layer} has {own}, got {given_sizes}."
                     )
+
+    def _check_new(self, arrays: LayerArrays) -> None:
+        """Raise ShapeError if the backend takes no layer of such rows: a later pass would do so."""
+        pairs = zip(self.layouts, arrays, strict=False)
+        sizes = [(layout, *HOST_LAYOUT.sizes(array.data)) for layout, array in pairs]
+        self._alloc([layout.shape(heads, 0, dim) for layout, heads, dim in sizes])
 
     def enqueue_rows(self, cells: Indices, rows: LayerRows) -> None:
         """Queue `rows` to be written to `cells` before the next access; from any thread."""
@@ -343,8 +352,8 @@ class PoolBuffers:
         for layer, arrays in rows.items():
             pairs = list(zip(self.layouts, arrays, strict=False))
             moved = tuple(
-                self.backend.from_host(layout.from_host_layout(array.pad(index.size).data))
-                for layout, array in pairs
+                self.backend.from_host_axes(layout.from_host_layout(rows.data), layout.axes)
+                for layout, rows in ((layout, array.pad(index.size)) for layout, array in pairs)
             )
             buffers = self._layers.get(layer) or self._alloc_like(moved)
             axes = self._write_axes[len(moved)]
@@ -385,4 +394,5 @@ class PoolBuffers:
         return self._alloc([layout.resized(array, self.cells) for layout, array in pairs])
 
     def _alloc(self, shapes: Iterable[Sequence[int]]) -> Arrays:
-        return tuple(self.backend.alloc(shape, self.dtype) for shape in shapes)
+        pairs, alloc = zip(self.layouts, shapes, strict=False), self.backend.alloc_axes
+        return tuple(alloc(shape, self.dtype, layout.axes) for layout, shape in pairs)

@@ -13,11 +13,12 @@ from .layouts import ArrayLayout
 
 def check_dtype(backend: Backend, dtype: str, name: str, array: Array) -> None:
     """Raise DTypeError unless `array`, called `name`, is of `backend` and has this dtype."""
-    if not backend.owns(array) or backend.dtype_name(array) != dtype:
+    owned = backend.owns(array)
+    if not owned or backend.dtype_name(array) != dtype:
         refuse_several_devices(backend, array)
         raise DTypeError(
             f"{name} must be {dtype} arrays of {backend.spec}; got {described(array)}. "
-            "Convert them."
+            f"{'Cast it.' if owned else backend.moved_by}"
         )
 
 

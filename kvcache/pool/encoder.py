@@ -369,7 +369,7 @@ class EncoderCache(Cache):
             if self._backend is not None:
                 target.dtype(self._dtype)
                 clone._backend = target
-                clone._entries = transferred(self._stored(), self._backend, target)
+                clone._entries = transferred(self._stored(), self._layouts, self._backend, target)
         return clone
 
     def prepare_close(self) -> Commit:

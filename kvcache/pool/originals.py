@@ -69,7 +69,8 @@ class OriginalKeys:
         moved.
         """
         if layer not in self.buffers:
-            return self._copied(self._backend.alloc(keys.shape, self._dtype), keys, cells)
+            buffer = self._backend.alloc_axes(keys.shape, self._dtype, self._layout.axes)
+            return self._copied(buffer, keys, cells)
         self.buffers[layer] = self._copied(self.buffers[layer], keys, cells)
         return self.buffers[layer]
 

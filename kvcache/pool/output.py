@@ -74,13 +74,19 @@ def position_after(position: int, start: int, stop: int | None) -> int | None:
     return None if stop is None or position < stop else position - (stop - start)
 
 
-def transferred(entries: Entries, source: Backend, target: Backend) -> Entries:
+def transferred(
+    entries: Entries, layouts: Sequence[ArrayLayout], source: Backend, target: Backend
+) -> Entries:
     """Return `entries` on `target`, sharing memory where possible: it is never written to."""
     chains = [entry for latest in entries.values() for entry in latest.chain()]
     layers = [arrays for entry in chains for arrays in entry.layers.values()]
     # By identity, so that sequences with a common output still share it afterwards.
-    distinct = {id(array): array for arrays in layers for array in arrays}
-    moved = {key: transfer(array, source, target) for key, array in distinct.items()}
+    distinct = {
+        id(array): (array, layout.axes)
+        for arrays in layers
+        for array, layout in zip(arrays, layouts, strict=True)
+    }
+    moved = {key: transfer(array, source, target, axes) for key, (array, axes) in distinct.items()}
 
     def on_target(latest: Entry) -> Entry:
         *earlier, first = latest.chain()
@@ -189,7 +195,8 @@ def _from_rows(
     orders = ([ROW_AXES.index(axis) for axis in layout.axes] for layout in layouts)
     # Copies: a snapshot may go on holding these rows, and a framework may share their memory.
     copies = [np.array(a.data.transpose(o), order="C") for a, o in zip(rows, orders, strict=True)]
-    return finite_output(backend, layouts, tuple(map(backend.from_host, copies)))
+    axes = (layout.axes for layout in layouts)
+    return finite_output(backend, layouts, tuple(map(backend.from_host_axes, copies, axes)))
 
 
 def finite_output(backend: Backend, layouts: Sequence[ArrayLayout], arrays: Arrays) -> Arrays:

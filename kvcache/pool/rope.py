@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.backends import Array, Layout, backend_of
+from kvcache.backends import Array, Layout, backend_beside
 from kvcache.backends.arrays import Namespace
 from kvcache.errors import ShapeError
 from kvcache.storage.layout import TOKEN_AXIS
@@ -77,7 +77,7 @@ class RoPEShift:
         Raises: ShapeError if rotary dimensions lie beyond head_dim, or if there is not one offset
             for each token: the keys are in another layout then.
         """
-        backend = backend_of(keys)
+        backend = backend_beside(keys)
         xp, stop = backend.xp, self.start + 2 * self.inverse_frequencies.size
         axes = [self.layout.index(name) for name in "htd"]
         self._check(tuple(keys.shape), tuple(offsets.shape), stop)

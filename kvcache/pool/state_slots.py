@@ -31,6 +31,8 @@ from .exchange import check_form, convert
 from .owned import Commit
 from .plan import PoolState
 
+SLOT_AXES = "tc"
+"""The first axes of buffers, by the letters of :meth:`Backend.alloc_axes`: slots, channels."""
 Likeness: TypeAlias = tuple[FastKey, ...]
 """What has to be alike for arrays to need no check."""
 
@@ -121,7 +123,8 @@ class StateSlots:
 
     def _alloc(self, form: LayerForm) -> Arrays:
         pairs = zip(*form, strict=True)
-        return tuple(self.backend.alloc((self.count, *shape), dtype) for shape, dtype in pairs)
+        alloc = self.backend.alloc_axes
+        return tuple(alloc((self.count, *shape), dtype, SLOT_AXES) for shape, dtype in pairs)
 
     def _add(self, layers: dict[int, Arrays], forms: dict[int, LayerForm]) -> None:
         """Take over new layers. Other threads that go through the layers keep their own lists."""
@@ -360,7 +363,8 @@ class StateSlots:
                 f"{_described(fixed)} of one sequence, got {_described(given)} of "
                 f"{arrays[0].data.shape[1]}."
             )
-        return tuple(self.backend.from_host(array.data[0]) for array in arrays)
+        from_host = self.backend.from_host_axes
+        return tuple(from_host(array.data[0], SLOT_AXES) for array in arrays)
 
     def copied(self, target: Backend, lock: Lock) -> StateSlots:
         """Return a copy on `target`, without snapshots. Raises: DTypeError."""
@@ -382,9 +386,9 @@ class StateSlots:
 
     def _moved(self, buffer: Array, target: Backend) -> Array:
         """Return a copy of `buffer` on `target` that shares no memory with it."""
-        if target.spec == self.backend.spec:
+        if target.spec == self.backend.spec and target.owns(buffer):
             return target.concat([buffer], 0)
-        return target.from_host(self.backend.to_host(buffer))
+        return target.from_host_axes(self.backend.to_host(buffer), SLOT_AXES)
 
 
 def _name_of(array: NamedArray) -> str:

@@ -37,6 +37,11 @@ class Geometry(NamedTuple):
         """Dtype of both, or of each where they differ."""
         return self.key_dtype if self.key_dtype == self.value_dtype else self.dtypes
 
+    @property
+    def axes(self) -> str:
+        """Layout of keys and values, by the letters of :meth:`Backend.alloc_axes`."""
+        return "bhtd" if self.axis == TOKENS else "bthd"
+
     def shapes(self, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of keys and values of so many tokens, in the layout of the cache."""
         heads = self.kv_heads
@@ -195,8 +200,7 @@ def check_owner(backend: Backend, name: str, array: Array) -> None:
         raise DTypeError(
             f"{name} must be an array of {backend.spec}, where this cache lives; got "
             f"{type(array).__module__}.{type(array).__name__}"
-            f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. "
-            "Convert it with backend.from_dlpack, or through the host."
+            f"{' on ' + str(array.device) if hasattr(array, 'device') else ''}. {backend.moved_by}"
         )
 
 

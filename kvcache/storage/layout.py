@@ -1,7 +1,9 @@
-"""The token axis of keys and values."""
+"""The axes of keys and values."""
 
 from __future__ import annotations
 
+LAYER_AXES = "bhtd"
+"""Axes of snapshots, and of most per-layer caches, by the letters of `Backend.alloc_axes`."""
 TOKENS = 2
 """Token axis of ``[batch, kv_heads, tokens, head_dim]``, the form of files and snapshots."""
 LAYER_AXIS = {"bhtd": TOKENS, "bthd": 1}

@@ -21,6 +21,8 @@ from kvcache.errors import DTypeError, ShapeError, SnapshotMismatchError
 from .admission import check_owner
 from .arrays import ArrayForm, LayerArrays, NamedArray, array_forms
 
+STATE_AXES = "bc"
+"""The first axes of a state, by the letters of :meth:`Backend.alloc_axes`: batch, channels."""
 TOKEN_AXIS = 0
 """Token axis of states on the host: in front, because the numbers of the other axes vary."""
 
@@ -121,7 +123,7 @@ def to_rows(backend: Backend, states: Sequence[Arrays]) -> LayerArrays:
 
 def from_row(backend: Backend, arrays: LayerArrays, row: int) -> Arrays:
     """Return one state as arrays of `backend`. Raises: DTypeError where it lacks a dtype."""
-    return tuple(backend.from_host(array.data[row]) for array in arrays)
+    return tuple(backend.from_host_axes(array.data[row], STATE_AXES) for array in arrays)
 
 
 def check_state_rows(layers: Iterable[LayerArrays]) -> None:
