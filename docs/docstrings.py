@@ -7,8 +7,8 @@ a line that ends in ``::``, and a block   the line, and a fenced block
 ``Raises: ValueError``                    a paragraph of its own, with a bold word
 ========================================  =========================================
 
-Members of the classes in ``_INHERITING``, and of their bases, that have no docstring get that of the
-member which they override: their page shows the whole class, not the contract that it fulfils.
+Members of the classes in ``_INHERITING``, and of their bases, that have no docstring get that of
+the member which they override: their page shows the whole class, not the contract that it fulfils.
 """
 
 from __future__ import annotations

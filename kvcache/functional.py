@@ -155,8 +155,9 @@ def put_states(state: PoolState, plan: StatePlan, layer: int, *arrays: Array) ->
 def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:
     """Return `state` with L more tokens, and then the keys and values of all its slots.
 
-    keys, values: ``[B, kv_heads, L, head_dim]``. Those returned have as many columns as there are
-        slots; :func:`mask` hides the empty ones.
+    keys, values: ``[B, kv_heads, L, head_dim]``, or in the layout of the cache. Those returned have
+        as many columns as there are slots; :func:`mask` hides the empty ones. The columns of a
+        ring are in no order.
 
     Consumes the buffers of `state`. Appending to a full growing cache overwrites nothing, but
     still advances its offset, by which :meth:`KVCache.import_state` refuses the state.
@@ -238,7 +239,8 @@ def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool
     """Return the mask of the last `tokens` queries: bool ``[tokens, slots]``, True = attend.
 
     Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
-    visible. `window` W lets a token see itself and the W - 1 tokens before it.
+    visible. `window` W lets a token see itself and the W - 1 tokens before it. If rows of the
+    batch are padded, ``[B, 1, tokens, slots]``, and a query of padding sees itself alone.
 
     ahead: return the mask of the next `tokens` queries instead, which the next :func:`append`
         will bring.

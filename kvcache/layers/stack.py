@@ -157,16 +157,20 @@ class LayerCaches(Sequence[C], Generic[C]):
         self._all_or_none(lambda cache: cache.select(numbers))
 
     def split(self) -> list[Self]:
-        """Return the caches of each row of the batch, without padding; see `LayerCache.split`."""
+        """Return the caches of each row of the batch, without padding.
+
+        See :meth:`LayerCache.split`.
+        """
         rows = {id(cache): cache.split() for cache in self._distinct}
         number = max(map(len, rows.values()), default=0)
         return [type(self)(rows[id(cache)][row] for cache in self) for row in range(number)]
 
     @classmethod
     def concat(cls, stacks: Sequence[Self]) -> Self:
-        """Return caches with the rows of all `stacks`, layer by layer; see `LayerCache.concat`.
+        """Return caches with the rows of all `stacks`, layer by layer, which stay as they are.
 
-        Raises: ValueError for no stack, or for other numbers of layers.
+        Raises: ValueError for no stack, or for other numbers of layers; otherwise as
+            :meth:`LayerCache.concat`.
         """
         if len({len(stack) for stack in stacks}) != 1:
             raise ValueError(
