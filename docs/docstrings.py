@@ -7,8 +7,8 @@ a line that ends in ``::``, and a block   the line, and a fenced block
 ``Raises: ValueError``                    a paragraph of its own, with a bold word
 ========================================  =========================================
 
-Members of the classes in ``_INHERITING`` that have no docstring get that of the member which they
-override: their page shows the whole class, not the contract that it fulfils.
+Members of the classes in ``_INHERITING``, and of their bases, that have no docstring get that of
+the member which they override: their page shows the whole class, not the contract that it fulfils.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROLE = re.compile(r":[a-z]+:`~?([^`]+)`")
 _SECTION = re.compile(r"(Raises|Returns): ?(.*)")
 _ITEM = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 _INDENT = "    "
-_INHERITING = ("kvcache.layers.growing.KVCache",)
+_INHERITING = ("kvcache.layers.growing.KVCache", "kvcache.layers.recurrent.StateCache")
 
 
 class ProjectDocstrings(griffe.Extension):
@@ -43,11 +43,13 @@ class ProjectDocstrings(griffe.Extension):
 
 
 def _inherit(cls: griffe.Class) -> None:
-    for base in cls.mro():
-        for name, member in base.members.items():
-            own = cls.members.get(name)
-            if own is not None and own.docstring is None:
-                own.docstring = member.docstring
+    described: dict[str, griffe.Docstring] = {}
+    for owner in reversed([cls, *cls.mro()]):  # the contract first
+        for name, member in owner.members.items():
+            if member.docstring is None:
+                member.docstring = described.get(name)
+            else:
+                described[name] = member.docstring
 
 
 def to_markdown(text: str) -> str:

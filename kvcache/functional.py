@@ -209,8 +209,9 @@ def _checked_shapes(shapes: Sequence[Sequence[SupportsIndex]]) -> list[tuple[int
 def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:
     """Return `state` with L more tokens, and then the keys and values of all its slots.
 
-    keys, values: ``[B, kv_heads, L, head_dim]``. Those returned have as many columns as there are
-        slots; :func:`mask` hides the empty ones.
+    keys, values: ``[B, kv_heads, L, head_dim]``, or in the layout of the cache. Those returned have
+        as many columns as there are slots; :func:`mask` hides the empty ones. The columns of a
+        ring are in no order.
 
     Consumes the buffers of `state`. Appending to a full growing cache overwrites nothing, but
     still advances its offset, by which :meth:`KVCache.import_state` refuses the state.
@@ -292,7 +293,8 @@ def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool
     """Return the mask of the last `tokens` queries: bool ``[tokens, slots]``, True = attend.
 
     Like :meth:`KVCache.mask`, but never None: a program cannot test whether every column is
-    visible. `window` W lets a token see itself and the W - 1 tokens before it.
+    visible. `window` W lets a token see itself and the W - 1 tokens before it. If rows of the
+    batch are padded, ``[B, 1, tokens, slots]``, and a query of padding sees itself alone.
 
     ahead: return the mask of the next `tokens` queries instead, which the next :func:`append`
         will bring.
@@ -311,27 +313,38 @@ def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool
     first = (state.offset if ahead else state.offset - tokens)[None]
     if isinstance(state, RingState):
         columns, sinks = _next_positions(state) if ahead else state.positions, state.sinks
-        queries = first
+        queries, turning = first, state.window
     else:
         # Position p of a growing cache is in slot p, so its first positions count up from 0: an
         # arange that needs no framework to make it.
-        columns, sinks = state.positions, None
+        columns, sinks, turning = state.positions, None, None
         queries = columns[:tokens] + first
     if not state.padding.shape[0]:
         return rule.sees(queries[:, None], columns[None, :], sinks)
-    return _mask_of_rows(rule, queries, columns, sinks, state.padding)
+    return _mask_of_rows(rule, queries, columns, sinks, turning, state.padding)
 
 
 def _mask_of_rows(
-    rule: Visibility, queries: Array, columns: Array, sinks: Array | None, padding: Array
+    rule: Visibility,
+    queries: Array,
+    columns: Array,
+    sinks: Array | None,
+    window: Array | None,
+    padding: Array,
 ) -> Array:
-    """Return the mask of each row of a batch, ``[B, 1, queries, columns]``."""
+    """Return the mask of each row of a batch, ``[B, 1, queries, columns]``.
+
+    window: of a ring, which holds sinks of the row with most padding, and so more than others see.
+    """
     rows = padding[:, None, None, None]
     own = queries[None, None, :, None] - rows
     if sinks is not None:  # the first slots of a ring keep padding, too
         sinks = sinks - backend_type(padding).xp.max(padding)
     # A column of padding, and an empty slot, are before position 0 of the row.
-    visible = rule.sees(own, columns[None, None, None, :] - rows, sinks)
+    positions = columns[None, None, None, :] - rows
+    visible = rule.sees(own, positions, sinks)
+    if window is not None:
+        visible = visible & ((positions > own - window) | (positions < sinks))
     # A query of padding sees itself alone: softmax over nothing is NaN.
     ahead = queries[None, None, :, None] - columns[None, None, None, :]
     return visible | ((own < 0) & (ahead <= 0) & (ahead >= 0))

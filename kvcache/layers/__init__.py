@@ -1,1 +1,1 @@
-"""Per-layer caches: one stream of tokens, or a batch of equally long ones, per layer."""
+"""Per-layer caches: one sequence of tokens, or the rows of a batch, per layer."""

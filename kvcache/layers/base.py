@@ -22,11 +22,11 @@ KINDS: dict[str, type[LayerCache]] = {}
 
 
 class LayerCache(ABC):
-    """State of one layer for one sequence of tokens, or for a batch of equally long ones.
+    """State of one layer for one sequence of tokens, or for a batch of sequences, its rows.
 
     A token has a **position**, counted from the first token ever seen, and a **slot** in the
-    buffers. The slot follows from the position alone, so :attr:`offset`, the next position, is
-    the only counter.
+    buffers, which follows from it. All rows advance together: :attr:`offset`, the next position,
+    is one for the batch. Shorter rows begin with padding, which it counts.
 
     Copies, files and pickles make a cache anew: ``cls.make(backend, cache.options)``. A subclass
     with a constructor of its own overrides :attr:`options`, or :meth:`make`.
@@ -47,7 +47,7 @@ class LayerCache(ABC):
     @property
     @abstractmethod
     def offset(self) -> int:
-        """Tokens seen since the last reset: the position of the next one."""
+        """Tokens seen since the last reset, padding included: the position of the next one."""
 
     @property
     @abstractmethod
@@ -68,6 +68,14 @@ class LayerCache(ABC):
         """Raise ExportedError while a program has the state of the cache.
 
         Only offset, len, sizes, dtype and options can be read then.
+        """
+
+    @abstractmethod
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens, so that they move nothing.
+
+        Raises: ValueError for less than none; ExportedError; whatever the framework raises if
+            memory runs out. The cache is unchanged then.
         """
 
     # Going back.
@@ -164,8 +172,10 @@ class LayerCache(ABC):
         """Make row `i` of the batch what row ``rows[i]`` was: reorder, repeat and drop rows.
 
         Snapshots taken before stay as they are. An open checkpoint stays open, for the rows
-        selected. O(tokens held); the same rows in order cost nothing. A cache without tokens has
-        no rows, and does nothing.
+        selected. Copies what the cache holds; the same rows in order cost nothing. A cache
+        without tokens or declared padding has no rows, and does nothing.
+
+        rows: indices from 0, any number of them, also several times.
 
         Raises: ValueError for a row that is not there, or for no row; TypeError for no list of
             integers; ExportedError. Nothing has changed then.
@@ -175,7 +185,8 @@ class LayerCache(ABC):
     def split(self) -> list[Self]:
         """Return a cache for each row of the batch, without its padding; this one stays as it is.
 
-        Copies; no checkpoints. An empty cache has no rows.
+        Copies; no checkpoints. The cache of a row that is all padding is empty; an empty cache
+        has no rows.
 
         Raises: ExportedError.
         """
@@ -185,7 +196,8 @@ class LayerCache(ABC):
     def concat(cls, caches: Sequence[Self]) -> Self:
         """Return a cache with the rows of all `caches`, which stay as they are.
 
-        Rows end at one position: shorter ones get padding on their left. Copies; no checkpoints.
+        Rows end at one position: shorter ones get padding on their left, as little as possible.
+        Copies; no checkpoints.
 
         caches: with tokens, of one kind with the same options, on one backend, alike but for their
             number of rows; or all of them empty.

@@ -59,7 +59,11 @@ class BatchCache(CopyableCache):
         self.check_not_exported()
         numbers = as_padding(padding)
         check_empty(self._offset)
-        self._set_padding(numbers)
+        self._atomic(partial(self._declare, numbers))
+
+    def _declare(self, padding: Int32s | None) -> None:
+        self._set_padding(padding)
+        self.rewound = Rewind(0, refilled=True)  # its tokens are no longer those named for it
 
     # The batch axis.
 
@@ -111,7 +115,8 @@ class BatchCache(CopyableCache):
 
     @classmethod
     def concat(cls, caches: Sequence[Self]) -> Self:
-        first = check_alike(caches)
+        caches = check_alike(cls, caches)
+        first = caches[0]
         joined = cls.make(first._asked_backend, first.options)
         if not first._offset:
             return joined

@@ -88,7 +88,9 @@ class CopyableCache(StandaloneCache):
 
     def _clone(self, backend: str | Backend | None) -> Self:
         """Return an empty cache like this one, for a copy."""
-        return self.make(backend, self.options)
+        clone = self.make(backend, self.options)
+        clone._set_padding(self._padding)
+        return clone
 
     def copy(self) -> Self:
         self.check_not_exported()

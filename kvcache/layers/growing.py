@@ -40,7 +40,8 @@ class KVCache(ReadableCache):
         mask = cache.mask(L)           # [L, n], True = attend; None = everything is visible
 
     backend: name or :class:`~kvcache.Backend`; None takes that of the first array.
-    step: buffers grow to multiples of this many tokens, and by half at least.
+    step: buffers grow to multiples of this many tokens, and by half at least. The first update
+        leaves room for half a step, up to 128 tokens, unless it fits into `capacity`.
     dtype: of keys and values; None takes those of the first ones, which may differ.
     capacity: tokens to make room for at the first update already.
     layout: "bhtd", or "bthd" for keys and values ``[B, tokens, kv_heads, head_dim]``. Snapshots,
@@ -116,12 +117,13 @@ class KVCache(ReadableCache):
     def update(self, keys: Array, values: Array) -> tuple[Array, Array]:
         """Append L >= 1 tokens; return all keys and values visible to their queries.
 
-        keys, values: ``[B, kv_heads, L, head_dim]``; the two head_dims may differ. The arrays are
-            copied, and stay the caller's.
+        keys, values: ``[B, kv_heads, L, head_dim]``, or as `layout` says; head_dims and dtypes of
+            the two may differ. The arrays are copied, and stay the caller's.
 
-        Returns keys and values with n columns instead of L: read-only, and valid until the next
-        call that changes the cache. n is the number of tokens held, or more where the backend pads
-        (JAX returns its whole buffer): :meth:`mask` hides the rest.
+        Returns keys and values with n columns instead of L, ascending by position: read-only, and
+        valid until the next call that changes the cache. n is the number of tokens held, of a
+        rotating cache those in the windows of the queries, or more where the backend pads (JAX
+        returns its whole buffer): :meth:`mask` hides the rest.
 
         On torch, gradients flow to the keys and values of this update; earlier ones are constants.
 

@@ -55,8 +55,9 @@ class ReadableCache(ExportableCache):
     def state(self) -> tuple[Array, ...]:
         """Keys and values held, ``[B, kv_heads, len, head_dim]`` each; () when empty.
 
-        Read-only, and valid until the next call that changes the cache. Exactly :attr:`len`
-        columns on every backend; on JAX they are a copy made by the host.
+        In the layout of the cache, ascending by position: see :attr:`state_positions`. Read-only,
+        and valid until the next call that changes the cache. Exactly :attr:`len` columns on every
+        backend; on JAX they are a copy made by the host.
         """
         self.check_not_exported()
         if self._buffers is None or not self._offset:
@@ -75,12 +76,15 @@ class ReadableCache(ExportableCache):
 
     @property
     def state_positions(self) -> Int32s:
-        """Position of every column of :attr:`state`, int32 [len], ascending."""
+        """Position of every column of :attr:`state`, int32 [len], ascending.
+
+        One for all rows of a batch: padding counts.
+        """
         return self._held()[0]
 
     @property
     def positions(self) -> Int32s:
-        """Position of every column of the last `update`, int32 [n]; -1 for padding.
+        """Position of every column of the last `update`, int32 [n], ascending; -1 for padding.
 
         ``[B, n]`` if rows are padded: positions count from the first token of the row.
         """
@@ -116,6 +120,9 @@ class ReadableCache(ExportableCache):
         The mask is ``[tokens, n]`` in the backend's ``mask_dtype`` (``"bool"``: True = attend), or
         None when every column is visible to every query. `window` W lets a token see itself and
         the W - 1 tokens before it. Layers with equal histories can share one mask.
+
+        If rows of the batch are padded, ``[B, 1, tokens, n]``: it hides the padding of each row,
+        and a query of padding sees itself alone, as softmax over nothing is NaN.
 
         ahead: return the mask of the next `tokens` queries instead, over the columns that their
             update will return: for models that make the mask before their layers update.

@@ -10,11 +10,13 @@ import numpy as np
 
 from kvcache._checks import NO_LIMIT, as_index, as_indices, as_room
 from kvcache.backends import Array
+from kvcache.backends.arrays import Arrays
 from kvcache.errors import KVCacheError, StateError, TrimError
-from kvcache.storage.states import admitted
+from kvcache.storage.states import StateForm, admitted
 
 from .checkpoint import checked_accepted
 from .exports import Export, new_owner
+from .padding import check_padding
 from .recurrent_batch import BatchStates
 from .recurrent_copies import NO_UPDATE, Coming, States
 from .rewind import Rewind
@@ -61,7 +63,7 @@ class StateCache(BatchStates):
             ExportedError; the cache is unchanged then.
         """
         tokens = self._checked_tokens(tokens)
-        form = admitted(arrays, self._form or self._coming.form, self._asked)
+        form = self._admitted(arrays)
         backend = form.backend
         state = backend.owned(arrays)
         # It is not returned, so nobody else has it computed before the next update.
@@ -112,10 +114,18 @@ class StateCache(BatchStates):
                 f"record takes the state behind one of the cuts of the coming update, {wanted}; "
                 f"got position {position}. Call cuts(tokens) first, and schedule() other positions."
             )
-        form = admitted(arrays, self._form or coming.form, self._asked)
+        form = self._admitted(arrays)
         state = form.backend.owned(arrays)
         form.backend.evaluate(*state)
         self._coming = Coming(coming.tokens, {**coming.states, position: state}, form)
+
+    def _admitted(self, arrays: Arrays) -> StateForm:
+        """Return the form of a state to come. Raises: as :meth:`advance`."""
+        fixed = self._form or self._coming.form
+        form = admitted(arrays, fixed, self._asked)
+        if fixed is None:
+            check_padding(self._padding, form.shapes[0][0])
+        return form
 
     def _checked_tokens(self, tokens: SupportsIndex) -> int:
         """Return the size of an update as an int. Raises: ValueError, ExportedError."""
@@ -219,6 +229,11 @@ class StateCache(BatchStates):
 
     def rollback(self, accepted: SupportsIndex = 0) -> None:
         self._back_to(self._checked_rollback(accepted))
+
+    def reserve(self, tokens: SupportsIndex) -> None:
+        """Check `tokens` and do nothing: a state needs no room."""
+        self.check_not_exported()
+        as_room(tokens, "tokens")
 
     def reset(self) -> None:
         def forget() -> None:

@@ -39,7 +39,7 @@ class BatchStates(CopyableStates):
         self.check_not_exported()
         numbers = as_padding(padding)
         check_empty(self._offset)
-        self._padding = numbers
+        self._padding, self.rewound = numbers, Rewind(0, refilled=True)
 
     def check_select(self, rows: Iterable[SupportsIndex]) -> None:
         self.check_not_exported()
@@ -93,12 +93,13 @@ class BatchStates(CopyableStates):
             read = form.backend.read_slice
             take = partial(_taken, form, lambda array: read(array, row, row + 1, 0))
             states = {p - padding: take(s) for p, s in self._resumable().items() if p > padding}
-            clone._fill(states, self._offset - padding, form.backend)
+            clone._fill(states, self._offset - padding, form.backend, None)
         return clone
 
     @classmethod
     def concat(cls, caches: Sequence[Self]) -> Self:
-        first = check_alike(caches)
+        caches = check_alike(cls, caches)
+        first = caches[0]
         joined = cls.make(first._asked_backend, first.options)
         form, stop = first._form, max(cache._offset for cache in caches)
         if form is None or not stop:
@@ -114,8 +115,7 @@ class BatchStates(CopyableStates):
             parts = [block._held()[position - stop + block._offset] for block in blocks]
             concat = form.backend.concat
             states[position] = tuple([concat(part, 0) for part in zip(*parts, strict=True)])
-        joined._fill(states, stop, form.backend)
-        joined._padding = as_padding(short)
+        joined._fill(states, stop, form.backend, as_padding(short))
         return joined
 
     @staticmethod

@@ -10,6 +10,7 @@ from kvcache.backends import Array
 from kvcache.errors import StateError
 from kvcache.storage.lengths import padded_index, padded_positions
 
+from .arena import Ring
 from .buffers import GrowingBuffers, traced_forms
 from .columns import Sizes
 from .exports import State, check_room, new_owner
@@ -26,9 +27,10 @@ class ExportableRing(CopyableRing):
         backend = arena.backend
         self._retain(arena, self._first, self._offset, self._offset)
         self._spill()
-        slots = min(self._offset + tokens, self._ring.size)
-        capacity = Sizes.on(backend, self._step, self._ring.size).grown(slots).capacity
-        positions = self._ring.positions(self._offset)
+        ring = self._program_ring
+        slots = min(self._offset + tokens, ring.size)
+        capacity = Sizes.on(backend, self._step, ring.size).grown(slots).capacity
+        positions = ring.positions(self._offset)
         held = np.pad(arena.slots_of(positions), (0, capacity - positions.size), "edge")
         make_state = self._state_maker(capacity, owner, arena.likes())
         keys, values = traced_forms(backend, arena.gathered(arena.arrays, held))
@@ -40,24 +42,41 @@ class ExportableRing(CopyableRing):
         self, capacity: int, owner: int, likes: tuple[Array, Array]
     ) -> Callable[[Array, Array], RingState]:
         padding = self._padding_array()
-        ring, offset = self._ring, self._offset
+        ring, offset = self._program_ring, self._offset
         numbers = self._on_device(
             offset,
             padded_positions(ring.positions(offset), capacity),
             owner,
-            offset if offset < self._ring.size else ring.slot(offset),
+            offset if offset < ring.size else ring.slot(offset),
             ring.keep,
             ring.size if capacity >= ring.size else np.iinfo(np.int32).max,
+            ring.window,
         )
-        offset_array, positions, owner_array, slot, sinks, size = numbers
+        offset_array, positions, owner_array, slot, sinks, size, window = numbers
         return lambda keys, values: RingState(
-            keys, values, offset_array, positions, likes, owner_array, slot, sinks, size, padding
+            keys,
+            values,
+            offset_array,
+            positions,
+            likes,
+            owner_array,
+            slot,
+            sinks,
+            size,
+            window,
+            padding,
         )
+
+    @property
+    def _program_ring(self) -> Ring:
+        """Layout of the form for programs, without sinks of rows that were dropped."""
+        return self._ring._replace(keep=self._sinks)
 
     def _take_over(self, buffers: GrowingBuffers, state: State, offset: int) -> None:
         backend, capacity = buffers.backend, state.keys.shape[buffers.axis]
-        check_room(offset, min(offset, self._ring.size), capacity)
-        positions = self._ring.positions(offset)
+        ring = self._program_ring
+        check_room(offset, min(offset, ring.size), capacity)
+        positions = ring.positions(offset)
         # Also an older state whose arrays a later append has changed: one in place (NumPy, torch).
         if not np.array_equal(
             backend.to_host(state.positions), padded_positions(positions, capacity)
@@ -78,6 +97,8 @@ class ExportableRing(CopyableRing):
         rewound = Rewind.after(self.rewound, offset, self._offset)
         undo = self.savepoint()
         try:
+            if ring != self._ring:  # another arena, for fewer sinks
+                self._ring, self._buffers = ring, None
             self._place(rows, ascending.size, offset, spare=True)
             # One statement: no signal handler runs in between.
             (

@@ -145,10 +145,13 @@ class RotatingKVCache(ExportableRing):
         return super().can_trim(tokens) and (tokens == 0 or held)
 
     def check_trim(self, tokens: int) -> None:
+        tokens = as_index(tokens, "tokens")
         if super().can_trim(tokens) and not self.can_trim(tokens):
+            most = max(0, self._offset - self._window - max(self._first, self._whole))
             raise TrimError(
                 f"a rotating cache cannot trim once tokens were displaced: {self._offset} came, "
-                f"it holds {self.len}. Use checkpoint() and rollback(), or a cache with slack."
+                f"it holds {self.len}, so it takes back 0 to {most}; got {tokens}. Use "
+                "checkpoint() and rollback(), or a cache with slack for as many."
             )
         super().check_trim(tokens)
 

@@ -14,6 +14,7 @@ from kvcache.snapshots.resuming import check_contiguous
 from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 
+from .alike import as_caches
 from .base import KINDS, LayerCache, kind_of
 from .records import read_records
 
@@ -84,6 +85,10 @@ class LayerCaches(Sequence[C], Generic[C]):
     def nbytes(self) -> int:
         """Bytes allocated in all layers, spare capacity included."""
         return sum(cache.nbytes for cache in self._distinct)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens in all layers; see :meth:`LayerCache.reserve`."""
+        self._all_or_none(lambda cache: cache.reserve(tokens))
 
     # Going back.
 
@@ -157,17 +162,28 @@ class LayerCaches(Sequence[C], Generic[C]):
         self._all_or_none(lambda cache: cache.select(numbers))
 
     def split(self) -> list[Self]:
-        """Return the caches of each row of the batch, without padding; see `LayerCache.split`."""
+        """Return the caches of each row of the batch, without padding.
+
+        See :meth:`LayerCache.split`.
+        """
         rows = {id(cache): cache.split() for cache in self._distinct}
-        number = max(map(len, rows.values()), default=0)
+        numbers = {len(caches) for caches in rows.values()}
+        if len(numbers) > 1:
+            raise ValueError(
+                f"layers that are split together have the same rows; got {sorted(numbers)}. Finish "
+                "the forward pass first."
+            )
+        number = max(numbers, default=0)
         return [type(self)(rows[id(cache)][row] for cache in self) for row in range(number)]
 
     @classmethod
     def concat(cls, stacks: Sequence[Self]) -> Self:
-        """Return caches with the rows of all `stacks`, layer by layer; see `LayerCache.concat`.
+        """Return caches with the rows of all `stacks`, layer by layer, which stay as they are.
 
-        Raises: ValueError for no stack, or for other numbers of layers.
+        Raises: ValueError for no stack, or for other numbers of layers; otherwise as
+            :meth:`LayerCache.concat`.
         """
+        stacks = as_caches(stacks, LayerCaches)
         if len({len(stack) for stack in stacks}) != 1:
             raise ValueError(
                 "concat joins stacks of as many layers each, one or more; got "

@@ -54,6 +54,8 @@ class RingState(NamedTuple):
 
     Larger than any slot if the buffer is shorter than the ring: tokens beyond it are not written.
     """
+    window: Array
+    """int32 []: tokens that a query sees besides the sinks, itself included."""
     padding: Array
     """int32 [B]: tokens that each row lacks on its left; [0] if no row lacks any."""
 

@@ -69,7 +69,7 @@ class Admission:
     def __init__(
         self, backend: str | Backend | None, dtype: str | None, layout: str = "bhtd"
     ) -> None:
-        if layout not in LAYER_AXIS:
+        if layout not in tuple(LAYER_AXIS):  # compared, not hashed: it may be anything
             raise ValueError(f"layout is one of {', '.join(LAYER_AXIS)}; got {layout!r}.")
         self.layout = layout
         self.axis = LAYER_AXIS[layout]
