@@ -32,4 +32,8 @@ def check_alike(caches: Sequence[C]) -> C:
             f"concat joins caches with tokens; {sum(empty)} of {len(empty)} have none. Leave them "
             "out."
         )
+    if all(empty) and any(cache.padding is not None for cache in caches):
+        raise ValueError(
+            "concat joins tokens; got padding without any. Declare it for the joined cache."
+        )
     return first

@@ -92,6 +92,7 @@ class CopyableCache(StandaloneCache):
     def copy(self) -> Self:
         self.check_not_exported()
         clone = self._clone(self._asked_backend)
+        clone._set_padding(self._padding)
         if (buffers := self._buffers) is not None and self._offset:
             buffers.clean(self._slot(buffers, self._offset))
             arrays = self._held_of(buffers, buffers.arrays, buffers.backend)
@@ -102,6 +103,7 @@ class CopyableCache(StandaloneCache):
         self.check_not_exported()
         target = get_backend(backend)
         clone = self._clone(target)
+        clone._set_padding(self._padding)
         if (buffers := self._buffers) is not None and self._offset:
             buffers.clean(self._slot(buffers, self._offset))
             arrays = self._held_of(buffers, buffers.transferred(target), target)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from kvcache._types import Int32s
 from kvcache.backends.arrays import Arrays
 from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
 from kvcache.storage.states import StateForm, to_rows
 
+from .padding import padding_array
 from .pinning import PinnedRows
 
 
@@ -19,10 +21,17 @@ class HeldStates:
     rows need not be spilled while it goes on. A slot is the index of a state.
 
     pins: of the cache, which counts the states that are pinned as its memory.
+    padding: of the rows of the batch.
     """
 
-    def __init__(self, form: StateForm, states: Sequence[Arrays], pins: PinnedRows) -> None:
-        self._form, self._states, self._pins = form, states, pins
+    def __init__(
+        self,
+        form: StateForm,
+        states: Sequence[Arrays],
+        pins: PinnedRows,
+        padding: Int32s | None,
+    ) -> None:
+        self._form, self._states, self._pins, self._padding = form, states, pins, padding
         self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
 
     @property
@@ -37,7 +46,8 @@ class HeldStates:
         if not slots.size:
             return {}
         # Snapshots number layers; a cache knows only its own, under 0.
-        return {0: to_rows(self._form.backend, self.at(slots))}
+        arrays = to_rows(self._form.backend, self.at(slots))
+        return {0: arrays if self._padding is None else (*arrays, padding_array(self._padding))}
 
     def pin(self, rows: TokenRows) -> None:
         self._pins.pin(rows)

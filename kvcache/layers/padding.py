@@ -16,13 +16,11 @@ NAME = "padding"
 """Name of the array in files."""
 
 
-def as_padding(tokens: Iterable[SupportsIndex] | None) -> Int32s | None:
+def as_padding(tokens: Iterable[SupportsIndex]) -> Int32s | None:
     """Return the padding of each row as int32; None if no row has any.
 
     Raises: TypeError for no list of integers; ValueError for negative ones.
     """
-    if tokens is None:
-        return None
     padding = as_indices(tokens, "padding")
     if any(not 0 <= count <= NO_LIMIT for count in padding):
         raise ValueError(f"padding is 0 tokens or more in each row; got {padding}.")

@@ -62,6 +62,8 @@ class StateCache(BatchStates):
         """
         tokens = self._checked_tokens(tokens)
         form = admitted(arrays, self._form or self._coming.form, self._asked)
+        if self._padding is not None:
+            self._check_padded(self._padding, form)
         backend = form.backend
         state = backend.owned(arrays)
         # It is not returned, so nobody else has it computed before the next update.
@@ -113,6 +115,7 @@ class StateCache(BatchStates):
                 f"got position {position}. Call cuts(tokens) first, and schedule() other positions."
             )
         form = admitted(arrays, self._form or coming.form, self._asked)
+        self._check_padded(self._padding, form)
         state = form.backend.owned(arrays)
         form.backend.evaluate(*state)
         self._coming = Coming(coming.tokens, {**coming.states, position: state}, form)

@@ -29,6 +29,7 @@ from kvcache.storage.states import (
 from .checkpoint import Names, savepoint
 from .exports import Export
 from .held import HeldStates, pinned_states
+from .padding import check_padding, common_padding, padding_array, without_padding
 from .pinning import PinnedRows
 from .rewind import Rewind
 from .stack import StandaloneCache
@@ -170,7 +171,7 @@ class CopyableStates(StandaloneCache):
         }
         if self._form is None or not held:
             return TokenRows(np.empty(0, np.int32))
-        owner = HeldStates(self._form, [*held.values()], self._pins)
+        owner = HeldStates(self._form, [*held.values()], self._pins, self._padding)
         return TokenRows.resident(np.array([*held], np.int32) - 1, owner, np.arange(len(held)))
 
     def _held(self) -> States:
@@ -181,13 +182,23 @@ class CopyableStates(StandaloneCache):
         indices = [np.flatnonzero(rows.positions == offset - 1) for rows in parts]
         rows, index = [pair for pair in zip(parts, indices, strict=True) if pair[1].size][-1]
         layer = rows.read(index[-1:]).get(0, ())  # 0: see HeldStates.read
+        padding = common_padding([layer], self._padding)
+        layer, _ = without_padding(layer)
         check_state_rows([layer])
-        self._fill({offset: from_row(backend, layer, 0)}, offset, backend)
+        self._fill({offset: from_row(backend, layer, 0)}, offset, backend, padding)
 
-    def _fill(self, states: States, offset: int, backend: Backend, shared: bool = False) -> None:
+    def _fill(
+        self,
+        states: States,
+        offset: int,
+        backend: Backend,
+        padding: Int32s | None,
+        shared: bool = False,
+    ) -> None:
         """Take over `states`, the last of them behind `offset`, into this empty cache."""
         state, rewound = states[offset], Rewind(0, refilled=True)
         form = admitted(state, self._form, backend)
+        check_padding(padding, form.shapes[0][0])
         kept = {position: earlier for position, earlier in states.items() if position < offset}
         points = self._points.union(kept)
         # One statement: no signal handler runs in between.
@@ -199,9 +210,10 @@ class CopyableStates(StandaloneCache):
             self._points,
             self._checkpoint,
             self._coming,
+            self._padding,
             self._shared,
             self.rewound,
-        ) = form, state, offset, kept, points, None, NO_UPDATE, shared, rewound
+        ) = form, state, offset, kept, points, None, NO_UPDATE, padding, shared, rewound
 
     # Copies and files.
 
@@ -220,9 +232,10 @@ class CopyableStates(StandaloneCache):
         """
         self.check_not_exported()
         clone = self.make(self._asked_backend, self.options)
+        clone._padding = self._padding
         if self._form is not None and self._state:
-            self._shared = True
-            clone._fill(self._resumable(), self._offset, self._form.backend, shared=True)
+            self._shared, backend = True, self._form.backend
+            clone._fill(self._resumable(), self._offset, backend, self._padding, shared=True)
         return clone
 
     def to_backend(self, backend: str | Backend) -> Self:
@@ -237,12 +250,13 @@ class CopyableStates(StandaloneCache):
         self.check_not_exported()
         target = get_backend(backend)
         clone = self.make(target, self.options)
+        clone._padding = self._padding
         if self._form is not None and self._state:
             self._shared = True
             move = partial(transfer, source=self._form.backend, target=target)
             states = {p: tuple(map(move, state)) for p, state in self._resumable().items()}
             target.sync(*(array for state in states.values() for array in state))
-            clone._fill(states, self._offset, target, shared=True)
+            clone._fill(states, self._offset, target, self._padding, shared=True)
         return clone
 
     def to_layer(self) -> LayerArrays:
@@ -251,12 +265,14 @@ class CopyableStates(StandaloneCache):
             return ()
         states = self._resumable()
         positions = NamedArray("positions", np.array([*states], np.int32), TOKEN_AXIS)
-        return (positions, *to_rows(self._form.backend, [*states.values()]))
+        arrays = (positions, *to_rows(self._form.backend, [*states.values()]))
+        return arrays if self._padding is None else (*arrays, padding_array(self._padding))
 
     def from_layer(self, arrays: LayerArrays, offset: int) -> None:
         if self.backend is None:
             raise KVCacheError("a cache that is filled from the host names a backend; got none.")
+        arrays, padding = without_padding(arrays)
         positions = kept_positions(arrays, offset)
         backend = self.backend
         states = {p: from_row(backend, arrays[1:], row) for row, p in enumerate(positions)}
-        self._fill(states, offset, backend)
+        self._fill(states, offset, backend, padding)
