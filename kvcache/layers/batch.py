@@ -61,7 +61,11 @@ class BatchCache(CopyableCache):
         check_empty(self._offset)
         if self._buffers is not None:
             check_padding(numbers, self._buffers.geometry.batch)
-        self._atomic(partial(self._set_padding, numbers))
+        self._atomic(partial(self._declare, numbers))
+
+    def _declare(self, padding: Int32s | None) -> None:
+        self._drop_buffers()
+        self._set_padding(padding)
 
     # The batch axis.
 

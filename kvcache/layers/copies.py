@@ -63,6 +63,10 @@ class CopyableCache(StandaloneCache):
         """Return how many tokens a cache can hold after `offset`."""
 
     @abstractmethod
+    def _drop_buffers(self) -> None:
+        """Forget the buffers, all of whose tokens were taken back, and what depends on padding."""
+
+    @abstractmethod
     def _set_padding(self, padding: Int32s | None) -> None:
         """Have so many columns of padding on the left of each row, before the first token."""
 
@@ -169,6 +173,8 @@ class CopyableCache(StandaloneCache):
         """
         self._admission.validate(*arrays)
         check_padding(padding, arrays[0].shape[0])
+        if self._buffers is not None and not np.array_equal(padding, self._padding):
+            self._drop_buffers()
         self._set_padding(padding)
         buffers = self._place(arrays, held, offset, spare)
         buffers.backend.evaluate(*buffers.arrays)

@@ -251,10 +251,11 @@ class KVCache(ReadableCache):
 
     # Rows.
 
+    def _drop_buffers(self) -> None:
+        # Snapshots have nothing in them: their rows were spilled as the tokens were taken back.
+        self._buffers, self._pins = None, None
+
     def _set_padding(self, padding: Int32s | None) -> None:
-        if self._buffers is not None and not np.array_equal(padding, self._padding):
-            # Their tokens were all taken back, and snapshots have none of them.
-            self._buffers, self._pins = None, None
         self._padding = padding
 
     def _slots_of_row(self, padding: int) -> Slots:

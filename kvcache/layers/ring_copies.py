@@ -26,12 +26,14 @@ class CopyableRing(ArenaCache):
     def _most_held(self, offset: int) -> int:
         return min(offset, self._ring.size + self.slack)
 
+    def _drop_buffers(self) -> None:
+        super()._drop_buffers()
+        self._ring = self._ring._replace(keep=self.keep)
+        self._first, self._whole = 0, 0
+        self._show_held()
+
     def _set_padding(self, padding: Int32s | None) -> None:
-        had_buffers = self._buffers is not None
         super()._set_padding(padding)
-        if had_buffers and self._buffers is None:
-            self._first, self._whole = 0, 0
-            self._show_held()
         self._ring = self._ring._replace(keep=max(self._ring.keep, self._sinks))
 
     def _clone(self, backend: str | Backend | None) -> Self:
