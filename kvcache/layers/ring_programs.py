@@ -39,7 +39,7 @@ class ExportableRing(CopyableRing):
     def _state_maker(
         self, capacity: int, owner: int, likes: tuple[Array, Array]
     ) -> Callable[[Array, Array], RingState]:
-        padding = self._padding_array()
+        padding = self._padding_of_rows()
         ring, offset = self._ring, self._offset
         numbers = self._on_device(
             offset,
@@ -47,12 +47,31 @@ class ExportableRing(CopyableRing):
             owner,
             offset if offset < self._ring.size else ring.slot(offset),
             ring.keep,
+            self.keep,
+            ring.window,
             ring.size if capacity >= ring.size else np.iinfo(np.int32).max,
         )
-        offset_array, positions, owner_array, slot, sinks, size = numbers
+        offset_array, positions, owner_array, slot, sinks, keep, window, size = numbers
         return lambda keys, values: RingState(
-            keys, values, offset_array, positions, likes, owner_array, slot, sinks, size, padding
+            keys,
+            values,
+            offset_array,
+            positions,
+            likes,
+            owner_array,
+            slot,
+            sinks,
+            keep,
+            window,
+            size,
+            padding,
         )
+
+    def _padding_of_rows(self) -> Array:
+        """Return the padding; zeros where first slots hold more than sinks, for masks to tell."""
+        if self._padding is not None or self._ring.keep == self.keep:
+            return self._padding_array()
+        return self._on_device(np.zeros(self.rows or 0))[0]
 
     def _take_over(self, buffers: GrowingBuffers, state: State, offset: int) -> None:
         backend, capacity = buffers.backend, state.keys.shape[buffers.axis]
