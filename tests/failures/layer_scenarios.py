@@ -304,7 +304,8 @@ def _union(world):
 
 
 def _selecting(*rows):
-    return Act(f"select {len(rows)}", lambda world: world.caches.select(rows))
+    """Select rows of the first layer, whose own savepoint has to do."""
+    return Act(f"select {len(rows)}", lambda world: world.cache.select(rows))
 
 
 def _concat(world):
@@ -343,8 +344,10 @@ EXPORT = Act("export_state", _export, finish=_come_back)
 IMPORT = Act("import_state", _give_back, _lend)
 PROGRAMS = [EXPORT, IMPORT]
 RESTORE = Act("restore", _restore, _foreign)
-PAD = Act("pad", lambda world: world.caches.pad([2]))
+PAD = Act("pad", lambda world: world.cache.pad([2]))
+PAD_ALL = Act("pad", lambda world: world.caches.pad([2]))
 RESERVE = Act("reserve", lambda world: world.cache.reserve(20))
+SELECT_ALL = Act("select all", lambda world: world.caches.select([1, 1]))
 REORDER, FEWER, MORE = _selecting(2, 0, 1), _selecting(1), _selecting(0, 0, 2, 1)
 SPLIT = Act("split", lambda world: tuple(world.caches.split()))
 CONCAT = Act("concat", _concat, _others)

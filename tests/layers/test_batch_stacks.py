@@ -210,12 +210,21 @@ class StackMachine(RuleBasedStateMachine):
             check_held(cache, [row[gap:] for row, gap in zip(numbers, padding, strict=True)])
         assert state.kept == tuple(sorted(states.held))
         if state.offset:
-            self.check_state(state.state, [row[-1] for row in numbers])
+            self.check_states(state, numbers)
 
-    def check_state(self, got, numbers):
-        for array, expected in zip(got, state_of(self.backend, numbers), strict=True):
-            host_array = self.backend.to_host(array)
-            np.testing.assert_array_equal(host_array, self.backend.to_host(expected))
+    def check_states(self, state, numbers):
+        """The present state, and that of every resume point, to which a copy goes back."""
+        twin = state.copy()
+        for position in reversed(twin.kept):
+            twin.trim(twin.offset - position)
+            check_state(twin, [row[position - 1] for row in numbers])
+
+
+def check_state(state, numbers):
+    """The cache has the state behind these tokens, one of each row."""
+    backend = state.backend
+    for array, expected in zip(state.state, state_of(backend, numbers), strict=True):
+        np.testing.assert_array_equal(backend.to_host(array), backend.to_host(expected))
 
 
 def moved(states, by):
@@ -264,6 +273,7 @@ def test_rows_that_are_selected_go_on_as_such(backend, rows):
     caches, twin = filled(backend), filled(backend)
     caches.select(rows)
     assert held_by(caches) == [[[8, 16, 24][row] for row in rows]] * 3
+    assert all(cache.rewound.refilled for cache in caches)
     numbers = 100 + np.arange(6).reshape(3, 2)
     update_all(caches, numbers[list(rows)])
     update_all(twin, numbers)
@@ -501,6 +511,52 @@ def test_a_cache_whose_tokens_a_program_has(backend):
             type(cache).concat([other, cache])
     with pytest.raises(ExportedError):
         caches[0].reserve(1)
+
+
+def test_states_recorded_for_a_coming_update_are_selected(backend):
+    cache = StateCache(backend)
+    cache.schedule([1, 2])
+    cache.cuts(4)
+    cache.record(1, *state_of(backend, [10, 20, 30]))
+    cache.select([2, 1])
+    cache.record(2, *state_of(backend, [31, 21]))
+    cache.select([1, 0, 0])
+    cache.advance(4, *state_of(backend, [23, 33, 33]))
+    for position, numbers in ((4, [23, 33, 33]), (2, [21, 31, 31]), (1, [20, 30, 30])):
+        cache.trim(cache.offset - position)
+        check_state(cache, numbers)
+
+
+def test_a_draft_goes_on_with_the_rows_selected(backend):
+    cache = StateCache(backend)
+    cache.advance(3, *state_of(backend, [1, 2, 3]))
+    cache.checkpoint()
+    cache.cuts(3)
+    cache.record(4, *state_of(backend, [11, 12, 13]))
+    cache.advance(3, *state_of(backend, [21, 22, 23]))
+    cache.select([2, 0])
+    twin = cache.split()[1]
+    cache.rollback(1)
+    check_state(cache, [13, 11])
+    assert twin.kept == (6,), "a copy has no checkpoint"
+    check_state(twin, [21])
+
+
+def test_joined_states_resume_where_all_rows_have_one(backend):
+    """Positions are moved by what a row is shorter; others than common ones are dropped."""
+    one, other = StateCache(backend), StateCache(backend)
+    for cache, points, tokens in ((one, [1, 3, 4], 5), (other, [1, 2], 3)):
+        cache.schedule(points)
+        cache.cuts(tokens)
+        for point in points:
+            cache.record(point, *state_of(backend, [10 * tokens + point]))
+        cache.advance(tokens, *state_of(backend, [10 * tokens + tokens]))
+    joined = StateCache.concat([one, other])
+    assert joined.padding.tolist() == [0, 2]
+    assert joined.kept == (3, 4, 5)
+    for position in (5, 4, 3):
+        joined.trim(joined.offset - position)
+        check_state(joined, [50 + position, 30 + position - 2])
 
 
 def test_a_state_all_of_whose_tokens_were_taken_back(backend):

@@ -97,9 +97,9 @@ def test_a_decode_step_copies_no_window(backend, keep, layout):
 
 @pytest.mark.parametrize("keep", [0, 3])
 def test_tokens_move_once_per_window(backend, keep):
-    window, steps = 8, 160
+    window, steps = 32, 320
     counting = Counting(views(backend), "alloc", "concat")
-    cache = RotatingKVCache(window + keep, keep, counting.backend)
+    cache = RotatingKVCache(window + keep, keep, counting.backend, step=1)
     update(cache, window + keep)
     update(cache, 1)
     counting.calls, growths, nbytes = 0, cache.growths, cache.nbytes
