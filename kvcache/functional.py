@@ -312,39 +312,29 @@ def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool
     rule = Visibility(None if limit is None else limit - 1)
     first = (state.offset if ahead else state.offset - tokens)[None]
     if isinstance(state, RingState):
-        columns, sinks = _next_positions(state) if ahead else state.positions, state.sinks
-        queries, turning = first, state.window
+        columns, sinks = _next_positions(state) if ahead else state.positions, state.keep
+        queries = first
     else:
         # Position p of a growing cache is in slot p, so its first positions count up from 0: an
         # arange that needs no framework to make it.
-        columns, sinks, turning = state.positions, None, None
+        columns, sinks = state.positions, None
         queries = columns[:tokens] + first
     if not state.padding.shape[0]:
         return rule.sees(queries[:, None], columns[None, :], sinks)
-    return _mask_of_rows(rule, queries, columns, sinks, turning, state.padding)
+    return _mask_of_rows(rule, queries, columns, state)
 
 
-def _mask_of_rows(
-    rule: Visibility,
-    queries: Array,
-    columns: Array,
-    sinks: Array | None,
-    window: Array | None,
-    padding: Array,
-) -> Array:
-    """Return the mask of each row of a batch, ``[B, 1, queries, columns]``.
-
-    window: of a ring, which holds sinks of the row with most padding, and so more than others see.
-    """
-    rows = padding[:, None, None, None]
-    own = queries[None, None, :, None] - rows
-    if sinks is not None:  # the first slots of a ring keep padding, too
-        sinks = sinks - backend_type(padding).xp.max(padding)
+def _mask_of_rows(rule: Visibility, queries: Array, columns: Array, state: AnyState) -> Array:
+    """Return the mask of each row of a batch, ``[B, 1, queries, columns]``."""
+    rows = state.padding[:, None, None, None]
+    own, held = queries[None, None, :, None] - rows, columns[None, None, None, :] - rows
     # A column of padding, and an empty slot, are before position 0 of the row.
-    positions = columns[None, None, None, :] - rows
-    visible = rule.sees(own, positions, sinks)
-    if window is not None:
-        visible = visible & ((positions > own - window) | (positions < sinks))
+    if isinstance(state, RingState):
+        visible = rule.sees(own, held, state.keep)
+        # The first slots hold the sinks of every row: in most rows, tokens behind the sinks, too.
+        visible = visible & ((held < state.keep) | (held > own - state.window))
+    else:
+        visible = rule.sees(own, held)
     # A query of padding sees itself alone: softmax over nothing is NaN.
     ahead = queries[None, None, :, None] - columns[None, None, None, :]
     return visible | ((own < 0) & (ahead <= 0) & (ahead >= 0))

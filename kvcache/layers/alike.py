@@ -45,4 +45,8 @@ def check_alike(kind: type[C], caches: Iterable[C]) -> tuple[C, ...]:
             f"concat joins caches with tokens; {sum(empty)} of {len(empty)} have none. Leave them "
             "out."
         )
+    if all(empty) and any(cache.padding is not None for cache in listed):
+        raise ValueError(
+            "concat joins tokens; got padding without any. Declare it for the joined cache."
+        )
     return listed

@@ -160,7 +160,7 @@ class LayerCache(ABC):
         padding: a number for each row.
 
         Raises: ValueError for a cache with tokens, or a negative number; TypeError for no list of
-            integers; ExportedError. ShapeError at the first update if it has other rows.
+            integers; ExportedError. ShapeError for other rows than came, or that come first.
         """
 
     @abstractmethod

@@ -19,7 +19,7 @@ from kvcache.storage.lengths import padded_index
 from .alike import check_alike
 from .buffers import Arrays
 from .copies import CopyableCache
-from .padding import as_padding, check_empty, check_rows
+from .padding import as_padding, check_empty, check_padding, check_rows
 from .pinning import LayerPins
 from .rewind import Rewind
 
@@ -54,16 +54,19 @@ class BatchCache(CopyableCache):
             further columns as the largest of them.
 
         Raises: ValueError for a cache with tokens, or a negative number; TypeError for no list of
-            integers; ExportedError. ShapeError at the first update if it has other rows.
+            integers; ExportedError. ShapeError for other rows than came, or that come first.
         """
         self.check_not_exported()
         numbers = as_padding(padding)
         check_empty(self._offset)
+        if self._buffers is not None:
+            check_padding(numbers, self._buffers.geometry.batch)
         self._atomic(partial(self._declare, numbers))
 
     def _declare(self, padding: Int32s | None) -> None:
+        self._drop_buffers()
         self._set_padding(padding)
-        self.rewound = Rewind(0, refilled=True)  # its tokens are no longer those named for it
+        self.rewound = Rewind(0, refilled=True)  # its tokens are not those named for it
 
     # The batch axis.
 

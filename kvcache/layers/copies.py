@@ -19,7 +19,7 @@ from kvcache.storage.layout import TOKENS
 
 from .buffers import AXES, NAMES, Arrays, GrowingBuffers, swapped
 from .checkpoint import Checkpoint
-from .padding import check_padding, padding_array, without_padding
+from .padding import as_list, check_padding, padding_array, without_padding
 from .rewind import Rewind
 from .stack import StandaloneCache
 
@@ -64,6 +64,10 @@ class CopyableCache(StandaloneCache):
         """Return how many tokens a cache can hold after `offset`."""
 
     @abstractmethod
+    def _drop_buffers(self) -> None:
+        """Forget the buffers, all of whose tokens were taken back, and what depends on padding."""
+
+    @abstractmethod
     def _set_padding(self, padding: Int32s | None) -> None:
         """Have so many columns of padding on the left of each row, before the first token."""
 
@@ -95,6 +99,7 @@ class CopyableCache(StandaloneCache):
     def copy(self) -> Self:
         self.check_not_exported()
         clone = self._clone(self._asked_backend)
+        clone._set_padding(self._padding)
         if (buffers := self._buffers) is not None and self._offset:
             few = buffers.capacity <= 2 * buffers.sizes.fitted(self._held_columns).capacity
             if few and (shared := buffers.shared()) is not None:
@@ -113,6 +118,7 @@ class CopyableCache(StandaloneCache):
         self.check_not_exported()
         target = get_backend(backend)
         clone = self._clone(target)
+        clone._set_padding(self._padding)
         if (buffers := self._buffers) is not None and self._offset:
             buffers.clean(self._slot(buffers, self._offset))
             arrays = self._held_of(buffers, buffers.transferred(target), target)
@@ -212,6 +218,8 @@ class CopyableCache(StandaloneCache):
         """
         self._admission.validate(*arrays)
         check_padding(padding, arrays[0].shape[0])
+        if self._buffers is not None and as_list(padding) != as_list(self._padding):
+            self._drop_buffers()
         self._set_padding(padding)
         buffers = self._place(arrays, held, offset, spare)
         buffers.backend.evaluate(*buffers.arrays)

@@ -253,6 +253,10 @@ class KVCache(ReadableCache):
 
     # Rows.
 
+    def _drop_buffers(self) -> None:
+        # Snapshots have nothing in them: their rows were spilled as the tokens were taken back.
+        self._buffers, self._pins = None, None
+
     def _set_padding(self, padding: Int32s | None) -> None:
         self._padding = padding
 

@@ -20,8 +20,8 @@ class HeldStates:
     The states are held, not copied: a cache replaces its states and never writes to one, so these
     rows need not be spilled while it goes on. A slot is the index of a state.
 
-    pins: of the cache, which counts the states that are pinned as its memory. padding: of the rows
-    of the batch.
+    pins: of the cache, which counts the states that are pinned as its memory.
+    padding: of the rows of the batch.
     """
 
     def __init__(
@@ -31,8 +31,7 @@ class HeldStates:
         pins: PinnedRows,
         padding: Int32s | None,
     ) -> None:
-        self._form, self._states, self._pins = form, states, pins
-        self._padding = padding
+        self._form, self._states, self._pins, self._padding = form, states, pins, padding
         self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
 
     @property
@@ -47,8 +46,8 @@ class HeldStates:
         if not slots.size:
             return {}
         # Snapshots number layers; a cache knows only its own, under 0.
-        rows = to_rows(self._form.backend, self.at(slots))
-        return {0: rows if self._padding is None else (*rows, padding_array(self._padding))}
+        arrays = to_rows(self._form.backend, self.at(slots))
+        return {0: arrays if self._padding is None else (*arrays, padding_array(self._padding))}
 
     def pin(self, rows: TokenRows) -> None:
         self._pins.pin(rows)

@@ -27,6 +27,11 @@ def as_padding(tokens: Iterable[SupportsIndex]) -> Int32s | None:
     return np.array(padding, np.int32) if any(padding) else None
 
 
+def as_list(padding: Int32s | None) -> list[int]:
+    """Return the padding of each row; none if no row has any."""
+    return [] if padding is None else padding.tolist()
+
+
 def check_padding(padding: Int32s | None, rows: int) -> None:
     """Raise ShapeError unless there is one number for each row of the batch."""
     if padding is not None and padding.size != rows:
@@ -83,8 +88,8 @@ def common_padding(layers: Iterable[LayerArrays], declared: Int32s | None) -> In
     Raises: SnapshotMismatchError if they differ.
     """
     told = [without_padding(arrays)[1] for arrays in layers]
-    given = [None if padding is None else padding.tolist() for padding in told]
-    wanted = given[0] if declared is None else declared.tolist()
+    given = [as_list(padding) for padding in told]
+    wanted = given[0] if declared is None else as_list(declared)
     if any(padding != wanted for padding in given):
         raise SnapshotMismatchError(
             f"all rows of a batch are restored with one padding, {wanted} here; got {given}. "

@@ -67,6 +67,15 @@ class LayerPins(PinnedRows):
         self.padding = padding
         self.lock = nullcontext()  # nothing to guard: a per-layer cache belongs to one thread
 
+    def savepoint(self) -> Callable[[], None]:
+        undo_rows, padding = super().savepoint(), self.padding
+
+        def undo() -> None:
+            undo_rows()
+            self.padding = padding
+
+        return undo
+
     @property
     def token_bytes(self) -> int:
         return self._buffers.token_bytes

@@ -16,7 +16,6 @@ from kvcache.storage.states import StateForm, admitted
 
 from .checkpoint import checked_accepted
 from .exports import Export, new_owner
-from .padding import check_padding
 from .recurrent_batch import BatchStates
 from .recurrent_copies import NO_UPDATE, Coming, States
 from .rewind import Rewind
@@ -124,7 +123,7 @@ class StateCache(BatchStates):
         fixed = self._form or self._coming.form
         form = admitted(arrays, fixed, self._asked)
         if fixed is None:
-            check_padding(self._padding, form.shapes[0][0])
+            self._check_padded(self._padding, form)
         return form
 
     def _checked_tokens(self, tokens: SupportsIndex) -> int:

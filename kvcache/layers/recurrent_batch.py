@@ -12,10 +12,10 @@ from kvcache._types import Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import Arrays
 from kvcache.errors import ShapeError
-from kvcache.storage.states import StateForm, admitted
+from kvcache.storage.states import StateForm
 
 from .alike import check_alike
-from .padding import as_padding, check_empty, check_rows
+from .padding import as_padding, check_empty, check_padding, check_rows
 from .recurrent_copies import Coming, CopyableStates, States
 from .rewind import Rewind
 
@@ -39,7 +39,14 @@ class BatchStates(CopyableStates):
         self.check_not_exported()
         numbers = as_padding(padding)
         check_empty(self._offset)
+        self._check_padded(numbers, self._form or self._coming.form)
         self._padding, self.rewound = numbers, Rewind(0, refilled=True)
+
+    @staticmethod
+    def _check_padded(padding: Int32s | None, form: StateForm | None) -> None:
+        """Raise ShapeError unless states, if there are any, have as many rows as `padding`."""
+        if form is not None:
+            check_padding(padding, form.shapes[0][0])
 
     def check_select(self, rows: Iterable[SupportsIndex]) -> None:
         self.check_not_exported()
@@ -58,9 +65,10 @@ class BatchStates(CopyableStates):
             self._padding = padding
             return
         take = partial(_taken, form, lambda array: form.backend.gather(array, index, 0))
-        state, kept, coming = take(self._state), _each(self._kept, take), self._coming
+        state = take(self._state) if self._state else ()
+        kept, coming = _each(self._kept, take), self._coming
         recorded = _each(coming.states, take)
-        selected = admitted(state or next(iter(recorded.values())), None, form.backend)
+        selected = form.with_batch(index.size)
         coming = Coming(coming.tokens, recorded, coming.form and selected)
         # One statement: no signal handler runs in between.
         (

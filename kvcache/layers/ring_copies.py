@@ -26,6 +26,12 @@ class CopyableRing(ArenaCache):
     def _most_held(self, offset: int) -> int:
         return min(offset, self._ring.size + self.slack)
 
+    def _drop_buffers(self) -> None:
+        super()._drop_buffers()
+        self._ring = self._ring._replace(keep=self.keep)
+        self._first, self._whole = 0, 0
+        self._show_held()
+
     def _set_padding(self, padding: Int32s | None) -> None:
         super()._set_padding(padding)
         self._ring = self._ring._replace(keep=max(self._ring.keep, self._sinks))

@@ -49,10 +49,11 @@ class ExportableRing(CopyableRing):
             owner,
             offset if offset < ring.size else ring.slot(offset),
             ring.keep,
-            ring.size if capacity >= ring.size else np.iinfo(np.int32).max,
+            self.keep,
             ring.window,
+            ring.size if capacity >= ring.size else np.iinfo(np.int32).max,
         )
-        offset_array, positions, owner_array, slot, sinks, size, window = numbers
+        offset_array, positions, owner_array, slot, sinks, keep, window, size = numbers
         return lambda keys, values: RingState(
             keys,
             values,
@@ -62,8 +63,9 @@ class ExportableRing(CopyableRing):
             owner_array,
             slot,
             sinks,
-            size,
+            keep,
             window,
+            size,
             padding,
         )
 

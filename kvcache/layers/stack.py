@@ -164,7 +164,8 @@ class LayerCaches(Sequence[C], Generic[C]):
     def split(self) -> list[Self]:
         """Return the caches of each row of the batch, without padding.
 
-        See :meth:`LayerCache.split`.
+        See :meth:`LayerCache.split`. Raises: ValueError for layers of different numbers of rows;
+        ExportedError.
         """
         rows = {id(cache): cache.split() for cache in self._distinct}
         numbers = {len(caches) for caches in rows.values()}
@@ -189,11 +190,14 @@ class LayerCaches(Sequence[C], Generic[C]):
                 "concat joins stacks of as many layers each, one or more; got "
                 f"{[len(stack) for stack in stacks]}."
             )
-        joined: dict[int, C] = {}  # by identity: layers that share a cache share the joined one
-        for layer, cache in enumerate(stacks[0]):
-            if id(cache) not in joined:
-                joined[id(cache)] = type(cache).concat([stack[layer] for stack in stacks])
-        return cls(joined[id(cache)] for cache in stacks[0])
+        # By identity: layers that share a cache in all stacks share the joined one.
+        joined: dict[tuple[int, ...], C] = {}
+        layers = [*zip(*stacks, strict=True)]
+        keys = [tuple(map(id, caches)) for caches in layers]
+        for key, caches in zip(keys, layers, strict=True):
+            if key not in joined:
+                joined[key] = type(caches[0]).concat(caches)
+        return cls(joined[key] for key in keys)
 
     # Snapshots.
 

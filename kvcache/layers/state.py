@@ -48,14 +48,16 @@ class RingState(NamedTuple):
     slot: Array
     """int32 []: slot of the next token."""
     sinks: Array
-    """int32 []: number of first slots that keep their token."""
+    """int32 []: number of first slots that keep their token, or padding."""
+    keep: Array
+    """int32 []: number of first tokens of each row that every query sees."""
+    window: Array
+    """int32 []: number of latest tokens that a query sees, itself included."""
     size: Array
     """int32 []: slots of the ring, sinks included; later slots of the buffer stay unused.
 
     Larger than any slot if the buffer is shorter than the ring: tokens beyond it are not written.
     """
-    window: Array
-    """int32 []: tokens that a query sees besides the sinks, itself included."""
     padding: Array
     """int32 [B]: tokens that each row lacks on its left; [0] if no row lacks any."""
 

@@ -30,18 +30,22 @@ TOKEN_AXIS = 0
 class StateForm(NamedTuple):
     """Backend, shapes and dtypes of the states of one cache, fixed by the first of them.
 
-    keys: of the arrays checked last; arrays with equal keys need no other check.
+    keys: of the arrays checked last, None before; arrays with equal keys need no other check.
     """
 
     backend: Backend
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
-    keys: tuple[FastKey, ...]
+    keys: tuple[FastKey, ...] | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of one state."""
         return sum(map(nbytes, self.shapes, self.dtypes))
+
+    def with_batch(self, batch: int) -> StateForm:
+        """Return the form of states of another number of rows."""
+        return self._replace(shapes=tuple((batch, *shape[1:]) for shape in self.shapes), keys=None)
 
 
 def admitted(arrays: Arrays, form: StateForm | None, asked: Backend | None) -> StateForm:

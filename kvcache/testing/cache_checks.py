@@ -28,7 +28,7 @@ Few different numbers, as some frameworks compile a program for each.
 """
 
 
-def _visible(query: int, cache: KVCache) -> list[int]:
+def visible_positions(query: int, cache: KVCache) -> list[int]:
     """Return the positions visible to the token at `query`."""
     positions = list(range(query + 1))
     if not isinstance(cache, RotatingKVCache):
@@ -56,7 +56,9 @@ def _check_chunks(backend: Backend, dtype: str, cache: KVCache) -> None:
                 visible = np.flatnonzero(allowed[row])
                 # Columns of a ring come in any order; attention does not mind, the oracle does.
                 order = visible[np.argsort(positions[visible])]
-                expected = [coded(shape, dtype, position) for position in _visible(query, cache)]
+                expected = [
+                    coded(shape, dtype, position) for position in visible_positions(query, cache)
+                ]
                 same(np.take(columns, order, TOKENS), np.concatenate(expected, TOKENS))
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from kvcache.backends import Backend
 from kvcache.testing import (  # noqa: F401 - importing them adds their checks, in this order
     backend_checks,
+    batch_checks,
     cache_checks,
     pool_state_checks,
     state_checks,

@@ -416,6 +416,28 @@ class OwnsWhatIsWrittenToNext(Faulty):
         return tuple(copies)
 
 
+class GathersRowsOfABatchInOrder(Faulty):
+    finds = "rows_of_a_batch_are_selected"
+
+    def read_rows(self, buffer, index, axis):
+        return super().read_rows(buffer, np.sort(index) if axis == 0 else index, axis)
+
+
+class JoinsRowsOfABatchBackwards(Faulty):
+    finds = "rows_of_a_batch_are_split_and_joined"
+
+    def concat(self, arrays, axis):
+        return super().concat(arrays[::-1] if axis == 0 else arrays, axis)
+
+
+class HasOneMaskForAllRows(Faulty):
+    finds = "padding_of_rows_is_hidden"
+
+    def from_host(self, array, dtype=None):
+        host = super().from_host(array, dtype)
+        return host if host.dtype != bool or host.ndim < 4 else np.repeat(host[:1], len(host), 0)
+
+
 class NamespaceWithHoles(Faulty):
     finds = "namespace_has_the_standard_names"
     xp = math

@@ -12,13 +12,14 @@ from .scenario import Act, Scenario, World
 
 
 class LayerWorld(World):
-    """Per-layer caches. dtype: of all keys and values."""
+    """Per-layer caches. dtype: of all keys and values. rows: of the batch, before the first one."""
 
     dtype = "float32"
 
-    def __init__(self, place, *caches):
+    def __init__(self, place, *caches, rows=1):
         super().__init__(place)
         self.caches = LayerCaches(caches)
+        self.rows = rows
 
     @property
     def cache(self):
@@ -26,11 +27,13 @@ class LayerWorld(World):
 
     def tokens(self, count):
         """Return keys and values of `count` new tokens for each layer; a key is its stamp."""
+        rows = self.cache.rows or self.rows
         stamps = np.array(self.stamps(count), np.float32)[None, None, :, None]
+        stamps = stamps + np.arange(rows)[:, None, None, None] / 16
         return [
             (
-                self.array(np.broadcast_to(stamps + layer / 2, (1, 2, count, 2)), self.dtype),
-                self.array(np.broadcast_to(-stamps - layer / 2, (1, 2, count, 1)), self.dtype),
+                self.array(np.broadcast_to(stamps + layer / 2, (rows, 2, count, 2)), self.dtype),
+                self.array(np.broadcast_to(-stamps - layer / 2, (rows, 2, count, 1)), self.dtype),
             )
             for layer in range(len(self.caches))
         ]
@@ -117,17 +120,21 @@ def rolls_back(accepted):
 # States.
 
 STEP = 4
+PADDING = [0, 2, 1]
 RING = {"max_size": 6, "keep": 2, "step": STEP}
 
 
-def _growing(place, *counts, backend=True):
-    world = LayerWorld(place, KVCache(place.backend if backend else None, step=STEP))
+def _growing(place, *counts, backend=True, rows=1, padding=()):
+    world = LayerWorld(place, KVCache(place.backend if backend else None, step=STEP), rows=rows)
+    world.caches.pad(padding)
     world.feed(*counts)
     return world
 
 
-def _ring(place, *counts):
-    world = LayerWorld(place, RotatingKVCache(**RING, backend=place.backend))
+def _ring(place, *counts, rows=1, padding=(), points=()):
+    world = LayerWorld(place, RotatingKVCache(**RING, backend=place.backend), rows=rows)
+    world.caches.pad(padding)
+    world.caches.schedule(points)
     world.feed(*counts)
     return world
 
@@ -195,6 +202,13 @@ STATES = {
     "bfloat16": _bits,
     "pieces": _in_pieces,
     "pieces on host": lambda place: _in_pieces(place, host=True),
+    "rows": lambda place: _held(_growing(place, 3, rows=3)),
+    "rows of ring": lambda place: _held(_ring(place, 6, 3, rows=3, points=[5, 7, 20])),
+    "rows of ring checkpoint": lambda place: _held(
+        _with_checkpoint(_ring(place, 7, rows=3), 1, 3, points=[7, 8, 9])
+    ),
+    "padded": lambda place: _held(_growing(place, 3, rows=3, padding=PADDING)),
+    "padded ring": lambda place: _held(_ring(place, 8, 3, rows=3, padding=PADDING)),
 }
 
 
@@ -289,6 +303,23 @@ def _union(world):
     return world.snapshots["lower"].union(world.snapshots["whole"])
 
 
+def _selecting(*rows):
+    """Select rows of the first layer, whose own savepoint has to do."""
+    return Act(f"select {len(rows)}", lambda world: world.cache.select(rows))
+
+
+def _concat(world):
+    return type(world.caches).concat([world.caches, world.source.caches])
+
+
+def _others(world):
+    """Make caches of the same kinds, with fewer tokens and one row."""
+    caches = (type(cache).make(world.backend, cache.options) for cache in world.caches)
+    world.source = LayerWorld(world.place, *caches)
+    world.source._stamps = world._stamps
+    world.source.feed(2)
+
+
 TRIM, TRIM_ALL = (
     Act("trim", lambda world: world.cache.trim(2)),
     Act("trim", lambda world: world.caches.trim(2)),
@@ -313,6 +344,13 @@ EXPORT = Act("export_state", _export, finish=_come_back)
 IMPORT = Act("import_state", _give_back, _lend)
 PROGRAMS = [EXPORT, IMPORT]
 RESTORE = Act("restore", _restore, _foreign)
+PAD = Act("pad", lambda world: world.cache.pad([2]))
+PAD_ALL = Act("pad", lambda world: world.caches.pad([2]))
+RESERVE = Act("reserve", lambda world: world.cache.reserve(20))
+SELECT_ALL = Act("select all", lambda world: world.caches.select([1, 1]))
+REORDER, FEWER, MORE = _selecting(2, 0, 1), _selecting(1), _selecting(0, 0, 2, 1)
+SPLIT = Act("split", lambda world: tuple(world.caches.split()))
+CONCAT = Act("concat", _concat, _others)
 PIECES = [
     Act("split", _split, resource=True),
     Act("merge", _merge, resource=True),
@@ -324,11 +362,11 @@ PIECES = [
 
 ACTS = {
     "unbound": [UPDATES[1], RESTORE],
-    "empty": [UPDATES[1], RESTORE, FOR_ANY[0]],
+    "empty": [UPDATES[1], RESTORE, FOR_ANY[0], PAD],
     "growing": [*UPDATES, TRIM, *FOR_ANY, *PROGRAMS],
     "full": [*UPDATES[:2], TRIM, *PROGRAMS],
     "growing checkpoint": [*UPDATES, TRIM, *ROLLBACKS, IMPORT],
-    "empty ring": [UPDATES[1], UPDATES[2], RESTORE],
+    "empty ring": [UPDATES[1], UPDATES[2], RESTORE, PAD],
     "part of ring": [*UPDATES, TRIM, *PROGRAMS],
     "full ring": [*UPDATES, TRIM, IMPORT],
     "turned ring": [*UPDATES, *FOR_ANY, *PROGRAMS],
@@ -342,6 +380,11 @@ ACTS = {
     "bfloat16": [*UPDATES[:1], *PROGRAMS],
     "pieces": PIECES,
     "pieces on host": PIECES,
+    "rows": [REORDER, FEWER, MORE, SPLIT, CONCAT, RESERVE],
+    "rows of ring": [REORDER, MORE, SPLIT, CONCAT, RESERVE],
+    "rows of ring checkpoint": [FEWER, MORE],
+    "padded": [UPDATES[1], REORDER, FEWER, SPLIT, CONCAT],
+    "padded ring": [UPDATES[0], UPDATES[2], REORDER, SPLIT, CONCAT],
 }
 
 
@@ -354,6 +397,7 @@ def _laters(state, act):
         "ring to turn",
         "ring checkpoint",
         "ring retained",
+        "rows of ring checkpoint",
         "stack checkpoint",
     ):
         return (goes_on, rolls_back(1))

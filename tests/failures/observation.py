@@ -97,6 +97,7 @@ def look_at_layer(cache):
     offset = cache.offset
     return {
         "repr": repr(cache),
+        "rows": (cache.rows, _listed(cache.padding)),
         "offset": offset,
         "len": cache.len,
         "nbytes": cache.nbytes,
@@ -115,6 +116,7 @@ def look_at_states(cache):
     """Observe the cache of a recurrent layer."""
     return {
         "repr": repr(cache),
+        "rows": (cache.rows, _listed(cache.padding)),
         "offset": cache.offset,
         "nbytes": cache.nbytes,
         "dtype": cache.dtype,
@@ -123,6 +125,10 @@ def look_at_states(cache):
         "state": attempt(lambda: [Bits(_on_host(cache.backend, a)) for a in cache.state]),
         "can trim": [tokens for tokens in range(cache.offset + 2) if cache.can_trim(tokens)],
     }
+
+
+def _listed(padding):
+    return None if padding is None else padding.tolist()
 
 
 def _positions(cache):
@@ -146,10 +152,18 @@ def _mask(cache, tokens):
 
 def columns(cache, result):
     """Observe the result of an update by position, without padding."""
-    positions = cache.positions
+    arrays = [_on_host(cache.backend, array) for array in result]
+    if cache.padding is None:
+        return _row_columns(cache.positions, arrays)
+    rows = enumerate(cache.positions)
+    return [_row_columns(own, [array[row : row + 1] for array in arrays]) for row, own in rows]
+
+
+def _row_columns(positions, arrays):
+    """Observe the columns of rows with equal positions."""
     order = np.argsort(positions)[np.count_nonzero(positions < 0) :]
-    arrays = [Bits(_on_host(cache.backend, array)[:, :, order]) for array in result]
-    return {"positions": positions[order].tolist(), "arrays": arrays}
+    bits = [Bits(array[:, :, order]) for array in arrays]
+    return {"positions": positions[order].tolist(), "arrays": bits}
 
 
 def look_at_layers(caches):

@@ -5,10 +5,18 @@ from __future__ import annotations
 from kvcache import KVCache, RotatingKVCache, StateCache, functional
 
 from .layer_scenarios import (
+    CONCAT,
+    FEWER,
     FOR_ANY,
+    MORE,
+    PAD_ALL,
+    PADDING,
+    REORDER,
     RESTORE,
     RING,
     ROLLBACKS,
+    SELECT_ALL,
+    SPLIT,
     STEP,
     LayerWorld,
     goes_on,
@@ -19,20 +27,22 @@ from .observation import attempt
 from .scenario import Act, Scenario
 
 
-def _recurrent(place, *counts, points=(), backend=True):
-    world = LayerWorld(place, StateCache(place.backend if backend else None))
+def _recurrent(place, *counts, points=(), backend=True, rows=1):
+    world = LayerWorld(place, StateCache(place.backend if backend else None), rows=rows)
     world.caches.schedule(points)
     world.feed(*counts)
     return world
 
 
-def _hybrid(place, *counts, points=()):
+def _hybrid(place, *counts, points=(), rows=1, padding=()):
     world = LayerWorld(
         place,
         StateCache(place.backend),
         KVCache(place.backend, step=STEP),
         RotatingKVCache(**RING, backend=place.backend),
+        rows=rows,
     )
+    world.caches.pad(padding)
     world.caches.schedule(points)
     world.feed(*counts)
     return world
@@ -75,6 +85,14 @@ STATES = {
     "empty hybrid": _hybrid,
     "hybrid": lambda place: _held(_hybrid(place, 2, 1, points=[1, 3])),
     "hybrid checkpoint": lambda place: _held(_with_checkpoint(_hybrid(place, 7, points=[8]), 1, 2)),
+    "rows of states": lambda place: _held(_recurrent(place, 3, 4, points=[2, 5, 7, 20], rows=3)),
+    "rows announced": lambda place: _announced(_recurrent(place, points=[1], rows=3)),
+    "padded hybrid": lambda place: _held(
+        _hybrid(place, 7, 1, points=[4, 8], rows=3, padding=PADDING)
+    ),
+    "hybrid rows checkpoint": lambda place: _held(
+        _with_checkpoint(_hybrid(place, 7, points=[8], rows=3), 1, 2)
+    ),
 }
 
 
@@ -152,9 +170,13 @@ ACTS = {
     "no state announced": [*ADVANCES, FOR_ANY[1]],
     "state to record": [RECORD],
     "first state to record": [RECORD],
-    "empty hybrid": [RESTORE],
+    "empty hybrid": [RESTORE, PAD_ALL],
     "hybrid": [TRIM, *FOR_ANY],
     "hybrid checkpoint": [*ROLLBACKS, CHECKPOINT_ANEW, *FOR_ANY[1:]],
+    "rows of states": [REORDER, FEWER, SPLIT],
+    "rows announced": [MORE],
+    "padded hybrid": [SELECT_ALL, SPLIT, CONCAT],
+    "hybrid rows checkpoint": [SELECT_ALL],
 }
 
 

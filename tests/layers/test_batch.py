@@ -1,14 +1,12 @@
 """Batches: rows of unequal length, selected, split and joined, against one list per row.
 
-A token is one number, and its key and its value are that number and its negative, so a query's
-whole view can be read off the columns that its mask shows.
+A query's whole view is read off the columns that its mask shows.
 """
 
 from __future__ import annotations
 
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -22,12 +20,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvcache import (
-    KVCache,
-    NotSupportedError,
-    RotatingKVCache,
-    TrimError,
-)
+from kvcache import KVCache, NotSupportedError, RotatingKVCache, TrimError
+
+from .rows import Rows, arrays, check_held, content, host, mask_rows, visible
 
 KINDS = {
     "growing": (KVCache, {"step": 4}),
@@ -38,63 +33,6 @@ KINDS = {
     "tokens first": (KVCache, {"step": 4, "layout": "bthd"}),
     "ring, tokens first": (RotatingKVCache, {"max_size": 5, "keep": 1, "layout": "bthd"}),
 }
-
-
-@dataclass
-class Rows:
-    """The tokens of each row, without padding, and the tokens before the first of each."""
-
-    tokens: list[list[int]]
-    padding: list[int]
-    offset: int = 0
-
-    def select(self, rows):
-        return Rows([[*self.tokens[r]] for r in rows], [self.padding[r] for r in rows], self.offset)
-
-    def cut(self, offset):
-        self.offset = offset
-        for row, padding in zip(self.tokens, self.padding, strict=True):
-            del row[max(0, offset - padding) :]
-
-
-def visible(cache, row, position):
-    """Tokens that the token at `position` of a row sees, by position."""
-    window = cache.max_size - cache.keep if isinstance(cache, RotatingKVCache) else position + 1
-    keep = cache.keep if isinstance(cache, RotatingKVCache) else 0
-    seen = [p for p in range(position + 1) if p < keep or p > position - window]
-    return [(p, row[p]) for p in seen]
-
-
-def host(cache, array):
-    """Keys or values of one head and one channel, ``[B, tokens]``."""
-    axis = 2 if cache.options.get("layout", "bhtd") == "bhtd" else 1
-    moved = np.moveaxis(cache.backend.to_host(array).astype(np.float32), axis, 1)
-    assert (moved == moved[:, :, :1, :1]).all(), "heads and channels were mixed"
-    return moved[:, :, 0, 0]
-
-
-def arrays(cache, numbers):
-    """Keys and values of tokens ``[B, L]``."""
-    backend, shape = cache.backend, np.asarray(numbers, np.float32).shape
-    keys = np.broadcast_to(
-        np.asarray(numbers, np.float32)[:, None, :, None], (shape[0], 2, shape[1], 3)
-    )
-    if cache.options.get("layout", "bhtd") == "bthd":
-        keys = keys.swapaxes(1, 2)
-    return backend.from_host(keys), backend.from_host(-keys[..., :2])
-
-
-def mask_rows(cache, tokens, rows, ahead=False):
-    """The mask as bools ``[B, tokens, n]``."""
-    columns = cache.positions.shape[-1]
-    mask = cache.mask(tokens, ahead=ahead)
-    if mask is None:
-        return np.ones((rows, tokens, 1 if ahead else columns), bool)
-    found = cache.backend.to_host(mask)
-    found = found if cache.backend.config.mask_dtype == "bool" else found == 0
-    return np.broadcast_to(
-        found if found.ndim == 2 else found[:, 0], (rows, tokens, found.shape[-1])
-    )
 
 
 class BatchMachine(RuleBasedStateMachine):
@@ -175,7 +113,7 @@ class BatchMachine(RuleBasedStateMachine):
             assert cache.offset == len(row)
             assert cache.padding is None
             assert cache.rows in (1, None)
-            self.check_held(cache, [row])
+            check_held(cache, [row])
         lengths = [len(row) for row in self.rows.tokens]
         if all(lengths):
             self.cache = type(self.cache).concat(single)
@@ -257,35 +195,9 @@ class BatchMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_held_is_right(self):
         if hasattr(self, "rows"):
-            self.check_held(self.cache, self.rows.tokens)
+            check_held(self.cache, self.rows.tokens)
             for snapshot, before, _ in self.snapshots:
                 assert content(snapshot) == before, "a snapshot changed"
-
-    def check_held(self, cache, rows):
-        if not cache.offset:
-            assert cache.state == ()
-            return
-        padding = [0] * len(rows) if cache.padding is None else cache.padding.tolist()
-        columns = cache.state_positions
-        assert (np.diff(columns) > 0).all()
-        keys = host(cache, cache.state[0])
-        for row, held, behind in zip(rows, keys, padding, strict=True):
-            wanted = visible(cache, row, len(row) - 1)
-            got = {
-                c - behind: token for c, token in zip(columns.tolist(), held.tolist(), strict=True)
-            }
-            assert [(p, got.get(p)) for p, _ in wanted] == wanted
-
-
-def content(snapshot):
-    """Everything that a snapshot says."""
-    return [
-        (
-            part.rows.positions.tolist(),
-            [array.data.tobytes() for array in part.rows.host_copies()[0]],
-        )
-        for part in snapshot.parts
-    ]
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ PUBLIC = [
 SHARED = """
 backend can_trim capture check_not_exported check_rollback check_select check_trim checkpoint concat
 copy dtype export_state from_layer import_state kind last_trimmable load make nbytes offset options
-pad padding reserve reset restore restore_rows rewound rollback rows save savepoint schedule select snapshot
-split state to_backend to_layer trim visibility
+pad padding reserve reset restore restore_rows rewound rollback rows save savepoint
+schedule select snapshot split state to_backend to_layer trim visibility
 """.split()
 CACHE = [*SHARED, *"fill growths len mask positions state_positions update".split()]
 ROTATING = ["keep", "max_size", "slack"]
@@ -72,8 +72,8 @@ alloc alloc_axes array_types assignment_rebinds check_type compile concat config
 device_of devices dtype dtype_name dtypes evaluate fast_key free from_dlpack from_host
 from_host_axes from_traced from_traced_forms gather import_dlpack is_deleted is_traced modules
 moved_by name owned owns read_rows read_slice replace_nonfinite requires_grad scatter shared
-slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form traced_forms
-traced_index traced_range traced_read traced_read_rows traced_replace_nonfinite traced_write
+slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
+traced_forms traced_index traced_range traced_read traced_read_rows traced_replace_nonfinite traced_write
 traced_zeros whole_beside with_gradients write_finite_row_sets write_finite_slices write_row_sets
 write_rows write_slice write_slices xp
 """.split()

@@ -286,6 +286,20 @@ def test_per_layer_caches_that_go_back_in_one_layer_begin_again_or_are_restored(
     assert server.ask([*PROMPT[:5], 7, 8]) == 5
 
 
+@pytest.mark.parametrize("name", ["per-layer", "ring", "hybrid", "hybrid with a ring"])
+def test_a_session_whose_rows_were_selected_stores_nothing(name):
+    """Not even where one row is left in the end: whose tokens it has is not known."""
+    server = Deep(MODELS[name]())
+    for rows in ([[0, 0]], [[0, 0], [1]]):
+        with server.begin(PROMPT) as session:
+            for selected in rows:
+                session.caches.select(selected)
+        assert server.prefix.stats.spans == 0
+    with server.begin(PROMPT) as session:
+        session.caches.select([0])  # which leaves everything as it is
+    assert server.ask([*PROMPT, 1]) == 10
+
+
 def test_a_state_that_comes_back_shorter():
     server = Deep(DeepLayers())
     with server.begin(PROMPT) as session:
