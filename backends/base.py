@@ -10,9 +10,9 @@ functional ones (JAX) another that took over the memory. Writes are O(tokens wri
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import ClassVar, ParamSpec, TypeAlias, TypeVar
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +20,21 @@ import numpy.typing as npt
 from kvcache.errors import BoundsError, DTypeError, ShapeError, UnknownBackendError
 
 from .arguments import check_dtype, fitting, host_index, root_modules
-from .arrays import Array, Arrays, DType, HostArray, TracedIndex
+from .arrays import Array, Arrays, DType, HostArray
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .indexing import Axes, axes_of
 from .integers import as_index
+from .programs import P, ProgramForms, R
 from .traced import TracedFunctions
 
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = ["Backend", "FastKey", "P", "R"]
 
 FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
 """Type, shape, and anything else that must match for two updates to be alike."""
 
 
-class Backend(ABC, TracedFunctions):
+class Backend(ProgramForms, TracedFunctions):
     """One array framework on one device.
 
     Public primitives check their arguments on the host and raise before anything is
@@ -375,53 +375,6 @@ class Backend(ABC, TracedFunctions):
 
     def sync(self, *arrays: Array) -> None:
         """Return once every one of `arrays` has been computed and written."""
-
-    # For programs above the caches.
-
-    def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
-        """Return `function`, of arrays and containers of arrays, compiled if that makes it faster.
-
-        JAX compiles it once per shape of its arguments; eager frameworks return it unchanged. It
-        has to be pure: everything it needs is an argument or a constant.
-
-        donate: positions of arguments whose buffers it consumes, as :meth:`slice_update` does.
-        """
-        return function
-
-    def traced_form(self, buffer: Array) -> Array:
-        """Return `buffer` in the form for compiled programs (bits, if need be); consumes it.
-
-        A buffer in that form already is returned unchanged. :meth:`from_traced` undoes that. The
-        ``traced_`` functions below accept either form.
-        """
-        return buffer
-
-    def from_traced(self, buffer: Array, dtype: str) -> Array:
-        """Undo :meth:`traced_form` of a buffer of `dtype`, in either form; consumes it."""
-        return buffer
-
-    def traced_forms(self, buffers: Arrays) -> Arrays:
-        """Do :meth:`traced_form` for all `buffers`; none is consumed if it raises."""
-        return tuple(map(self.traced_form, buffers))
-
-    def from_traced_forms(self, buffers: Arrays, dtype: str) -> Arrays:
-        """Do :meth:`from_traced` for all `buffers`; none is consumed if it raises."""
-        return tuple(self.from_traced(buffer, dtype) for buffer in buffers)
-
-    def traced_zeros(self, shape: Sequence[int], dtype: str, axes: str = "") -> Array:
-        """Return zeros in the form for compiled programs, made inside of a program or outside.
-
-        axes: as in :meth:`alloc_axes`; without any, the whole array is on every device.
-        """
-        return self.traced_form(self.alloc_axes(shape, dtype, axes))
-
-    def traced_range(self, stop: int) -> Array:
-        """Return int32 ``[0, stop)``, made inside of a program or outside."""
-        return self.from_host(np.arange(stop, dtype=np.int32))
-
-    def traced_index(self, start: int | list[int]) -> TracedIndex:
-        """Return host ints as an argument of programs, without recompilation when they change."""
-        return start
 
     # For the adapters.
 

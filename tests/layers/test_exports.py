@@ -73,9 +73,9 @@ device_of devices dtype dtype_name dtypes evaluate fast_key free from_dlpack fro
 from_host_axes from_traced from_traced_forms gather import_dlpack is_deleted is_traced modules
 moved_by name owned owns read_rows read_slice replace_nonfinite requires_grad scatter shared
 slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
-traced_forms traced_index traced_range traced_read traced_read_rows traced_replace_nonfinite traced_write
-traced_zeros whole_beside with_gradients write_finite_row_sets write_finite_slices write_row_sets
-write_rows write_slice write_slices xp
+traced_forms traced_index traced_range traced_read traced_read_rows traced_replace_nonfinite
+traced_write traced_zeros whole_beside with_gradients write_finite_row_sets
+write_finite_slices write_row_sets write_rows write_slice write_slices xp
 """.split()
 
 
