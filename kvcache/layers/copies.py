@@ -18,7 +18,7 @@ from kvcache.storage.layout import TOKENS
 
 from .buffers import AXES, NAMES, Arrays, GrowingBuffers, swapped
 from .checkpoint import Checkpoint
-from .padding import check_padding, padding_array, without_padding
+from .padding import check_padding, is_same, padding_array, without_padding
 from .rewind import Rewind
 from .stack import StandaloneCache
 
@@ -173,7 +173,7 @@ class CopyableCache(StandaloneCache):
         """
         self._admission.validate(*arrays)
         check_padding(padding, arrays[0].shape[0])
-        if self._buffers is not None and not np.array_equal(padding, self._padding):
+        if self._buffers is not None and not is_same(padding, self._padding):
             self._drop_buffers()
         self._set_padding(padding)
         buffers = self._place(arrays, held, offset, spare)

@@ -35,6 +35,13 @@ def check_padding(padding: Int32s | None, rows: int) -> None:
         )
 
 
+def is_same(one: Int32s | None, other: Int32s | None) -> bool:
+    """Return whether rows have the same padding."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
+
+
 def check_empty(offset: int) -> None:
     """Raise ValueError for a cache with tokens."""
     if offset:

@@ -71,7 +71,7 @@ class Batch:
         host = self.backend.to_host(mask)
         own = host if host.ndim == 2 else host[row, 0]  # of all rows, or of each
         # Booleans, or 0 and -inf: what the backend's config asks for.
-        return own == (self.backend.config.mask_dtype == "bool")
+        return np.asarray(own == (self.backend.config.mask_dtype == "bool"))
 
     def take(self, cache: KVCache, rows: list[int]) -> None:
         """Go on with `cache`, which has some of the rows."""
