@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from hypothesis import settings
 
 from kvcache import RotatingKVCache
+
+SHARES = {"numpy": 100, "torch": 30, "array_api": 12, "mlx": 20, "jax": 4}
+"""Examples out of a hundred: what a backend's speed affords."""
+
+
+def affordable(backend):
+    """The settings for a state machine on a backend."""
+    return settings(max_examples=max(1, settings().max_examples * SHARES[backend.name] // 100))
 
 
 @dataclass

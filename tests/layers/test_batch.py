@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from kvcache import KVCache, NotSupportedError, RotatingKVCache, TrimError
 
-from .rows import Rows, arrays, check_held, content, host, mask_rows, visible
+from .rows import Rows, affordable, arrays, check_held, content, host, mask_rows, visible
 
 KINDS = {
     "growing": (KVCache, {"step": 4}),
@@ -207,4 +207,4 @@ def test_any_sequence_of_calls(backend, kind):
         name = kind
 
     Machine.backend = backend
-    run_state_machine_as_test(Machine)
+    run_state_machine_as_test(Machine, settings=affordable(backend))

@@ -220,11 +220,10 @@ class Hybrid:
                 )
 
     def _through(self, cache: KVCache, k: Array, v: Array) -> tuple[Array, Array]:
-        """Update `cache`, casting to its dtype and back to float32."""
-        dtype = cache.dtype
-        if not isinstance(dtype, str) or dtype == "float32":
+        """Update `cache`, casting to its dtypes and back to float32."""
+        if cache.dtype in (None, "float32"):
             return cache.update(k, v)
-        cast = self.backend.xp.astype
-        stored, computed = self.backend.dtype(dtype), self.backend.dtype("float32")
-        k, v = cache.update(cast(k, stored), cast(v, stored))
-        return cast(k, computed), cast(v, computed)
+        cast, dtype, named = self.backend.xp.astype, self.backend.dtype, cache.dtype
+        key_dtype, value_dtype = named if isinstance(named, tuple) else (named, named)
+        k, v = cache.update(cast(k, dtype(key_dtype)), cast(v, dtype(value_dtype)))
+        return cast(k, dtype("float32")), cast(v, dtype("float32"))
