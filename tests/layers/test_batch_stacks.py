@@ -592,3 +592,21 @@ def test_snapshots_taken_before_stay_resumable(backend):
             resumed = stack_of(backend)
             resumed.restore(taken, stop=stop)
             assert held_by(resumed) == [[stop + row for row in rows]] * 3
+
+
+@pytest.mark.parametrize(("rows", "message"), [([1, 1], "same sizes"), ([1, 0, 2], "is shared")])
+def test_snapshots_of_other_rows_are_not_merged(backend, rows, message):
+    """Two spans of one batch are of the same rows, with the same padding."""
+    for layer in (0, 2):
+        caches = stack_of(backend)
+        caches.pad([0, 2, 0])
+        update_all(caches, np.arange(9).reshape(3, 3))
+        cache = caches[layer]
+        lower = cache.snapshot()
+        caches.select(rows)
+        update_all(caches, np.ones((len(rows), 2), int))
+        upper = cache.snapshot(3)
+        before = content(lower), content(upper)
+        with pytest.raises(ValueError, match=message):
+            lower.merge(upper)
+        assert (content(lower), content(upper)) == before
