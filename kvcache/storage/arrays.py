@@ -141,7 +141,8 @@ def _described(forms: tuple[ArrayForm, ...]) -> str:
 def concat_layers(layers: list[LayerArrays]) -> LayerArrays:
     """Concatenate several parts of one layer along the token axis.
 
-    Raises: ValueError unless the arrays of all parts have the same names.
+    Raises: ValueError unless the arrays of all parts have the same names and, tokens aside, the
+        same sizes, and those shared by all tokens are the same.
     """
     names = [[array.name for array in arrays] for arrays in layers]
     if any(other != names[0] for other in names):
@@ -149,8 +150,21 @@ def concat_layers(layers: list[LayerArrays]) -> LayerArrays:
     return tuple(_concat([arrays[i] for arrays in layers]) for i in range(len(names[0])))
 
 
+def _check_shared(name: str, arrays: list[HostArray]) -> None:
+    """Raise ValueError unless arrays are equal, bit for bit."""
+    first = arrays[0]
+    for other in arrays[1:]:
+        same = other is first or (other.shape == first.shape and other.tobytes() == first.tobytes())
+        if not same:
+            raise ValueError(f"{name} is shared by all tokens; got rows with another one.")
+
+
 def _concat(parts: list[NamedArray]) -> NamedArray:
-    axis = parts[0].token_axis
-    if axis is None:  # shared by all tokens, so every part holds the same
+    axis, name = parts[0].token_axis, parts[0].name
+    if axis is None:
+        _check_shared(name, [part.data for part in parts])
         return parts[0]
+    sizes = [tuple(np.delete(part.data.shape, axis).tolist()) for part in parts]
+    if len({*sizes}) > 1:
+        raise ValueError(f"{name} has the same sizes in all rows, tokens aside; got {sizes}.")
     return parts[0]._replace(data=np.concatenate([part.data for part in parts], axis=axis))
