@@ -235,9 +235,9 @@ class ArenaCache(KVCache):
     def _held(self) -> tuple[Int32s, Slots]:
         first = 0 if self._first <= self._ring.keep else self._first
         positions = self._between(first, self._offset, self._sinks)
-        return positions, np.arange(0) if self._buffers is None else self._buffers.slots_of(
-            positions
-        )
+        arena = self._buffers
+        slots = np.arange(0) if arena is None else arena.slots_of(positions)
+        return positions, slots
 
     def _exact(self, buffers: GrowingBuffers) -> Arrays:
         backend, arena = buffers.backend, self._with_room(0)

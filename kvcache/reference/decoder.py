@@ -125,3 +125,26 @@ def attention_caches(
     if kind == "kv":
         return lambda: KVCache(backend, dtype=dtype)
     return lambda: RotatingKVCache(max_size, keep, backend, dtype=dtype)
+
+
+class AttentionCache(Protocol):
+    """The cache of one attention layer, or a stand-in for one."""
+
+    @property
+    def dtype(self) -> str | tuple[str, str] | None:
+        """Dtype of keys and values, or of each; None for any."""
+
+    def update(self, keys: Array, values: Array, /) -> tuple[Array, Array]:
+        """Add [B, kv_heads, L, head_dim]; return all held tokens, [B, kv_heads, n, head_dim]."""
+
+
+def updated_in_float32(
+    backend: Backend, cache: AttentionCache, k: Array, v: Array
+) -> tuple[Array, Array]:
+    """Update `cache` with float32 keys and values, cast to its dtypes; return float32 again."""
+    if cache.dtype in (None, "float32"):
+        return cache.update(k, v)
+    cast, computed, named = backend.xp.astype, backend.dtype("float32"), cache.dtype
+    key_dtype, value_dtype = named if isinstance(named, tuple) else (named, named)
+    k, v = cache.update(cast(k, backend.dtype(key_dtype)), cast(v, backend.dtype(value_dtype)))
+    return cast(k, computed), cast(v, computed)

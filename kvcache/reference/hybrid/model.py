@@ -24,7 +24,7 @@ from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ShapeError
 from kvcache.reference._progress import Progress
 from kvcache.reference._tokens import checked_ids
-from kvcache.reference.decoder import LayerKind, attention_caches
+from kvcache.reference.decoder import LayerKind, attention_caches, updated_in_float32
 from kvcache.reference.errors import UnsupportedModelError
 
 from .blocks import Projected
@@ -221,9 +221,4 @@ class Hybrid:
 
     def _through(self, cache: KVCache, k: Array, v: Array) -> tuple[Array, Array]:
         """Update `cache`, casting to its dtypes and back to float32."""
-        if cache.dtype in (None, "float32"):
-            return cache.update(k, v)
-        cast, dtype, named = self.backend.xp.astype, self.backend.dtype, cache.dtype
-        key_dtype, value_dtype = named if isinstance(named, tuple) else (named, named)
-        k, v = cache.update(cast(k, dtype(key_dtype)), cast(v, dtype(value_dtype)))
-        return cast(k, dtype("float32")), cast(v, dtype("float32"))
+        return updated_in_float32(self.backend, cache, k, v)

@@ -17,7 +17,12 @@ from kvcache.backends import Array, Backend, HostArray
 from kvcache.errors import ShapeError
 from kvcache.reference._progress import Progress
 from kvcache.reference._tokens import checked_ids
-from kvcache.reference.decoder import LayerKind, attention_caches
+from kvcache.reference.decoder import (
+    AttentionCache,
+    LayerKind,
+    attention_caches,
+    updated_in_float32,
+)
 
 from .blocks import LlamaBlocks
 from .gguf import GGUFFile, LlamaConfig
@@ -31,19 +36,12 @@ __all__ = ["LayerCache", "Llama"]
 BLOCK = 32
 
 
-class LayerCache(Protocol):
+class LayerCache(AttentionCache, Protocol):
     """The part of a per-layer cache used by the decoder; :class:`kvcache.KVCache` has it."""
 
     @property
     def offset(self) -> int:
         """Tokens seen so far: the absolute position of the next one."""
-
-    @property
-    def dtype(self) -> str | None:
-        """Name of the dtype of keys and values; None until the first update decides it."""
-
-    def update(self, keys: Array, values: Array, /) -> tuple[Array, Array]:
-        """Add [B, kv_heads, L, head_dim]; return all held tokens, [B, kv_heads, n, head_dim]."""
 
     def mask(self, tokens: int, window: int | None = None, /) -> Array | None:
         """Return the columns visible to the last `tokens`: bool [tokens, n]; None for all."""
@@ -183,12 +181,7 @@ class Llama:
 
     def _through(self, cache: LayerCache, k: Array, v: Array) -> tuple[Array, Array]:
         """Update `cache`, casting to its dtype and back to float32."""
-        if cache.dtype in (None, "float32"):
-            return cache.update(k, v)
-        cast = self.backend.xp.astype
-        stored, computed = self.backend.dtype(cache.dtype), self.backend.dtype("float32")
-        k, v = cache.update(cast(k, stored), cast(v, stored))
-        return cast(k, computed), cast(v, computed)
+        return updated_in_float32(self.backend, cache, k, v)
 
 
 class _NoCache:
