@@ -19,7 +19,7 @@ from kvcache.storage.lengths import padded_index
 from .alike import check_alike
 from .buffers import Arrays
 from .copies import CopyableCache
-from .padding import as_padding, check_empty, check_padding, check_rows
+from .padding import as_padding, check_empty, check_padding, check_rows, selected
 from .pinning import LayerPins
 from .rewind import Rewind
 
@@ -86,7 +86,7 @@ class BatchCache(CopyableCache):
         if self._buffers is None:
             self._padding = padding
             return
-        self._points.select(index)
+        self._points.convert(partial(selected, rows=index))
         if self._pins is not None:
             self._pins.spill()  # their slots get other rows
             self._pins.padding = padding

@@ -27,6 +27,13 @@ def as_padding(tokens: Iterable[SupportsIndex]) -> Int32s | None:
     return np.array(padding, np.int32) if any(padding) else None
 
 
+def selected(arrays: LayerArrays, rows: Int32s) -> LayerArrays:
+    """Return some rows of the batch of what a cache holds of some tokens, batch first."""
+    arrays = tuple([array._replace(data=array.data[rows]) for array in arrays])
+    own, padding = without_padding(arrays)
+    return own if padding is None else arrays
+
+
 def as_list(padding: Int32s | None) -> list[int]:
     """Return the padding of each row; none if no row has any."""
     return [] if padding is None else padding.tolist()

@@ -150,8 +150,8 @@ class RotatingKVCache(ExportableRing):
             most = max(0, self._offset - self._window - max(self._first, self._whole))
             raise TrimError(
                 f"a rotating cache cannot trim once tokens were displaced: {self._offset} came, "
-                f"it holds {self.len}, so it takes back 0 to {most}; got {tokens}. Use "
-                "checkpoint() and rollback(), or a cache with slack for as many."
+                f"it holds {self.len}. Use checkpoint() and rollback(), or a cache with slack for "
+                f"as many: this one takes back 0 to {most} tokens; got {tokens}."
             )
         super().check_trim(tokens)
 

@@ -12,7 +12,8 @@ from functools import partial
 import numpy as np
 
 from kvcache._interrupts import uninterrupted
-from kvcache._types import Bools, Int32s
+from kvcache._types import Bools
+from kvcache.storage.arrays import LayerArrays
 
 from .rows import TokenRows, exchange
 
@@ -78,14 +79,11 @@ class ResumePoints:
                 rows = exchange([retained], make, tuple)
                 self.retained = rows[0] if rows else None
 
-    def select(self, rows: Int32s) -> None:
-        """Keep some rows of the batch in what is retained, which goes to host memory."""
+    def convert(self, change: Callable[[LayerArrays], LayerArrays]) -> None:
+        """Replace the arrays of each layer of what is retained, which goes to host memory."""
         if (retained := self.retained) is None:
             return
-        layers = {
-            layer: tuple([array._replace(data=array.data[rows]) for array in arrays])
-            for layer, arrays in retained.content().items()
-        }
+        layers = {layer: change(arrays) for layer, arrays in retained.content().items()}
         selected = TokenRows(retained.positions, layers)
         with uninterrupted():
             self.retained = selected

@@ -37,8 +37,11 @@ def _is_left_out(item):
 
 
 @pytest.fixture
-def place(backend, tmp_path):
+def place(request, backend, tmp_path):
     """A place with two instances of one backend."""
+    scenario = request.node.callspec.params.get("scenario")
+    if scenario is not None and scenario.state == "bfloat16" and "bfloat16" not in backend.dtypes:
+        pytest.skip(f"{backend.name} has no bfloat16")
     return Place(_small(backend), _small(backend), tmp_path)
 
 
