@@ -164,12 +164,12 @@ class ArenaCache(KVCache):
         """Return the sinks once `update` came, in arrays of their own; () for a ring without."""
         if arena.settled or not self._ring.keep:
             return arena.sinks
-        there = min(self._ring.keep, self._offset)
-        parts = [arena.tokens(0, there)] if there else []
-        if there < self._ring.keep:
+        arrived = min(self._ring.keep, self._offset)
+        parts = [arena.tokens(0, arrived)] if arrived else []
+        if arrived < self._ring.keep:
             read, stop = arena.backend.read_slice, self._ring.keep - self._offset
             parts.append(
-                tuple([read(array, there - self._offset, stop, arena.axis) for array in update])
+                tuple([read(array, arrived - self._offset, stop, arena.axis) for array in update])
             )
         concat = arena.backend.concat
         return tuple([concat(arrays, arena.axis) for arrays in zip(*parts, strict=True)])

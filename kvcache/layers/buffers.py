@@ -94,9 +94,9 @@ class GrowingBuffers:
         arrays = self.backend.shared(self.arrays)
         if arrays is None:
             return None
-        twin = copy(self)
-        twin.arrays, twin.growths = arrays, 0
-        return twin
+        buffers = copy(self)
+        buffers.arrays, buffers.growths = arrays, 0
+        return buffers
 
     def _resize(self, sizes: Sizes) -> None:
         """Move all slots to buffers of other sizes, not smaller ones."""

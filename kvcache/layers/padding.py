@@ -55,16 +55,16 @@ def check_empty(offset: int) -> None:
         )
 
 
-def check_rows(rows: Iterable[SupportsIndex], there: int | None) -> Int32s:
+def check_rows(rows: Iterable[SupportsIndex], count: int | None) -> Int32s:
     """Return `rows` of a batch as int32; none if there is no batch yet.
 
     Raises: ValueError for a row that is not there, or for no row; TypeError for no list of
         integers.
     """
     index = as_indices(rows, "rows")
-    if there is not None and not (index and min(index) >= 0 and max(index) < there):
-        raise ValueError(f"rows are 0 to {there - 1}, one or more of them; got {index}.")
-    return np.array(index if there is not None else [], np.int32)
+    if count is not None and not (index and min(index) >= 0 and max(index) < count):
+        raise ValueError(f"rows are 0 to {count - 1}, one or more of them; got {index}.")
+    return np.array(index if count is not None else [], np.int32)
 
 
 def padding_array(padding: Int32s) -> NamedArray:
