@@ -34,9 +34,13 @@ class ExportableRing(CopyableRing):
         held = np.pad(arena.slots_of(positions), (0, capacity - positions.size), "edge")
         make_state = self._state_maker(capacity, owner, arena.likes())
         keys, values = traced_forms(backend, arena.gathered(arena.arrays, held))
-        state = self._given_away(arena, make_state(keys, values), owner)
-        self._show_held()
-        return state
+        arrays = arena.arrays
+        try:
+            self._show_held()
+            return self._given_away(arena, make_state(keys, values), owner)
+        except BaseException:
+            arena.arrays = arrays  # they were only dropped
+            raise
 
     def _state_maker(
         self, capacity: int, owner: int, likes: tuple[Array, Array]
