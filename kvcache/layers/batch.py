@@ -19,12 +19,13 @@ from kvcache.storage.lengths import padded_index
 from .alike import check_alike
 from .buffers import Arrays
 from .copies import CopyableCache
-from .padding import as_padding, check_empty, check_padding, check_rows, selected
+from .padding import as_padding, check_empty, check_padding, selected
 from .pinning import LayerPins
 from .rewind import Rewind
+from .row_selection import SelectableRows
 
 
-class BatchCache(CopyableCache):
+class BatchCache(SelectableRows, CopyableCache):
     """A cache of several rows, which can be of unequal length."""
 
     _admission: Admission
@@ -39,10 +40,6 @@ class BatchCache(CopyableCache):
         if self._buffers is not None:
             return self._buffers.geometry.batch
         return None if self._padding is None else self._padding.size
-
-    @property
-    def padding(self) -> Int32s | None:
-        return self._padding
 
     def pad(self, padding: Iterable[SupportsIndex]) -> None:
         """Declare that rows of the batch begin with so many columns of padding.
@@ -70,19 +67,8 @@ class BatchCache(CopyableCache):
 
     # The batch axis.
 
-    def check_select(self, rows: Iterable[SupportsIndex]) -> None:
-        self.check_not_exported()
-        check_rows(rows, self.rows)
-
-    def select(self, rows: Iterable[SupportsIndex]) -> None:
-        self.check_not_exported()
-        index = check_rows(rows, self.rows)
-        if index.size and not np.array_equal(index, np.arange(self.rows or 0)):
-            self._atomic(partial(self._select, index))
-
     def _select(self, index: Int32s) -> None:
-        padding = None if self._padding is None else self._padding[index]
-        padding = padding if padding is not None and padding.any() else None
+        padding = None if self._padding is None else as_padding(self._padding[index])
         if self._buffers is None:
             self._padding = padding
             return
@@ -95,10 +81,6 @@ class BatchCache(CopyableCache):
         self._admission.resize(index.size)
         # Nothing is known of the tokens of rows that were others.
         self.rewound = Rewind(0, refilled=True)
-
-    def split(self) -> list[Self]:
-        self.check_not_exported()
-        return [self._row(row) for row in range(self.rows or 0)]
 
     def _row(self, row: int) -> Self:
         buffers, clone = self._buffers, self.make(self._asked_backend, self.options)

@@ -1,4 +1,4 @@
-"""What a per-layer cache holds, and the masks of its queries."""
+"""Tokens that a per-layer cache holds, its columns, and the masks of its queries."""
 
 from __future__ import annotations
 

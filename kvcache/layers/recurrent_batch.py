@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Self, SupportsIndex
 
-import numpy as np
-
 from kvcache._types import Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import Arrays
@@ -15,12 +13,13 @@ from kvcache.errors import ShapeError
 from kvcache.storage.states import StateForm
 
 from .alike import check_alike
-from .padding import as_padding, check_empty, check_padding, check_rows
+from .padding import as_padding, check_empty, check_padding
 from .recurrent_copies import Coming, CopyableStates, States
 from .rewind import Rewind
+from .row_selection import SelectableRows
 
 
-class BatchStates(CopyableStates):
+class BatchStates(SelectableRows, CopyableStates):
     """A cache of recurrent states of several rows, which are replaced and never written to."""
 
     @property
@@ -30,10 +29,6 @@ class BatchStates(CopyableStates):
         if form is not None:
             return form.shapes[0][0]
         return None if self._padding is None else self._padding.size
-
-    @property
-    def padding(self) -> Int32s | None:
-        return self._padding
 
     def pad(self, padding: Iterable[SupportsIndex]) -> None:
         self.check_not_exported()
@@ -47,16 +42,6 @@ class BatchStates(CopyableStates):
         """Raise ShapeError unless states, if there are any, have as many rows as `padding`."""
         if form is not None:
             check_padding(padding, form.shapes[0][0])
-
-    def check_select(self, rows: Iterable[SupportsIndex]) -> None:
-        self.check_not_exported()
-        check_rows(rows, self.rows)
-
-    def select(self, rows: Iterable[SupportsIndex]) -> None:
-        self.check_not_exported()
-        index = check_rows(rows, self.rows)
-        if index.size and not np.array_equal(index, np.arange(self.rows or 0)):
-            self._atomic(partial(self._select, index))
 
     def _select(self, index: Int32s) -> None:
         padding = None if self._padding is None else as_padding(self._padding[index])
@@ -88,10 +73,6 @@ class BatchStates(CopyableStates):
             False,
             Rewind(0, refilled=True),
         )
-
-    def split(self) -> list[Self]:
-        self.check_not_exported()
-        return [self._row(row) for row in range(self.rows or 0)]
 
     def _row(self, row: int) -> Self:
         clone = self.make(self._asked_backend, self.options)
