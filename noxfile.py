@@ -31,12 +31,12 @@ MODELS = (  # only their weights and recordings: what they depend on runs them, 
     "moonshine-voice==0.1.5",
 )
 # Which tests a session runs is said by their marks; tests/conftest.py explains these.
-ALONE = "(one_backend(name='{}') or installation) and not cross_backend and not model"
+ALONE = "(one_backend(name='{}') or installation) and not (cross_backend or model or matrix)"
 NUMPY = (
     "(not one_backend or one_backend(name='numpy'))"
-    " and not cross_backend and not model and not docs"
+    " and not (cross_backend or model or docs or matrix)"
 )
-TOGETHER = "(not one_backend or cross_backend or model or installation) and not docs"
+TOGETHER = "(not one_backend or cross_backend or model or installation) and not (docs or matrix)"
 WORKERS = str(min(os.cpu_count() or 1, 4))  # processes that share the tests of a session
 UNINSTALLED = re.compile(r"could not import|not installed|pip install")  # why a test was skipped
 KILLED = 90  # percent of the mutants, at least
@@ -162,7 +162,7 @@ def installed(session: nox.Session, name: str) -> Env:
 _installed: set[str] = set()
 ENVIRONMENTS = {  # the extra of the project, and groups of what else is needed
     # The one with every framework and peer, for all who need several: each copy takes gigabytes.
-    "everything": ("all", "test", "packaging", "types", "docs", "peers"),
+    "everything": ("all", "test", "packaging", "types", "docs"),
     "alone-torch": ("demo,torch", "test"),
     "alone-jax": ("demo,jax", "test"),
     "alone-mlx": ("demo,mlx", "test"),
@@ -256,6 +256,13 @@ def tests_all(session: nox.Session) -> None:
     env.test(TOGETHER)
 
 
+@nox.session(venv_backend="none", default=False)
+def adapters(session: nox.Session) -> None:
+    """All cells of the matrices of models under each library; tests_all runs a part of them."""
+    env = installed(session, "everything")
+    env.pytest(str(ROOT / "tests" / "adapters"))
+
+
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Runs the examples of the documentation, and builds the site with warnings as errors."""
@@ -302,7 +309,7 @@ def complete(session: nox.Session) -> None:
     env = installed(session, "everything")
     path = RECORDS / "collected.json"
     session.env["KVCACHE_RECORD"] = str(path)
-    env.run("pytest", "--collect-only", "-qq")
+    env.run("pytest", "--collect-only", "-qq", "-m", "not matrix")
     collected = json.loads(path.read_text())
     path.unlink()
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}

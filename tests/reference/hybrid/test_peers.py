@@ -7,8 +7,8 @@ import kvcache
 
 from .conftest import load
 
-torch = pytest.importorskip("torch", reason="needs the group peers")
-transformers = pytest.importorskip("transformers", reason="needs the group peers")
+torch = pytest.importorskip("torch", reason="needs the extra of this name")
+transformers = pytest.importorskip("transformers", reason="needs the extra of this name")
 
 pytestmark = pytest.mark.cross_backend
 
@@ -42,7 +42,7 @@ def test_transformers(tiny_path, tiny_numpy, sizes):
 
 @pytest.mark.parametrize("sizes", CALLS, ids=str)
 def test_mlx_lm(tiny_path, tiny_numpy, sizes):
-    utils = pytest.importorskip("mlx_lm.utils", reason="needs the group peers")
+    utils = pytest.importorskip("mlx_lm.utils", reason="needs the extra of this name")
     import mlx.core as mx
 
     peer, _ = utils.load_model(tiny_path)

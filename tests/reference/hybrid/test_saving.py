@@ -80,8 +80,8 @@ def test_a_directory(saved):
 @pytest.mark.slow
 @pytest.mark.cross_backend
 def test_transformers_reads_it(saved):
-    transformers = pytest.importorskip("transformers", reason="needs the group peers")
-    torch = pytest.importorskip("torch", reason="needs the group peers")
+    transformers = pytest.importorskip("transformers", reason="needs the extra of this name")
+    torch = pytest.importorskip("torch", reason="needs the extra of this name")
     path, logits = saved
     peer = transformers.AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():

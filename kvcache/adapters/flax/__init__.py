@@ -1,0 +1,1 @@
+"""kvcache under flax: see :mod:`kvcache.adapters`."""

@@ -1,0 +1,1 @@
+"""kvcache in plain JAX programs: see :mod:`kvcache.adapters`."""

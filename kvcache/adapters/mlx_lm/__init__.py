@@ -1,0 +1,1 @@
+"""kvcache under mlx-lm: see :mod:`kvcache.adapters`."""

@@ -1,0 +1,1 @@
+"""kvcache under transformers: see :mod:`kvcache.adapters`."""
