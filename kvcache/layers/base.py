@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
 
+from kvcache._checks import as_sizes
 from kvcache._types import Int32s
 from kvcache.backends import Backend, portable_spec
 from kvcache.errors import NotSupportedError
@@ -143,6 +144,20 @@ class LayerCache(ABC):
         except BaseException:
             undo()
             raise
+
+    # Resume points.
+
+    def cuts(self, tokens: SupportsIndex) -> list[int]:
+        """Return the positions inside the coming update behind which a state is wanted.
+
+        Ascending, counted as :attr:`offset` is, its first and last position excluded. None where a
+        cache needs no state to go back or to resume.
+
+        Raises: ValueError for less than one token, ExportedError.
+        """
+        self.check_not_exported()
+        as_sizes(tokens=tokens)
+        return []
 
     # The batch axis.
 

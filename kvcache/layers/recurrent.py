@@ -86,7 +86,8 @@ class StateCache(BatchStates):
         Ascending, counted as :attr:`offset` is, its first and last position excluded. Resume
         points, and while a checkpoint is open every position. A layer that computes its update in
         pieces which end there can :meth:`record` the state of each. It need not: a cache then goes
-        on, and just cannot go back there.
+        on, and just cannot go back there. A model that gives no state inside of an update makes
+        each piece an update of its own.
 
         Announces an update of so many tokens, and drops what was recorded for another one that was
         given up: a layer that announces some of its updates announces all.

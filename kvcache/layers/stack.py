@@ -199,7 +199,18 @@ class LayerCaches(Sequence[C], Generic[C]):
                 joined[key] = type(caches[0]).concat(caches)
         return cls(joined[key] for key in keys)
 
-    # Snapshots.
+    # Resume points, and snapshots.
+
+    def cuts(self, tokens: SupportsIndex) -> list[int]:
+        """Return the positions inside the coming update behind which a layer wants a state.
+
+        Ascending; see :meth:`StateCache.cuts`. For a model that gives no state from inside of an
+        update: computed in pieces that end there, each an update of its own, its caches can resume
+        at all of them.
+
+        Raises: ValueError for less than one token, ExportedError.
+        """
+        return sorted({position for cache in self._distinct for position in cache.cuts(tokens)})
 
     def schedule(self, positions: Iterable[int]) -> None:
         """Make `positions`, not reached yet, resume points of later snapshots."""

@@ -56,15 +56,15 @@ PUBLIC = [
 # What models, runners and caches of other packages may use of a cache.
 SHARED = """
 backend can_trim capture check_not_exported check_rollback check_select check_trim checkpoint concat
-copy dtype export_state from_layer import_state kind last_trimmable load make nbytes offset options
-pad padding reserve reset restore restore_rows rewound rollback rows save savepoint
+copy cuts dtype export_state from_layer import_state kind last_trimmable load make nbytes
+offset options pad padding reserve reset restore restore_rows rewound rollback rows save savepoint
 schedule select snapshot split state to_backend to_layer trim visibility
 """.split()
 CACHE = [*SHARED, *"fill growths len mask positions state_positions update".split()]
 ROTATING = ["keep", "max_size", "slack"]
-STATES = ["advance", "cuts", "kept", "record"]
+STATES = ["advance", "kept", "record"]
 LAYERS = """
-can_trim checkpoint concat copy count index last_trimmable load nbytes offset pad reserve reset
+can_trim checkpoint concat copy count cuts index last_trimmable load nbytes offset pad reserve reset
 restore rollback save schedule select snapshot split to_backend trim
 """.split()
 BACKEND = """

@@ -140,6 +140,21 @@ def test_the_last_position_that_all_layers_can_go_back_to():
     assert LayerCaches([]).last_trimmable(3) == 3
 
 
+def test_cuts_are_those_of_all_layers():
+    states = [StateCache("numpy"), StateCache("numpy")]
+    stack = LayerCaches([states[0], KVCache("numpy"), states[1], RotatingKVCache(4), states[0]])
+    assert stack.cuts(9) == []
+    stack.schedule([2, 6])
+    states[1].schedule([4])
+    assert stack.cuts(6) == [2, 4]  # the end of the update is no cut
+    assert LayerCaches([KVCache(), RotatingKVCache(4)]).cuts(9) == LayerCaches([]).cuts(9) == []
+    for refused in (0, -1):
+        with pytest.raises(ValueError, match=r"tokens.* got"):
+            stack[1:2].cuts(refused)
+        with pytest.raises(ValueError, match="an update has 1 to"):
+            stack.cuts(refused)
+
+
 def test_what_it_is_in_words():
     stack = filled(KVCache("numpy"), RotatingKVCache(8, backend="numpy"))
     assert repr(stack) == "<LayerCaches 2 of KVCache, RotatingKVCache, offset=5>"
