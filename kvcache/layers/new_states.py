@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, SupportsIndex, TypeVar
+from typing import NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from kvcache.storage.layout import LAYER_AXIS
 from .padding import as_padding, check_padding
 from .state import LayerState, RecurrentState, RingState
 
-BatchState = TypeVar("BatchState", LayerState, RingState, RecurrentState)
+BatchState = TypeVar("BatchState", bound=LayerState | RingState | RecurrentState)
 NO_OWNER = -1
 """Number of states that no cache exported."""
 EMPTY_SLOT = -1
@@ -185,7 +185,7 @@ def _padding(target: Backend, padding: Sequence[SupportsIndex] | Array | None, b
     """Return the padding of each row as it stands in a state. Raises: as :func:`empty`."""
     if padding is None:
         return target.traced_zeros((0,), "int32")
-    if isinstance(padding, np.ndarray) or not hasattr(padding, "dtype"):
+    if isinstance(padding, np.ndarray | Sequence):
         numbers = list(padding)
         declared = as_padding(numbers)
         check_padding(np.array(numbers), batch)
@@ -217,6 +217,8 @@ def select(state: BatchState, rows: Array) -> BatchState:
         return read(array, rows, 0, array.dtype)  # as it lies: a buffer may carry bits
 
     if isinstance(state, RecurrentState):
-        return state._replace(arrays=tuple(map(selected, state.arrays)))
+        arrays = tuple(map(selected, state.arrays))
+        return cast("BatchState", state._replace(arrays=arrays))
     padding = selected(state.padding) if state.padding.shape[0] else state.padding
-    return state._replace(keys=selected(state.keys), values=selected(state.values), padding=padding)
+    keys, values = selected(state.keys), selected(state.values)
+    return cast("BatchState", state._replace(keys=keys, values=values, padding=padding))
