@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from kvcache import functional
 from kvcache.backends import backend_type
 from kvcache.backends.arrays import NativeArray
 from kvcache.errors import ShapeError
-from kvcache.functional import RingState
+from kvcache.functional import LayerState, RingState
 
+Attended = TypeVar("Attended", LayerState, RingState)
 Pair: TypeAlias = tuple[NativeArray, NativeArray]
 """A buffer of a ring, and what is appended to it."""
 
@@ -32,16 +33,26 @@ def extend(
     columns = [_joined(pair, axis) for pair in pairs]
     slots = _slots(state, tokens)
     buffers = [backend.traced_write(buffer, rows, slots, axis) for buffer, rows in pairs]
-    steps = jnp.arange(tokens, dtype=jnp.int32)
-    positions, held = steps + state.offset, jnp.asarray(state.positions)
-    after = state._replace(
-        keys=buffers[0],
-        values=buffers[1],
-        positions=held.at[slots].set(positions, mode="drop"),
-        offset=state.offset + tokens,
+    after = moved_on(state, tokens)._replace(keys=buffers[0], values=buffers[1])
+    return after, columns[0], columns[1], _mask(state, tokens, window)
+
+
+def moved_on(state: Attended, tokens: int) -> Attended:
+    """Return `state` with its counters behind so many more tokens, which are to be written."""
+    offset = state.offset + tokens
+    if isinstance(state, LayerState):
+        return state._replace(offset=offset, written=state.written + tokens)
+    positions = jnp.asarray(state.positions).at[_slots(state, tokens)]
+    return state._replace(
+        offset=offset,
+        positions=positions.set(_positions(state, tokens), mode="drop"),
         slot=_turned(state, state.slot + tokens),
     )
-    return after, columns[0], columns[1], _mask(state, positions, window)
+
+
+def _positions(state: RingState, tokens: int) -> NativeArray:
+    """Return the positions of the next tokens."""
+    return jnp.arange(tokens, dtype=jnp.int32) + jnp.asarray(state.offset)
 
 
 def _check(state: RingState, keys: NativeArray, values: NativeArray, axis: int) -> None:
@@ -79,8 +90,9 @@ def _turned(state: RingState, places: NativeArray) -> NativeArray:
     return jnp.where(whole, places, behind)
 
 
-def _mask(state: RingState, positions: NativeArray, window: int | None) -> NativeArray:
-    """Return the mask of tokens at `positions` over the slots of `state` and the tokens."""
+def _mask(state: RingState, tokens: int, window: int | None) -> NativeArray:
+    """Return the mask of the next tokens over the slots of `state`, and over those tokens."""
+    positions = _positions(state, tokens)
     columns = jnp.concatenate((jnp.asarray(state.positions), positions))
 
     def of_token(position: NativeArray) -> NativeArray:

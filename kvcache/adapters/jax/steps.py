@@ -6,18 +6,19 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kvcache import functional
+from kvcache.backends import backend_type
 from kvcache.backends.arrays import NativeArray
 from kvcache.errors import ShapeError, TrimError
 from kvcache.functional import LayerState, RecurrentState, RingState
 
 from .kinds import State, States
-from .rings import extend
+from .rings import Attended, extend, moved_on
 
 AnyState = TypeVar("AnyState", LayerState, RingState, RecurrentState)
-Attended = TypeVar("Attended", LayerState, RingState)
 AllStates = TypeVar("AllStates", bound=States)
 
 
@@ -46,9 +47,30 @@ def update(
     if layer is None:
         _check_stacked(state, stacked=False)
         return _update(state, keys, values, window)
-    before = layer_of(state, layer)
-    after, columns, more, mask = _update(before, keys, values, window)
-    return _written(state, layer, before, after, keys.shape), columns, more, mask
+    # The buffers of a layer are sliced only once they are written: XLA then copies nothing for it.
+    one = layer_of(_without_buffers(state), layer)
+    axis = _token_axis(one)
+    tokens = keys.shape[axis]
+    if _displaces(one, tokens):
+        extended, *columns = _update(layer_of(state, layer), keys, values, window)
+        return _replaced(state, layer, extended), columns[0], columns[1], columns[2]
+    buffers = [
+        _written(stacked, layer, one, rows, number)
+        for number, (stacked, rows) in enumerate(((state.keys, keys), (state.values, values)))
+    ]
+    after = moved_on(one, tokens)
+    replaced = _replaced(state, layer, after, one)
+    whole = replaced._replace(keys=buffers[0], values=buffers[1])
+    columns = [
+        _columns(buffer, layer, rows, axis)
+        for buffer, rows in zip(buffers, (keys, values), strict=True)
+    ]
+    return whole, columns[0], columns[1], functional.mask(after, tokens, window)
+
+
+def _without_buffers(state: Attended) -> Attended:
+    """Return a stacked state with its small arrays alone."""
+    return state._replace(keys=state.offset, values=state.offset)
 
 
 def _update(
@@ -80,41 +102,37 @@ def _token_axis(state: LayerState | RingState) -> int:
 
 
 def _written(
-    states: Attended,
-    layer: int | NativeArray,
-    before: Attended,
-    after: Attended,
-    shape: tuple[int, ...],
-) -> Attended:
-    """Return stacked states with what one layer has become, by a write of its new tokens."""
-    axis = _token_axis(before)
-    tokens = shape[axis]
-    if _displaces(before, tokens):
-        return _replaced(states, layer, after)
-    buffers = [
-        _copied(stacked, buffer, layer, _next_slot(before), min(tokens, buffer.shape[axis]), axis)
-        for stacked, buffer in ((states.keys, after.keys), (states.values, after.values))
-    ]
-    # All other arrays are small, and written whole.
-    small = states._replace(keys=states.offset, values=states.offset)
-    replaced = _replaced(small, layer, after._replace(keys=after.offset, values=after.offset))
-    return replaced._replace(keys=buffers[0], values=buffers[1])
-
-
-def _copied(
     stacked: NativeArray,
-    buffer: NativeArray,
     layer: int | NativeArray,
-    start: NativeArray,
-    tokens: int,
-    axis: int,
+    one: LayerState | RingState,
+    rows: NativeArray,
+    number: int,
 ) -> NativeArray:
-    """Return `stacked` with `tokens` slots of a layer from `start` on taken from its `buffer`."""
-    # Slices that reach beyond the end are moved, here and there alike, so that no token is lost.
-    rows = lax.dynamic_slice_in_dim(buffer, start, tokens, axis)[None]
-    place = [layer, *[0] * buffer.ndim]
-    place[axis + 1] = start
-    return lax.dynamic_update_slice(stacked, rows, place)
+    """Return stacked keys (number 0) or values (1) with the new tokens of a layer."""
+    axis = _token_axis(one)
+    tokens, slots = rows.shape[axis], stacked.shape[axis + 1]
+    count, start = min(tokens, slots), _next_slot(one)
+    first = jnp.clip(start, 0, slots - count)
+    place = [layer, *[0] * (stacked.ndim - 1)]
+    place[axis + 1] = first
+    sizes = [1, *stacked.shape[1:]]
+    sizes[axis + 1] = count
+    slice_of = lax.dynamic_slice(stacked, place, sizes)[0]
+    # An append to the slots in question: it checks, and writes nothing beyond the end.
+    likes = (one.likes[number], one.likes[number])
+    piece = LayerState(
+        slice_of, slice_of, start - first, one.positions, likes, one.owner, one.owner, one.padding
+    )
+    appended = functional.append(piece, rows, rows)[0]
+    return lax.dynamic_update_slice(stacked, jnp.asarray(appended.keys)[None], place)
+
+
+def _columns(
+    stacked: NativeArray, layer: int | NativeArray, rows: NativeArray, axis: int
+) -> NativeArray:
+    """Return all slots of a layer in the dtype of `rows`."""
+    buffer = lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+    return backend_type(rows).traced_read(buffer, 0, buffer.shape[axis], axis, rows.dtype)
 
 
 def advance(
@@ -142,14 +160,18 @@ def layer_of(state: AnyState, layer: int | NativeArray) -> AnyState:
     return one
 
 
-def _replaced(states: AnyState, layer: int | NativeArray, state: AnyState) -> AnyState:
-    """Return stacked states with all arrays of one layer replaced."""
-    replaced: AnyState = jax.tree.map(
-        lambda stacked, array: lax.dynamic_update_index_in_dim(stacked, array, layer, 0),
-        states,
-        state,
-    )
-    return replaced
+def _replaced(
+    states: AnyState, layer: int | NativeArray, state: AnyState, before: AnyState | None = None
+) -> AnyState:
+    """Return stacked states with the arrays of one layer replaced, but for those of `before`."""
+
+    def replaced(stacked: NativeArray, array: NativeArray, old: NativeArray) -> NativeArray:
+        if array is old:
+            return stacked
+        return lax.dynamic_update_index_in_dim(stacked, array, layer, 0)
+
+    every: AnyState = jax.tree.map(replaced, states, state, states if before is None else before)
+    return every
 
 
 def select(states: AllStates, rows: NativeArray) -> AllStates:
