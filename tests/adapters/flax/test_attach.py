@@ -64,6 +64,9 @@ def matrix(value):
     return pytest.param(value, marks=pytest.mark.matrix)
 
 
+NAMES = [matrix("heads"), "grouped", matrix("normalized")]
+
+
 def prompt():
     return np.random.default_rng(1).integers(0, VOCABULARY, (ROWS, PROMPT)).astype(np.int32)
 
@@ -120,12 +123,12 @@ def generated(model, chunks=(PROMPT,), padding=(0, 0), masked=False, between=lam
     return np.concatenate(tokens, 1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_vary(name):
     assert len(set(uncached(name).ravel().tolist())) >= 20
 
 
-@pytest.mark.parametrize("name", ["heads", matrix("grouped"), matrix("normalized")])
+@pytest.mark.parametrize("name", NAMES)
 def test_flax_itself_one_token_at_a_time(name):
     """The oracle is what flax's decode mode gives, which takes a prompt token by token."""
     model = Decoder(**MODELS[name])
@@ -137,7 +140,7 @@ def test_flax_itself_one_token_at_a_time(name):
 
 @pytest.mark.parametrize("masked", [matrix(False), True])
 @pytest.mark.parametrize("chunks", [matrix([9]), [5, 4], matrix([1] * 9)], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens(name, chunks, masked):
     model, expected = model_of(name), uncached(name)
     with attach(model, ROWS, LENGTH) as caches:
@@ -366,3 +369,33 @@ def test_protocol_of_flax():
     module.attention_fn = nnx.data(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
     paths = [path for path, _ in nnx.iter_modules(module)]
     check(("attention_fn",) in paths, "a module in the place of attention_fn", "attach.attach")
+
+
+def own_mode(**options):
+    """A module in flax's own decode mode, with four columns."""
+    module = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0), **options)
+    module.init_cache((1, 4, 8))
+    return module
+
+
+def test_what_decode_mode_of_flax_cannot_do():
+    """The pitfalls that the page names."""
+    x = jnp.sin(jnp.arange(48.0)).reshape(1, 6, 8)
+    with pytest.raises(ValueError, match="Autoregressive cache shape error"):
+        own_mode()(x[:, :2])
+    module = own_mode()
+    for position in range(5):
+        full = jnp.array(module.cached_key[...])
+        module(x[:, position : position + 1])
+    assert (module.cached_key[...][:, :3] == full[:, :3]).all()
+    assert (module.cached_key[...][:, 3] != full[:, 3]).any()  # the last token is gone
+    plain, first_only = own_mode(), own_mode()
+    for position in range(3):
+        token = x[:, position : position + 1]
+        expected, alone = plain(token), first_only(token, is_causal=True)
+    first = own_mode()(x[:, :1])
+    np.testing.assert_allclose(alone, first, rtol=1e-5)
+    assert not np.allclose(alone, expected)
+    module = own_mode()
+    with attach(module, 1, 6):
+        np.testing.assert_allclose(module(x[:, :3], is_causal=True)[:, 2:], expected, rtol=1e-4)
