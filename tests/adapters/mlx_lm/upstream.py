@@ -8,7 +8,6 @@
 Models that the tests would download are tiny random ones here.
 """
 
-import copy
 import importlib.util
 import os
 import sys
@@ -184,7 +183,9 @@ def tokenizer():
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<eos>")
-    wrapped.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
     return TokenizerWrapper(wrapped)
 
 
