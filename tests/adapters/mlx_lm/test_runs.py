@@ -67,9 +67,10 @@ def saved(name, path):
         load_prompt_cache(str(path / "theirs.safetensors")),
         prompt_cache(model, LayerCaches.load(path / "ours.safetensors", backend="mlx")),
     ]
-    ours = [start + tiny.stream(model, [7, 8], TOKENS, prompt_cache=cache) for cache in again]
+    turn = tiny.prompt_of(7)
+    ours = [start + tiny.stream(model, turn, TOKENS, prompt_cache=cache) for cache in again]
     expected = tiny.stream(model, prompt, 10)
-    expected += tiny.stream(model, prompt + expected + [7, 8], TOKENS)
+    expected += tiny.stream(model, prompt + expected + turn, TOKENS)
     return ours, [expected] * 2
 
 

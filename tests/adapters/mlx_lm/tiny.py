@@ -120,7 +120,10 @@ RECURRENT = ("qwen3_next", "lfm2", "falcon_h1")
 # Seeds and sizes of weights with which the greedy output varies, and each kind of layer matters.
 SEEDS = {"qwen3": 1, "falcon_h1": 3}
 SCALES = {"qwen3": 4.0}
-FACTORS = {"falcon_h1": {"mamba.out_proj": 0.1, "self_attn": 3.0}}
+FACTORS = {
+    "lfm2": {"conv.out_proj": 0.3, "self_attn": 1.5},
+    "falcon_h1": {"mamba.out_proj": 0.1, "self_attn": 3.0},
+}
 
 
 def built(name, weights_of):
