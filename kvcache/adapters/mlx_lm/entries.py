@@ -8,7 +8,6 @@ from typing import NoReturn, Self
 import mlx.core as mx
 
 from kvcache import KVCache, NotSupportedError, RotatingKVCache
-
 from kvcache.backends.arrays import NativeArray, NativeArrays
 
 from .headers import Header, decoded
@@ -132,12 +131,12 @@ class AttentionEntry(BatchedEntry[KVCache]):
         super().prepare(left_padding=left_padding)
         if right_padding is None or not max(right_padding):
             return
-        cache = self.cache
+        cache, slack = self.cache, 0
         if isinstance(cache, RotatingKVCache):
-            # Padding displaces tokens that the requests still see.
-            self.cache = with_slack(cache, cache.slack + max(right_padding))
-            self._slack = cache.slack
-        self._right_padding = right_padding
+            # Padding would displace tokens that the requests still see.
+            slack = cache.slack
+            cache = with_slack(cache, slack + max(right_padding))
+        self.cache, self._slack, self._right_padding = cache, slack, right_padding
 
     def finalize(self) -> None:
         if not self._right_padding:
@@ -145,8 +144,8 @@ class AttentionEntry(BatchedEntry[KVCache]):
         rows = self.cache.split()
         for row, tokens in zip(rows, self._right_padding, strict=True):
             row.trim(tokens)
-        self.cache = self._concat([(with_slack(row, self._slack), 1) for row in rows])
-        self._right_padding = ()
+        cache = self._concat([(with_slack(row, self._slack), 1) for row in rows])
+        self.cache, self._right_padding = cache, ()
 
     # Copies and files.
 

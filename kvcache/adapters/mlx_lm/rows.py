@@ -65,11 +65,16 @@ class BatchedEntry(ABC, Generic[C]):
     def filter(self, batch_indices: Any) -> None:
         """Keep these requests of the batch only, in this order."""
         rows = np.array(batch_indices).tolist()
-        self.cache.select(rows)
-        self._requests = len(rows)
-        padding = self.cache.padding
-        if padding is not None and padding.min() and self.cache.offset:
-            self.cache = self.cache.concat([self.cache])  # without common padding
+        cache, undo = self.cache, self.cache.savepoint()
+        try:
+            cache.select(rows)
+            padding = cache.padding
+            if padding is not None and padding.min() and cache.offset:
+                cache = cache.concat([cache])  # without the padding that all have
+        except BaseException:
+            undo()
+            raise
+        self.cache, self._requests = cache, len(rows)
 
     def extract(self, idx: int) -> Self:
         """Return an entry of one request of the batch, without padding."""

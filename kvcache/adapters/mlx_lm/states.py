@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 
 from kvcache import NotSupportedError, StateCache
-
 from kvcache.backends.arrays import NativeArray
 
 from .headers import Header, decoded
