@@ -87,9 +87,9 @@ class AttentionLayer(CacheLayerMixin):
 class StateLayer(LinearAttentionCacheLayerMixin):
     """The state of one recurrent layer: a convolution, and a recurrent state unless it has none.
 
-    In a step of one token models write into the tensors that they were handed and call no method
-    afterwards. So they are handed working copies, and the state of a pass is taken over, or
-    **settled**, at the next call that concerns the layer.
+    In a step of one token models write into the tensors that they were handed, and many call no
+    method afterwards. So they are handed working copies, and the state of such a step is taken
+    over, or **settled**, at the next call that concerns the layer.
 
     conv_only: whether there is no recurrent state. The state behind every token of a pass is then
         at hand, and the cache can go back to wherever it wants to.
@@ -129,10 +129,20 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         tokens = self._coming
         if not tokens and self._working and self._working[0]._version != self._written:
             tokens = 1  # written in place, which models do in steps of one token only
-        if tokens:
+        if not tokens:
+            return
+        if self.states.state is not self._settled:
+            self._coming = 0  # the cache was reset or changed since, and the pass with it
+            return
+        before, start = (self._coming, self._written), self.states.offset
+        self._coming, self._written = 0, self._working[0]._version
+        try:
             self.states.advance(tokens, *self._working)
-            self._in_step(self._working)
-            self._coming = 0
+            self._settled = cast(tuple[Tensor, ...], self.states.state)
+        except BaseException:
+            if self.states.offset == start:  # else it is settled; the copies are made anew
+                self._coming, self._written = before
+            raise
 
     def _in_step(self, working: tuple[Tensor, ...]) -> None:
         """Note that `working` are copies of the state of the cache."""
@@ -178,8 +188,11 @@ class StateLayer(LinearAttentionCacheLayerMixin):
                 behind = position - start
                 self.states.record(position, columns[..., behind : behind + size])
         with torch.inference_mode(False):
-            self._working = (columns[..., -size:].clone(), *self._working[1:])
-        self._coming = tokens
+            latest = columns[..., -size:].clone()
+        # One statement: no signal handler runs in between.
+        self._working, self._coming = (latest, *self._working[1:]), tokens
+        if self._conv_only:
+            self.settle()
         return columns
 
     def update_recurrent_state(
@@ -193,6 +206,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
                 "update_recurrent_state alone. Use the library's DynamicCache for this model."
             )
         self._working = (self._working[0], recurrent_states)
+        self.settle()
         return recurrent_states
 
 

@@ -125,6 +125,40 @@ def test_asking_for_a_state_counts_no_token():
     assert make_cache(model("qwen3_next")).get_conv_state(0) is None
 
 
+def test_a_reset_of_the_caches_themselves_gives_up_a_pass():
+    caches = layer_caches(model("lfm2"))
+    cache = ModelCache(CONFIGS["lfm2"], caches)
+    for tokens in (9, 1):  # the second is written in place
+        forward(model("lfm2"), prompts(tokens=tokens), cache)
+        caches.reset()
+        assert cache.caches.offset == 0
+    whole = forward(model("lfm2"), prompts(), None)
+    torch.testing.assert_close(forward(model("lfm2"), prompts(), cache), whole, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_interrupted_reading_counts_tokens_once(monkeypatch, settled):
+    built, ids = model("lfm2"), prompts(tokens=10)
+    cache = filled("lfm2", ids[:, :9])
+    assert cache.caches.offset == 9
+    forward(built, ids[:, 9:], cache)
+    advance = kvcache.StateCache.advance
+
+    def interrupted(*args):
+        if settled:
+            advance(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kvcache.StateCache, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _ = cache.caches
+    assert cache.caches.offset == 10
+    more = prompts(tokens=3, seed=1)
+    whole = forward(built, torch.cat([ids, more], 1), None)[:, -3:]
+    torch.testing.assert_close(forward(built, more, cache), whole, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", first(["qwen3_next", "mistral", "lfm2"]))
 def test_inference_mode(name):
     built = model(name)
