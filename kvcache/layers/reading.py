@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import SupportsIndex
 
 import numpy as np
 
-from kvcache._checks import as_index, as_limit
+from kvcache._checks import as_index, as_limit, as_sizes
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
 from kvcache.errors import KVCacheError
@@ -90,6 +91,18 @@ class ReadableCache(ExportableCache):
         """
         self.check_not_exported()
         return self._shown(self._columns())
+
+    def next_positions(self, tokens: SupportsIndex) -> Int32s:
+        """Return the positions of the columns that an update of `tokens` tokens will return.
+
+        As :attr:`positions` will be after it, int32 [n], ascending; -1 for padding; ``[B, n]`` if
+        rows are padded. For models that ask for the size of a mask before their layers update.
+
+        Raises: ValueError for less than one token, ExportedError.
+        """
+        self.check_not_exported()
+        [count] = as_sizes(tokens=tokens)
+        return self._shown(self._next_columns(count))
 
     def _shown(self, columns: Int32s) -> Int32s:
         return columns if self._padding is None else in_rows(columns, self._padding)

@@ -1,0 +1,185 @@
+"""Layers of a cache as transformers calls them, around the per-layer caches of kvcache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from kvcache.errors import NotSupportedError
+from kvcache.layers.growing import KVCache
+from kvcache.layers.recurrent import StateCache
+from kvcache.layers.rotating import RotatingKVCache
+
+
+class AttentionLayer(CacheLayerMixin):
+    """Keys and values of one layer, full or in a window."""
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, kv: KVCache) -> None:
+        # Not that of the base class, which assigns to `keys` and `values`.
+        self.kv = kv
+        self.is_sliding = isinstance(kv, RotatingKVCache)
+        self.record_past = False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.kv.offset > 0
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys held, ``[B, kv_heads, len, head_dim]``; None before the first token."""
+        return self.kv.state[0] if self.kv.offset else None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.kv.state[1] if self.kv.offset else None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the first update makes the buffers."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return self.kv.update(key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of columns of the update to come, and the position of the first."""
+        columns = self.kv.next_positions(query_length).shape[-1]
+        return columns, self.kv.offset + query_length - columns
+
+    def get_seq_length(self) -> int:
+        return self.kv.offset
+
+    def get_max_length(self) -> int:
+        return self.kv.max_size if isinstance(self.kv, RotatingKVCache) else -1
+
+
+class StateLayer(LinearAttentionCacheLayerMixin):
+    """The state of one recurrent layer: a convolution, and a recurrent state unless it has none.
+
+    In a step of one token models write into the tensors that they were handed and call no method
+    afterwards. So they are handed working copies, and the state of a pass is taken over, or
+    **settled**, at the next call that concerns the layer.
+
+    conv_only: whether there is no recurrent state. The state behind every token of a pass is then
+        at hand, and the cache can go back to wherever it wants to.
+    """
+
+    supports_early_init = False
+    is_compileable = False
+    number_of_states = 1
+
+    def __init__(self, states: StateCache, conv_only: bool = False) -> None:
+        # Not that of the base class, which makes the dicts that are properties here.
+        self.states, self._conv_only = states, conv_only
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._working: tuple[Tensor, ...] = ()
+        self._settled: tuple[Tensor, ...] = ()
+        """State of the cache that the working copies are copies of."""
+        self._written = 0
+        """Version of the convolution's working copy when it was last settled."""
+        self._coming = 0
+        """Tokens of the pass that is not settled, if the model said how many."""
+
+    # What transformers reads.
+
+    @property
+    def is_croppable(self) -> bool:
+        return self._conv_only
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:
+        return {0: bool(self.states.offset or self._coming)}
+
+    @property
+    def conv_states(self) -> dict[int, Tensor | None]:
+        return {0: self.handed(0)}
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:
+        return {0: self.handed(1)}
+
+    # The state.
+
+    def settle(self) -> None:
+        """Take over the state of a pass that has ended since."""
+        tokens = self._coming
+        if not tokens and self._working and self._working[0]._version != self._written:
+            tokens = 1  # written in place, which models do in steps of one token only
+        if tokens:
+            self.states.advance(tokens, *self._working)
+            self._settled, self._coming = self.states.state, 0
+            self._written = self._working[0]._version
+
+    def handed(self, number: int) -> Tensor | None:
+        """Return a working copy for the model to write to; None before the first token."""
+        self.settle()
+        state = self.states.state
+        if state is not self._settled:  # the cache went back, was restored, or its rows selected
+            with torch.inference_mode(False):  # inference tensors have no version
+                self._working = tuple([array.clone() for array in state])
+            self._settled = state
+            self._written = self._working[0]._version if state else 0
+        return self._working[number] if number < len(self._working) else None
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Do nothing: the first pass brings the state."""
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """Take the inputs of a convolution, ``[B, channels, tokens]``; return earlier ones, too."""
+        _check_single(state_idx)
+        past, tokens = self.handed(0), conv_states.shape[-1]
+        if past is None:
+            past = conv_states.new_zeros((*conv_states.shape[:-1], conv_kernel_size or tokens))
+        size, columns = past.shape[-1], torch.cat([past, conv_states], -1)
+        if self._conv_only:
+            start = self.states.offset
+            for position in self.states.cuts(tokens):
+                behind = position - start
+                self.states.record(position, columns[..., behind : behind + size])
+        self._working = (columns[..., -size:].clone(), *self._working[1:])
+        self._coming = tokens
+        return columns
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object
+    ) -> Tensor:
+        _check_single(state_idx)
+        if not self._working:
+            raise NotSupportedError(
+                "a recurrent layer tells its tokens by update_conv_state; this one called "
+                "update_recurrent_state alone. Use the library's DynamicCache for this model."
+            )
+        self._working = (self._working[0], recurrent_states)
+        return recurrent_states
+
+
+class HybridLayer(StateLayer, AttentionLayer):
+    """A layer with keys and values, and with a state."""
+
+    def __init__(self, kv: KVCache, states: StateCache) -> None:
+        AttentionLayer.__init__(self, kv)
+        StateLayer.__init__(self, states)
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Do nothing: the first pass brings keys, values and state."""
+
+
+def _check_single(state_idx: int) -> None:
+    if state_idx:
+        raise NotSupportedError(
+            f"a recurrent layer has one state; got state_idx={state_idx}. Use the library's "
+            "DynamicCache for this model."
+        )
