@@ -48,10 +48,14 @@ class ModelCache(Cache):
         Ask anew after every pass: the state that a recurrent layer wrote in place is taken over
         here.
         """
+        self.settle()
+        return self._caches
+
+    def settle(self) -> None:
+        """Take over the states that recurrent layers wrote in place."""
         for layer in self.layers:
             if isinstance(layer, StateLayer):
                 layer.settle()
-        return self._caches
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         clone = type(self)(self.config, self.caches.copy())
@@ -128,17 +132,19 @@ class ModelCache(Cache):
     # Rows.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.caches.select(beam_idx.tolist())
+        self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`: their numbers, or a mask of all rows."""
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.caches.select(rows.tolist())
+        self._select(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        caches = self.caches
-        rows = max((cache.rows or 0 for cache in caches), default=0)
-        caches.select([row for row in range(rows) for _ in range(repeats)])
+        rows = max((cache.rows or 0 for cache in self._caches), default=0)
+        self._select([row for row in range(rows) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        self.caches.select(rows)
 
     # Refused.
 

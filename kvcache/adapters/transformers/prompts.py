@@ -1,0 +1,183 @@
+"""Prompts of a call of ``generate``, and the token ids of what its cache holds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from kvcache.errors import NotSupportedError, ShapeError
+from kvcache.layers.base import LayerCache
+from kvcache.layers.stack import LayerCaches
+
+from .cache import ModelCache
+
+PadToken: TypeAlias = int | list[int] | None
+
+
+class Prompts(NamedTuple):
+    """Prompts of one batch, padded on the left.
+
+    ids: ``[B, columns]``. padding: columns of padding of each row.
+    """
+
+    ids: Tensor
+    padding: list[int]
+
+    def row(self, number: int) -> Tensor:
+        """Return the ids of one prompt, without its padding."""
+        return self.ids[number, self.padding[number] :]
+
+
+def as_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token: PadToken) -> Prompts:
+    """Return the prompts that ``generate`` would see in these arguments.
+
+    pad_token: id of padding, None for no such id.
+
+    Raises: TypeError, ShapeError for anything but ids ``[B, columns]`` and a mask alike; ValueError
+        for padding that is not on the left, or in every row, or told by the id alone.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        raise TypeError(f"input_ids is a tensor of token ids; got {input_ids!r}.")
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ShapeError(f"input_ids is [B, columns], not empty; got {tuple(input_ids.shape)}.")
+    if attention_mask is None:
+        # Otherwise the library takes these ids for padding, which nothing else tells apart.
+        if pad_token is not None and bool(torch.isin(input_ids, torch.tensor(pad_token)).any()):
+            raise ValueError(
+                f"attention_mask tells which tokens are padding; got none, and the id {pad_token} "
+                "of padding in input_ids. Give the mask here and to generate."
+            )
+        return Prompts(input_ids, [0] * len(input_ids))
+    if attention_mask.shape != input_ids.shape:
+        raise ShapeError(
+            "attention_mask has the shape of input_ids; got "
+            f"{tuple(attention_mask.shape)} and {tuple(input_ids.shape)}."
+        )
+    columns, is_token = input_ids.shape[1], attention_mask != 0
+    padding = columns - is_token.sum(-1)
+    if bool((is_token != (torch.arange(columns, device=padding.device) >= padding[:, None])).any()):
+        raise ValueError("prompts are padded on their left; got a mask with other zeros.")
+    least = int(padding.min())
+    if least:
+        raise ValueError(
+            f"one prompt of a batch has no padding; got {least} columns of it in each. Leave them "
+            f"out of input_ids and attention_mask: [:, {least}:]."
+        )
+    return Prompts(input_ids, padding.tolist())
+
+
+class PromptCache(ModelCache):
+    """The cache of a session, which knows the ids of all tokens that it holds.
+
+    caches: hold the first columns of `prompts`, in each row as many.
+    origins: for every row, the number of its prompt.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        caches: LayerCaches[LayerCache],
+        prompts: Prompts,
+        origins: list[int],
+    ) -> None:
+        super().__init__(config, caches)
+        self._prompts, self.origins = prompts, origins
+        self._ids: list[Tensor] = [prompts.ids[origins, : self._length]]
+        self._noted = self._length
+
+    @property
+    def _length(self) -> int:
+        return max((cache.offset for cache in self.caches), default=0)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether a layer has a state and no keys: False for all if it were True for all.
+
+        The library would compute a prompt from its first token again, because it does not expect
+        a cache without keys to know its length.
+        """
+        linear = super().is_linear
+        return [False] * len(linear) if all(linear) else linear
+
+    def note(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Note the ids of the pass to come. Nothing has been computed yet.
+
+        Raises: ValueError for tokens that are not those of the prompts, or hide other padding;
+            ShapeError for another number of rows.
+        """
+        start = self._length
+        if input_ids is None:  # embeddings, of which nobody knows the ids
+            self._cut(start)
+            return
+        rows, tokens = input_ids.shape
+        if rows != len(self.origins):
+            raise ShapeError(
+                f"this session has {len(self.origins)} rows; got {rows}. Begin one with "
+                "rows=num_beams, or num_return_sequences, or with all prompts of the batch."
+            )
+        if start < self._prompts.ids.shape[1]:
+            self._check_prompts(start, input_ids, attention_mask)
+        # Twice for a pass that failed, or if several prefix caches watch the model.
+        self._cut(start)
+        if self._noted == start:
+            self._ids.append(input_ids)
+            self._noted += tokens
+
+    def _check_prompts(self, start: int, ids: Tensor, attention_mask: Tensor | None) -> None:
+        wanted = self._prompts.ids[self.origins, start:][:, : ids.shape[1]].to(ids.device)
+        padding = torch.tensor(self._prompts.padding, device=ids.device)[self.origins, None]
+        positions = torch.arange(start, start + wanted.shape[1], device=ids.device)
+        other = (wanted != ids[:, : wanted.shape[1]]) & (positions >= padding)
+        if bool(other.any()):
+            raise ValueError(
+                f"a session is for its prompts; the model got other tokens at {start}. Pass the "
+                "same input_ids to generate, or begin another session."
+            )
+        if any(self._prompts.padding) and (
+            attention_mask is None
+            or bool((attention_mask[:, :start].sum(-1, keepdim=True) + padding != start).any())
+        ):
+            raise ValueError(
+                "prompts of unequal length need the attention_mask in generate, too; got another, "
+                "or none."
+            )
+
+    def _cut(self, columns: int) -> None:
+        """Forget ids of tokens that were taken back, or never computed."""
+        if columns < self._noted:
+            self._ids, self._noted = [self._known[:, :columns]], columns
+
+    @property
+    def _known(self) -> Tensor:
+        if len(self._ids) > 1:
+            self._ids = [torch.cat([ids.to(self._ids[0].device) for ids in self._ids], -1)]
+        return self._ids[0]
+
+    def generated(self, row: int) -> list[int]:
+        """Return the ids behind the prompt in a row, as far as they are known and held."""
+        self._cut(self._length)
+        ids: list[int] = self._known[row, self._prompts.ids.shape[1] :].tolist()
+        return ids
+
+    # Rows.
+
+    def _select(self, rows: list[int]) -> None:
+        super()._select(rows)
+        self._ids, self.origins = [self._known[rows]], [self.origins[row] for row in rows]
+
+
+def check_joined(prompts: Prompts, media: object) -> None:
+    """Raise NotSupportedError unless prompts can be computed alone, and go on as one batch."""
+    if media:
+        raise NotSupportedError(
+            "media are of a single prompt in one row; got several rows. Use a session for each."
+        )
+    columns = prompts.ids.shape[1]
+    if columns > 1 and columns - 1 in prompts.padding:
+        raise NotSupportedError(
+            "prompts of unequal length have two tokens or more; got one of a single token. Leave "
+            "it out of the batch."
+        )
