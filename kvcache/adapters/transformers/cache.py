@@ -8,7 +8,7 @@ from typing import Self, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DummyLayer
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
 from kvcache.errors import NotSupportedError
 from kvcache.layers.base import LayerCache
@@ -16,11 +16,12 @@ from kvcache.layers.growing import KVCache
 from kvcache.layers.recurrent import StateCache
 from kvcache.layers.stack import LayerCaches
 
-from .layers import AttentionLayer, HybridLayer, StateLayer
+from .fixed import FixedLayer
+from .layers import AttentionLayer, HybridLayer, StateLayer, check_single
 from .plan import LayerPlan, layer_plans
 
 C = TypeVar("C", bound=LayerCache)
-Layer: TypeAlias = AttentionLayer | StateLayer | DummyLayer
+Layer: TypeAlias = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 
 
 class ModelCache(Cache):
@@ -29,14 +30,21 @@ class ModelCache(Cache):
     config: of the model.
     caches: as :func:`layer_caches` makes them, empty or with tokens. They stay the caller's to read
         between two passes, through :attr:`caches`.
+    slots: to run in compiled programs: the most tokens to hold, in buffers of this size.
 
     Raises: NotSupportedError for a layer of a type that kvcache has no cache for; ValueError for
         another number of caches than the layers need.
     """
 
-    def __init__(self, config: PreTrainedConfig, caches: LayerCaches[LayerCache]) -> None:
-        self.config, self._caches, self._mark = config, caches, 0
-        super().__init__(layers=_layers(config, caches))
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        caches: LayerCaches[LayerCache],
+        *,
+        slots: int | None = None,
+    ) -> None:
+        self.config, self._caches, self._slots, self._mark = config, caches, slots, 0
+        super().__init__(layers=_layers(config, caches, slots))
 
     def __repr__(self) -> str:
         return f"<ModelCache of {self._caches!r}>"
@@ -54,11 +62,15 @@ class ModelCache(Cache):
     def settle(self) -> None:
         """Take over the states that recurrent layers wrote in place."""
         for layer in self.layers:
-            if isinstance(layer, StateLayer):
+            if isinstance(layer, StateLayer | FixedLayer):
                 layer.settle()
 
+    @property
+    def _own_layers(self) -> list[AttentionLayer | StateLayer]:
+        return [layer for layer in self.layers if isinstance(layer, AttentionLayer | StateLayer)]
+
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        clone = type(self)(self.config, self.caches.copy())
+        clone = type(self)(self.config, self.caches.copy(), slots=self._slots)
         if self._recording:
             clone.activate_past_recording()
         return clone
@@ -66,10 +78,30 @@ class ModelCache(Cache):
     # Recurrent layers.
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self._state_layer(layer_idx).conv_states[state_idx]
+        """Return the last inputs of a convolution, to be written to; None before the first token.
+
+        Raises: ValueError for a layer without a state.
+        """
+        check_single(state_idx)
+        return self._state_layer(layer_idx).handed(0)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self._state_layer(layer_idx).recurrent_states[state_idx]
+        """Return the recurrent state, as :meth:`get_conv_state`."""
+        check_single(state_idx)
+        return self._state_layer(layer_idx).handed(1)
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Return whether a layer, by default the last recurrent one, has a state.
+
+        Raises: ValueError for a layer without states, or a model without recurrent layers.
+        """
+        check_single(state_idx)
+        if layer_idx is None:
+            recurrent = [i for i, layer in enumerate(self.layers) if isinstance(layer, StateLayer)]
+            layer_idx = recurrent[-1] if recurrent else 0
+        return self._state_layer(layer_idx).is_filled
 
     def _state_layer(self, layer_idx: int) -> StateLayer:
         layer = self.layers[layer_idx]
@@ -88,10 +120,12 @@ class ModelCache(Cache):
 
     @property
     def _recording(self) -> bool:
-        return any(getattr(layer, "record_past", False) for layer in self.layers)
+        return any(layer.record_past for layer in self._own_layers)
 
     def activate_past_recording(self) -> None:
         """Keep what :meth:`crop` needs to go back, until then."""
+        if self._slots is not None:
+            return  # every token is held anyway
         caches = self.caches
         caches.checkpoint()
         self._mark = caches.offset
@@ -125,9 +159,8 @@ class ModelCache(Cache):
         self._record(False)
 
     def _record(self, past: bool) -> None:
-        for layer in self.layers:
-            if not isinstance(layer, DummyLayer):
-                layer.record_past = past
+        for layer in self._own_layers:
+            layer.record_past = past
 
     # Rows.
 
@@ -140,7 +173,7 @@ class ModelCache(Cache):
         self._select(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = max((cache.rows or 0 for cache in self._caches), default=0)
+        rows = max((layer.rows for layer in self._own_layers), default=0)
         self._select([row for row in range(rows) for _ in range(repeats)])
 
     def _select(self, rows: list[int]) -> None:
@@ -171,7 +204,9 @@ def _refuse_offloading() -> None:
     )
 
 
-def _layers(config: PreTrainedConfig, caches: Sequence[LayerCache]) -> list[Layer]:
+def _layers(
+    config: PreTrainedConfig, caches: Sequence[LayerCache], slots: int | None
+) -> list[Layer]:
     """Return the layers of a model around `caches`."""
     plans, remaining = layer_plans(config), iter(caches)
     needed = sum(plan.caches for plan in plans)
@@ -180,19 +215,23 @@ def _layers(config: PreTrainedConfig, caches: Sequence[LayerCache]) -> list[Laye
             f"this model needs {needed} caches for its {len(plans)} layers; got {len(caches)}. "
             "Make them by layer_caches."
         )
-    return [_layer(plan, remaining) for plan in plans]
+    return [_layer(plan, remaining, slots) for plan in plans]
 
 
-def _layer(plan: LayerPlan, caches: Iterator[LayerCache]) -> Layer:
+def _layer(plan: LayerPlan, caches: Iterator[LayerCache], slots: int | None) -> Layer:
     """Return a layer around the next of `caches`, as many as it needs."""
-    kv = states = None
-    if plan.keys:
-        kv = _of_kind(next(caches), KVCache)
-    if plan.state:
-        states = _of_kind(next(caches), StateCache)
+    kv = _of_kind(next(caches), KVCache) if plan.keys else None
+    states = _of_kind(next(caches), StateCache) if plan.state else None
+    if states is not None:
+        if slots is not None:
+            raise NotSupportedError(
+                "a cache for compiled programs is of attention layers; this model has recurrent "
+                "ones. Use make_cache(model) without compileable."
+            )
+        return StateLayer(states, plan.conv_only) if kv is None else HybridLayer(kv, states)
     if kv is not None:
-        return AttentionLayer(kv) if states is None else HybridLayer(kv, states)
-    return DummyLayer() if states is None else StateLayer(states, plan.conv_only)
+        return AttentionLayer(kv) if slots is None else FixedLayer(kv, slots, bool(plan.window))
+    return DummyLayer()
 
 
 def _of_kind(cache: LayerCache, kind: type[C]) -> C:

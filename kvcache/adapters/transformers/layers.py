@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
@@ -25,17 +27,36 @@ class AttentionLayer(CacheLayerMixin):
         self.record_past = False
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch, 0 before the first token."""
+        return self.kv.rows or 0
+
+    @property
     def is_initialized(self) -> bool:
+        """Whether there are tokens: some models ask, and tell a first pass by it."""
         return self.kv.offset > 0
+
+    @is_initialized.setter
+    def is_initialized(self, _: bool) -> None:
+        raise _read_only("is_initialized")
 
     @property
     def keys(self) -> Tensor | None:
         """Keys held, ``[B, kv_heads, len, head_dim]``; None before the first token."""
-        return self.kv.state[0] if self.kv.offset else None
+        return cast(Tensor, self.kv.state[0]) if self.kv.offset else None
+
+    @keys.setter
+    def keys(self, _: Tensor | None) -> None:
+        raise _read_only("keys")
 
     @property
     def values(self) -> Tensor | None:
-        return self.kv.state[1] if self.kv.offset else None
+        """Values held, as :attr:`keys`."""
+        return cast(Tensor, self.kv.state[1]) if self.kv.offset else None
+
+    @values.setter
+    def values(self, _: Tensor | None) -> None:
+        raise _read_only("values")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the first update makes the buffers."""
@@ -43,7 +64,7 @@ class AttentionLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        return self.kv.update(key_states, value_states)
+        return cast(tuple[Tensor, Tensor], self.kv.update(key_states, value_states))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns of the update to come, and the position of the first."""
@@ -70,15 +91,11 @@ class StateLayer(LinearAttentionCacheLayerMixin):
 
     supports_early_init = False
     is_compileable = False
-    number_of_states = 1
 
     def __init__(self, states: StateCache, conv_only: bool = False) -> None:
-        # Not that of the base class, which makes the dicts that are properties here.
+        # Not that of the base class, which makes tensors of its own.
         self.states, self._conv_only = states, conv_only
         self.record_past = False
-        self._forget()
-
-    def _forget(self) -> None:
         self._working: tuple[Tensor, ...] = ()
         self._settled: tuple[Tensor, ...] = ()
         """State of the cache that the working copies are copies of."""
@@ -87,25 +104,19 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self._coming = 0
         """Tokens of the pass that is not settled, if the model said how many."""
 
-    # What transformers reads.
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, 0 before the first token."""
+        return self.states.rows or 0
 
     @property
     def is_croppable(self) -> bool:
         return self._conv_only
 
     @property
-    def has_previous_state(self) -> dict[int, bool]:
-        return {0: bool(self.states.offset or self._coming)}
-
-    @property
-    def conv_states(self) -> dict[int, Tensor | None]:
-        return {0: self.handed(0)}
-
-    @property
-    def recurrent_states(self) -> dict[int, Tensor | None]:
-        return {0: self.handed(1)}
-
-    # The state.
+    def is_filled(self) -> bool:
+        """Whether there is a state to go on from."""
+        return bool(self._coming or self.states.offset)
 
     def settle(self) -> None:
         """Take over the state of a pass that has ended since."""
@@ -114,21 +125,32 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             tokens = 1  # written in place, which models do in steps of one token only
         if tokens:
             self.states.advance(tokens, *self._working)
-            self._settled, self._coming = self.states.state, 0
-            self._written = self._working[0]._version
+            self._in_step(self._working)
+            self._coming = 0
+
+    def _in_step(self, working: tuple[Tensor, ...]) -> None:
+        """Note that `working` are copies of the state of the cache."""
+        self._working, self._settled = working, cast(tuple[Tensor, ...], self.states.state)
+        self._written = working[0]._version if working else 0
 
     def handed(self, number: int) -> Tensor | None:
-        """Return a working copy for the model to write to; None before the first token."""
+        """Return a working copy for the model to write to; None before the first token.
+
+        number: 0 for the convolution, 1 for the recurrent state.
+        """
         self.settle()
-        state = self.states.state
+        state = cast(tuple[Tensor, ...], self.states.state)
         if state is not self._settled:  # the cache went back, was restored, or its rows selected
             with torch.inference_mode(False):  # inference tensors have no version
-                self._working = tuple([array.clone() for array in state])
-            self._settled = state
-            self._written = self._working[0]._version if state else 0
+                self._in_step(tuple([array.clone() for array in state]))
         return self._working[number] if number < len(self._working) else None
 
-    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+    def lazy_initialization(
+        self,
+        conv_states: Tensor | None = None,
+        recurrent_states: Tensor | None = None,
+        state_idx: int = 0,
+    ) -> None:
         """Do nothing: the first pass brings the state."""
 
     def update_conv_state(
@@ -139,7 +161,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         **kwargs: object,
     ) -> Tensor:
         """Take the inputs of a convolution, ``[B, channels, tokens]``; return earlier ones, too."""
-        _check_single(state_idx)
+        check_single(state_idx)
         past, tokens = self.handed(0), conv_states.shape[-1]
         if past is None:
             past = conv_states.new_zeros((*conv_states.shape[:-1], conv_kernel_size or tokens))
@@ -149,14 +171,16 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             for position in self.states.cuts(tokens):
                 behind = position - start
                 self.states.record(position, columns[..., behind : behind + size])
-        self._working = (columns[..., -size:].clone(), *self._working[1:])
+        with torch.inference_mode(False):
+            self._working = (columns[..., -size:].clone(), *self._working[1:])
         self._coming = tokens
         return columns
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object
     ) -> Tensor:
-        _check_single(state_idx)
+        """Take the state behind the tokens of the pass."""
+        check_single(state_idx)
         if not self._working:
             raise NotSupportedError(
                 "a recurrent layer tells its tokens by update_conv_state; this one called "
@@ -169,6 +193,8 @@ class StateLayer(LinearAttentionCacheLayerMixin):
 class HybridLayer(StateLayer, AttentionLayer):
     """A layer with keys and values, and with a state."""
 
+    is_croppable = False
+
     def __init__(self, kv: KVCache, states: StateCache) -> None:
         AttentionLayer.__init__(self, kv)
         StateLayer.__init__(self, states)
@@ -177,9 +203,14 @@ class HybridLayer(StateLayer, AttentionLayer):
         """Do nothing: the first pass brings keys, values and state."""
 
 
-def _check_single(state_idx: int) -> None:
+def check_single(state_idx: int | None) -> None:
+    """Raise NotSupportedError for another state of a layer than its first."""
     if state_idx:
         raise NotSupportedError(
             f"a recurrent layer has one state; got state_idx={state_idx}. Use the library's "
             "DynamicCache for this model."
         )
+
+
+def _read_only(name: str) -> AttributeError:
+    return AttributeError(f"{name} tells what the cache holds; update, crop and reset change that.")

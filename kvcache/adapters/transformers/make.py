@@ -15,18 +15,33 @@ from .cache import EncoderDecoderModelCache, ModelCache
 from .plan import LayerPlan, ModelOrConfig, backend_for, config_of, layer_plans
 
 
-def make_cache(model_or_config: ModelOrConfig, *, capacity: int = 0) -> ModelCache:
+def make_cache(
+    model_or_config: ModelOrConfig, *, capacity: int = 0, compileable: bool = False
+) -> ModelCache:
     """Return an empty cache for ``model.generate(..., cache=cache)`` and ``model(...)``.
 
     model_or_config: a decoder of any kind: full attention, windows, chunks, recurrent layers, or
         layers that share keys and values. With a configuration, caches take the device of the first
         arrays that come.
     capacity: tokens to make room for at the first update already.
+    compileable: whether models that go through ``torch.compile`` can be called with it. It holds
+        `capacity` tokens at most then, in windows, too.
 
-    Raises: as :func:`layer_caches`.
+    Raises: as :func:`layer_caches`; ValueError for a compileable cache without a capacity;
+        NotSupportedError for one of recurrent layers.
     """
-    caches = layer_caches(model_or_config, capacity=capacity)
-    return ModelCache(config_of(model_or_config), caches)
+    config = config_of(model_or_config)
+    if not compileable:
+        return ModelCache(config, layer_caches(model_or_config, capacity=capacity))
+    if capacity < 1:
+        raise ValueError(
+            f"a compileable cache has a fixed capacity, 1 or more; got capacity={capacity}."
+        )
+    backend = backend_for(model_or_config)
+    make = partial(KVCache, backend, capacity, capacity=capacity)
+    layers = layer_caches(model_or_config)
+    caches = (make() if isinstance(cache, KVCache) else cache for cache in layers)
+    return ModelCache(config, LayerCaches(caches), slots=capacity)
 
 
 def layer_caches(model_or_config: ModelOrConfig, *, capacity: int = 0) -> LayerCaches[LayerCache]:
@@ -38,15 +53,13 @@ def layer_caches(model_or_config: ModelOrConfig, *, capacity: int = 0) -> LayerC
     Raises: NotSupportedError for a layer that kvcache has no cache for; ValueError, TypeError for
         a bad capacity.
     """
-    backend = backend_for(model_or_config)
-    make = partial(_caches, backend=backend, capacity=capacity)
-    plans = layer_plans(config_of(model_or_config))
-    return LayerCaches(cache for plan in plans for cache in make(plan))
+    backend, plans = backend_for(model_or_config), layer_plans(config_of(model_or_config))
+    return LayerCaches(cache for plan in plans for cache in _caches(plan, backend, capacity))
 
 
 def _caches(plan: LayerPlan, backend: str | None, capacity: int) -> list[LayerCache]:
     caches: list[LayerCache] = []
-    if plan.keys and plan.window is not None:
+    if plan.window is not None:
         caches.append(RotatingKVCache(plan.window, backend=backend, capacity=capacity))
     elif plan.keys:
         caches.append(KVCache(backend, capacity=capacity))
@@ -72,5 +85,7 @@ def make_encoder_decoder_cache(
         )
     decoder = layer_caches(model_or_config, capacity=capacity)
     # Computed once and read by every token: no window, and no room for more.
-    output = LayerCaches(KVCache(backend_for(model_or_config)) for _ in decoder)
-    return EncoderDecoderModelCache(ModelCache(config, decoder), ModelCache(config, output))
+    output: list[LayerCache] = [KVCache(backend_for(model_or_config)) for _ in decoder]
+    return EncoderDecoderModelCache(
+        ModelCache(config, decoder), ModelCache(config, LayerCaches(output))
+    )

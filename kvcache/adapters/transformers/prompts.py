@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -88,9 +89,14 @@ class PromptCache(ModelCache):
         self._ids: list[Tensor] = [prompts.ids[origins, : self._length]]
         self._noted = self._length
 
+    def __deepcopy__(self, memo: dict[int, object]) -> ModelCache:
+        """Return a cache of no session."""
+        clone = ModelCache(self.config, self.caches)
+        return copy.deepcopy(clone, memo)
+
     @property
     def _length(self) -> int:
-        return max((cache.offset for cache in self.caches), default=0)
+        return self.get_seq_length()
 
     @property
     def is_linear(self) -> list[bool]:

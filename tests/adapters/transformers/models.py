@@ -36,73 +36,121 @@ SSD = {
 def _configs():
     yield "llama", tf.LlamaConfig(**COMMON)
     yield "mistral", tf.MistralConfig(**COMMON, sliding_window=WINDOW)
-    yield "gemma3", tf.Gemma3TextConfig(
-        **COMMON, **HEADS, sliding_window=WINDOW, layer_types=["sliding_attention"] * 3 + ["full_attention"]
+    yield (
+        "gemma3",
+        tf.Gemma3TextConfig(
+            **COMMON,
+            **HEADS,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        ),
     )
     yield "qwen3", tf.Qwen3Config(**COMMON, **HEADS)
-    yield "gpt_oss", tf.GptOssConfig(
-        **COMMON,
-        **HEADS,
-        sliding_window=WINDOW,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"] * 2,
+    yield (
+        "gpt_oss",
+        tf.GptOssConfig(
+            **COMMON,
+            **HEADS,
+            sliding_window=WINDOW,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
     )
-    yield "qwen3_next", tf.Qwen3NextConfig(
-        **COMMON,
-        **HEADS,
-        **EXPERTS,
-        shared_expert_intermediate_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        layer_types=["linear_attention", "full_attention"] * 2,
+    yield (
+        "qwen3_next",
+        tf.Qwen3NextConfig(
+            **COMMON,
+            **HEADS,
+            **EXPERTS,
+            shared_expert_intermediate_size=32,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            layer_types=["linear_attention", "full_attention"] * 2,
+        ),
     )
     yield "falcon_h1", tf.FalconH1Config(**COMMON, **SSD)
-    yield "jamba", tf.JambaConfig(
-        **COMMON,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_experts=2,
-        mamba_d_state=16,
-        mamba_dt_rank=8,
-        use_mamba_kernels=False,
+    yield (
+        "jamba",
+        tf.JambaConfig(
+            **COMMON,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=2,
+            mamba_d_state=16,
+            mamba_dt_rank=8,
+            use_mamba_kernels=False,
+        ),
     )
     bamba = {name: value for name, value in SSD.items() if name != "mamba_d_ssm"}
     yield "bamba", tf.BambaConfig(**COMMON, **bamba, attn_layer_indices=[1, 3])
-    yield "lfm2", tf.Lfm2Config(
-        **COMMON, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False
+    yield (
+        "lfm2",
+        tf.Lfm2Config(
+            **COMMON, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False
+        ),
     )
-    yield "gemma3n", tf.Gemma3nTextConfig(
-        **COMMON,
-        **HEADS,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=16,
-        laurel_rank=8,
-        activation_sparsity_pattern=[0.0] * 4,
-        altup_num_inputs=2,
+    yield (
+        "gemma3n",
+        tf.Gemma3nTextConfig(
+            **COMMON,
+            **HEADS,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=16,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.0] * 4,
+            altup_num_inputs=2,
+        ),
     )
-    yield "llama4", tf.Llama4TextConfig(
-        **COMMON,
-        **HEADS,
-        intermediate_size_mlp=64,
-        attention_chunk_size=WINDOW,
-        num_local_experts=2,
-        layer_types=["chunked_attention"] * 3 + ["full_attention"],
-        no_rope_layers=[1, 1, 1, 0],
+    yield (
+        "llama4",
+        tf.Llama4TextConfig(
+            **COMMON,
+            **HEADS,
+            intermediate_size_mlp=64,
+            attention_chunk_size=WINDOW,
+            num_local_experts=2,
+            layer_types=["chunked_attention"] * 3 + ["full_attention"],
+            no_rope_layers=[1, 1, 1, 0],
+        ),
     )
-    yield "mamba2", tf.Mamba2Config(
-        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_heads=8, head_dim=16, state_size=16,
-        n_groups=1, conv_kernel=4, chunk_size=8, eos_token_id=None, pad_token_id=0, bos_token_id=0,
+    yield (
+        "mamba2",
+        tf.Mamba2Config(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_heads=8,
+            head_dim=16,
+            state_size=16,
+            n_groups=1,
+            conv_kernel=4,
+            chunk_size=8,
+            eos_token_id=None,
+            pad_token_id=0,
+            bos_token_id=0,
+        ),
     )
 
 
 CONFIGS = dict(_configs())
-MODELS = ["llama", "mistral", "gemma3", "qwen3", "gpt_oss", "qwen3_next", "falcon_h1", "jamba", "bamba", "lfm2"]
+MODELS = [
+    "llama",
+    "mistral",
+    "gemma3",
+    "qwen3",
+    "gpt_oss",
+    "qwen3_next",
+    "falcon_h1",
+    "jamba",
+    "bamba",
+    "lfm2",
+]
 
 
 @cache
@@ -129,6 +177,8 @@ def _scale(built):
             weight.normal_(0, 1, generator=generator)
     for name, weight in built.named_parameters():  # slow decay: the state matters
         if name.endswith("A_log"):
-            weight.copy_(torch.log(torch.empty_like(weight).uniform_(0.01, 0.2, generator=generator)))
+            weight.copy_(
+                torch.log(torch.empty_like(weight).uniform_(0.01, 0.2, generator=generator))
+            )
         if name.endswith("dt_bias"):
             weight.uniform_(0, 0.5, generator=generator)

@@ -1,0 +1,102 @@
+"""Layers of a cache with buffers of a fixed size, for compiled programs."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kvcache import functional
+from kvcache.errors import CacheFullError
+from kvcache.layers.growing import KVCache
+from kvcache.layers.state import LayerState
+
+from .layers import AttentionLayer
+
+
+class FixedLayer(AttentionLayer):
+    """Keys and values of one layer in `slots` slots, all of which every update returns.
+
+    What is held is in buffers that a program writes to, a state of :mod:`kvcache.functional`, from
+    the first update until :meth:`settle`.
+
+    sliding: whether masks hide tokens behind a window; they are held all the same.
+    """
+
+    is_compileable = True
+
+    def __init__(self, kv: KVCache, slots: int, sliding: bool) -> None:
+        super().__init__(kv)
+        self.is_sliding, self._slots = sliding, slots
+        self._state: LayerState | None = None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._state is not None or super().is_initialized
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys in all slots; None before the first token."""
+        return super().keys if self._state is None else cast(Tensor, self._state.keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        return super().values if self._state is None else cast(Tensor, self._state.values)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, for keys and values of these forms and any number of tokens."""
+        kv = self.kv
+        if kv.rows is None:
+            kv.update(*(_one_token(array) for array in (key_states, value_states)))
+            kv.trim(1)  # it told the sizes of a token
+        self._state = state = kv.export_state(self._slots - kv.offset)
+        if not torch.compiler.is_compiling():
+            for buffer in (state.keys, state.values, state.offset, state.written):
+                torch._dynamo.mark_static_address(buffer)
+
+    def settle(self) -> None:
+        """Give the buffers back to the cache."""
+        state = self._state
+        if state is not None:
+            self.kv.import_state(state)
+            self._state = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self._state is None:
+            self.lazy_initialization(key_states, value_states)
+        state = cast(LayerState, self._state)
+        appended, keys, values = functional.append(state, key_states, value_states)
+        # In place, so that every call of a program finds its numbers at the same address.
+        cast(Tensor, state.offset).copy_(cast(Tensor, appended.offset))
+        cast(Tensor, state.written).copy_(cast(Tensor, appended.written))
+        return cast(Tensor, keys), cast(Tensor, values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of slots, and 0, the position of the first.
+
+        Raises: CacheFullError on a CPU if the tokens do not fit; elsewhere that would wait for the
+            device, and :attr:`ModelCache.caches` raises BoundsError later.
+        """
+        seen = self.get_seq_length()
+        at_hand = isinstance(seen, int) or (seen.is_cpu and not torch.compiler.is_compiling())
+        if at_hand and int(seen) + query_length > self._slots:
+            raise CacheFullError(
+                f"offset + tokens must be <= capacity; got {int(seen)} + {query_length} > "
+                f"{self._slots}. Raise capacity."
+            )
+        return self._slots, 0
+
+    def get_seq_length(self) -> int | Tensor:
+        """Return the tokens seen; while a program has the buffers, as a tensor."""
+        return self.kv.offset if self._state is None else cast(Tensor, self._state.offset)
+
+    def get_max_length(self) -> int:
+        return self._slots
+
+
+def _one_token(array: Tensor) -> Tensor:
+    batch, heads, _, head_dim = array.shape
+    return array.new_zeros((batch, heads, 1, head_dim))
