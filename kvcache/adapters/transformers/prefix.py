@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from kvcache._checks import as_sizes
 from kvcache.errors import KVCacheError, NotSupportedError
@@ -23,6 +23,9 @@ from .make import layer_caches
 from .plan import layer_plans
 from .prefill import compute
 from .prompts import PromptCache, Prompts, as_prompts, check_joined
+
+_BY_COLUMN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+"""Arguments of a model with a column for each token of the pass."""
 
 
 class PrefixOptions(TypedDict, total=False):
@@ -148,7 +151,7 @@ class ModelPrefixCache:
             options["cache"] = session.cache
             if attention_mask is not None:
                 options["attention_mask"] = attention_mask
-            return self._model.generate(input_ids, **options)
+            return cast(GenerationMixin, self._model).generate(input_ids, **options)
 
 
 class ModelSession:
@@ -240,8 +243,18 @@ def _close(sessions: Iterable[Session], store: bool) -> None:
             stack.callback(session.close, store)
 
 
-def _note_pass(_: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Tell the cache of a session which tokens come."""
+def _note_pass(
+    _: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Tell the cache of a session which tokens come. Return arguments without those it holds."""
     cache = options.get("cache", options.get("past_key_values"))
-    if isinstance(cache, PromptCache):
-        cache.note(args[0] if args else options.get("input_ids"), options.get("attention_mask"))
+    if not isinstance(cache, PromptCache):
+        return None
+    ids = args[0] if args else options.get("input_ids")
+    repeated = 0 if args else cache.repeated(ids)
+    if repeated:
+        by_column = {name: options[name] for name in _BY_COLUMN if options.get(name) is not None}
+        options |= {name: array[..., repeated:] for name, array in by_column.items()}
+        ids = options["input_ids"]
+    cache.note(ids, options.get("attention_mask"))
+    return args, options

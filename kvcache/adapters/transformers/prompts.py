@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from typing import NamedTuple, TypeAlias
+import reprlib
+from typing import NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ def as_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token: PadT
     Raises: TypeError, ShapeError for anything but ids ``[B, columns]`` and a mask alike; ValueError
         for padding that is not on the left, or in every row, or told by the id alone.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
-        raise TypeError(f"input_ids is a tensor of token ids; got {input_ids!r}.")
+    _check_ids(input_ids)
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ShapeError(f"input_ids is [B, columns], not empty; got {tuple(input_ids.shape)}.")
     if attention_mask is None:
@@ -70,6 +69,11 @@ def as_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token: PadT
     return Prompts(input_ids, padding.tolist())
 
 
+def _check_ids(ids: object) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise TypeError(f"input_ids is a tensor of token ids; got {reprlib.repr(ids)}.")
+
+
 class PromptCache(ModelCache):
     """The cache of a session, which knows the ids of all tokens that it holds.
 
@@ -87,12 +91,13 @@ class PromptCache(ModelCache):
         super().__init__(config, caches)
         self._prompts, self.origins = prompts, origins
         self._ids: list[Tensor] = [prompts.ids[origins, : self._length]]
-        self._noted = self._length
+        self._noted: int = self._ids[0].shape[1]
 
-    def __deepcopy__(self, memo: dict[int, object]) -> ModelCache:
-        """Return a cache of no session."""
-        clone = ModelCache(self.config, self.caches)
-        return copy.deepcopy(clone, memo)
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        clone = type(self)(self.config, self.caches.copy(), self._prompts, self.origins)
+        if self._recording:
+            clone.activate_past_recording()
+        return clone
 
     @property
     def _length(self) -> int:
@@ -108,6 +113,17 @@ class PromptCache(ModelCache):
         linear = super().is_linear
         return [False] * len(linear) if all(linear) else linear
 
+    def repeated(self, input_ids: Tensor | None) -> int:
+        """Return how many columns of a pass to come are held already, of one with all of them.
+
+        Assisted decoding begins with such a pass, whatever its cache holds.
+        """
+        start, columns = self._length, self._prompts.ids.shape[1]
+        if input_ids is None or not 0 < start < columns <= input_ids.shape[1]:
+            return 0
+        prompts = self._prompts.ids[self.origins].to(input_ids.device)
+        return start if torch.equal(prompts, input_ids[:, :columns]) else 0
+
     def note(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
         """Note the ids of the pass to come. Nothing has been computed yet.
 
@@ -115,22 +131,20 @@ class PromptCache(ModelCache):
             ShapeError for another number of rows.
         """
         start = self._length
-        if input_ids is None:  # embeddings, of which nobody knows the ids
-            self._cut(start)
-            return
-        rows, tokens = input_ids.shape
-        if rows != len(self.origins):
+        # Also where the last pass failed, or another prefix cache of the model has noted this one.
+        self._cut(start)
+        if input_ids is None:
+            return  # embeddings, of which nobody knows the ids: nothing behind them is named
+        if len(input_ids) != len(self.origins):
             raise ShapeError(
-                f"this session has {len(self.origins)} rows; got {rows}. Begin one with "
+                f"this session has {len(self.origins)} rows; got {len(input_ids)}. Begin one with "
                 "rows=num_beams, or num_return_sequences, or with all prompts of the batch."
             )
         if start < self._prompts.ids.shape[1]:
             self._check_prompts(start, input_ids, attention_mask)
-        # Twice for a pass that failed, or if several prefix caches watch the model.
-        self._cut(start)
         if self._noted == start:
             self._ids.append(input_ids)
-            self._noted += tokens
+            self._noted += input_ids.shape[1]
 
     def _check_prompts(self, start: int, ids: Tensor, attention_mask: Tensor | None) -> None:
         wanted = self._prompts.ids[self.origins, start:][:, : ids.shape[1]].to(ids.device)
