@@ -30,12 +30,11 @@ def compute(model: PreTrainedModel, caches: LayerCaches[LayerCache], ids: Tensor
     ids = ids[None].to(model.device)
     for start, stop in _pieces(caches, ids.shape[1], model.config.model_type in _STEPWISE):
         options: dict[str, object] = {
-            "cache" if "cache" in parameters else "past_key_values": cache,
             "position_ids": torch.arange(start, stop, device=ids.device)[None],
             "logits_to_keep": 1,
         }
         chosen = {name: value for name, value in options.items() if name in parameters}
-        model(ids[:, start:stop], use_cache=True, **chosen)
+        model(ids[:, start:stop], cache=cache, use_cache=True, **chosen)
     cache.settle()
 
 

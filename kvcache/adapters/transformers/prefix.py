@@ -141,7 +141,11 @@ class ModelPrefixCache:
         """Return what ``model.generate`` returns, in a session of its own.
 
         options: of ``generate``.
+
+        Raises: ValueError for another cache; otherwise as :meth:`session` and ``generate``.
         """
+        if given := {"cache", "past_key_values"} & options.keys():
+            raise ValueError(f"the session brings the cache; got {given.pop()}. Leave it out.")
         config = options.get("generation_config") or self._model.generation_config
         multiples = ("num_beams", "num_return_sequences")
         rows = max(options.get(name) or getattr(config, name) or 1 for name in multiples)
@@ -167,11 +171,10 @@ class ModelSession:
     ) -> None:
         self.sessions = tuple(sessions)
         """The session of each prompt."""
-        self._joined = rows > 1 or len(sessions) > 1
-        self._open = True
+        self._open, self._padding = True, model.generation_config.pad_token_id
         origins = [number for number in range(len(sessions)) for _ in range(rows)]
         caches: LayerCaches[LayerCache] = sessions[0].caches
-        if self._joined:
+        if len(origins) > 1:
             caches = LayerCaches.concat([session.caches for session in sessions])
             caches.select(origins)
             # The batch has their tokens; its rows come back in the end.
@@ -213,16 +216,17 @@ class ModelSession:
 
     def _hand_over(self) -> None:
         """Give each session the caches of its first row, and the names of the tokens in it."""
-        cache = self._cache
+        cache, several = self._cache, len(self.sessions) > 1
         first = {origin: row for row, origin in reversed([*enumerate(cache.origins)])}
-        caches: dict[int, LayerCaches[LayerCache]] = {0: cache.caches}
-        if self._joined:
-            cache.batch_select_indices(torch.tensor([*first.values()]))
-            caches = dict(zip(first, cache.caches.split(), strict=True))
-            first = {origin: row for row, origin in enumerate(first)}
-        for origin, row in first.items():
-            self.sessions[origin].adopt(caches[origin])
-            self.sessions[origin].extend(cache.generated(row))
+        cache.batch_select_indices(torch.tensor([*first.values()], dtype=torch.long))
+        rows = cache.caches.split() if several else [cache.caches]
+        for row, (origin, caches) in enumerate(zip(first, rows, strict=True)):
+            ids = cache.generated(row)
+            # A row of a batch that ends early gets padding until the others have ended, too.
+            while several and ids and ids[-1] == self._padding:
+                ids.pop()
+            self.sessions[origin].adopt(caches)
+            self.sessions[origin].extend(ids)
 
     def __enter__(self) -> Self:
         return self

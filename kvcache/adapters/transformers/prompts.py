@@ -50,7 +50,7 @@ def as_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token: PadT
                 f"attention_mask tells which tokens are padding; got none, and the id {pad_token} "
                 "of padding in input_ids. Give the mask here and to generate."
             )
-        return Prompts(input_ids, [0] * len(input_ids))
+        return Prompts(input_ids.clone(), [0] * len(input_ids))
     if attention_mask.shape != input_ids.shape:
         raise ShapeError(
             "attention_mask has the shape of input_ids; got "
@@ -66,7 +66,7 @@ def as_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token: PadT
             f"one prompt of a batch has no padding; got {least} columns of it in each. Leave them "
             f"out of input_ids and attention_mask: [:, {least}:]."
         )
-    return Prompts(input_ids, padding.tolist())
+    return Prompts(input_ids.clone(), padding.tolist())
 
 
 def _check_ids(ids: object) -> None:
@@ -143,7 +143,7 @@ class PromptCache(ModelCache):
         if start < self._prompts.ids.shape[1]:
             self._check_prompts(start, input_ids, attention_mask)
         if self._noted == start:
-            self._ids.append(input_ids)
+            self._ids.append(input_ids.clone())  # the caller may use the tensor again
             self._noted += input_ids.shape[1]
 
     def _check_prompts(self, start: int, ids: Tensor, attention_mask: Tensor | None) -> None:
