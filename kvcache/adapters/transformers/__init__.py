@@ -6,20 +6,33 @@
     ids = model.generate(**inputs, cache=cache)      # past_key_values=cache before 5.24
     cache.caches.save("chat.safetensors")            # the kvcache.LayerCaches that hold the tokens
 
+    prefix = prefix_cache(model, budget=1 << 30)
+    with prefix.session(**inputs) as session:        # begins with what earlier prompts left
+        ids = model.generate(**inputs, cache=session.cache)
+
 A model runs as it is; what its layers store is in the per-layer caches of kvcache.
 
 ``make``      caches that fit a model, by its configuration
 ``cache``     :class:`ModelCache`, a real ``transformers.Cache``
 ``layers``    one layer of it: attention, a recurrent state, or both
+``prefix``    reuse of results of earlier prompts around ``generate``
+``prompts``   prompts of a batch, and the cache that knows the ids of what it holds
+``prefill``   a prompt in pieces that end where recurrent layers are to leave a state
 """
 
 from .cache import EncoderDecoderModelCache, ModelCache
 from .make import layer_caches, make_cache, make_encoder_decoder_cache
+from .prefix import ModelPrefixCache, ModelSession, prefix_cache
+from .prompts import PromptCache
 
 __all__ = [
     "EncoderDecoderModelCache",
     "ModelCache",
+    "ModelPrefixCache",
+    "ModelSession",
+    "PromptCache",
     "layer_caches",
     "make_cache",
     "make_encoder_decoder_cache",
+    "prefix_cache",
 ]

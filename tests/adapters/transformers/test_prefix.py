@@ -1,4 +1,4 @@
-"""Prompts that begin like earlier ones: what is reused, and that the tokens are those of a cold run."""
+"""Prompts that begin like earlier ones: what is reused, and that tokens are those of a cold run."""
 
 import copy
 import gc
@@ -16,7 +16,7 @@ from kvcache.adapters.transformers.prefill import compute  # noqa: E402
 
 from .models import EAGER_ONLY, MODELS, VOCAB, model  # noqa: E402
 
-OFTEN = {"mistral", "falcon_h1", "jamba"}
+OFTEN = {"mistral", "jamba"}
 """Models that are not left to the session for the whole matrix."""
 FULL = {"llama", "qwen3", "llama4"}
 """Models without windows and recurrent layers."""
@@ -58,7 +58,7 @@ def alone(built, rows, **options):
 
 
 def ask(prefix, built, rows, **options):
-    """The tokens of prompts that were reused, and the answers, by the two lines that users write."""
+    """Tokens of prompts that were reused, and the answers, by the two lines that users write."""
     with prefix.session(*padded(rows)) as session:
         texts = answers(built, rows, cache=session.cache, **options)
     return list(session.matched), texts
@@ -203,9 +203,9 @@ def test_the_older_name_of_the_argument():
     built, prompt = model("llama"), [*SYSTEM, 5, 6, 7]
     prefix = prefix_cache(built)
     for reused in (0, 32):
-        with prefix.session(*padded([prompt])) as session:
-            with pytest.warns(FutureWarning, match="past_key_values"):
-                texts = answers(built, [prompt], past_key_values=session.cache)
+        warned = pytest.warns(FutureWarning, match="past_key_values")
+        with prefix.session(*padded([prompt])) as session, warned:
+            texts = answers(built, [prompt], past_key_values=session.cache)
         assert session.matched == (reused,)
         assert texts == alone(built, [prompt])
     [text] = texts
@@ -281,9 +281,9 @@ def test_rows_that_are_given_up_leave_their_prompts():
 def test_nothing_is_stored_of_a_session_that_fails(name):
     built, prompt = model(name), [*SYSTEM, 5, 6, 7]
     prefix = prefix_cache(built)
-    with pytest.raises(ZeroDivisionError), prefix.session(*padded([prompt])) as session:
-        answers(built, [prompt], cache=session.cache)
-        raise ZeroDivisionError
+    session = prefix.session(*padded([prompt]))
+    with pytest.raises(MemoryError), session:
+        _raise(answers(built, [prompt], cache=session.cache))
     assert prefix.prefix.stats.nbytes == prefix.prefix.stats.active == 0
     session.close()  # once more does nothing
     with pytest.raises(kvcache.KVCacheError, match="until it ends"):
@@ -349,9 +349,10 @@ def test_tenants_and_resume_points():
     built = model("gemma3")
     prefix = prefix_cache(built)
     ids, mask = padded([[*SYSTEM, 5, 6, 7]])
-    prefix.generate(ids, mask, salt="a", resume_points=[20], max_new_tokens=2)
-    for salt, reused in (("b", 0), ("a", 20)):
-        other = torch.tensor([[*SYSTEM[:25], 8, 9]])
+    prefix.generate(ids, mask, salt="a", max_new_tokens=2)
+    prefix.generate(ids, mask, salt="b", resume_points=[12], max_new_tokens=2)
+    for salt, reused in (("a", 0), ("b", 12), ("c", 0)):
+        other = torch.tensor([[*SYSTEM[:12], 8, 9]])
         with prefix.session(other, torch.ones_like(other), salt=salt) as session:
             assert session.matched == (reused,)
 
@@ -436,8 +437,8 @@ def test_calls_that_do_not_fit_their_session():
         ((ids[:1], mask[:1]), {"inputs": ids[:1] + 1}, ValueError, "other tokens at 0. Pass the"),
         ((ids, mask), {"attention_mask": torch.ones_like(mask)}, ValueError, "in generate, too"),
     ]:
+        asked = {"inputs": arguments[0], "attention_mask": arguments[1], **options, **changed}
         with prefix.session(*arguments) as session, pytest.raises(error, match=message):
-            asked = {"inputs": arguments[0], "attention_mask": arguments[1], **options, **changed}
             built.generate(cache=session.cache, **asked)
     with prefix.session(ids, mask) as session:
         assert answers(built, rows, cache=session.cache) == alone(built, rows)
