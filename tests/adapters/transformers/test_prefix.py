@@ -18,8 +18,8 @@ from .models import EAGER_ONLY, MODELS, VOCAB, model  # noqa: E402
 
 OFTEN = {"mistral", "jamba"}
 """Models that are not left to the session for the whole matrix."""
-FULL = {"llama", "qwen3", "llama4"}
-"""Models without windows and recurrent layers."""
+FULL = {"llama", "qwen3"}
+"""Models without windows, chunks and recurrent layers."""
 NEW = 9
 
 
