@@ -52,6 +52,7 @@ def everything_of(cache, path):
     yield "mask", lambda c: c.mask(1)
     yield "mask ahead", lambda c: c.mask(1, ahead=True)
     yield "positions", lambda c: c.positions
+    yield "next_positions", lambda c: c.next_positions(1)
     yield "state", lambda c: c.state
     yield "trim", lambda c: c.trim(1)
     yield "check_trim", lambda c: c.check_trim(0)

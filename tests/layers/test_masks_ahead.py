@@ -22,7 +22,9 @@ def on_host(backend, mask):
 def check_next(cache, tokens, windows=(None, 1, 3, 300)):
     backend = cache.backend
     ahead = [on_host(backend, cache.mask(tokens, window, ahead=True)) for window in windows]
+    positions = cache.next_positions(np.int64(tokens))
     keys, _ = cache.update(*update_of(backend, tokens))
+    np.testing.assert_array_equal(positions, cache.positions)
     for window, mask in zip(windows, ahead, strict=True):
         after = on_host(backend, cache.mask(tokens, window))
         assert (mask is None) == (after is None)
@@ -62,6 +64,16 @@ def test_after_going_back(backend):
         check_next(cache, tokens)
 
 
+def test_positions_in_padded_rows(backend):
+    cache = KVCache(backend)
+    cache.pad([0, 2])
+    shape = Shape(2, 1, 2, 2)
+    ahead = cache.next_positions(3)
+    cache.update(backend.from_host(shape.keys(3, 0)), backend.from_host(shape.values(3, 0)))
+    np.testing.assert_array_equal(ahead, cache.positions)
+    assert ahead[:, :3].tolist() == [[0, 1, 2], [-1, -1, 0]]
+
+
 def test_refusals(backend):
     cache = KVCache()
     with pytest.raises(KVCacheError, match=r"ahead of the first update needs a backend\. Name it"):
@@ -70,6 +82,8 @@ def test_refusals(backend):
     for tokens in (0, -1):
         with pytest.raises(ValueError, match="mask covers 1 to"):
             cache.mask(tokens, ahead=True)
+        with pytest.raises(ValueError, match="tokens must be >= 1"):
+            cache.next_positions(tokens)
     with pytest.raises(ValueError, match="window must be >= 1"):
         cache.mask(1, 0, ahead=True)
     state = cache.export_state(1)

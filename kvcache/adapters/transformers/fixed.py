@@ -14,6 +14,9 @@ from kvcache.layers.state import LayerState
 
 from .layers import AttentionLayer
 
+WRITTEN = ("keys", "values", "offset", "written")
+"""Fields of a state that a program writes to, in place."""
+
 
 class FixedLayer(AttentionLayer):
     """Keys and values of one layer in `slots` slots, all of which every update returns.
@@ -44,15 +47,26 @@ class FixedLayer(AttentionLayer):
     def values(self) -> Tensor | None:
         return super().values if self._state is None else cast(Tensor, self._state.values)
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors that a program writes to, by name: those to register for ``torch.export``.
+
+        Empty before the first update, unless ``cache.early_initialization`` has made them.
+        """
+        state = self._state
+        if state is None:
+            return {}
+        return {name: cast(Tensor, getattr(state, name)) for name in WRITTEN}
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the buffers, for keys and values of these forms and any number of tokens."""
         kv = self.kv
         if kv.rows is None:
             kv.update(*(_one_token(array) for array in (key_states, value_states)))
             kv.trim(1)  # it told the sizes of a token
-        self._state = state = kv.export_state(self._slots - kv.offset)
+        self._state = kv.export_state(self._slots - kv.offset)
         if not torch.compiler.is_compiling():
-            for buffer in (state.keys, state.values, state.offset, state.written):
+            for buffer in self.buffers.values():
                 torch._dynamo.mark_static_address(buffer)
 
     def settle(self) -> None:

@@ -145,6 +145,46 @@ STATEFUL = {"qwen3_next", "falcon_h1", "jamba", "bamba"}
 """Models for which the library refuses drafts, because their states cannot go back."""
 
 
+def _speech_and_text():
+    sizes = {"vocab_size": VOCAB, "d_model": 64, "tie_word_embeddings": False, "eos_token_id": None}
+    tokens = {"bos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 1}
+    layers = {"encoder_layers": 2, "decoder_layers": 4}
+    layers |= {f"{end}_{name}": n for end in ("encoder", "decoder") for name, n in HALVES}
+    for name, depths in {"t5": (3, 3), "deep t5": (2, 4), "shallow t5": (4, 2)}.items():
+        yield (
+            name,
+            tf.T5Config(
+                **sizes,
+                **tokens,
+                d_kv=16,
+                d_ff=64,
+                num_heads=4,
+                num_layers=depths[0],
+                num_decoder_layers=depths[1],
+            ),
+        )
+    yield "bart", tf.BartConfig(**sizes, **tokens, **layers, forced_eos_token_id=None)
+    yield (
+        "whisper",
+        tf.WhisperConfig(**sizes, **tokens, **layers, max_source_positions=50, num_mel_bins=8),
+    )
+
+
+HALVES = (("attention_heads", 4), ("ffn_dim", 64))
+ENCODER_DECODERS = dict(_speech_and_text())
+
+
+@cache
+def encoder_decoder(name):
+    config = ENCODER_DECODERS[name]
+    kind = {"t5": tf.T5ForConditionalGeneration, "whisper": tf.WhisperForConditionalGeneration}
+    kind = kind.get(config.model_type, tf.BartForConditionalGeneration)
+    built = kind(config).eval()
+    _set_weights(built, torch.Generator().manual_seed(1))
+    built.generation_config.eos_token_id = None
+    return built
+
+
 @cache
 def model(name, attention="eager", similar=False):
     """Return a model with weights so large that greedy output does not settle.
@@ -178,4 +218,5 @@ def _set_weights(built, generator):
 def _add_noise(built, generator):
     for weight in built.parameters():
         if weight.ndim > 1:
-            weight += torch.randn(weight.shape, generator=generator) * weight.std() * 0.02
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise * weight.std() * 0.02)

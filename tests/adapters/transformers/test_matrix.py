@@ -7,13 +7,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache  # noqa: E402
+from transformers import DynamicCache
 
-from kvcache.adapters.transformers import make_cache  # noqa: E402
+from kvcache.adapters.transformers import make_cache
 
-from .broken import broken_cache  # noqa: E402
-from .models import EAGER_ONLY, MODELS, STATEFUL, model  # noqa: E402
-from .ways import ORACLES, WAYS  # noqa: E402
+from .broken import broken_cache
+from .models import EAGER_ONLY, MODELS, STATEFUL, model
+from .ways import ORACLES, WAYS
 
 EVERY_RUN = {
     ("llama", "beams"),
@@ -45,7 +45,7 @@ def cells():
                 yield pytest.param(name, attention, way, marks=marks)
 
 
-@pytest.mark.parametrize("name, attention, way", [*cells()])
+@pytest.mark.parametrize(("name", "attention", "way"), [*cells()])
 def test_tokens_are_those_of_the_library(name, attention, way):
     built, run = model(name, attention), WAYS[way]
     if name in STATEFUL and way in DRAFTS:

@@ -8,7 +8,8 @@ from functools import partial
 
 import torch
 
-from .models import VOCAB, model as model_of
+from .models import VOCAB
+from .models import model as model_of
 
 PROMPT, NEW = 23, 30
 
