@@ -34,18 +34,12 @@ class FixedLayer(AttentionLayer):
         self.is_sliding, self._slots = sliding, slots
         self._state: LayerState | None = None
 
-    @property
-    def is_initialized(self) -> bool:
-        return self._state is not None or super().is_initialized
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Keys in all slots; None before the first token."""
-        return super().keys if self._state is None else cast(Tensor, self._state.keys)
-
-    @property
-    def values(self) -> Tensor | None:
-        return super().values if self._state is None else cast(Tensor, self._state.values)
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values in all slots; None before there are any."""
+        state = self._state
+        if state is None:
+            return super().held()
+        return cast(Tensor, state.keys), cast(Tensor, state.values)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -64,7 +58,7 @@ class FixedLayer(AttentionLayer):
         if kv.rows is None:
             kv.update(*(_one_token(array) for array in (key_states, value_states)))
             kv.trim(1)  # it told the sizes of a token
-        self._state = kv.export_state(self._slots - kv.offset)
+        self._state = cast(LayerState, kv.export_state(self._slots - kv.offset))
         if not torch.compiler.is_compiling():
             for buffer in self.buffers.values():
                 torch._dynamo.mark_static_address(buffer)
@@ -94,7 +88,8 @@ class FixedLayer(AttentionLayer):
         Raises: CacheFullError on a CPU if the tokens do not fit; elsewhere that would wait for the
             device, and :attr:`ModelCache.caches` raises BoundsError later.
         """
-        seen = self.get_seq_length()
+        state = self._state
+        seen = self.kv.offset if state is None else cast(Tensor, state.offset)
         at_hand = isinstance(seen, int) or (seen.is_cpu and not torch.compiler.is_compiling())
         if at_hand and int(seen) + query_length > self._slots:
             raise CacheFullError(
@@ -103,9 +98,9 @@ class FixedLayer(AttentionLayer):
             )
         return self._slots, 0
 
-    def get_seq_length(self) -> int | Tensor:
-        """Return the tokens seen; while a program has the buffers, as a tensor."""
-        return self.kv.offset if self._state is None else cast(Tensor, self._state.offset)
+    def get_seq_length(self) -> int:
+        """Return the tokens seen: a tensor, as in the library, while a program has the buffers."""
+        return self.kv.offset if self._state is None else cast(int, self._state.offset)
 
     def get_max_length(self) -> int:
         return self._slots

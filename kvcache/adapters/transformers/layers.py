@@ -31,10 +31,16 @@ class AttentionLayer(CacheLayerMixin):
         """Rows of the batch, 0 before the first token."""
         return self.kv.rows or 0
 
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values, ``[B, kv_heads, len, head_dim]``; None before the first token."""
+        return cast(tuple[Tensor, Tensor], self.kv.state) if self.kv.offset else None
+
+    # Attributes of the base class. Models read them: those with an encoder take its keys and values
+    # from here, and some tell a first pass by `is_initialized`.
+
     @property
     def is_initialized(self) -> bool:
-        """Whether there are tokens: some models ask, and tell a first pass by it."""
-        return self.kv.offset > 0
+        return self.held() is not None
 
     @is_initialized.setter
     def is_initialized(self, _: bool) -> None:
@@ -42,8 +48,8 @@ class AttentionLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """Keys held, ``[B, kv_heads, len, head_dim]``; None before the first token."""
-        return cast(Tensor, self.kv.state[0]) if self.kv.offset else None
+        held = self.held()
+        return None if held is None else held[0]
 
     @keys.setter
     def keys(self, _: Tensor | None) -> None:
@@ -51,8 +57,8 @@ class AttentionLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
-        """Values held, as :attr:`keys`."""
-        return cast(Tensor, self.kv.state[1]) if self.kv.offset else None
+        held = self.held()
+        return None if held is None else held[1]
 
     @values.setter
     def values(self, _: Tensor | None) -> None:
