@@ -105,8 +105,8 @@ class ModelPrefixCache:
             left; NotSupportedError for media in such prompts. Prompts of a batch that were computed
             by then stay stored.
         """
-        config, points = self._model.generation_config, list(resume_points)
-        prompts = as_prompts(input_ids, attention_mask, config.pad_token_id)
+        prompts = as_prompts(input_ids, attention_mask, self._model.generation_config)
+        points = list(resume_points)
         [rows] = as_sizes(rows=rows)
         joined = rows > 1 or len(prompts.ids) > 1
         if joined:
@@ -140,7 +140,7 @@ class ModelPrefixCache:
     ) -> Any:
         """Return what ``model.generate`` returns, in a session of its own.
 
-        options: of ``generate``.
+        options: of ``generate``. A cache in its output is of a session that has ended.
 
         Raises: ValueError for another cache; otherwise as :meth:`session` and ``generate``.
         """

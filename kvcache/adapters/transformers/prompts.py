@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import reprlib
-from typing import NamedTuple, Self, TypeAlias
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from kvcache.errors import NotSupportedError, ShapeError
 from kvcache.layers.base import LayerCache
 from kvcache.layers.stack import LayerCaches
 
 from .cache import ModelCache
-
-PadToken: TypeAlias = int | list[int] | None
 
 
 class Prompts(NamedTuple):
@@ -32,46 +30,62 @@ class Prompts(NamedTuple):
         return self.ids[number, self.padding[number] :]
 
 
-def as_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token: PadToken) -> Prompts:
+def as_prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, config: GenerationConfig
+) -> Prompts:
     """Return the prompts that ``generate`` would see in these arguments.
 
-    pad_token: id of padding, None for no such id.
+    config: tells the id of padding.
 
     Raises: TypeError, ShapeError for anything but ids ``[B, columns]`` and a mask alike; ValueError
         for padding that is not on the left, or in every row, or told by the id alone.
     """
-    _check_ids(input_ids)
+    _check_tensor(input_ids, "input_ids is a tensor of token ids")
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ShapeError(f"input_ids is [B, columns], not empty; got {tuple(input_ids.shape)}.")
     if attention_mask is None:
-        # Otherwise the library takes these ids for padding, which nothing else tells apart.
-        if pad_token is not None and bool(torch.isin(input_ids, torch.tensor(pad_token)).any()):
-            raise ValueError(
-                f"attention_mask tells which tokens are padding; got none, and the id {pad_token} "
-                "of padding in input_ids. Give the mask here and to generate."
-            )
+        _check_unpadded(input_ids, config)
         return Prompts(input_ids.clone(), [0] * len(input_ids))
+    _check_tensor(attention_mask, "attention_mask is a tensor of 0 and 1")
     if attention_mask.shape != input_ids.shape:
         raise ShapeError(
             "attention_mask has the shape of input_ids; got "
             f"{tuple(attention_mask.shape)} and {tuple(input_ids.shape)}."
         )
-    columns, is_token = input_ids.shape[1], attention_mask != 0
+    return Prompts(input_ids.clone(), _padding_of(attention_mask != 0))
+
+
+def _check_tensor(value: object, rule: str) -> None:
+    if not isinstance(value, Tensor) or value.is_floating_point():
+        raise TypeError(f"{rule}; got {reprlib.repr(value)}.")
+
+
+def _check_unpadded(ids: Tensor, config: GenerationConfig) -> None:
+    """Raise ValueError where the library would take tokens for padding by their id alone."""
+    pad, ends = config.pad_token_id, config.eos_token_id
+    if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+        return
+    if bool((ids == pad).any()):
+        raise ValueError(
+            f"attention_mask tells which tokens are padding; got none, and the id {pad} of padding "
+            "in input_ids. Give the mask here and to generate."
+        )
+
+
+def _padding_of(is_token: Tensor) -> list[int]:
+    """Return the columns of padding of each row of a mask. Raises: ValueError."""
+    columns = is_token.shape[1]
     padding = columns - is_token.sum(-1)
-    if bool((is_token != (torch.arange(columns, device=padding.device) >= padding[:, None])).any()):
+    expected = torch.arange(columns, device=padding.device) >= padding[:, None]
+    if not torch.equal(is_token, expected):
         raise ValueError("prompts are padded on their left; got a mask with other zeros.")
-    least = int(padding.min())
-    if least:
+    if least := int(padding.min()):
         raise ValueError(
             f"one prompt of a batch has no padding; got {least} columns of it in each. Leave them "
             f"out of input_ids and attention_mask: [:, {least}:]."
         )
-    return Prompts(input_ids.clone(), padding.tolist())
-
-
-def _check_ids(ids: object) -> None:
-    if not isinstance(ids, Tensor) or ids.is_floating_point():
-        raise TypeError(f"input_ids is a tensor of token ids; got {reprlib.repr(ids)}.")
+    numbers: list[int] = padding.tolist()
+    return numbers
 
 
 class PromptCache(ModelCache):
@@ -185,8 +199,9 @@ class PromptCache(ModelCache):
     # Rows.
 
     def _select(self, rows: list[int]) -> None:
+        ids, origins = [self._known[rows]], [self.origins[row] for row in rows]
         super()._select(rows)
-        self._ids, self.origins = [self._known[rows]], [self.origins[row] for row in rows]
+        self._ids, self.origins = ids, origins
 
 
 def check_joined(prompts: Prompts, media: object) -> None:

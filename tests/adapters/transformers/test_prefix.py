@@ -411,6 +411,7 @@ def test_what_is_refused():
     for arguments, error, message in [
         ((prompt,), TypeError, "input_ids is a tensor of token ids; got"),
         ((mask.float(),), TypeError, "input_ids is a tensor of token ids; got"),
+        ((ids, [1] * 33), TypeError, "attention_mask is a tensor of 0 and 1; got"),
         ((ids[0],), kvcache.ShapeError, r"input_ids is \[B, columns\], not empty; got \(33,\)"),
         ((ids[:, :0],), kvcache.ShapeError, r"not empty; got \(1, 0\)"),
         ((ids, mask[:, 1:]), kvcache.ShapeError, "has the shape of input_ids"),
@@ -426,6 +427,17 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="the session brings the cache; got cache"):
         prefix.generate(ids, mask, cache=make_cache(built))
     assert prefix.prefix.stats.sessions == 0
+
+
+def test_ends_that_are_used_for_padding_are_tokens(monkeypatch):
+    """Where padding has the id of an end, the library does not look for it either."""
+    built, prompt = model("llama"), [5, 0, 6]
+    prefix, ids = prefix_cache(built), torch.tensor([prompt])
+    for ends in (0, [3, 0]):
+        monkeypatch.setattr(built.generation_config, "eos_token_id", ends)
+        with prefix.session(ids) as session:
+            output = built.generate(ids, cache=session.cache, max_new_tokens=NEW)
+        assert output.tolist() == built.generate(ids, max_new_tokens=NEW).tolist()
 
 
 def test_calls_that_do_not_fit_their_session():
