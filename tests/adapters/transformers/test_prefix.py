@@ -140,16 +140,22 @@ def test_several_rows_of_a_prompt(name, options, count):
 
 
 def test_the_first_row_of_a_prompt_is_stored_as_it_went():
-    """Beams change places, and their tokens go with them."""
+    """Rows change places, and their tokens go with them."""
     built, prompt = model("llama"), [*SYSTEM, 5, 6, 7]
     prefix, (ids, mask) = prefix_cache(built), padded([prompt])
-    with prefix.session(ids, mask, rows=3) as session:
-        answers(built, [prompt], cache=session.cache, num_beams=3)
-        stored = prompt + session.cache.generated(0)
-    assert len(stored) == len(prompt) + NEW - 1
-    [matched], texts = ask(prefix, built, [[*stored, 9]])
-    assert matched == len(stored)
-    assert texts == alone(built, [[*stored, 9]])
+    with prefix.session(ids, mask, rows=3) as session, torch.no_grad():
+        built(ids[:, -1:].repeat(3, 1), cache=session.cache)
+        built(torch.tensor([[11], [12], [13]]), cache=session.cache)
+        session.cache.reorder_cache(torch.tensor([2, 2, 0]))
+        built(torch.tensor([[21], [22], [23]]), cache=session.cache)
+        assert [session.cache.generated(row) for row in range(3)] == [[13, 21], [13, 22], [11, 23]]
+    for text, matched in ([11, 23], 33), ([13, 22], 34), ([13, 21], 35):
+        longer = [*prompt, *text, 9]
+        with prefix.session(*padded([longer])) as session:
+            texts = answers(built, [longer], cache=session.cache)
+            assert session.matched == (matched,)
+            session.close(store=False)
+        assert texts == alone(built, [longer])
 
 
 # Other ways to call the model.
@@ -236,6 +242,19 @@ def test_a_session_of_several_calls():
     assert ask(prefix, built, [[*longer, *text]])[0] == [len(longer) + NEW - 1]
 
 
+@pytest.mark.parametrize("name", ["mistral", "falcon_h1"])
+def test_sessions_in_inference_mode_and_outside(name):
+    """Tensors made in that mode cannot be written to outside of it."""
+    built, prompt = model(name), [*SYSTEM, 5, 6, 7]
+    prefix, reused = prefix_cache(built), 0
+    for number in range(4):
+        with torch.inference_mode(number % 2 == 0):
+            [matched], [text] = ask(prefix, built, [prompt], max_new_tokens=3)
+        assert matched == reused
+        assert [text] == alone(built, [prompt], max_new_tokens=3)
+        reused, prompt = len(prompt) + 2, [*prompt, *text, 9]
+
+
 # What is stored.
 
 
@@ -249,6 +268,7 @@ def test_tokens_that_were_taken_back_are_not_stored():
             built(torch.tensor([[9, 9]]), cache=session.cache)
             built(torch.tensor([[3]]), cache=session.cache)
         session.cache.crop(-1)
+        assert session.cache.generated(0) == [*text[:2], 9, 9]
     assert ask(prefix, built, [[*prompt, *text]])[0] == [35]
     [matched], texts = ask(prefix, built, [[*prompt, *text[:2], 9, 9, 3]])
     assert matched == 37
