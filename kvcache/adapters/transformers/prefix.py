@@ -44,13 +44,19 @@ def prefix_cache(model: PreTrainedModel, **options: Unpack[PrefixOptions]) -> Mo
 
     options: of :class:`kvcache.PrefixCache`, as ``budget``, in bytes.
 
-    Raises: NotSupportedError for a model with an encoder, or with a layer that kvcache has no cache
-        for; otherwise as :class:`kvcache.PrefixCache`.
+    Raises: NotSupportedError for a model with an encoder, on several devices, or with a layer that
+        kvcache has no cache for; otherwise as :class:`kvcache.PrefixCache`.
     """
     if model.config.is_encoder_decoder:
         raise NotSupportedError(
             "prefixes of prompts are reused in decoders; got a model with an encoder, on whose "
             "output every token depends. Reuse that output."
+        )
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise NotSupportedError(
+            "prefixes are restored to one device; got a model whose layers are on "
+            f"{', '.join(map(str, devices))}. Load it with device_map='cuda:0', say."
         )
     return ModelPrefixCache(model, PrefixCache(layer_caches(model), **options))
 

@@ -482,6 +482,13 @@ def test_models_with_an_encoder_are_refused():
         prefix_cache(built)
 
 
+def test_models_on_several_devices_are_refused():
+    built = copy.copy(model("llama"))
+    built.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(kvcache.NotSupportedError, match="whose layers are on 0, 1"):
+        prefix_cache(built)
+
+
 def test_a_failure_at_the_beginning_ends_all_sessions(monkeypatch):
     built, rows = model("llama"), [[*SYSTEM, 5, 6, 7], [*SYSTEM, 8, 9]]
     prefix = prefix_cache(built)
