@@ -41,13 +41,12 @@ def tiny_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
+    """Generate twice: in one run, and with the caches in a file in between."""
     if arguments:
         name, prompt = arguments
-        model, tokenizer = (
-            AutoModelForCausalLM.from_pretrained(name),
-            AutoTokenizer.from_pretrained(name),
-        )
+        model = AutoModelForCausalLM.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
         ids = tokenizer(prompt, return_tensors="pt").input_ids
     else:
         model, tokenizer = tiny_model(), None

@@ -3,6 +3,7 @@
 import math
 from functools import cache
 
+import pytest
 import torch
 import transformers as tf
 
@@ -139,6 +140,14 @@ def _configs():
 
 
 CONFIGS = dict(_configs())
+
+
+def first(values, number=1):
+    """Return parameters of a test, all but the first of which are left to the matrix."""
+    marked = [pytest.param(value, marks=pytest.mark.matrix) for value in values[number:]]
+    return [*values[:number], *marked]
+
+
 MODELS = [name for name in CONFIGS if name != "mamba2"]
 EAGER_ONLY = {"gpt_oss", "mamba2"}
 STATEFUL = {"qwen3_next", "falcon_h1", "jamba", "bamba"}

@@ -16,19 +16,15 @@ from .models import EAGER_ONLY, MODELS, STATEFUL, model
 from .ways import ORACLES, WAYS
 
 EVERY_RUN = {
-    ("llama", "beams"),
     ("mistral", "chunks of 5"),
     ("mistral", "assisted"),
     ("gemma3", "padded turns"),
-    ("gpt_oss", "sampling"),
     ("qwen3_next", "turns"),
     ("qwen3_next", "reselected"),
-    ("falcon_h1", "deepcopied"),
-    ("bamba", "greedy"),
+    ("falcon_h1", "beams"),
+    ("lfm2", "assisted"),
+    ("gemma3n", "greedy"),
     ("bamba", "assisted"),
-    ("lfm2", "lookup"),
-    ("gemma3n", "reset"),
-    ("llama4", "greedy"),
 }
 """Cells that are not left to the session for the whole matrix."""
 DRAFTS = {"lookup", "assisted"}
