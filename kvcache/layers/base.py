@@ -163,6 +163,11 @@ class LayerCache(ABC):
 
     @property
     @abstractmethod
+    def rows(self) -> int | None:
+        """Rows of the batch; None before there are tokens, unless padding was declared."""
+
+    @property
+    @abstractmethod
     def padding(self) -> Int32s | None:
         """Tokens that each row of the batch lacks on its left, int32 [B]; None if no row does."""
 

@@ -20,11 +20,6 @@ class SelectableRows(LayerCache):
 
     _padding: Int32s | None
 
-    @property
-    @abstractmethod
-    def rows(self) -> int | None:
-        """Rows of the batch; None before there are tokens, unless padding was declared."""
-
     @abstractmethod
     def _select(self, index: Int32s) -> None:
         """Do :meth:`select` of other rows than all in their order."""

@@ -9,6 +9,7 @@ from typing import SupportsIndex, cast
 
 from kvcache._checks import as_indices
 from kvcache.layers.base import LayerCache
+from kvcache.layers.stack import LayerCaches
 
 
 class Clock:
@@ -73,6 +74,19 @@ def as_layers(caches: object, rule: str) -> list[LayerCache]:
     if isinstance(caches, LayerCache):
         raise TypeError(f"{rule}, one cache for each layer; got {caches}. Put it in a list.")
     return cast("list[LayerCache]", layers)
+
+
+def check_layers(caches: LayerCaches[LayerCache], own: LayerCaches[LayerCache]) -> None:
+    """Raise TypeError, ValueError unless `caches` can be one request in place of its `own`."""
+    if not isinstance(caches, LayerCaches):
+        raise TypeError(f"a session adopts LayerCaches; got {reprlib.repr(caches)}.")
+    got, wanted = ([(type(c).__name__, dict(c.options)) for c in stack] for stack in (caches, own))
+    if got != wanted:
+        raise ValueError(f"a session adopts caches like its own, {wanted}; got {got}.")
+    if any(cache.rows not in (None, 1) or cache.padding is not None for cache in caches):
+        raise ValueError(
+            f"a session adopts caches of one row without padding; got {caches}. split() them."
+        )
 
 
 def as_list(values: object) -> list[object]:

@@ -162,7 +162,9 @@ class PrefixCache:
                 now = self._clock()  # before there is anything to give back: it may raise
                 request = Request(self._source.acquire(), known)
                 self._begin(request, now, points)
-                return Session(request, prompt, self.lock, self._end, self._dropped)
+                return Session(
+                    request, prompt, self.lock, self._store_open, self._end, self._dropped
+                )
         except BaseException:
             if request is not None and request in self._active:  # before Ctrl-C was let through
                 self._count(request, -1)
@@ -203,6 +205,12 @@ class PrefixCache:
         self._sessions += sessions
         self._tokens += sessions * len(request.known)
         self._matched += sessions * request.hit.matched
+
+    def _store_open(self, request: Request) -> None:
+        """Store the tokens of a request that goes on."""
+        with self._changing():
+            self._store(request)
+            self._index.trim(self._clock())
 
     def _end(self, request: Request, store: bool) -> None:
         """Release a request, after storing its tokens if `store`. Ending it again does nothing."""

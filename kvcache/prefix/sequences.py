@@ -15,7 +15,7 @@ from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
 
-from .arguments import as_layers
+from .arguments import as_layers, check_layers
 from .known import KnownTokens
 
 
@@ -61,6 +61,10 @@ class SequenceHandle(ABC):
 
         Raises: TrimError where per-layer caches cannot.
         """
+
+    @abstractmethod
+    def adopt(self, caches: LayerCaches[LayerCache]) -> None:
+        """Have `caches` in place of its own from now on. Raises: KVCacheError over a pool."""
 
     @abstractmethod
     def schedule(self, positions: Iterable[int]) -> None:
@@ -188,6 +192,9 @@ class PoolHandle(SequenceHandle):
     def truncate(self, length: int) -> None:
         self._cache.remove(self._sequence, length)
 
+    def adopt(self, caches: LayerCaches[LayerCache]) -> None:
+        raise KVCacheError("sessions over a pool share its cache. Batch their sequences.")
+
     def schedule(self, positions: Iterable[int]) -> None:
         self._cache.schedule(self._sequence, positions)
 
@@ -266,6 +273,11 @@ class LayerHandle(SequenceHandle):
     def truncate(self, length: int) -> None:
         self._caches.trim(max(0, self._caches.offset - length))
         self.update_known()
+
+    def adopt(self, caches: LayerCaches[LayerCache]) -> None:
+        check_layers(caches, self._caches)
+        self._caches = caches
+        self._forget_rewinds()
 
     def schedule(self, positions: Iterable[int]) -> None:
         self._caches.schedule(positions)

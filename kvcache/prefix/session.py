@@ -61,10 +61,12 @@ class Session:
         request: Request,
         prompt: Tokens,
         lock: threading.RLock,
+        store: Callable[[Request], None],
         end: Callable[[Request, bool], None],
         dropped: deque[Request],
     ) -> None:
-        self._request, self._prompt, self._lock, self._end = request, prompt, lock, end
+        self._request, self._prompt, self._lock = request, prompt, lock
+        self._store, self._end = store, end
         # It may run in any thread at any line, also within a change of the prefix cache, so it
         # makes a note only. It must not keep this session alive, nor the prefix cache.
         self._finalizer = weakref.finalize(self, dropped.append, request)
@@ -162,6 +164,30 @@ class Session:
         points = as_positions(positions, "resume points")
         with self._lock:
             self._handle.schedule(points)
+
+    def adopt(self, caches: LayerCaches[Any]) -> None:
+        """Go on with `caches` in place of its own, which are left to the caller.
+
+        For a request that goes on in a batch: join the caches of several sessions, and give each
+        its row of :meth:`LayerCaches.split` in the end. They hold what a run of the tokens named
+        leaves, as far as they go; the session owns them from here on, and follows what is done to
+        them. Resume points scheduled in its own caches are not theirs.
+
+        Raises: KVCacheError over a pool, or after the end; TypeError, ValueError for caches of
+            other kinds, options or rows; nothing has changed then.
+        """
+        with self._lock, uninterrupted():
+            self._handle.adopt(caches)
+
+    def store(self) -> None:
+        """Store the tokens named and computed so far, for other sessions, and go on.
+
+        Raises: KVCacheError after the end; the prefix cache is unchanged then, and if a framework
+            fails.
+        """
+        with self._lock:
+            self._handle.update_known()
+            self._store(self._request)
 
     def close(self, store: bool = True) -> None:
         """End the session, and store the tokens computed unless `store` is False.

@@ -56,10 +56,14 @@ class ModelCache(Cache):
         Ask anew after every pass: the state that a recurrent layer wrote in place is taken over
         here.
         """
+        self.settle()
+        return self._caches
+
+    def settle(self) -> None:
+        """Take over the states that recurrent layers wrote in place."""
         for layer in self.layers:
             if isinstance(layer, StateLayer | FixedLayer):
                 layer.settle()
-        return self._caches
 
     @property
     def _own_layers(self) -> list[AttentionLayer | StateLayer]:
@@ -161,17 +165,19 @@ class ModelCache(Cache):
     # Rows.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.caches.select(beam_idx.tolist())
+        self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`: their numbers, or a mask of all rows."""
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.caches.select(rows.tolist())
+        self._select(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        caches = self.caches
         rows = max((layer.rows for layer in self._own_layers), default=0)
-        caches.select([row for row in range(rows) for _ in range(repeats)])
+        self._select([row for row in range(rows) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        self.caches.select(rows)
 
     # Refused.
 
