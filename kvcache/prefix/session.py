@@ -179,7 +179,7 @@ class Session:
         with self._lock, uninterrupted():
             self._handle.adopt(caches)
 
-    def store(self) -> None:
+    def commit(self) -> None:
         """Store the tokens named and computed so far, for other sessions, and go on.
 
         Raises: KVCacheError after the end; the prefix cache is unchanged then, and if a framework

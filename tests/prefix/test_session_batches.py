@@ -56,7 +56,7 @@ def check_batch(backend, name):
         texts = [[*ids, token] for ids in texts]
         step(backend, batch, texts)
     for session, caches, ids in zip(sessions, batch.split(), texts, strict=True):
-        session.store()
+        session.commit()
         session.adopt(caches)
         session.extend(ids[-3:])
         assert session.caches is caches
@@ -72,15 +72,15 @@ def test_tokens_are_stored_while_a_session_goes_on(name):
     server, prompt = Server(MODELS[name](NUMPY)), [*SYSTEM, 10, 11]
     with server.begin(prompt) as session:
         server.compute(session, prompt, 0)
-        session.store()
+        session.commit()
         nbytes = server.prefix.stats.nbytes
         assert nbytes > 0
         assert server.prefix.stats.active == 1
         assert server.ask([*prompt, 50]) == 8
         session.extend([12, 13])
         server.compute(session, [*prompt, 12, 13], 8)
-        session.store()
-        session.store()  # nothing more
+        session.commit()
+        session.commit()  # nothing more
     assert server.ask([*prompt, 12, 13, 14]) == 10
     assert server.prefix.stats.active == 0
 
@@ -144,10 +144,10 @@ def test_storing_fails_as_a_whole(monkeypatch):
         server.compute(session, SYSTEM, 0)
         monkeypatch.setattr(LayerCaches, "snapshot", _raise)
         with pytest.raises(MemoryError):
-            session.store()
+            session.commit()
         monkeypatch.undo()
         assert server.prefix.stats.nbytes == 0
-        session.store()
+        session.commit()
     assert server.ask([*SYSTEM, 7]) == 6
 
 
@@ -158,5 +158,5 @@ def _raise(*arguments):
 def test_storing_before_anything_is_computed():
     prefix = PrefixCache([kvcache.KVCache("numpy")])
     with prefix.session([1, 2]) as session:
-        session.store()
+        session.commit()
     assert prefix.stats.nbytes == 0

@@ -129,7 +129,7 @@ class ModelPrefixCache:
                 if joined or (recurrent and not media):
                     compute(self._model, session.caches, ids[:-1])
                 if joined:
-                    session.store()
+                    session.commit()
             return ModelSession(self._model, prompts, sessions, rows)
         except BaseException:
             _close(sessions, store=False)
