@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sys import getsizeof
 from typing import NoReturn
 
-from kvcache._checks import as_budget, as_indices, as_sizes
+from kvcache._checks import as_budget, as_index, as_indices, as_sizes
 from kvcache._interrupts import uninterrupted
 from kvcache.errors import NotSupportedError
 from kvcache.layers.base import LayerCache
@@ -32,6 +32,7 @@ from .stored import (
     StoredPrefix,
     StoredSnapshot,
     StoredSpan,
+    captured,
     close_snapshots,
     contiguous_snapshots,
     find_hit,
@@ -169,6 +170,39 @@ class PrefixCache:
                 self._end(request, store=False)
             raise
 
+    def insert(
+        self,
+        tokens: Sequence[int] | Tokens,
+        caches: Sequence[LayerCache],
+        *,
+        salt: str = "",
+        media: Media | None = None,
+    ) -> None:
+        """Store `tokens` from per-layer `caches` that were filled outside of a session.
+
+        For requests that go on in a batch: its ``split()`` gives the caches of each. Takes
+        ownership of `caches`, which are empty afterwards.
+
+        tokens: ids of all that the caches hold, from position 0 on. salt, media: as for
+            :meth:`session`.
+
+        Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
+            another number of tokens, or padded. Nothing has changed then.
+        """
+        ids, media = own_tokens(tokens), as_media(media)
+        check_text(salt, "a salt tells tenants apart")
+        check_media(media, ids.size)
+        with self._changing():
+            self._end_dropped()
+            handle = self._source.adopt(caches, ids.size)
+            ids, placements = self._media_ids.substitute(ids, media)
+            request = Request(handle, KnownTokens(ids, salt, placements))
+            try:
+                self._store(request)
+            finally:
+                self._release(request)
+                self._index.trim(self._clock())
+
     def _begin(self, request: Request, now: float, resume_points: list[int]) -> None:
         """Restore the longest stored prefix of a prompt and count its request as active.
 
@@ -237,7 +271,7 @@ class PrefixCache:
         prefix = self._follow(known.salt, ids[:held])
         if prefix.length == held and all(span.complete for span in prefix.spans):
             return
-        snapshots = self._captured(request, prefix, restored, held)
+        snapshots = captured(request.handle, prefix, restored, held)
         try:
             for span in prefix.spans:
                 # Before a span is split, so that both parts get what belongs to them.
@@ -253,48 +287,6 @@ class PrefixCache:
                     self.events.stored(span)
         finally:  # what a policy that raised has kept from its place
             close_snapshots(snapshots)
-
-    def _captured(
-        self, request: Request, prefix: StoredPrefix, restored: int, held: int
-    ) -> dict[int, Snapshot]:
-        """Return snapshots to store, by start: of spans behind `restored`, up to `held` tokens.
-
-        Of known spans with a payload they have its rows in addition. Spans of which the request
-        has no rows are left out.
-        """
-        length = prefix.length
-        pieces = [(span.start, min(span.stop, length), span.payload) for span in prefix.spans]
-        snapshots: dict[int, Snapshot] = {}
-        try:
-            for start, stop, payload in [*pieces, (length, held, None)]:
-                if start < stop and restored < stop:
-                    snapshot = self._capture(request, start, stop, payload)
-                    if snapshot is not None:
-                        snapshots[start] = snapshot
-        except BaseException:
-            close_snapshots(snapshots)
-            raise
-        return snapshots
-
-    @staticmethod
-    def _capture(
-        request: Request, start: int, stop: int, stored: StoredSnapshot | None
-    ) -> Snapshot | None:
-        """Return a snapshot of the rows a request holds of a span, and of those in `stored`.
-
-        None if there are none, or no more than are stored.
-        """
-        if stored is not None and stored.resumable_anywhere:
-            return None  # complete, as no token of it was ever dropped
-        captured = request.handle.capture(start, stop)
-        if stored is not None:
-            # A window that slid past other positions this time may have rows the stored one lacks.
-            with captured:
-                return stored.snapshot.united(captured)
-        if any(part.rows.positions.size for part in captured.parts):
-            return captured
-        captured.close()
-        return None
 
     def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
         previous = span.payload
@@ -313,7 +305,8 @@ class PrefixCache:
                 self._index.pin(pinned, -1)
                 self._index.settle(pinned)
         finally:
-            request.handle.release()
+            if not request.detached:
+                request.handle.release()
 
     # Its content.
 
@@ -355,6 +348,21 @@ class PrefixCache:
         """
         with self.lock:
             return render(self._trees, self._index.nbytes, decode, svg, width)
+
+    def trim(self, nbytes: int) -> None:
+        """Evict until no more than `nbytes` are stored, or all that is left is in use.
+
+        The budget stays as it is. Raises: ValueError, TypeError for no number of bytes.
+        """
+        index, target = self._index, as_index(nbytes, "nbytes")
+        with self._changing():
+            self._end_dropped()
+            budget = index.budget
+            try:
+                index.budget = target if budget is None else min(target, budget)
+                index.trim(self._clock())
+            finally:
+                index.budget = budget
 
     def clear(self) -> None:
         """Evict all spans not in use by a session, and forget those evicted before."""
