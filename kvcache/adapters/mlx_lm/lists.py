@@ -1,0 +1,64 @@
+"""Entries of a prompt cache that are several: layers with attention and a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self, TypeAlias
+
+from .entries import AttentionEntry
+from .states import RecurrentEntry
+
+Entry: TypeAlias = AttentionEntry | RecurrentEntry
+
+
+class EntryList:
+    """The entries of one layer that has more than one."""
+
+    def __init__(self, *entries: Entry) -> None:
+        self.entries = entries
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.entries[index]
+
+    def size(self) -> int:
+        """Return the largest size of the entries."""
+        return max(entry.size() for entry in self.entries)
+
+    def empty(self) -> bool:
+        """Return whether no token came."""
+        return all(entry.empty() for entry in self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all entries."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def is_trimmable(self) -> bool:
+        """Return whether all entries are."""
+        return all(entry.is_trimmable() for entry in self.entries)
+
+    def trim(self, n: int) -> int:
+        """Take back the last `n` tokens of all entries, and return their number.
+
+        Raises: TrimError where one of them cannot; all are unchanged then.
+        """
+        for entry in self.entries:
+            entry.cache.check_trim(min(n, entry.cache.offset))
+        return [entry.trim(n) for entry in self.entries][0]
+
+    @property
+    def state(self) -> list[tuple[object, str]]:
+        """The state of each entry, and the name of its class."""
+        return [(entry.state, type(entry).__name__) for entry in self.entries]
+
+    @classmethod
+    def from_state(cls, state: Sequence[tuple[Sequence[object], str]]) -> Self:
+        """Return entries with what :attr:`state` told.
+
+        Raises: ForeignFileError for the state of something else.
+        """
+        kinds = {kind.__name__: kind for kind in (AttentionEntry, RecurrentEntry)}
+        return cls(*(kinds[name].from_state(own) for own, name in state))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return type(self)(*(entry.__deepcopy__(memo) for entry in self.entries))
