@@ -21,14 +21,18 @@
 from .entries import AttentionEntry
 from .lists import EntryList
 from .making import caches_of, layer_caches, make_prompt_cache, prompt_cache
+from .prefix import ModelPrefixCache, PromptSession, prefix_cache
 from .states import RecurrentEntry
 
 __all__ = [
     "AttentionEntry",
     "EntryList",
+    "ModelPrefixCache",
+    "PromptSession",
     "RecurrentEntry",
     "caches_of",
     "layer_caches",
     "make_prompt_cache",
+    "prefix_cache",
     "prompt_cache",
 ]
