@@ -19,8 +19,8 @@ from kvcache.snapshots.snapshot import Snapshot
 from .arguments import Clock, as_positions, check_text
 from .events import Events
 from .index import SpanIndex
-from .known import KnownTokens, own_tokens
-from .media import Media, MediaIds, as_media, check_media
+from .known import KnownTokens, checked_prompt
+from .media import Media, MediaIds
 from .policies import EvictionPolicy, make_policy
 from .radix import RadixTree, Tokens
 from .render import render
@@ -29,6 +29,7 @@ from .session import Request, Session
 from .spans import Prefix
 from .stats import PrefixStats
 from .stored import (
+    Hit,
     StoredPrefix,
     StoredSnapshot,
     StoredSpan,
@@ -112,7 +113,7 @@ class PrefixCache:
             budget,
             index_budget=index_budget,
             on_evict=self.events.removed,
-            on_empty=lambda tree: _drop(trees, tree),
+            on_empty=lambda tree: trees.pop(tree.salt, None),
             others=lambda: getsizeof(trees) + media_ids.nbytes,
         )
         self._trees, self._media_ids = trees, media_ids
@@ -148,17 +149,13 @@ class PrefixCache:
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
         """
-        prompt, media = own_tokens(tokens), as_media(media)
+        prompt, places = checked_prompt(tokens, salt, media)
         points = as_positions(resume_points, "resume_points")
-        check_text(salt, "a salt tells tenants apart")
-        if not prompt.size:
-            raise ValueError("a prompt has at least one token; got none.")
-        check_media(media, prompt.size)
         request: Request | None = None
         try:
             with self.lock, uninterrupted():
                 self._end_dropped()
-                ids, placements = self._media_ids.substitute(prompt, media)
+                ids, placements = self._media_ids.substitute(prompt, places)
                 known = KnownTokens(ids, salt, placements)
                 now = self._clock()  # before there is anything to give back: it may raise
                 request = Request(self._source.acquire(), known)
@@ -169,6 +166,19 @@ class PrefixCache:
                 self._count(request, -1)
                 self._end(request, store=False)
             raise
+
+    def lookup(
+        self, tokens: Sequence[int] | Tokens, *, salt: str = "", media: Media | None = None
+    ) -> Hit:
+        """Return how much of a prompt a session would find; see :meth:`session`.
+
+        Nothing is restored or counted.
+        """
+        prompt, places = checked_prompt(tokens, salt, media)
+        with self.lock:
+            ids, placements = self._media_ids.substitute(prompt, places)
+            bounds = [(medium.start, medium.stop) for medium in placements]
+            return find_hit(self._follow(salt, ids), ids.size, bounds)
 
     def insert(
         self,
@@ -189,13 +199,11 @@ class PrefixCache:
         Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
             another number of tokens, or padded. Nothing has changed then.
         """
-        ids, media = own_tokens(tokens), as_media(media)
-        check_text(salt, "a salt tells tenants apart")
-        check_media(media, ids.size)
+        prompt, places = checked_prompt(tokens, salt, media)
         with self._changing():
             self._end_dropped()
+            ids, placements = self._media_ids.substitute(prompt, places)
             handle = self._source.adopt(caches, ids.size)
-            ids, placements = self._media_ids.substitute(ids, media)
             request = Request(handle, KnownTokens(ids, salt, placements))
             try:
                 self._store(request)
@@ -354,7 +362,7 @@ class PrefixCache:
 
         The budget stays as it is. Raises: ValueError, TypeError for no number of bytes.
         """
-        index, target = self._index, as_index(nbytes, "nbytes")
+        target, index = as_index(nbytes, "nbytes"), self._index
         with self._changing():
             self._end_dropped()
             budget = index.budget
@@ -391,7 +399,3 @@ class PrefixCache:
         """Return what is known of `ids`, which begin the tokens of a request."""
         tree = self._trees.get(salt)
         return self._index.follow(tree, ids) if tree is not None else Prefix([], 0)
-
-
-def _drop(trees: dict[str, RadixTree[StoredSpan]], tree: RadixTree[StoredSpan]) -> None:
-    trees.pop(tree.salt, None)
