@@ -197,13 +197,15 @@ class LayerCache(ABC):
         """
 
     @abstractmethod
-    def split(self) -> list[Self]:
+    def split(self, rows: Iterable[SupportsIndex] | None = None) -> list[Self]:
         """Return a cache for each row of the batch, without its padding; this one stays as it is.
 
         Copies; no checkpoints. The cache of a row that is all padding is empty; an empty cache
         has no rows.
 
-        Raises: ExportedError.
+        rows: indices from 0 of the rows wanted; None for all.
+
+        Raises: ExportedError; as :meth:`select` for rows that are not there.
         """
 
     @classmethod
@@ -212,7 +214,7 @@ class LayerCache(ABC):
         """Return a cache with the rows of all `caches`, which stay as they are.
 
         Rows end at one position: shorter ones get padding on their left, as little as possible.
-        Copies; no checkpoints.
+        A row that is all padding stays that. Copies; no checkpoints.
 
         caches: with tokens, of one kind with the same options, on one backend, alike but for their
             number of rows; or all of them empty.

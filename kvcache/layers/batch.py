@@ -19,7 +19,7 @@ from kvcache.storage.lengths import padded_index
 from .alike import check_alike
 from .buffers import Arrays
 from .copies import CopyableCache
-from .padding import as_padding, check_empty, check_padding, selected
+from .padding import as_padding, check_empty, check_padding, joined_padding, selected
 from .pinning import LayerPins
 from .rewind import Rewind
 from .row_selection import SelectableRows
@@ -107,25 +107,24 @@ class BatchCache(SelectableRows, CopyableCache):
             return joined
         for cache in caches:
             _check_geometry(first, cache)
-        blocks = [
-            row for cache in caches for row in ([cache] if cache.padding is None else cache.split())
-        ]
-        stop = max(cache._offset for cache in blocks)
-        positions = first._positions_of_all(blocks, stop)
-        parts = [block._columns_for(positions, stop) for block in blocks]
+        stop, padding = joined_padding(caches)
+        positions = first._positions_of_all(caches, stop, max(padding))
+        parts = [cache._columns_for(positions, stop) for cache in caches]
         backend = first._admission.bound()[0]
         arrays = tuple([backend.concat(part, 0) for part in zip(*parts, strict=True)])
-        short = [stop - block._offset for block in blocks for _ in range(block.rows or 0)]
-        joined._fill(arrays, positions.size, stop, as_padding(short))
-        joined._note_joined(blocks)
+        joined._fill(arrays, positions.size, stop, as_padding(padding))
+        joined._note_joined(caches)
         return joined
 
     def _note_joined(self, caches: Sequence[Self]) -> None:
         """Note what rows of a new cache lack because one of `caches`, joined, had dropped it."""
 
     @abstractmethod
-    def _positions_of_all(self, caches: Sequence[Self], stop: int) -> Int32s:
-        """Return the positions that a cache with the rows of all `caches` holds after `stop`."""
+    def _positions_of_all(self, caches: Sequence[Self], stop: int, padding: int) -> Int32s:
+        """Return the positions that a cache with the rows of all `caches` holds after `stop`.
+
+        padding: the most that a row has then.
+        """
 
     def _columns_for(self, positions: Int32s, stop: int) -> Arrays:
         """Return the tokens at `positions` of a batch that ends at `stop`, as this cache does.

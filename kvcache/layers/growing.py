@@ -263,7 +263,7 @@ class KVCache(ReadableCache):
     def _slots_of_row(self, padding: int) -> Slots:
         return np.arange(padding, self._offset)
 
-    def _positions_of_all(self, caches: Sequence[Self], stop: int) -> Int32s:
+    def _positions_of_all(self, caches: Sequence[Self], stop: int, padding: int) -> Int32s:
         return np.arange(stop, dtype=np.int32)
 
     def _padding_array(self) -> Array:

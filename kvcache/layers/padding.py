@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from kvcache._checks import NO_LIMIT, as_indices
 from kvcache._types import Int32s
 from kvcache.errors import ShapeError, SnapshotMismatchError
 from kvcache.storage.arrays import LayerArrays, NamedArray
+
+if TYPE_CHECKING:
+    from .row_selection import SelectableRows
 
 NAME = "padding"
 """Name of the array in files."""
@@ -32,6 +35,19 @@ def selected(arrays: LayerArrays, rows: Int32s) -> LayerArrays:
     arrays = tuple([array._replace(data=array.data[rows]) for array in arrays])
     own, padding = without_padding(arrays)
     return own if padding is None else arrays
+
+
+def joined_padding(caches: Sequence[SelectableRows]) -> tuple[int, list[int]]:
+    """Return where the rows of all `caches` end in one batch, and the padding of each there.
+
+    They end as soon as the longest allows, at 1 if no row has a token.
+    """
+    counts = [
+        (cache.offset, [0] * (cache.rows or 0) if cache.padding is None else cache.padding.tolist())
+        for cache in caches
+    ]
+    stop = max(1, *(offset - min(own) for offset, own in counts))
+    return stop, [stop - offset + count for offset, own in counts for count in own]
 
 
 def as_list(padding: Int32s | None) -> list[int]:

@@ -13,7 +13,7 @@ from kvcache.errors import ShapeError
 from kvcache.storage.states import StateForm
 
 from .alike import check_alike
-from .padding import as_padding, check_empty, check_padding
+from .padding import as_padding, check_empty, check_padding, joined_padding
 from .recurrent_copies import Coming, CopyableStates, States
 from .rewind import Rewind
 from .row_selection import SelectableRows
@@ -90,28 +90,25 @@ class BatchStates(SelectableRows, CopyableStates):
         caches = check_alike(cls, caches)
         first = caches[0]
         joined = cls.make(first._asked_backend, first.options)
-        form, stop = first._form, max(cache._offset for cache in caches)
-        if form is None or not stop:
+        form = first._form
+        if form is None or not first._offset:
             return joined
         for cache in caches:
             _check_form(form, cache._form)
-        blocks = [
-            row for cache in caches for row in ([cache] if cache.padding is None else cache.split())
-        ]
-        short = [stop - block._offset for block in blocks for _ in range(block.rows or 0)]
+        stop, padding = joined_padding(caches)
         states = {}
-        for position in first._resumable_of_all(blocks, stop):
-            parts = [block._held()[position - stop + block._offset] for block in blocks]
+        for position in first._resumable_of_all(caches, stop):
+            parts = [cache._held()[position - stop + cache._offset] for cache in caches]
             concat = form.backend.concat
             states[position] = tuple([concat(part, 0) for part in zip(*parts, strict=True)])
-        joined._fill(states, stop, form.backend, as_padding(short))
+        joined._fill(states, stop, form.backend, as_padding(padding))
         return joined
 
     @staticmethod
     def _resumable_of_all(caches: Sequence[BatchStates], stop: int) -> list[int]:
         """Return the positions behind which all `caches` have a state, if they end at `stop`."""
         positions = [{p + stop - cache._offset for p in cache._resumable()} for cache in caches]
-        return sorted(set.intersection(*positions))
+        return sorted(position for position in set.intersection(*positions) if position > 0)
 
 
 def _taken(form: StateForm, take: Callable[[Array], Array], state: Arrays) -> Arrays:

@@ -50,9 +50,8 @@ class CopyableRing(ArenaCache):
         row = (own >= 0) & ((own < self.keep) | (own >= first))
         return slots[row]
 
-    def _positions_of_all(self, caches: Sequence[Self], stop: int) -> Int32s:
-        short = max(stop - cache._offset for cache in caches)
-        sinks = self.keep + short if self.keep else 0
+    def _positions_of_all(self, caches: Sequence[Self], stop: int, padding: int) -> Int32s:
+        sinks = self.keep + padding if self.keep else 0
         firsts = [self._dropped_by(cache, stop) for cache in caches]
         first = max([0, stop - self._window - self.slack, *firsts])
         return self._between(first, stop, sinks)

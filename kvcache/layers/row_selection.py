@@ -47,6 +47,8 @@ class SelectableRows(LayerCache):
         if index.size and not np.array_equal(index, np.arange(self.rows or 0)):
             self._atomic(partial(self._select, index))
 
-    def split(self) -> list[Self]:
+    def split(self, rows: Iterable[SupportsIndex] | None = None) -> list[Self]:
         self.check_not_exported()
-        return [self._row(row) for row in range(self.rows or 0)]
+        count = self.rows
+        wanted = range(count or 0) if rows is None else check_rows(rows, count).tolist()
+        return [self._row(row) for row in wanted]

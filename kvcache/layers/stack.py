@@ -161,21 +161,22 @@ class LayerCaches(Sequence[C], Generic[C]):
             cache.check_select(numbers)
         self._all_or_none(lambda cache: cache.select(numbers))
 
-    def split(self) -> list[Self]:
-        """Return the caches of each row of the batch, without padding.
+    def split(self, rows: Iterable[SupportsIndex] | None = None) -> list[Self]:
+        """Return the caches of each row of the batch, or of these rows, without padding.
 
         See :meth:`LayerCache.split`. Raises: ValueError for layers of different numbers of rows;
-        ExportedError.
+        otherwise as there.
         """
-        rows = {id(cache): cache.split() for cache in self._distinct}
-        numbers = {len(caches) for caches in rows.values()}
+        wanted = None if rows is None else as_indices(rows, "rows")
+        split = {id(cache): cache.split(wanted) for cache in self._distinct}
+        numbers = {len(caches) for caches in split.values()}
         if len(numbers) > 1:
             raise ValueError(
                 f"layers that are split together have the same rows; got {sorted(numbers)}. Finish "
                 "the forward pass first."
             )
         number = max(numbers, default=0)
-        return [type(self)(rows[id(cache)][row] for cache in self) for row in range(number)]
+        return [type(self)(split[id(cache)][row] for cache in self) for row in range(number)]
 
     @classmethod
     def concat(cls, stacks: Sequence[Self]) -> Self:

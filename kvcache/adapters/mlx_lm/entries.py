@@ -10,9 +10,10 @@ import mlx.core as mx
 from kvcache import KVCache, NotSupportedError, RotatingKVCache
 
 from .headers import Header, decoded
+from .rows import BatchedEntry, zeros
 
 
-class AttentionEntry:
+class AttentionEntry(BatchedEntry[KVCache]):
     """A `KVCache` or `RotatingKVCache` as mlx-lm's models and generators want it.
 
     cache: taken over, not copied. It has to name its backend, ``"mlx"``, because models make
@@ -20,9 +21,15 @@ class AttentionEntry:
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
+        super().__init__(cache)
         # Where is_trimmable was asked last: see there.
         self._asked_at = -1
+        # Of the tokens to come, for each request; and the slack of the cache behind them.
+        self._right_padding: Sequence[int] = ()
+        self._slack = 0
+
+    def _with(self, cache: KVCache) -> Self:
+        return type(self)(cache)
 
     # What models call.
 
@@ -100,19 +107,58 @@ class AttentionEntry:
             f"kv_group_size={group_size}. Leave kv_bits out, or use mlx-lm's own cache."
         )
 
+    # Batches.
+
+    def _padded_row(self, like: KVCache, rows: int) -> KVCache:
+        cache = like.make("mlx", like.options)
+        cache.pad([1] * rows)
+        cache.update(*(zeros(rows, array, tokens=1) for array in like.state))
+        return cache
+
+    def extract(self, idx: int) -> Self:
+        entry = super().extract(idx)
+        entry._asked_at = entry.cache.offset  # at rest: see is_trimmable
+        return entry
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        super().prepare(left_padding=left_padding)
+        if right_padding is None or not max(right_padding):
+            return
+        cache = self.cache
+        if isinstance(cache, RotatingKVCache):
+            # Padding displaces tokens that the requests still see.
+            self.cache = with_slack(cache, cache.slack + max(right_padding))
+            self._slack = cache.slack
+        self._right_padding = right_padding
+
+    def finalize(self) -> None:
+        if not self._right_padding:
+            return
+        rows = self.cache.split()
+        for row, tokens in zip(rows, self._right_padding, strict=True):
+            row.trim(tokens)
+        self.cache = self._concat([(with_slack(row, self._slack), 1) for row in rows])
+        self._right_padding = ()
+
     # Copies and files.
 
     @property
     def state(self) -> tuple[object, ...]:
-        """A header, and keys and values held unless the cache is empty."""
+        """Keys and values held unless the cache is empty, and a header."""
         cache, padding = self.cache, self.cache.padding
         header = Header(
             dict(cache.options),
             cache.offset,
-            cache.rows or 1,
+            self.rows,
             () if padding is None else padding.tolist(),
         )
-        return header.encoded(), *cache.state
+        return *cache.state, header.encoded()
 
     @classmethod
     def from_state(cls, state: Sequence[object]) -> Self:
@@ -120,7 +166,8 @@ class AttentionEntry:
 
         Raises: ForeignFileError for the state of something else.
         """
-        header, arrays = decoded(state[0]), state[1:]
+        *arrays, text = state
+        header = decoded(text)
         kind = RotatingKVCache if "max_size" in header.options else KVCache
         cache = kind.make("mlx", header.options)
         if header.padding:
@@ -128,7 +175,22 @@ class AttentionEntry:
         if arrays:
             keys, values = arrays
             cache.fill(keys, values, header.offset)
-        return cls(cache)
+        entry = cls(cache)
+        entry._requests = header.rows
+        return entry
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        return type(self)(self.cache.copy())
+
+def with_slack(cache: KVCache, slack: int) -> KVCache:
+    """Return a rotating cache with the tokens of `cache` and another slack; else `cache` itself."""
+    if not isinstance(cache, RotatingKVCache) or slack == cache.slack:
+        return cache
+    other = RotatingKVCache.make("mlx", {**cache.options, "slack": slack})
+    arrays, surplus, keep = cache.state, cache.len - cache.max_size - slack, cache.keep
+    if cache.padding is not None:
+        other.pad(cache.padding)
+    elif surplus > 0:
+        parts = [(array[:, :, :keep], array[:, :, keep + surplus :]) for array in arrays]
+        arrays = tuple([mx.concatenate(part, axis=2) for part in parts])
+    if arrays:
+        other.fill(*arrays, cache.offset)
+    return other

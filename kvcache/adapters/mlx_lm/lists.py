@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from .entries import AttentionEntry
 from .states import RecurrentEntry
@@ -44,7 +44,42 @@ class EntryList:
         """
         for entry in self.entries:
             entry.cache.check_trim(min(n, entry.cache.offset))
-        return [entry.trim(n) for entry in self.entries][0]
+        counts = [entry.trim(n) for entry in self.entries]
+        return counts[0]
+
+    # Batches.
+
+    @classmethod
+    def merge(cls, lists: Sequence[Self]) -> Self:
+        """Return entries with the requests of all `lists`, which stay as they are."""
+        columns = zip(*(own.entries for own in lists), strict=True)
+        return cls(*(type(column[0]).merge(column) for column in columns))
+
+    def extend(self, other: Self) -> None:
+        """Append the requests of `other`."""
+        for entry, more in zip(self.entries, other.entries, strict=True):
+            entry.extend(more)
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep these requests of the batch only, in this order."""
+        for entry in self.entries:
+            entry.filter(batch_indices)
+
+    def extract(self, idx: int) -> Self:
+        """Return entries of one request of the batch, without padding."""
+        return type(self)(*(entry.extract(idx) for entry in self.entries))
+
+    def prepare(self, **padding: Any) -> None:
+        """Announce the padding of the tokens to come, in all entries."""
+        for entry in self.entries:
+            entry.prepare(**padding)
+
+    def finalize(self) -> None:
+        """Move padding on the right of the requests to their left, in all entries."""
+        for entry in self.entries:
+            entry.finalize()
+
+    # Files.
 
     @property
     def state(self) -> list[tuple[object, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import mlx.nn as nn
+from mlx import nn
 from mlx_lm.models import cache as library
 
 from kvcache import KVCache, LayerCaches, NotSupportedError, RotatingKVCache, StateCache

@@ -6,22 +6,30 @@ from collections.abc import Sequence
 from typing import Self
 
 import mlx.core as mx
+import numpy as np
 
 from kvcache import NotSupportedError, StateCache
 
 from .headers import Header, decoded
+from .rows import BatchedEntry, zeros
 
 
-class RecurrentEntry:
+class RecurrentEntry(BatchedEntry[StateCache]):
     """A `StateCache` as mlx-lm's recurrent layers and convolutions want it.
 
     cache: taken over, not copied. size: number of arrays that the layer may assign.
     """
 
     def __init__(self, cache: StateCache, size: int) -> None:
-        self.cache, self.arrays = cache, size
+        super().__init__(cache)
+        self.arrays = size
+        # Of the tokens to come, how many are none of padding, for each request; None for all.
+        self._lengths: Sequence[int] | None = None
         # Assigned by the layer, and not counted before it says how many tokens went by.
         self._coming: dict[int, mx.array] = {}
+
+    def _with(self, cache: StateCache) -> Self:
+        return type(self)(cache, self.arrays)
 
     # What layers call.
 
@@ -45,12 +53,24 @@ class RecurrentEntry:
         state = dict(enumerate(self.cache.state)) | self._coming
         self.cache.advance(N, *(state[index] for index in sorted(state)))
         self._coming = {}
+        if self._lengths is not None:
+            self._lengths = [length - N for length in self._lengths]
 
-    lengths: mx.array | None = None
+    @property
+    def lengths(self) -> mx.array | None:
+        """Tokens to come before padding, of each request, int32 [B]; None without padding."""
+        return None if self._lengths is None else mx.array(self._lengths)
 
     def make_mask(self, N: int) -> mx.array | None:
-        """Return which of the next `N` tokens of each row are tokens, [B, N]; None for all."""
-        return None
+        """Return which of the next `N` columns are no padding, bool [B, N]; None for all."""
+        first = self.cache.padding
+        last, columns = self._lengths, np.arange(N)
+        is_token = np.ones((self.rows, N), np.bool_)
+        if first is not None:
+            is_token &= columns >= first[:, None] - self.cache.offset
+        if last is not None:
+            is_token &= columns < np.array(last)[:, None]
+        return None if is_token.all() else mx.array(is_token)
 
     # What generators call.
 
@@ -85,19 +105,47 @@ class RecurrentEntry:
         self.cache.trim(tokens)
         return tokens
 
+    # Batches.
+
+    def _padded_row(self, like: StateCache, rows: int) -> StateCache:
+        cache = StateCache("mlx")
+        cache.pad([1] * rows)
+        cache.advance(1, *(zeros(rows, array) for array in like.state))
+        return cache
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        super().prepare(left_padding=left_padding)
+        self._lengths = lengths
+
+    def finalize(self) -> None:
+        if self._lengths is None:
+            return
+        cache, old = StateCache("mlx"), self.cache
+        right = -np.minimum(self._lengths, 0)
+        cache.pad(right if old.padding is None else old.padding + right)
+        if old.offset:
+            cache.advance(old.offset, *old.state)
+        self.cache, self._lengths = cache, None
+
     # Copies and files.
 
     @property
     def state(self) -> tuple[object, ...]:
-        """A header, and the arrays of the state unless the cache is empty."""
+        """The arrays of the state unless the cache is empty, and a header."""
         cache, padding = self.cache, self.cache.padding
         header = Header(
             {"size": self.arrays},
             cache.offset,
-            cache.rows or 1,
+            self.rows,
             () if padding is None else padding.tolist(),
         )
-        return header.encoded(), *cache.state
+        return *cache.state, header.encoded()
 
     @classmethod
     def from_state(cls, state: Sequence[object]) -> Self:
@@ -105,13 +153,13 @@ class RecurrentEntry:
 
         Raises: ForeignFileError for the state of something else.
         """
-        header, arrays = decoded(state[0]), state[1:]
+        *arrays, text = state
+        header = decoded(text)
         cache = StateCache("mlx")
         if header.padding:
             cache.pad(header.padding)
         if arrays:
             cache.advance(header.offset, *arrays)
-        return cls(cache, header.options["size"])
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        return type(self)(self.cache.copy(), self.arrays)
+        entry = cls(cache, header.options["size"])
+        entry._requests = header.rows
+        return entry

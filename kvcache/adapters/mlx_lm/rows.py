@@ -1,0 +1,103 @@
+"""Batches by the protocol of mlx-lm: entries that are merged, extended, filtered and extracted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, Self, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from kvcache import KVCache, StateCache
+
+C = TypeVar("C", KVCache, StateCache)
+
+
+class BatchedEntry(ABC, Generic[C]):
+    """An entry of one request, or of the requests of a batch.
+
+    cache: taken over, not copied.
+    """
+
+    def __init__(self, cache: C) -> None:
+        self.cache = cache
+        # Requests of a batch without tokens, of which the cache knows nothing.
+        self._requests = 1
+
+    @property
+    def rows(self) -> int:
+        """Requests of the batch."""
+        return self.cache.rows or self._requests
+
+    @abstractmethod
+    def _with(self, cache: C) -> Self:
+        """Return an entry like this one with another cache."""
+
+    @abstractmethod
+    def _padded_row(self, like: C, rows: int) -> C:
+        """Return a cache of so many requests without a token, like one that has tokens."""
+
+    @classmethod
+    def merge(cls, entries: Sequence[Self]) -> Self:
+        """Return an entry with the requests of all `entries`, which stay as they are."""
+        return entries[0]._joined(entries)
+
+    def extend(self, other: Self) -> None:
+        """Append the requests of `other`."""
+        joined = self._joined([self, other])
+        self.cache, self._requests = joined.cache, joined._requests
+
+    def _joined(self, entries: Sequence[Self]) -> Self:
+        joined = self._with(self._concat([(entry.cache, entry.rows) for entry in entries]))
+        joined._requests = sum(entry.rows for entry in entries)
+        return joined
+
+    def _concat(self, caches: Sequence[tuple[C, int]]) -> C:
+        """Return one cache of several, given with their rows, of which some may be empty."""
+        first = next((cache for cache, _ in caches if cache.offset), None)
+        if first is None:
+            return self.cache.make("mlx", self.cache.options)
+        filled = [c if c.offset else self._padded_row(first, rows) for c, rows in caches]
+        return type(first).concat(filled)
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep these requests of the batch only, in this order."""
+        rows = np.array(batch_indices).tolist()
+        self.cache.select(rows)
+        self._requests = len(rows)
+        padding = self.cache.padding
+        if padding is not None and padding.min() and self.cache.offset:
+            self.cache = type(self.cache).concat([self.cache])  # without common padding
+
+    def extract(self, idx: int) -> Self:
+        """Return an entry of one request of the batch, without padding."""
+        rows = self.cache.split([idx]) or [self.cache.make("mlx", self.cache.options)]
+        return self._with(rows[0])
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announce the padding of the tokens to come, up to :meth:`finalize` if on their right."""
+        if left_padding is not None:
+            self.cache.pad(left_padding)
+
+    def finalize(self) -> None:
+        """Let all requests end with a token: padding on their right goes to their left."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        clone = self._with(self.cache.copy())
+        clone._requests = self._requests
+        return clone
+
+
+def zeros(rows: int, array: mx.array, tokens: int | None = None) -> mx.array:
+    """Return zeros for so many rows of `array`, and tokens on its third axis."""
+    shape = [rows, *array.shape[1:]]
+    if tokens is not None:
+        shape[2] = tokens
+    return mx.zeros(shape, array.dtype)
