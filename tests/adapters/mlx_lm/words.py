@@ -1,4 +1,4 @@
-"""A tokenizer for the tiny models: the word w7 is token 7."""
+"""A tokenizer for the tiny models: the word w07 is token 7."""
 
 from functools import cache
 
@@ -20,10 +20,10 @@ TURNS = (
 
 
 def fast_tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{id}": id for id in range(VOCAB)}, unk_token="w1"))
+    words = Tokenizer(models.WordLevel({f"w{id:02}": id for id in range(VOCAB)}, unk_token="w01"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="w0", unk_token="w1", chat_template=TURNS
+        tokenizer_object=words, eos_token="w00", unk_token="w01", chat_template=TURNS
     )
 
 
@@ -33,7 +33,7 @@ def tokenizer():
 
 
 def text_of(tokens):
-    return " ".join(f"w{token}" for token in tokens)
+    return " ".join(f"w{token:02}" for token in tokens)
 
 
 def save(name, folder):
