@@ -81,14 +81,15 @@ class AttentionEntry(BatchedEntry[KVCache]):
         """Return whether tokens can be taken back.
 
         Two callers ask, and neither says how many. A rotating cache that dropped tokens can take
-        back a draft, within its `slack`, but not the answer of a request. Speculative decoding asks
-        after each update. A cache of prompts asks again of an entry at rest: it hears False.
+        back a draft, within its `slack`, but not the answer to a request. Speculative decoding asks
+        after each update, and hears True: :meth:`trim` says if it cannot. A cache of prompts asks
+        again of an entry at rest, and hears False.
         """
         cache, asked_at = self.cache, self._asked_at
         self._asked_at = cache.offset
         if not isinstance(cache, RotatingKVCache) or cache.can_trim(cache.offset):
             return True
-        return asked_at != cache.offset and cache.can_trim(1)
+        return asked_at != cache.offset
 
     def trim(self, n: int) -> int:
         """Take back the last `n` tokens, all if there are fewer, and return their number.

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx import nn
 from mlx_lm.models import cache as library
+from mlx_lm.models.cache import make_prompt_cache as library_prompt_cache
 
 from kvcache import KVCache, LayerCaches, NotSupportedError, RotatingKVCache, StateCache
 
@@ -51,8 +52,9 @@ def _flat_entries(prompt_cache: Iterable[Any]) -> Iterator[Any]:
 
 
 def _templates(model: nn.Module) -> list[Any]:
-    """Return the library's own caches for `model`."""
-    return library.make_prompt_cache(model)
+    """Return the library's own caches for `model`, also where a program put ours in their place."""
+    templates: list[Any] = library_prompt_cache(model)
+    return templates
 
 
 def _flat(templates: Iterable[Any]) -> Iterator[Any]:

@@ -164,11 +164,11 @@ def test_a_batch(name):
     """Prompts of unequal length, and depths of hits that are unequal, too."""
     prefix, tokenizer = prefix_cache(tiny.model(name)), endless()
     prompts = [SYSTEM + tiny.prompt_of(length, seed=length) for length in (3, 9, 6)]
-    ask(prefix, prompts[1], 1)
+    ask(prefix, prompts[1], 2)
     counts = [8, 5, 7]
     for depths in ([40, 48, 40], [len(p) + n for p, n in zip(prompts, counts, strict=True)]):
-        if name in tiny.WINDOWED + tiny.RECURRENT and depths[0] == 40:
-            depths = [0, 48, 0]
+        if name in tiny.RECURRENT and depths[0] == 40:
+            depths = [0, 48, 0]  # rings still have the window before 40, within their slack
         assert [prefix.prefix.lookup(tokens).matched for tokens in prompts] == depths
         response = prefix.batch_generate(tokenizer, prompts, max_tokens=counts)
         expected = [cold(name, p, n) for p, n in zip(prompts, counts, strict=True)]

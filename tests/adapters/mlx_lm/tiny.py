@@ -166,3 +166,19 @@ def stepwise(built, prompt, tokens, cache):
         out.append(mx.argmax(logits[0, -1]).item())
         logits = built(mx.array([[out[-1]]]), cache=cache)
     return out
+
+
+@cache
+def drafter(name):
+    """A model that agrees with `model(name)` in part."""
+    module, options = MODELS[name]
+    library = importlib.import_module(f"mlx_lm.models.{module}")
+    built = library.Model(library.ModelArgs.from_dict(dict(options, model_type=module)))
+    mx.random.seed(7)
+    weights = [
+        (path, array + 0.02 * mx.random.normal(array.shape) * array)
+        for path, array in tree_flatten(model(name).parameters())
+    ]
+    built.update(tree_unflatten(weights))
+    mx.eval(built.parameters())
+    return built
