@@ -1,6 +1,8 @@
-"""The server of mlx-lm with a prefix cache in the place of its own: real requests, over loopback."""
+"""The server of mlx-lm with a prefix cache in the place of its own, by requests over loopback."""
 
+import inspect
 import json
+import re
 import sys
 import threading
 from contextlib import contextmanager
@@ -22,6 +24,11 @@ pytestmark = [
     pytest.mark.cross_backend,
     pytest.mark.filterwarnings("ignore:mlx_lm.server is not recommended"),
 ]
+LIBRARY = server.ResponseGenerator
+IN_CI = ("llama", "gemma3", "qwen3_next")
+EVERY = [
+    pytest.param(name, marks=() if name in IN_CI else pytest.mark.matrix) for name in tiny.MODELS
+]
 SYSTEM = words.text_of(tiny.prompt_of(30))
 
 
@@ -33,7 +40,8 @@ class Client:
         self.cached = []
 
     def post(self, path, **body):
-        options = {"max_tokens": 6, "temperature": 0.0}
+        # Without the token that ends an answer: the state behind that serves no other request.
+        options = {"max_tokens": 6, "temperature": 0.0, "logit_bias": {"0": -100}}
         request = Request(
             self._url + path,
             json.dumps(options | body).encode(),
@@ -44,7 +52,7 @@ class Client:
         usage = answer["usage"]
         self.cached.append(usage["prompt_tokens_details"]["cached_tokens"])
         [choice] = answer["choices"]
-        return choice.get("text") or choice["message"]["content"], usage["prompt_tokens"]
+        return choice["text"] if "text" in choice else choice["message"]["content"]
 
     def chat(self, messages, **body):
         return self.post("chat/completions", messages=messages, **body)
@@ -89,31 +97,193 @@ def folder_of(tmp_path_factory):
     return folder
 
 
-def conversation(client, **body):
+def turn(client, messages, seed, **body):
+    """Append what a user says, and the answer."""
+    messages.append({"role": "user", "content": words.text_of(tiny.prompt_of(5, seed=seed))})
+    text = client.chat(messages, **body)
+    messages.append({"role": "assistant", "content": text})
+
+
+def talk(client, **body):
     """Four turns behind a system prompt, and twice another beginning behind the same."""
-    messages, answers = [{"role": "system", "content": SYSTEM}], []
-    for turn in range(4):
-        content = words.text_of(tiny.prompt_of(5, seed=turn))
-        messages.append({"role": "user", "content": content})
-        text, _ = client.chat(messages, **body)
-        answers.append(text)
-        messages.append({"role": "assistant", "content": text})
-    for seed in (8, 9):
-        content = words.text_of(tiny.prompt_of(5, seed=seed))
-        text, _ = client.chat([messages[0], {"role": "user", "content": content}], **body)
-        answers.append(text)
-    return answers
+    system = {"role": "system", "content": SYSTEM}
+    conversations = [[system], [system], [system]]
+    for seed in range(4):
+        turn(client, conversations[0], seed, **body)
+    turn(client, conversations[1], 8, **body)
+    turn(client, conversations[2], 9, **body)
+    return conversations
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
-def test_turns_and_branches(monkeypatch, folder_of, name):
-    folder = folder_of(name)
-    with serving(monkeypatch, folder, "--prompt-cache-size", "0") as client:
-        cold = conversation(client)
-    print(client.cached)
+def complete(client, **body):
+    """Three prompts with a common beginning, and the last once more."""
+    prompts = [tiny.prompt_of(30) + tiny.prompt_of(25, seed=seed) for seed in (1, 2, 3, 3)]
+    return [client.post("completions", prompt=words.text_of(tokens), **body) for tokens in prompts]
+
+
+def shared(conversations):
+    """Tokens of each request of :func:`talk` that an earlier request or its answer begins with."""
+    tokenizer, earlier, lengths = words.tokenizer(), [], []
+    for conversation in conversations:
+        for stop in range(2, len(conversation), 2):
+            prompt = tokenizer.apply_chat_template(
+                conversation[:stop], add_generation_prompt=True, tokenize=True
+            )
+            lengths.append(max((common(prompt, tokens) for tokens in earlier), default=0))
+            earlier.append(prompt + tokenizer.encode(conversation[stop]["content"]))
+    return lengths
+
+
+def common(tokens, others):
+    pairs = zip(tokens, others, strict=False)  # of any two lengths
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), len(others))
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Servers that start in this test reuse prefixes by a prefix cache."""
     monkeypatch.setattr(server, "ResponseGenerator", server.ResponseGenerator)
-    use_in_server()
-    with serving(monkeypatch, folder) as client:
-        warm = conversation(client)
-    print(client.cached)
-    assert warm == cold
+    use_in_server(budget=1 << 24)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_conversation_and_branches(monkeypatch, folder_of, name, ours):
+    with monkeypatch.context() as patch, serving(patch, folder_of(name)) as client:
+        warm = talk(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "ResponseGenerator", LIBRARY)
+        with serving(patch, folder_of(name), "--prompt-cache-size", "0") as other:
+            assert talk(other) == warm
+        assert other.cached == [0] * 6
+    assert client.cached == shared(warm)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_completions_that_part(monkeypatch, folder_of, name, ours):
+    """Nothing tells the server where a beginning ends that prompts have in common."""
+    full = name not in tiny.WINDOWED + tiny.RECURRENT
+    with monkeypatch.context() as patch, serving(patch, folder_of(name)) as client:
+        warm = complete(client)
+    assert client.cached == [0, 30 if full else 0, 30, 54]
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "ResponseGenerator", LIBRARY)
+        with serving(patch, folder_of(name)) as other:
+            assert complete(other) == warm
+    assert other.cached == ([0, 30, 30, 54] if full else [0, 0, 0, 54])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
+def test_one_request_at_a_time(monkeypatch, folder_of, name, ours):
+    """As the server runs those that bring a seed: the loop that generates is another one."""
+    with serving(monkeypatch, folder_of(name)) as client:
+        assert complete(client, seed=1) == complete(client)
+    assert client.cached[0] == 0
+    assert client.cached[3] == 54
+
+
+def test_the_size_on_the_command_line(monkeypatch, folder_of, ours):
+    with serving(monkeypatch, folder_of("llama"), "--prompt-cache-bytes", "0") as client:
+        complete(client)
+        complete(client)
+    # What was inserted last stays until the next request comes.
+    assert client.cached[:2] == [0, 30]
+
+
+def test_the_command_line_of_the_adapter(monkeypatch, folder_of):
+    import runpy
+
+    monkeypatch.setattr(server, "ResponseGenerator", server.ResponseGenerator)
+    started = []
+    monkeypatch.setattr(server, "run", lambda *args: started.append(server.ResponseGenerator))
+    monkeypatch.setattr(sys, "argv", ["server", "--model", str(folder_of("llama"))])
+    with pytest.warns(RuntimeWarning, match="found in sys.modules"):
+        runpy.run_module("kvcache.adapters.mlx_lm.server", run_name="__main__")
+    assert started != [LIBRARY]
+
+
+# Without a server.
+
+
+class Provider:
+    """What has the models of a server."""
+
+    draft_model = None
+
+    def __init__(self, name):
+        self.model = tiny.model(name)
+
+
+def run(prompts, key, tokens):
+    """A request: how many tokens were reused."""
+    cache, rest = prompts.fetch_nearest_cache(key, tokens)
+    generated = tiny.stream(prompts._provider.model, rest, 2, prompt_cache=cache)
+    prompts.insert_cache(key, tokens + generated, cache)
+    return len(tokens) - len(rest)
+
+
+def test_every_model_has_its_own_prefixes():
+    prompts, tokens = ServerPrefixCache(Provider("llama")), tiny.prompt_of(20)
+    assert [run(prompts, ("a",), tokens) for _ in range(2)] == [0, 19]
+    stored = prompts.nbytes
+    prompts._provider = Provider("gemma3")
+    assert [run(prompts, ("b",), tokens) for _ in range(2)] == [0, 19]
+    assert prompts.nbytes > stored
+    assert prompts.stats_by_type() == {
+        "spans": {"n_sequences": len(prompts), "n_bytes": prompts.nbytes}
+    }
+    prompts.fetch_nearest_cache(("b",), tokens)
+    prompts.trim_to(n_bytes=prompts.nbytes - 1)  # of the model used longest ago
+    assert prompts.fetch_nearest_cache(("b",), tokens)[1] == tokens[19:]
+    prompts.trim_to(n_bytes=-5)
+    assert (len(prompts), prompts.nbytes) == (0, 0)
+
+
+def test_a_budget_is_of_all_models():
+    tokens = tiny.prompt_of(20)
+    prompts = ServerPrefixCache(Provider("llama"), budget=12000)
+    for key in ("a", "b", "c"):
+        run(prompts, (key,), tokens)
+        assert 0 < prompts.nbytes <= 12000
+
+
+def test_images_stand_for_themselves():
+    """The server gives every patch of an image a negative id of the image, beyond 32 bits."""
+    prompts, one, other = ServerPrefixCache(Provider("llama")), -(1 << 59), -(1 << 58)
+    tokens = [5, 6, 7, *[one] * 4, 8, 9]
+    cache, rest = prompts.fetch_nearest_cache(("a",), tokens)
+    tiny.stream(prompts._provider.model, [1] * 9, 1, prompt_cache=cache)
+    prompts.insert_cache(("a",), [*tokens, 3], cache)
+    assert rest == tokens
+    assert prompts.fetch_nearest_cache(("a",), tokens)[1] == [9]
+    assert prompts.fetch_nearest_cache(("a",), [5, 6, 7, *[other] * 4, 8])[1] == [*[other] * 4, 8]
+    # A hit never ends inside of an image.
+    assert prompts.fetch_nearest_cache(("a",), [5, 6, 7, *[one] * 2])[1] == [one] * 2
+
+
+def test_a_number_of_sequences_is_refused():
+    with pytest.raises(kvcache.NotSupportedError, match="bounded by bytes"):
+        ServerPrefixCache(Provider("llama")).trim_to(n_sequences=3)
+
+
+def test_canary():
+    """If this fails, mlx-lm's server has moved; see kvcache/adapters/mlx_lm/server.py."""
+    moved = "mlx-lm's server makes {}: see use_in_server in kvcache/adapters/mlx_lm/server.py"
+    source = inspect.getsource(server.run)
+    assert "ResponseGenerator(model_provider, prompt_cache)" in source, moved.format(source)
+    parameters = list(inspect.signature(LIBRARY.__init__).parameters)
+    assert parameters == ["self", "model_provider", "prompt_cache"], moved.format(parameters)
+    assert list(inspect.signature(LIBRARY._tokenize).parameters) == [
+        "self",
+        "tokenizer",
+        "request",
+        "args",
+    ], "PrefixResponseGenerator._tokenize divides the segments that this method returns"
+    source = inspect.getsource(server)
+    called = set(re.findall(r"self\.prompt_cache\.(\w+)", source))
+    assert called == {
+        "fetch_nearest_cache",
+        "insert_cache",
+        "trim_to",
+        "nbytes",
+        "stats_by_type",
+    }, f"ServerPrefixCache has the methods that the server calls, which are {called}"

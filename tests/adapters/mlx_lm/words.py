@@ -1,5 +1,6 @@
 """A tokenizer for the tiny models: the word w07 is token 7."""
 
+import json
 from functools import cache
 
 import mlx.core as mx
@@ -20,7 +21,9 @@ TURNS = (
 
 
 def fast_tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{id:02}": id for id in range(VOCAB)}, unk_token="w01"))
+    words = Tokenizer(
+        models.WordLevel({f"w{token:02}": token for token in range(VOCAB)}, unk_token="w01")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="w00", unk_token="w01", chat_template=TURNS
@@ -38,8 +41,6 @@ def text_of(tokens):
 
 def save(name, folder):
     """Write the model of this name, as mlx-lm reads models."""
-    import json
-
     kind, options = MODELS[name]
     (folder / "config.json").write_text(json.dumps(dict(options, model_type=kind)))
     mx.save_safetensors(
