@@ -58,6 +58,10 @@ class MlxBackend(Backend):
     def devices() -> list[str]:
         return [mx.default_device().type.name]
 
+    @property
+    def in_host_memory(self) -> bool:
+        return True  # the GPU of Apple silicon has no other
+
     @staticmethod
     def device_of(array: NativeArray) -> str:
         return str(mx.default_device().type.name)

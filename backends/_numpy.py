@@ -36,6 +36,10 @@ class NumpyBackend(Backend):
     def device_of(array: NativeArray) -> str:
         return "cpu"
 
+    @property
+    def in_host_memory(self) -> bool:
+        return True
+
     def _framework_dtypes(self) -> dict[str, DType]:
         return HOST_DTYPES
 

@@ -71,6 +71,10 @@ class TorchBackend(Backend):
                 "local part: cache.update(keys.to_local(), values.to_local())."
             )
 
+    @property
+    def in_host_memory(self) -> bool:
+        return self.device == "cpu"
+
     @staticmethod
     def device_of(array: NativeArray) -> str:
         TorchBackend.check_type(type(array))

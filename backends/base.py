@@ -97,6 +97,11 @@ class Backend(ProgramForms, TracedFunctions):
         return f"{self.name}:{self.device}"
 
     @property
+    def in_host_memory(self) -> bool:
+        """Whether its arrays take up memory of the host, and so none of another device."""
+        return False
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """Names of the dtypes of the framework; others raise :class:`DTypeError`."""
         return tuple(self._dtypes)

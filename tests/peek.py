@@ -173,3 +173,8 @@ def keeping_result(program):
     from kvcache.backends.interrupts import keeping_result
 
     return keeping_result(program)
+
+
+def slots_of(owner):
+    """The slots of rows that were copied out of a per-layer cache."""
+    return owner._buffers.capacity

@@ -86,6 +86,14 @@ class GrowingBuffers:
         arrays = tuple([concat(pair, self.axis) for pair in zip(*parts, strict=True)])
         self._replace(arrays, sizes, self.growths)
 
+    def of(self, *parts: Arrays) -> Self:
+        """Return buffers of just the slots of `parts`, copied one after the other."""
+        concat, buffers = self.backend.concat, copy(self)
+        arrays = tuple([concat(pieces, self.axis) for pieces in zip(*parts, strict=True)])
+        self.backend.evaluate(*arrays)
+        buffers.arrays, buffers.capacity = arrays, arrays[0].shape[self.axis]
+        return buffers
+
     def shared(self) -> Self | None:
         """Return buffers of the same content, copied when one of the two is written to.
 

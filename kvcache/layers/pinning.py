@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
+from typing import Self
 
 import numpy as np
 
 from kvcache._interrupts import uninterrupted
 from kvcache._types import Int32s
 from kvcache.backends import Backend
-from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
+from kvcache.snapshots.rows import LayerRows, RowOwner, Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 from kvcache.storage.arrays import LayerArrays
 
-from .buffers import Arrays, GrowingBuffers
+from .buffers import NAMES, Arrays, GrowingBuffers
 from .padding import padding_array
 
 
@@ -55,8 +56,8 @@ class PinnedRows:
         return undo
 
 
-class LayerPins(PinnedRows):
-    """Owner of the pinned rows in the buffers of a cache; implements :class:`RowOwner`.
+class LayerPins(PinnedRows, RowOwner):
+    """Owner of the pinned rows in the buffers of a cache.
 
     padding: of the rows of the batch.
     """
@@ -106,6 +107,13 @@ class LayerPins(PinnedRows):
             return self._buffers.slots(first, stop)
         return self._buffers.gathered(self._buffers.arrays, slots)
 
+    def detached(self, slots: Slots) -> tuple[RowOwner, Slots] | None:
+        backend = self._buffers.backend
+        if not (slots.size and backend.in_host_memory and backend.slices_are_views):
+            return None
+        copied = CopiedRows(self._buffers.of(self.arrays(slots)), self.padding)
+        return copied, np.arange(slots.size)
+
     def capture(self, positions: Int32s, slots: Slots, start: int, stop: int) -> TokenRows:
         """Pin the rows of ``[start, stop)`` among `positions`, which are held in `slots`."""
         inside = (positions >= start) & (positions < stop)
@@ -124,3 +132,35 @@ class LayerPins(PinnedRows):
             needed = visibility.needed(positions, position)
             with uninterrupted():  # rows are pinned before the points own them
                 points.retain(position, TokenRows.resident(positions[needed], self, slots[needed]))
+
+
+class CopiedRows(LayerPins):
+    """Owner of rows copied out of a cache, in the memory of its framework.
+
+    Nobody writes to them, so no rows are pinned: they are freed with the last that names them.
+    """
+
+    own_arrays = len(NAMES)
+
+    @property
+    def place(self) -> Hashable:
+        padding = None if self.padding is None else self.padding.tobytes()
+        return self._buffers.backend.spec, self._buffers.geometry, padding
+
+    def pin(self, rows: TokenRows) -> None:
+        """Do nothing."""
+
+    def unpin(self, rows: TokenRows) -> None:
+        """Do nothing."""
+
+    def collect(self, parts: Sequence[tuple[Self, Slots]]) -> tuple[RowOwner, Slots]:
+        buffers = self._buffers
+        every = np.arange(buffers.capacity)
+        if len(parts) == 1 and np.array_equal(parts[0][1], every):
+            return self, every
+        pieces = [owner.arrays(slots) for owner, slots in parts if slots.size]
+        if not pieces:
+            return self, every[:0]
+        # Copies, though views would do: the memory of rows that go would stay.
+        copied = CopiedRows(buffers.of(*pieces), self.padding)
+        return copied, np.arange(copied._buffers.capacity)

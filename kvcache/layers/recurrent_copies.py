@@ -182,6 +182,11 @@ class CopyableStates(StandaloneCache):
     def restore_rows(self, parts: Sequence[TokenRows], offset: int, backend: Backend) -> None:
         indices = [np.flatnonzero(rows.positions == offset - 1) for rows in parts]
         rows, index = [pair for pair in zip(parts, indices, strict=True) if pair[1].size][-1]
+        owner = rows.owner
+        if isinstance(owner, HeldStates) and owner.serves(backend) and self._padding is None:
+            [state] = owner.at(rows.slots[index[-1:]])
+            self._fill({offset: state}, offset, backend, None, shared=True)
+            return
         layer = rows.read(index[-1:]).get(0, ())  # 0: see HeldStates.read
         padding = common_padding([layer], self._padding)
         layer, _ = without_padding(layer)

@@ -11,7 +11,7 @@ from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.errors import CacheFullError
-from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
+from kvcache.snapshots.rows import LayerRows, RowOwner, Slots, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.visibility import Visibility
 
@@ -22,8 +22,8 @@ from .owned import Commit
 from .rows import finite_rows
 
 
-class PoolPins:
-    """Owner of the rows pinned in the cells of a pool; implements :class:`RowOwner`.
+class PoolPins(RowOwner):
+    """Owner of the rows pinned in the cells of a pool.
 
     Pinned rows add a reference to each of their cells, so that no sequence is given these. When a
     pass needs cells referenced by snapshots only, the oldest rows are spilled to the host.

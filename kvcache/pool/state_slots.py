@@ -20,7 +20,7 @@ from kvcache.errors import (
     SnapshotMismatchError,
     StateError,
 )
-from kvcache.snapshots.rows import LayerRows, Slots, TokenRows
+from kvcache.snapshots.rows import LayerRows, RowOwner, Slots, TokenRows
 from kvcache.storage.admission import check_owner
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.lengths import padded_index
@@ -44,7 +44,7 @@ class LayerForm(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-class StateSlots:
+class StateSlots(RowOwner):
     """Buffers of `count` slots for every layer, and the owner of rows that snapshots pin in them.
 
     Slot 0 is never written to: its zeros are the state of a fresh sequence. A pass writes to slots

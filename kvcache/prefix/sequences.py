@@ -212,7 +212,7 @@ class PoolHandle(SequenceHandle):
 
 
 class LayerSequences(SequenceSource):
-    """New per-layer caches for every session, with snapshots in host memory.
+    """New per-layer caches for every session, with snapshots that depend on none of them.
 
     caches: one per layer, empty; sessions get copies of them.
     """
@@ -302,8 +302,8 @@ class LayerHandle(SequenceHandle):
     def capture(self, start: int, stop: int) -> Snapshot:
         # Known only now: caches that name no backend take that of their first tokens.
         self._source.backend = self._caches[0].backend
-        # To the host at once: the caches, where it would be resident, end with the session.
-        return self._caches.snapshot(start, stop).to_host()
+        # At once: the caches, where it would be resident, end with the session.
+        return self._caches.snapshot(start, stop).detach()
 
     def release(self) -> None:
         self._caches.reset()

@@ -71,7 +71,7 @@ class StoredSnapshot:
 
 def _joins(part: Part, following: Part, stop: int) -> bool:
     """Return True if the rows of both are in one place, and of use to resume at `stop` alone."""
-    together = part.rows.owner is following.rows.owner
+    together = part.rows.place == following.rows.place
     if part.spec.visibility.resumable_anywhere:
         return together
     if not part.rows.positions.size:

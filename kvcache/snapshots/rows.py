@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,28 +21,53 @@ LayerRows: TypeAlias = dict[int, LayerArrays]
 R = TypeVar("R")
 
 
-class RowOwner(Protocol):
-    """A cache with rows pinned in its memory."""
+class RowOwner(ABC):
+    """A cache with rows pinned in its memory, or rows that were copied out of one."""
+
+    lock: AbstractContextManager[object]
+    """Held while rows change form: their owner may spill them in any thread."""
+    own_arrays: int = 0
+    """Arrays that the rows of one snapshot have for themselves: 0 in the memory of a cache."""
 
     @property
-    def lock(self) -> AbstractContextManager[object]:
-        """Held while rows change form: their owner may spill them in any thread."""
-
-    @property
+    @abstractmethod
     def token_bytes(self) -> int:
         """Bytes of one token in all layers."""
 
+    @abstractmethod
     def read(self, slots: Slots) -> LayerRows:
         """Return host copies of the rows in `slots`."""
 
+    @abstractmethod
     def pin(self, rows: TokenRows) -> None:
         """Call ``rows.to_host()`` from now on before their slots are written to.
 
         Rows already pinned stay pinned, once.
         """
 
+    @abstractmethod
     def unpin(self, rows: TokenRows) -> None:
         """Undo :meth:`pin`; do nothing for rows that are not pinned."""
+
+    @property
+    def place(self) -> Hashable:
+        """The memory of the rows: those with equal places can be joined without leaving it."""
+        return self
+
+    def collect(self, parts: Sequence[tuple[Self, Slots]]) -> tuple[RowOwner, Slots]:
+        """Return the rows of all `parts`, owners in one place and slots of theirs, as of one owner.
+
+        In their order. An owner that rows share, as a cache is, moves none.
+        """
+        return self, np.concatenate([slots for _, slots in parts])
+
+    def detached(self, slots: Slots) -> tuple[RowOwner, Slots] | None:
+        """Return copies of the rows in `slots`, which depend on no cache, in the same memory.
+
+        None where they would take up memory of a device other than the host, or where it takes a
+        program for each number of them.
+        """
+        return None
 
 
 class TokenRows:
@@ -49,10 +75,10 @@ class TokenRows:
 
     positions: int32, ascending; several rows of one position are the frames of encoder output.
     layers: the content in host memory; None for resident rows.
-    owner: the cache of resident rows.
+    owner: the cache of resident rows, or copies made by :meth:`detach`.
 
     Resident rows own no memory: they name slots of their owner, and it spills them to the host
-    before it writes there.
+    before it writes there. Copies own what they name.
     """
 
     def __init__(
@@ -83,9 +109,8 @@ class TokenRows:
             return (held or parts)[0].renewed()
         positions = np.concatenate([rows.positions for rows in held])
         with held[0]._owner_lock():
-            owner = held[0].owner
-            if owner is not None and all(rows.owner is owner for rows in held):
-                return cls.resident(positions, owner, np.concatenate([rows.slots for rows in held]))
+            if (collected := _collected([(rows, slice(None)) for rows in held])) is not None:
+                return cls.resident(positions, *collected)
         contents = [rows.content() for rows in held]
         return cls(
             positions,
@@ -96,20 +121,36 @@ class TokenRows:
         )
 
     @property
+    def place(self) -> Hashable:
+        """The memory of the rows, None for that of the host: equal where nothing moves in joins."""
+        owner = self.owner
+        return None if owner is None else owner.place
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the rows, resident or not."""
         owner = self.owner  # read once: another thread may spill the rows in between
         return self.host_nbytes if owner is None else self.positions.size * owner.token_bytes
 
     @property
+    def in_cache(self) -> bool:
+        """Whether the rows are in the memory of a cache."""
+        owner = self.owner
+        return owner is not None and not owner.own_arrays
+
+    @property
     def host_nbytes(self) -> int:
         """Bytes of host memory owned by the rows: 0 for resident ones."""
+        owner = self.owner
+        if owner is not None:
+            return self.positions.size * owner.token_bytes if owner.own_arrays else 0
         return sum(array.data.nbytes for arrays in self._layers.values() for array in arrays)
 
     @property
     def arrays(self) -> int:
-        """Number of arrays of all layers in host memory: 0 for resident rows."""
-        return sum(map(len, self._layers.values()))
+        """Number of arrays of all layers that the rows own: 0 for resident ones."""
+        owner = self.owner
+        return sum(map(len, self._layers.values())) if owner is None else owner.own_arrays
 
     def to_host(self) -> LayerRows:
         """Spill the rows to host memory, for good, and return them by layer."""
@@ -118,6 +159,16 @@ class TokenRows:
                 # Read before unpinning: free slots may be written to at any time.
                 self._become(self.positions, self.owner.read(self.slots))
             return self._layers
+
+    def detached(self) -> TokenRows:
+        """Return copies of the rows that depend on no cache, in the same memory or on the host."""
+        with self._owner_lock():
+            if self.owner is None:
+                return self.renewed()
+            copied = self.owner.detached(self.slots)
+            if copied is not None:
+                return TokenRows.resident(self.positions, *copied)
+            return TokenRows(self.positions, self.owner.read(self.slots))
 
     def host_copies(self) -> LayerRows:
         """Return host copies of all rows, which stay where they are."""
@@ -131,6 +182,12 @@ class TokenRows:
     def move_to_host(self, layers: LayerRows) -> None:
         """Hold `layers`, just read from the owner under its lock, instead of its slots."""
         self._become(self.positions, layers)
+
+    def move_to(self, copied: TokenRows) -> None:
+        """Hold what `copied` holds, the same rows in another place, which is given up."""
+        self._become(self.positions, copied._layers)
+        self.owner, self.slots = copied.owner, copied.slots
+        copied.owner = None
 
     def close(self) -> None:
         """Give up slots and memory. Closing twice is fine."""
@@ -186,7 +243,8 @@ class TokenRows:
         """Return the rows at `index` as an object of their own, resident if these are."""
         with self._owner_lock():
             if self.owner is not None:
-                return TokenRows.resident(self.positions[index], self.owner, self.slots[index])
+                collected = self.owner.collect([(self.owner, self.slots[index])])
+                return TokenRows.resident(self.positions[index], *collected)
             return TokenRows(self.positions[index], self._taken(index))
 
     def split(self, at: int) -> tuple[TokenRows, TokenRows]:
@@ -217,9 +275,9 @@ class TokenRows:
         positions = np.concatenate([self.positions, other.positions[index]])
         order = np.argsort(positions, kind="stable")  # frames of one position stay in order
         with self._owner_lock():
-            if self.owner is not None and self.owner is other.owner:
-                slots = np.concatenate([self.slots, other.slots[index]])[order]
-                return TokenRows.resident(positions[order], self.owner, slots)
+            if (collected := _collected([(self, slice(None)), (other, index)])) is not None:
+                owner, slots = collected
+                return TokenRows.resident(positions[order], owner, slots[order])
         others = other.content() if every else other.read(index)
         return TokenRows(positions[order], _merged(self.content(), others, order))
 
@@ -274,6 +332,18 @@ def close_all(rows: Sequence[TokenRows]) -> None:
             closed.close()
 
 
+def detach_all(rows: Sequence[TokenRows]) -> None:
+    """Make all of `rows` copies of themselves that depend on no cache; or none, if one fails."""
+
+    def detach() -> None:
+        copies = [TokenRows.detached(own) for own in rows]
+        with uninterrupted():
+            for own, copied in zip(rows, copies, strict=True):
+                own.move_to(copied)
+
+    _holding(_locks_of(rows), detach)
+
+
 def spill_all(rows: Sequence[TokenRows]) -> None:
     """Spill all of `rows` to host memory, or none if one cannot be read."""
 
@@ -284,6 +354,18 @@ def spill_all(rows: Sequence[TokenRows]) -> None:
                 spilled.move_to_host(layers)
 
     _holding(_locks_of(rows), spill)
+
+
+def _collected(
+    parts: Sequence[tuple[TokenRows, npt.NDArray[np.intp] | slice]],
+) -> tuple[RowOwner, Slots] | None:
+    """Return the rows at an index each as of one owner; None if they are not in one place."""
+    owned = [
+        (owner, rows.slots[index]) for rows, index in parts if (owner := rows.owner) is not None
+    ]
+    if len(owned) < len(parts) or len({owner.place for owner, _ in owned}) > 1:
+        return None
+    return owned[0][0].collect(owned)
 
 
 def _locks_of(rows: Sequence[TokenRows]) -> list[AbstractContextManager[object]]:

@@ -17,7 +17,7 @@ from kvcache._types import Bools, Int32s
 from kvcache.errors import SnapshotMismatchError
 
 from . import archive
-from .rows import LayerRows, TokenRows, close_all, exchange, spill_all
+from .rows import LayerRows, TokenRows, close_all, detach_all, exchange, spill_all
 from .visibility import Visibility
 
 
@@ -101,7 +101,7 @@ class Snapshot:
     @property
     def resident(self) -> bool:
         """True while some of its rows are in the memory of their cache."""
-        return any(part.rows.owner is not None for part in self.parts)
+        return any(part.rows.in_cache for part in self.parts)
 
     @property
     def resumable_anywhere(self) -> bool:
@@ -246,6 +246,14 @@ class Snapshot:
     def to_host(self) -> Self:
         """Spill resident rows to host memory; return the snapshot itself."""
         spill_all(self._rows)
+        return self
+
+    def detach(self) -> Self:
+        """Copy resident rows, so that they depend on no cache; return the snapshot itself.
+
+        In the memory they are in, if that is the host's, and else to host memory.
+        """
+        detach_all(self._rows)
         return self
 
     def close(self) -> None:

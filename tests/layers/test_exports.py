@@ -70,7 +70,8 @@ restore rollback save schedule select snapshot split to_backend trim
 BACKEND = """
 alloc alloc_axes array_types assignment_rebinds check_type compile concat config detached device
 device_of devices dtype dtype_name dtypes evaluate fast_key free from_dlpack from_host
-from_host_axes from_traced from_traced_forms gather import_dlpack is_deleted is_traced modules
+from_host_axes from_traced from_traced_forms gather import_dlpack in_host_memory is_deleted
+is_traced modules
 moved_by name owned owns read_rows read_slice replace_nonfinite requires_grad scatter shared
 slice slice_update slices_are_views spec sync to_host traced_append traced_cond traced_form
 traced_forms traced_index traced_range traced_read traced_read_rows traced_replace_nonfinite

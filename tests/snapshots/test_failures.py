@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from kvcache.snapshots.rows import TokenRows
+from kvcache.snapshots.rows import RowOwner, TokenRows
 from kvcache.snapshots.schedule import ResumePoints
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 from kvcache.snapshots.visibility import Visibility
@@ -14,7 +14,7 @@ from kvcache.storage.arrays import NamedArray
 SPEC = CacheSpec("kv", Visibility(), "float32")
 
 
-class Owner:
+class Owner(RowOwner):
     """A cache whose slot s holds the row s; one call that reads or pins rows raises."""
 
     token_bytes = 4
