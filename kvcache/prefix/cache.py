@@ -188,13 +188,11 @@ class PrefixCache:
         salt: str = "",
         media: Media | None = None,
     ) -> None:
-        """Store `tokens` from per-layer `caches` that were filled outside of a session.
+        """Store `tokens` from per-layer `caches` that no session has, and take these over.
 
-        For requests that go on in a batch: its ``split()`` gives the caches of each. Takes
-        ownership of `caches`, which are empty afterwards.
+        For requests in a batch, say: its ``split()`` gives the caches of each.
 
-        tokens: ids of all that the caches hold, from position 0 on. salt, media: as for
-            :meth:`session`.
+        tokens: ids of all that the caches hold. salt, media: as for :meth:`session`.
 
         Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
             another number of tokens, or padded. Nothing has changed then.
@@ -204,9 +202,10 @@ class PrefixCache:
             self._end_dropped()
             ids, placements = self._media_ids.substitute(prompt, places)
             handle = self._source.adopt(caches, ids.size)
-            request = Request(handle, KnownTokens(ids, salt, placements))
+            request = Request(handle, KnownTokens(ids, salt, placements), detached=True)
             try:
                 self._store(request)
+                request.detached = False  # until here the caches stay as they are
             finally:
                 self._release(request)
                 self._index.trim(self._clock())
