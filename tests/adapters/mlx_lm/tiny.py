@@ -2,21 +2,22 @@
 
 import importlib
 from functools import cache
+from math import prod
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 
 WINDOW = 12
 VOCAB = 96
-COMMON = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=VOCAB,
-)
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+}
 USUAL = dict(COMMON, num_hidden_layers=3, rms_norm_eps=1e-5, tie_word_embeddings=False)
 TWO_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS = {
@@ -82,23 +83,23 @@ MODELS = {
     ),
     "lfm2": (
         "lfm2",
-        dict(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            norm_eps=1e-5,
-            conv_bias=False,
-            conv_L_cache=3,
-            block_dim=32,
-            block_multiple_of=8,
-            block_ffn_dim_multiplier=1.0,
-            block_auto_adjust_ff_dim=False,
-            block_ff_dim=48,
-            full_attn_idxs=[1, 3],
-        ),
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "norm_eps": 1e-5,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_dim": 32,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": False,
+            "block_ff_dim": 48,
+            "full_attn_idxs": [1, 3],
+        },
     ),
     "falcon_h1": (
         "falcon_h1",
@@ -116,24 +117,37 @@ MODELS = {
 }
 WINDOWED = ("gemma3", "gpt_oss", "ministral")
 RECURRENT = ("qwen3_next", "lfm2", "falcon_h1")
-# How much larger than by default the weights are, so that the greedy output varies.
-SCALES = {"falcon_h1": 4.0}
+# Seeds and sizes of weights with which the greedy output varies, and each kind of layer matters.
+SEEDS = {"qwen3": 1, "falcon_h1": 3}
+SCALES = {"qwen3": 4.0}
+FACTORS = {
+    "lfm2": {"conv.out_proj": 0.3, "self_attn": 1.5},
+    "falcon_h1": {"mamba.out_proj": 0.1, "self_attn": 3.0},
+}
+
+
+def built(name, weights_of):
+    """A model of this kind with ``weights_of(path, array)`` for what it was made with."""
+    module, options = MODELS[name]
+    library = importlib.import_module(f"mlx_lm.models.{module}")
+    made = library.Model(library.ModelArgs.from_dict({**options, "model_type": module}))
+    weights = [(path, weights_of(path, array)) for path, array in tree_flatten(made.parameters())]
+    made.update(tree_unflatten(weights))
+    mx.eval(made.parameters())
+    return made
 
 
 @cache
-def model(name, seed=0):
-    """The model of this name, with weights of its own for each seed."""
-    module, options = MODELS[name]
-    library = importlib.import_module(f"mlx_lm.models.{module}")
-    mx.random.seed(seed)
-    built = library.Model(library.ModelArgs.from_dict(dict(options, model_type=module)))
-    weights = [
-        (path, scaled(path, array, SCALES.get(name, 3.0)))
-        for path, array in tree_flatten(built.parameters())
-    ]
-    built.update(tree_unflatten(weights))
-    mx.eval(built.parameters())
-    return built
+def model(name):
+    """The model of this name."""
+    mx.random.seed(SEEDS.get(name, 0))
+    factors = FACTORS.get(name, {})
+
+    def weights_of(path, array):
+        larger = [factor for part, factor in factors.items() if part in path]
+        return scaled(path, array, SCALES.get(name, 3.0) * prod(larger))
+
+    return built(name, weights_of)
 
 
 def scaled(path, array, scale):
@@ -151,34 +165,56 @@ def prompt_of(length, seed=0):
     return mx.random.randint(1, VOCAB, (length,)).tolist()
 
 
-def stream(built, prompt, tokens, **options):
+def stream(model, prompt, tokens, **options):
     """The tokens that mlx-lm generates."""
-    steps = generate_step(mx.array(prompt), built, max_tokens=tokens, **options)
+    steps = generate_step(mx.array(prompt), model, max_tokens=tokens, **options)
     return [token for token, _ in steps]
 
 
-def stepwise(built, prompt, tokens, cache):
+def stepwise(model, prompt, tokens, cache):
     """The tokens of a run one token at a time, the prompt included."""
-    prompt, out = list(prompt), []
+    out = []
     for token in prompt:
-        logits = built(mx.array([[token]]), cache=cache)
+        logits = model(mx.array([[token]]), cache=cache)
     while len(out) < tokens:
         out.append(mx.argmax(logits[0, -1]).item())
-        logits = built(mx.array([[out[-1]]]), cache=cache)
+        logits = model(mx.array([[out[-1]]]), cache=cache)
     return out
+
+
+def speculative(model, drafter, prompt, tokens, cache, drafts=4):
+    """The tokens of speculative decoding."""
+    steps = speculative_generate_step(
+        mx.array(prompt),
+        model,
+        drafter,
+        max_tokens=tokens,
+        num_draft_tokens=drafts,
+        prompt_cache=cache,
+    )
+    return [token for token, *_ in steps]
+
+
+def batched(model, prompts, tokens, caches, **options):
+    """The tokens of each request of a batch, and its prompt cache; each longer than the last."""
+    generator = BatchGenerator(model, **options)
+    numbers = generator.insert(prompts, [tokens + n for n in range(len(prompts))], caches=caches)
+    out, left = {number: [] for number in numbers}, {}
+    while responses := generator.next_generated():
+        for response in responses:
+            out[response.uid].append(response.token)
+            left[response.uid] = response.prompt_cache
+    generator.close()
+    return [out[number] for number in numbers], [left[number] for number in numbers]
 
 
 @cache
 def drafter(name):
     """A model that agrees with `model(name)` in part."""
-    module, options = MODELS[name]
-    library = importlib.import_module(f"mlx_lm.models.{module}")
-    built = library.Model(library.ModelArgs.from_dict(dict(options, model_type=module)))
     mx.random.seed(7)
-    weights = [
-        (path, array + 0.02 * mx.random.normal(array.shape) * array)
-        for path, array in tree_flatten(model(name).parameters())
-    ]
-    built.update(tree_unflatten(weights))
-    mx.eval(built.parameters())
-    return built
+    exact = dict(tree_flatten(model(name).parameters()))
+    return built(name, lambda path, _: noisy(exact[path]))
+
+
+def noisy(array):
+    return array + 0.02 * mx.random.normal(array.shape) * array

@@ -8,7 +8,6 @@
 Models that the tests would download are tiny random ones here.
 """
 
-import copy
 import importlib.util
 import os
 import sys
