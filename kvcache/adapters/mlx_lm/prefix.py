@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self, SupportsIndex, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import mlx.core as mx
-from mlx import nn
+import numpy as np
+from mlx.nn.layers.base import Module
 from mlx_lm.generate import (
     BatchGenerator,
     BatchResponse,
@@ -23,14 +24,14 @@ from kvcache.prefix import EvictionPolicy, Session
 
 from .making import caches_of, layer_caches, prompt_cache
 
-Prompt: TypeAlias = Sequence[int] | mx.array
+Prompt: TypeAlias = Sequence[int] | mx.array | np.ndarray[Any, Any]
 _STEP = 2048
 """Tokens of a prompt computed in one go, as by mlx-lm."""
 
 
 def prefix_cache(
-    model: nn.Module,
-    draft_model: nn.Module | None = None,
+    model: Module,
+    draft_model: Module | None = None,
     *,
     max_kv_size: int | None = None,
     keep: int = 0,
@@ -72,11 +73,11 @@ class ModelPrefixCache:
     prefix: the prefix cache, with its statistics.
     """
 
-    def __init__(self, models: Sequence[nn.Module], prefix: PrefixCache) -> None:
+    def __init__(self, models: Sequence[Module], prefix: PrefixCache) -> None:
         self.models, self.prefix = models, prefix
 
     def session(
-        self, tokens: Prompt, *, salt: str = "", resume_points: Iterable[SupportsIndex] = ()
+        self, tokens: Prompt, *, salt: str = "", resume_points: Iterable[int] = ()
     ) -> PromptSession:
         """Begin a request. Return it as a context manager, to end it.
 
@@ -85,7 +86,8 @@ class ModelPrefixCache:
         Where a recurrent layer shall keep a state inside of the prompt, the model is run up to
         there, because it gives states only at the end of a pass.
         """
-        ids: list[int] = tokens.tolist() if isinstance(tokens, mx.array) else [*tokens]
+        is_array = isinstance(tokens, mx.array | np.ndarray)
+        ids: list[int] = np.asarray(tokens).tolist() if is_array else [*tokens]
         session = self.prefix.session(ids, salt=salt, resume_points=resume_points)
         try:
             return PromptSession(self, session, ids, salt)
@@ -99,7 +101,7 @@ class ModelPrefixCache:
         prompt: str | Prompt,
         *,
         salt: str = "",
-        resume_points: Iterable[SupportsIndex] = (),
+        resume_points: Iterable[int] = (),
         **options: Any,
     ) -> Iterator[GenerationResponse]:
         """Generate as mlx-lm's ``stream_generate`` does, and store the prompt and the answer.
@@ -294,7 +296,7 @@ class PromptSession:
                         mx.eval([entry.state for entry in entries])
 
 
-def prompt_caches(models: Sequence[nn.Module], caches: LayerCaches[Any]) -> list[list[Any]]:
+def prompt_caches(models: Sequence[Module], caches: LayerCaches[Any]) -> list[list[Any]]:
     """Return a prompt cache for each model, of `caches` for the layers of all of them."""
     parts, start = [], 0
     for model in models:

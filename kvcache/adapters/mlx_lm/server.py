@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from mlx_lm import server
 
@@ -43,25 +43,31 @@ def use_in_server(
 
     class Generator(PrefixResponseGenerator):
         def __init__(self, model_provider: Any, prompt_cache: object) -> None:
-            super().__init__(
-                model_provider, ServerPrefixCache(model_provider, budget, policy, namespace)
-            )
+            own: Any = ServerPrefixCache(model_provider, budget, policy, namespace)
+            super().__init__(model_provider, own)
 
     # By this name the server makes it.
-    server.ResponseGenerator = Generator
+    vars(server)["ResponseGenerator"] = Generator
 
 
 class PrefixResponseGenerator(server.ResponseGenerator):
     """The server's generator, with a pass that ends where a prompt departs from earlier ones."""
 
-    prompt_cache: ServerPrefixCache
-
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:
         # Behind each segment the server stores what was computed. So a window or a state is kept
         # there, for the next request that departs at the same place.
-        prompt, segments, kinds, *others = super()._tokenize(tokenizer, request, args)
-        place = self.prompt_cache.departure(self.model_provider.model_key, prompt)
+        tokenize: Any = super()._tokenize
+        prompt, segments, kinds, *others = tokenize(tokenizer, request, args)
+        prefixes: Any = self.prompt_cache
+        place = prefixes.departure(self.model_provider.model_key, prompt)
         return prompt, *_divided(segments, kinds, place), *others
+
+
+class Provider(Protocol):
+    """The models that a server has loaded; draft_model: None without one."""
+
+    model: Any
+    draft_model: Any
 
 
 class ServerPrefixCache:
@@ -75,7 +81,7 @@ class ServerPrefixCache:
 
     def __init__(
         self,
-        provider: server.ModelProvider,
+        provider: Provider,
         budget: int | None = 1 << 30,
         policy: str | EvictionPolicy = "lru",
         namespace: str = "",
@@ -160,14 +166,18 @@ class ServerPrefixCache:
 
     @property
     def _models(self) -> list[Any]:
-        provider = self._provider
-        return [model for model in (provider.model, provider.draft_model) if model is not None]
+        models = [self._provider.model, self._provider.draft_model]
+        return [model for model in models if model is not None]
 
     def _prefix_of(self, model: ModelKey) -> PrefixCache:
         prefix = self._prefixes.pop(model, None)
         if prefix is None:
-            options = dict(policy=self._policy, namespace=self._namespace, budget=self._budget)
-            prefix = prefix_cache(*self._models, **options).prefix
+            prefix = prefix_cache(
+                *self._models,
+                budget=self._budget,
+                policy=self._policy,
+                namespace=self._namespace,
+            ).prefix
         self._prefixes[model] = prefix
         return prefix
 

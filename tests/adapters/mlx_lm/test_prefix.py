@@ -8,11 +8,13 @@ import pytest
 pytest.importorskip("mlx_lm", reason="needs the extra of this name")
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import BatchGenerator, batch_generate, stream_generate
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import make_prompt_cache as library_cache
 
 import kvcache
-from kvcache.adapters.mlx_lm import caches_of, prefix_cache
+from kvcache.adapters.mlx_lm import caches_of, make_prompt_cache, prefix_cache
 
 from . import tiny, words
 
@@ -68,7 +70,7 @@ def reused_by_library(prompts, name, tokens, answer):
     found, rest = prompts.fetch_nearest_cache(name, list(tokens))
     model = tiny.model(name)
     if rest:  # else mlx-lm has no token to generate from
-        held = found or make_prompt_cache(model)
+        held = found or library_cache(model)
         model(mx.array([rest + answer]), cache=held)
         prompts.insert_cache(name, tokens + answer, held)
     return len(tokens) - len(rest)
@@ -100,16 +102,27 @@ def test_turns_and_branches(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_one_position_off_is_seen(name):
-    """The control: results of other positions than those named change the answer."""
+    """The control: of a prefix that is named one token too early, the next scores are others."""
     tokens = SYSTEM + tiny.prompt_of(9, seed=1)
-    shifted = [*tokens[1:], 5]
-    prefix, model = prefix_cache(tiny.model(name)), tiny.model(name)
-    with prefix.session(tokens) as session:
-        tiny.stream(model, session.remaining, 1, prompt_cache=session.cache)
-        prefix.prefix.insert([*shifted, 6], caches_of(session.cache).copy())
-    matched, answer = ask(prefix, [*shifted, 6, 7])
-    assert matched == 50
-    assert answer != cold(name, [*shifted, 6, 7])
+    prefix, [expected] = prefix_cache(tiny.model(name)), scores(name, [*tokens, 7])
+    errors = []
+    for named in (tokens, [*tokens[1:], 5]):
+        cache = make_prompt_cache(tiny.model(name))
+        scores(name, tokens, cache)
+        prefix.prefix.insert(named, caches_of(cache))
+        with prefix.session([*named, 7]) as session:
+            assert session.remaining == [7]
+            [got] = scores(name, [7], session.cache)
+            errors.append(np.abs(got - expected).max())
+    assert errors[0] < 1e-3
+    assert errors[1] < 1e-3  # the rows are those of `tokens`, whatever their names
+    [of_named] = scores(name, [*named, 7])
+    assert np.abs(got - of_named).max() > 0.1
+
+
+def scores(name, tokens, cache=None):
+    """Of the token behind the last one: [1, vocab]."""
+    return np.array(tiny.model(name)(mx.array([tokens]), cache=cache)[:, -1])
 
 
 # Generators.
@@ -249,7 +262,7 @@ def test_a_request_that_joins_a_batch():
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_speculative_decoding(name):
     """Drafts are taken back, and what is stored of both models are the tokens that stayed."""
-    prefix = prefix_cache(tiny.model(name), tiny.model(name, seed=1))
+    prefix = prefix_cache(tiny.model(name), tiny.drafter(name))
     conversation, end = list(SYSTEM), 0
     for turn in range(3):
         conversation += tiny.prompt_of(5, seed=turn)
@@ -338,7 +351,7 @@ def test_prompts_are_token_ids(tokens):
 def test_rows_of_another_model_are_refused():
     prefix = prefix_cache(tiny.model("llama"))
     session = prefix.session(SYSTEM)
-    other = kvcache.adapters.mlx_lm.make_prompt_cache(tiny.model("gemma3"))
+    other = make_prompt_cache(tiny.model("gemma3"))
     tiny.stream(tiny.model("gemma3"), SYSTEM, 1, prompt_cache=other)
     with pytest.raises(ValueError, match="of the kinds given to the prefix cache"):
         session.finish([*SYSTEM, 1], other)
