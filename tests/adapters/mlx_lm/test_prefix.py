@@ -18,8 +18,6 @@ from kvcache.adapters.mlx_lm import caches_of, make_prompt_cache, prefix_cache
 
 from . import tiny, words
 
-pytestmark = pytest.mark.cross_backend
-
 IN_CI = ("llama", "gemma3", "qwen3_next")
 EVERY = [
     pytest.param(name, marks=() if name in IN_CI else pytest.mark.matrix) for name in tiny.MODELS
@@ -114,10 +112,10 @@ def test_one_position_off_is_seen(name):
             assert session.remaining == [7]
             [got] = scores(name, [7], session.cache)
             errors.append(np.abs(got - expected).max())
-    assert errors[0] < 1e-3
-    assert errors[1] < 1e-3  # the rows are those of `tokens`, whatever their names
+    assert errors[0] < 1e-4
+    assert errors[1] < 1e-4  # the rows are those of `tokens`, whatever their names
     [of_named] = scores(name, [*named, 7])
-    assert np.abs(got - of_named).max() > 0.1
+    assert np.abs(got - of_named).max() > 1e-2
 
 
 def scores(name, tokens, cache=None):

@@ -20,10 +20,7 @@ from kvcache.adapters.mlx_lm.server import ServerPrefixCache, use_in_server
 
 from . import tiny, words
 
-pytestmark = [
-    pytest.mark.cross_backend,
-    pytest.mark.filterwarnings("ignore:mlx_lm.server is not recommended"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:mlx_lm.server is not recommended")
 LIBRARY = server.ResponseGenerator
 IN_CI = ("llama", "gemma3", "qwen3_next")
 EVERY = [
