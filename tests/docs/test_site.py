@@ -48,7 +48,7 @@ def name(page):
 
 def test_every_page_is_in_the_navigation_once():
     listed = re.findall(
-        r"^ +- (?:.*: )?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+        r"^ +- (?:.*: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
     )
     assert sorted(listed) == [page.relative_to(DOCS).as_posix() for page in PAGES]
 

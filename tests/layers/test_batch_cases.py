@@ -361,3 +361,34 @@ def test_snapshots_of_other_rows_are_not_merged(backend, rows, message):
         with pytest.raises(ValueError, match=message):
             lower.merge(upper)
         assert (content(lower), content(upper)) == before
+
+
+def test_rows_without_a_token_are_joined(backend):
+    caches, none = filled(backend, rows=2), filled(backend, rows=2, tokens=2, padding=[2, 2])
+    joined = LayerCaches.concat([caches, none])
+    assert [cache.padding.tolist() for cache in joined] == [[0, 0, 8, 8]] * 4
+    first = LayerCaches.concat([none, filled(backend, rows=1, tokens=2, padding=[2])])
+    assert [cache.padding.tolist() for cache in first] == [[1, 1, 1]] * 4
+    numbers = np.array([[30], [31], [32], [33]])
+    update_all(joined, numbers)
+    assert held_by(joined) == [[30, 31, 32, 33]] * 3
+    assert [row.offset for row in joined.split()] == [9, 9, 1, 1]
+
+
+def test_joined_rows_have_the_least_padding(backend):
+    caches = filled(backend, padding=[1, 4, 3])
+    caches.select([1, 2])
+    assert caches[0].padding.tolist() == [4, 3]
+    joined = LayerCaches.concat([caches])
+    assert (joined.offset, joined[0].padding.tolist()) == (5, [1, 0])
+    assert held_by(joined) == held_by(caches)
+
+
+def test_some_rows_are_split(backend):
+    caches = filled(backend, padding=[0, 3, 1])
+    two = caches.split([2, 0])
+    assert [row.offset for row in two] == [7, 8]
+    assert [held_by(row) for row in two] == [[[24]] * 3, [[8]] * 3]
+    for one in (caches, *caches):
+        with pytest.raises(ValueError, match=r"rows are 0 to 2, one or more of them; got \[3\]\."):
+            one.split([3])

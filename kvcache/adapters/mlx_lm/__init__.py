@@ -15,6 +15,8 @@
 :mod:`.states`     recurrent layers and convolutions
 :mod:`.lists`      layers with both
 :mod:`.headers`    what files say of a layer
+:mod:`.prefix`     prefix reuse around generators
+:mod:`.server`     prefix reuse in the server
 =================  ===========================================
 """
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import mlx.core as mx
 
 from kvcache import KVCache, NotSupportedError, RotatingKVCache
+from kvcache.backends.arrays import NativeArray, NativeArrays
 
 from .headers import Header, decoded
 from .rows import BatchedEntry, zeros
@@ -34,24 +35,23 @@ class AttentionEntry(BatchedEntry[KVCache]):
     # What models call.
 
     @property
-    def offset(self) -> Any:
+    def offset(self) -> int | NativeArray:
         """Position of the next token: an int, or an array [B] if rows are padded."""
         padding = self.cache.padding
         return self.cache.offset if padding is None else self.cache.offset - mx.array(padding)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: NativeArray, values: NativeArray) -> NativeArrays:
         """Append keys and values, and return those that the queries of this update attend to."""
         return self.cache.update(keys, values)
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
-    ) -> mx.array | str | None:
+    ) -> NativeArray | str | None:
         """Return the mask of the next `N` queries: an array, "causal", or None to see all."""
         cache = self.cache
         if cache.padding is None and not return_array and self._sees_all(N, window_size):
             return None if N == 1 else "causal"
-        mask: mx.array | None = cache.mask(N, window_size, ahead=True)
-        return mask
+        return cache.mask(N, window_size, ahead=True)
 
     def _sees_all(self, tokens: int, window: int | None) -> bool:
         """Return whether windows hide none of the columns from the next queries."""
@@ -131,12 +131,12 @@ class AttentionEntry(BatchedEntry[KVCache]):
         super().prepare(left_padding=left_padding)
         if right_padding is None or not max(right_padding):
             return
-        cache = self.cache
+        cache, slack = self.cache, 0
         if isinstance(cache, RotatingKVCache):
-            # Padding displaces tokens that the requests still see.
-            self.cache = with_slack(cache, cache.slack + max(right_padding))
-            self._slack = cache.slack
-        self._right_padding = right_padding
+            # Padding would displace tokens that the requests still see.
+            slack = cache.slack
+            cache = with_slack(cache, slack + max(right_padding))
+        self.cache, self._slack, self._right_padding = cache, slack, right_padding
 
     def finalize(self) -> None:
         if not self._right_padding:
@@ -144,8 +144,8 @@ class AttentionEntry(BatchedEntry[KVCache]):
         rows = self.cache.split()
         for row, tokens in zip(rows, self._right_padding, strict=True):
             row.trim(tokens)
-        self.cache = self._concat([(with_slack(row, self._slack), 1) for row in rows])
-        self._right_padding = ()
+        cache = self._concat([(with_slack(row, self._slack), 1) for row in rows])
+        self.cache, self._right_padding = cache, ()
 
     # Copies and files.
 
@@ -162,7 +162,7 @@ class AttentionEntry(BatchedEntry[KVCache]):
         return *cache.state, header.encoded()
 
     @classmethod
-    def from_state(cls, state: Sequence[object]) -> Self:
+    def from_state(cls, state: Sequence[NativeArray]) -> Self:
         """Return an entry with what :attr:`state` told.
 
         Raises: ForeignFileError for the state of something else.
@@ -186,12 +186,13 @@ def with_slack(cache: KVCache, slack: int) -> KVCache:
     if not isinstance(cache, RotatingKVCache) or slack == cache.slack:
         return cache
     other = RotatingKVCache.make("mlx", {**cache.options, "slack": slack})
-    arrays, surplus, keep = cache.state, cache.len - cache.max_size - slack, cache.keep
+    held: NativeArrays = cache.state
+    surplus, keep = cache.len - cache.max_size - slack, cache.keep
     if cache.padding is not None:
         other.pad(cache.padding)
     elif surplus > 0:
-        parts = [(array[:, :, :keep], array[:, :, keep + surplus :]) for array in arrays]
-        arrays = tuple([mx.concatenate(part, axis=2) for part in parts])
-    if arrays:
-        other.fill(*arrays, cache.offset)
+        parts = [[array[:, :, :keep], array[:, :, keep + surplus :]] for array in held]
+        held = tuple([mx.concatenate(part, axis=2) for part in parts])
+    if held:
+        other.fill(held[0], held[1], cache.offset)
     return other

@@ -34,7 +34,7 @@ def decoded(text: object) -> Header:
         int(header.offset), int(header.rows), dict(header.options), list(header.padding)
     except (TypeError, ValueError) as error:
         raise ForeignFileError(
-            f"the state of an entry begins with a header that state wrote; got {text!r:.80}. Load "
+            f"the state of an entry ends with a header; got {text!r:.80}. Load "
             "files only as what saved them."
         ) from error
     return header

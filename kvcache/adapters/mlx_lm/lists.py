@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self, TypeAlias
 
+from kvcache.errors import ForeignFileError
+
 from .entries import AttentionEntry
 from .states import RecurrentEntry
 
-Entry: TypeAlias = AttentionEntry | RecurrentEntry
+Entry: TypeAlias = Any
+"""An :class:`AttentionEntry` or a :class:`RecurrentEntry`; one list has the kinds of the next."""
 
 
 class EntryList:
@@ -22,7 +25,7 @@ class EntryList:
 
     def size(self) -> int:
         """Return the largest size of the entries."""
-        return max(entry.size() for entry in self.entries)
+        return max(int(entry.size()) for entry in self.entries)
 
     def empty(self) -> bool:
         """Return whether no token came."""
@@ -44,7 +47,7 @@ class EntryList:
         """
         for entry in self.entries:
             entry.cache.check_trim(min(n, entry.cache.offset))
-        counts = [entry.trim(n) for entry in self.entries]
+        counts: list[int] = [entry.trim(n) for entry in self.entries]
         return counts[0]
 
     # Batches.
@@ -93,6 +96,12 @@ class EntryList:
         Raises: ForeignFileError for the state of something else.
         """
         kinds = {kind.__name__: kind for kind in (AttentionEntry, RecurrentEntry)}
+        names = [name for _, name in state]
+        if not kinds.keys() >= {*names}:
+            raise ForeignFileError(
+                f"a list holds entries of the kinds {', '.join(kinds)}; got {names}. Load files "
+                "only as what saved them."
+            )
         return cls(*(kinds[name].from_state(own) for own, name in state))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:

@@ -9,9 +9,10 @@ from typing import Any, Generic, Self, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from kvcache import KVCache, StateCache
+from kvcache.backends.arrays import NativeArray
+from kvcache.layers.row_selection import SelectableRows
 
-C = TypeVar("C", KVCache, StateCache)
+C = TypeVar("C", bound=SelectableRows)
 
 
 class BatchedEntry(ABC, Generic[C]):
@@ -21,7 +22,7 @@ class BatchedEntry(ABC, Generic[C]):
     """
 
     def __init__(self, cache: C) -> None:
-        self.cache = cache
+        self.cache: C = cache
         # Requests of a batch without tokens, of which the cache knows nothing.
         self._requests = 1
 
@@ -59,16 +60,21 @@ class BatchedEntry(ABC, Generic[C]):
         if first is None:
             return self.cache.make("mlx", self.cache.options)
         filled = [c if c.offset else self._padded_row(first, rows) for c, rows in caches]
-        return type(first).concat(filled)
+        return first.concat(filled)
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these requests of the batch only, in this order."""
         rows = np.array(batch_indices).tolist()
-        self.cache.select(rows)
-        self._requests = len(rows)
-        padding = self.cache.padding
-        if padding is not None and padding.min() and self.cache.offset:
-            self.cache = type(self.cache).concat([self.cache])  # without common padding
+        cache, undo = self.cache, self.cache.savepoint()
+        try:
+            cache.select(rows)
+            padding = cache.padding
+            if padding is not None and padding.min() and cache.offset:
+                cache = cache.concat([cache])  # without the padding that all have
+        except BaseException:
+            undo()
+            raise
+        self.cache, self._requests = cache, len(rows)
 
     def extract(self, idx: int) -> Self:
         """Return an entry of one request of the batch, without padding."""
@@ -95,7 +101,7 @@ class BatchedEntry(ABC, Generic[C]):
         return clone
 
 
-def zeros(rows: int, array: mx.array, tokens: int | None = None) -> mx.array:
+def zeros(rows: int, array: NativeArray, tokens: int | None = None) -> NativeArray:
     """Return zeros for so many rows of `array`, and tokens on its third axis."""
     shape = [rows, *array.shape[1:]]
     if tokens is not None:

@@ -31,7 +31,7 @@ def use_in_server(
 
     ::
 
-        kvcache.adapters.mlx_lm.use_in_server(budget=8 << 30)
+        use_in_server(budget=8 << 30)
         mlx_lm.server.main()
 
     Calling it again replaces the options. ``--prompt-cache-bytes`` of the server applies beside

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvcache import NotSupportedError, StateCache
+from kvcache.backends.arrays import NativeArray
 
 from .headers import Header, decoded
 from .rows import BatchedEntry, zeros
@@ -26,14 +27,14 @@ class RecurrentEntry(BatchedEntry[StateCache]):
         # Of the tokens to come, how many are none of padding, for each request; None for all.
         self._lengths: Sequence[int] | None = None
         # Assigned by the layer, and not counted before it says how many tokens went by.
-        self._coming: dict[int, mx.array] = {}
+        self._coming: dict[int, NativeArray] = {}
 
     def _with(self, cache: StateCache) -> Self:
         return type(self)(cache, self.arrays)
 
     # What layers call.
 
-    def __getitem__(self, index: int) -> mx.array | None:
+    def __getitem__(self, index: int) -> NativeArray | None:
         """Return an array of the state behind the tokens seen; None for no state."""
         if len(self._coming) == self.arrays:
             self._coming = {}
@@ -44,7 +45,7 @@ class RecurrentEntry(BatchedEntry[StateCache]):
         state = self.cache.state
         return state[index] if index < len(state) else None
 
-    def __setitem__(self, index: int, array: mx.array) -> None:
+    def __setitem__(self, index: int, array: NativeArray) -> None:
         """Take an array of the state behind the tokens of the coming :meth:`advance`."""
         self._coming[index] = array
 
@@ -59,7 +60,7 @@ class RecurrentEntry(BatchedEntry[StateCache]):
     @property
     def lengths(self) -> mx.array | None:
         """Tokens to come before padding, of each request, int32 [B]; None without padding."""
-        return None if self._lengths is None else mx.array(self._lengths)
+        return None if self._lengths is None else mx.array(list(self._lengths))
 
     def make_mask(self, N: int) -> mx.array | None:
         """Return which of the next `N` columns are no padding, bool [B, N]; None for all."""
@@ -148,7 +149,7 @@ class RecurrentEntry(BatchedEntry[StateCache]):
         return *cache.state, header.encoded()
 
     @classmethod
-    def from_state(cls, state: Sequence[object]) -> Self:
+    def from_state(cls, state: Sequence[NativeArray]) -> Self:
         """Return an entry with what :attr:`state` told.
 
         Raises: ForeignFileError for the state of something else.
