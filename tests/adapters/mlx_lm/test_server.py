@@ -22,7 +22,7 @@ from . import tiny, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:mlx_lm.server is not recommended")
 LIBRARY = server.ResponseGenerator
-IN_CI = ("llama", "gemma3", "qwen3_next")
+IN_CI = ("gemma3", "qwen3_next")
 EVERY = [
     pytest.param(name, marks=() if name in IN_CI else pytest.mark.matrix) for name in tiny.MODELS
 ]
@@ -169,7 +169,7 @@ def test_completions_that_part(monkeypatch, folder_of, name, ours):
     assert other.cached == ([0, 30, 30, 54] if full else [0, 0, 0, 54])
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
+@pytest.mark.parametrize("name", EVERY[-3:])
 def test_one_request_at_a_time(monkeypatch, folder_of, name, ours):
     """As the server runs those that bring a seed: the loop that generates is another one."""
     with serving(monkeypatch, folder_of(name)) as client:
@@ -255,6 +255,22 @@ def test_images_stand_for_themselves():
     assert prompts.fetch_nearest_cache(("a",), [5, 6, 7, *[other] * 4, 8])[1] == [*[other] * 4, 8]
     # A hit never ends inside of an image.
     assert prompts.fetch_nearest_cache(("a",), [5, 6, 7, *[one] * 2])[1] == [one] * 2
+
+
+def test_a_draft_model_has_caches_too():
+    """After drafts, the caches of both models may hold different numbers of tokens."""
+    provider, key, tokens = Provider("llama"), ("a",), tiny.prompt_of(20)
+    provider.draft_model = tiny.drafter("llama")
+    prompts, depths = ServerPrefixCache(provider), set()
+    for seed in range(4):
+        cache, rest = prompts.fetch_nearest_cache(key, tokens)
+        assert (seed == 0) == (rest == tokens)
+        answer = tiny.speculative(provider.model, provider.draft_model, rest, 5 + seed, cache)
+        assert answer == tiny.stream(provider.model, tokens, 5 + seed)
+        depths.add(len({entry.offset for entry in cache}))
+        prompts.insert_cache(key, tokens + answer, cache)
+        tokens = tokens + answer + tiny.prompt_of(4, seed=seed)
+    assert depths == {1, 2}
 
 
 def test_a_number_of_sequences_is_refused():
