@@ -39,16 +39,15 @@ place. A state that is not donated is copied by every program that writes to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import SupportsIndex, TypeVar
+from typing import TypeVar
 
-from kvcache._checks import as_limit, as_room, as_sizes
-from kvcache.backends import Array, Backend, backend_of, backend_type, get_backend
+from kvcache._checks import as_limit, as_sizes
+from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
+from kvcache.layers.new_states import empty, empty_recurrent, empty_ring, select
 from kvcache.layers.state import LayerState, RecurrentState, RingState
 from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.layout import LAYER_AXES, TOKENS
 
 __all__ = [
     "ForwardPlan",
@@ -60,18 +59,19 @@ __all__ = [
     "advance",
     "append",
     "empty",
+    "empty_recurrent",
+    "empty_ring",
     "get",
     "get_states",
     "mask",
     "put",
     "put_states",
+    "select",
     "trim",
 ]
 
 
 AnyState = TypeVar("AnyState", LayerState, RingState)
-NO_OWNER = -1
-"""Number of states that no cache exported."""
 
 
 def put(
@@ -155,55 +155,6 @@ def put_states(state: PoolState, plan: StatePlan, layer: int, *arrays: Array) ->
         write(buffer, rows, plan.behind, 0) for buffer, rows in zip(buffers, arrays, strict=True)
     )
     return {**state, layer: written}
-
-
-def empty(
-    shapes: Sequence[Sequence[SupportsIndex]],
-    dtype: str,
-    sharding: object | None = None,
-    backend: str | Backend = "jax",
-) -> LayerState:
-    """Return the state of a growing cache without tokens, made inside of a program or outside.
-
-    shapes: of keys and of values, ``[B, kv_heads, slots, head_dim]`` each; the two head_dims may
-        differ. slots: the most tokens that the state ever takes.
-    sharding: on JAX, the NamedSharding of keys and values; see :func:`kvcache.get_backend`. All
-        other arrays of the state are whole on every device.
-    backend: name or :class:`~kvcache.Backend`; inside of ``torch.compile``, which cannot look a
-        name up, the latter.
-
-    The state belongs to its program: no cache exported it, so none imports it.
-
-    Raises: ShapeError, also for a batch or kv_heads that the sharding cannot divide; DTypeError;
-        as get_backend.
-    """
-    target = get_backend(backend, sharding=sharding)
-    key_shape, value_shape = _checked_shapes(shapes)
-    target.dtype(dtype)  # raises if the backend lacks it
-    zeros, zero = target.traced_zeros, target.traced_zeros((), "int32")
-    return LayerState(
-        keys=zeros(key_shape, dtype, LAYER_AXES),
-        values=zeros(value_shape, dtype, LAYER_AXES),
-        # Arrays of their own: a program can be given the state to consume.
-        offset=zero + 0,
-        positions=target.traced_range(key_shape[TOKENS]),
-        likes=(target.alloc((1, 1, 0, 1), dtype), target.alloc((1, 1, 0, 1), dtype)),
-        owner=zero + NO_OWNER,
-        written=zero + 0,
-        padding=target.traced_zeros((0,), "int32"),
-    )
-
-
-def _checked_shapes(shapes: Sequence[Sequence[SupportsIndex]]) -> list[tuple[int, ...]]:
-    """Return the shapes of keys and values as ints. Raises: ShapeError."""
-    checked = [tuple(as_room(size, "a size") for size in shape) for shape in shapes]
-    forms = {(len(shape), shape[:3], all(shape)) for shape in checked}
-    if len(checked) != 2 or {(4, checked[0][:3], True)} != forms:
-        raise ShapeError(
-            "keys and values are [B, kv_heads, slots, head_dim], of one batch, kv_heads and slots, "
-            f"each at least 1; got {', '.join(map(str, checked))}."
-        )
-    return checked
 
 
 def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array, Array]:

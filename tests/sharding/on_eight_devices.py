@@ -22,6 +22,7 @@ from kvcache import (
     functional,
     get_backend,
 )
+from kvcache.adapters.jax import init, update
 from kvcache.backends import HOST_DTYPES
 
 jax = pytest.importorskip("jax")
@@ -762,6 +763,32 @@ def test_a_state_made_in_a_program(backend, dtype):
         assert state.keys.dtype == (jnp.uint16 if dtype == "bfloat16" else jnp.float32)
         np.testing.assert_array_equal(held[:, :, :3].astype(np.float32), coded(range(3)))
         assert not np.any(other[:, :, 3:])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_states_of_all_layers(backend, stacked):
+    """Each device has its part of the stacked states, too, and writes to nothing else."""
+
+    def step(states, x, writes=True):
+        def layer(carry, number):
+            states, x = carry
+            after, keys, values, mask = update(states, x, -x, layer=number)
+            return (after if writes else states, attended(x, keys, values, mask)), None
+
+        if stacked:
+            return jax.lax.scan(layer, (states, x), jnp.arange(LAYERS))[0]
+        return layer_step(states, x, writes)
+
+    options = {"kv_heads": HEADS, "head_dim": DIM, "dtype": "float32", "stacked": stacked}
+    states = init(LAYERS, BATCH, 512, sharding=backend.sharding, **options)
+    keys = states.keys if stacked else states[0].keys
+    part = keys.addressable_shards[0].data
+    assert part.size * len(jax.devices()) == keys.size
+    x = coded([0]) / 8
+    _, out = check_program(step, states if stacked else list(states), placed(backend, x))
+    plain = init(LAYERS, BATCH, 512, **options)
+    _, expected = jax.jit(step)(plain if stacked else list(plain), jnp.asarray(x))
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
 def test_parts_that_a_program_handles_itself(backend):
