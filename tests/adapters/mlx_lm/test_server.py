@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import runpy
 import sys
 import threading
 from contextlib import contextmanager
@@ -187,8 +188,6 @@ def test_the_size_on_the_command_line(monkeypatch, folder_of, ours):
 
 
 def test_the_command_line_of_the_adapter(monkeypatch, folder_of):
-    import runpy
-
     monkeypatch.setattr(server, "ResponseGenerator", server.ResponseGenerator)
     started = []
     monkeypatch.setattr(server, "run", lambda *args: started.append(server.ResponseGenerator))
@@ -202,7 +201,7 @@ def test_the_command_line_of_the_adapter(monkeypatch, folder_of):
 
 
 class Provider:
-    """What has the models of a server."""
+    """The models of a server."""
 
     draft_model = None
 
@@ -210,20 +209,21 @@ class Provider:
         self.model = tiny.model(name)
 
 
-def run(prompts, key, tokens):
+def run(prompts, provider, key, tokens):
     """A request: how many tokens were reused."""
     cache, rest = prompts.fetch_nearest_cache(key, tokens)
-    generated = tiny.stream(prompts._provider.model, rest, 2, prompt_cache=cache)
+    generated = tiny.stream(provider.model, rest, 2, prompt_cache=cache)
     prompts.insert_cache(key, tokens + generated, cache)
     return len(tokens) - len(rest)
 
 
 def test_every_model_has_its_own_prefixes():
-    prompts, tokens = ServerPrefixCache(Provider("llama")), tiny.prompt_of(20)
-    assert [run(prompts, ("a",), tokens) for _ in range(2)] == [0, 19]
+    provider, tokens = Provider("llama"), tiny.prompt_of(20)
+    prompts = ServerPrefixCache(provider)
+    assert [run(prompts, provider, ("a",), tokens) for _ in range(2)] == [0, 19]
     stored = prompts.nbytes
-    prompts._provider = Provider("gemma3")
-    assert [run(prompts, ("b",), tokens) for _ in range(2)] == [0, 19]
+    provider.model = tiny.model("gemma3")
+    assert [run(prompts, provider, ("b",), tokens) for _ in range(2)] == [0, 19]
     assert prompts.nbytes > stored
     assert prompts.stats_by_type() == {
         "spans": {"n_sequences": len(prompts), "n_bytes": prompts.nbytes}
@@ -236,19 +236,20 @@ def test_every_model_has_its_own_prefixes():
 
 
 def test_a_budget_is_of_all_models():
-    tokens = tiny.prompt_of(20)
-    prompts = ServerPrefixCache(Provider("llama"), budget=12000)
+    provider, tokens = Provider("llama"), tiny.prompt_of(20)
+    prompts = ServerPrefixCache(provider, budget=12000)
     for key in ("a", "b", "c"):
-        run(prompts, (key,), tokens)
+        run(prompts, provider, (key,), tokens)
         assert 0 < prompts.nbytes <= 12000
 
 
 def test_images_stand_for_themselves():
     """The server gives every patch of an image a negative id of the image, beyond 32 bits."""
-    prompts, one, other = ServerPrefixCache(Provider("llama")), -(1 << 59), -(1 << 58)
+    one, other, provider = -(1 << 59), -(1 << 58), Provider("llama")
+    prompts = ServerPrefixCache(provider)
     tokens = [5, 6, 7, *[one] * 4, 8, 9]
     cache, rest = prompts.fetch_nearest_cache(("a",), tokens)
-    tiny.stream(prompts._provider.model, [1] * 9, 1, prompt_cache=cache)
+    tiny.stream(provider.model, [1] * 9, 1, prompt_cache=cache)
     prompts.insert_cache(("a",), [*tokens, 3], cache)
     assert rest == tokens
     assert prompts.fetch_nearest_cache(("a",), tokens)[1] == [9]
