@@ -7,8 +7,10 @@ python examples/mlx_lm_generate.py MODEL PROMPT    # a checkpoint, by name or fo
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from mlx.nn.layers.base import Module
 from mlx_lm import load, stream_generate
 from mlx_lm.generate import generate_step
 from mlx_lm.models import lfm2
@@ -42,7 +44,7 @@ def tiny_model() -> lfm2.Model:
     )
 
 
-def generated(model, prompt: list[int], cache, tokens: int) -> list[int]:
+def generated(model: Module, prompt: list[int], cache: list[Any], tokens: int) -> list[int]:
     """Return the tokens that follow `prompt`."""
     steps = generate_step(mx.array(prompt), model, max_tokens=tokens, prompt_cache=cache)
     return [token for token, _ in steps]

@@ -25,6 +25,8 @@ class AttentionEntry(BatchedEntry[KVCache]):
         super().__init__(cache)
         # Where is_trimmable was asked last: see there.
         self._asked_at = -1
+        # A mask that stays as it is, and what it was made for.
+        self._settled: tuple[object, NativeArray | None] | None = None
         # Of the tokens to come, for each request; and the slack of the cache behind them.
         self._right_padding: Sequence[int] = ()
         self._slack = 0
@@ -49,16 +51,35 @@ class AttentionEntry(BatchedEntry[KVCache]):
     ) -> NativeArray | str | None:
         """Return the mask of the next `N` queries: an array, "causal", or None to see all."""
         cache = self.cache
-        if cache.padding is None and not return_array and self._sees_all(N, window_size):
+        if not return_array and self._sees_all(N, window_size):
             return None if N == 1 else "causal"
-        return cache.mask(N, window_size, ahead=True)
+        if N > 1 or not self._is_settled():
+            return cache.mask(N, window_size, ahead=True)
+        # One token after the other, the columns move along with their queries.
+        asked = window_size, cache
+        if self._settled is None or self._settled[0] != asked:
+            self._settled = asked, cache.mask(1, window_size, ahead=True)
+        return self._settled[1]
 
     def _sees_all(self, tokens: int, window: int | None) -> bool:
-        """Return whether windows hide none of the columns from the next queries."""
-        cache, stop = self.cache, self.cache.offset + tokens
-        if window is not None and stop > window:
+        """Return whether the rule hides no column but those of later tokens from the next ones."""
+        cache = self.cache
+        stop, padding = cache.offset + tokens, cache.padding
+        if not isinstance(cache, RotatingKVCache):
+            return padding is None and (window is None or stop <= window)
+        window = cache.max_size if window is None else window
+        if tokens > 1 or stop <= cache.max_size:
+            return padding is None and stop <= min(window, cache.max_size)
+        # A full window, of which a single query sees all, unless sinks bring tokens of the slack.
+        most = 0 if padding is None else int(padding.max())
+        return window >= cache.max_size and not cache.keep and stop - most >= cache.max_size
+
+    def _is_settled(self) -> bool:
+        """Return whether each token displaces another, in a rotating cache without padding."""
+        cache = self.cache
+        if not isinstance(cache, RotatingKVCache) or cache.padding is not None:
             return False
-        return not isinstance(cache, RotatingKVCache) or stop <= cache.max_size
+        return cache.len == cache.max_size + cache.slack
 
     # What generators call.
 
