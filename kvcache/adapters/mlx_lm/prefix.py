@@ -303,6 +303,8 @@ def prompt_caches(models: Sequence[Module], caches: LayerCaches[Any]) -> list[li
         stop = start + len(layer_caches(model))
         parts.append(prompt_cache(model, caches[start:stop]))
         start = stop
+    # Restored tokens may still be on their way: an update before they have come copies them again.
+    mx.eval([entry.state for part in parts for entry in part])
     return parts
 
 
