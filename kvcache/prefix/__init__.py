@@ -22,6 +22,7 @@ from .metrics import register_metrics
 from .policies import EvictionPolicy
 from .session import Session
 from .stats import PrefixStats
+from .stored import Hit
 from .trie import Entry, PrefixTrie
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Entry",
     "Event",
     "EvictionPolicy",
+    "Hit",
     "PrefixCache",
     "PrefixStats",
     "PrefixTrie",

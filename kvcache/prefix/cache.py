@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from sys import getsizeof
 from typing import NoReturn
 
-from kvcache._checks import as_budget, as_indices, as_sizes
+from kvcache._checks import as_budget, as_index, as_indices, as_sizes
 from kvcache._interrupts import uninterrupted
 from kvcache.errors import NotSupportedError
 from kvcache.layers.base import LayerCache
@@ -19,8 +19,8 @@ from kvcache.snapshots.snapshot import Snapshot
 from .arguments import Clock, as_positions, check_text
 from .events import Events
 from .index import SpanIndex
-from .known import KnownTokens, own_tokens
-from .media import Media, MediaIds, as_media, check_media
+from .known import KnownTokens, checked_prompt
+from .media import Media, MediaIds
 from .policies import EvictionPolicy, make_policy
 from .radix import RadixTree, Tokens
 from .render import render
@@ -29,9 +29,11 @@ from .session import Request, Session
 from .spans import Prefix
 from .stats import PrefixStats
 from .stored import (
+    Hit,
     StoredPrefix,
     StoredSnapshot,
     StoredSpan,
+    captured,
     close_snapshots,
     contiguous_snapshots,
     find_hit,
@@ -111,7 +113,7 @@ class PrefixCache:
             budget,
             index_budget=index_budget,
             on_evict=self.events.removed,
-            on_empty=lambda tree: _drop(trees, tree),
+            on_empty=lambda tree: trees.pop(tree.salt, None),
             others=lambda: getsizeof(trees) + media_ids.nbytes,
         )
         self._trees, self._media_ids = trees, media_ids
@@ -147,17 +149,13 @@ class PrefixCache:
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
         """
-        prompt, media = own_tokens(tokens), as_media(media)
+        prompt, places = checked_prompt(tokens, salt, media)
         points = as_positions(resume_points, "resume_points")
-        check_text(salt, "a salt tells tenants apart")
-        if not prompt.size:
-            raise ValueError("a prompt has at least one token; got none.")
-        check_media(media, prompt.size)
         request: Request | None = None
         try:
             with self.lock, uninterrupted():
                 self._end_dropped()
-                ids, placements = self._media_ids.substitute(prompt, media)
+                ids, placements = self._media_ids.substitute(prompt, places)
                 known = KnownTokens(ids, salt, placements)
                 now = self._clock()  # before there is anything to give back: it may raise
                 request = Request(self._source.acquire(), known)
@@ -170,6 +168,49 @@ class PrefixCache:
                 self._count(request, -1)
                 self._end(request, store=False)
             raise
+
+    def lookup(
+        self, tokens: Sequence[int] | Tokens, *, salt: str = "", media: Media | None = None
+    ) -> Hit:
+        """Return how much of a prompt a session would find; see :meth:`session`.
+
+        Nothing is restored or counted.
+        """
+        prompt, places = checked_prompt(tokens, salt, media)
+        with self.lock:
+            ids, placements = self._media_ids.substitute(prompt, places)
+            bounds = [(medium.start, medium.stop) for medium in placements]
+            return find_hit(self._follow(salt, ids), ids.size, bounds)
+
+    def insert(
+        self,
+        tokens: Sequence[int] | Tokens,
+        caches: Sequence[LayerCache],
+        *,
+        salt: str = "",
+        media: Media | None = None,
+    ) -> None:
+        """Store `tokens` from per-layer `caches` that no session has, and take these over.
+
+        For requests in a batch, say: its ``split()`` gives the caches of each.
+
+        tokens: ids of all that the caches hold. salt, media: as for :meth:`session`.
+
+        Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
+            another number of tokens, or padded. Nothing has changed then.
+        """
+        prompt, places = checked_prompt(tokens, salt, media)
+        with self._changing():
+            self._end_dropped()
+            ids, placements = self._media_ids.substitute(prompt, places)
+            handle = self._source.adopt(caches, ids.size)
+            request = Request(handle, KnownTokens(ids, salt, placements), detached=True)
+            try:
+                self._store(request)
+                request.detached = False  # until here the caches stay as they are
+            finally:
+                self._release(request)
+                self._index.trim(self._clock())
 
     def _begin(self, request: Request, now: float, resume_points: list[int]) -> None:
         """Restore the longest stored prefix of a prompt and count its request as active.
@@ -245,7 +286,7 @@ class PrefixCache:
         prefix = self._follow(known.salt, ids[:held])
         if prefix.length == held and all(span.complete for span in prefix.spans):
             return
-        snapshots = self._captured(request, prefix, restored, held)
+        snapshots = captured(request.handle, prefix, restored, held)
         try:
             for span in prefix.spans:
                 # Before a span is split, so that both parts get what belongs to them.
@@ -261,48 +302,6 @@ class PrefixCache:
                     self.events.stored(span)
         finally:  # what a policy that raised has kept from its place
             close_snapshots(snapshots)
-
-    def _captured(
-        self, request: Request, prefix: StoredPrefix, restored: int, held: int
-    ) -> dict[int, Snapshot]:
-        """Return snapshots to store, by start: of spans behind `restored`, up to `held` tokens.
-
-        Of known spans with a payload they have its rows in addition. Spans of which the request
-        has no rows are left out.
-        """
-        length = prefix.length
-        pieces = [(span.start, min(span.stop, length), span.payload) for span in prefix.spans]
-        snapshots: dict[int, Snapshot] = {}
-        try:
-            for start, stop, payload in [*pieces, (length, held, None)]:
-                if start < stop and restored < stop:
-                    snapshot = self._capture(request, start, stop, payload)
-                    if snapshot is not None:
-                        snapshots[start] = snapshot
-        except BaseException:
-            close_snapshots(snapshots)
-            raise
-        return snapshots
-
-    @staticmethod
-    def _capture(
-        request: Request, start: int, stop: int, stored: StoredSnapshot | None
-    ) -> Snapshot | None:
-        """Return a snapshot of the rows a request holds of a span, and of those in `stored`.
-
-        None if there are none, or no more than are stored.
-        """
-        if stored is not None and stored.resumable_anywhere:
-            return None  # complete, as no token of it was ever dropped
-        captured = request.handle.capture(start, stop)
-        if stored is not None:
-            # A window that slid past other positions this time may have rows the stored one lacks.
-            with captured:
-                return stored.snapshot.united(captured)
-        if any(part.rows.positions.size for part in captured.parts):
-            return captured
-        captured.close()
-        return None
 
     def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
         previous = span.payload
@@ -321,7 +320,8 @@ class PrefixCache:
                 self._index.pin(pinned, -1)
                 self._index.settle(pinned)
         finally:
-            request.handle.release()
+            if not request.detached:
+                request.handle.release()
 
     # Its content.
 
@@ -364,6 +364,21 @@ class PrefixCache:
         with self.lock:
             return render(self._trees, self._index.nbytes, decode, svg, width)
 
+    def trim(self, nbytes: int) -> None:
+        """Evict until no more than `nbytes` are stored, or all that is left is in use.
+
+        The budget stays as it is. Raises: ValueError, TypeError for no number of bytes.
+        """
+        target, index = as_index(nbytes, "nbytes"), self._index
+        with self._changing():
+            self._end_dropped()
+            budget = index.budget
+            try:
+                index.budget = target if budget is None else min(target, budget)
+                index.trim(self._clock())
+            finally:
+                index.budget = budget
+
     def clear(self) -> None:
         """Evict all spans not in use by a session, and forget those evicted before."""
         with self._changing():
@@ -391,7 +406,3 @@ class PrefixCache:
         """Return what is known of `ids`, which begin the tokens of a request."""
         tree = self._trees.get(salt)
         return self._index.follow(tree, ids) if tree is not None else Prefix([], 0)
-
-
-def _drop(trees: dict[str, RadixTree[StoredSpan]], tree: RadixTree[StoredSpan]) -> None:
-    trees.pop(tree.salt, None)

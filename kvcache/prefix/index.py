@@ -50,7 +50,7 @@ class SpanIndex(Generic[P]):
         grain: int = 64,
         index_budget: int | None = 1 << 26,
         on_evict: Callable[[Span[P]], None] = lambda _: None,
-        on_empty: Callable[[RadixTree[Span[P]]], None] = lambda _: None,
+        on_empty: Callable[[RadixTree[Span[P]]], object] = lambda _: None,
         others: Callable[[], int] = lambda: 0,
     ) -> None:
         self.policy = policy

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .media import Placement
+from .arguments import check_text
+from .media import Media, Placement, as_media, check_media
 from .radix import Tokens, as_tokens
 
 
@@ -92,3 +93,18 @@ def own_tokens(tokens: npt.ArrayLike | Sequence[int]) -> Tokens:
         ids = np.array(ids)
     ids.flags.writeable = False
     return ids
+
+
+def checked_prompt(
+    tokens: Sequence[int] | Tokens, salt: str, media: Media | None
+) -> tuple[Tokens, Media]:
+    """Return the token ids of a prompt as :func:`own_tokens` does, and its media.
+
+    Raises: ValueError, TypeError for no tokens, and for other media or salts than sessions take.
+    """
+    prompt, places = own_tokens(tokens), as_media(media)
+    check_text(salt, "a salt tells tenants apart")
+    if not prompt.size:
+        raise ValueError("a prompt has at least one token; got none.")
+    check_media(places, prompt.size)
+    return prompt, places

@@ -10,7 +10,7 @@ from kvcache._checks import as_indices, check_ids
 from kvcache._locks import Lock
 from kvcache.backends import Backend
 from kvcache.errors import CacheFullError, KVCacheError
-from kvcache.layers.base import LayerCache
+from kvcache.layers.base import LayerCache, kind_of
 from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
 from kvcache.snapshots.snapshot import Snapshot
@@ -89,6 +89,13 @@ class SequenceSource(ABC):
     def acquire(self) -> SequenceHandle:
         """Return an empty sequence, to be released. Raises: CacheFullError if none is free."""
 
+    @abstractmethod
+    def adopt(self, caches: Sequence[LayerCache], tokens: int) -> SequenceHandle:
+        """Return a sequence that has `caches` with so many tokens, to be released.
+
+        Raises: KVCacheError over a pool, ValueError, TypeError for other caches.
+        """
+
 
 class PoolSequences(SequenceSource):
     """Sequences of one multi-sequence cache, and their owner; snapshots share their cells.
@@ -125,6 +132,12 @@ class PoolSequences(SequenceSource):
                 f"{tokens} tokens of no session. Remove them, and name other sequences for them."
             )
         return PoolHandle(self._cache, self._free.pop(), self)
+
+    def adopt(self, caches: Sequence[LayerCache], tokens: int) -> SequenceHandle:
+        raise KVCacheError(
+            "a prefix cache over a pool stores what its sessions put there. Use session(), or a "
+            "prefix cache over per-layer caches."
+        )
 
     def track(self, sequence: int, known: KnownTokens) -> None:
         """Keep `known` true of a sequence until it is released."""
@@ -225,6 +238,22 @@ class LayerSequences(SequenceSource):
 
     def acquire(self) -> LayerHandle:
         return LayerHandle(self._prototypes.copy(), self)
+
+    def adopt(self, caches: Sequence[LayerCache], tokens: int) -> LayerHandle:
+        layers = as_layers(caches, "what is stored are the per-layer caches of one sequence")
+        offsets = [cache.offset for cache in layers]
+        kinds = [(kind_of(type(cache)), cache.visibility) for cache in layers]
+        wanted = [(kind_of(type(cache)), cache.visibility) for cache in self._prototypes]
+        padded = any(cache.padding is not None for cache in layers)
+        if kinds != wanted or {*offsets} != {tokens} or padded:
+            raise ValueError(
+                "what is stored are caches of the kinds given to the prefix cache, without "
+                f"padding, that hold as many tokens as are named; got {layers} for {tokens} "
+                "tokens. Take the caches of a row by split()."
+            )
+        for cache in layers:
+            cache.check_not_exported()
+        return LayerHandle(LayerCaches(layers), self)
 
 
 class LayerHandle(SequenceHandle):

@@ -29,7 +29,7 @@ class Request:
 
     handle: its sequence. known: token ids of its rows, those of the prompt first. hit: the part of
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
-    was restored. ended: whether the sequence was given back.
+    was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
     """
 
     handle: SequenceHandle
@@ -37,6 +37,7 @@ class Request:
     hit: Hit = NO_HIT
     pinned: StoredSpan | None = None
     ended: bool = False
+    detached: bool = False
 
 
 class Session:
@@ -196,6 +197,20 @@ class Session:
         """
         self._end(self._request, store)
         self._finalizer.detach()
+
+    def detach(self) -> LayerCaches[Any]:
+        """End the session, storing nothing, and return its caches, which stay as they are.
+
+        For a program that goes on with them for longer than it keeps a session: a server, say.
+        :meth:`PrefixCache.insert` stores their tokens later.
+
+        Raises: KVCacheError over a pool, or after the end.
+        """
+        with self._lock, uninterrupted():
+            caches = self._handle.caches
+            self._request.detached = True
+            self.close(store=False)
+        return caches
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 from kvcache.snapshots.resuming import last_resumable, last_resumable_of_each
 from kvcache.snapshots.snapshot import Part, Snapshot
 
+from .sequences import SequenceHandle
 from .spans import Prefix, Span
 
 _NBYTES, _PART_NBYTES, _ARRAY_NBYTES = 400, 900, 300
@@ -116,6 +117,49 @@ def close_snapshots(snapshots: Mapping[int, Snapshot]) -> None:
     """Close all of `snapshots`, those of spans by their start."""
     for snapshot in snapshots.values():
         snapshot.close()
+
+
+def captured(
+    handle: SequenceHandle, prefix: StoredPrefix, restored: int, held: int
+) -> dict[int, Snapshot]:
+    """Return snapshots to store, by start: of spans behind `restored`, up to `held` tokens.
+
+    handle: has the rows. prefix: what is known of its tokens. Of known spans with a payload the
+    snapshots have its rows in addition. Spans of which the sequence has no rows are left out.
+    """
+    length = prefix.length
+    pieces = [(span.start, min(span.stop, length), span.payload) for span in prefix.spans]
+    snapshots: dict[int, Snapshot] = {}
+    try:
+        for start, stop, payload in [*pieces, (length, held, None)]:
+            if start < stop and restored < stop:
+                snapshot = _captured_span(handle, start, stop, payload)
+                if snapshot is not None:
+                    snapshots[start] = snapshot
+    except BaseException:
+        close_snapshots(snapshots)
+        raise
+    return snapshots
+
+
+def _captured_span(
+    handle: SequenceHandle, start: int, stop: int, stored: StoredSnapshot | None
+) -> Snapshot | None:
+    """Return a snapshot of the rows a sequence holds of a span, and of those in `stored`.
+
+    None if there are none, or no more than are stored.
+    """
+    if stored is not None and stored.resumable_anywhere:
+        return None  # complete, as no token of it was ever dropped
+    snapshot = handle.capture(start, stop)
+    if stored is not None:
+        # A window that slid past other positions this time may have rows the stored one lacks.
+        with snapshot:
+            return stored.snapshot.united(snapshot)
+    if any(part.rows.positions.size for part in snapshot.parts):
+        return snapshot
+    snapshot.close()
+    return None
 
 
 class Hit(NamedTuple):

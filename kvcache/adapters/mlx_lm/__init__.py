@@ -15,20 +15,26 @@
 :mod:`.states`     recurrent layers and convolutions
 :mod:`.lists`      layers with both
 :mod:`.headers`    what files say of a layer
+:mod:`.prefix`     prefix reuse around generators
+:mod:`.server`     prefix reuse in the server
 =================  ===========================================
 """
 
 from .entries import AttentionEntry
 from .lists import EntryList
 from .making import caches_of, layer_caches, make_prompt_cache, prompt_cache
+from .prefix import ModelPrefixCache, PromptSession, prefix_cache
 from .states import RecurrentEntry
 
 __all__ = [
     "AttentionEntry",
     "EntryList",
+    "ModelPrefixCache",
+    "PromptSession",
     "RecurrentEntry",
     "caches_of",
     "layer_caches",
     "make_prompt_cache",
+    "prefix_cache",
     "prompt_cache",
 ]
