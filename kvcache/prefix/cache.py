@@ -37,7 +37,6 @@ from .stored import (
     close_snapshots,
     contiguous_snapshots,
     find_hit,
-    is_resident,
 )
 
 _MIN_INDEX_BUDGET = 1 << 26
@@ -330,21 +329,8 @@ class PrefixCache:
         """Totals since it was made, and its state now."""
         with self.lock:
             self._end_dropped()
-            spans = self._index.kept
-            return PrefixStats(
-                sessions=self._sessions,
-                active=len(self._active),
-                tokens=self._tokens,
-                matched=self._matched,
-                nbytes=self._index.nbytes,
-                budget=self._index.budget,
-                pinned=sum(span.nbytes for span in spans if span.pins),
-                resident=sum(span.nbytes for span in spans if is_resident(span)),
-                spans=len(spans),
-                evictions=self._index.evictions,
-                index_nbytes=self._index.index_nbytes,
-                index_budget=self._index.index_budget,
-            )
+            active = len(self._active)
+            return PrefixStats.of(self._index, self._sessions, active, self._tokens, self._matched)
 
     def render(
         self,

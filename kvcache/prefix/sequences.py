@@ -315,7 +315,12 @@ class LayerHandle(SequenceHandle):
         # Known only now: caches that name no backend take that of their first tokens.
         self._source.backend = self._caches[0].backend
         # At once: the caches, where it would be resident, end with the session.
-        return self._caches.snapshot(start, stop).detach()
+        snapshot = self._caches.snapshot(start, stop)
+        try:
+            return snapshot.detach()
+        except BaseException:
+            snapshot.close()
+            raise
 
     def release(self) -> None:
         self._caches.reset()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
+
+from .index import SpanIndex
+from .stored import StoredSnapshot, is_resident
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,31 @@ class PrefixStats:
     media, and what the policy knows."""
     index_budget: int | None
     """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
+
+    @classmethod
+    def of(
+        cls,
+        index: SpanIndex[StoredSnapshot],
+        sessions: int,
+        active: int,
+        tokens: int,
+        matched: int,
+    ) -> Self:
+        """Return the statistics of an index, and of the sessions over it."""
+        return cls(
+            sessions=sessions,
+            active=active,
+            tokens=tokens,
+            matched=matched,
+            nbytes=index.nbytes,
+            budget=index.budget,
+            pinned=sum(span.nbytes for span in index.kept if span.pins),
+            resident=sum(span.nbytes for span in index.kept if is_resident(span)),
+            spans=len(index.kept),
+            evictions=index.evictions,
+            index_nbytes=index.index_nbytes,
+            index_budget=index.index_budget,
+        )
 
     @property
     def hit_rate(self) -> float:
