@@ -60,7 +60,7 @@ copy cuts dtype export_state from_layer import_state kind last_trimmable load ma
 offset options pad padding reserve reset restore restore_rows rewound rollback rows save savepoint
 schedule select snapshot split state to_backend to_layer trim visibility
 """.split()
-CACHE = [*SHARED, *"fill growths len mask positions state_positions update".split()]
+CACHE = [*SHARED, *"fill growths len mask next_positions positions state_positions update".split()]
 ROTATING = ["keep", "max_size", "slack"]
 STATES = ["advance", "kept", "record"]
 LAYERS = """

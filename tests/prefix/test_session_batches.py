@@ -124,7 +124,7 @@ def test_caches_that_no_session_can_adopt():
             session.adopt(caches)
         assert session.caches is own
     session.close()
-    for call in (session.store, lambda: session.adopt(own)):
+    for call in (session.commit, lambda: session.adopt(own)):
         with pytest.raises(KVCacheError, match="this one has ended"):
             call()
 
