@@ -162,9 +162,9 @@ def installed(session: nox.Session, name: str) -> Env:
 _installed: set[str] = set()
 ENVIRONMENTS = {  # the extra of the project, and groups of what else is needed
     # The one with every framework and peer, for all who need several: each copy takes gigabytes.
-    "everything": ("all", "test", "packaging", "types", "docs"),
+    "everything": ("all", "test", "packaging", "types", "docs", "weights"),
     "alone-torch": ("demo,torch", "test"),
-    "alone-jax": ("demo,jax", "test"),
+    "alone-jax": ("demo,flax", "test"),
     "alone-mlx": ("demo,mlx", "test"),
     "alone-numpy": ("", "test"),
 }

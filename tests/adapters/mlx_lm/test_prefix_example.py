@@ -93,6 +93,7 @@ def test_a_tiny_model(ask, tmp_path):
     assert branch == again == (26, 27)
 
 
+@pytest.mark.matrix
 @pytest.mark.model
 def test_smollm2(ask, tmp_path):
     gguf = pytest.importorskip("kvcache.reference.llama.gguf", reason="needs gguf")

@@ -39,9 +39,10 @@ def test_the_reference_hybrid(ask, tmp_path):
     assert first[1] <= branch[0] < branch[1]
 
 
+@pytest.mark.matrix
 @pytest.mark.model
 def test_smollm2(ask):
-    pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")
+    pytest.importorskip("accelerate", reason="accelerate is not installed; it reads GGUF files")
     gguf = pytest.importorskip("kvcache.reference.llama.gguf", reason="needs gguf")
     path = gguf.default_model_path()
     first, second, third, branch = ask(path.parent, "--gguf", path.name)
