@@ -133,7 +133,7 @@ def _joined(buffers: Sequence[Buffer], nbytes: int) -> memoryview:
     # Not b"".join, which is as fast, but bytearray and bytes are not aligned for arrays.
     joined = np.empty(nbytes, np.uint8)
     start = 0
-    for buffer in map(memoryview, buffers):
-        joined[start : start + buffer.nbytes] = buffer
-        start += buffer.nbytes
+    for buffer in buffers:
+        joined[start : start + len(buffer)] = memoryview(buffer)
+        start += len(buffer)
     return joined.data.toreadonly()
