@@ -188,20 +188,16 @@ def _as_media(
 ) -> tuple[_Medium, ...]:
     """Return media by position, each beginning in ``[first, stop)`` and behind those `before`."""
     added, end = [], max([first, *(medium.stop for medium in before[-1:])])
-    for (given_start, given_stop), digest in sorted(
-        (media or {}).items(), key=lambda item: item[0]
-    ):
-        place = (
-            as_index(given_start, "the start of a medium"),
-            as_index(given_stop, "the stop of a medium"),
-        )
-        if not end <= place[0] < min(place[1], stop):
+    for place, digest in sorted((media or {}).items(), key=lambda item: item[0]):
+        start = as_index(place[0], "the start of a medium")
+        end_of_medium = as_index(place[1], "the stop of a medium")
+        if not end <= start < min(end_of_medium, stop):
             raise ValueError(
                 f"media begin in the tokens [{first}, {stop}) that come with them, one behind the "
                 f"other; got {place}."
             )
-        added.append(_Medium(*place, _media_digest(digest)))
-        end = place[1]
+        added.append(_Medium(start, end_of_medium, _media_digest(digest)))
+        end = end_of_medium
     return tuple(added)
 
 
