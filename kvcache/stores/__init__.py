@@ -1,6 +1,8 @@
 """Stores: places outside of caches for pages of prefixes, in memory, on disks, on servers."""
 
-from .base import (
+from .base import Store
+from .memory import MemoryStore
+from .outcomes import (
     NEVER,
     Corrupt,
     Deadline,
@@ -12,13 +14,11 @@ from .base import (
     Miss,
     Present,
     Refused,
-    Store,
     Stored,
     StoreStats,
     Unavailable,
     Usage,
 )
-from .memory import MemoryStore
 
 __all__ = [
     "NEVER",

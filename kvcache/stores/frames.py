@@ -21,7 +21,7 @@ import xxhash
 
 from kvcache.errors import PageError
 
-from .base import Corrupt, Hit, Item, Key, Label
+from .outcomes import Corrupt, Hit, Item, Key, Label
 
 VERSION = 1
 _MAGIC = b"KVCSTORE"

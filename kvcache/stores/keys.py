@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from kvcache._checks import as_index, as_int32s, as_sizes
 
-from .base import Key
+from .outcomes import Key
 
 _ID_NBYTES = 4
 

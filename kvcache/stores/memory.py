@@ -12,7 +12,8 @@ import numpy as np
 from kvcache._checks import as_budget
 from kvcache._locks import Lock
 
-from .base import (
+from .base import Store
+from .outcomes import (
     Buffer,
     ContainsOutcome,
     Deadline,
@@ -28,7 +29,6 @@ from .base import (
     Present,
     PutOutcome,
     Refused,
-    Store,
     Stored,
     Usage,
 )

@@ -42,7 +42,7 @@ from kvcache.storage import schema
 from kvcache.storage.arrays import NamedArray, array_forms
 from kvcache.storage.tensors import tensor_bytes
 
-from .base import Buffer, Hit, Item, Key, Label
+from .outcomes import Buffer, Hit, Item, Key, Label
 from .sealing import Seal
 
 _MAGIC, _VERSION = b"KVCPAGE\0", 1

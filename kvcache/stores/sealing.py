@@ -11,7 +11,7 @@ import numpy as np
 
 from kvcache.errors import PageError, StoreError
 
-from .base import KEY_NBYTES, Buffer, Key
+from .outcomes import KEY_NBYTES, Buffer, Key
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers import Cipher
