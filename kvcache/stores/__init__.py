@@ -1,6 +1,7 @@
 """Stores: places outside of caches for pages of prefixes, in memory, on disks, on servers."""
 
 from .base import Store
+from .files import FileStore
 from .memory import MemoryStore
 from .outcomes import (
     NEVER,
@@ -26,6 +27,7 @@ __all__ = [
     "Deadline",
     "Deleted",
     "Entry",
+    "FileStore",
     "Hit",
     "Item",
     "Label",

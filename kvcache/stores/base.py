@@ -142,7 +142,10 @@ class Store(ABC):
         """
         if not self._closed:
             self._closed = True
-            self._close()
+            try:
+                self._close()
+            except Exception as error:  # noqa: BLE001 - nothing that a caller could mend
+                self._warn_once("it does not close", describe(error))
 
     def __enter__(self) -> Self:
         return self
