@@ -26,6 +26,7 @@ from kvcache.stores import (
     Unavailable,
     Usage,
 )
+from kvcache.stores.outcomes import Buffer
 
 Change: TypeAlias = Callable[[bytes], bytes]
 """Returns other bytes in place of those that lie in a store."""
@@ -135,7 +136,7 @@ def buffers_of_any_format(subject: StoreSubject) -> None:
     """Buffers of numbers are stored as their bytes."""
     value = value_of(1, 4096)
     view = memoryview(value)
-    buffers = [view[:1024].cast("f"), view[1024:2048].cast("B", (32, 32)), bytearray(view[2048:])]
+    buffers: list[Buffer] = [view[:1024].cast("f"), view[1024:2048].cast("B", (32, 32)), bytearray(view[2048:])]
     with _opened(subject) as store:
         assert store.put([Item(key_of(1), buffers)]) == [Stored()]
         [outcome] = store.get([key_of(1)])
