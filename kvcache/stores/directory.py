@@ -197,10 +197,12 @@ class Directory:
                 else:
                     index.remove(key)
 
+    def settle(self, index: Index, key: Key) -> None:
+        """Settle what this process has begun, also `key`, which the caller is about to write."""
+        self._settle(index, self.writer, self._active - {key})
+
     def reclaim(self, index: Index, writer: str) -> bool:
-        """Clear up behind a writer if it is gone; return whether it is."""
-        if writer == self.writer:
-            return False
+        """Clear up behind another writer if it is gone; return whether it is."""
         with writers.gone(self.path, writer) as gone:
             if gone:
                 self._settle(index, writer, set())

@@ -175,6 +175,7 @@ class FileStore(Store):
     def _reserve(self, index: Index, item: Item, nbytes: int) -> PutOutcome | None:
         """Take bytes of the budget for an item; return None if it is to be written."""
         directory, key = self._directory, item.key
+        directory.settle(index, key)
         writer = index.writer_of(key)
         if writer and directory.reclaim(index, writer):
             writer = index.writer_of(key)
