@@ -2,6 +2,7 @@
 
 from .base import Store
 from .files import FileStore
+from .keys import KeyChain, Namespace
 from .memory import MemoryStore
 from .objects import ObjectStore
 from .outcomes import (
@@ -21,6 +22,8 @@ from .outcomes import (
     Unavailable,
     Usage,
 )
+from .pages import Page, decode_page, encode_page
+from .sealing import Seal
 
 __all__ = [
     "NEVER",
@@ -31,15 +34,21 @@ __all__ = [
     "FileStore",
     "Hit",
     "Item",
+    "KeyChain",
     "Label",
     "MemoryStore",
     "Miss",
+    "Namespace",
     "ObjectStore",
+    "Page",
     "Present",
     "Refused",
+    "Seal",
     "Store",
     "StoreStats",
     "Stored",
     "Unavailable",
     "Usage",
+    "decode_page",
+    "encode_page",
 ]

@@ -17,7 +17,7 @@ from kvcache.errors import KVCacheError
 
 from .base import Store
 from .directory import READ_FLAGS, Directory
-from .frames import OVERHEAD, PIECE_NBYTES, IncomingFrame
+from .frames import OVERHEAD, IncomingFrame
 from .index import Index
 from .outcomes import (
     ContainsOutcome,
@@ -38,6 +38,8 @@ from .outcomes import (
     Usage,
 )
 
+_READ_NBYTES = 1 << 20
+"""Bytes read at a time: the processor still has them in its cache when they are hashed."""
 _VICTIMS = 16
 _LISTED = 1000
 _MAX_TOUCHED = 64
@@ -273,7 +275,7 @@ def _read_frame(descriptor: int, key: Key, nbytes: int, deadline: Deadline) -> H
     frame = IncomingFrame(key, nbytes)
     start = 0
     while start < nbytes:
-        count = os.readv(descriptor, [frame.buffer[start : start + PIECE_NBYTES]])
+        count = os.readv(descriptor, [frame.buffer[start : start + _READ_NBYTES]])
         if not count:  # truncated meanwhile
             break
         frame.received(count)

@@ -151,7 +151,7 @@ def test_a_full_disk(place, monkeypatch, caplog):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patched:
-            patched.setattr(os, "write", full)
+            patched.setattr(os, "writev", full)
             outcomes = store.put([item_of(1), item_of(2)])
         assert outcomes == [Unavailable("OSError: [Errno 28] No space left on device")] * 2
         assert store.stats.unavailable == 2
@@ -245,6 +245,25 @@ def test_a_new_directory_is_private(place):
     assert place.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("taken", [0, 1, 128, 200, 1000])
+def test_a_system_that_takes_less_than_all(place, monkeypatch, taken):
+    write = os.write
+    monkeypatch.setattr(os, "writev", lambda file, pieces: write(file, b"".join(pieces)[:taken]))
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:301]))
+    with FileStore(place) as store:
+        assert store.put([item_of(1)]) == [Stored()]
+        assert is_right(store.get([key_of(1)])[0], 1)
+
+
+def test_values_of_many_buffers(place):
+    whole = item_of(1, 9_000_000)
+    value = b"".join(whole.buffers)
+    pieces = [value[start : start + 5001] for start in range(0, len(value), 5001)]
+    with FileStore(place) as store:
+        assert store.put([whole._replace(buffers=pieces)]) == [Stored()]
+        assert is_right(store.get([key_of(1)])[0], 1)
+
+
 # Time.
 
 
@@ -265,13 +284,13 @@ def test_a_put_that_ends_in_the_middle_leaves_nothing(place, monkeypatch):
     with FileStore(place) as store:
         store.put([item_of(0)])
         deadline = Deadline.after(1000)
-        write = os.write
+        writev = os.writev
 
-        def slow(descriptor, data):
+        def slow(descriptor, pieces):
             deadline.at = 0  # by the time it is written
-            return write(descriptor, data)
+            return writev(descriptor, pieces)
 
-        monkeypatch.setattr(os, "write", slow)
+        monkeypatch.setattr(os, "writev", slow)
         [outcome] = store.put([item_of(1)], deadline=deadline)
         assert outcome == Unavailable("TimeoutError: the deadline has passed")
         assert store.contains([key_of(1)]) == [Miss()]
@@ -302,7 +321,7 @@ def test_ctrl_c_in_a_put_leaves_nothing(place, monkeypatch):
     with FileStore(place) as store:
         store.put([item_of(0)])
         with monkeypatch.context() as patched:
-            patched.setattr(os, "write", interrupted)
+            patched.setattr(os, "writev", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.put([item_of(1)])
         assert not files_in(place, "partial")
@@ -329,9 +348,7 @@ def test_damage_is_told_once(place, caplog):
         assert store.usage().entries == 0
 
 
-@pytest.mark.parametrize(
-    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/passwd", path)]
-)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(__file__)])
 def test_what_is_no_file_is_never_read(place, make):
     with FileStore(place) as store:
         store.put([item_of(1)])
