@@ -24,6 +24,7 @@ from .outcomes import (
 )
 from .pages import Page, decode_page, encode_page
 from .sealing import Seal
+from .urls import open_store
 
 __all__ = [
     "NEVER",
@@ -51,4 +52,5 @@ __all__ = [
     "Usage",
     "decode_page",
     "encode_page",
+    "open_store",
 ]
