@@ -19,6 +19,8 @@
     ├── NotSupportedError          (NotImplementedError)  not what this cache was made for
     ├── SharedCellsError           (RuntimeError)  cells to be changed belong to others too
     ├── SnapshotMismatchError      (ValueError)    a snapshot of other caches, tokens or model
+    ├── PageError                  (ValueError)    bytes of a store that are not the page asked for
+    ├── StoreError                 (OSError)       a store that cannot be opened, listed or used
     └── CacheFileError             (OSError)
         ├── DamagedFileError                       truncated, or a checksum does not match
         ├── ForeignFileError                       not written by kvcache
@@ -96,6 +98,14 @@ class SharedCellsError(KVCacheError, RuntimeError):
 
 class SnapshotMismatchError(KVCacheError, ValueError):
     """A snapshot belongs to caches of another kind, to other tokens or to another model."""
+
+
+class PageError(KVCacheError, ValueError):
+    """Bytes from a store are not the page that was asked for: damaged, foreign or swapped."""
+
+
+class StoreError(KVCacheError, OSError):
+    """A store cannot be opened, listed or used."""
 
 
 class CacheFileError(KVCacheError, OSError):

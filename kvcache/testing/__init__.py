@@ -1,4 +1,4 @@
-"""The conformance suite, for authors of backends.
+"""The conformance suites, for authors of backends and of stores.
 
 With pytest::
 
@@ -12,17 +12,31 @@ Without: ``kvcache conformance --backend mine``. Both run every check of
 :mod:`~kvcache.testing.batch_checks`, :mod:`~kvcache.testing.state_checks` and
 :mod:`~kvcache.testing.pool_state_checks`, each for every dtype that the backend declares. The
 docstring of a check is the rule that the backend must keep.
+
+For stores, with pytest::
+
+    from kvcache.testing import StoreSuite
+
+    class TestMine(StoreSuite):
+        def open_store(self, place, budget):
+            return MyStore(place, budget)
+
+It runs every check of :mod:`~kvcache.testing.store_checks`.
 """
 
 from .run import Result, run_suite
 
-__all__ = ["BackendSuite", "Result", "run_suite"]
+__all__ = ["BackendSuite", "Result", "StoreSuite", "run_suite"]
 
 
 def __getattr__(name: str) -> object:
-    # pytest is needed for this one only.
+    # pytest is needed for these only.
     if name == "BackendSuite":
         from .suite import BackendSuite
 
         return BackendSuite
+    if name == "StoreSuite":
+        from .store_suite import StoreSuite
+
+        return StoreSuite
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
