@@ -1,0 +1,242 @@
+"""The store on servers: :class:`RedisStore`."""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from typing import SupportsIndex
+
+from redis.exceptions import ConnectionError as ServerConnectionError
+from redis.exceptions import TimeoutError as ServerTimeoutError
+
+from kvcache.errors import StoreError
+from kvcache.stores.base import Store, describe
+from kvcache.stores.outcomes import (
+    ContainsOutcome,
+    Deadline,
+    Deleted,
+    DeleteOutcome,
+    Entry,
+    GetOutcome,
+    Item,
+    Key,
+    Miss,
+    Present,
+    PutOutcome,
+    Unavailable,
+    Usage,
+)
+
+from .manifest import MAX_CHUNK_NBYTES, PREVIEW_NBYTES, Manifest, Names, parse, preview
+from .node import Node
+from .reading import Read, read
+from .servers import Cluster, Servers, SingleServer
+from .wire import Command, Reply
+from .writing import Write, write
+
+_CLUSTER = "redis+cluster://"
+_WEEK = 7 * 24 * 3600.0
+_LISTED = 1000
+
+
+class RedisStore(Store):
+    """Values on a Redis or Valkey server (6.2 or later), or on a cluster of them.
+
+    url: ``redis://``, ``rediss://`` (TLS) or ``unix://`` as the client `redis` takes them, or
+        ``redis+cluster://host:port,host:port``, any of the servers of a cluster.
+    ttl: seconds that an entry lives after it was put, or put again; None for no end, where chunks
+        of writers that are killed still go after ten minutes.
+    connections: for large values, per server. chunk_nbytes: of the strings that a large value is
+        cut into, 4 MiB at most. timeout: seconds without an answer after which a server is given
+        up, whatever the deadline. prefix: of all names on the server.
+
+    The server's ``maxmemory`` is the budget; its policy decides what goes. An entry that lost a
+    chunk is missing, and the rest of it is removed by the read that finds out. Nothing is connected
+    before the first call. After three calls in a row without an answer, a server is asked only
+    now and then, until it answers.
+
+    Raises: ValueError for a wrong URL or option.
+    """
+
+    def __init__(
+        self,
+        url: str = "redis://127.0.0.1:6379",
+        *,
+        ttl: float | None = _WEEK,
+        connections: SupportsIndex = 4,
+        chunk_nbytes: SupportsIndex = 1 << 20,
+        timeout: float = 5.0,
+        prefix: str = "kvcache:",
+    ) -> None:
+        super().__init__()
+        if ttl is not None:
+            _check_seconds("ttl", ttl)
+        _check_seconds("timeout", timeout)
+        if "{" in prefix or "}" in prefix:
+            raise ValueError(f"a prefix has no braces, which choose a slot; got {prefix!r}.")
+        lines, self._chunk_nbytes = _as_positive(connections), _as_positive(chunk_nbytes)
+        if self._chunk_nbytes > MAX_CHUNK_NBYTES:
+            raise ValueError(
+                f"chunk_nbytes is at most {MAX_CHUNK_NBYTES}; got {self._chunk_nbytes}."
+            )
+        self._ttl = ttl
+        self._names = Names(prefix)
+        self._servers: Servers
+        if url.startswith(_CLUSTER):
+            self._servers = Cluster(_urls_of_cluster(url), lines, timeout)
+        else:
+            self._servers = SingleServer(url, lines, timeout)
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {self._servers!r}>"  # without a password
+
+    def _get(self, keys: Sequence[Key], deadline: Deadline) -> list[GetOutcome]:
+        return read(self._servers, self._names, keys, deadline, self._remove)
+
+    def _put(self, items: Sequence[Item], deadline: Deadline) -> list[PutOutcome]:
+        writes = [Write(item, self._names, self._chunk_nbytes, self._ttl) for item in items]
+        return write(self._servers, writes, deadline)
+
+    def _contains(self, keys: Sequence[Key], deadline: Deadline) -> list[ContainsOutcome]:
+        names = [self._names.manifest(key) for key in keys]
+        replies = self._ask([Command(name, b"EXISTS", name) for name in names], deadline)
+        return [
+            _unavailable(reply) or (Present() if reply == 1 else Miss()) for reply in replies
+        ]
+
+    def _delete(self, keys: Sequence[Key], deadline: Deadline) -> list[DeleteOutcome]:
+        # Taken out at once: a manifest that came later would leave its chunks without one.
+        names = [self._names.manifest(key) for key in keys]
+        taken = self._ask([Command(name, b"GETDEL", name) for name in names], deadline)
+        rest: list[Command] = []
+        for key, name, reply in zip(keys, names, taken, strict=True):
+            manifest = parse(key, reply) if isinstance(reply, memoryview) else None
+            chunks = self._names.chunks(key, manifest) if isinstance(manifest, Manifest) else []
+            rest += [Command(name, b"UNLINK", chunk) for chunk in chunks]
+        self._ask(rest, deadline)
+        return [
+            _unavailable(reply) or (Miss() if reply is None else Deleted()) for reply in taken
+        ]
+
+    def _remove(self, broken: Sequence[Read], deadline: Deadline) -> None:
+        """Remove entries that can never be read, if that is possible."""
+        self._delete([read.key for read in broken], deadline)
+        self._ask(
+            [Command(read.names[0], b"UNLINK", name) for read in broken for name in read.names],
+            deadline,
+        )
+
+    def _ask(self, commands: Sequence[Command], deadline: Deadline) -> list[Reply]:
+        self._servers.ask(commands, deadline)
+        return [command.reply for command in commands]
+
+    # The whole of it.
+
+    def _entries(self, deadline: Deadline) -> Iterator[Entry]:
+        for node in self._servers.masters(deadline):
+            for keys in self._listed(node, deadline):
+                yield from self._described(node, keys, deadline)
+
+    def _listed(self, node: Node, deadline: Deadline) -> Iterator[list[Key]]:
+        """Yield the keys on a server, some at a time, none of them twice."""
+        seen: set[Key] = set()
+        cursor = b"0"
+        while True:
+            question = (b"SCAN", cursor, b"MATCH", self._names.pattern, b"COUNT", _LISTED)
+            match self._ask_node(node, [Command(b"", *question)], deadline):
+                case [[memoryview() as following, list(names)]]:
+                    keys = {self._names.key(bytes(name)) for name in _bulks(names)}
+                    fresh = [key for key in keys if key is not None and key not in seen]
+                    seen.update(fresh)
+                    yield fresh
+                    cursor = bytes(following)
+                case replies:
+                    raise StoreError(f"{node} does not list its keys: {replies}")
+            if cursor == b"0":
+                return
+
+    def _described(self, node: Node, keys: Sequence[Key], deadline: Deadline) -> Iterator[Entry]:
+        commands = []
+        for key in keys:
+            name = self._names.manifest(key)
+            commands += [
+                Command(name, b"OBJECT", b"IDLETIME", name),  # before a read makes it 0
+                Command(name, b"STRLEN", name),
+                Command(name, b"GETRANGE", name, 0, PREVIEW_NBYTES - 1),
+            ]
+        replies = iter(self._ask_node(node, commands, deadline))
+        now = time.time()
+        for key, idle, nbytes, beginning in zip(keys, replies, replies, replies, strict=True):
+            if isinstance(nbytes, int) and isinstance(beginning, memoryview):
+                manifest = preview(key, beginning, nbytes)
+                if manifest is not None:
+                    # A server that counts uses instead (LFU) does not tell the time.
+                    used = now - idle if isinstance(idle, int) else 0.0
+                    yield Entry(key, manifest.nbytes, manifest.label, used)
+
+    def _ask_node(
+        self, node: Node, commands: Sequence[Command], deadline: Deadline
+    ) -> list[Reply]:
+        """Return replies of one server.
+
+        Raises: the error that ended the connection.
+        """
+        if commands:
+            self._servers.ask_node(node, commands, deadline)
+        for command in commands:
+            if isinstance(command.reply, (OSError, ServerConnectionError, ServerTimeoutError)):
+                raise command.reply
+        return [command.reply for command in commands]
+
+    def _usage(self, deadline: Deadline) -> Usage:
+        """Count entries, and take bytes and their limit from the servers."""
+        nodes = self._servers.masters(deadline)
+        entries = sum(len(keys) for node in nodes for keys in self._listed(node, deadline))
+        used = limit = 0
+        limited = True
+        for node in nodes:
+            memory = self._memory(node, deadline)
+            used += memory.get("used_memory", 0)
+            limit += memory.get("maxmemory", 0)
+            limited = limited and bool(memory.get("maxmemory"))
+        return Usage(entries, used, limit if limited else None)
+
+    def _memory(self, node: Node, deadline: Deadline) -> dict[str, int]:
+        [reply] = self._ask_node(node, [Command(b"", b"INFO", b"memory")], deadline)
+        if not isinstance(reply, memoryview):
+            raise StoreError(f"{node} does not tell its memory: {reply}")
+        lines = bytes(reply).decode("utf-8", "replace").splitlines()
+        pairs = (line.partition(":") for line in lines)
+        return {name: int(value) for name, _, value in pairs if value.isdecimal()}
+
+    def _close(self) -> None:
+        self._servers.close()
+
+
+def _bulks(replies: Sequence[Reply]) -> list[memoryview]:
+    return [reply for reply in replies if isinstance(reply, memoryview)]
+
+
+def _unavailable(reply: Reply) -> Unavailable | None:
+    return Unavailable(describe(reply)) if isinstance(reply, Exception) else None
+
+
+def _urls_of_cluster(url: str) -> list[str]:
+    """Return the URLs of the servers that a URL of a cluster names."""
+    user, at, rest = url.removeprefix(_CLUSTER).rpartition("@")
+    hosts, slash, options = rest.partition("/")
+    return [f"redis://{user}{at}{host}{slash}{options}" for host in hosts.split(",")]
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"{name} is a number of seconds above 0; got {seconds!r}.")
+
+
+def _as_positive(value: SupportsIndex) -> int:
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"connections and chunk_nbytes are at least 1; got {number}.")
+    return number
