@@ -3,6 +3,7 @@
 from .base import Store
 from .files import FileStore
 from .memory import MemoryStore
+from .objects import ObjectStore
 from .outcomes import (
     NEVER,
     Corrupt,
@@ -33,6 +34,7 @@ __all__ = [
     "Label",
     "MemoryStore",
     "Miss",
+    "ObjectStore",
     "Present",
     "Refused",
     "Store",

@@ -15,7 +15,7 @@ _NO_DIGEST = bytes(KEY_NBYTES)
 
 Key: TypeAlias = bytes
 """Name of a value: a digest of everything that the value depends on."""
-Buffer: TypeAlias = bytes | bytearray | memoryview
+Buffer: TypeAlias = "bytes | bytearray | memoryview[int] | memoryview[float]"
 """Contiguous bytes. Of an array: ``kvcache.storage.tensors.tensor_bytes``."""
 
 

@@ -39,7 +39,7 @@ from kvcache.errors import PageError
 from kvcache.snapshots.archive import Record
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage import schema
-from kvcache.storage.arrays import NamedArray, array_forms
+from kvcache.storage.arrays import ArrayForm, NamedArray, array_forms
 from kvcache.storage.tensors import tensor_bytes
 
 from .outcomes import Buffer, Hit, Item, Key, Label
@@ -162,10 +162,8 @@ def decode_page(
         form, layout_nbytes = _read_header(value)
         body = value[_HEADER.size :]
         if (form == _SEALED) != (seal is not None):
-            raise PageError(
-                f"pages are {'plain' if seal is None else 'sealed'} here; got one that is "
-                f"{'not' if form == _PLAIN else ''} sealed"
-            )
+            wanted, came = ("plain", "sealed") if seal is None else ("sealed", "plain")
+            raise PageError(f"pages are {wanted} here; got one that is {came}")
         if seal is not None:
             body = seal.decrypt(body, key, _bound(bytes(value[: _HEADER.size]), label))
         return _decoded(body, layout_nbytes, label, layout)
@@ -196,9 +194,6 @@ def _bound(header: bytes, label: Label) -> bytes:
 
 def _described(part: Record) -> dict[str, object]:
     """Return the layout of a part; layers that are alike are described once."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for number, arrays in part.layers.items():
-        groups.setdefault(array_forms(arrays), []).append(number)
     return {
         "kind": part.kind,
         "visibility": list(part.visibility),
@@ -216,9 +211,17 @@ def _described(part: Record) -> dict[str, object]:
                     for form in forms
                 ],
             }
-            for forms, numbers in cast("dict[Any, list[int]]", groups).items()
+            for forms, numbers in _groups_of(part).items()
         ],
     }
+
+
+def _groups_of(part: Record) -> dict[tuple[ArrayForm, ...], list[int]]:
+    """Return the numbers of layers by the form of their arrays, in the order of their bytes."""
+    groups: dict[tuple[ArrayForm, ...], list[int]] = {}
+    for number in sorted(part.layers):
+        groups.setdefault(array_forms(part.layers[number]), []).append(number)
+    return groups
 
 
 class _Planned(NamedTuple):
@@ -279,7 +282,7 @@ def _body(page: Page) -> Iterator[Buffer]:
     yield head
     offset = len(head)
     for part in page.parts:
-        for numbers in _groups_of(part):
+        for numbers in _groups_of(part).values():
             for number in numbers:
                 for array in part.layers[number]:
                     padding = _padding(offset)
@@ -287,14 +290,6 @@ def _body(page: Page) -> Iterator[Buffer]:
                     yield bytes(padding)
                     yield data
                     offset += padding + data.nbytes
-
-
-def _groups_of(part: Record) -> list[list[int]]:
-    """Return the numbers of layers in the order of the layout."""
-    groups: dict[object, list[int]] = {}
-    for number, arrays in part.layers.items():
-        groups.setdefault(array_forms(arrays), []).append(number)
-    return list(groups.values())
 
 
 def _padding(offset: int) -> int:
@@ -392,4 +387,4 @@ def _layers(
             raise PageError(f"an array of the page has sizes {array.shape}") from error
         named = NamedArray(array.name, data, array.axis)
         layers[array.part].setdefault(array.layer, []).append(named)
-    return [{layer: tuple(arrays) for layer, arrays in rows.items()} for rows in layers]
+    return [{layer: tuple(rows[layer]) for layer in sorted(rows)} for rows in layers]

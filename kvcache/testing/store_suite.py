@@ -16,11 +16,13 @@ class StoreSuite:
     """Every rule of stores as a test. Derive from it and write :meth:`open_store`.
 
     persistent: whether a store finds what an earlier one of the same place has put.
+    has_budget: whether it holds a budget; else it is only asked for none.
     known_gaps: reason by name of a check that must fail: an entry that has become untrue is
         reported as an error.
     """
 
     persistent: ClassVar[bool] = True
+    has_budget: ClassVar[bool] = True
     known_gaps: ClassVar[dict[str, str]] = {}
 
     def open_store(self, place: Path, budget: int | None) -> Store:
@@ -39,7 +41,10 @@ class StoreSuite:
         place = tmp_path / "place"
         place.mkdir()
         subject = StoreSubject(
-            lambda budget: self.open_store(place, budget), self.persistent, self.damage
+            lambda budget: self.open_store(place, budget),
+            self.persistent,
+            self.has_budget,
+            self.damage,
         )
         gap = self.known_gaps.get(check.__name__)
         if gap is None:

@@ -11,6 +11,7 @@ from kvcache.stores import (
     Hit,
     MemoryStore,
     Miss,
+    ObjectStore,
     Present,
     Stored,
     Unavailable,
@@ -37,6 +38,23 @@ class TestFileStore(StoreSuite):
 
     def damage(self, store, key, change):
         damage_file(store, key, change)
+
+
+class TestObjectStoreInMemory(StoreSuite):
+    has_budget = False
+
+    def open_store(self, place, budget):
+        return ObjectStore(f"memory:/{place}")
+
+    def damage(self, store, key, change):
+        path = store._path(key)
+        data = store._system.cat_file(path)
+        store._system.pipe_file(path, change(data))
+
+
+class TestObjectStoreOfFiles(TestObjectStoreInMemory):
+    def open_store(self, place, budget):
+        return ObjectStore(f"file://{place}")
 
 
 class KeepsBuffers(MemoryStore):
@@ -187,7 +205,9 @@ BROKEN = {
 def test_the_suite_finds_out(broken, tmp_path):
     of_files = issubclass(broken, FileStore)
     subject = StoreSubject(
-        (lambda budget: broken(tmp_path, budget)) if of_files else broken, of_files, damage_file
+        (lambda budget: broken(tmp_path, budget)) if of_files else broken,
+        of_files,
+        damage=damage_file,
     )
     [check] = [check for check in STORE_CHECKS if check.__name__ == BROKEN[broken]]
     with pytest.raises((AssertionError, OSError)):
@@ -200,7 +220,7 @@ def test_swapped_values_are_found_out(tmp_path):
             outcome = super()._read(key, deadline)
             return Hit(memoryview(b"")) if isinstance(outcome, Corrupt) else outcome
 
-    subject = StoreSubject(lambda budget: Swaps(tmp_path, budget), True, damage_file)
+    subject = StoreSubject(lambda budget: Swaps(tmp_path, budget), damage=damage_file)
     [check] = [check for check in STORE_CHECKS if check.__name__ == "swapped_values_are_never_read"]
     with pytest.raises(AssertionError, match="the value of another key was read"):
         check(subject)
