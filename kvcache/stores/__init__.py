@@ -4,6 +4,7 @@ from .base import Store
 from .files import FileStore
 from .memory import MemoryStore
 from .objects import ObjectStore
+from .opening import open_store
 from .outcomes import (
     NEVER,
     Corrupt,
@@ -42,4 +43,5 @@ __all__ = [
     "Stored",
     "Unavailable",
     "Usage",
+    "open_store",
 ]

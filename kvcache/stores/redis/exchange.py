@@ -97,7 +97,7 @@ class Line:
         return True
 
     def _next_piece(self) -> bool:
-        """Prepare the next bytes to be sent, small pieces joined; return False if there are none."""
+        """Prepare the next bytes, small pieces joined; return False if there are none."""
         small = bytearray()
         while len(small) < _LARGE:
             piece = next(self._pieces, None)

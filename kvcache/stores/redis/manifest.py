@@ -53,7 +53,7 @@ class Names:
     def chunks(self, key: Key, manifest: Manifest) -> list[bytes]:
         """Return the names of the chunks of a value."""
         name, nonce = self.manifest(key), manifest.nonce.hex().encode()
-        return [b"%b:%b:%d" % (name, nonce, index) for index in range(manifest.count)]
+        return [b"%b:%b:%d" % (name, nonce, index) for index in range(manifest.chunks)]
 
     def key(self, name: bytes) -> Key | None:
         """Return the key of the manifest of a name, None for other names."""
@@ -93,7 +93,7 @@ class Manifest(NamedTuple):
         return not self.chunk_nbytes
 
     @property
-    def count(self) -> int:
+    def chunks(self) -> int:
         """Number of chunks."""
         return 0 if self.is_small else -(-self.nbytes // self.chunk_nbytes)
 
@@ -124,7 +124,7 @@ def parse(key: Key, data: memoryview) -> Manifest | Corrupt:
         if rest.nbytes != manifest.nbytes:
             return Corrupt(f"the manifest of {key.hex()} is not of its value")
         return manifest._replace(value=rest)
-    if manifest.chunk_nbytes > MAX_CHUNK_NBYTES or rest.nbytes != manifest.count * _DIGEST_NBYTES:
+    if manifest.chunk_nbytes > MAX_CHUNK_NBYTES or rest.nbytes != manifest.chunks * _DIGEST_NBYTES:
         return Corrupt(f"the manifest of {key.hex()} is not of its chunks")
     starts = range(0, rest.nbytes, _DIGEST_NBYTES)
     digests = [bytes(rest[start : start + _DIGEST_NBYTES]) for start in starts]
@@ -140,7 +140,7 @@ def preview(key: Key, beginning: memoryview, nbytes: int) -> Manifest | None:
     if beginning.nbytes < PREVIEW_NBYTES:
         return None
     manifest = _head(beginning[HEADER_NBYTES:], label)
-    payload = manifest.nbytes if manifest.is_small else manifest.count * _DIGEST_NBYTES
+    payload = manifest.nbytes if manifest.is_small else manifest.chunks * _DIGEST_NBYTES
     return manifest if nbytes == OVERHEAD + _HEAD.size + payload else None
 
 

@@ -129,7 +129,7 @@ class Node:
 
 def replies_of(connection: AbstractConnection) -> Replies:
     """Return the parser of a connection."""
-    parser = connection._parser  # noqa: SLF001 - given as parser_class, and given back by no name
+    parser = connection._parser  # the client gives it back by no other name
     if not isinstance(parser, Replies):
         raise RedisError(f"the client reads its replies by {type(parser).__name__}")
     return parser

@@ -87,8 +87,9 @@ class Read:
     def _outcome_of_chunk(self, reply: Reply, incoming: Incoming) -> GetOutcome | None:
         if reply is None or isinstance(reply, Exception):
             return _outcome_of(reply)
-        trouble = incoming.trouble
-        return Corrupt(f"{trouble}, of the value of {self.key.hex()}") if trouble else None
+        if incoming.is_right:
+            return None
+        return Corrupt(f"a chunk of the value of {self.key.hex()} does not match its checksum")
 
     def _end(self, outcome: GetOutcome) -> None:
         self.outcome = outcome

@@ -94,9 +94,7 @@ class Cluster:
             if not due:
                 return
             self._refresh(deadline)
-            exchange(
-                self._by_node(due, elsewhere), self._connections, deadline, self._patience
-            )
+            exchange(self._by_node(due, elsewhere), self._connections, deadline, self._patience)
             due = [command for command in due if self._redirected(command, elsewhere)]
 
     def masters(self, deadline: Deadline) -> list[Node]:
@@ -125,7 +123,7 @@ class Cluster:
         work: dict[Node, list[Command]] = {}
         for command in commands:
             slot = key_slot(command.key)
-            node = elsewhere.pop(command, None) or (self._masters and self._masters[slot]) or None
+            node = elsewhere.pop(command, None) or self._master(slot)
             if node is None:
                 command.reply = ServerConnectionError(f"no server has slot {slot} of {self!r}")
                 self._outdated = True
@@ -137,7 +135,7 @@ class Cluster:
         """Return whether a command is to be sent again, to another server."""
         error = command.reply
         if isinstance(error, AskError):  # MovedError is one
-            asked = self._masters[key_slot(command.key)] if self._masters else None
+            asked = self._master(key_slot(command.key))
             host = error.host or (asked.host if asked else self._address.host)
             elsewhere[command] = self._node(host, error.port)
             command.asking = not isinstance(error, MovedError)
@@ -149,23 +147,28 @@ class Cluster:
 
     # The masters.
 
+    def _master(self, slot: int) -> Node | None:
+        masters = self._masters
+        return masters[slot] if masters else None
+
     def _refresh(self, deadline: Deadline) -> None:
         """Ask for the masters if they may have changed, though not all the time."""
         if not self._outdated:
             return
         # Threads that know the masters of before go on with these.
-        if not self._lock.acquire(timeout=0 if self._masters else min(deadline.left, 1e6)):
+        seconds = 0.0 if any(self._masters) else min(deadline.left, 1e6)
+        if not self._lock.acquire(timeout=seconds):
             return
         try:
             due = self._asked + _REFRESH_SECONDS <= time.monotonic()
-            if self._outdated and (due or not self._masters):
+            if due or not self._masters:
                 self._ask_for_masters(deadline)
                 self._asked = time.monotonic()
         finally:
             self._lock.release()
 
     def _ask_for_masters(self, deadline: Deadline) -> None:
-        nodes = [*dict.fromkeys(node for node in self._masters if node), *self._seeds]
+        nodes = [*dict.fromkeys(node for node in self._masters if node is not None), *self._seeds]
         for node in sorted(dict.fromkeys(nodes), key=lambda node: node.breaker.failures):
             if deadline.passed:
                 return

@@ -36,7 +36,7 @@ from .servers import Cluster, Servers, SingleServer
 from .wire import Command, Reply
 from .writing import Write, write
 
-_CLUSTER = "redis+cluster://"
+_CLUSTER = "+cluster://"
 _WEEK = 7 * 24 * 3600.0
 _LISTED = 1000
 
@@ -84,7 +84,7 @@ class RedisStore(Store):
         self._ttl = ttl
         self._names = Names(prefix)
         self._servers: Servers
-        if url.startswith(_CLUSTER):
+        if _CLUSTER in url:
             self._servers = Cluster(_urls_of_cluster(url), lines, timeout)
         else:
             self._servers = SingleServer(url, lines, timeout)
@@ -102,9 +102,7 @@ class RedisStore(Store):
     def _contains(self, keys: Sequence[Key], deadline: Deadline) -> list[ContainsOutcome]:
         names = [self._names.manifest(key) for key in keys]
         replies = self._ask([Command(name, b"EXISTS", name) for name in names], deadline)
-        return [
-            _unavailable(reply) or (Present() if reply == 1 else Miss()) for reply in replies
-        ]
+        return [_unavailable(reply) or (Present() if reply == 1 else Miss()) for reply in replies]
 
     def _delete(self, keys: Sequence[Key], deadline: Deadline) -> list[DeleteOutcome]:
         # Taken out at once: a manifest that came later would leave its chunks without one.
@@ -116,9 +114,7 @@ class RedisStore(Store):
             chunks = self._names.chunks(key, manifest) if isinstance(manifest, Manifest) else []
             rest += [Command(name, b"UNLINK", chunk) for chunk in chunks]
         self._ask(rest, deadline)
-        return [
-            _unavailable(reply) or (Miss() if reply is None else Deleted()) for reply in taken
-        ]
+        return [_unavailable(reply) or (Miss() if reply is None else Deleted()) for reply in taken]
 
     def _remove(self, broken: Sequence[Read], deadline: Deadline) -> None:
         """Remove entries that can never be read, if that is possible."""
@@ -145,16 +141,15 @@ class RedisStore(Store):
         cursor = b"0"
         while True:
             question = (b"SCAN", cursor, b"MATCH", self._names.pattern, b"COUNT", _LISTED)
-            match self._ask_node(node, [Command(b"", *question)], deadline):
-                case [[memoryview() as following, list(names)]]:
-                    keys = {self._names.key(bytes(name)) for name in _bulks(names)}
-                    fresh = [key for key in keys if key is not None and key not in seen]
-                    seen.update(fresh)
-                    yield fresh
-                    cursor = bytes(following)
-                case replies:
-                    raise StoreError(f"{node} does not list its keys: {replies}")
-            if cursor == b"0":
+            [reply] = self._ask_node(node, [Command(b"", *question)], deadline)
+            if not (isinstance(reply, list) and len(reply) == 2 and isinstance(reply[1], list)):
+                raise StoreError(f"{node} does not list its keys: {reply!r}")
+            cursor, names = _bulk(reply[0]), map(_bulk, reply[1])
+            found = dict.fromkeys(key for key in map(self._names.key, names) if key is not None)
+            fresh = [key for key in found if key not in seen]
+            seen.update(fresh)
+            yield fresh
+            if cursor in {b"0", b""}:
                 return
 
     def _described(self, node: Node, keys: Sequence[Key], deadline: Deadline) -> Iterator[Entry]:
@@ -176,9 +171,7 @@ class RedisStore(Store):
                     used = now - idle if isinstance(idle, int) else 0.0
                     yield Entry(key, manifest.nbytes, manifest.label, used)
 
-    def _ask_node(
-        self, node: Node, commands: Sequence[Command], deadline: Deadline
-    ) -> list[Reply]:
+    def _ask_node(self, node: Node, commands: Sequence[Command], deadline: Deadline) -> list[Reply]:
         """Return replies of one server.
 
         Raises: the error that ended the connection.
@@ -206,7 +199,7 @@ class RedisStore(Store):
     def _memory(self, node: Node, deadline: Deadline) -> dict[str, int]:
         [reply] = self._ask_node(node, [Command(b"", b"INFO", b"memory")], deadline)
         if not isinstance(reply, memoryview):
-            raise StoreError(f"{node} does not tell its memory: {reply}")
+            raise StoreError(f"{node} does not tell its memory: {reply!r}")
         lines = bytes(reply).decode("utf-8", "replace").splitlines()
         pairs = (line.partition(":") for line in lines)
         return {name: int(value) for name, _, value in pairs if value.isdecimal()}
@@ -215,8 +208,8 @@ class RedisStore(Store):
         self._servers.close()
 
 
-def _bulks(replies: Sequence[Reply]) -> list[memoryview]:
-    return [reply for reply in replies if isinstance(reply, memoryview)]
+def _bulk(reply: Reply) -> bytes:
+    return bytes(reply) if isinstance(reply, memoryview) else b""
 
 
 def _unavailable(reply: Reply) -> Unavailable | None:
@@ -225,9 +218,10 @@ def _unavailable(reply: Reply) -> Unavailable | None:
 
 def _urls_of_cluster(url: str) -> list[str]:
     """Return the URLs of the servers that a URL of a cluster names."""
-    user, at, rest = url.removeprefix(_CLUSTER).rpartition("@")
+    scheme, _, rest = url.partition(_CLUSTER)
+    user, at, rest = rest.rpartition("@")
     hosts, slash, options = rest.partition("/")
-    return [f"redis://{user}{at}{host}{slash}{options}" for host in hosts.split(",")]
+    return [f"{scheme}://{user}{at}{host}{slash}{options}" for host in hosts.split(",")]
 
 
 def _check_seconds(name: str, seconds: float) -> None:

@@ -36,7 +36,7 @@ class Sink(Protocol):
     """Receiver of a bulk reply."""
 
     def begin(self, nbytes: int) -> memoryview | None:
-        """Return the place for a reply of so many bytes, None to throw it away."""
+        """Return the place for a reply of so many bytes, None for one that cannot be right."""
 
     def received(self, piece: memoryview) -> None:
         """Take note of the next piece of the reply, a part of that place."""
@@ -67,22 +67,18 @@ class Incoming:
     def __init__(self, place: memoryview, digest: bytes) -> None:
         self._place, self._digest = place, digest
         self._checksum = xxhash.xxh3_128()
-        self._nbytes: int | None = None
 
     def begin(self, nbytes: int) -> memoryview | None:
         self._checksum.reset()
-        self._nbytes = nbytes
         return self._place if nbytes == self._place.nbytes else None
 
     def received(self, piece: memoryview) -> None:
         self._checksum.update(piece)
 
     @property
-    def trouble(self) -> str:
-        """The reason why the reply is not what was announced; empty if it is."""
-        if self._nbytes != self._place.nbytes:
-            return f"a chunk of {self._place.nbytes} bytes has {self._nbytes}"
-        return "" if self._checksum.digest() == self._digest else "a chunk differs from its checksum"
+    def is_right(self) -> bool:
+        """Whether what came has the checksum that was announced."""
+        return self._checksum.digest() == self._digest
 
 
 class Command:
@@ -135,7 +131,7 @@ class Replies(BaseParser):
     # What the client calls.
 
     def on_connect(self, connection: AbstractConnection) -> None:
-        self._socket = connection._sock  # noqa: SLF001 - where the client's own parsers take it
+        self._socket = connection._sock  # where the client's own parsers take it
         self._start = self._stop = 0
 
     def on_disconnect(self) -> None:
@@ -194,8 +190,7 @@ class Replies(BaseParser):
         if kind == b":":
             return int(rest)
         if kind == b"-":
-            error: Exception = self.parse_error(rest.decode("utf-8", "replace"))
-            return error
+            return _error(rest)
         if kind == b"*":
             return (yield from self._array(int(rest)))
         raise InvalidResponse(f"no reply of a Redis server: {line[:64]!r}")
@@ -221,7 +216,7 @@ class Replies(BaseParser):
             yield from self._fill(place, sink)
         if (yield from self._line()):
             raise InvalidResponse("a bulk reply is longer than it says")
-        return place if place is not None or sink else InvalidResponse(f"{nbytes} bytes")
+        return InvalidResponse(f"a string of {nbytes} bytes") if place is None else place
 
     def _fill(self, place: memoryview, sink: Sink | None) -> Generator[memoryview, int, None]:
         filled = min(self._stop - self._start, place.nbytes)
@@ -265,3 +260,8 @@ def _checked(count: int) -> int:
     if not count:
         raise ServerConnectionError("the server closed the connection")
     return count
+
+
+def _error(text: bytes) -> Exception:
+    error: Exception = BaseParser.parse_error(text.decode("utf-8", "replace"))
+    return error
