@@ -14,8 +14,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import chain
 
 from redis.connection import AbstractConnection
+from redis.exceptions import AskError, RedisError
 from redis.exceptions import ConnectionError as ServerConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as ServerTimeoutError
 
 from kvcache.stores.outcomes import Deadline
@@ -53,7 +53,11 @@ class Line:
         self._turn = 0
         self.is_blocked = False
         """Whether bytes wait for room in the socket."""
+        self.watched = 0
+        """Events that the exchange waits for."""
         self.answered = False
+        self.followed: list[Command] = []
+        """Commands that followed replies, and are queued."""
 
     @property
     def is_idle(self) -> bool:
@@ -166,82 +170,107 @@ class Line:
         command.reply = reply
         self._waiting.popleft()
         self._load -= command.nbytes
+        if command.follow is not None and not isinstance(reply, AskError):  # MovedError is one
+            following = command.follow()
+            self._queue.extend(following)
+            self.followed += following
 
 
 def exchange(
     work: Mapping[Node, Sequence[Command]], lines: int, deadline: Deadline, patience: float
-) -> None:
+) -> list[Command]:
     """Send commands to their servers, and fill in their replies, or the errors that came instead.
 
     lines: connections for large commands, per server. patience: seconds without a byte after which
-        those that have not answered are given up.
+        those that have not answered are given up. Returns the commands that followed.
     """
-    talk = _Exchange(deadline, patience)
+    talk = _Exchange(lines, deadline, patience)
     try:
         for node, commands in work.items():
-            talk.begin(node, deque(commands), lines)
+            talk.begin(node, deque(commands))
         with selectors.DefaultSelector() as selector:
             talk.serve(selector)
     finally:
         talk.settle()
+    return [command for line in talk.lines for command in line.followed]
 
 
 class _Exchange:
-    def __init__(self, deadline: Deadline, patience: float) -> None:
+    def __init__(self, limit: int, deadline: Deadline, patience: float) -> None:
         self._deadline, self._patience = deadline, patience
         self._started = time.monotonic()
         self._queues: dict[Node, deque[Command]] = {}
-        self._lines: list[Line] = []
+        self._limits: dict[Node, int] = {}
+        self._limit = limit
+        self.lines: list[Line] = []
         self._errors: dict[Node, Exception] = {}
 
-    def begin(self, node: Node, queue: deque[Command], lines: int) -> None:
-        """Open the lines to a server; if it refuses, note the error."""
+    def begin(self, node: Node, queue: deque[Command]) -> None:
+        """Open the first line to a server; if that fails, note the error."""
         if not node.breaker.admits():
             _refuse(queue, ServerConnectionError(f"{node} is left alone: its breaker is open"))
             return
-        self._queues[node] = queue
-        large = sum(command.nbytes > _LARGE for command in queue)
-        opened = 0
+        self._queues[node], self._limits[node] = queue, self._limit
         try:
-            for _ in range(max(1, min(lines, large))):
-                connection = node.take(self._deadline, self._patience)
-                self._lines.append(Line(node, connection, queue))
-                opened += 1
+            self._open(node)
         except _TROUBLE as error:
-            if not opened:  # it may allow fewer connections
-                self._errors[node] = error
+            self._errors[node] = error
+
+    def _open(self, node: Node) -> Line:
+        line = Line(node, node.take(self._deadline, self._patience), self._queues[node])
+        self.lines.append(line)
+        return line
 
     def serve(self, selector: selectors.BaseSelector) -> None:
         """Move bytes until all is done, or the deadline passes."""
-        for line in self._lines:
-            selector.register(line.socket, selectors.EVENT_READ, line)
-        due = list(self._lines)
+        due = list(self.lines)
         while True:
+            due += self._widen()
             for line in due:
                 self._work(selector, line)
-            if all(line.is_idle for line in self._lines):
-                return
             more = [line for line in due if line.has_more]
+            more += [line for line in self._waiting_lines() if line.is_idle]
+            if not more and all(line.is_idle for line in self.lines):
+                return
             ready = selector.select(0 if more else min(self._deadline.left, self._patience))
             if self._deadline.passed or not (ready or more):
                 self._give_up()
                 return
             due = list(dict.fromkeys([*more, *(key.data for key, _ in ready)]))
 
+    def _waiting_lines(self) -> list[Line]:
+        """Return the lines of servers for which commands are queued."""
+        return [
+            line for line in self.lines if self._queues[line.node] and line.connection.is_connected
+        ]
+
+    def _widen(self) -> list[Line]:
+        """Open more lines where large commands are queued."""
+        opened: list[Line] = []
+        for node in {line.node for line in self._waiting_lines()}:
+            count = sum(line.node is node for line in self.lines)
+            large = sum(command.nbytes > _LARGE for command in self._queues[node])
+            try:
+                for _ in range(min(self._limits[node], count + large) - count):
+                    opened += [self._open(node)]
+            except _TROUBLE:  # it may allow fewer connections
+                self._limits[node] = 0
+        return opened
+
     def _work(self, selector: selectors.BaseSelector, line: Line) -> None:
         try:
             line.work()
         except _TROUBLE as error:
-            selector.unregister(line.socket)
+            _watch(selector, line, 0)
             self._fail(line, error)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if line.is_blocked else 0)
-        if selector.get_key(line.socket).events != events:
-            selector.modify(line.socket, events, line)
+        # An idle one is not looked at: its end would wake the others all the time.
+        reading = 0 if line.is_idle else selectors.EVENT_READ
+        _watch(selector, line, reading | (selectors.EVENT_WRITE if line.is_blocked else 0))
 
     def _give_up(self) -> None:
         error = TimeoutError("no answer before the deadline")
-        for line in self._lines:
+        for line in self.lines:
             if not line.is_idle:
                 self._fail(line, error)
 
@@ -252,8 +281,8 @@ class _Exchange:
 
     def settle(self) -> None:
         """Give connections back, fail what is still queued, and report how the servers did."""
-        answered = {line.node for line in self._lines if line.answered}
-        for line in self._lines:
+        answered = {line.node for line in self.lines if line.answered}
+        for line in self.lines:
             if line.is_idle and line.connection.is_connected:
                 line.node.give_back(line.connection)
             else:
@@ -276,3 +305,16 @@ class _Exchange:
 def _refuse(queue: deque[Command], error: Exception) -> None:
     while queue:
         queue.popleft().reply = error
+
+
+def _watch(selector: selectors.BaseSelector, line: Line, events: int) -> None:
+    """Have the selector wait for events of a line, 0 for none."""
+    if events == line.watched:
+        return
+    if not line.watched:
+        selector.register(line.socket, events, line)
+    elif events:
+        selector.modify(line.socket, events, line)
+    else:
+        selector.unregister(line.socket)
+    line.watched = events

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
-from redis.exceptions import InvalidResponse, ResponseError
+from redis.exceptions import InvalidResponse
 
 from kvcache.stores.base import describe
 from kvcache.stores.outcomes import (
     Corrupt,
-    Deadline,
     GetOutcome,
     Hit,
     Key,
@@ -19,7 +16,7 @@ from kvcache.stores.outcomes import (
 )
 
 from .manifest import Manifest, Names, parse
-from .servers import Servers
+from .removing import Removal, is_of_another_type
 from .wire import Command, Incoming, Reply
 
 
@@ -27,110 +24,106 @@ class Read:
     """One value on its way in."""
 
     def __init__(self, key: Key, names: Names) -> None:
-        self.key, self._names = key, names
+        self._key, self._names = key, names
         self._name = names.manifest(key)
-        self.manifest_command = Command(self._name, b"GET", self._name)
-        self.chunk_commands: list[Command] = []
+        self._manifest_command = Command(self._name, b"GET", self._name, follow=self._go_on)
+        self._chunk_commands: list[Command] = []
         self._incoming: list[Incoming] = []
         self._manifest: Manifest | None = None
         self._value = memoryview(b"")
-        self.outcome: GetOutcome | None = None
-        self.is_broken = False
-        """Whether there is an entry that can never be read."""
+        self._left = 0
+        self._outcome: GetOutcome | None = None
 
-    def take_manifest(self) -> None:
-        """Find out from the manifest what is to be read."""
-        reply = self.manifest_command.reply
+    def commands(self) -> list[Command]:
+        """Return what is to be asked at first."""
+        return [self._manifest_command]
+
+    @property
+    def outcome(self) -> GetOutcome:
+        """The outcome, once all is asked."""
+        if self._outcome is not None:
+            return self._outcome
+        for command in (self._manifest_command, *self._chunk_commands):
+            if isinstance(command.reply, Exception):
+                return Unavailable(describe(command.reply))
+        return Unavailable("no answer")
+
+    def _go_on(self) -> list[Command]:
+        """Ask for the chunks that the manifest names."""
+        reply = self._manifest_command.reply
         if not isinstance(reply, memoryview):
-            self._end(_outcome_of(reply))
-            return
-        manifest = parse(self.key, reply)
+            return self._end(_outcome_of(reply))
+        manifest = parse(self._key, reply)
         if isinstance(manifest, Corrupt):
-            self._end(manifest)
-        elif manifest.value is not None:
-            self._end(Hit(manifest.value.toreadonly(), manifest.label))
-        else:
-            self._prepare(manifest)
+            return self._end(manifest)
+        if manifest.value is not None:
+            return self._end(Hit(manifest.value.toreadonly(), manifest.label))
+        return self._ask_for_chunks(manifest)
 
-    def _prepare(self, manifest: Manifest) -> None:
+    def _ask_for_chunks(self, manifest: Manifest) -> list[Command]:
         # Not bytearray, whose zeros are one more pass over the memory.
-        self._manifest = manifest
-        self._value = np.empty(manifest.nbytes, np.uint8).data
-        names = self._names.chunks(self.key, manifest)
+        try:
+            self._value = np.empty(manifest.nbytes, np.uint8).data
+        except MemoryError as error:
+            return self._end(Unavailable(describe(error)))
+        self._manifest, self._left = manifest, manifest.chunks
+        names = self._names.chunks(self._key, manifest)
         for name, digest, (start, stop) in zip(
             names, manifest.digests, manifest.ranges, strict=True
         ):
             incoming = Incoming(self._value[start:stop], digest)
-            self._incoming.append(incoming)
-            self.chunk_commands.append(
-                Command(self._name, b"GET", name, sink=incoming, nbytes=stop - start)
+            command = Command(
+                self._name,
+                b"GET",
+                name,
+                sink=incoming,
+                nbytes=stop - start,
+                follow=self._take_chunk,
             )
+            self._incoming.append(incoming)
+            self._chunk_commands.append(command)
+        return list(self._chunk_commands)
 
-    def take_chunks(self) -> None:
-        """Verify what came."""
-        if self.outcome is not None or self._manifest is None:
-            return
+    def _take_chunk(self) -> list[Command]:
+        """Verify the value when its last chunk is there."""
+        self._left -= 1
+        if self._left or self._manifest is None:
+            return []
         troubles = [
             outcome
-            for command, incoming in zip(self.chunk_commands, self._incoming, strict=True)
+            for command, incoming in zip(self._chunk_commands, self._incoming, strict=True)
             if (outcome := self._outcome_of_chunk(command.reply, incoming)) is not None
         ]
         # One that did not come says nothing of the others; damage is worse than a gap.
         for kind in (Unavailable, Corrupt, Miss):
             for outcome in troubles:
                 if isinstance(outcome, kind):
-                    self.is_broken = isinstance(outcome, Miss)  # evicted, or expired
-                    self._end(outcome)
-                    return
-        self._end(Hit(self._value.toreadonly(), self._manifest.label))
+                    return self._end(outcome)
+        return self._end(Hit(self._value.toreadonly(), self._manifest.label))
 
     def _outcome_of_chunk(self, reply: Reply, incoming: Incoming) -> GetOutcome | None:
-        if reply is None or isinstance(reply, Exception):
+        if not isinstance(reply, memoryview):
             return _outcome_of(reply)
         if incoming.is_right:
             return None
-        return Corrupt(f"a chunk of the value of {self.key.hex()} does not match its checksum")
+        return Corrupt(f"a chunk of the value of {self._key.hex()} does not match its checksum")
 
-    def _end(self, outcome: GetOutcome) -> None:
-        self.outcome = outcome
-        self.is_broken = self.is_broken or isinstance(outcome, Corrupt)
-
-    @property
-    def names(self) -> list[bytes]:
-        """Names of everything of the value, as far as they are known."""
-        manifest = self._manifest
-        return [self._name, *(self._names.chunks(self.key, manifest) if manifest else [])]
-
-
-def read(
-    servers: Servers,
-    names: Names,
-    keys: Sequence[Key],
-    deadline: Deadline,
-    remove: Callable[[Sequence[Read], Deadline], None],
-) -> list[GetOutcome]:
-    """Return the outcomes of keys; have what is broken removed."""
-    reads = [Read(key, names) for key in keys]
-    servers.ask([read.manifest_command for read in reads], deadline)
-    for one in reads:
-        one.take_manifest()
-    servers.ask([command for one in reads for command in one.chunk_commands], deadline)
-    for one in reads:
-        one.take_chunks()
-    broken = [one for one in reads if one.is_broken]
-    if broken:
-        remove(broken, deadline)
-    return [one.outcome or Unavailable("no answer") for one in reads]
+    def _end(self, outcome: GetOutcome) -> list[Command]:
+        """Take the outcome, and have an entry removed that can never be read."""
+        self._outcome = outcome
+        incomplete = isinstance(outcome, Miss) and self._manifest is not None  # evicted, expired
+        if not (incomplete or isinstance(outcome, Corrupt)):
+            return []
+        chunks = self._names.chunks(self._key, self._manifest) if self._manifest else []
+        return Removal(self._key, self._names, chunks).commands()
 
 
 def _outcome_of(reply: Reply) -> GetOutcome:
     """Return the outcome of a reply that is no value."""
     if reply is None:
         return Miss()
-    if isinstance(reply, InvalidResponse):
-        return Corrupt(f"the value is foreign: {reply}")
-    if isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE"):
-        return Corrupt(f"the value is foreign: {reply}")
-    if isinstance(reply, Exception):
+    if isinstance(reply, Exception) and not (
+        isinstance(reply, InvalidResponse) or is_of_another_type(reply)
+    ):
         return Unavailable(describe(reply))
-    return Corrupt("the value is foreign: it is no string of bytes")
+    return Corrupt(f"what lies there is foreign: {reply!r}")

@@ -94,7 +94,8 @@ class Cluster:
             if not due:
                 return
             self._refresh(deadline)
-            exchange(self._by_node(due, elsewhere), self._connections, deadline, self._patience)
+            work = self._by_node(due, elsewhere)
+            due += exchange(work, self._connections, deadline, self._patience)
             due = [command for command in due if self._redirected(command, elsewhere)]
 
     def masters(self, deadline: Deadline) -> list[Node]:

@@ -16,7 +16,6 @@ from kvcache.stores.base import Store, describe
 from kvcache.stores.outcomes import (
     ContainsOutcome,
     Deadline,
-    Deleted,
     DeleteOutcome,
     Entry,
     GetOutcome,
@@ -29,12 +28,13 @@ from kvcache.stores.outcomes import (
     Usage,
 )
 
-from .manifest import MAX_CHUNK_NBYTES, PREVIEW_NBYTES, Manifest, Names, parse, preview
+from .manifest import MAX_CHUNK_NBYTES, PREVIEW_NBYTES, Names, preview
 from .node import Node
-from .reading import Read, read
+from .reading import Read
+from .removing import Removal
 from .servers import Cluster, Servers, SingleServer
 from .wire import Command, Reply
-from .writing import Write, write
+from .writing import Write
 
 _CLUSTER = "+cluster://"
 _WEEK = 7 * 24 * 3600.0
@@ -93,11 +93,18 @@ class RedisStore(Store):
         return f"<RedisStore {self._servers!r}>"  # without a password
 
     def _get(self, keys: Sequence[Key], deadline: Deadline) -> list[GetOutcome]:
-        return read(self._servers, self._names, keys, deadline, self._remove)
+        reads = [Read(key, self._names) for key in keys]
+        self._begin(reads, deadline)
+        return [read.outcome for read in reads]
 
     def _put(self, items: Sequence[Item], deadline: Deadline) -> list[PutOutcome]:
         writes = [Write(item, self._names, self._chunk_nbytes, self._ttl) for item in items]
-        return write(self._servers, writes, deadline)
+        self._begin(writes, deadline)
+        return [write.outcome for write in writes]
+
+    def _begin(self, calls: Sequence[Read | Write | Removal], deadline: Deadline) -> None:
+        """Ask all that calls ask for, each going on by itself: none waits for the others."""
+        self._ask([command for call in calls for command in call.commands()], deadline)
 
     def _contains(self, keys: Sequence[Key], deadline: Deadline) -> list[ContainsOutcome]:
         names = [self._names.manifest(key) for key in keys]
@@ -105,24 +112,9 @@ class RedisStore(Store):
         return [_unavailable(reply) or (Present() if reply == 1 else Miss()) for reply in replies]
 
     def _delete(self, keys: Sequence[Key], deadline: Deadline) -> list[DeleteOutcome]:
-        # Taken out at once: a manifest that came later would leave its chunks without one.
-        names = [self._names.manifest(key) for key in keys]
-        taken = self._ask([Command(name, b"GETDEL", name) for name in names], deadline)
-        rest: list[Command] = []
-        for key, name, reply in zip(keys, names, taken, strict=True):
-            manifest = parse(key, reply) if isinstance(reply, memoryview) else None
-            chunks = self._names.chunks(key, manifest) if isinstance(manifest, Manifest) else []
-            rest += [Command(name, b"UNLINK", chunk) for chunk in chunks]
-        self._ask(rest, deadline)
-        return [_unavailable(reply) or (Miss() if reply is None else Deleted()) for reply in taken]
-
-    def _remove(self, broken: Sequence[Read], deadline: Deadline) -> None:
-        """Remove entries that can never be read, if that is possible."""
-        self._delete([read.key for read in broken], deadline)
-        self._ask(
-            [Command(read.names[0], b"UNLINK", name) for read in broken for name in read.names],
-            deadline,
-        )
+        removals = [Removal(key, self._names) for key in keys]
+        self._begin(removals, deadline)
+        return [removal.outcome for removal in removals]
 
     def _ask(self, commands: Sequence[Command], deadline: Deadline) -> list[Reply]:
         self._servers.ask(commands, deadline)

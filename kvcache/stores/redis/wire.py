@@ -8,7 +8,7 @@ connection takes as its ``parser_class``, receives bulk replies where they stay.
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -23,6 +23,8 @@ from kvcache.stores.outcomes import NEVER, Deadline
 Reply: TypeAlias = "memoryview | bytes | int | list[Reply] | Exception | None"
 """Bulks come as a memoryview, simple strings as bytes, errors as exceptions, arrays as lists."""
 
+Follow: TypeAlias = "Callable[[], Sequence[Command]]"
+
 _ROOM_NBYTES = 1 << 16
 """Bytes received at a time where no large reply is under way; lines are shorter."""
 _PIECE_NBYTES = 1 << 18
@@ -30,6 +32,9 @@ _PIECE_NBYTES = 1 << 18
 _MAX_UNASKED_NBYTES = 1 << 26
 """Larger replies, except those that a sink receives, are foreign and are thrown away."""
 _MAX_ITEMS = 1 << 20
+
+
+_NO_REPLY = ServerConnectionError("no answer")
 
 
 class Sink(Protocol):
@@ -85,9 +90,10 @@ class Command:
     """A command about one key, and its reply, or the error that came instead.
 
     key: bytes of the key that chooses the server. nbytes: of the payload or the expected reply.
+    follow: called when the server has replied; returns commands to be sent then, of the same key.
     """
 
-    __slots__ = ("arguments", "asking", "key", "nbytes", "reply", "sink")
+    __slots__ = ("arguments", "asking", "follow", "key", "nbytes", "reply", "sink")
 
     def __init__(
         self,
@@ -95,10 +101,11 @@ class Command:
         *arguments: bytes | int | Payload,
         sink: Sink | None = None,
         nbytes: int = 0,
+        follow: Follow | None = None,
     ) -> None:
-        self.key, self.arguments, self.sink = key, arguments, sink
+        self.key, self.arguments, self.sink, self.follow = key, arguments, sink, follow
         self.nbytes = nbytes + 256
-        self.reply: Reply = None
+        self.reply: Reply = _NO_REPLY
         self.asking = False
 
     def pieces(self) -> Iterator[bytes | memoryview]:

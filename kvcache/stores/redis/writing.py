@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvcache.stores.base import describe
-from kvcache.stores.outcomes import Deadline, Item, PutOutcome, Stored, Unavailable
+from kvcache.stores.outcomes import Item, PutOutcome, Stored, Unavailable
 
 from .manifest import PREVIEW_NBYTES, Manifest, Names, preview, split
-from .servers import Servers
 from .wire import Command, Payload, Reply
 
 _UNFINISHED_SECONDS = 600
@@ -32,40 +31,77 @@ class Write:
         self._commands: list[Command] = []
         self._is_foreign = False
         self._old_names: list[bytes] = []
-        self.outcome: PutOutcome | None = None
+        self._outcome: PutOutcome | None = None
+        self._left = 0
+        """Replies that are due before the next step."""
+        self._steps = iter(
+            (
+                self._look,
+                self._renew_old,
+                self._replace_old,
+                self._send_chunks,
+                self._send_manifest,
+                self._settle,
+            )
+        )
 
-    def _command(self, *arguments: bytes | int | Payload, nbytes: int = 0) -> Command:
-        command = Command(self._name, *arguments, nbytes=nbytes)
+    def commands(self) -> list[Command]:
+        """Return what is to be asked at first."""
+        return self._go_on()
+
+    @property
+    def outcome(self) -> PutOutcome:
+        """The outcome, once all is asked."""
+        if self._outcome is not None:
+            return self._outcome
+        for command in self._commands:
+            if isinstance(command.reply, Exception):
+                return Unavailable(describe(command.reply))
+        return Unavailable("no answer")
+
+    def _go_on(self) -> list[Command]:
+        """Return the commands of the next step that has some, with the replies of the last one."""
+        if self._left > 1:
+            self._left -= 1
+            return []
+        self._left = 0
+        for step in self._steps:
+            replies, self._commands = [command.reply for command in self._commands], []
+            step(replies)
+            if self._commands:
+                self._left = len(self._commands)
+                return self._commands
+        return []
+
+    def _command(self, *arguments: bytes | int | Payload, nbytes: int = 0) -> None:
+        command = Command(self._name, *arguments, nbytes=nbytes, follow=self._go_on)
         self._commands.append(command)
-        return command
 
-    def _take_replies(self) -> list[Reply]:
-        """Return the replies of this step; the first error ends the write."""
-        replies = [command.reply for command in self._commands]
-        self._commands = []
+    def _ended(self, replies: Sequence[Reply]) -> bool:
+        """Return whether there is an outcome; the first error among replies is one."""
         for reply in replies:
-            if isinstance(reply, Exception):
-                self.outcome = self.outcome or Unavailable(describe(reply))
-        return replies
+            if isinstance(reply, Exception) and self._outcome is None:
+                self._outcome = Unavailable(describe(reply))
+        return self._outcome is not None
 
-    # The steps: each gives commands, and takes the replies of those before.
+    # The steps: each takes the replies of the one before.
 
-    def look(self) -> list[Command]:
+    def _look(self, _: Sequence[Reply]) -> None:
         """Ask for an entry that may be there."""
         if not self._manifest.is_small:  # a small one is written in as many steps as asked for
             self._command(b"STRLEN", self._name)
             self._command(b"GETRANGE", self._name, 0, PREVIEW_NBYTES - 1)
-        return self._commands
 
-    def renew(self) -> list[Command]:
+    def _renew_old(self, replies: Sequence[Reply]) -> None:
         """Renew the lifetime of the entry that is there, and see that it is whole."""
-        match self._take_replies():
+        if self._ended(replies):
+            return
+        match replies:
             case [int(nbytes), memoryview() as beginning] if nbytes:
-                there = preview(self._item.key, beginning, nbytes)
-                self._is_foreign = there is None
-                self._old_names = self._names.chunks(self._item.key, there) if there else []
+                old = preview(self._item.key, beginning, nbytes)
+                self._is_foreign = old is None
+                self._old_names = self._names.chunks(self._item.key, old) if old else []
                 self._renew(self._old_names)
-        return self._commands
 
     def _renew(self, chunks: Sequence[bytes]) -> None:
         for name, margin in [*((name, _MARGIN_SECONDS) for name in chunks), (self._name, 0)]:
@@ -74,34 +110,30 @@ class Write:
             else:
                 self._command(b"PEXPIRE", name, _milliseconds(self._seconds + margin))
 
-    def replace(self) -> list[Command]:
+    def _replace_old(self, replies: Sequence[Reply]) -> None:
         """Give up an entry that is not whole."""
-        replies = self._take_replies()
-        if replies and self.outcome is None:
+        if replies and not self._ended(replies):
             if not self._is_foreign and all(reply == 1 for reply in replies):
-                self.outcome = Stored()
+                self._outcome = Stored()
             else:
                 self._unlink([self._name, *self._old_names])
-        return self._commands
 
-    def send_chunks(self) -> list[Command]:
+    def _send_chunks(self, replies: Sequence[Reply]) -> None:
         """Write the chunks, each with a lifetime: a writer may end at any time."""
-        self._take_replies()
-        if self.outcome is None and not self._manifest.is_small:
-            lifetime = self._seconds
-            seconds = _UNFINISHED_SECONDS if lifetime is None else lifetime + _MARGIN_SECONDS
-            chunks = split(self._item.buffers, self._manifest.chunk_nbytes)
-            for name, views in zip(self._chunk_names, chunks, strict=True):
-                payload = Payload(views)
-                self._payloads.append(payload)
-                arguments = (b"SET", name, payload, b"PX", _milliseconds(seconds))
-                self._command(*arguments, nbytes=payload.nbytes)
-        return self._commands
+        if self._ended(replies) or self._manifest.is_small:
+            return
+        lifetime = self._seconds
+        seconds = _UNFINISHED_SECONDS if lifetime is None else lifetime + _MARGIN_SECONDS
+        chunks = split(self._item.buffers, self._manifest.chunk_nbytes)
+        for name, views in zip(self._chunk_names, chunks, strict=True):
+            payload = Payload(views)
+            self._payloads.append(payload)
+            arguments = (b"SET", name, payload, b"PX", _milliseconds(seconds))
+            self._command(*arguments, nbytes=payload.nbytes)
 
-    def send_manifest(self) -> list[Command]:
+    def _send_manifest(self, replies: Sequence[Reply]) -> None:
         """Write the manifest, unless another writer was faster."""
-        self._take_replies()
-        if self.outcome is None:
+        if not self._ended(replies):
             digests = [payload.digest for payload in self._payloads]
             data = self._manifest._replace(digests=digests).pack(self._item)
             lifetime = self._seconds
@@ -109,42 +141,27 @@ class Write:
             self._command(b"SET", self._name, data, b"NX", *px, nbytes=len(data))
         elif self._payloads:
             self._unlink(self._chunk_names)
-        return self._commands
 
-    def settle(self) -> list[Command]:
+    def _settle(self, replies: Sequence[Reply]) -> None:
         """Keep the chunks, or remove those of a writer who came too late."""
-        failed = self.outcome is not None
-        replies = self._take_replies()
-        if failed or self.outcome is not None:
-            return []
-        self.outcome = Stored()
-        if replies != [None]:
-            if self._seconds is None:
-                for name in self._chunk_names:
-                    self._command(b"PERSIST", name)
-        elif self._manifest.is_small:
-            self._renew([])
-        else:
+        if self._outcome is not None:
+            return
+        if self._ended(replies):
             self._unlink(self._chunk_names)
-        return self._commands
+            return
+        self._outcome = Stored()
+        if replies == [None]:
+            if self._manifest.is_small:
+                self._renew([])
+            else:
+                self._unlink(self._chunk_names)
+        elif self._seconds is None:
+            for name in self._chunk_names:
+                self._command(b"PERSIST", name)
 
     def _unlink(self, names: Sequence[bytes]) -> None:
         for name in names:
             self._command(b"UNLINK", name)
-
-
-def write(servers: Servers, writes: Sequence[Write], deadline: Deadline) -> list[PutOutcome]:
-    """Do all steps of writes, those of one kind together, and return the outcomes."""
-    for step in (
-        Write.look,
-        Write.renew,
-        Write.replace,
-        Write.send_chunks,
-        Write.send_manifest,
-        Write.settle,
-    ):
-        servers.ask([command for one in writes for command in step(one)], deadline)
-    return [one.outcome or Unavailable("no answer") for one in writes]
 
 
 def _milliseconds(seconds: float) -> int:
