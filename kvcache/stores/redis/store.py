@@ -65,7 +65,7 @@ class RedisStore(Store):
         url: str = "redis://127.0.0.1:6379",
         *,
         ttl: float | None = _WEEK,
-        connections: SupportsIndex = 4,
+        connections: SupportsIndex = 2,
         chunk_nbytes: SupportsIndex = 1 << 20,
         timeout: float = 5.0,
         prefix: str = "kvcache:",
