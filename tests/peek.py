@@ -5,6 +5,9 @@ nothing leaks, which cells hold what, whether memory was shared), it asks a func
 a change of the insides changes one file.
 """
 
+from contextlib import contextmanager
+
+from kvcache.stores import NEVER
 
 # Pools.
 
@@ -178,3 +181,16 @@ def keeping_result(program):
 def slots_of(owner):
     """The slots of rows that were copied out of a per-layer cache."""
     return owner._buffers.capacity
+
+
+# Stores.
+
+
+@contextmanager
+def writing(store, item):
+    """Within, a store of files writes an item: its row is there, its file is not."""
+    with store._directory.writing(item.key):
+        with store._changing(NEVER) as index:
+            assert store._reserve(index, item, item.nbytes) is None
+        yield
+    store._settle_soon(NEVER)

@@ -2,9 +2,9 @@
 
 from .base import Store
 from .files import FileStore
+from .keys import KeyChain, Namespace
 from .memory import MemoryStore
 from .objects import ObjectStore
-from .opening import open_store
 from .outcomes import (
     NEVER,
     Corrupt,
@@ -22,6 +22,9 @@ from .outcomes import (
     Unavailable,
     Usage,
 )
+from .pages import Page, decode_page, encode_page
+from .sealing import Seal
+from .urls import open_store
 
 __all__ = [
     "NEVER",
@@ -32,16 +35,22 @@ __all__ = [
     "FileStore",
     "Hit",
     "Item",
+    "KeyChain",
     "Label",
     "MemoryStore",
     "Miss",
+    "Namespace",
     "ObjectStore",
+    "Page",
     "Present",
     "Refused",
+    "Seal",
     "Store",
     "StoreStats",
     "Stored",
     "Unavailable",
     "Usage",
+    "decode_page",
+    "encode_page",
     "open_store",
 ]

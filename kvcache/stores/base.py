@@ -225,7 +225,7 @@ class Store(ABC):
         try:
             self._check_open()
             deadline.check()
-            outcomes = list(ask())
+            outcomes = _as_many(list(ask()), len(asked))
         except Exception as error:  # noqa: BLE001 - a cache goes on, whatever a client raises
             return [Unavailable(describe(error))] * len(asked)
         return [*outcomes]
@@ -248,6 +248,12 @@ class Store(ABC):
                 self._warn_once("a value is damaged", outcome.reason)
             elif isinstance(outcome, Unavailable) and not self._closed:
                 self._warn_once("the store is unavailable", outcome.reason)
+
+
+def _as_many(outcomes: list[R], asked: int) -> list[R]:
+    if len(outcomes) != asked:
+        raise StoreError(f"{asked} were asked for; the store answered {len(outcomes)}")
+    return outcomes
 
 
 def _alone(answer: Callable[[A], R], one: A) -> list[R]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from kvcache._locks import Lock
 from kvcache.errors import PageError
 
 from . import writers
-from .frames import HEADER_NBYTES, framed, read_header
+from .frames import HEADER_NBYTES, PIECE_NBYTES, framed, read_header
 from .index import File, Index
 from .outcomes import Deadline, Item, Key
 
@@ -36,6 +36,8 @@ READ_FLAGS = (
     | getattr(os, "O_BINARY", 0)
 )
 _CREATE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+_MAX_PIECES = 512
+"""Buffers of one call; systems take 1024."""
 _FOREVER = 1e6
 """Seconds; a lock takes no infinity."""
 _INHERITED: list[object] = []
@@ -197,10 +199,12 @@ class Directory:
                 else:
                     index.remove(key)
 
+    def settle(self, index: Index, key: Key) -> None:
+        """Settle what this process has begun, also `key`, which the caller is about to write."""
+        self._settle(index, self.writer, self._active - {key})
+
     def reclaim(self, index: Index, writer: str) -> bool:
-        """Clear up behind a writer if it is gone; return whether it is."""
-        if writer == self.writer:
-            return False
+        """Clear up behind another writer if it is gone; return whether it is."""
         with writers.gone(self.path, writer) as gone:
             if gone:
                 self._settle(index, writer, set())
@@ -258,13 +262,33 @@ def _listed(directory: Path) -> list[str]:
 def _write_frame(path: Path, item: Item, deadline: Deadline) -> None:
     descriptor = os.open(path, _CREATE_FLAGS, 0o666)
     try:
-        for piece in framed(item):
-            _write_all(descriptor, piece)
+        for pieces in _batches(framed(item)):
+            _write_all(descriptor, pieces)
             deadline.check()
     finally:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, piece: memoryview) -> None:
-    while piece.nbytes:
-        piece = piece[os.write(descriptor, piece) :]
+def _batches(pieces: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """Yield pieces in lists of some megabytes.
+
+    Pieces end within pages of the file, and a call for each would write these pages twice.
+    """
+    batch: list[memoryview] = []
+    nbytes = 0
+    for piece in pieces:
+        batch.append(piece)
+        nbytes += piece.nbytes
+        if nbytes >= PIECE_NBYTES or len(batch) == _MAX_PIECES:
+            yield batch
+            batch, nbytes = [], 0
+    yield batch
+
+
+def _write_all(descriptor: int, pieces: list[memoryview]) -> None:
+    written = os.writev(descriptor, pieces)
+    for piece in pieces:
+        rest = piece[written:]
+        written = max(0, written - piece.nbytes)
+        while rest.nbytes:  # the system took less than all
+            rest = rest[os.write(descriptor, rest) :]

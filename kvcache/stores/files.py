@@ -17,7 +17,8 @@ from kvcache.errors import KVCacheError
 
 from .base import Store
 from .directory import READ_FLAGS, Directory
-from .frames import OVERHEAD, PIECE_NBYTES, IncomingFrame
+from .eviction import Candidates, Policy
+from .frames import OVERHEAD, IncomingFrame
 from .index import Index
 from .outcomes import (
     ContainsOutcome,
@@ -38,6 +39,8 @@ from .outcomes import (
     Usage,
 )
 
+_READ_NBYTES = 1 << 20
+"""Bytes read at a time: the processor still has them in its cache when they are hashed."""
 _VICTIMS = 16
 _LISTED = 1000
 _MAX_TOUCHED = 64
@@ -47,12 +50,14 @@ _TROUBLE = (OSError, sqlite3.Error, KVCacheError)  # TimeoutError is an OSError
 
 
 class FileStore(Store):
-    """Values in a local directory, the least recently used of them given up first.
+    """Values in a local directory, within a budget.
 
     directory: made when it is needed. Not on a network: SQLite needs the locks of one machine.
     budget: bytes of all files of values, also of those being written, None for no limit. Each
         process keeps its own, so they should agree. The index takes some 300 bytes per value
         beside it.
+    policy: chooses what to give up, such as a new ``kvcache.prefix.policies.Cost()``, in this
+        process; None for the least recently used.
 
     Several processes may use one directory. Killed at any point, they leave nothing that is read
     as a value and is none; the next process to write to the directory clears away the rest. A
@@ -60,12 +65,16 @@ class FileStore(Store):
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], budget: SupportsIndex | None = None
+        self,
+        directory: str | os.PathLike[str],
+        budget: SupportsIndex | None = None,
+        policy: Policy | None = None,
     ) -> None:
         super().__init__()
         self._budget = as_budget(budget, "bytes of files")
         # Absolute: the program may change its working directory.
         self._directory = Directory(Path.cwd() / directory, self._warn_once)
+        self._candidates = None if policy is None else Candidates(policy)
         self._touched: dict[Key, tuple[float, int]] = {}
         self._touch_time = time.monotonic()
 
@@ -149,22 +158,22 @@ class FileStore(Store):
     # Writing.
 
     def _put(self, items: Sequence[Item], deadline: Deadline) -> Sequence[PutOutcome]:
-        return self._each(items, lambda item: self._write(item, deadline), deadline)
+        try:
+            return self._each(items, lambda item: self._write(item, deadline), deadline)
+        finally:
+            self._settle_soon(deadline)
 
     def _write(self, item: Item, deadline: Deadline) -> PutOutcome:
         nbytes = item.nbytes + OVERHEAD
         if self._budget is not None and nbytes > self._budget:
             return Refused(f"a file of {nbytes} bytes is larger than the budget, {self._budget}")
-        try:
-            with self._directory.writing(item.key) as alone:
-                if not alone:
-                    return Refused("another thread is writing it")
-                with self._changing(deadline) as index:
-                    outcome = self._reserve(index, item, nbytes)
-                if outcome is None:
-                    self._directory.write(item, deadline)
-        finally:
-            self._settle_soon(deadline)
+        with self._directory.writing(item.key) as alone:
+            if not alone:
+                return Refused("another thread is writing it")
+            with self._changing(deadline) as index:
+                outcome = self._reserve(index, item, nbytes)
+            if outcome is None:
+                self._directory.write(item, deadline)
         return Stored() if outcome is None else outcome
 
     def _settle_soon(self, deadline: Deadline) -> None:
@@ -175,6 +184,7 @@ class FileStore(Store):
     def _reserve(self, index: Index, item: Item, nbytes: int) -> PutOutcome | None:
         """Take bytes of the budget for an item; return None if it is to be written."""
         directory, key = self._directory, item.key
+        directory.settle(index, key)
         writer = index.writer_of(key)
         if writer and directory.reclaim(index, writer):
             writer = index.writer_of(key)
@@ -199,7 +209,7 @@ class FileStore(Store):
         # Files go before the transaction ends. Otherwise a process killed in between would leave
         # files that no row accounts for.
         while (excess := index.totals()[1] + incoming - self._budget) > 0:
-            victims = index.oldest(_VICTIMS)
+            victims = self._victims(index)
             if not victims:
                 return False
             for key, nbytes in victims:
@@ -210,6 +220,19 @@ class FileStore(Store):
                 if excess <= 0:
                     break
         return True
+
+    def _victims(self, index: Index) -> list[tuple[Key, int]]:
+        """Return keys and bytes of the next entries to give up."""
+        candidates = self._candidates
+        if candidates is not None:
+            for entry in index.used_since(candidates.latest):
+                candidates.note(entry)
+            while (key := candidates.evict()) is not None:
+                nbytes = index.nbytes_of(key)
+                if nbytes is not None:  # else another process was faster
+                    return [(key, nbytes)]
+        # Also of what a policy chose and a transaction that failed has kept.
+        return index.oldest(_VICTIMS)
 
     def _delete(self, keys: Sequence[Key], deadline: Deadline) -> Sequence[DeleteOutcome]:
         with self._changing(deadline) as index:
@@ -272,7 +295,7 @@ def _read_frame(descriptor: int, key: Key, nbytes: int, deadline: Deadline) -> H
     frame = IncomingFrame(key, nbytes)
     start = 0
     while start < nbytes:
-        count = os.readv(descriptor, [frame.buffer[start : start + PIECE_NBYTES]])
+        count = os.readv(descriptor, [frame.buffer[start : start + _READ_NBYTES]])
         if not count:  # truncated meanwhile
             break
         frame.received(count)

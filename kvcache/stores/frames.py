@@ -30,8 +30,8 @@ _SUM_NBYTES = 16
 OVERHEAD = _HEADER.size + _SUM_NBYTES
 """Bytes of a frame beside its value."""
 HEADER_NBYTES = _HEADER.size
-PIECE_NBYTES = 1 << 18
-"""Bytes hashed at a time, which the processor still has in its cache when they are copied."""
+PIECE_NBYTES = 1 << 22
+"""Bytes of a piece at most: enough that the calls that move pieces cost little."""
 
 
 def framed(item: Item) -> Iterator[memoryview]:

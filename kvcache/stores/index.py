@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvcache.errors import StoreError
 
@@ -44,6 +44,9 @@ CREATE TRIGGER removed AFTER DELETE ON entries BEGIN
     UPDATE total SET entries = entries - 1, nbytes = nbytes - OLD.nbytes;
 END;
 """
+
+
+_COLUMNS = "key, nbytes, layout, parent, start, stop, used, uses"
 
 
 class File(NamedTuple):
@@ -137,6 +140,21 @@ class Index:
             (_READY, limit),
         ).fetchall()
 
+    def used_since(self, moment: float) -> list[Entry]:
+        """Return all entries that were put or used at `moment` or later."""
+        rows = self._connection.execute(
+            f"SELECT {_COLUMNS} FROM entries WHERE state = ? AND used >= ? ORDER BY used",  # noqa: S608
+            (_READY, moment),
+        )
+        return [_entry(row) for row in rows]
+
+    def nbytes_of(self, key: Key) -> int | None:
+        """Return the bytes of the file of an entry, None without one."""
+        row = self._connection.execute(
+            "SELECT nbytes FROM entries WHERE key = ? AND state = ?", (key, _READY)
+        ).fetchone()
+        return None if row is None else row[0]
+
     def unfinished_of(self, writer: str) -> list[Key]:
         """Return the keys that a writer has begun to write."""
         rows = self._connection.execute(
@@ -158,11 +176,10 @@ class Index:
     def entries_after(self, key: Key, limit: int) -> list[Entry]:
         """Return the entries behind `key`, in the order of keys; `nbytes` are of their files."""
         rows = self._connection.execute(
-            "SELECT key, nbytes, layout, parent, start, stop, used, uses FROM entries "
-            "WHERE key > ? AND state = ? ORDER BY key LIMIT ?",
+            f"SELECT {_COLUMNS} FROM entries WHERE key > ? AND state = ? ORDER BY key LIMIT ?",  # noqa: S608
             (key, _READY, limit),
         )
-        return [Entry(row[0], row[1], Label(*row[2:6]), *row[6:]) for row in rows]
+        return [_entry(row) for row in rows]
 
     # Changes, inside of `changing`.
 
@@ -210,6 +227,10 @@ class Index:
                 self.adopt(file)
         for key in known - present:
             self.remove(key)
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    return Entry(row[0], row[1], Label(*row[2:6]), *row[6:])
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from kvcache._checks import as_budget
 from kvcache._locks import Lock
 
 from .base import Store
+from .eviction import Candidates, Policy
 from .outcomes import (
     Buffer,
     ContainsOutcome,
@@ -42,19 +43,21 @@ class _Held(NamedTuple):
 
 
 class MemoryStore(Store):
-    """Values in host memory, the least recently used of them given up first.
+    """Values in host memory, within a budget.
 
-    budget: bytes of values, None for no limit.
+    budget: bytes of values, None for no limit. policy: chooses what to give up, such as a new
+    ``kvcache.prefix.policies.Cost()``; None for the least recently used.
 
     A value is copied once, when it is put; all reads share that copy, read-only, which lives as
     long as one of them.
     """
 
-    def __init__(self, budget: SupportsIndex | None = None) -> None:
+    def __init__(self, budget: SupportsIndex | None = None, policy: Policy | None = None) -> None:
         super().__init__()
         self._budget = as_budget(budget, "bytes of values")
         self._held: OrderedDict[Key, _Held] = OrderedDict()  # the least recently used first
         self._nbytes = 0
+        self._candidates = None if policy is None else Candidates(policy)
         self._lock = Lock()
 
     def __repr__(self) -> str:
@@ -68,8 +71,9 @@ class MemoryStore(Store):
             held = self._held.get(key)
             if held is None:
                 return Miss()
-            self._held[key] = held._replace(used=time.time(), uses=held.uses + 1)
+            self._held[key] = held = held._replace(used=time.time(), uses=held.uses + 1)
             self._held.move_to_end(key)
+            self._note(key, held)
         return Hit(held.value, held.label)
 
     def _put(self, items: Sequence[Item], deadline: Deadline) -> list[PutOutcome]:
@@ -87,14 +91,16 @@ class MemoryStore(Store):
         with self._lock:
             self._remove(item.key)  # of a thread that was faster
             self._evict(nbytes)
-            self._held[item.key] = _Held(value, item.label, time.time(), 0)
+            self._held[item.key] = held = _Held(value, item.label, time.time(), 0)
             self._nbytes += nbytes
+            self._note(item.key, held)
         return Stored()
 
     def _evict(self, incoming: int) -> None:
         """Remove entries until there is room for so many bytes."""
         while self._budget is not None and self._nbytes + incoming > self._budget:
-            self._remove(next(iter(self._held)))
+            chosen = None if self._candidates is None else self._candidates.evict()
+            self._remove(next(iter(self._held)) if chosen is None else chosen)
             self._evicted(1)
 
     def _remove(self, key: Key) -> bool:
@@ -102,7 +108,13 @@ class MemoryStore(Store):
         if held is None:
             return False
         self._nbytes -= held.value.nbytes
+        if self._candidates is not None:
+            self._candidates.remove(key)
         return True
+
+    def _note(self, key: Key, held: _Held) -> None:
+        if self._candidates is not None:
+            self._candidates.note(Entry(key, held.value.nbytes, held.label, held.used, held.uses))
 
     def _contains(self, keys: Sequence[Key], deadline: Deadline) -> list[ContainsOutcome]:
         with self._lock:

@@ -59,6 +59,7 @@ class ObjectStore(Store):
     def __init__(self, url: str, **options: object) -> None:
         super().__init__()
         self._system, self._root = _opened(url, options)
+        self._made: set[str] = set()
         self._workers = Workers()
 
     def __repr__(self) -> str:
@@ -83,16 +84,30 @@ class ObjectStore(Store):
 
     def _write(self, item: Item) -> PutOutcome:
         if not self._exists(item.key):
+            self._make_parent(item.key)
             try:
                 self._upload(item)
-            except FileNotFoundError:  # of systems with directories
-                self._system.makedirs(self._parent(item.key), exist_ok=True)
-                self._upload(item)
+            except FileNotFoundError:
+                self._made.clear()  # somebody removed folders
+                raise
         return Stored()
 
+    def _make_parent(self, key: Key) -> None:
+        """Make the folder of an object once, where there are folders."""
+        # Before the upload: fsspec moves a local file by copying it if there is no folder at first.
+        parent = self._parent(key)
+        if parent not in self._made:
+            self._system.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+
     def _upload(self, item: Item) -> None:
-        # Under its name when it is whole, where the system can do that.
-        file = self._system.open(self._path(item.key), "wb", autocommit=False)
+        """Write an object that nobody sees before it is whole, where the system can do that."""
+        path = self._path(item.key)
+        # Object stores take one in a call. In memory, an open file is there from the beginning.
+        if self._system.async_impl or self._system.protocol == "memory":
+            self._system.pipe_file(path, b"".join(framed(item)))
+            return
+        file = self._system.open(path, "wb", autocommit=False)
         try:
             with file:
                 for piece in framed(item):

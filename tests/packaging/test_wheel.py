@@ -48,7 +48,7 @@ def test_core_dependencies_are_few_and_no_framework(metadata):
     fields = message_from_string((metadata / "METADATA").read_text())
     core = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
     names = sorted(line.split(">")[0] for line in core)
-    assert names == ["array-api-compat", "ml-dtypes", "numpy", "safetensors"]
+    assert names == ["array-api-compat", "ml-dtypes", "numpy", "safetensors", "xxhash"]
 
 
 def test_command_line_is_installed_and_no_backend_is_an_entry_point(metadata):

@@ -98,7 +98,8 @@ class RunningServer:
         self.process.send_signal(signal.SIGSTOP)
         # The signal is on its way; the state in /proc tells when it has arrived.
         stat = Path(f"/proc/{self.process.pid}/stat")
-        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it stops")
+        if stat.exists():  # on Linux
+            wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it stops")
 
     def go_on(self):
         self.process.send_signal(signal.SIGCONT)

@@ -10,6 +10,7 @@ from redis.connection import AbstractConnection, Connection, parse_url
 from redis.exceptions import RedisError
 
 from kvcache._locks import Lock
+from kvcache.errors import StoreError
 from kvcache.stores.outcomes import Deadline
 
 from .breaker import Breaker
@@ -17,6 +18,16 @@ from .wire import Replies
 
 _POOL_OPTIONS = ("max_connections", "timeout")
 """Options of URLs that are about the client's own pools."""
+_OWN_OPTIONS = {
+    "parser_class": Replies,
+    "protocol": 2,
+    "decode_responses": False,
+    "driver_info": None,  # or each connection would begin with two more commands
+    "retry": None,
+    "retry_on_timeout": False,
+    "health_check_interval": 0,
+}
+"""Whatever the URL says."""
 _IDLE = 16
 """Connections kept for later calls, per server."""
 
@@ -24,28 +35,21 @@ _IDLE = 16
 class Address:
     """All that a URL tells of connections: to its server, and to the others of a cluster.
 
-    Raises: ValueError for what is no URL of a server.
+    Raises: StoreError for what is no URL of a server.
     """
 
     def __init__(self, url: str) -> None:
-        options: dict[str, Any] = parse_url(url)
-        for name in _POOL_OPTIONS:
-            options.pop(name, None)
-        self._kind: type[AbstractConnection] = options.pop("connection_class", Connection)
-        self._options = options | {
-            "parser_class": Replies,
-            "protocol": 2,
-            "decode_responses": False,
-            "driver_info": None,  # or each connection would begin with two more commands
-            "retry": None,
-            "retry_on_timeout": False,
-            "health_check_interval": 0,
-        }
         try:
+            self._options: dict[str, Any] = parse_url(url)
+            for name in _POOL_OPTIONS:
+                self._options.pop(name, None)
+            self._kind: type[AbstractConnection] = self._options.pop("connection_class", Connection)
+            self._options |= _OWN_OPTIONS
             self.new_connection()
-        except Exception as error:
-            raise ValueError(
-                f"the client redis refuses the options of the URL: {error}. "
+        except Exception as error:  # whatever the client and its options raise
+            # Without the URL, which may hold a password.
+            raise StoreError(
+                f"the client redis refuses the URL: {error}. "
                 "Give redis://[user:password@]host:port/database."
             ) from error
 

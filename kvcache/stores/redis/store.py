@@ -57,7 +57,7 @@ class RedisStore(Store):
     before the first call. After three calls in a row without an answer, a server is asked only
     now and then, until it answers.
 
-    Raises: ValueError for a wrong URL or option.
+    Raises: StoreError for a wrong URL, ValueError for a wrong option.
     """
 
     def __init__(
