@@ -124,8 +124,8 @@ class RunningServer:
 
 
 _CLUSTER_OPTIONS = (
-    *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
-    *("--cluster-require-full-coverage", "no", "--cluster-config-file", "nodes.conf"),
+    *("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no"),
+    *("--cluster-config-file", "nodes.conf", "--cluster-node-timeout"),
 )
 
 
@@ -133,8 +133,11 @@ class RunningCluster:
     """Three masters, with a replica each if wanted."""
 
     def __init__(self, kind, directory, replicas=False):
+        # Without replicas nothing is to be done about a master that is gone, and on a busy machine
+        # the others would seem to be gone too.
+        timeout = "1000" if replicas else "15000"
         self.servers = [
-            RunningServer(kind, directory / str(number), *_CLUSTER_OPTIONS)
+            RunningServer(kind, directory / str(number), *_CLUSTER_OPTIONS, timeout)
             for number in range(6 if replicas else 3)
         ]
         self.masters = self.servers[:3]

@@ -20,6 +20,7 @@ from .servers import Proxy, RunningCluster, RunningServer, running, wait_for
 from .values import is_right, item_of, key_of, value_of
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+AT_LENGTH = pytest.mark.skipif(not THOROUGH, reason="runs with HYPOTHESIS_PROFILE=thorough")
 CHUNK = 1 << 16
 LARGE = 40 * CHUNK
 SOON = 0.15
@@ -243,7 +244,7 @@ def test_a_master_killed_under_load(cluster):
                 continue
             outcome = get_one(store, number, Deadline.after(0.5))
             if isinstance(outcome, Unavailable):
-                failed.append(number)
+                failed.append((number, outcome.reason))
             elif outcome != Miss() and not is_right(outcome, number):
                 wrong.append(outcome)
 
@@ -268,7 +269,7 @@ def test_a_master_killed_under_load(cluster):
             for thread in threads:
                 thread.join()
     assert wrong == []
-    assert set(failed) <= set(numbers[8:])
+    assert [failure for failure in failed if failure[0] not in numbers[8:]] == []
 
 
 def test_keys_that_have_moved(cluster):
@@ -315,7 +316,7 @@ def test_a_single_server_is_no_cluster(redis_server):
     assert "no server has slot" in outcome.reason
 
 
-@pytest.mark.skipif(not THOROUGH, reason="takes half a minute: HYPOTHESIS_PROFILE=thorough")
+@AT_LENGTH
 def test_replicas_take_over(tmp_path):
     with running(RunningCluster, "redis", tmp_path, True) as cluster:
         numbers = range(30)
@@ -339,12 +340,13 @@ def test_replicas_take_over(tmp_path):
 
 
 def process_under_load(url, seed, seconds, results):
+    """Call the store for so many seconds, but 60 times at least."""
     choices = random.Random(seed)
     troubles = []
     calls = 0
     end = time.monotonic() + seconds
     with RedisStore(url, chunk_nbytes=CHUNK) as store:
-        while time.monotonic() < end:
+        while calls < 60 or time.monotonic() < end:
             number = choices.randrange(30)
             nbytes = 3 * CHUNK + number
             kind = choices.randrange(10)
@@ -359,16 +361,16 @@ def process_under_load(url, seed, seconds, results):
             calls += 1
             if not fine:
                 troubles.append(f"{kind} of {number}: {outcome}")
-        results.put((calls, troubles, store.stats.hits))
+        results.put((troubles, store.stats.hits))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["redis_server", "redis_cluster"])
+@pytest.mark.parametrize("server", ["redis_server", pytest.param("redis_cluster", marks=AT_LENGTH)])
 def test_eight_processes_under_load(server, request):
     server = request.getfixturevalue(server)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    seconds = 60 if THOROUGH else 1
+    seconds = 60 if THOROUGH else 0
     processes = [
         context.Process(target=process_under_load, args=(server.url, seed, seconds, results))
         for seed in range(8)
@@ -379,5 +381,5 @@ def test_eight_processes_under_load(server, request):
     for process in processes:
         process.join()
     server.clear()
-    assert [troubles for _, troubles, _ in reports if troubles] == []
-    assert all(hits > 0 for _, _, hits in reports)
+    assert [troubles for troubles, _ in reports if troubles] == []
+    assert sum(hits for _, hits in reports) > 100
