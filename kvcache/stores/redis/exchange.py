@@ -249,6 +249,8 @@ class _Exchange:
         opened: list[Line] = []
         for node in {line.node for line in self._waiting_lines()}:
             count = sum(line.node is node for line in self.lines)
+            if count >= self._limits[node]:
+                continue
             large = sum(command.nbytes > _LARGE for command in self._queues[node])
             try:
                 for _ in range(min(self._limits[node], count + large) - count):

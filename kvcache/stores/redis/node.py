@@ -79,6 +79,7 @@ class Node:
         self.port = port or address.port
         self.breaker = Breaker()
         self._idle: list[AbstractConnection] = []
+        self._closed = False
         self._process = os.getpid()
         self._lock = Lock()
 
@@ -99,13 +100,15 @@ class Node:
     def give_back(self, connection: AbstractConnection) -> None:
         """Take a connection back that waits for no reply."""
         with self._lock:
-            if len(self._idle) < _IDLE and connection.pid == os.getpid():
+            own = connection.pid == os.getpid()
+            if own and len(self._idle) < _IDLE and not self._closed:
                 self._idle.append(connection)
                 return
         connection.disconnect()
 
     def close(self) -> None:
-        """End the connections that are not in use."""
+        """End the connections, those in use when they are given back."""
+        self._closed = True
         while (connection := self._pop()) is not None:
             connection.disconnect()
 
