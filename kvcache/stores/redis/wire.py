@@ -27,7 +27,7 @@ Follow: TypeAlias = "Callable[[], Sequence[Command]]"
 
 _ROOM_NBYTES = 1 << 16
 """Bytes received at a time where no large reply is under way; lines are shorter."""
-_PIECE_NBYTES = 1 << 18
+_PIECE_NBYTES = 1 << 19
 """Bytes received, sent and hashed at a time: the processor still has them in its cache."""
 _MAX_UNASKED_NBYTES = 1 << 26
 """Larger replies, except those that a sink receives, are foreign and are thrown away."""
