@@ -69,12 +69,14 @@ def main(directory, processes, calls):
             os._exit(bool(wrong))
         children.append(child)
     running = set(children)
-    while running:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        running.discard(child)
-        if child and status:
-            print(f"a process ended with {status}")
     with FileStore(directory, BUDGET) as store:
+        while running:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            running.discard(child)
+            if child and status:
+                print(f"a process ended with {status}")
+            if (usage := store.usage()).nbytes > BUDGET:
+                print(f"too much: {usage}")
         usage, nbytes = store.usage(), nbytes_of(directory)
     if not isinstance(usage, Usage) or nbytes != usage.nbytes or nbytes > BUDGET:
         print(f"{nbytes} bytes are there, {usage}")

@@ -129,6 +129,15 @@ def test_a_value_that_another_process_writes_is_left_to_it(place):
         assert two.put([item_of(1)]) == [Stored()]
 
 
+def test_what_another_thread_writes_keeps_its_account(place):
+    with FileStore(place) as store:
+        store.put([item_of(0)])
+        with peek.writing(store, item_of(1)):
+            store.put([item_of(2)])
+            assert store.usage().entries == 3
+        assert store.usage().entries == 2  # it wrote no file
+
+
 def test_the_oldest_use_goes_first_whoever_used_it(place):
     size = 1000
     budget = 3 * (size + 144)
@@ -330,6 +339,23 @@ def test_ctrl_c_in_a_put_leaves_nothing(place, monkeypatch):
 
 
 # Damage.
+
+
+def test_a_whole_file_that_came_meanwhile_is_not_removed(place, monkeypatch):
+    with FileStore(place) as store:
+        store.put([item_of(1)])
+        path = path_of(place, 1)
+        whole = path.with_name("whole")
+        whole.write_bytes(path.read_bytes())
+
+        def ends_early(descriptor, buffers):
+            whole.replace(path)  # by another process
+            return 0
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "readv", ends_early)
+            assert isinstance(store.get([key_of(1)])[0], Corrupt)
+        assert is_right(store.get([key_of(1)])[0], 1)
 
 
 def test_damage_is_told_once(place, caplog):
