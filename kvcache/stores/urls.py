@@ -16,8 +16,10 @@ from .objects import ObjectStore
 def open_store(url: str | Store, **options: object) -> Store:
     """Return the store of a URL; a store as it is.
 
-    ``file:///var/cache/kv`` is a :class:`FileStore`, ``memory:`` a :class:`MemoryStore`, and any
-    other one an :class:`ObjectStore`. options: of that class, such as `budget`.
+    ``file:///var/cache/kv`` is a :class:`FileStore`, ``memory:`` a :class:`MemoryStore`,
+    ``redis://host:port``, ``rediss://`` (TLS), ``unix://path`` or
+    ``redis+cluster://host:port,host:port`` a ``kvcache.stores.redis.RedisStore``, and any other one
+    an :class:`ObjectStore`. options: of that class, such as `budget`.
 
     Raises: StoreError for a URL that leads to no store; TypeError for no URL, or for options that
         the store does not have.
@@ -47,4 +49,20 @@ def _open_memory(url: str, **options: object) -> Store:
     return MemoryStore(**options)  # type: ignore[arg-type]
 
 
-_OPENERS: dict[str, Callable[..., Store]] = {"file": _open_files, "memory": _open_memory}
+def _open_servers(url: str, **options: object) -> Store:
+    try:
+        from .redis import RedisStore
+    except ImportError as error:
+        raise StoreError(str(error)) from error
+    return RedisStore(url, **options)  # type: ignore[arg-type]
+
+
+_OPENERS: dict[str, Callable[..., Store]] = {
+    "file": _open_files,
+    "memory": _open_memory,
+    "redis": _open_servers,
+    "redis+cluster": _open_servers,
+    "rediss": _open_servers,
+    "rediss+cluster": _open_servers,
+    "unix": _open_servers,
+}
