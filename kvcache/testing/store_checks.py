@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TypeAlias
 
 from kvcache.stores import (
@@ -17,7 +14,6 @@ from kvcache.stores import (
     Entry,
     Hit,
     Item,
-    Label,
     Miss,
     Present,
     Refused,
@@ -28,25 +24,7 @@ from kvcache.stores import (
 )
 from kvcache.stores.outcomes import Buffer
 
-Change: TypeAlias = Callable[[bytes], bytes]
-"""Returns other bytes in place of those that lie in a store."""
-
-
-@dataclass(frozen=True)
-class StoreSubject:
-    """A store under test.
-
-    open: makes a store of a budget in bytes, None for no limit; all of one subject are of one
-        place, empty at first. persistent: what one has put, the next one finds.
-    has_budget: whether it holds one; else `open` is given None only.
-    damage: changes the bytes that lie in a store under a key; None where nobody can.
-    """
-
-    open: Callable[[int | None], Store]
-    persistent: bool = True
-    has_budget: bool = True
-    damage: Callable[[Store, bytes, Change], None] | None = None
-
+from .store_subject import Change, StoreSubject, expect_value, item_of, key_of, opened, value_of
 
 StoreCheck: TypeAlias = Callable[[StoreSubject], None]
 """Raises, whatever it may be, unless the store keeps a rule."""
@@ -61,47 +39,15 @@ def _check(function: StoreCheck) -> StoreCheck:
     return function
 
 
-def key_of(number: int) -> bytes:
-    """Return a key."""
-    return hashlib.sha256(b"key %d" % number).digest()
-
-
-def value_of(number: int, nbytes: int = 1000) -> bytes:
-    """Return bytes that no other number has."""
-    return random.Random(number).randbytes(nbytes)  # noqa: S311 - the same in every process
-
-
-def item_of(number: int, nbytes: int = 1000) -> Item:
-    """Return an item of a key of its own, in two buffers, with a label of its own."""
-    value = value_of(number, nbytes)
-    label = Label(key_of(-1), key_of(number - 1), number, number + 1)
-    return Item(key_of(number), [value[: nbytes // 3], value[nbytes // 3 :]], label)
-
-
-@contextmanager
-def _opened(subject: StoreSubject, budget: int | None = None) -> Iterator[Store]:
-    store = subject.open(budget)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _expect_value(outcome: object, number: int, nbytes: int = 1000) -> None:
-    """Check that an outcome is the value of a number."""
-    assert isinstance(outcome, Hit), f"a value was put under the key; got {outcome}"
-    assert bytes(outcome.value) == value_of(number, nbytes), "the value is another one"
-
-
 @_check
 def values_come_back(subject: StoreSubject) -> None:
     """A read gives the concatenation of the buffers that were put, of any size, and the label."""
     items = [item_of(number, nbytes) for number, nbytes in enumerate(_SIZES)]
-    with _opened(subject) as store:
+    with opened(subject) as store:
         assert store.put(items) == [Stored()] * len(items)
         outcomes = store.get([item.key for item in items])
         for number, (item, nbytes, outcome) in enumerate(zip(items, _SIZES, outcomes, strict=True)):
-            _expect_value(outcome, number, nbytes)
+            expect_value(outcome, number, nbytes)
             assert isinstance(outcome, Hit)
             assert outcome.label == item.label, "the label is another one"
 
@@ -109,7 +55,7 @@ def values_come_back(subject: StoreSubject) -> None:
 @_check
 def values_are_read_only_bytes(subject: StoreSubject) -> None:
     """A value is a flat, read-only memoryview of bytes that later calls do not change."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1)])
         [outcome] = store.get([key_of(1)])
         assert isinstance(outcome, Hit)
@@ -126,11 +72,11 @@ def values_are_read_only_bytes(subject: StoreSubject) -> None:
 def buffers_are_free_after_put(subject: StoreSubject) -> None:
     """A store holds no buffer of its caller: what happens to it later changes no value."""
     buffer = bytearray(value_of(1))
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([Item(key_of(1), [buffer])])
         buffer[:] = bytes(len(buffer))
         [outcome] = store.get([key_of(1)])
-        _expect_value(outcome, 1)
+        expect_value(outcome, 1)
 
 
 @_check
@@ -143,16 +89,16 @@ def buffers_of_any_format(subject: StoreSubject) -> None:
         view[1024:2048].cast("B", (32, 32)),
         bytearray(view[2048:]),
     ]
-    with _opened(subject) as store:
+    with opened(subject) as store:
         assert store.put([Item(key_of(1), buffers)]) == [Stored()]
         [outcome] = store.get([key_of(1)])
-        _expect_value(outcome, 1, 4096)
+        expect_value(outcome, 1, 4096)
 
 
 @_check
 def outcomes_in_order(subject: StoreSubject) -> None:
     """Each key of a call has an outcome, in their order, also one that comes twice."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         assert store.get([]) == store.put([]) == store.contains([]) == store.delete([]) == []
         store.put([item_of(1), item_of(3)])
         keys = [key_of(number) for number in (3, 2, 1, 3)]
@@ -161,7 +107,7 @@ def outcomes_in_order(subject: StoreSubject) -> None:
             if number is None:
                 assert outcome == Miss()
             else:
-                _expect_value(outcome, number)
+                expect_value(outcome, number)
         assert store.contains(keys) == [Present(), Miss(), Present(), Present()]
         assert store.delete(keys[:2]) == [Deleted(), Miss()]
         assert store.contains(keys) == [Miss(), Miss(), Present(), Miss()]
@@ -170,29 +116,29 @@ def outcomes_in_order(subject: StoreSubject) -> None:
 @_check
 def deleted_is_gone(subject: StoreSubject) -> None:
     """What was deleted is missed, and can be put again."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1)])
         assert store.delete([key_of(1)]) == [Deleted()]
         assert store.delete([key_of(1)]) == [Miss()]
         assert store.get([key_of(1)]) == [Miss()]
         assert store.put([item_of(1)]) == [Stored()]
-        _expect_value(store.get([key_of(1)])[0], 1)
+        expect_value(store.get([key_of(1)])[0], 1)
 
 
 @_check
 def put_again_is_stored(subject: StoreSubject) -> None:
     """A key that is there may be put again; there is one entry."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         assert store.put([item_of(1)]) == [Stored()]
         assert store.put([item_of(1)]) == [Stored()]
-        _expect_value(store.get([key_of(1)])[0], 1)
+        expect_value(store.get([key_of(1)])[0], 1)
         assert len(list(store.entries())) == 1
 
 
 @_check
 def entries_are_listed(subject: StoreSubject) -> None:
     """`entries` gives the key, size and label of everything that is there, and nothing else."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         assert list(store.entries()) == []
         store.put([item_of(number, 100 + number) for number in range(_MANY)])
         store.delete([key_of(0)])
@@ -213,7 +159,7 @@ def _expect_entry(entry: Entry, number: int) -> None:
 @_check
 def wrong_arguments_are_refused(subject: StoreSubject) -> None:
     """Keys that are no digests raise TypeError or ValueError, and are no outcomes."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         calls: list[Callable[[list[bytes]], object]] = [
             store.get,
             store.contains,
@@ -237,7 +183,7 @@ def _expect_error(kind: type[Exception], call: Callable[[], object]) -> None:
 @_check
 def passed_deadlines_change_nothing(subject: StoreSubject) -> None:
     """After its deadline a call finds the store unavailable, has changed nothing, and counts it."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1)])
         late = Deadline.after(-1)
         for outcome in (
@@ -255,7 +201,7 @@ def passed_deadlines_change_nothing(subject: StoreSubject) -> None:
 @_check
 def closed_stores_are_unavailable(subject: StoreSubject) -> None:
     """A closed store raises nothing, and closing twice is fine."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1)])
         store.close()
         assert isinstance(store.get([key_of(1)])[0], Unavailable)
@@ -268,7 +214,7 @@ def closed_stores_are_unavailable(subject: StoreSubject) -> None:
 @_check
 def outcomes_are_counted(subject: StoreSubject) -> None:
     """`stats` counts keys by outcome, and the bytes of values."""
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1), item_of(2)])
         store.get([key_of(1), key_of(2), key_of(3)])
         stats = store.stats
@@ -284,7 +230,7 @@ def budget_is_held(subject: StoreSubject) -> None:
     if not subject.has_budget:
         return
     budget = 50_000
-    with _opened(subject, budget) as store:
+    with opened(subject, budget) as store:
         assert isinstance(store.put([item_of(0, budget + 1)])[0], Refused)
         for number in range(_MANY):
             assert store.put([item_of(number, 3000)]) == [Stored()]
@@ -302,11 +248,11 @@ def used_entries_stay(subject: StoreSubject) -> None:
     """Of entries that must go, those that were read lately stay longer."""
     if not subject.has_budget:
         return
-    with _opened(subject, 50_000) as store:
+    with opened(subject, 50_000) as store:
         for number in range(_MANY):
             store.put([item_of(number, 3000)])
             store.get([key_of(0)])
-        _expect_value(store.get([key_of(0)])[0], 0, 3000)
+        expect_value(store.get([key_of(0)])[0], 0, 3000)
         assert store.contains([key_of(1)]) == [Miss()]
 
 
@@ -315,7 +261,7 @@ def threads_read_whole_values(subject: StoreSubject) -> None:
     """Threads that put, get and delete the same keys read whole values or none."""
     troubles: list[object] = []
     budget = 100_000 if subject.has_budget else None
-    with _opened(subject, budget) as store:
+    with opened(subject, budget) as store:
 
         def work(seed: int) -> None:
             try:
@@ -356,11 +302,11 @@ def values_survive_reopening(subject: StoreSubject) -> None:
     """What one store object has put, the next one of the same place finds."""
     if not subject.persistent:
         return
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1), item_of(2)])
         store.delete([key_of(2)])
-    with _opened(subject) as store:
-        _expect_value(store.get([key_of(1)])[0], 1)
+    with opened(subject) as store:
+        expect_value(store.get([key_of(1)])[0], 1)
         assert store.get([key_of(2)]) == [Miss()]
         assert [entry.key for entry in store.entries()] == [key_of(1)]
 
@@ -370,9 +316,9 @@ def two_stores_share_a_place(subject: StoreSubject) -> None:
     """Two store objects of one place see what the other puts and deletes, at once."""
     if not subject.persistent:
         return
-    with _opened(subject) as one, _opened(subject) as two:
+    with opened(subject) as one, opened(subject) as two:
         one.put([item_of(1)])
-        _expect_value(two.get([key_of(1)])[0], 1)
+        expect_value(two.get([key_of(1)])[0], 1)
         two.delete([key_of(1)])
         assert one.get([key_of(1)]) == [Miss()]
 
@@ -403,7 +349,7 @@ def damage_is_never_read(subject: StoreSubject) -> None:
     """A damaged value is an outcome :class:`Corrupt`, once; it is removed and can be put again."""
     if subject.damage is None:
         return
-    with _opened(subject) as store:
+    with opened(subject) as store:
         for count, (name, change) in enumerate(_DAMAGES.items(), start=1):
             store.put([item_of(1, 50_000)])
             subject.damage(store, key_of(1), change)
@@ -412,7 +358,7 @@ def damage_is_never_read(subject: StoreSubject) -> None:
             assert store.stats.corrupt == count
             assert store.get([key_of(1)]) == [Miss()], f"{name}: what is damaged is removed"
         store.put([item_of(1, 50_000)])
-        _expect_value(store.get([key_of(1)])[0], 1, 50_000)
+        expect_value(store.get([key_of(1)])[0], 1, 50_000)
 
 
 @_check
@@ -420,7 +366,7 @@ def swapped_values_are_never_read(subject: StoreSubject) -> None:
     """A whole value that lies under the key of another one is :class:`Corrupt`."""
     if subject.damage is None:
         return
-    with _opened(subject) as store:
+    with opened(subject) as store:
         store.put([item_of(1), item_of(2)])
         taken: list[bytes] = []
 

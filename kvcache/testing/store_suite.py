@@ -9,7 +9,8 @@ import pytest
 
 from kvcache.stores import Store
 
-from .store_checks import STORE_CHECKS, Change, StoreCheck, StoreSubject
+from .store_checks import STORE_CHECKS, StoreCheck
+from .store_subject import Change, StoreSubject
 
 
 class StoreSuite:

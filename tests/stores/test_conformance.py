@@ -17,7 +17,8 @@ from kvcache.stores import (
     Unavailable,
 )
 from kvcache.testing import StoreSuite
-from kvcache.testing.store_checks import STORE_CHECKS, StoreSubject
+from kvcache.testing.store_checks import STORE_CHECKS
+from kvcache.testing.store_subject import StoreSubject
 
 
 def damage_file(store, key, change):
