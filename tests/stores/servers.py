@@ -133,13 +133,20 @@ class RunningCluster:
     """Three masters, with a replica each if wanted."""
 
     def __init__(self, kind, directory, replicas=False):
+        self.servers = []
+        try:
+            self._begin(kind, directory, replicas)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _begin(self, kind, directory, replicas):
         # Without replicas nothing is to be done about a master that is gone, and on a busy machine
         # the others would seem to be gone too.
         timeout = "1000" if replicas else "15000"
-        self.servers = [
-            RunningServer(kind, directory / str(number), *_CLUSTER_OPTIONS, timeout)
-            for number in range(6 if replicas else 3)
-        ]
+        for number in range(6 if replicas else 3):
+            server = RunningServer(kind, directory / str(number), *_CLUSTER_OPTIONS, timeout)
+            self.servers.append(server)
         self.masters = self.servers[:3]
         first = self.masters[0]
         for number, master in enumerate(self.masters):
