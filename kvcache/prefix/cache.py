@@ -188,9 +188,8 @@ class PrefixCache:
     ) -> None:
         """Store `tokens` from per-layer `caches` that no session has, and take these over.
 
-        For requests in a batch, say: its ``split()`` gives the caches of each.
-
-        tokens: ids of all that the caches hold. salt, media: as for :meth:`session`.
+        tokens: ids of all that the caches hold; these may be a row of ``split()`` of a batch.
+        salt, media: as for :meth:`session`.
 
         Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
             another number of tokens, or padded. Nothing has changed then.
@@ -358,13 +357,14 @@ class PrefixCache:
             return render(self._trees, self._index.nbytes, decode, svg, width)
 
     def trim(self, nbytes: int) -> None:
-        """Evict until no more than `nbytes` are stored, or all that is left is in use, once.
+        """Evict until no more than `nbytes` are stored, or only what is in use; keep the budget.
 
         Raises: ValueError, TypeError for no number of bytes.
         """
-        target, index, budget = as_index(nbytes, "nbytes"), self._index, self._index.budget
+        target, index = as_index(nbytes, "nbytes"), self._index
         with self._changing():
             self._end_dropped()
+            budget = index.budget
             try:
                 index.budget = target if budget is None else min(target, budget)
                 index.trim(self._clock())
