@@ -195,7 +195,8 @@ class TorchBackend(Backend):
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         kind = arrays[0].dtype
-        detached, numbers = [array.detach() for array in arrays], _SUBSTITUTES[kind][len(arrays) > 1]
+        detached = [array.detach() for array in arrays]
+        numbers = _SUBSTITUTES[kind][min(len(arrays), 2) - 1]
         numbers += numbers[1:] * (len(arrays) - 2)  # further arrays are like values
         if not numbers:
             return tuple(detached)
