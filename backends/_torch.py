@@ -184,7 +184,8 @@ class TorchBackend(Backend):
         return np.array(bits.view(HOST_DTYPES[name]))
 
     def import_dlpack(self, array: object) -> NativeArray:
-        return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+        tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+        return tensor.to(self.device)  # itself if it is there
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # On CPU a look is cheap. Elsewhere it would wait for the device.
