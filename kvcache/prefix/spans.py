@@ -64,6 +64,7 @@ class Span(Generic[P]):
     """
 
     __slots__ = (
+        "__weakref__",
         "children",
         "media",
         "node",
