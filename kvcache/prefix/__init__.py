@@ -12,14 +12,18 @@
 ``radix``       a radix tree over token ids
 ``trie``        per-layer caches by the tokens they hold
 ``events``      stored and removed blocks, for routers
+``block_hashes``  their names, as vLLM makes them
+``publishing``  events over ZeroMQ
 ``metrics``     statistics for Prometheus
 ``render``      a drawing of the tree
 """
 
+from .block_hashes import adapter_salt
 from .cache import PrefixCache
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from .metrics import register_metrics
 from .policies import EvictionPolicy
+from .publishing import ZmqEventPublisher
 from .session import Session
 from .stats import PrefixStats
 from .stored import Hit
@@ -37,5 +41,7 @@ __all__ = [
     "PrefixStats",
     "PrefixTrie",
     "Session",
+    "ZmqEventPublisher",
+    "adapter_salt",
     "register_metrics",
 ]

@@ -1,4 +1,4 @@
-"""Hashes of blocks of tokens by the recipe of vLLM (0.32, ``sha256_cbor``), and what goes into them.
+"""Hashes of blocks of tokens by the recipe of vLLM 0.32 (``sha256_cbor``).
 
 The hash of a block is the SHA-256 of the canonical CBOR (RFC 8949, 4.2) of the hash of the block
 before it, its token ids and its extra keys. Before the first block comes the hash of a seed.
@@ -83,16 +83,21 @@ def keys_of_blocks(
 ) -> list[BlockKeys | None]:
     """Return the extra keys of each of as many `blocks` from position `start` on, None for none.
 
-    media: with tokens in these, at their positions in the sequence, by position.
+    media: at their positions in the sequence, by position; others than those in the blocks do no
+        harm.
     """
     if not media and tenant.adapter is None and not (tenant.salt and start == 0):
         return [None] * blocks
     inside: list[list[Placement]] = [[] for _ in range(blocks)]
     for placement in media:
-        first, last = (at // block_size for at in (placement.start - start, placement.stop - 1 - start))
-        for block in range(max(first, 0), min(last + 1, blocks)):
-            inside[block].append(placement)
-    return [_keys_of(tenant, found, start + block * block_size) for block, found in enumerate(inside)]
+        first = max(0, placement.start - start) // block_size
+        behind = max(0, placement.stop - start + block_size - 1) // block_size
+        for block_media in inside[first:behind]:
+            block_media.append(placement)
+    return [
+        _keys_of(tenant, block_media, start + block * block_size)
+        for block, block_media in enumerate(inside)
+    ]
 
 
 def _keys_of(tenant: Tenant, media: Sequence[Placement], start: int) -> BlockKeys | None:
