@@ -15,6 +15,8 @@
 ``block_hashes``  their names, as vLLM makes them
 ``publishing``  events over ZeroMQ
 ``metrics``     statistics for Prometheus
+``residency``   how long spans stay
+``usage``       reused tokens of one request, for APIs
 ``render``      a drawing of the tree
 """
 
@@ -24,10 +26,12 @@ from .events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from .metrics import register_metrics
 from .policies import EvictionPolicy
 from .publishing import ZmqEventPublisher
+from .residency import Residency
 from .session import Session
 from .stats import PrefixStats
 from .stored import Hit
 from .trie import Entry, PrefixTrie
+from .usage import Usage
 
 __all__ = [
     "AllBlocksCleared",
@@ -40,7 +44,9 @@ __all__ = [
     "PrefixCache",
     "PrefixStats",
     "PrefixTrie",
+    "Residency",
     "Session",
+    "Usage",
     "ZmqEventPublisher",
     "adapter_salt",
     "register_metrics",

@@ -24,6 +24,7 @@ from .media import Media, MediaIds
 from .policies import EvictionPolicy, make_policy
 from .radix import RadixTree, Tokens
 from .render import render
+from .residency import Residency
 from .sequences import LayerSequences, PoolSequences, SequenceSource
 from .session import Request, Session
 from .spans import Prefix
@@ -232,7 +233,7 @@ class PrefixCache:
         except BaseException:
             self._release(request)
             raise
-        request.hit = hit
+        request.hit, request.prompt = hit, ids.size
         self._active.add(request)
         self._count(request, 1)
 
@@ -288,8 +289,10 @@ class PrefixCache:
             self._index.use(new, self._clock())  # the others were used when the request began
             for span in spans:
                 if span.start in snapshots:
+                    added = span.payload is None
                     self._index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
                     self.events.stored(span)
+                    request.created += added * request.prompt_tokens_in(span)
         finally:  # what a policy that raised has kept from its place
             close_snapshots(snapshots)
 
@@ -337,6 +340,15 @@ class PrefixCache:
             self._end_dropped()
             active = len(self._active)
             return PrefixStats.of(self._index, self._sessions, active, self._tokens, self._matched)
+
+    def measure_residency(self) -> Residency:
+        """Return histograms of the times that spans are stored and unused, from the first call on.
+
+        They go on counting; :func:`register_metrics` does this for Prometheus.
+        """
+        with self.lock:
+            self._index.residency = self._index.residency or Residency()
+            return self._index.residency
 
     def render(
         self,

@@ -17,27 +17,37 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector, CollectorRegistry
 
 COUNTERS = {
-    "sessions": "Requests begun",
-    "tokens": "Tokens of all prompts",
-    "matched": "Prompt tokens reused instead of computed",
-    "evictions": "Spans evicted",
+    "tokens": ("queries", "Prompt tokens asked for"),
+    "matched": ("hits", "Prompt tokens reused instead of computed"),
+    "sessions": ("sessions", "Requests begun"),
+    "evictions": ("evictions", "Spans evicted"),
 }
+"""Name and text by the field of the statistics."""
 GAUGES = {
-    "active": "Requests open now",
-    "nbytes": "Bytes stored",
-    "index_nbytes": "Bytes of host memory taken outside the budget",
-    "pinned": "Bytes stored and in use by requests",
-    "resident": "Bytes stored in the memory of the cache",
-    "spans": "Spans stored",
+    "active": ("active_sessions", "Requests open now"),
+    "nbytes": ("bytes", "Bytes stored"),
+    "pinned": ("pinned_bytes", "Bytes stored and in use by requests"),
+    "resident": ("resident_bytes", "Bytes stored in the memory of the cache"),
+    "index_nbytes": ("index_bytes", "Bytes of host memory taken outside the budget"),
+    "spans": ("spans", "Spans stored"),
+    "usage": ("usage_perc", "Share of the budget that is used, 0 to 1"),
+}
+"""The same; one that is None is left out."""
+HISTOGRAMS = {
+    "lifetime": ("lifetime_seconds", "Time a span was stored before it was evicted"),
+    "idle": ("idle_before_evict_seconds", "Time from the last use of a span to its eviction"),
+    "reuse_gap": ("reuse_gap_seconds", "Time between two uses of a stored span"),
 }
 
 
 def register_metrics(
-    prefix: PrefixCache, registry: CollectorRegistry | None = None, name: str = "kvcache_prefix"
+    prefix: PrefixCache, registry: CollectorRegistry | None = None, name: str = "kvcache"
 ) -> Collector:
     """Add the statistics of `prefix` to a Prometheus registry; return their collector.
 
-    registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
+    registry: of prometheus_client, its default one if None. name: beginning of all metrics' names:
+    tokens are counted as ``prefix_cache_queries`` and ``prefix_cache_hits``, as in vLLM. Times of
+    spans are measured from here on.
 
     Raises: BackendNotAvailableError without the package prometheus_client; TypeError for no
         prefix cache or registry, ValueError for a name that Prometheus refuses or has already.
@@ -55,19 +65,30 @@ def register_metrics(
         )
     try:
         import prometheus_client
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
     except ImportError as error:
         raise BackendNotAvailableError(
             "metrics need prometheus_client. Install it: pip install 'kvcache[metrics]'."
         ) from error
 
+    residency = prefix.measure_residency()
+
     class StatsCollector:
         def collect(self) -> Iterator[Metric]:
-            stats = prefix.stats
-            for field, text in COUNTERS.items():
-                yield CounterMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
-            for field, text in GAUGES.items():
-                yield GaugeMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
+            stats, begin = prefix.stats, f"{name}_prefix_cache"
+            for field, (end, text) in COUNTERS.items():
+                yield CounterMetricFamily(f"{begin}_{end}", text, value=getattr(stats, field))
+            for field, (end, text) in GAUGES.items():
+                value = getattr(stats, field)
+                if value is not None:
+                    yield GaugeMetricFamily(f"{begin}_{end}", text, value=value)
+            for field, (end, text) in HISTOGRAMS.items():
+                buckets, total = getattr(residency, field).read()
+                yield HistogramMetricFamily(f"{name}_kv_block_{end}", text, buckets, total)
 
     # Read when it is scraped: the prefix cache pushes nothing.
     collector = StatsCollector()

@@ -21,6 +21,7 @@ from .media import check_token_ids
 from .radix import Tokens
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
+from .usage import Usage
 
 
 @dataclass(eq=False)  # two requests of equal content are still two
@@ -30,6 +31,7 @@ class Request:
     handle: its sequence. known: token ids of its rows, those of the prompt first. hit: the part of
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
     was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
+    prompt: its number of tokens. created: those of them that it stored, and nobody before it.
     """
 
     handle: SequenceHandle
@@ -38,6 +40,12 @@ class Request:
     pinned: StoredSpan | None = None
     ended: bool = False
     detached: bool = False
+    prompt: int = 0
+    created: int = 0
+
+    def prompt_tokens_in(self, span: StoredSpan) -> int:
+        """Return the number of tokens of the prompt in `span`, one of its sequence."""
+        return max(0, min(span.stop, self.prompt) - span.start)
 
 
 class Session:
@@ -103,6 +111,16 @@ class Session:
     def remaining(self) -> Tokens:
         """Tokens of the prompt to compute, at least one: int32, read-only."""
         return self._prompt[self.matched :]
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the prompt, reused and stored, for APIs: complete when the session has ended.
+
+        After :meth:`commit`, those stored by then are counted.
+        """
+        # What was stored, evicted and stored again counts once.
+        created = min(self._request.created, self._prompt.size - self.matched)
+        return Usage(self._prompt.size, self.matched, created)
 
     @property
     def sequence(self) -> int:

@@ -1,6 +1,5 @@
 """What a prefix cache tells others: events, drawings, metrics."""
 
-import random
 import sys
 import xml.etree.ElementTree as ET
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 import kvcache
 from kvcache import BackendNotAvailableError
-from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
+from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.render import render
 from kvcache.prefix.spans import Span
@@ -388,41 +387,3 @@ def test_without_rich(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(BackendNotAvailableError, match=r"needs rich.*pip install 'kvcache\[cli\]'"):
         server_of().prefix.render()
-
-
-# Metrics.
-
-
-def test_metrics_are_the_statistics():
-    client = pytest.importorskip("prometheus_client")
-    server, registry, chance = server_of(budget=1_500), client.CollectorRegistry(), random.Random(1)
-    collector = register_metrics(server.prefix, registry, "mine")
-    for _ in range(20):
-        run(server, [chance.randrange(3) for _ in range(chance.randrange(1, 60))])
-    _open = server.prefix.session(LONG)
-    text, stats = client.generate_latest(registry).decode(), server.prefix.stats
-    assert stats.evictions
-    assert stats.active == 1
-    for field in ("sessions", "tokens", "matched", "evictions"):
-        assert f"\nmine_{field}_total {float(getattr(stats, field))}\n" in text
-        assert f"# TYPE mine_{field}_total counter" in text
-    for field in ("active", "nbytes", "pinned", "resident", "spans"):
-        assert f"\nmine_{field} {float(getattr(stats, field))}\n" in text
-        assert f"# TYPE mine_{field} gauge" in text
-    registry.unregister(collector)
-    assert not client.generate_latest(registry)
-
-
-def test_metrics_in_the_default_registry():
-    client = pytest.importorskip("prometheus_client")
-    collector = register_metrics(server_of().prefix)
-    assert b"kvcache_prefix_sessions_total 0.0" in client.generate_latest()
-    with pytest.raises(ValueError, match="Duplicated"):
-        register_metrics(server_of().prefix)
-    client.REGISTRY.unregister(collector)
-
-
-def test_without_prometheus(monkeypatch):
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(BackendNotAvailableError, match=r"pip install 'kvcache\[metrics\]'"):
-        register_metrics(server_of().prefix)

@@ -146,7 +146,7 @@ def test_a_message_is_what_vllm_encodes(prefix, routed):
             "medium": "GPU",
             "lora_name": None,
         }
-        assert list(event)[0] == "type"
+        assert next(iter(event)) == "type"
         assert isinstance(moment, float)
         assert rank == 0
 
@@ -268,7 +268,7 @@ def test_an_event_that_cannot_be_encoded_stops_nothing(prefix, routed, monkeypat
 
 
 def test_closing_sends_what_waits(prefix, routed, monkeypatch):
-    gate, reached = gated(monkeypatch)
+    gate, _ = gated(monkeypatch)
     publisher = publisher_of(prefix)
     router = routed(publisher)
     gate.set()
