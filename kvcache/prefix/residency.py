@@ -1,4 +1,4 @@
-"""How long spans stay, and how long they wait to be used again: histograms, as vLLM has of blocks."""
+"""How long spans stay, and wait to be used again: histograms, as vLLM has of its blocks."""
 
 from __future__ import annotations
 

@@ -60,9 +60,10 @@ class Span(Generic[P]):
     """A node of the tree, with a payload for its tokens, or without one: a ghost.
 
     tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
-    so far. used: time of the last, in seconds. born: time when its payload was stored. pins: sessions that use it or a span behind it.
-    children: kept spans right behind it. offered: whether the policy may choose it. policy_data:
-    owned by the policy; both parts of a span that is split have it.
+    so far. used: time of the last, in seconds. born: that when its payload was stored. pins:
+    sessions that use it or a span behind it. children: kept spans right behind it. offered: whether
+    the policy may choose it. policy_data: owned by the policy; both parts of a span that is split
+    have it.
     """
 
     __slots__ = (

@@ -41,19 +41,15 @@ class RandomSessions:
             return self.prefix.clear() if chance.random() < 0.2 else self.prefix.trim(2_000)
         asked = self._prompt()
         reply = [chance.randrange(70_000) for _ in range(chance.randrange(20))]
-        try:
-            with self.prefix.session(asked.ids, **asked.options) as session:
-                self._compute(session, session.remaining.size)
-                if chance.random() < 0.3:
-                    session.commit()
-                session.extend(reply)
-                self._compute(session, len(reply))
-                if reply and chance.random() < 0.3:
-                    session.truncate(len(asked.ids) + chance.randrange(len(reply)))
-                if chance.random() < 0.05:
-                    raise InterruptedError
-        except InterruptedError:
-            pass
+        session = self.prefix.session(asked.ids, **asked.options)
+        self._compute(session, session.remaining.size)
+        if chance.random() < 0.3:
+            session.commit()
+        session.extend(reply)
+        self._compute(session, len(reply))
+        if reply and chance.random() < 0.3:
+            session.truncate(len(asked.ids) + chance.randrange(len(reply)))
+        session.close(store=chance.random() < 0.95)
         self.asked.append(Asked([*asked.ids, *reply], asked.media, asked.salt, asked.adapter))
         return None
 

@@ -123,12 +123,12 @@ def test_times_of_a_span(client):
         ("idle_before_evict", [85.75], 1),
         ("reuse_gap", [0.25, 4.0], 2),
     ):
-        name = f"kvcache_kv_block_{name}_seconds"
-        assert values[f"{name}_count"] == count
-        assert values[f"{name}_sum"] == sum(seconds)
+        metric = f"kvcache_kv_block_{name}_seconds"
+        assert values[f"{metric}_count"] == count
+        assert values[f"{metric}_sum"] == sum(seconds)
         for bound in BUCKETS:
             under = sum(each <= bound for each in seconds)
-            assert values[f"{name}_bucket", str(bound)] == under
+            assert values[f"{metric}_bucket", str(bound)] == under
 
 
 def test_parts_of_a_span_are_as_old_as_the_whole():
