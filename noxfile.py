@@ -278,6 +278,7 @@ def vllm_sources(env: Env) -> Path:
     folder = WORK / VLLM.replace("==", "-").replace("-", "_", 1)  # as the archive is named
     if not folder.exists():
         name = VLLM.partition("==")[0]
+        # pip asks the archive what it is, in an environment of its own that has torch for a moment.
         env.pip("download", "--no-deps", "--no-binary", name, "--dest", WORK, VLLM)
         with tarfile.open(folder.with_name(f"{folder.name}.tar.gz")) as archive:
             archive.extractall(WORK, filter="data")
