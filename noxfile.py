@@ -276,12 +276,14 @@ def events(session: nox.Session) -> None:
 def vllm_sources(env: Env) -> Path:
     """Returns a folder with the sources of vLLM, which are neither built nor installed."""
     folder = WORK / VLLM.replace("==", "-").replace("-", "_", 1)  # as the archive is named
-    if not folder.exists():
+    archive = folder.with_name(f"{folder.name}.tar.gz")
+    if not archive.exists():
         name = VLLM.partition("==")[0]
         # pip asks the archive what it is, in an environment of its own that has torch for a moment.
         env.pip("download", "--no-deps", "--no-binary", name, "--dest", WORK, VLLM)
-        with tarfile.open(folder.with_name(f"{folder.name}.tar.gz")) as archive:
-            archive.extractall(WORK, filter="data")
+    if not folder.exists():
+        with tarfile.open(archive) as file:
+            file.extractall(WORK, filter="data")
     return folder
 
 
