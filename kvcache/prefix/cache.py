@@ -289,10 +289,9 @@ class PrefixCache:
             self._index.use(new, self._clock())  # the others were used when the request began
             for span in spans:
                 if span.start in snapshots:
-                    added = span.payload is None
                     self._index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
                     self.events.stored(span)
-                    request.created += added * request.prompt_tokens_in(span)
+                    request.created += request.prompt_tokens_in(span)
         finally:  # what a policy that raised has kept from its place
             close_snapshots(snapshots)
 

@@ -42,9 +42,12 @@ class RandomSessions:
         asked = self._prompt()
         reply = [chance.randrange(70_000) for _ in range(chance.randrange(20))]
         session = self.prefix.session(asked.ids, **asked.options)
-        self._compute(session, session.remaining.size)
+        whole = chance.random() < 0.8  # else it ends in the prompt, perhaps in an image
+        size = session.remaining.size
+        self._compute(session, size if whole else chance.randrange(size) + 1)
         if chance.random() < 0.3:
             session.commit()
+        reply = reply if whole else []
         session.extend(reply)
         self._compute(session, len(reply))
         if reply and chance.random() < 0.3:

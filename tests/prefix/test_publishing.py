@@ -96,8 +96,8 @@ def test_a_router_knows_what_is_stored(block_size, seed, routed):
     sessions.prefix.events.subscribe(count.append)
     with publisher_of(sessions.prefix) as publisher:
         router = routed(publisher)
-        for _ in range(4):
-            for _ in range(20):
+        for _ in range(5):
+            for _ in range(40):
                 sessions.run()
             router.follow(publisher, len(count))
             assert set(router.blocks) == sessions.stored(hashes)
@@ -359,6 +359,23 @@ def test_without_the_packages(prefix, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BackendNotAvailableError, match=r"pip install 'kvcache\[events\]'"):
         ZmqEventPublisher(prefix.events, ANY)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_an_image_that_is_stored_in_two_parts(prefix, size):
+    """By two sessions, the first of which ends within it."""
+    told, ids = [], [1, 2, *[99] * 6, 3, 4, 5, 6]
+    prefix.events.block_size = size
+    prefix.events.subscribe(told.append)
+    media = {(2, 8): "a cat"}
+    with prefix.session(ids, media=media) as session:
+        rows = np.zeros((1, 1, 5, 1), np.float32)
+        session.caches[0].update(rows, rows)
+    assert prefix.lookup(ids, media=media).stored == 5
+    serve(prefix, ids, media=media)
+    names = hashes(ids, size=size, media=[(2, 8, "a cat")])
+    assert [name for event in told for name in event.block_hashes] == names
+    assert [token for event in told for token in event.token_ids] == ids
 
 
 def test_without_subscribers_nothing_is_hashed(prefix, monkeypatch):
