@@ -57,9 +57,10 @@ class Tenant(NamedTuple):
     @classmethod
     def of(cls, salt: str) -> Tenant:
         """Take the salt of a request apart, one of :func:`adapter_salt` or any other."""
-        if not salt.startswith(_ADAPTER + _SEPARATOR):
+        begin, _, rest = salt.partition(_ADAPTER + _SEPARATOR)
+        if begin or rest.count(_SEPARATOR) < 2:
             return cls(valid_text(salt))
-        name, path, own = salt[len(_ADAPTER) + 1 :].split(_SEPARATOR, 2)
+        name, path, own = rest.split(_SEPARATOR, 2)
         return cls(valid_text(own), valid_text(name), valid_text(path))
 
 

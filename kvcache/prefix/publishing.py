@@ -16,10 +16,11 @@ from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, SupportsIndex
 
-from kvcache._checks import as_index, as_sizes
+from kvcache._checks import NO_LIMIT, as_room, as_sizes
 from kvcache.errors import BackendNotAvailableError, EndpointError, NotSupportedError
 
 from .arguments import check_text
+from .block_hashes import valid_text
 from .events import Event, Events
 from .wakes import Wakes
 
@@ -77,11 +78,13 @@ class ZmqEventPublisher:
         if not isinstance(events, Events):
             raise TypeError(f"a publisher takes the events of a prefix cache; got {events!r}.")
         for text in (endpoint, topic, "" if replay_endpoint is None else replay_endpoint):
-            check_text(text, "endpoints and topics are text")
-        rank = as_index(data_parallel_rank, "data_parallel_rank")
-        sizes = as_sizes(buffer_steps=buffer_steps, hwm=hwm, max_queue_size=max_queue_size)
-        sockets = _Sockets(endpoint, replay_endpoint, sizes[0], sizes[1], connect=connect)
-        self._sender = sender = _Sender(sockets, topic.encode(), rank, sizes[0], sizes[2])
+            _check_unicode(text)
+        rank = as_room(data_parallel_rank, "data_parallel_rank")
+        sizes = {"buffer_steps": buffer_steps, "hwm": hwm, "max_queue_size": max_queue_size}
+        as_sizes(**sizes)
+        steps, waiting, queued = (as_room(size, name) for name, size in sizes.items())
+        sockets = _Sockets(endpoint, replay_endpoint, steps, waiting, connect=connect)
+        self._sender = sender = _Sender(sockets, topic.encode(), rank, steps, queued)
         sender.thread.start()
         self._leave = events.subscribe(self._take)
         # Also at the end of the program, so that what is queued is sent. It must not have the
@@ -131,6 +134,13 @@ class ZmqEventPublisher:
         self.close()
 
 
+def _check_unicode(text: str) -> None:
+    """Raise TypeError, ValueError unless `text` can be sent."""
+    check_text(text, "endpoints and topics are text")
+    if valid_text(text) != text:
+        raise ValueError(f"endpoints and topics are valid Unicode; got {text!r}.")
+
+
 def as_map(event: Event) -> dict[str, object]:
     """Return an event as the map that is published: its type first, and no optional None."""
     values = ((field.name, getattr(event, field.name)) for field in fields(event))
@@ -171,7 +181,7 @@ class _Sockets:
             if replay_endpoint is not None:
                 self.replay = context.socket(zmq.ROUTER)
                 # A replay is one burst, and what does not fit is dropped.
-                self.replay.set_hwm(buffer_steps + 1)
+                self.replay.set_hwm(min(buffer_steps + 1, NO_LIMIT))
                 self.replay_endpoint = _opened(self.replay, replay_endpoint, connect=False)
                 self._poller.register(self.replay, zmq.POLLIN)
         except BaseException:

@@ -21,7 +21,7 @@ from kvcache import (
     NotSupportedError,
     PrefixCache,
 )
-from kvcache.prefix import BlockStored, ZmqEventPublisher, events, publishing
+from kvcache.prefix import BlockStored, ZmqEventPublisher, adapter_salt, events, publishing
 
 msgspec = pytest.importorskip("msgspec")
 zmq = pytest.importorskip("zmq")
@@ -333,6 +333,10 @@ def test_endpoints_that_are_none(prefix, endpoint, which):
     [
         ({"endpoint": 5557}, TypeError, "endpoints and topics are text, a str; got 5557"),
         ({"topic": b"kv"}, TypeError, "endpoints and topics are text"),
+        ({"topic": "\udc80"}, ValueError, "valid Unicode; got"),
+        ({"replay_endpoint": "\udc80"}, ValueError, "valid Unicode; got"),
+        ({"data_parallel_rank": -1}, ValueError, r"data_parallel_rank must be 0 to 2\*\*31 - 1"),
+        ({"hwm": 2**31}, ValueError, r"hwm must be 0 to 2\*\*31 - 1; got 2147483648"),
         ({"data_parallel_rank": "0"}, TypeError, "data_parallel_rank must be an integer"),
         ({"buffer_steps": 0}, ValueError, "buffer_steps must be >= 1"),
         ({"hwm": 0}, ValueError, "hwm must be >= 1"),
@@ -342,6 +346,14 @@ def test_endpoints_that_are_none(prefix, endpoint, which):
 def test_odd_arguments(prefix, options, error, message):
     with pytest.raises(error, match=message):
         ZmqEventPublisher(prefix.events, **({"endpoint": ANY} | options))
+
+
+def test_the_largest_sizes(prefix, routed):
+    largest = 2**31 - 1
+    sizes = {"buffer_steps": largest, "hwm": largest, "max_queue_size": largest}
+    with publisher_of(prefix, **sizes, data_parallel_rank=largest) as publisher:
+        store(prefix, 1)
+        routed(publisher).follow(publisher, 1)
 
 
 def test_a_publisher_takes_events(prefix):
@@ -376,6 +388,66 @@ def test_an_image_that_is_stored_in_two_parts(prefix, size):
     names = hashes(ids, size=size, media=[(2, 8, "a cat")])
     assert [name for event in told for name in event.block_hashes] == names
     assert [token for event in told for token in event.token_ids] == ids
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (("",), ValueError, "the name of an adapter is text, and neither"),
+        (("a\0b",), ValueError, "has a zero character; got 'a.x00b', ''"),
+        (("a", "\0"), ValueError, "has a zero character"),
+        ((7,), TypeError, "name, path and salt of an adapter are str; got 7"),
+        (("a", None), TypeError, "are str; got None"),
+    ],
+)
+def test_adapters_that_are_none(adapter, error, message):
+    with pytest.raises(error, match=message):
+        adapter_salt(*adapter)
+
+
+def test_adapters_and_tenants_share_nothing(prefix):
+    salts = [
+        "",
+        "a",
+        "sql",
+        *(
+            adapter_salt(name, path, salt=salt)
+            for name, path, salt in (
+                ("sql", "", ""),
+                ("sql", "/1", ""),
+                ("sql", "", "a"),
+                ("law", "", ""),
+                ("law", "", "a\0b"),
+            )
+        ),
+    ]
+    told = []
+    prefix.events.subscribe(told.append)
+    for salt in salts:
+        serve(prefix, [1] * 16, salt=salt)
+        serve(prefix, [1] * 16, salt=salt)
+    assert len({name for event in told for name in event.block_hashes}) == len(told) == len(salts)
+    assert [event.lora_name for event in told] == [None] * 3 + ["sql"] * 3 + ["law"] * 2
+
+
+@pytest.mark.parametrize("text", ["\udc80", "\0lora", "\0lora\0a\0b", "\0", "a\0lora\0b\0c\0d"])
+def test_texts_of_any_kind_are_hashed(text):
+    told = []
+    prefix = PrefixCache([KVCache("numpy")], namespace=text)
+    prefix.events.subscribe(told.append)
+    serve(prefix, [1] * 16, salt=text, media={(2, 4): text})
+    [event] = told
+    seen = "edb280" if text == "\udc80" else text
+    assert event.extra_keys == [((seen, 2), seen)]
+    assert event.block_hashes == hashes([1] * 16, seen, seen, media=[(2, 4, seen)])
+
+
+@pytest.mark.parametrize(("digest", "seen"), [(b"a cat", "a cat"), (b"\xff\x00", "ff00")])
+def test_digests_of_bytes_are_told_as_text(prefix, digest, seen):
+    told = []
+    prefix.events.subscribe(told.append)
+    serve(prefix, [1] * 16, media={(2, 4): digest})
+    assert told[0].block_hashes == hashes([1] * 16, media=[(2, 4, seen)])
 
 
 def test_without_subscribers_nothing_is_hashed(prefix, monkeypatch):
