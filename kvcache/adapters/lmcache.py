@@ -44,9 +44,9 @@ class KVCacheAdapter(L2AdapterInterface):  # type: ignore[misc, unused-ignore]
     """Objects in a store.
 
     No call waits for the store, except delete and close. Every task ends within its timeout, and is
-    signalled then. Objects are verified by a checksum when they are loaded, and by their form,
-    which is their shapes, dtypes and layout: one of another form is not loaded. Locks are none: an
-    object that the store gave up after the look-up is a miss of the load.
+    signalled then. Objects are verified by a checksum when they are loaded, which covers their
+    shapes and dtypes too: one of another form is not loaded. Nothing is locked: an object that the
+    store gave up after the look-up is a miss of the load.
 
     params: `url`, and `options` if any, both of ``kvcache.stores.open_store``; `namespace`, which
     tells apart what LMCache does not, such as weights under one name; `threads`, `timeout` and
@@ -190,6 +190,6 @@ def _group(key: ObjectKey) -> tuple[str, int, int]:
 
 
 def _form(place: MemoryObj) -> bytes:
-    """Return the form of an object: its shapes, its dtypes, its layout."""
+    """Return the form of an object: its shapes and dtypes."""
     shapes = [tuple(shape) for shape in place.get_shapes()]
-    return f"{shapes} {place.get_dtypes()} {place.get_memory_format()}".encode()
+    return f"{shapes} {place.get_dtypes()}".encode()
