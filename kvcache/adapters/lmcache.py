@@ -13,7 +13,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcache.errors import BackendNotAvailableError
 from kvcache.stores import open_store
@@ -56,7 +56,7 @@ class KVCacheAdapter(L2AdapterInterface):  # type: ignore[misc, unused-ignore]
     """
 
     def __init__(
-        self, params: Mapping[str, object], l1_memory_desc: L1MemoryDesc | None = None
+        self, params: Mapping[str, Any], l1_memory_desc: L1MemoryDesc | None = None
     ) -> None:
         super().__init__()
         if unknown := set(params) - {"url", "options", "namespace", *_OPTIONS}:
@@ -65,9 +65,8 @@ class KVCacheAdapter(L2AdapterInterface):  # type: ignore[misc, unused-ignore]
             raise ValueError(
                 f"adapter_params has the url of a store, such as redis://host:6379; got {params}."
             )
-        options: Mapping[str, object] = params.get("options") or {}  # type: ignore[assignment]
-        numbers = {name: params[name] for name in _OPTIONS if name in params}
-        self._jobs = Jobs(open_store(str(params["url"]), **options), **numbers)  # type: ignore[arg-type]
+        store = open_store(params["url"], **params.get("options", {}))
+        self._jobs = Jobs(store, **{name: params[name] for name in _OPTIONS if name in params})
         self._names = NamedKeys({"engine": "lmcache", "namespace": params.get("namespace", "")})
         self._task_ids = itertools.count()
         self._lock = threading.Lock()

@@ -78,9 +78,7 @@ class HostPool:
 def indices(pages, page_tokens=PAGE_TOKENS):
     import torch
 
-    return torch.cat(
-        [torch.arange(page * page_tokens, (page + 1) * page_tokens) for page in pages]
-    )
+    return torch.cat([torch.arange(page * page_tokens, (page + 1) * page_tokens) for page in pages])
 
 
 def config_of(sglang, **options):
@@ -416,9 +414,7 @@ def test_two_forms_of_pages_never_meet(make_storage, tmp_path, other):
 def test_ranks_share_the_latent_pages_of_mla_and_not_its_states(sglang, make_storage):
     backing = MemoryStore()
     mamba = sglang.PoolName.MAMBA
-    ranks = [
-        make_storage(backing, is_mla_model=True, tp_rank=rank, tp_size=2) for rank in range(2)
-    ]
+    ranks = [make_storage(backing, is_mla_model=True, tp_rank=rank, tp_size=2) for rank in range(2)]
     pool = HostPool(page_tokens=1)
     for storage, _ in ranks:
         storage.register_mem_host_pool_v2(pool, mamba)

@@ -280,8 +280,10 @@ def test_a_failed_load_is_a_miss_of_the_request_that_found_it(vllm, make_tier):
     tier.lookup(key_of(vllm, 0), context)
     tier.on_schedule_end(None)
     wait_for(
-        lambda: tier.lookup(key_of(vllm, 0), context) is vllm.LookupResult.HIT
-        or tier.on_schedule_end(None),
+        lambda: (
+            tier.lookup(key_of(vllm, 0), context) is vllm.LookupResult.HIT
+            or tier.on_schedule_end(None)
+        ),
         "the hit",
     )
     backing.lie = raising
@@ -503,7 +505,9 @@ def test_no_job_of_eight_threads_is_lost(vllm, make_tier, seconds):
         while time.monotonic() < end_at:
             keys = [key_of(vllm, n) for n in random.integers(0, 400, 2)]
             is_promotion = bool(random.integers(2))
-            job = job_of(vllm, number, keys, [2 * thread, 2 * thread + 1], is_promotion=is_promotion)
+            job = job_of(
+                vllm, number, keys, [2 * thread, 2 * thread + 1], is_promotion=is_promotion
+            )
             (tier.submit_load if is_promotion else tier.submit_store)(job)
             begun.append(number)
             number += 8
