@@ -175,10 +175,8 @@ class KVCacheStorage(HiCacheStorage):  # type: ignore[misc, unused-ignore]
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> dict[str, list[bool]]:
         return {
-            transfer.name: self._load_pages(
-                str(transfer.name), transfer.keys or [], transfer.host_indices
-            )
-            for transfer in transfers
+            one.name: self._load_pages(str(one.name), one.keys or [], one.host_indices)
+            for one in transfers
         }
 
     def batch_set_v2(
@@ -187,10 +185,8 @@ class KVCacheStorage(HiCacheStorage):  # type: ignore[misc, unused-ignore]
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> dict[str, list[bool]]:
         return {
-            transfer.name: self._put_pages(
-                str(transfer.name), transfer.keys or [], transfer.host_indices
-            )
-            for transfer in transfers
+            one.name: self._put_pages(str(one.name), one.keys or [], one.host_indices)
+            for one in transfers
         }
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 
 from kvcache.stores import Hit, MemoryStore, Present
+
 from .values import key_of
 
 
@@ -54,7 +55,7 @@ class Lying(MemoryStore):
 
 
 def flipped(outcomes):
-    return [_changed(outcome, lambda value: _flip(value)) for outcome in outcomes]
+    return [_changed(outcome, _flip) for outcome in outcomes]
 
 
 def _flip(value):

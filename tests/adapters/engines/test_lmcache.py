@@ -15,7 +15,7 @@ import pytest
 
 from kvcache.stores import MemoryStore
 
-from ...stores.servers import RunningServer, running
+from ...stores.servers import RunningServer, running, wait_for
 from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
 from .signatures import abstract_calls, moved
 
@@ -354,49 +354,62 @@ def test_wrong_params(lmcache, params, message):
         KVCacheAdapter(params)
 
 
+class Load:
+    """Tasks that eight threads wait for, each for its own."""
+
+    def __init__(self, lmcache, adapter, seconds):
+        self.lmcache, self.adapter, self.end = lmcache, adapter, time.monotonic() + seconds
+        self.wrong, self.failed, self.stored, self._lock = [], [], {}, threading.Lock()
+
+    def work(self, thread):
+        random = np.random.default_rng(thread)
+        try:
+            while time.monotonic() < self.end:
+                numbers = random.integers(0, 200, 2).tolist()
+                keys = [key_of(self.lmcache, number) for number in numbers]
+                [self.store, self.look_up, self.load][random.integers(3)](numbers, keys)
+        except AssertionError as error:
+            self.failed.append(error)
+
+    def store(self, numbers, keys):
+        objects = [object_of(self.lmcache, number) for number in numbers]
+        self._result(self._query_store, self.adapter.submit_store_task(keys, objects))
+
+    def look_up(self, numbers, keys):
+        task = self.adapter.submit_lookup_and_lock_task(keys, {})
+        self._result(self.adapter.query_lookup_and_lock_result, task)
+
+    def load(self, numbers, keys):
+        objects = [object_of(self.lmcache) for _ in numbers]
+        task = self.adapter.submit_load_task(keys, objects)
+        bitmap = self._result(self.adapter.query_load_result, task)
+        for index, (number, obj) in enumerate(zip(numbers, objects, strict=True)):
+            if not (is_right(obj, number) if bitmap.test(index) else is_blank(obj)):
+                self.wrong.append(number)
+
+    def _query_store(self, task):
+        with self._lock:  # what one thread pops may be of another one
+            self.stored.update(self.adapter.pop_completed_store_tasks())
+            return self.stored.pop(task, None)
+
+    def _result(self, query, task):
+        patience = time.monotonic() + 30
+        while (result := query(task)) is None:
+            assert time.monotonic() < patience, f"task {task} is lost"
+            time.sleep(0)  # to the other threads
+        return result
+
+
 @pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_no_task_of_eight_threads_is_lost(lmcache, make_driver, seconds):
     adapter = make_driver(MemoryStore(budget=100 * NBYTES), threads=4).adapter
-    end, wrong, lost, stored, lock = time.monotonic() + seconds, [], [], {}, threading.Lock()
-
-    def query_store(task):
-        with lock:  # what one thread pops may be of another one
-            stored.update(adapter.pop_completed_store_tasks())
-            return stored.pop(task, None)
-
-    def work(thread):
-        random = np.random.default_rng(thread)
-        while time.monotonic() < end:
-            numbers = random.integers(0, 200, 2).tolist()
-            keys = [key_of(lmcache, number) for number in numbers]
-            kind = random.integers(3)
-            if kind == 0:
-                objects = [object_of(lmcache, number) for number in numbers]
-                result(query_store, adapter.submit_store_task(keys, objects))
-            elif kind == 1:
-                task = adapter.submit_lookup_and_lock_task(keys, {})
-                result(adapter.query_lookup_and_lock_result, task)
-            else:
-                objects = [object_of(lmcache) for _ in numbers]
-                bitmap = result(adapter.query_load_result, adapter.submit_load_task(keys, objects))
-                for index, (number, obj) in enumerate(zip(numbers, objects, strict=True)):
-                    if not (is_right(obj, number) if bitmap.test(index) else is_blank(obj)):
-                        wrong.append(number)
-
-    def result(query, task):
-        patience = time.monotonic() + 30
-        while (bitmap := query(task)) is None:
-            if time.monotonic() > patience:
-                lost.append(task)
-                raise AssertionError(f"{task} is lost")
-            time.sleep(0)
-        return bitmap
-
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    run = Load(lmcache, adapter, seconds)
+    threads = [threading.Thread(target=run.work, args=(thread,)) for thread in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
-    assert not lost
-    assert adapter.report_status()["unfinished"] == 0
+    assert not run.wrong
+    assert not run.failed
+    assert not run.stored
+    wait_for(lambda: adapter.report_status()["unfinished"] == 0, "the last task")

@@ -310,7 +310,7 @@ def test_hits_of_a_hybrid_follow_the_policies_as_in_the_file_storage(
         asked = [
             transfer(sglang, mamba, pools[mamba], range(1 + round_ % 3), "TRAILING_PAGES"),
             transfer(sglang, indexer, pools[indexer], range(8), "ALL_PAGES"),
-        ][: round_ % 3 if round_ % 3 else 2]
+        ][: round_ % 3 or 2]
         keys = names(range(8))
         assert storage.batch_exists_v2(keys, asked) == files.batch_exists_v2(keys, asked)
         assert storage.batch_exists(keys) == files.batch_exists(keys)
