@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _OPTIONS = ("threads", "timeout", "lookup_timeout")
 
 
-class KVCacheAdapter(L2AdapterInterface):  # type: ignore[misc, unused-ignore]
+class KVCacheAdapter(L2AdapterInterface):
     """Objects in a store.
 
     No call waits for the store, except delete and close. Every task ends within its timeout, and is

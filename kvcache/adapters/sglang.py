@@ -46,7 +46,7 @@ _KV = str(PoolName.KV)
 _OPTIONS = ("threads", "timeout", "lookup_timeout")
 
 
-class KVCacheStorage(HiCacheStorage):  # type: ignore[misc, unused-ignore]
+class KVCacheStorage(HiCacheStorage):
     """Pages of all pools in a store.
 
     Calls wait for the store, in the threads that SGLang has for that, until their timeout at most:
@@ -224,7 +224,7 @@ class KVCacheStorage(HiCacheStorage):  # type: ignore[misc, unused-ignore]
         return self._jobs.put(self._places(name, keys, pages)).wait().succeeded
 
     def _places(self, name: str, keys: Sequence[str], pages: Sequence[torch.Tensor]) -> list[Place]:
-        buffers = (memoryview(page.view(torch.uint8).numpy()) for page in pages)
+        buffers = (page.view(torch.uint8).numpy().data for page in pages)
         return list(map(Place, self._keys(name, keys), buffers))
 
     def _keys(self, name: str, keys: Sequence[str]) -> list[bytes]:

@@ -41,7 +41,7 @@ except ImportError as error:
     ) from error
 
 
-class _LookUps(AsyncLookupManager):  # type: ignore[misc, unused-ignore]
+class _LookUps(AsyncLookupManager):
     """vLLM's own table of look-ups, which asks from a thread of its own."""
 
     def __init__(self, tier_type: str, jobs: Jobs, names: NamedKeys) -> None:
@@ -52,7 +52,7 @@ class _LookUps(AsyncLookupManager):  # type: ignore[misc, unused-ignore]
         return self._jobs.look_up([self._names.key(key) for key in keys]).wait().succeeded
 
 
-class KVCacheTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
+class KVCacheTier(SecondaryTierManager):
     """A tier of chunks in a store, behind the tier in host memory.
 
     No call waits for the store, except drain_jobs, which does for `timeout` seconds at most. Chunks
@@ -119,7 +119,7 @@ class KVCacheTier(SecondaryTierManager):  # type: ignore[misc, unused-ignore]
         self._jobs.load(self._places(job_metadata), self._then(job_metadata))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        results = []
+        results: list[JobResult] = []
         while True:
             try:
                 job, report = self._finished.get_nowait()

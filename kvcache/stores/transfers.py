@@ -15,19 +15,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
 
 from .base import Store, as_keys
-from .outcomes import Buffer, Deadline, Deleted, Hit, Item, Key, Miss, Present, Stored
+from .outcomes import Deadline, Deleted, Hit, Item, Key, Miss, Present, Stored
 
 _logger = logging.getLogger("kvcache.stores")
 
 SUM_NBYTES = 16
 _PIECE_NBYTES = 1 << 25
 _PIECE_KEYS = 512
+
+Bytes: TypeAlias = "bytes | bytearray | memoryview[int]"
 
 
 class Place(NamedTuple):
@@ -38,7 +40,7 @@ class Place(NamedTuple):
     """
 
     key: Key
-    buffer: Buffer
+    buffer: Bytes
     form: bytes = b""
 
 
@@ -259,7 +261,7 @@ def _load(value: memoryview, place: Place) -> int | None:
     return content.nbytes
 
 
-def _flat(buffer: Buffer) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _flat(buffer: Bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.frombuffer(buffer, np.uint8)
 
 
