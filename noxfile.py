@@ -266,7 +266,7 @@ def adapters(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def engines(session: nox.Session) -> None:
-    """Stores under vLLM, SGLang and LMCache, against the classes of their releases, without a GPU."""
+    """Stores under vLLM, SGLang and LMCache, against the classes of their releases, on CPUs."""
     env = shared(session, "engines")
     env.install_project("redis,transformers", "runner")
     env.install("--no-deps", *nox.project.dependency_groups(GROUPS, "engines"))
