@@ -271,13 +271,14 @@ def engines(session: nox.Session) -> None:
     env.install_project("redis,transformers", "runner")
     env.install("--no-deps", *nox.project.dependency_groups(GROUPS, "engines"))
     unpack_vllm(env)
+    session.env["KVCACHE_ENGINES"] = "1"  # what cannot be imported fails here
     env.pytest(
         str(ROOT / "tests" / "adapters" / "engines"), str(ROOT / "tests/stores/test_jobs.py")
     )
 
 
 def unpack_vllm(env: Env) -> None:
-    """Puts vLLM's sources on the path: no build of it needs neither a GPU nor a compiler."""
+    """Puts vLLM's sources on the path: to import these modules takes neither a GPU nor a compiler."""
     sources = WORK / VLLM.replace("==", "-")
     if not sources.exists():
         # Without isolation, else pip makes an environment with another torch, to read metadata.

@@ -5,6 +5,7 @@ and no GPU: `nox -s engines` puts them there.
 """
 
 import hashlib
+import importlib
 import json
 import select
 import threading
@@ -17,6 +18,7 @@ from kvcache.stores import MemoryStore
 
 from ...stores.servers import RunningServer, running, wait_for
 from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
+from .packages import imported_or_skipped
 from .signatures import abstract_calls, moved
 
 pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore")]
@@ -27,7 +29,8 @@ PATIENCE_MS = 20_000
 
 @pytest.fixture(scope="module")
 def lmcache():
-    pytest.importorskip("lmcache.v1.distributed.l2_adapters.plugin_l2_adapter")
+    name = "lmcache.v1.distributed.l2_adapters.plugin_l2_adapter"
+    imported_or_skipped(lambda: importlib.import_module(name), name)
     from lmcache.v1 import memory_management
     from lmcache.v1.distributed import api, internal_api, l2_adapters
     from lmcache.v1.distributed.l2_adapters import base, config

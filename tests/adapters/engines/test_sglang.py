@@ -4,6 +4,7 @@ This needs the wheel of SGLang without its dependencies and a few packages, and 
 engines` puts them there.
 """
 
+import importlib
 import threading
 import time
 
@@ -14,6 +15,7 @@ from kvcache.stores import MemoryStore
 
 from ...stores.servers import RunningServer, running
 from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
+from .packages import imported_or_skipped
 from .signatures import abstract_calls, moved
 
 pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore")]
@@ -23,7 +25,8 @@ PAGE_NBYTES = 2 * LAYERS * PAGE_TOKENS * WIDTH * 2
 
 @pytest.fixture(scope="module")
 def sglang():
-    pytest.importorskip("sglang.srt.mem_cache.storage.backend_factory")
+    name = "sglang.srt.mem_cache.storage.backend_factory"
+    imported_or_skipped(lambda: importlib.import_module(name), name)
     from sglang.srt.mem_cache import hicache_storage
     from sglang.srt.mem_cache.storage import backend_factory
 

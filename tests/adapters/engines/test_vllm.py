@@ -15,7 +15,7 @@ from kvcache.stores import MemoryStore
 
 from ...stores.servers import RunningServer, running, wait_for
 from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
-from .packages import import_tiers
+from .packages import import_tiers, imported_or_skipped
 from .signatures import abstract_calls, moved
 
 pytestmark = [pytest.mark.matrix, pytest.mark.filterwarnings("ignore")]
@@ -26,10 +26,7 @@ CHUNKS = 16
 @pytest.fixture(scope="module")
 def vllm():
     """The modules of vLLM that tiers are about."""
-    try:
-        import_tiers()
-    except ImportError as error:
-        pytest.skip(f"could not import vLLM's tiers: {error}")
+    imported_or_skipped(import_tiers, "vLLM's tiers")
     from vllm.v1.kv_offload import base, config
     from vllm.v1.kv_offload.cpu import shared_offload_region
     from vllm.v1.kv_offload.tiering import base as tiering
