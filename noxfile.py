@@ -278,7 +278,7 @@ def engines(session: nox.Session) -> None:
 
 
 def unpack_vllm(env: Env) -> None:
-    """Puts vLLM's sources on the path: to import these modules takes neither a GPU nor a compiler."""
+    """Puts vLLM's sources on the path: modules of tiers need neither a GPU nor a compiler."""
     sources = WORK / VLLM.replace("==", "-")
     if not sources.exists():
         # Without isolation, else pip makes an environment with another torch, to read metadata.
