@@ -182,7 +182,7 @@ class Jobs:
             while waiting:
                 job = next(iter(waiting))
                 piece = job.next_piece()
-                if not job.has_pieces:
+                if piece is None or not job.has_pieces:  # over, or all of it taken
                     del waiting[job]
                 if piece is not None:
                     self._putting += job.is_put

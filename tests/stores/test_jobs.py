@@ -210,6 +210,43 @@ def test_jobs_that_find_no_thread_end_at_their_deadline(begin):
     assert jobs.unfinished == 0
 
 
+def test_jobs_that_end_while_their_pieces_wait_hold_up_nobody(begin):
+    """Threads come free at about the moment of the deadline, many times."""
+    for call in ("put", "contains", "get") * 30:
+        store = Hanging(call)
+        jobs = begin(store, timeout=0.002, lookup_timeout=0.002)
+        begun = [jobs.put(full([0, 1])), jobs.load(blank([0])[1]), jobs.look_up(keys_of(2))]
+        for job in begun:
+            job.wait()
+        store.go_on.set()
+        jobs.drain()
+        jobs.close()
+
+
+def test_a_job_whose_end_is_being_reported_holds_up_nobody(begin):
+    store, ending, go_on = Hanging("get"), threading.Event(), threading.Event()
+    jobs = begin(store, threads=2, lookup_timeout=SHORT)
+    hung = [jobs.load(blank([number])[1]) for number in range(2)]
+    assert store.hung.wait(20)
+
+    def then(report):
+        ending.set()
+        go_on.wait(20)
+
+    jobs.look_up(keys_of(2), then)  # finds no thread
+    assert ending.wait(20)
+    store.go_on.set()
+    answers = []
+    other = threading.Thread(
+        target=lambda: answers.extend(jobs.put(full([5])).wait().succeeded), daemon=True
+    )
+    other.start()
+    other.join(20)
+    go_on.set()
+    assert answers == [True]
+    assert not any(any(job.wait().succeeded) for job in hung)
+
+
 def test_reads_go_on_while_puts_hang(begin):
     store = Hanging("put")
     jobs = begin(store, threads=3)
