@@ -1,0 +1,106 @@
+"""Spans kept by one prefix cache: their index, trees, media, and events."""
+
+from __future__ import annotations
+
+from sys import getsizeof
+
+from kvcache.snapshots.snapshot import Snapshot
+
+from .events import Events
+from .index import SpanIndex
+from .known import KnownTokens
+from .media import MediaIds
+from .policies import EvictionPolicy
+from .radix import RadixTree, Tokens
+from .spans import Prefix
+from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
+
+
+class KeptSpans:
+    """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache."""
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        budget: int | None,
+        index_budget: int | None,
+        namespace: str,
+    ) -> None:
+        self.events = Events(namespace)
+        trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
+        media_ids = MediaIds()
+        self.index: SpanIndex[StoredSnapshot] = SpanIndex(
+            policy,
+            budget,
+            index_budget=index_budget,
+            on_evict=self.events.removed,
+            on_empty=lambda tree: trees.pop(tree.salt, None),
+            others=lambda: getsizeof(trees) + media_ids.nbytes,
+        )
+        self.trees, self.media_ids = trees, media_ids
+
+    def follow(self, salt: str, ids: Tokens) -> StoredPrefix:
+        """Return what is known of `ids`, which begin the tokens of a request."""
+        tree = self.trees.get(salt)
+        return self.index.follow(tree, ids) if tree is not None else Prefix([], 0)
+
+    def file(
+        self,
+        known: KnownTokens,
+        held: int,
+        prefix: StoredPrefix,
+        snapshots: dict[int, Snapshot],
+        now: float,
+    ) -> list[StoredSpan]:
+        """Keep `snapshots`, by the start of their spans, for the first `held` tokens.
+
+        prefix: what is known of these. Takes ownership of the snapshots. Return the spans filled.
+        """
+        filled: list[StoredSpan] = []
+        try:
+            for span in prefix.spans:
+                # Before a span is split, so that both parts get what belongs to them.
+                if span.payload is not None and span.start in snapshots:
+                    self._replace(span, snapshots.pop(span.start))
+                    filled.append(span)
+            tree = self.trees.setdefault(known.salt, RadixTree(known.salt))
+            spans = self.index.extend(tree, known.ids[:held], known.media)
+            new = [span for span in spans if span.start >= prefix.length]
+            self.index.use(new, now)  # the others were used when the request began
+            for span in spans:
+                if span.start in snapshots:
+                    self.index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
+                    self.events.stored(span)
+                    filled.append(span)
+        finally:  # what a policy that raised has kept from its place
+            close_snapshots(snapshots)
+        return filled
+
+    def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
+        previous = span.payload
+        try:
+            self.index.fill(span, StoredSnapshot(snapshot))
+        finally:  # the span is filled, also if its policy raised
+            if previous is not None:
+                previous.close()
+
+    def trim(self, nbytes: int, now: float) -> None:
+        """Evict until no more than `nbytes` are kept, or all that is left is in use."""
+        index = self.index
+        budget = index.budget
+        try:
+            index.budget = nbytes if budget is None else min(nbytes, budget)
+            index.trim(now)
+        finally:
+            index.budget = budget
+
+    def clear(self, now: float) -> None:
+        """Evict all spans that are not pinned, and forget those evicted before."""
+        kept = list(self.index.kept)
+        # Leaf first: only spans without children are offered to the policy, and can be evicted.
+        for span in sorted(kept, key=lambda span: -span.stop):
+            if not span.pins:
+                self.index.evict(span, now)
+        self.index.forget_ghosts()
+        if kept and not self.index.kept:
+            self.events.cleared()
