@@ -194,3 +194,21 @@ def writing(store, item):
             assert store._reserve(index, item, item.nbytes) is None
         yield
     store._settle_soon(NEVER)
+
+
+# Stores behind prefix caches.
+
+
+def fetching(prefix):
+    """The queue of a prefix cache for what is being fetched."""
+    return prefix._store_link.tier._fetcher.queue
+
+
+def written_behind(prefix):
+    """The queue of a prefix cache for what is to be put into its store."""
+    return prefix._store_link.tier._writer.queue
+
+
+def cost_gate(prefix):
+    """The measured costs of a prefix cache and its store."""
+    return prefix._store_link.tier.record.gate
