@@ -204,9 +204,10 @@ def fetching(prefix):
     return prefix._store_link.tier._fetcher.queue
 
 
-def written_behind(prefix):
-    """The queue of a prefix cache for what is to be put into its store."""
-    return prefix._store_link.tier._writer.queue
+def fill_queue(prefix, job):
+    """Let a job take all the room of the queue for what is to be put into the store."""
+    queue = prefix._store_link.tier._writer.queue
+    assert queue.submit(job, queue._limit)
 
 
 def cost_gate(prefix):
