@@ -19,7 +19,7 @@ from kvcache.stores.outcomes import Deadline, Hit, Key, Miss, Present, Unavailab
 from kvcache.stores.pages import Page, decode_page
 
 from .background import Background
-from .paging import FetchedPrefix, check_page
+from .paging import FetchedPrefix, check_forms, check_page, forms_of
 from .tier_stats import TierRecord
 
 _READERS = 4
@@ -244,6 +244,7 @@ class Fetcher:
         for key, hit, (start, stop) in zip(keys, hits, places, strict=False):
             try:
                 page = check_page(decode_page(hit, key), start, stop, state=state)
+                check_forms(forms_of(page.parts), self._record.forms)
             except PageError as error:
                 self._record.failed(describe(error))
                 break

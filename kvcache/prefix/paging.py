@@ -10,6 +10,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from kvcache.snapshots.archive import Record
 from kvcache.snapshots.rows import LayerRows, TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.arrays import concat_layers
+from kvcache.storage.arrays import ArrayForm, array_forms, concat_layers
 from kvcache.stores.pages import Page
 
 
@@ -67,6 +68,22 @@ def check_page(page: Page, start: int, stop: int, *, state: bool) -> Page:
         if _lacks_rows(record, stop - start) or (early and _is_whole(record)):
             raise PageError(f"rows of [{start}, {stop}) were asked for; got {record.positions}")
     return page
+
+
+Forms: TypeAlias = list[dict[int, tuple[ArrayForm, ...]]]
+"""Of each cache, the forms of the arrays of every layer; none where a page has no rows of it."""
+
+
+def forms_of(parts: Iterable[Record]) -> Forms:
+    """Return what all pages of one model have in common, as far as `parts` tell."""
+    return [{layer: array_forms(arrays) for layer, arrays in part.layers.items()} for part in parts]
+
+
+def check_forms(forms: Forms, wanted: Forms) -> None:
+    """Raise PageError where both tell the forms of a cache, and they differ."""
+    for own, other in zip(forms, wanted, strict=False):
+        if own and other and own != other:
+            raise PageError("arrays of a page have other sizes than those of the caches here")
 
 
 class FetchedPrefix:

@@ -11,6 +11,7 @@ from kvcache.stores.base import Store
 from kvcache.stores.outcomes import Key, StoreStats
 
 from .costs import CostGate
+from .paging import Forms
 
 _logger = logging.getLogger("kvcache.prefix")
 
@@ -54,6 +55,8 @@ class TierRecord:
         self._store, self._stats, self._lock = store, TierStats(), Lock()
         self._known: OrderedDict[Key, None] = OrderedDict()
         self._warned: set[str] = set()
+        self.forms: Forms = []
+        """Forms of the arrays of the caches here, as far as their sessions have shown them."""
 
     @property
     def stats(self) -> TierStats:
@@ -71,6 +74,11 @@ class TierRecord:
         """Add to one of the totals."""
         with self._lock:
             setattr(self._stats, field, getattr(self._stats, field) + number)
+
+    def note_forms(self, forms: Forms) -> None:
+        """Learn from what a session of these caches stores."""
+        known = self.forms or [{}] * len(forms)
+        self.forms = [new or old for new, old in zip(forms, known, strict=True)]
 
     def failed(self, reason: str) -> None:
         """Count a page that was damaged, or of other caches."""

@@ -13,7 +13,7 @@ from kvcache.stores.outcomes import Deadline, Item, Key, PutOutcome, Stored, Una
 from kvcache.stores.pages import Page, encode_page
 
 from .background import Background
-from .paging import page_of, state_of
+from .paging import forms_of, page_of, state_of
 from .tier_stats import TierRecord
 
 _QUEUED_NBYTES = 1 << 28
@@ -39,6 +39,7 @@ class WriteBehind:
         """
         try:
             for key, parent, page in self._pages_of(chain, snapshots, points):
+                self._record.note_forms(forms_of(page.parts))
                 self._put_one(encode_page(page, key, parent))
         except Exception as error:  # noqa: BLE001 - a session that ends is not to blame
             self._record.warn("pages cannot be cut", describe(error))
