@@ -194,7 +194,7 @@ def test_a_store_needs_the_name_of_the_model():
 
 
 def test_a_store_may_be_a_url(tmp_path):
-    for matched in (0, 10):
+    for matched in (0, 11):
         server = Stored(model_of("per-layer", NUMPY), f"file://{tmp_path}")
         assert server.ask([*TURNED, 12][: 11 + bool(matched)]) == matched
         assert server.prefix.close()
@@ -386,16 +386,13 @@ def test_fetching_that_does_not_pay_is_left():
 
 
 def test_no_more_is_fetched_than_comes_in_time():
-    store = stored_in(MemoryStore())
-    server = Stored(model_of("full", NUMPY), store)
+    server = Stored(model_of("full", NUMPY), stored_in(MemoryStore()))
     gate = peek.cost_gate(server.prefix)
     gate.note_sizes(1000, state=False)
     gate.note_sizes(1000, state=True)
-    gate.note_transfer(1000, 400.0)
+    gate.note_transfer(1000, 400.0)  # for a page, of which one comes in 600 seconds
     gate.note_computed(1, 1e6)
-    assert server.ask([*TURNED, 12], deadline=Deadline.after(600)) == 4, (
-        "one page of 400 seconds in 600"
-    )
+    assert server.ask([*TURNED, 12], deadline=Deadline.after(600)) == 4
 
 
 def test_both_costs_are_measured():
