@@ -10,6 +10,7 @@ from typing import SupportsIndex, cast
 from kvcache._checks import as_indices
 from kvcache.layers.base import LayerCache
 from kvcache.layers.stack import LayerCaches
+from kvcache.stores.outcomes import Deadline
 
 
 class Clock:
@@ -56,6 +57,15 @@ def check_text(value: str, rule: str) -> None:
     """Raise TypeError unless `value` is a string. rule: beginning of the error."""
     if not isinstance(value, str):
         raise TypeError(f"{rule}, a str; got {reprlib.repr(value)}.")
+
+
+def check_deadline(deadline: Deadline | None) -> None:
+    """Raise TypeError for anything but a deadline of a store, or None."""
+    if not isinstance(deadline, Deadline | None):
+        raise TypeError(
+            "a session waits until a kvcache.stores.Deadline; got "
+            f"{reprlib.repr(deadline)}. Give Deadline.after(seconds)."
+        )
 
 
 def as_positions(values: Iterable[SupportsIndex], name: str) -> list[int]:

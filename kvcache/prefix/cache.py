@@ -7,28 +7,27 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NoReturn
 
 from kvcache._checks import as_budget, as_index, as_indices, as_sizes
 from kvcache._interrupts import uninterrupted
-from kvcache.errors import KVCacheError, NotSupportedError
+from kvcache.errors import NotSupportedError
 from kvcache.layers.base import LayerCache
 from kvcache.pool.base import Cache
 from kvcache.stores.base import Store
 from kvcache.stores.outcomes import NEVER, Deadline
 
-from .arguments import Clock, as_positions, check_text
+from .arguments import Clock, as_positions, check_deadline, check_text
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
 from .policies import EvictionPolicy, make_policy
 from .radix import Tokens
 from .render import render
-from .sequences import LayerSequences, PoolSequences, SequenceSource
+from .sequences import sequences_of
 from .session import Request, Session
 from .stats import PrefixStats
-from .store_link import Filed, StoreLink, open_named
+from .store_link import StoreLink, open_named
 from .stored import (
     Hit,
     captured,
@@ -37,7 +36,6 @@ from .stored import (
 )
 from .tiers import StoreTier
 
-_MIN_INDEX_BUDGET = 1 << 26
 _CLOSE_SECONDS = 10.0
 
 
@@ -97,18 +95,12 @@ class PrefixCache:
         [page_tokens] = as_sizes(page_tokens=page_tokens)
         [every] = [None] if resume_every is None else as_sizes(resume_every=resume_every)
         budget, index_budget = as_budget(budget, "bytes"), as_budget(index_budget, "bytes")
-        if index_budget is None and budget is not None:
-            index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
         chosen_policy = make_policy(policy)
         read_clock = Clock(clock)
         check_text(namespace, "a namespace tells models apart")
         opened = None if store is None else open_named(store, namespace)
         sequences = None if sequences is None else as_indices(sequences, "sequences")
-        self._source: SequenceSource
-        if isinstance(cache, Cache):
-            self._source = PoolSequences(cache, sequences)
-        else:
-            self._source = LayerSequences(cache)
+        self._source = sequences_of(cache, sequences)
         self.lock = self._source.lock
         """Held while a session begins or ends."""
         # No reference to this object: it would keep its sequences claimed, once dropped, until the
@@ -160,6 +152,7 @@ class PrefixCache:
         """
         prompt, places = checked_prompt(tokens, salt, media)
         points = as_positions(resume_points, "resume_points")
+        check_deadline(deadline)
         store = self._store_link
         fetched = None if store is None else store.fetched(prompt, salt, places, deadline)
         request: Request | None = None
@@ -168,11 +161,15 @@ class PrefixCache:
                 self._end_dropped()
                 ids, placements = self._media_ids.substitute(prompt, places)
                 now = self._clock()  # before there is anything to give back: it may raise
-                known_of = partial(KnownTokens, ids, salt, placements)
-                filed: Filed | None = None
-                if store is not None and fetched is not None:
-                    filed = store.admit(known_of(), fetched, now)
-                request = self._begun(known_of, now, points, filed)
+
+                def begin() -> Request:
+                    return self._begin(KnownTokens(ids, salt, placements), now, points)
+
+                if store is None:
+                    request = begin()
+                else:
+                    known = KnownTokens(ids, salt, placements)
+                    request = store.begin(known, fetched, now, begin)
                 return Session(
                     request, prompt, self.lock, self._store_open, self._end, self._dropped
                 )
@@ -257,37 +254,12 @@ class PrefixCache:
                 self._release(request)
                 self._index.trim(self._clock())
 
-    def _begun(
-        self,
-        prompt: Callable[[], KnownTokens],
-        now: float,
-        points: list[int],
-        filed: Filed | None,
-    ) -> Request:
-        """Return the request of a prompt, begun.
-
-        filed: what just came from the store. Caches that do not take its rows go on without.
-        """
-        request = Request(self._source.acquire(), prompt())
-        try:
-            self._begin(request, now, points)
-        except KVCacheError as error:
-            if filed is None:
-                raise
-            filed.refuse(error, now)
-            request = Request(self._source.acquire(), prompt())
-            self._begin(request, now, points)
-        else:
-            if filed is not None:
-                filed.confirm(request.hit.matched, now)
-        return request
-
-    def _begin(self, request: Request, now: float, resume_points: list[int]) -> None:
-        """Restore the longest stored prefix of a prompt and count its request as active.
+    def _begin(self, known: KnownTokens, now: float, resume_points: list[int]) -> Request:
+        """Restore the longest stored prefix of a prompt; return its request, counted as active.
 
         On an exception its sequence is released, and nothing stays pinned.
         """
-        known = request.known
+        request = Request(self._source.acquire(), known)
         ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
         try:
             prompt_spans, stored = prefix = self._kept.follow(known.salt, ids)
@@ -311,6 +283,7 @@ class PrefixCache:
         request.hit, request.prompt = hit, ids.size
         self._active.add(request)
         self._count(request, 1)
+        return request
 
     def _count(self, request: Request, sessions: int) -> None:
         """Add a request to the totals, or take it back with -1; before its tokens change."""

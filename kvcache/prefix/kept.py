@@ -15,9 +15,14 @@ from .radix import RadixTree, Tokens
 from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
 
+_MIN_INDEX_BUDGET = 1 << 26
+
 
 class KeptSpans:
-    """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache."""
+    """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
+
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget.
+    """
 
     def __init__(
         self,
@@ -26,6 +31,8 @@ class KeptSpans:
         index_budget: int | None,
         namespace: str,
     ) -> None:
+        if index_budget is None and budget is not None:
+            index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
         self.events = Events(namespace)
         trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
         media_ids = MediaIds()

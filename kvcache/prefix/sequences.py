@@ -354,3 +354,15 @@ class LayerHandle(SequenceHandle):
 
     def release(self) -> None:
         self._caches.reset()
+
+
+def sequences_of(
+    cache: Cache | Sequence[LayerCache], sequences: Iterable[int] | None
+) -> SequenceSource:
+    """Return the sequences for sessions over a cache. sequences: of a pool, None for all.
+
+    Raises: as :class:`PoolSequences` and :class:`LayerSequences`.
+    """
+    if isinstance(cache, Cache):
+        return PoolSequences(cache, sequences)
+    return LayerSequences(cache)

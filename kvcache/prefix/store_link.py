@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
+from kvcache.errors import CacheFullError, KVCacheError
 from kvcache.stores.base import Store, describe
 from kvcache.stores.outcomes import Deadline
 from kvcache.stores.urls import open_store
@@ -33,23 +36,11 @@ def open_named(store: str | Store, namespace: str) -> Store:
     return open_store(store)
 
 
-class Filed:
+class Filed(NamedTuple):
     """Spans filled with pages of a store, behind a hit in memory of `matched` tokens."""
 
-    def __init__(self, link: StoreLink, spans: list[StoredSpan], matched: int) -> None:
-        self._link, self._spans, self._matched = link, spans, matched
-
-    def confirm(self, matched: int, now: float) -> None:
-        """Count the tokens that a session got from them, and keep to the budget again."""
-        self._link.tier.record.count("fetched_tokens", matched - self._matched)
-        self._link.kept.index.trim(now)
-
-    def refuse(self, error: Exception, now: float) -> None:
-        """Evict them, as the caches did not take their rows."""
-        self._link.tier.record.failed(describe(error))
-        for span in sorted(self._spans, key=lambda span: -span.stop):
-            if span.offered:  # else others use it
-                self._link.kept.index.evict(span, now)
+    spans: list[StoredSpan]
+    matched: int
 
 
 class StoreLink:
@@ -89,7 +80,31 @@ class StoreLink:
 
     # Under the lock.
 
-    def admit(self, known: KnownTokens, fetched: FetchedPrefix, now: float) -> Filed | None:
+    def begin(
+        self,
+        known: KnownTokens,
+        fetched: FetchedPrefix | None,
+        now: float,
+        begin: Callable[[], Request],
+    ) -> Request:
+        """Return the request that `begin` begins, with a fetched prefix in memory.
+
+        Caches that do not take its rows begin without.
+        """
+        filed = None if fetched is None else self._admitted(known, fetched, now)
+        try:
+            request = begin()
+        except KVCacheError as error:
+            if filed is None:
+                raise
+            self._refuse(filed, error, now)
+            return begin()
+        if filed is not None:
+            self.tier.record.count("fetched_tokens", request.hit.matched - filed.matched)
+            self.kept.index.trim(now)
+        return request
+
+    def _admitted(self, known: KnownTokens, fetched: FetchedPrefix, now: float) -> Filed | None:
         """Keep a fetched prefix of a prompt as if a session had stored it.
 
         None where what was in memory before it has gone meanwhile, or reaches as far by now.
@@ -105,7 +120,15 @@ class StoreLink:
         except Exception as error:  # noqa: BLE001 - rows that do not go with those in memory
             self.tier.record.failed(describe(error))
             return None
-        return Filed(self, self.kept.file(known, held, prefix, snapshots, now), matched)
+        return Filed(self.kept.file(known, held, prefix, snapshots, now), matched)
+
+    def _refuse(self, filed: Filed, error: KVCacheError, now: float) -> None:
+        """Evict spans whose rows the caches did not take, or have no room for."""
+        if not isinstance(error, CacheFullError):
+            self.tier.record.failed(describe(error))
+        for span in sorted(filed.spans, key=lambda span: -span.stop):
+            if span.offered:  # else others use it
+                self.kept.index.evict(span, now)
 
     def put(self, request: Request, held: int) -> None:
         """Queue the first `held` tokens of a request, which are in memory, for the store."""

@@ -411,3 +411,9 @@ def test_keys_are_those_of_a_chain():
     [*labels] = sorted((entry.label.start, entry.label.stop) for entry in store.entries())
     assert labels == [(0, 4), (4, 7), (4, 8), (8, 10)]
     assert Namespace("tiny").seed not in {entry.key for entry in store.entries()}
+
+
+def test_a_deadline_is_that_of_a_store():
+    prefix = PrefixCache([KVCache("numpy")])
+    with pytest.raises(TypeError, match=r"got 0\.5\. Give Deadline\.after\(seconds\)"):
+        prefix.session([1], deadline=0.5)
