@@ -50,7 +50,8 @@ class Background:
         with self._changed:
             if not self.has_room(weight):
                 return False
-            if not self._idle and self._threads < self._most:
+            # Not only if none is idle: those may be about to take the jobs before this one.
+            if self._idle <= len(self._jobs) and self._threads < self._most:
                 threading.Thread(
                     target=self._work, daemon=True
                 ).start()  # may raise: so it is first

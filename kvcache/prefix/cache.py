@@ -28,12 +28,7 @@ from .sequences import sequences_of
 from .session import Request, Session
 from .stats import PrefixStats
 from .store_link import StoreLink, open_named
-from .stored import (
-    Hit,
-    captured,
-    contiguous_snapshots,
-    find_hit,
-)
+from .stored import Hit, captured, contiguous_snapshots, find_hit
 from .tiers import StoreTier
 
 _CLOSE_SECONDS = 10.0
