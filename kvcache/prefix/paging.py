@@ -152,7 +152,7 @@ def _record(column: Sequence[Part], wanted: Callable[[Int32s], Bools]) -> Record
             contents.append(part.rows.read(index))
     spec = column[0].spec
     kept = np.concatenate(positions)
-    return Record(spec.kind, tuple(spec.visibility), spec.dtype, kept, _joined(contents))
+    return Record(spec.kind, spec.visibility, spec.dtype, kept, _joined(contents))
 
 
 def _lacks_rows(record: Record, wanted: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Self
 
 from .index import SpanIndex
 from .stored import StoredSnapshot, is_resident
-from .tiers import TierStats
+from .tier_stats import TierStats
 
 
 @dataclass(frozen=True)
