@@ -1,6 +1,7 @@
 """Prefix reuse: the common beginning of requests, computed once.
 
 ``cache``       the prefix cache, over any cache
+``requests``    how requests begin and end
 ``session``     one request, from its prompt to its last token
 ``sequences``   sequences for sessions, in a pool or in per-layer caches
 ``arguments``   checks of what comes in

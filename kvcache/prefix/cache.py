@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from kvcache._checks import as_budget, as_index, as_indices, as_sizes
-from kvcache._interrupts import uninterrupted
 from kvcache.errors import NotSupportedError
 from kvcache.layers.base import LayerCache
 from kvcache.pool.base import Cache
@@ -24,11 +21,12 @@ from .media import Media
 from .policies import EvictionPolicy, make_policy
 from .radix import Tokens
 from .render import render
+from .requests import Requests
 from .sequences import sequences_of
 from .session import Request, Session
 from .stats import PrefixStats
 from .store_link import StoreLink, open_named
-from .stored import Hit, captured, contiguous_snapshots, find_hit
+from .stored import Hit, find_hit
 from .tiers import StoreTier
 
 _CLOSE_SECONDS = 10.0
@@ -103,17 +101,13 @@ class PrefixCache:
         self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace)
         self.events, self._index = kept.events, kept.index
         self._trees, self._media_ids = kept.trees, kept.media_ids
-        self._active: set[Request] = set()
-        self._dropped: deque[Request] = deque()  # sessions that were dropped before their end
-        self._clock, self._resume_every = read_clock, every
-        self._sessions = self._tokens = self._matched = 0
-        self._store_link: StoreLink | None = None
+        self._requests = requests = Requests(self._source, kept, read_clock, every)
         if opened is not None:
             owned = isinstance(store, str)
             tier = StoreTier(opened, namespace, self._source.specs, page_tokens, owned=owned)
-            self._store_link = StoreLink(tier, self._source, self._kept)
+            requests.store_link = StoreLink(tier, self._source, kept)
             # What is queued is still written, at the end of the program as well.
-            weakref.finalize(self, tier.stop).atexit = False
+            weakref.finalize(requests, tier.stop).atexit = False
 
     def __reduce__(self) -> NoReturn:
         raise NotSupportedError(
@@ -148,30 +142,26 @@ class PrefixCache:
         prompt, places = checked_prompt(tokens, salt, media)
         points = as_positions(resume_points, "resume_points")
         check_deadline(deadline)
-        store = self._store_link
+        requests = self._requests
+        store = requests.store_link
         fetched = None if store is None else store.fetched(prompt, salt, places, deadline)
         request: Request | None = None
         try:
-            with self._changing():
-                self._end_dropped()
+            with requests.changing():
+                requests.end_dropped()
                 ids, placements = self._media_ids.substitute(prompt, places)
-                now = self._clock()  # before there is anything to give back: it may raise
+                known = KnownTokens(ids, salt, placements)
+                now = requests.clock()  # before there is anything to give back: it may raise
 
                 def begin() -> Request:
-                    return self._begin(KnownTokens(ids, salt, placements), now, points)
+                    return requests.begin(known, now, points)
 
-                if store is None:
-                    request = begin()
-                else:
-                    known = KnownTokens(ids, salt, placements)
-                    request = store.begin(known, fetched, now, begin)
+                request = begin() if store is None else store.begin(known, fetched, now, begin)
                 return Session(
-                    request, prompt, self.lock, self._store_open, self._end, self._dropped
+                    request, prompt, self.lock, requests.store, requests.end, requests.dropped
                 )
         except BaseException:
-            if request is not None and request in self._active:  # before Ctrl-C was let through
-                self._count(request, -1)
-                self._end(request, store=False)
+            requests.take_back(request)  # where it had begun before Ctrl-C was let through
             raise
 
     def prefetch(
@@ -186,15 +176,16 @@ class PrefixCache:
         tokens, salt, media: of the session, or of a beginning of its prompt.
         """
         prompt, places = checked_prompt(tokens, salt, media)
-        if self._store_link is not None:
-            self._store_link.prefetch(prompt, salt, places)
+        if self._requests.store_link is not None:
+            self._requests.store_link.prefetch(prompt, salt, places)
 
     def flush(self, deadline: Deadline = NEVER) -> bool:
         """Wait until all that sessions stored so far is in the store, or was given up.
 
         Return False if the deadline comes first. True without a store.
         """
-        return self._store_link is None or self._store_link.tier.drain(deadline)
+        link = self._requests.store_link
+        return link is None or link.tier.drain(deadline)
 
     def close(self, deadline: Deadline | None = None) -> bool:
         """Write to the store what waits, and give the store up; sessions go on without it.
@@ -202,17 +193,14 @@ class PrefixCache:
         deadline: None for ten seconds from now. A store given as an object stays open. Return
         False if the deadline came before all was written. Closing twice is fine.
         """
-        link, self._store_link = self._store_link, None
+        link, self._requests.store_link = self._requests.store_link, None
         limit = Deadline.after(_CLOSE_SECONDS) if deadline is None else deadline
         return link is None or link.tier.close(limit)
 
     def lookup(
         self, tokens: Sequence[int] | Tokens, *, salt: str = "", media: Media | None = None
     ) -> Hit:
-        """Return how much of a prompt a session would find; see :meth:`session`.
-
-        Nothing is restored or counted.
-        """
+        """Return how much of a prompt a :meth:`session` would find; nothing is counted."""
         prompt, places = checked_prompt(tokens, salt, media)
         with self.lock:
             ids, placements = self._media_ids.substitute(prompt, places)
@@ -229,118 +217,18 @@ class PrefixCache:
     ) -> None:
         """Store `tokens` from per-layer `caches` that no session has, and take these over.
 
-        For requests in a batch, say: its ``split()`` gives the caches of each.
-
-        tokens: ids of all that the caches hold. salt, media: as for :meth:`session`.
+        tokens: ids of all that the caches hold; these may be a row of ``split()`` of a batch.
+        salt, media: as for :meth:`session`.
 
         Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
             another number of tokens, or padded. Nothing has changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
-        with self._changing():
-            self._end_dropped()
+        with self._requests.changing():
+            self._requests.end_dropped()
             ids, placements = self._media_ids.substitute(prompt, places)
             handle = self._source.adopt(caches, ids.size)
-            request = Request(handle, KnownTokens(ids, salt, placements), detached=True)
-            try:
-                self._store(request)
-                request.detached = False  # until here the caches stay as they are
-            finally:
-                self._release(request)
-                self._index.trim(self._clock())
-
-    def _begin(self, known: KnownTokens, now: float, resume_points: list[int]) -> Request:
-        """Restore the longest stored prefix of a prompt; return its request, counted as active.
-
-        On an exception its sequence is released, and nothing stays pinned.
-        """
-        request = Request(self._source.acquire(), known)
-        ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
-        try:
-            prompt_spans, stored = prefix = self._kept.follow(known.salt, ids)
-            hit = find_hit(prefix, ids.size, media)
-            if matched := hit.matched:
-                hit_spans = [span for span in prompt_spans if span.start < matched]
-                request.pinned = hit_spans[-1]
-                self._index.pin(hit_spans[-1])
-                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans), matched)
-            # One token before the end as well: the same prompt again leaves its last to compute.
-            wanted = {ids.size - 1, ids.size, stored, *resume_points}
-            if self._resume_every is not None:
-                wanted.update(range(0, ids.size, self._resume_every))
-            request.points = {p for p in wanted if matched < p <= ids.size}
-            request.handle.schedule(sorted(request.points))
-            request.handle.track(known)
-            self._index.use(prompt_spans, now)
-        except BaseException:
-            self._release(request)
-            raise
-        request.hit, request.prompt = hit, ids.size
-        self._active.add(request)
-        self._count(request, 1)
-        return request
-
-    def _count(self, request: Request, sessions: int) -> None:
-        """Add a request to the totals, or take it back with -1; before its tokens change."""
-        self._sessions += sessions
-        self._tokens += sessions * len(request.known)
-        self._matched += sessions * request.hit.matched
-
-    def _store_open(self, request: Request) -> None:
-        """Store the tokens of a request that goes on."""
-        with self._changing():
-            self._store(request)
-            self._index.trim(self._clock())
-
-    def _end(self, request: Request, store: bool) -> None:
-        """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
-        with self._changing():
-            if request not in self._active:
-                return
-            self._active.remove(request)
-            try:
-                if store:
-                    self._store(request)
-            finally:
-                self._release(request)
-                # Last, when the spans of this request are not pinned any more.
-                self._index.trim(self._clock())
-
-    def _end_dropped(self) -> None:
-        """End the requests of sessions that nobody ended before they were dropped."""
-        while self._dropped:
-            self._end(self._dropped.popleft(), store=False)
-
-    def _store(self, request: Request) -> None:
-        """Store the known tokens held by the sequence of a request, as far as they are not yet.
-
-        All of them, or none if a framework fails.
-        """
-        request.handle.update_known()
-        known = request.known
-        ids, held = known.ids, request.handle.held(len(known))
-        restored = min(request.hit.matched, known.unchanged)
-        if held <= restored or not request.handle.is_whole(held):
-            return
-        prefix = self._kept.follow(known.salt, ids[:held])
-        if prefix.length < held or not all(span.complete for span in prefix.spans):
-            now = self._clock()  # first: it may raise
-            snapshots = captured(request.handle, prefix, restored, held)
-            self._kept.file(known, held, prefix, snapshots, now)
-        if self._store_link is not None:
-            self._store_link.put(request, held)
-
-    def _release(self, request: Request) -> None:
-        """Give back what a request holds: all of it, also if a policy raises."""
-        pinned, request.pinned, request.ended = request.pinned, None, True
-        request.known.media = ()
-        try:
-            if pinned is not None:
-                self._index.pin(pinned, -1)
-                self._index.settle(pinned)
-        finally:
-            if not request.detached:
-                request.handle.release()
+            self._requests.insert(handle, KnownTokens(ids, salt, placements))
 
     # Its content.
 
@@ -348,11 +236,8 @@ class PrefixCache:
     def stats(self) -> PrefixStats:
         """Totals since it was made, and its state now."""
         with self.lock:
-            self._end_dropped()
-            active = len(self._active)
-            totals = self._sessions, active, self._tokens, self._matched
-            store = None if self._store_link is None else self._store_link.tier.stats
-            return PrefixStats.of(self._index, *totals, store)
+            self._requests.end_dropped()
+            return self._requests.stats
 
     def render(
         self,
@@ -373,27 +258,17 @@ class PrefixCache:
             return render(self._trees, self._index.nbytes, decode, svg, width)
 
     def trim(self, nbytes: int) -> None:
-        """Evict until no more than `nbytes` are stored, or all that is left is in use.
+        """Evict until no more than `nbytes` are stored, or only what is in use; keep the budget.
 
-        The budget stays as it is. Raises: ValueError, TypeError for no number of bytes.
+        Raises: ValueError, TypeError for no number of bytes.
         """
         target = as_index(nbytes, "nbytes")
-        with self._changing():
-            self._end_dropped()
-            self._kept.trim(target, self._clock())
+        with self._requests.changing():
+            self._requests.end_dropped()
+            self._kept.trim(target, self._requests.clock())
 
     def clear(self) -> None:
         """Evict all spans not in use by a session, and forget those evicted before."""
-        with self._changing():
-            self._end_dropped()
-            self._kept.clear(self._clock())
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Change the content under the lock; subscribers hear of it when that is done."""
-        with self.lock:
-            try:
-                with uninterrupted():
-                    yield
-            finally:
-                self.events.deliver()
+        with self._requests.changing():
+            self._requests.end_dropped()
+            self._kept.clear(self._requests.clock())

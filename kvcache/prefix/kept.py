@@ -65,13 +65,7 @@ class KeptSpans:
         """
         filled: list[StoredSpan] = []
         try:
-            for span in prefix.spans:
-                # Before a span is split, so that both parts get what belongs to them.
-                if span.payload is not None and span.start in snapshots:
-                    self._replace(span, snapshots.pop(span.start))
-                    filled.append(span)
-            tree = self.trees.setdefault(known.salt, RadixTree(known.salt))
-            spans = self.index.extend(tree, known.ids[:held], known.media)
+            spans = self._extended(known, known.ids[:held], prefix, snapshots, filled)
             new = [span for span in spans if span.start >= prefix.length]
             self.index.use(new, now)  # the others were used when the request began
             for span in spans:
@@ -83,13 +77,39 @@ class KeptSpans:
             close_snapshots(snapshots)
         return filled
 
-    def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
-        previous = span.payload
+    def _extended(
+        self,
+        known: KnownTokens,
+        ids: Tokens,
+        prefix: StoredPrefix,
+        snapshots: dict[int, Snapshot],
+        filled: list[StoredSpan],
+    ) -> list[StoredSpan]:
+        """Return the spans of `ids`; those of `prefix` take what they lack from `snapshots`.
+
+        filled: gets the spans that took something.
+        """
+        replaced: dict[StoredSpan, StoredSnapshot] = {}
         try:
-            self.index.fill(span, StoredSnapshot(snapshot))
-        finally:  # the span is filled, also if its policy raised
-            if previous is not None:
-                previous.close()
+            for span in prefix.spans:
+                # Before a span is split, so that both parts get what belongs to them.
+                if span.payload is not None and span.start in snapshots:
+                    replaced[span] = span.payload
+                    self.index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
+            tree = self.trees.setdefault(known.salt, RadixTree(known.salt))
+            spans = self.index.extend(tree, ids, known.media)
+        except BaseException:
+            # A framework cannot split a payload: each span has again what it had.
+            for span, previous in list(replaced.items()):
+                replaced[span] = span.payload or previous
+                self.index.fill(span, previous)
+            raise
+        else:
+            filled += replaced
+            return spans
+        finally:
+            for payload in replaced.values():
+                payload.close()
 
     def trim(self, nbytes: int, now: float) -> None:
         """Evict until no more than `nbytes` are kept, or all that is left is in use."""
