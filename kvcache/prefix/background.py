@@ -6,8 +6,8 @@ import atexit
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from kvcache.stores.outcomes import Deadline
 
@@ -35,8 +35,9 @@ class Background:
         """Begin with nothing: a forked child has neither the threads nor the state of the locks."""
         self._process = os.getpid()
         self._changed = threading.Condition()
-        self._jobs: deque[tuple[Callable[[], None], int]] = deque()
-        self._threads = self._idle = self._weight = 0
+        # Its put() may be called anywhere, by the garbage collector too, and wakes a thread.
+        self._jobs: SimpleQueue[tuple[Callable[[], None], int] | None] = SimpleQueue()
+        self._threads = self._unfinished = self._weight = 0
         self._stopped = False
 
     def has_room(self, weight: int = 0) -> bool:
@@ -50,15 +51,14 @@ class Background:
         with self._changed:
             if not self.has_room(weight):
                 return False
-            # Not only if none is idle: those may be about to take the jobs before this one.
-            if self._idle <= len(self._jobs) and self._threads < self._most:
+            if self._threads <= self._unfinished and self._threads < self._most:
                 threading.Thread(
                     target=self._work, daemon=True
                 ).start()  # may raise: so it is first
                 self._threads += 1
-            self._jobs.append((job, weight))
+            self._unfinished += 1
             self._weight += weight
-            self._changed.notify_all()
+            self._jobs.put((job, weight))
         return True
 
     def drain(self, deadline: Deadline) -> bool:
@@ -73,33 +73,34 @@ class Background:
         """Take no more jobs. The threads end with the last one that is queued."""
         # No lock: the garbage collector may call this in a thread that has it.
         self._stopped = True
+        self._jobs.put(None)
 
     def _work(self) -> None:
-        while (taken := self._taken()) is not None:
+        while True:
+            taken = self._jobs.get()
+            if taken is None:
+                if self._is_over():
+                    return
+                continue
             job, weight = taken
             try:
                 job()
             finally:
-                del job  # and what it refers to, while the thread waits for the next
+                del job, taken  # and what they refer to, while the thread waits for the next
                 with self._changed:
+                    self._unfinished -= 1
                     self._weight -= weight
                     self._changed.notify_all()
 
-    def _taken(self) -> tuple[Callable[[], None], int] | None:
-        """Return the next job, waiting for one; None when there will be no more."""
-        with self._changed:
-            self._idle += 1
-            # In steps, as stop() notifies nobody.
-            while not self._jobs and not self._stopped:
-                self._changed.wait(_STEP_SECONDS)
-            self._idle -= 1
-            if self._jobs:
-                return self._jobs.popleft()
-            self._threads -= 1
-            return None
+    def _is_over(self) -> bool:
+        """Return whether a thread ends, and wake the next one."""
+        with self._changed:  # a job is put under it, perhaps behind the note that there are no more
+            over = self._jobs.empty()
+            self._threads -= over
+            self._jobs.put(None)
+            return over
 
 
-_STEP_SECONDS = 1.0
 _ALL: weakref.WeakSet[Background] = weakref.WeakSet()
 
 

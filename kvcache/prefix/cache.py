@@ -13,8 +13,9 @@ from kvcache.layers.base import LayerCache
 from kvcache.pool.base import Cache
 from kvcache.stores.base import Store
 from kvcache.stores.outcomes import NEVER, Deadline
+from kvcache.stores.sealing import Seal
 
-from .arguments import Clock, as_positions, check_deadline, check_text
+from .arguments import Clock, as_positions, as_seals, check_deadline, check_text
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
@@ -61,6 +62,8 @@ class PrefixCache:
         :func:`kvcache.stores.open_store`, or a store, which stays the caller's to close. What
         sessions store is written there in the background, and what a session lacks is fetched.
     page_tokens: tokens of a page in the store; all who share it use the same number.
+    seal: encrypts pages in the store: one for all, or a function that returns the seal for a salt
+        (None for pages of no tenant, as they are). What it raises is raised by :meth:`session`.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
     thread, while one thread runs passes (MLX: in that thread). The sequences named are its own for
@@ -84,12 +87,13 @@ class PrefixCache:
         resume_every: int | None = None,
         store: str | Store | None = None,
         page_tokens: int = 64,
+        seal: Seal | Callable[[str], Seal | None] | None = None,
     ) -> None:
         [page_tokens] = as_sizes(page_tokens=page_tokens)
         [every] = [None] if resume_every is None else as_sizes(resume_every=resume_every)
         budget, index_budget = as_budget(budget, "bytes"), as_budget(index_budget, "bytes")
         chosen_policy = make_policy(policy)
-        read_clock = Clock(clock)
+        read_clock, seal_of = Clock(clock), as_seals(seal)
         check_text(namespace, "a namespace tells models apart")
         opened = None if store is None else open_named(store, namespace)
         sequences = None if sequences is None else as_indices(sequences, "sequences")
@@ -104,7 +108,8 @@ class PrefixCache:
         self._requests = requests = Requests(self._source, kept, read_clock, every)
         if opened is not None:
             owned = isinstance(store, str)
-            tier = StoreTier(opened, namespace, self._source.specs, page_tokens, owned=owned)
+            specs = self._source.specs
+            tier = StoreTier(opened, namespace, specs, page_tokens, seal_of, owned=owned)
             requests.store_link = StoreLink(tier, self._source, kept)
             # What is queued is still written, at the end of the program as well.
             weakref.finalize(requests, tier.stop).atexit = False

@@ -15,17 +15,28 @@ from kvcache.errors import PageError
 from kvcache.snapshots.snapshot import CacheSpec
 from kvcache.stores.base import Store, describe
 from kvcache.stores.keys import KeyChain
-from kvcache.stores.outcomes import Deadline, Hit, Key, Miss, Present, Unavailable
+from kvcache.stores.outcomes import (
+    ContainsOutcome,
+    Corrupt,
+    Deadline,
+    Hit,
+    Key,
+    Miss,
+    Present,
+    Unavailable,
+)
 from kvcache.stores.pages import Page, decode_page
+from kvcache.stores.sealing import Seal
 
 from .background import Background
-from .paging import FetchedPrefix, check_forms, check_page, forms_of
+from .paging import FetchedPrefix, check_forms, check_page, check_specs, forms_of, specs_of
 from .tier_stats import TierRecord
 
 _READERS = 4
 _QUEUED_READS = 64
 _READ_AT_ONCE = 8
 """Pages of one call: each call measures the store, and a deadline keeps those before it."""
+_DELETE_SECONDS = 1.0
 _PREFETCH_SECONDS = 30.0
 _PREFETCHED = 16
 """Prefetched prompts that no session has asked for yet."""
@@ -35,12 +46,14 @@ class Wanted(NamedTuple):
     """A prompt that begins in memory up to `matched`.
 
     chain: keys of its tokens. limit: last position to resume at. media: ranges without one inside.
+    seal: of its pages, if they are sealed.
     """
 
     chain: KeyChain
     matched: int
     limit: int
     media: tuple[tuple[int, int], ...]
+    seal: Seal | None
 
 
 class Target(NamedTuple):
@@ -49,6 +62,19 @@ class Target(NamedTuple):
     position: int
     pages: int
     state: bool
+
+
+class Reading:
+    """What was read so far of a prompt. first: number of the first page. present: pages behind."""
+
+    def __init__(self, wanted: Wanted, first: int, present: int) -> None:
+        self.wanted, self.first, self.present = wanted, first, present
+        self.pages: list[Page] = []
+
+    @property
+    def deepest(self) -> int:
+        """Number of the page behind the last one that can be had."""
+        return self.first + self.present
 
 
 class Fetch:
@@ -92,12 +118,17 @@ class Fetcher:
 
     def fetch(self, wanted: Wanted, deadline: Deadline) -> FetchedPrefix | None:
         """Return what the store has of a prompt behind its hit in memory, until the deadline."""
-        fetch = self._taken(wanted) or self._begun(wanted, deadline)
         counter = "late"
-        if fetch is not None and fetch.done.wait(min(deadline.left, threading.TIMEOUT_MAX)):
-            if fetch.result is not None:
-                return fetch.result
-            counter = fetch.counter
+        for begin in (self._taken, partial(self._begun, deadline=deadline)):
+            fetch = begin(wanted)
+            if fetch is not None:
+                if not fetch.done.wait(min(deadline.left, threading.TIMEOUT_MAX)):
+                    break
+                counter = fetch.counter
+                if fetch.result is not None:
+                    return fetch.result
+                if counter != "late":  # else the store did not answer when it was prefetched
+                    break
         self._record.count(counter)
         return None
 
@@ -119,8 +150,6 @@ class Fetcher:
     def _run(self, fetch: Fetch, deadline: Deadline) -> None:
         try:
             fetch.result = self._fetched(fetch, deadline)
-        except PageError as error:
-            self._record.failed(describe(error))
         except Exception as error:  # noqa: BLE001 - a store of the user's own
             self._record.warn("it does not answer", describe(error))
             fetch.counter = "late"
@@ -128,71 +157,86 @@ class Fetcher:
             fetch.done.set()
 
     def _fetched(self, fetch: Fetch, deadline: Deadline) -> FetchedPrefix | None:
-        """Return the deepest prefix that pays, as far as it comes before the deadline."""
-        wanted, target = fetch.wanted, self._target(fetch, deadline)
-        if target is None:
-            return None
-        fetch.counter = "late"  # unless enough of it comes
-        chain, first = wanted.chain, wanted.matched // self._size
-        state: list[Page] = []
-        if target.state:
-            place = (target.position // self._size * self._size, target.position)
-            state = self._read([chain.state_key(target.position)], [place], deadline, state=True)
-            if not state and not self._whole:
-                return None
-        pages = self._read_pages(chain, first, first + target.pages, deadline)
-        complete = len(pages) == target.pages
-        if not complete and not self._whole:
-            return None
-        values = [*pages, *(state if complete else [])]
-        start = first * self._size
-        if not values or values[-1].stop <= wanted.matched:
-            return None
-        fetched = FetchedPrefix(start, values)
-        self._check_specs(fetched.specs)
-        return fetched
-
-    def _target(self, fetch: Fetch, deadline: Deadline) -> Target | None:
-        """Return the deepest position to resume at that pays; None if there is none."""
-        wanted = fetch.wanted
-        first = wanted.matched // self._size
-        keys = wanted.chain.page_keys[first : wanted.limit // self._size]
-        found = self._store.contains(keys, deadline=deadline)
-        present = sum(1 for _ in takewhile(_is_present, found))
-        if any(isinstance(outcome, Unavailable) for outcome in found):
-            fetch.counter = "late"
-        for key, outcome in zip(keys, found, strict=True):
-            if isinstance(outcome, Miss):  # evicted there, say: a session may put it again
-                self._record.forget_key(key)
-        for target in self._targets(wanted, present, deadline):
-            tokens = target.position - wanted.matched
-            if self._record.gate.pays(tokens, target.pages, target.state):
-                within = self._record.gate.pages_within(deadline.left, target.pages)
-                if within == target.pages:
-                    return target
-                if self._whole and within:
-                    return Target((first + within) * self._size, within, False)
-            fetch.counter = "gated"
+        """Return the deepest prefix that pays and arrives whole before the deadline."""
+        wanted, gate = fetch.wanted, self._record.gate
+        reading = Reading(wanted, wanted.matched // self._size, self._present(fetch, deadline))
+        for target in self._targets(reading, deadline):
+            missing = target.pages - len(reading.pages)
+            seconds = gate.seconds_to_fetch(missing, target.state)
+            if not gate.pays(target.position - wanted.matched, missing, target.state):
+                fetch.counter = "gated"
+            elif seconds is not None and seconds > deadline.left:
+                fetch.counter = "gated"
+                if self._whole:  # the pages that come before are of use alone
+                    within = gate.pages_within(deadline.left, missing)
+                    reading.present = min(reading.present, len(reading.pages) + within)
+            else:
+                fetch.counter = "late"  # unless it comes
+                fetched = self._arrived(reading, target, deadline)
+                if fetched is not None:
+                    return fetched
         return None
 
-    def _targets(self, wanted: Wanted, present: int, deadline: Deadline) -> Iterator[Target]:
+    def _present(self, fetch: Fetch, deadline: Deadline) -> int:
+        """Return how many pages follow each other in the store behind the hit in memory."""
+        wanted = fetch.wanted
+        keys = wanted.chain.page_keys[wanted.matched // self._size : wanted.limit // self._size]
+        found = self._found(keys, deadline)
+        if any(isinstance(outcome, Unavailable) for outcome in found):
+            fetch.counter = "late"
+        return sum(1 for _ in takewhile(_is_present, found))
+
+    def _found(self, keys: Sequence[Key], deadline: Deadline) -> list[ContainsOutcome]:
+        """Return which keys the store has; a session may put the others again."""
+        found = self._store.contains(keys, deadline=deadline)
+        outcomes = zip(keys, found, strict=True)
+        self._record.forget_keys(key for key, outcome in outcomes if isinstance(outcome, Miss))
+        return found
+
+    def _targets(self, reading: Reading, deadline: Deadline) -> Iterator[Target]:
         """Yield positions to resume at by what the store has, the deepest first.
 
-        present: pages that follow each other behind the hit in memory.
+        Where `reading` finds that fewer pages can be had, positions behind them are left out.
         """
-        size = self._size
-        first = wanted.matched // size
-        deepest = first + present
-        least = max(wanted.matched, deepest * size if self._whole else 0)
-        stop = min(wanted.limit, (deepest + 1) * size - 1)
-        at_once = size
-        while stop > least:
+        size, wanted, first = self._size, reading.wanted, reading.first
+        stop, at_once = wanted.limit, size
+        while True:
+            stop = min(stop, (reading.deepest + 1) * size - 1)
+            least = max(wanted.matched, reading.deepest * size if self._whole else 0)
+            if stop <= least:
+                break
             positions = range(stop, max(least, stop - at_once), -1)
             for position in self._states_at(wanted, positions, deadline):
-                yield Target(position, position // size - first, True)
+                if position // size <= reading.deepest:
+                    yield Target(position, position // size - first, True)
             stop, at_once = positions[-1] - 1, 4 * at_once
-        if self._whole and deepest * size > wanted.matched:
-            yield Target(deepest * size, present, False)
+        while self._whole and reading.deepest * size > wanted.matched:
+            present = reading.present
+            yield Target(reading.deepest * size, present, False)
+            if reading.present == present:
+                return
+
+    def _arrived(
+        self, reading: Reading, target: Target, deadline: Deadline
+    ) -> FetchedPrefix | None:
+        """Return the prefix up to a position; None if something of it does not come."""
+        wanted, size = reading.wanted, self._size
+        state: list[Page] = []
+        if target.state:
+            place = (target.position // size * size, target.position)
+            key = wanted.chain.state_key(target.position)
+            state = self._read(wanted.seal, [key], [place], deadline, state=True)
+            if not state:
+                return None
+        self._read_pages(reading, target.pages, deadline)
+        values = [*reading.pages[: target.pages], *state]
+        if len(reading.pages) < target.pages or not values:
+            return None
+        try:
+            return FetchedPrefix(reading.first * size, values)
+        except PageError as error:
+            self._record.failed(describe(error))
+            return None
 
     def _states_at(
         self, wanted: Wanted, positions: Sequence[int], deadline: Deadline
@@ -204,27 +248,26 @@ class Fetcher:
             if not any(start < position < stop for start, stop in wanted.media)
         ]
         keys = [wanted.chain.state_key(position) for position in allowed]
-        found = self._store.contains(keys, deadline=deadline)
-        for position, outcome in zip(allowed, found, strict=True):
+        for position, outcome in zip(allowed, self._found(keys, deadline), strict=True):
             if isinstance(outcome, Present):
                 yield position
 
-    def _read_pages(self, chain: KeyChain, first: int, last: int, deadline: Deadline) -> list[Page]:
-        """Return the pages from `first` up to `last`, or as many as come."""
-        pages: list[Page] = []
-        size = self._size
-        for number in range(first, last, _READ_AT_ONCE):
-            numbers = range(number, min(last, number + _READ_AT_ONCE))
-            keys = [chain.page_keys[n] for n in numbers]
+    def _read_pages(self, reading: Reading, count: int, deadline: Deadline) -> None:
+        """Read on until `count` pages are there; where one does not come, no more can be had."""
+        size, keys = self._size, reading.wanted.chain.page_keys
+        while (read := len(reading.pages)) < count:
+            begin = reading.first + read
+            numbers = range(begin, min(reading.first + count, begin + _READ_AT_ONCE))
             places = [(n * size, (n + 1) * size) for n in numbers]
-            read = self._read(keys, places, deadline, state=False)
-            pages += read
-            if len(read) < len(keys):
-                break
-        return pages
+            asked = [keys[n] for n in numbers]
+            reading.pages += self._read(reading.wanted.seal, asked, places, deadline, state=False)
+            if len(reading.pages) < read + len(numbers):
+                reading.present = len(reading.pages)
+                return
 
     def _read(
         self,
+        seal: Seal | None,
         keys: Sequence[Key],
         places: Sequence[tuple[int, int]],
         deadline: Deadline,
@@ -240,13 +283,13 @@ class Fetcher:
         seconds = time.monotonic() - begun
         hits = [outcome for outcome in takewhile(_is_hit, outcomes) if isinstance(outcome, Hit)]
         self._record.gate.note_transfer(sum(hit.value.nbytes for hit in hits), seconds)
+        broken = {key for key, out in zip(keys, outcomes, strict=True) if isinstance(out, Corrupt)}
+        self._record.count("failed", len(broken))  # the store has warned of them, and removed them
+        self._record.forget_keys(broken)
         pages: list[Page] = []
         for key, hit, (start, stop) in zip(keys, hits, places, strict=False):
-            try:
-                page = check_page(decode_page(hit, key), start, stop, state=state)
-                check_forms(forms_of(page.parts), self._record.forms)
-            except PageError as error:
-                self._record.failed(describe(error))
+            page = self._decoded(seal, key, hit, start, stop, state=state)
+            if page is None:
                 break
             self._record.gate.note_sizes(hit.value.nbytes, state=state)
             self._record.note_key(key)
@@ -254,14 +297,21 @@ class Fetcher:
         self._record.count("fetched", len(pages))
         return pages
 
-    def _check_specs(self, specs: list[CacheSpec]) -> None:
-        """Raise PageError for rows of other caches. Those without a dtype yet take any."""
-        own = [
-            spec._replace(dtype=spec.dtype or got.dtype)
-            for spec, got in zip(self._specs, specs, strict=False)
-        ]
-        if own != specs:
-            raise PageError(f"pages are of {own}; got {specs}")
+    def _decoded(
+        self, seal: Seal | None, key: Key, hit: Hit, start: int, stop: int, *, state: bool
+    ) -> Page | None:
+        """Return the page in a value; None, and the value is gone, for one that cannot be used."""
+        try:
+            page = check_page(decode_page(hit, key, seal=seal), start, stop, state=state)
+            check_specs(specs_of(page.parts), self._specs)
+            check_forms(forms_of(page.parts), self._record.forms)
+        except PageError as error:
+            self._record.failed(describe(error))
+            if seal is None:  # a sealed one may be fine, and the secret of this process wrong
+                self._store.delete([key], deadline=Deadline.after(_DELETE_SECONDS))
+            self._record.forget_keys([key])
+            return None
+        return page
 
 
 def _is_present(outcome: object) -> bool:

@@ -70,6 +70,20 @@ def check_page(page: Page, start: int, stop: int, *, state: bool) -> Page:
     return page
 
 
+def specs_of(parts: Iterable[Record]) -> list[CacheSpec]:
+    """Return the specs of the caches whose rows a page has."""
+    return [CacheSpec(part.kind, Visibility(*part.visibility), part.dtype) for part in parts]
+
+
+def check_specs(specs: Sequence[CacheSpec], own: Sequence[CacheSpec]) -> None:
+    """Raise PageError for rows of other caches. Those without a dtype yet take any."""
+    wanted = [
+        spec._replace(dtype=spec.dtype or got.dtype) for spec, got in zip(own, specs, strict=False)
+    ]
+    if wanted != specs or len(own) != len(specs):
+        raise PageError(f"pages are of {wanted}; got {specs}")
+
+
 Forms: TypeAlias = list[dict[int, tuple[ArrayForm, ...]]]
 """Of each cache, the forms of the arrays of every layer; none where a page has no rows of it."""
 
@@ -101,16 +115,6 @@ class FetchedPrefix:
             self._parts = [_part(column) for column in _columns_of(pages)]
         except ValueError as error:
             raise PageError(f"pages of one prefix do not fit together: {error}") from error
-
-    @property
-    def specs(self) -> list[CacheSpec]:
-        """Specs of the caches whose rows these are."""
-        return [part.spec for part in self._parts]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(part.rows.nbytes for part in self._parts)
 
     def capture(self, start: int, stop: int) -> Snapshot:
         """Return a snapshot of ``[start, stop)``, with the rows of it that were fetched.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from kvcache._locks import Lock
@@ -112,7 +113,8 @@ class TierRecord:
             while len(self._known) > _KNOWN_KEYS:
                 self._known.popitem(last=False)
 
-    def forget_key(self, key: Key) -> None:
-        """Let a later session put a key."""
+    def forget_keys(self, keys: Iterable[Key]) -> None:
+        """Let a later session put keys."""
         with self._lock:
-            self._known.pop(key, None)
+            for key in keys:
+                self._known.pop(key, None)

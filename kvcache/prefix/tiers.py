@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from kvcache.stores.base import Store
 from kvcache.stores.keys import KeyChain, Namespace
 from kvcache.stores.outcomes import Deadline
 
+from .arguments import SealOf
 from .fetching import Fetcher, Wanted
 from .known import KnownTokens
 from .paging import FetchedPrefix
@@ -48,13 +50,21 @@ class StoreTier:
 
     model: fingerprint of the model and its weights. specs: of the caches, as far as they are known
     before their first tokens. page_tokens: of a page; all who share the store use the same number.
-    owned: whether to close the store in the end.
+    seal_of: seal for the pages of a salt, or None. owned: whether to close the store in the end.
     """
 
     def __init__(
-        self, store: Store, model: str, specs: list[CacheSpec], page_tokens: int, *, owned: bool
+        self,
+        store: Store,
+        model: str,
+        specs: list[CacheSpec],
+        page_tokens: int,
+        seal_of: SealOf,
+        *,
+        owned: bool,
     ) -> None:
         self._store, self._page_tokens, self._owned = store, page_tokens, owned
+        self._seal_of = seal_of
         self._namespace = _namespace_of(model, specs)
         self.record = TierRecord(store)
         whole = all(spec.visibility.resumable_anywhere for spec in specs)
@@ -74,13 +84,14 @@ class StoreTier:
         points: positions to resume at, of which states are put where all caches can.
         """
         chain = self._chain_of(known, known.ids[:held])
-        self._writer.put(chain, snapshots, {*points, held})
+        self._writer.put(chain, snapshots, {*points, held}, partial(self._seal_of, known.salt))
 
     def wanted(
         self, known: KnownTokens, matched: int, media: tuple[tuple[int, int], ...]
     ) -> Wanted:
         """Return what a session for `known` would fetch behind its hit in memory."""
-        return Wanted(self._chain_of(known, known.ids), matched, len(known) - 1, media)
+        seal = self._seal_of(known.salt)
+        return Wanted(self._chain_of(known, known.ids), matched, len(known) - 1, media, seal)
 
     def prefetch(self, wanted: Wanted) -> None:
         """Begin to fetch for a session that is to come; does nothing if too much is under way."""

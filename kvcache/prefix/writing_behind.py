@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from kvcache.snapshots.resuming import last_resumable
@@ -11,6 +11,7 @@ from kvcache.stores.base import Store, describe
 from kvcache.stores.keys import KeyChain
 from kvcache.stores.outcomes import Deadline, Item, Key, PutOutcome, Stored, Unavailable
 from kvcache.stores.pages import Page, encode_page
+from kvcache.stores.sealing import Seal
 
 from .background import Background
 from .paging import forms_of, page_of, state_of
@@ -32,15 +33,23 @@ class WriteBehind:
         self._store, self._record, self._whole = store, record, whole
         self.queue = Background(1, _QUEUED_NBYTES)
 
-    def put(self, chain: KeyChain, snapshots: Sequence[Snapshot], points: set[int]) -> None:
+    def put(
+        self,
+        chain: KeyChain,
+        snapshots: Sequence[Snapshot],
+        points: set[int],
+        seal_of: Callable[[], Seal | None],
+    ) -> None:
         """Queue what `snapshots` hold of the tokens of a chain, and the store need not have yet.
 
-        points: positions to resume at, of which states are put where all caches can.
+        points: positions to resume at, of which states are put where all caches can. seal_of:
+        returns the seal for all of them, None to put them as they are.
         """
         try:
+            seal = seal_of()
             for key, parent, page in self._pages_of(chain, snapshots, points):
                 self._record.note_forms(forms_of(page.parts))
-                self._put_one(encode_page(page, key, parent))
+                self._put_one(key, page, partial(encode_page, page, key, parent, seal))
         except Exception as error:  # noqa: BLE001 - a session that ends is not to blame
             self._record.warn("pages cannot be cut", describe(error))
 
@@ -74,25 +83,25 @@ class WriteBehind:
         self._record.count("dropped", not room)
         return room
 
-    def _put_one(self, item: Item) -> None:
-        self._record.note_key(item.key)  # first: it is forgotten when the put fails
-        if not self.queue.submit(partial(self._write, item), item.nbytes):
-            self._drop(item.key)
+    def _put_one(self, key: Key, page: Page, encode: Callable[[], Item]) -> None:
+        self._record.note_key(key)  # first: it is forgotten when the put fails
+        if not self.queue.submit(partial(self._write, key, encode), page.nbytes):
+            self._drop(key)
 
-    def _write(self, item: Item) -> None:
-        """Put one item into the store, in the background."""
+    def _write(self, key: Key, encode: Callable[[], Item]) -> None:
+        """Put one page into the store, in the background, where encryption is no session's time."""
         try:
             outcome: PutOutcome
-            [outcome] = self._store.put([item], deadline=Deadline.after(_WRITE_SECONDS))
+            [outcome] = self._store.put([encode()], deadline=Deadline.after(_WRITE_SECONDS))
         except Exception as error:  # noqa: BLE001 - a store of the user's own
             outcome = Unavailable(describe(error))
             self._record.warn("it does not take pages", outcome.reason)
         if isinstance(outcome, Stored):
             self._record.count("written")
         else:
-            self._drop(item.key)
+            self._drop(key)
 
     def _drop(self, key: Key) -> None:
         """Count a page that was not put, so that a later session puts it."""
-        self._record.forget_key(key)
+        self._record.forget_keys([key])
         self._record.count("dropped")

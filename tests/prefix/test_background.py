@@ -55,6 +55,30 @@ def test_what_is_queued_is_done_after_the_stop():
     assert done == [1]
 
 
+def test_idle_threads_end_with_the_stop():
+    queue, both = Background(2, 10), threading.Barrier(3)
+    before = set(threading.enumerate())
+    for _ in range(2):
+        assert queue.submit(both.wait, 1)
+    both.wait(600)
+    assert queue.drain(LATER)
+    workers = set(threading.enumerate()) - before
+    assert len(workers) == 2
+    queue.stop()
+    for worker in workers:
+        worker.join(600)
+        assert not worker.is_alive()
+
+
+def test_a_thread_serves_one_job_after_the_other():
+    queue, names = Background(4, 10), set()
+    for _ in range(5):
+        assert queue.submit(lambda: names.add(threading.current_thread().name), 1)
+        assert queue.drain(LATER)
+    assert len(names) == 1
+    queue.stop()
+
+
 def test_what_is_not_measured_is_tried():
     gate = CostGate()
     assert gate.pays(1, 1000, 1)

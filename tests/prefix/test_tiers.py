@@ -12,7 +12,7 @@ import kvcache
 from kvcache import KVCache, RotatingKVCache, StateCache
 from kvcache.errors import StoreError
 from kvcache.prefix import PrefixCache
-from kvcache.stores import Deadline, FileStore, Hit, MemoryStore, Namespace
+from kvcache.stores import Deadline, FileStore, Hit, Item, MemoryStore, Namespace, Seal
 
 from .. import peek
 from .served import FULL, MODELS, RECURRENT, SOME, Layers, Server, check_accounts
@@ -233,6 +233,17 @@ def test_a_session_waits_for_what_is_being_prefetched():
     assert server.ask([*TURNED, 12, 13]) == 10
 
 
+def test_a_session_asks_again_where_a_prefetch_got_no_answer():
+    store = Gate(stored_in(MemoryStore()))
+    server = Stored(model_of("full", NUMPY), store)
+    store.broken = True
+    server.prefix.prefetch(TURNED)
+    assert peek.fetching(server.prefix).drain(LATER)
+    store.broken = False
+    assert server.ask([*TURNED, 12, 13]) == 10
+    assert server.counts.late == 0
+
+
 # Trouble.
 
 
@@ -331,6 +342,60 @@ def test_pages_that_are_none_are_a_miss(name, alter, caplog):
     assert "a page is damaged, or of other caches" in warning.getMessage()
 
 
+def damaged(store, start, stop):
+    """A store whose value for ``[start, stop)`` passes for whole, and cannot be decoded."""
+    [(key, label)] = [
+        (entry.key, entry.label) for entry in store.entries() if entry.label[2:] == (start, stop)
+    ]
+    store.delete([key])
+    store.put([Item(key, [b"none"], label)])
+    return store
+
+
+def test_the_pages_before_a_damaged_one_are_used():
+    store = damaged(stored_in(MemoryStore()), 4, 8)
+    server = Stored(model_of("full", NUMPY), store)
+    assert server.ask([*TURNED, 12], [13]) == 7, "with the state of the prompt but for its end"
+    assert server.counts.failed == 1
+    # The session has put a page in its place.
+    assert Stored(model_of("full", NUMPY), store).ask([*TURNED, 12, 13, 14]) == 12
+
+
+@pytest.mark.parametrize("name", ["hybrid", "hybrid pool"])
+def test_a_session_goes_on_at_the_state_before_a_damaged_one(name):
+    store = MemoryStore()
+    Stored(model_of(name, NUMPY), store).ask(FIRST, REPLY, resume_points=[3, 5])
+    [state] = {entry.label.start for entry in store.entries() if entry.label.stop == 10}
+    damaged(store, state, 10)
+    server = Stored(model_of(name, NUMPY), store)
+    assert server.ask([*TURNED, 12]) == 8
+    assert server.counts.failed == 1
+
+
+@pytest.mark.parametrize("name", ["hybrid", "hybrid pool"])
+@pytest.mark.parametrize(("page", "left"), [((4, 8), 7), ((0, 4), 3)])
+def test_a_session_goes_on_at_the_state_before_a_damaged_page(name, page, left):
+    store = MemoryStore()
+    Stored(model_of(name, NUMPY), store).ask(FIRST, REPLY, resume_points=[3, 5])
+    server = Stored(model_of(name, NUMPY), damaged(store, *page))
+    assert server.ask([*TURNED, 12]) == left
+    assert server.counts.failed == 1
+
+
+def test_a_page_that_a_store_finds_damaged_is_counted_and_put_again(tmp_path):
+    with FileStore(tmp_path) as store:
+        stored_in(store)
+        for path in tmp_path.rglob("*"):
+            if path.is_file() and "index" not in path.name:
+                path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with FileStore(tmp_path) as store:
+        server = Stored(model_of("full", NUMPY), store)
+        assert server.ask([*TURNED, 12]) == 0
+        assert server.counts.failed >= 1
+    with FileStore(tmp_path) as store:
+        assert Stored(model_of("full", NUMPY), store).ask([*TURNED, 12, 13]) == 12
+
+
 def test_pages_of_another_form_are_not_restored(caplog):
     """Namespaces that lie: the same name for models of other head sizes."""
 
@@ -418,3 +483,41 @@ def test_a_deadline_is_that_of_a_store():
     prefix = PrefixCache([KVCache("numpy")])
     with pytest.raises(TypeError, match=r"got 0\.5\. Give Deadline\.after\(seconds\)"):
         prefix.session([1], deadline=0.5)
+
+
+# Sealed.
+
+
+def test_tenants_have_seals_of_their_own():
+    pytest.importorskip("cryptography", reason="needs pip install 'kvcache[seal]'")
+    seals = {"left": Seal(bytes(32)), "right": Seal(bytes(range(32)))}
+    store = MemoryStore()
+
+    def server(**options):
+        return Stored(model_of("hybrid", NUMPY), store, **options)
+
+    for salt in ("left", "right", ""):
+        server(seal=seals.get).ask(FIRST, REPLY, salt=salt)
+    assert [server(seal=seals.get).ask([*TURNED, 12], salt=salt) for salt in seals] == [10, 10]
+    assert server(seal=seals["left"]).ask([*TURNED, 12], salt="left") == 11, "one for all"
+    assert server().ask([*TURNED, 12]) == 10, "no tenant's"
+
+
+def test_what_does_not_open_stays_for_those_with_the_secret():
+    pytest.importorskip("cryptography", reason="needs pip install 'kvcache[seal]'")
+    store = MemoryStore()
+    seal = Seal(bytes(32))
+    Stored(model_of("full", NUMPY), store, seal=seal).ask(FIRST, REPLY)
+    other = Stored(model_of("full", NUMPY), store, seal=Seal(bytes(range(32))))
+    assert other.ask([*TURNED, 12]) == 0
+    assert other.counts.failed >= 1
+    assert Stored(model_of("full", NUMPY), store, seal=seal).ask([*TURNED, 12]) >= 10
+
+
+def test_a_seal_is_one_or_a_function_that_returns_one():
+    with pytest.raises(TypeError, match=r"pages are sealed with a kvcache\.stores\.Seal"):
+        PrefixCache([KVCache("numpy")], seal=bytes(32))
+    server = Stored(model_of("full", NUMPY), MemoryStore(), seal=lambda salt: salt.encode())
+    with pytest.raises(TypeError, match=r"the seal of a salt is .* got b'tenant'"):
+        server.begin([1, 2], salt="tenant")
+    assert server.prefix.stats.sessions == server.prefix.stats.active == 0
