@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from kvcache._interrupts import uninterrupted
 from kvcache.stores.outcomes import Deadline
 
 _LONGEST_WAIT = 1e6
@@ -48,13 +49,12 @@ class Background:
         """Queue a job; return False if there is no room for it, or after :meth:`stop`."""
         if self._process != os.getpid():
             self._forget_parent()
-        with self._changed:
+        with uninterrupted(), self._changed:  # the counts tell of what is queued
             if not self.has_room(weight):
                 return False
             if self._threads <= self._unfinished and self._threads < self._most:
-                threading.Thread(
-                    target=self._work, daemon=True
-                ).start()  # may raise: so it is first
+                # First, because it may raise.
+                threading.Thread(target=self._work, daemon=True).start()
                 self._threads += 1
             self._unfinished += 1
             self._weight += weight

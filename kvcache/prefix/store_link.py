@@ -89,7 +89,7 @@ class StoreLink:
     ) -> Request:
         """Return the request that `begin` begins, with a fetched prefix in memory.
 
-        Caches that do not take its rows begin without.
+        Caches that do not take its rows begin without. The budget may be exceeded afterwards.
         """
         filed = None if fetched is None else self._admitted(known, fetched, now)
         try:
@@ -101,7 +101,6 @@ class StoreLink:
             return begin()
         if filed is not None:
             self.tier.record.count("fetched_tokens", request.hit.matched - filed.matched)
-            self.kept.index.trim(now)
         return request
 
     def _admitted(self, known: KnownTokens, fetched: FetchedPrefix, now: float) -> Filed | None:
