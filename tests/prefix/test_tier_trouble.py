@@ -29,8 +29,8 @@ PROMPT = [*TURNED, 12]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("budget", [None, 500])
-@pytest.mark.parametrize("name", ["full", "hybrid"])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.matrix), 500])
+@pytest.mark.parametrize("name", ["full", pytest.param("hybrid", marks=pytest.mark.matrix)])
 def test_a_policy_or_a_clock_that_raises_leaks_nothing(name, budget, after):
     store = stored_in(MemoryStore(), name)
     for moment in range(1, 200):

@@ -22,6 +22,12 @@ from .tiered import FIRST, LATER, PAGE, REPLY, TURNED, Gate, Restored, Stored, m
 NUMPY = kvcache.get_backend("numpy")
 
 
+def mostly(names, *kept):
+    """All `names`, of which each run of the tests takes those `kept`."""
+    rest = pytest.mark.matrix
+    return [name if name in kept else pytest.param(name, marks=rest) for name in names]
+
+
 # After a restart, and elsewhere.
 
 
@@ -43,7 +49,7 @@ def test_the_same_prompt_again_leaves_its_last_token(name):
     assert server.ask(FIRST) == 7
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", mostly(SOME, "full", "hybrid pool"))
 def test_backends_share_what_they_store(backend, name):
     store = stored_in(MemoryStore(), name, backend)
     other = Stored(model_of(name, NUMPY), store)
@@ -78,7 +84,7 @@ def test_pages_behind_a_hit_in_memory_are_fetched(name):
     check_accounts(server)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly(MODELS, "full", "sinks", "hybrid", "hybrid pool"))
 @settings(max_examples=15)
 @given(turns=st.lists(TURN, min_size=2, max_size=8), budget=st.sampled_from([None, 0, 300, 900]))
 def test_any_conversations_of_two_who_share_a_store(name, turns, budget):
