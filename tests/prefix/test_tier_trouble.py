@@ -81,7 +81,7 @@ def test_ctrl_c_while_a_session_waits_for_the_store():
 
 
 @pytest.mark.parametrize(
-    "stride", [pytest.param(5, id="many", marks=pytest.mark.matrix), pytest.param(23, id="some")]
+    "stride", [pytest.param(5, id="many", marks=pytest.mark.matrix), pytest.param(61, id="some")]
 )
 @pytest.mark.parametrize("name", ["full", "hybrid"])
 def test_ctrl_c_at_any_line_of_a_beginning(name, stride):
