@@ -183,6 +183,12 @@ def _read_header(value: memoryview) -> tuple[int, int]:
     return form, layout_nbytes
 
 
+def is_plain_page(value: memoryview) -> bool:
+    """Return whether a value says of itself that it is a page of this version, and not sealed."""
+    plain = _MAGIC + struct.pack("<HH", _VERSION, _PLAIN)
+    return bytes(value[: len(plain)]) == plain
+
+
 def _bound(header: bytes, label: Label) -> bytes:
     """Return the bytes that a seal authenticates without hiding them."""
     place = struct.pack("<II", label.start, label.stop)

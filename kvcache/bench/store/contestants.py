@@ -1,0 +1,109 @@
+"""Contestants: the stores, and beside each the ceiling that the machine sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+
+from kvcache.bench.harness.contest import Contestant, UnavailableError
+from kvcache.errors import StoreError
+from kvcache.stores import FileStore, Hit, MemoryStore, Store, Stored, open_store
+
+from .case import (
+    FILE_STORE,
+    GET,
+    MEMORY_STORE,
+    PUT,
+    REDIS_STORE,
+    StoreCase,
+)
+from .ceilings import FileWrites, Stream, file_reads, memcpy
+from .server import running_server
+
+
+class Entrants:
+    """The contestants of one case. What they need (a server, connections) ends with `stack`."""
+
+    def __init__(self, case: StoreCase, stack: ExitStack) -> None:
+        self._case, self._stack = case, stack
+        self.missing: dict[str, str] = {}
+
+    def all(self) -> Iterator[tuple[str, Contestant]]:
+        """Yield each contestant with its operation; the absent are in `missing`, with reasons."""
+        case = self._case
+        copy = memcpy(case)
+        yield PUT, copy
+        yield GET, copy
+        yield PUT, FileWrites(case).contestant()
+        yield GET, file_reads(case)
+        # One stream for both: bytes take the same way in either direction.
+        stream = Stream(case)
+        self._stack.callback(stream.close)
+        yield PUT, stream.contestant()
+        yield GET, stream.contestant()
+        makers: dict[str, Callable[[], Store]] = {
+            MEMORY_STORE: MemoryStore,
+            FILE_STORE: lambda: FileStore(case.directory / "store"),
+            REDIS_STORE: self._redis_store,
+        }
+        for name, make in makers.items():
+            try:
+                store = self._stack.enter_context(make())
+            except UnavailableError as error:
+                self.missing[name] = str(error)
+            else:
+                yield PUT, Puts(name, store, case).contestant()
+                yield GET, gets(name, store, case)
+
+    def _redis_store(self) -> Store:
+        url = self._stack.enter_context(running_server(self._case.directory))
+        try:
+            return open_store(url)
+        except StoreError as error:
+            raise UnavailableError(str(error).rstrip(".")) from error
+
+
+class Puts:
+    """Puts of one value under new keys, each of which the rewind deletes."""
+
+    def __init__(self, name: str, store: Store, case: StoreCase) -> None:
+        self._name, self._store = name, store
+        self._items = islice(case.items(), 1, None)  # the first is for those who get
+        self._stored: list[bytes] = []
+
+    def contestant(self) -> Contestant:
+        """Return these puts as a contestant."""
+        return Contestant(self._name, self.run, self.rewind)
+
+    def run(self, steps: int) -> None:
+        """Put as many values."""
+        for item in islice(self._items, steps):
+            [outcome] = self._store.put([item])
+            _check(outcome, Stored)
+            self._stored.append(item.key)
+
+    def rewind(self, _: int) -> None:
+        """Delete all values."""
+        self._store.delete(self._stored)
+        self._stored = []
+
+
+def gets(name: str, store: Store, case: StoreCase) -> Contestant:
+    """Return reads of one value."""
+    item = next(case.items())
+    [outcome] = store.put([item])
+    _check(outcome, Stored)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            [outcome] = store.get([item.key])
+            _check(outcome, Hit)
+
+    return Contestant(name, run)
+
+
+def _check(outcome: object, wanted: type) -> None:
+    """Refuse to time anything else, such as the time that a full disk takes to say so."""
+    if not isinstance(outcome, wanted):
+        raise StoreError(f"the benchmark cannot go on: {outcome}.")
