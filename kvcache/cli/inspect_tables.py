@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.tree import Tree
 
 from kvcache.bench.harness.tables import new_table
 from kvcache.stores import Entry, Unavailable, Usage
-from kvcache.stores.inspection import Finding, Run
+from kvcache.stores.inspection import Finding, Run, State
 
 from .units import in_bytes, in_time
 
@@ -105,14 +106,14 @@ def _line(run: Run, now: float) -> Text:
 def damage_table(findings: Sequence[Finding]) -> RenderableType:
     """Return how many values are whole, and a row for each of the others."""
     counts = Counter(finding.state for finding in findings)
-    states = ("whole", "damaged", "gone", "unread")
-    title = "Values: " + ", ".join(f"{counts[state]:,} {state}" for state in states)
+    title = "Values: " + ", ".join(f"{counts[state]:,} {state}" for state in get_args(State))
     trouble = [finding for finding in findings if finding.state != "whole"]
     if not trouble:
         return Text(title)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("key", "state", "reason"):
-        table.add_column(column)
+    table.add_column("key", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("reason", overflow="fold")
     for finding in trouble[:_DAMAGE_SHOWN]:
         entry, state, reason = finding
         table.add_row(entry.key.hex()[:_DIGITS], state, Text(reason))

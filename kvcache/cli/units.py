@@ -20,7 +20,7 @@ def as_bytes(option: str, text: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?) ?([kmgt]?)(?:i?b)?", text.lower(), re.ASCII)
     if match is None:
         raise typer.BadParameter(f"{option} takes bytes like 500M, 64G or 1.5T; got {text!r}.")
-    return round(float(match[1]) * 1024 ** _POWERS[match[2]])
+    return round(float(match[1]) * (1 << 10 * _POWERS[match[2]]))
 
 
 def in_bytes(nbytes: int) -> str:

@@ -20,10 +20,11 @@ from kvcache.stores import (
     Present,
     Unavailable,
     encode_page,
+    open_store,
 )
 from kvcache.stores.inspection import beyond, forest, older_than, remove, verify
 
-from .values import item_of, key_of
+from .values import LABEL, item_of, key_of
 
 NOBODY = bytes(32)
 
@@ -224,3 +225,22 @@ def test_removals_are_counted_by_outcome():
     assert list(store.entries()) == []
     away = Answering(Unavailable("away"))
     assert remove(away, entries[:2], 60.0, done.append) == (0, 0, 2)
+
+
+def test_what_servers_lost_and_damaged(redis_server):
+    """A chunk of one value is gone, that of another one has a flipped bit, the third is whole."""
+    redis_server.clear()
+    names = {}
+    with open_store(redis_server.url, chunk_nbytes=1 << 16) as store:
+        for number in range(3):
+            before = {*redis_server.names()}
+            store.put([item_of(number, 300_000)])
+            names[number] = sorted({*redis_server.names()} - before, key=len)
+        redis_server.ask("DEL", names[0][-1])
+        damaged = bytearray(redis_server.read(names[1][-1]))
+        damaged[5] ^= 1
+        redis_server.write(names[1][-1], bytes(damaged))
+        [*entries] = store.entries()
+        assert [run.entries[0].label for run in forest(entries)] == [LABEL] * 3
+        states = {key: state for key, (state, _) in findings_of(store).items()}
+        assert states == {key_of(0): "gone", key_of(1): "damaged", key_of(2): "whole"}

@@ -61,7 +61,7 @@ class FileWrites:
 def file_reads(case: StoreCase) -> Contestant:
     """Return reads of a plain file, which the system holds in memory."""
     path = case.directory / f"read {case.nbytes}"
-    path.write_bytes(case.value())
+    path.write_bytes(case.value().data)
 
     def run(steps: int) -> None:
         for _ in range(steps):
