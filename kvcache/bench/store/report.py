@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvcache.bench.harness.report import Judgement, MeasuredTiming, Report, Skipped
 
-from .case import BASES, FILE_STORE, OPERATIONS, REDIS_STORE
+from .case import BASES, FILE_STORE, GET, MEMORY_STORE, OPERATIONS, REDIS_STORE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +73,9 @@ class StoreReport(Report[StoreTiming]):
         )
 
     def share(self, operation: str, nbytes: int, store: str) -> float | None:
-        """Return the throughput of a store as a share of that of its ceiling."""
+        """Return the throughput of a store as a share of that of its ceiling; None without one."""
+        if (operation, store) == (GET, MEMORY_STORE):  # its reads copy nothing
+            return None
         own = self.find(operation, nbytes, store)
         ceiling = self.find(operation, nbytes, BASES[store])
         return ceiling.us / own.us if own and ceiling else None

@@ -33,7 +33,7 @@ def store_tables(report: StoreReport) -> RenderableType:
 def _timings(report: StoreReport) -> Table:
     """Make a table of a row per contestant, under the size of its values."""
     columns = [(f"{operation} ms", "GB/s", "x ceiling") for operation in OPERATIONS]
-    title = "Values into and out of stores, and the same bytes without a store"
+    title = "Values into and out of stores, and their ceilings"
     table = new_table(title, "", *(column for group in columns for column in group))
     for nbytes in report.sizes:
         table.add_row(Text(size_name(nbytes), style="bold"))

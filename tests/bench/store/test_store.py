@@ -162,6 +162,8 @@ def report_of(nbytes):
             (PUT, MEMORY_STORE, 5_000.0),
             (PUT, FILE_STORE, 9_000.0),
             (PUT, REDIS_STORE, 24_000.0),
+            (GET, MEMCPY, 5_000.0),
+            (GET, MEMORY_STORE, 10.0),
             (GET, FILE, 8_000.0),
             (GET, FILE_STORE, 16_000.0),
         ]
@@ -178,6 +180,7 @@ def test_the_table_shows_shares_and_targets_in_80_columns():
     rows = [line.split() for line in text.splitlines()]
     assert ["32", "MiB"] in rows
     assert ["FileStore", "9.00", "3.73", "0.78", "16.0", "2.10", "0.50"] in rows
+    assert ["MemoryStore", "5.00", "6.71", "1.00", "0.01", "3,355"] in rows
     assert ["TCP", "stream", "12.0", "2.80"] in rows
     assert [(v.rule, v.at, v.measured, v.passed) for v in report.verdicts] == [
         ("FileStore put / plain file", "32 MiB", pytest.approx(7 / 9), True),
