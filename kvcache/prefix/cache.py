@@ -171,10 +171,7 @@ class PrefixCache:
     def lookup(
         self, tokens: Sequence[int] | Tokens, *, salt: str = "", media: Media | None = None
     ) -> Hit:
-        """Return how much of a prompt a session would find; see :meth:`session`.
-
-        Nothing is restored or counted.
-        """
+        """Return how much of a prompt a :meth:`session` would find; nothing is counted."""
         prompt, places = checked_prompt(tokens, salt, media)
         with self.lock:
             ids, placements = self._media_ids.substitute(prompt, places)
@@ -191,9 +188,8 @@ class PrefixCache:
     ) -> None:
         """Store `tokens` from per-layer `caches` that no session has, and take these over.
 
-        For requests in a batch, say: its ``split()`` gives the caches of each.
-
-        tokens: ids of all that the caches hold. salt, media: as for :meth:`session`.
+        tokens: ids of all that the caches hold; these may be a row of ``split()`` of a batch.
+        salt, media: as for :meth:`session`.
 
         Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
             another number of tokens, or padded. Nothing has changed then.
@@ -287,12 +283,7 @@ class PrefixCache:
             return
         snapshots = captured(request.handle, prefix, restored, held)
         try:
-            for span in prefix.spans:
-                # Before a span is split, so that both parts get what belongs to them.
-                if span.payload is not None and span.start in snapshots:
-                    self._replace(span, snapshots.pop(span.start))
-            tree = self._trees.setdefault(known.salt, RadixTree(known.salt))
-            spans = self._index.extend(tree, ids[:held], known.media)
+            spans = self._extended(known, ids[:held], prefix, snapshots)
             new = [span for span in spans if span.start >= prefix.length]
             self._index.use(new, self._clock())  # the others were used when the request began
             for span in spans:
@@ -302,13 +293,28 @@ class PrefixCache:
         finally:  # what a policy that raised has kept from its place
             close_snapshots(snapshots)
 
-    def _replace(self, span: StoredSpan, snapshot: Snapshot) -> None:
-        previous = span.payload
+    def _extended(
+        self, known: KnownTokens, ids: Tokens, prefix: StoredPrefix, snapshots: dict[int, Snapshot]
+    ) -> list[StoredSpan]:
+        """Return the spans of `ids`; those of `prefix` take what they lack from `snapshots`."""
+        replaced: dict[StoredSpan, StoredSnapshot] = {}
         try:
-            self._index.fill(span, StoredSnapshot(snapshot))
-        finally:  # the span is filled, also if its policy raised
-            if previous is not None:
-                previous.close()
+            for span in prefix.spans:
+                # Before a span is split, so that both parts get what belongs to them.
+                if span.payload is not None and span.start in snapshots:
+                    replaced[span] = span.payload
+                    self._index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
+            tree = self._trees.setdefault(known.salt, RadixTree(known.salt))
+            return self._index.extend(tree, ids, known.media)
+        except BaseException:
+            # A framework cannot split a payload: each span has again what it had.
+            for span, previous in list(replaced.items()):
+                replaced[span] = span.payload or previous
+                self._index.fill(span, previous)
+            raise
+        finally:
+            for payload in replaced.values():
+                payload.close()
 
     def _release(self, request: Request) -> None:
         """Give back what a request holds: all of it, also if a policy raises."""
@@ -351,9 +357,9 @@ class PrefixCache:
             return render(self._trees, self._index.nbytes, decode, svg, width)
 
     def trim(self, nbytes: int) -> None:
-        """Evict until no more than `nbytes` are stored, or all that is left is in use.
+        """Evict until no more than `nbytes` are stored, or only what is in use; keep the budget.
 
-        The budget stays as it is. Raises: ValueError, TypeError for no number of bytes.
+        Raises: ValueError, TypeError for no number of bytes.
         """
         target, index = as_index(nbytes, "nbytes"), self._index
         with self._changing():

@@ -330,12 +330,14 @@ class SpanIndex(Generic[P]):
     def _join(self, run: Sequence[Span[P]]) -> None:
         """Let the last of contiguous spans that are alike be all of them."""
         *uppers, last = run
+        payloads = [span.payload for span in run if span.payload is not None]
+        joined = payloads[0].join(payloads[1:]) if payloads else None
+        if payloads and joined is None:
+            return  # they serve as well apart
         for upper, lower in zip(uppers, run[1:], strict=True):
             for node in list(upper.node.children.values()):
                 if node.value is not None and node.value is not lower:
                     self._remove(node.value)
-        payloads = [span.payload for span in run if span.payload is not None]
-        joined = payloads[0].join(payloads[1:]) if payloads else None  # may raise, so it is first
         if last.offered:  # its size changes, on which its place among the candidates may depend
             self.policy.withdraw(last)
             last.offered = False

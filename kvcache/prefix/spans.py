@@ -35,8 +35,11 @@ class Payload(Protocol):
     def joins(self, following: Self) -> bool:
         """Return True if the payload of the span right behind can be joined to this one."""
 
-    def join(self, following: Sequence[Self]) -> Self:
-        """Return one payload for this and the `following`, contiguous spans, to replace them."""
+    def join(self, following: Sequence[Self]) -> Self | None:
+        """Return one payload for this and the `following`, contiguous spans, to replace them.
+
+        None where that fails; nothing has changed then.
+        """
 
     def reduced(self, position: int) -> Self | None:
         """Return what resuming at `position`, behind its span, needs of it; None for all of it.

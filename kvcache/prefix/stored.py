@@ -52,10 +52,16 @@ class StoredSnapshot:
             for part, next_part in zip(self.snapshot.parts, following.snapshot.parts, strict=True)
         )
 
-    def join(self, following: Sequence[StoredSnapshot]) -> StoredSnapshot:
-        """Return this and the `following` snapshots as one payload; all of them are closed."""
+    def join(self, following: Sequence[StoredSnapshot]) -> StoredSnapshot | None:
+        """Return this and the `following` snapshots as one payload; all of them are closed.
+
+        None, and they stay as they are, where a framework lacks the memory to copy them.
+        """
         inside = any(payload.resumable_inside for payload in [self, *following])
-        merged = self.snapshot.merge(*(payload.snapshot for payload in following))
+        try:
+            merged = self.snapshot.merge(*(payload.snapshot for payload in following))
+        except Exception:  # noqa: BLE001 - frameworks have errors of their own for it
+            return None
         return StoredSnapshot(merged, inside)
 
     def reduced(self, position: int) -> StoredSnapshot | None:

@@ -93,7 +93,7 @@ class _Partial:
             os.close(descriptor)
             raise
         # Whoever looked for partial files before the lock was taken may have removed this one.
-        if _lock(descriptor) is False or not _is_at(descriptor, path):
+        if lock_file(descriptor) is False or not _is_at(descriptor, path):
             self.file.close()
             self._path = None
 
@@ -188,7 +188,7 @@ def _reclaim(path: Path) -> bool:
         return False
     try:
         # Whoever removes or renames a partial file has its lock, so this one stays at its path.
-        removed = bool(_lock(descriptor)) and _is_at(descriptor, path)
+        removed = bool(lock_file(descriptor)) and _is_at(descriptor, path)
         if removed:
             path.unlink(missing_ok=True)
     except OSError:
@@ -198,7 +198,7 @@ def _reclaim(path: Path) -> bool:
     return removed
 
 
-def _lock(descriptor: int) -> bool | None:
+def lock_file(descriptor: int) -> bool | None:
     """Lock a file for as long as it is open. Return False if it is locked, None without locks."""
     if sys.platform == "win32":
         return None
@@ -206,7 +206,7 @@ def _lock(descriptor: int) -> bool | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system that knows no locks: then partial files are left alone
+    except OSError:  # a file system that knows no locks: then nothing is cleared away
         return None
     return True
 

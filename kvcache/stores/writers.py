@@ -8,7 +8,6 @@ left unfinished can be cleared away.
 from __future__ import annotations
 
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from kvcache._interrupts import uninterrupted
-
-if sys.platform != "win32":  # elsewhere nothing tells whether a writer is gone
-    import fcntl
+from kvcache.storage.writing import lock_file
 
 _SUFFIX = ".lock"
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -43,7 +40,7 @@ class Writer:
             with uninterrupted():
                 descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _FLAGS, 0o666)
                 # Whoever looked before it was locked may have taken it for that of a dead one.
-                if _lock(descriptor) is not False and path.exists():
+                if lock_file(descriptor) is not False and path.exists():
                     return descriptor, name
                 os.close(descriptor)
 
@@ -94,7 +91,7 @@ def gone(root: Path, name: str) -> Iterator[bool]:
         _remove_partials(root, name)
         return
     try:
-        locked = _lock(descriptor) is True
+        locked = lock_file(descriptor) is True
         yield locked
         if locked:
             _remove_partials(root, name)
@@ -106,16 +103,3 @@ def gone(root: Path, name: str) -> Iterator[bool]:
 def _remove_partials(root: Path, name: str) -> None:
     for partial in (root / "partial").glob(f"{name}-*"):
         partial.unlink(missing_ok=True)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Lock a file for as long as it is open. Return False if it is locked, None without locks."""
-    if sys.platform == "win32":
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that knows no locks: then all writers pass for alive
-        return None
-    return True

@@ -115,7 +115,7 @@ def outcomes_in_order(subject: StoreSubject) -> None:
 
 @_check
 def deleted_is_gone(subject: StoreSubject) -> None:
-    """What was deleted is missed, and can be put again."""
+    """A deleted value is missed, and can be put again."""
     with opened(subject) as store:
         store.put([item_of(1)])
         assert store.delete([key_of(1)]) == [Deleted()]
@@ -299,7 +299,7 @@ def _work(store: Store, choices: random.Random, troubles: list[object]) -> None:
 
 @_check
 def values_survive_reopening(subject: StoreSubject) -> None:
-    """What one store object has put, the next one of the same place finds."""
+    """A value that one store object has put is found by the next one of the same place."""
     if not subject.persistent:
         return
     with opened(subject) as store:

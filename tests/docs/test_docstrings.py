@@ -42,9 +42,10 @@ def test_to_markdown(text, expected):
     ("path", "some"),
     [
         ("layers.growing.KVCache", {"update", "trim", "rollback"}),
-        ("layers.batch.BatchCache", {"select", "split", "concat", "padding"}),
+        ("layers.row_selection.SelectableRows", {"select", "split", "padding"}),
+        ("layers.batch.BatchCache", {"pad", "rows", "concat"}),
         ("layers.recurrent.StateCache", {"advance", "trim", "rollback"}),
-        ("layers.recurrent_batch.BatchStates", {"pad", "select", "split", "concat"}),
+        ("layers.recurrent_batch.BatchStates", {"pad", "rows", "concat"}),
     ],
 )
 def test_a_cache_shows_the_docstrings_of_its_contract(path, some):

@@ -27,22 +27,10 @@ from kvcache.stores import (
 )
 from tests import peek
 
+from .scripts import run
 from .values import LABEL, is_right, item_of, key_of
 
-HERE = Path(__file__).parent
 NUMBERS = range(8)
-
-
-def run(script, *arguments):
-    """Run a script of this folder in a process of its own; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, HERE / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.stdout + done.stderr
 
 
 def files_in(place, folder):

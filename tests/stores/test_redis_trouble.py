@@ -1,6 +1,6 @@
 """RedisStore and servers that stop, die, move their keys, or are slow."""
 
-import multiprocessing
+import json
 import os
 import random
 import threading
@@ -12,12 +12,13 @@ pytest.importorskip("redis")
 
 from redis.crc import key_slot
 
-from kvcache.stores import Deadline, Item, Miss, Stored, Unavailable
+from kvcache.stores import Deadline, Miss, Stored, Unavailable
 from kvcache.stores.redis import RedisStore
 from kvcache.stores.redis.breaker import Breaker
 
+from .scripts import started
 from .servers import Proxy, RunningCluster, RunningServer, running, wait_for
-from .values import is_right, item_of, key_of, value_of
+from .values import is_right, item_of, key_of
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 AT_LENGTH = pytest.mark.skipif(not THOROUGH, reason="runs with HYPOTHESIS_PROFILE=thorough")
@@ -339,47 +340,15 @@ def test_replicas_take_over(tmp_path):
 # Processes.
 
 
-def process_under_load(url, seed, seconds, results):
-    """Call the store for so many seconds, but 60 times at least."""
-    choices = random.Random(seed)
-    troubles = []
-    calls = 0
-    end = time.monotonic() + seconds
-    with RedisStore(url, chunk_nbytes=CHUNK) as store:
-        while calls < 60 or time.monotonic() < end:
-            number = choices.randrange(30)
-            nbytes = 3 * CHUNK + number
-            kind = choices.randrange(10)
-            if kind == 0:
-                [outcome] = store.delete([key_of(number)])
-                fine = not isinstance(outcome, Unavailable)
-            elif kind < 4:
-                fine = store.put([Item(key_of(number), [value_of(number, nbytes)])]) == [Stored()]
-            else:
-                [outcome] = store.get([key_of(number)])
-                fine = outcome == Miss() or is_right(outcome, number)
-            calls += 1
-            if not fine:
-                troubles.append(f"{kind} of {number}: {outcome}")
-        results.put((troubles, store.stats.hits))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["redis_server", pytest.param("redis_cluster", marks=AT_LENGTH)])
 def test_eight_processes_under_load(server, request):
     server = request.getfixturevalue(server)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
     seconds = 60 if THOROUGH else 0
-    processes = [
-        context.Process(target=process_under_load, args=(server.url, seed, seconds, results))
-        for seed in range(8)
-    ]
-    for process in processes:
-        process.start()
-    reports = [results.get(timeout=200) for _ in processes]
-    for process in processes:
-        process.join()
+    processes = [started("redis_load.py", server.url, seed, seconds) for seed in range(8)]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, outputs
+    reports = [json.loads(output) for output, _ in outputs]
     server.clear()
     assert [troubles for troubles, _ in reports if troubles] == []
     assert sum(hits for _, hits in reports) > 100

@@ -10,7 +10,7 @@ import mlx.core as mx
 from kvcache import KVCache, NotSupportedError, RotatingKVCache
 from kvcache.backends.arrays import NativeArray, NativeArrays
 
-from .headers import Header, decoded
+from .headers import decoded
 from .rows import BatchedEntry, zeros
 
 
@@ -173,14 +173,7 @@ class AttentionEntry(BatchedEntry[KVCache]):
     @property
     def state(self) -> tuple[object, ...]:
         """Keys and values held unless the cache is empty, and a header."""
-        cache, padding = self.cache, self.cache.padding
-        header = Header(
-            dict(cache.options),
-            cache.offset,
-            self.rows,
-            () if padding is None else padding.tolist(),
-        )
-        return *cache.state, header.encoded()
+        return *self.cache.state, self._header(self.cache.options)
 
     @classmethod
     def from_state(cls, state: Sequence[NativeArray]) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar
 
 import mlx.core as mx
@@ -11,6 +11,8 @@ import numpy as np
 
 from kvcache.backends.arrays import NativeArray
 from kvcache.layers.row_selection import SelectableRows
+
+from .headers import Header
 
 C = TypeVar("C", bound=SelectableRows)
 
@@ -30,6 +32,12 @@ class BatchedEntry(ABC, Generic[C]):
     def rows(self) -> int:
         """Requests of the batch."""
         return self.cache.rows or self._requests
+
+    def _header(self, options: Mapping[str, object]) -> str:
+        """Return the host's part of the state, with these options, as text."""
+        padding = self.cache.padding
+        numbers = () if padding is None else padding.tolist()
+        return Header(dict(options), self.cache.offset, self.rows, numbers).encoded()
 
     @abstractmethod
     def _with(self, cache: C) -> Self:

@@ -11,7 +11,7 @@ import numpy as np
 from kvcache import NotSupportedError, StateCache
 from kvcache.backends.arrays import NativeArray
 
-from .headers import Header, decoded
+from .headers import decoded
 from .rows import BatchedEntry, zeros
 
 
@@ -139,14 +139,7 @@ class RecurrentEntry(BatchedEntry[StateCache]):
     @property
     def state(self) -> tuple[object, ...]:
         """The arrays of the state unless the cache is empty, and a header."""
-        cache, padding = self.cache, self.cache.padding
-        header = Header(
-            {"size": self.arrays},
-            cache.offset,
-            self.rows,
-            () if padding is None else padding.tolist(),
-        )
-        return *cache.state, header.encoded()
+        return *self.cache.state, self._header({"size": self.arrays})
 
     @classmethod
     def from_state(cls, state: Sequence[NativeArray]) -> Self:

@@ -33,7 +33,7 @@ def test_transformers(tiny_path, tiny_numpy, sizes):
     cache, caches = None, tiny_numpy.make_caches()
     for ids in calls(sizes):
         with torch.no_grad():
-            output = peer(torch.tensor(ids), past_key_values=cache, use_cache=True)
+            output = peer(torch.tensor(ids), cache=cache, use_cache=True)
         cache = output.past_key_values
         ours = tiny_numpy(ids, caches, last_only=False)
         np.testing.assert_allclose(ours, output.logits.numpy(), **CLOSE)
