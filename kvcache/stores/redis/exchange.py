@@ -14,8 +14,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import chain
 
 from redis.connection import AbstractConnection
-from redis.exceptions import AskError, RedisError
 from redis.exceptions import ConnectionError as ServerConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as ServerTimeoutError
 
 from kvcache.stores.outcomes import Deadline
@@ -82,7 +82,7 @@ class Line:
     def fail(self, error: Exception) -> None:
         """Give up all commands that were begun."""
         for command in self._waiting:
-            command.reply = error
+            command.fail(error)
         self._waiting.clear()
         self._out = memoryview(b"")
 
@@ -167,13 +167,11 @@ class Line:
         if command.asking:  # that was the reply to ASKING
             command.asking = False
             return
-        command.reply = reply
         self._waiting.popleft()
         self._load -= command.nbytes
-        if command.follow is not None and not isinstance(reply, AskError):  # MovedError is one
-            following = command.follow()
-            self._queue.extend(following)
-            self.followed += following
+        following = command.take(reply)
+        self._queue.extend(following)
+        self.followed += following
 
 
 def exchange(
@@ -306,7 +304,7 @@ class _Exchange:
 
 def _refuse(queue: deque[Command], error: Exception) -> None:
     while queue:
-        queue.popleft().reply = error
+        queue.popleft().fail(error)
 
 
 def _watch(selector: selectors.BaseSelector, line: Line, events: int) -> None:
