@@ -1,14 +1,17 @@
 """RedisStore on real servers: the public suite, damage, lifetimes, full servers."""
 
+import gc
 import logging
 import os
 import random
 import signal
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("redis")
@@ -204,6 +207,40 @@ def test_delete_removes_all(store, server):
     put(store, 1, 2)
     assert store.delete([key_of(1), key_of(2), key_of(3)]) == [Deleted(), Deleted(), Miss()]
     assert server.names() == []
+
+
+@pytest.fixture
+def no_collection():
+    """Leave cycles of references alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("nbytes", [5, LARGE])
+def test_values_leave_memory_with_their_last_reference(store, nbytes):
+    array = np.zeros(nbytes, np.uint8)
+    written = weakref.ref(array)
+    store.put([Item(key_of(0), [array.data])])
+    del array
+    assert written() is None
+    [hit] = store.get([key_of(0)])
+    read = weakref.ref(hit.value.obj)
+    del hit
+    assert read() is None
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_values_that_did_not_arrive_leave_memory():
+    array = np.zeros(LARGE, np.uint8)
+    written = weakref.ref(array)
+    store = RedisStore(f"redis://127.0.0.1:{free_port()}")
+    [outcome] = store.put([Item(key_of(0), [array.data])])
+    assert isinstance(outcome, Unavailable)
+    del array
+    assert written() is None
 
 
 def test_many_keys_in_one_call(store):

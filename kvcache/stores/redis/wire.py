@@ -121,6 +121,11 @@ class Command:
     def fail(self, error: Exception) -> None:
         """Take the error that came instead of a reply."""
         self.reply, self.follow = error, None
+        # Frames of tracebacks refer to the call: cycles again.
+        link: BaseException | None = error
+        while link is not None:
+            link.__traceback__ = None
+            link = link.__context__
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Yield the bytes of the command."""
