@@ -6,6 +6,7 @@ import json as json_format
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from kvcache.errors import StoreError
-from kvcache.stores import Deadline, Entry, FileStore, Store, Unavailable, Usage, open_store
+from kvcache.stores import Deadline, Entry, FileStore, Seal, Store, Unavailable, Usage
 from kvcache.stores.inspection import (
     Finding,
     Removed,
@@ -27,6 +28,7 @@ from kvcache.stores.inspection import (
 
 from .console import check_folder, progress_bar
 from .inspect_tables import damage_table, prefix_table, prefix_tree, summary
+from .store_options import open_with, read_seal
 from .units import as_bytes, as_seconds, in_bytes
 
 FORMAT = "kvcache.inspect/1"
@@ -74,6 +76,21 @@ def inspect(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove the chosen entries; else they are counted.")
     ] = False,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the secret of a Seal, 32 bytes or 64 hexadecimal digits: --verify "
+            "then opens sealed pages too."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of the store, several if repeated: prefix=tenant-a: or connections=4 "
+            "for servers, what fsspec takes for objects.",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds for one call of the store.", min=0.001)
     ] = 30.0,
@@ -83,11 +100,14 @@ def inspect(
 
     A prefix is the beginning of a sequence, with all that goes on from it. Nothing is read but
     labels, unless --verify or --damaged is given: a read counts as a use, and removes a value that
-    does not match its checksum. Exit status 1 if a value is damaged or could not be read. Examples:
+    does not match its checksum. Exit status 1 if a value is damaged, could not be read, or has a
+    seal that does not open. Examples:
 
     [bold]kvcache inspect file:///var/cache/kv --tree[/]
 
     [bold]kvcache inspect redis://127.0.0.1:6379 --verify --json found.json[/]
+
+    [bold]kvcache inspect redis+cluster://a:6379,b:6379 --option prefix=my: --verify --secret key[/]
 
     [bold]kvcache inspect file:///var/cache/kv --older-than 7d --down-to 50G --prune[/]
     """
@@ -97,10 +117,13 @@ def inspect(
     if prune and not chooses:
         raise typer.BadParameter("--prune needs --older-than, --down-to or --damaged beside it.")
     check_folder("--json", json)
-    with _existing(url) as store:
+    if secret is not None and not (check or damaged):
+        raise typer.BadParameter("--secret needs --verify or --damaged beside it.")
+    seal = None if secret is None else read_seal(secret)
+    with _existing(url, option or []) as store:
         found = _listed(store, timeout)
         if check or damaged:
-            found.findings = _verified(store, found.entries, timeout)
+            found.findings = _verified(store, found.entries, timeout, seal)
         found.chosen = _chosen(found, age, room, damaged)
         if prune:
             found.removed = _removed(store, found.chosen, timeout)
@@ -112,9 +135,9 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _existing(url: str) -> Store:
+def _existing(url: str, options: Sequence[str]) -> Store:
     """Return the store of a URL. A directory that is not there is none, and is not made."""
-    store = open_store(url)
+    store = open_with(url, options)
     if isinstance(store, FileStore) and not store.directory.is_dir():
         raise StoreError(f"a store is in a directory that exists; there is no {store.directory}.")
     return store
@@ -144,10 +167,13 @@ def _of_readers(store: Store, usage: Unavailable) -> Unavailable:
     return usage
 
 
-def _verified(store: Store, entries: Sequence[Entry], timeout: float) -> list[Finding]:
+def _verified(
+    store: Store, entries: Sequence[Entry], timeout: float, seal: Seal | None
+) -> list[Finding]:
     with progress_bar() as bar:
         task = bar.add_task("Reading", total=sum(entry.nbytes for entry in entries))
-        return list(verify(store, entries, timeout, lambda nbytes: bar.advance(task, nbytes)))
+        read = partial(bar.advance, task)
+        return list(verify(store, entries, timeout, read, seal))
 
 
 def _chosen(found: Inspection, age: float | None, room: int | None, damaged: bool) -> list[Entry]:

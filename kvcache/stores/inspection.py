@@ -23,13 +23,14 @@ from .outcomes import (
     Miss,
     Unavailable,
 )
-from .pages import decode_page, is_plain_page
+from .pages import decode_page, is_page
+from .sealing import Seal
 
 _BATCH_NBYTES = 64 << 20
 """Bytes of values that are read in one call, beyond the first of them."""
 _BATCH_KEYS = 100
 
-State: TypeAlias = Literal["whole", "damaged", "gone", "unread"]
+State: TypeAlias = Literal["whole", "damaged", "foreign", "gone", "unread"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def _last_use(run: Run) -> float:
 
 
 class Finding(NamedTuple):
-    """The result of reading a value: whole, damaged, gone since it was listed, or unread."""
+    """The result of reading a value.
+
+    It is whole, damaged, foreign (its seal does not open), gone since it was listed, or unread.
+    """
 
     entry: Entry
     state: State
@@ -118,25 +122,34 @@ class Finding(NamedTuple):
 
 
 def verify(
-    store: Store, entries: Iterable[Entry], seconds: float, read: Callable[[int], None]
+    store: Store,
+    entries: Iterable[Entry],
+    seconds: float,
+    read: Callable[[int], None],
+    seal: Seal | None = None,
 ) -> Iterator[Finding]:
-    """Read all values, and the layouts of the plain pages among them.
+    """Read all values, and the layouts of the pages among them.
 
     A read counts as a use, and removes what a checksum finds damaged, as every read does.
 
-    seconds: for one call of the store. read: is told the bytes of the entries of each call.
+    seconds: for one call of the store. read: is told the bytes of the entries of each call. seal:
+        opens sealed pages; None leaves them at their checksums.
     """
     for batch in _batches(entries):
         outcomes = store.get([entry.key for entry in batch], deadline=Deadline.after(seconds))
         for entry, outcome in zip(batch, outcomes, strict=True):
-            yield Finding(entry, *_judged(entry.key, outcome))
+            yield Finding(entry, *_judged(entry.key, outcome, seal))
         read(sum(entry.nbytes for entry in batch))
 
 
-def _judged(key: Key, outcome: GetOutcome) -> tuple[State, str]:
+def _judged(key: Key, outcome: GetOutcome, seal: Seal | None) -> tuple[State, str]:
     match outcome:
         case Hit(value):
-            return _judged_value(key, outcome) if is_plain_page(value) else ("whole", "")
+            if is_page(value, sealed=False):
+                return _judged_page(key, outcome, None)
+            if seal is not None and is_page(value, sealed=True):
+                return _judged_page(key, outcome, seal)
+            return "whole", ""
         case Corrupt(reason):
             return "damaged", reason
         case Miss():
@@ -145,11 +158,12 @@ def _judged(key: Key, outcome: GetOutcome) -> tuple[State, str]:
             return "unread", reason
 
 
-def _judged_value(key: Key, hit: Hit) -> tuple[State, str]:
+def _judged_page(key: Key, hit: Hit, seal: Seal | None) -> tuple[State, str]:
     try:
-        decode_page(hit, key)
+        decode_page(hit, key, seal=seal)
     except PageError as error:
-        return "damaged", str(error)
+        # The page of another tenant does not open either, and is not to be removed.
+        return "damaged" if seal is None else "foreign", str(error)
     return "whole", ""
 
 

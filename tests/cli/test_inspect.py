@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from kvcache.cli import app
 from kvcache.errors import StoreError
-from kvcache.stores import FileStore, Item, Label
-from tests.stores.values import key_of, value_of
+from kvcache.stores import FileStore, Item, Label, Seal, open_store
+from tests.stores.servers import RunningServer, running
+from tests.stores.values import key_of, page_item, value_of
 
 NOBODY = bytes(32)
 DAY = 24 * 3600
@@ -128,7 +129,7 @@ def test_a_server_that_is_not_there():
 def test_whole_values(store):
     result = invoke(store.as_uri(), "--verify")
     assert result.exit_code == 0, result.output
-    assert "Values: 5 whole, 0 damaged, 0 gone, 0 unread" in rows_of(result)
+    assert "Values: 5 whole, 0 damaged, 0 foreign, 0 gone, 0 unread" in rows_of(result)
 
 
 def test_damage_is_reported_and_the_status_says_so(store):
@@ -136,7 +137,7 @@ def test_damage_is_reported_and_the_status_says_so(store):
     result = invoke(store.as_uri(), "--verify")
     assert result.exit_code == 1
     rows = rows_of(result)
-    assert "Values: 4 whole, 1 damaged, 0 gone, 0 unread" in rows
+    assert "Values: 4 whole, 1 damaged, 0 foreign, 0 gone, 0 unread" in rows
     assert f"{short(3)} damaged the value of" in rows
     assert "not match its checksum" in " ".join(rows)
     assert key_of(3) not in left_in(store)  # as after every read of it
@@ -217,6 +218,7 @@ def test_a_directory_that_can_only_be_read(store):
         (["--older-than", "old"], "--older-than takes a time like 90m, 12h, 7d or 2w"),
         (["--down-to", "less"], "--down-to takes bytes like 500M, 64G or 1.5T"),
         (["--limit", "0"], "greater than or equal to 1"),
+        (["--secret", "key"], "--secret needs --verify or --damaged beside it."),
         (["--json", "/nowhere/it.json"], "--json takes a file in a folder that exists"),
     ],
 )
@@ -228,11 +230,67 @@ def test_wrong_options_are_refused_before_anything_is_done(store, options, messa
     assert left_in(store) == everything
 
 
+def test_a_secret_opens_sealed_pages(tmp_path):
+    pytest.importorskip("cryptography", reason="needs pip install 'kvcache[seal]'")
+    with FileStore(tmp_path / "kv") as opened:
+        opened.put([page_item(0, seal=Seal(bytes(range(32)))), page_item(1, seal=Seal(bytes(32)))])
+    binary, digits = tmp_path / "binary", tmp_path / "digits"
+    binary.write_bytes(bytes(range(32)))
+    digits.write_text(bytes(32).hex() + "\n")
+    url = (tmp_path / "kv").as_uri()
+    assert invoke(url, "--verify").exit_code == 0
+    for secret, foreign in ((binary, 1), (digits, 0)):
+        result = invoke(url, "--damaged", "--prune", "--secret", secret)
+        assert result.exit_code == 1
+        rows = rows_of(result)
+        assert "Values: 1 whole, 0 damaged, 1 foreign, 0 gone, 0 unread" in rows
+        assert any(row.startswith(f"{short(foreign)} foreign") for row in rows)
+    assert left_in(tmp_path / "kv") == {key_of(0), key_of(1)}  # a foreign page is another tenant's
+
+
+def test_options_of_the_store(tmp_path):
+    pytest.importorskip("redis", reason="needs pip install 'kvcache[redis]'")
+    with running(RunningServer, "redis", tmp_path) as server:
+        with open_store(server.url, prefix="4") as opened:
+            opened.put([item(0, None, 0, 64)])
+        assert "0 entries" in invoke(server.url).stdout
+        assert "0 entries" in invoke(server.url, "--option", "prefix=my:").stdout
+        result = invoke(server.url, "--option", 'prefix="4"', "--option", "connections=3")
+    assert result.exit_code == 0, result.output
+    assert "1 entries with 1000 B of values" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("budget", "--option takes NAME=VALUE; got 'budget'."),
+        ("a b=1", "--option takes NAME=VALUE; got 'a b=1'."),
+        ("colour=red", "unexpected keyword argument 'colour'"),
+        ("budget=-1", "budget"),
+    ],
+)
+def test_wrong_options_of_the_store(store, option, message):
+    result = invoke(store.as_uri(), "--option", option)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 64, bytes(33), bytes(200)])
+def test_a_file_that_holds_no_secret(store, tmp_path, content):
+    path = tmp_path / "secret"
+    path.write_bytes(content)
+    result = invoke(store.as_uri(), "--verify", "--secret", path)
+    assert result.exit_code == 2
+    text = " ".join(result.output.replace("│", " ").split())
+    assert "--secret takes a file of 32 bytes or 64 hexadecimal digits" in text
+
+
 def test_help_teaches_by_examples():
     text = " ".join(invoke("--help").stdout.replace("│", " ").split())
     for example in (
         "kvcache inspect file:///var/cache/kv --tree",
         "kvcache inspect redis://127.0.0.1:6379 --verify --json found.json",
+        "kvcache inspect redis+cluster://a:6379,b:6379 --option prefix=my: --verify --secret key",
         "--older-than 7d --down-to 50G --prune",
     ):
         assert example in text

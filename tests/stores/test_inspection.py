@@ -2,11 +2,8 @@
 
 import random
 
-import numpy as np
 import pytest
 
-from kvcache.snapshots.archive import Record
-from kvcache.storage.arrays import NamedArray
 from kvcache.stores import (
     Corrupt,
     Entry,
@@ -16,15 +13,14 @@ from kvcache.stores import (
     Label,
     MemoryStore,
     Miss,
-    Page,
     Present,
+    Seal,
     Unavailable,
-    encode_page,
     open_store,
 )
 from kvcache.stores.inspection import beyond, forest, older_than, remove, verify
 
-from .values import LABEL, item_of, key_of
+from .values import LABEL, item_of, key_of, page_item
 
 NOBODY = bytes(32)
 
@@ -104,21 +100,9 @@ def test_every_entry_is_in_the_forest_once_behind_its_parent(seed):
 # Values.
 
 
-def page_item(number, tokens=4):
-    data = np.arange(tokens * 4, dtype=np.float32).reshape(1, tokens, 4)
-    part = Record(
-        "causal",
-        (None, None, 0),
-        "float32",
-        np.arange(tokens, dtype=np.int32),
-        {0: (NamedArray("keys", data),)},
-    )
-    return encode_page(Page(0, tokens, (part,)), key_of(number), NOBODY)
-
-
-def findings_of(store):
+def findings_of(store, seal=None):
     read = []
-    found = list(verify(store, list(store.entries()), 60.0, read.append))
+    found = list(verify(store, list(store.entries()), 60.0, read.append, seal))
     assert sum(read) == sum(finding.entry.nbytes for finding in found)
     return {finding.entry.key: (finding.state, finding.reason) for finding in found}
 
@@ -151,6 +135,20 @@ def test_a_page_that_does_not_fit_its_label_is_damaged_and_stays():
     assert state == "damaged"
     assert "positions of a page ascend within [0, 2)" in reason
     assert store.contains([item.key]) == [Present()]
+
+
+def test_a_seal_opens_the_pages_of_its_tenant_only():
+    pytest.importorskip("cryptography", reason="needs pip install 'kvcache[seal]'")
+    own, other = Seal(bytes(32)), Seal(bytes([1]) * 32)
+    forged = page_item(2, seal=own)
+    forged.buffers[-2] = bytes(len(forged.buffers[-2]))
+    store = MemoryStore()
+    store.put([page_item(0, seal=own), page_item(1, seal=other), forged, page_item(3), item_of(4)])
+    assert {state for state, _ in findings_of(store).values()} == {"whole"}
+    found = findings_of(store, own)
+    states = [found[key_of(number)][0] for number in range(5)]
+    assert states == ["whole", "foreign", "foreign", "whole", "whole"]
+    assert "sealed with another secret, or changed since" in found[key_of(1)][1]
 
 
 class Answering(MemoryStore):
