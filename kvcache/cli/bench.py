@@ -259,8 +259,8 @@ def store(
     """Measure how fast values go into stores and out of them.
 
     MemoryStore, FileStore and RedisStore, beside what the machine does without a store: a copy in
-    memory, a plain file, and one TCP stream over loopback. For RedisStore a program redis-server or
-    valkey-server is started, if there is one. Example:
+    memory, a plain file, and one TCP stream over loopback. A redis-server and a valkey-server are
+    started for RedisStore, where there are such programs. Example:
 
     [bold]kvcache bench store --sizes 32M --directory /dev/shm[/]
     """

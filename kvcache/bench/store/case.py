@@ -17,8 +17,16 @@ FILE = "plain file"
 STREAM = "TCP stream"
 MEMORY_STORE = "MemoryStore"
 FILE_STORE = "FileStore"
+FULL_FILE_STORE = "FileStore, full"
 REDIS_STORE = "RedisStore"
-BASES = {MEMORY_STORE: MEMCPY, FILE_STORE: FILE, REDIS_STORE: STREAM}
+VALKEY_STORE = "RedisStore, Valkey"
+BASES = {
+    MEMORY_STORE: MEMCPY,
+    FILE_STORE: FILE,
+    FULL_FILE_STORE: FILE,
+    REDIS_STORE: STREAM,
+    VALKEY_STORE: STREAM,
+}
 """Stores by name, and the ceiling of each: what the machine does without a store."""
 
 PUT, GET = "put", "get"

@@ -9,17 +9,23 @@ from itertools import islice
 from kvcache.bench.harness.contest import Contestant, UnavailableError
 from kvcache.errors import StoreError
 from kvcache.stores import FileStore, Hit, MemoryStore, Store, Stored, open_store
+from kvcache.stores.frames import OVERHEAD
 
 from .case import (
     FILE_STORE,
+    FULL_FILE_STORE,
     GET,
     MEMORY_STORE,
     PUT,
     REDIS_STORE,
+    VALKEY_STORE,
     StoreCase,
 )
 from .ceilings import FileWrites, Stream, file_reads, memcpy
 from .server import running_server
+
+_ROOM = 4
+"""Values that a full store has room for."""
 
 
 class Entrants:
@@ -45,7 +51,8 @@ class Entrants:
         makers: dict[str, Callable[[], Store]] = {
             MEMORY_STORE: MemoryStore,
             FILE_STORE: lambda: FileStore(case.directory / "store"),
-            REDIS_STORE: self._redis_store,
+            REDIS_STORE: lambda: self._store_on("redis-server"),
+            VALKEY_STORE: lambda: self._store_on("valkey-server"),
         }
         for name, make in makers.items():
             try:
@@ -55,9 +62,11 @@ class Entrants:
             else:
                 yield PUT, Puts(name, store, case).contestant()
                 yield GET, gets(name, store, case)
+        full = FileStore(case.directory / "full", budget=_ROOM * (case.nbytes + OVERHEAD))
+        yield PUT, evicting_puts(FULL_FILE_STORE, self._stack.enter_context(full), case)
 
-    def _redis_store(self) -> Store:
-        url = self._stack.enter_context(running_server(self._case.directory))
+    def _store_on(self, program: str) -> Store:
+        url = self._stack.enter_context(running_server(program, self._case.directory))
         try:
             return open_store(url)
         except StoreError as error:
@@ -87,6 +96,19 @@ class Puts:
         """Delete all values."""
         self._store.delete(self._stored)
         self._stored = []
+
+
+def evicting_puts(name: str, store: Store, case: StoreCase) -> Contestant:
+    """Return puts of one value under new keys into a full store, each of which evicts another."""
+    items = case.items()
+
+    def run(steps: int) -> None:
+        for item in islice(items, steps):
+            [outcome] = store.put([item])
+            _check(outcome, Stored)
+
+    run(_ROOM)
+    return Contestant(name, run)
 
 
 def gets(name: str, store: Store, case: StoreCase) -> Contestant:

@@ -38,8 +38,8 @@ def run_store(
     """Measure puts and gets of values of `sizes` bytes.
 
     directory: where files are written, and removed at the end; None for a temporary one. RedisStore
-    takes part where a program redis-server or valkey-server is found; it is started on a free port
-    of loopback, and ends with the run.
+    takes part on a redis-server and on a valkey-server, where there are such programs. They are
+    started on free ports of loopback, and end with the run.
 
     Raises: ValueError; nothing was measured then. StoreError if a store does not take the values.
     """

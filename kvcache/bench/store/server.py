@@ -12,22 +12,21 @@ from pathlib import Path
 
 from kvcache.bench.harness.contest import UnavailableError
 
-PROGRAMS = ("redis-server", "valkey-server")
 _ATTEMPTS = 5
 _START_SECONDS = 10.0
 _HOST = "127.0.0.1"
 
 
 @contextmanager
-def running_server(directory: Path) -> Iterator[str]:
+def running_server(program: str, directory: Path) -> Iterator[str]:
     """Start a server without a disk; give its URL. It ends with the block.
 
     Raises: UnavailableError if there is no such program, or it does not start.
     """
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
-        raise UnavailableError(f"there is no {' or '.join(PROGRAMS)} here")
-    process, port = _started(program, directory)
+    path = shutil.which(program)
+    if path is None:
+        raise UnavailableError(f"there is no {program} here")
+    process, port = _started(path, directory)
     try:
         yield f"redis://{_HOST}:{port}"
     finally:

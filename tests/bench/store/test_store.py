@@ -14,12 +14,14 @@ from kvcache.bench.store import server
 from kvcache.bench.store.case import (
     FILE,
     FILE_STORE,
+    FULL_FILE_STORE,
     GET,
     MEMCPY,
     MEMORY_STORE,
     PUT,
     REDIS_STORE,
     STREAM,
+    VALKEY_STORE,
     StoreCase,
 )
 from kvcache.bench.store.contestants import Entrants
@@ -27,7 +29,8 @@ from kvcache.errors import StoreError
 from kvcache.stores import MemoryStore
 
 NBYTES = 5000
-EVERYONE = {MEMCPY, FILE, STREAM, MEMORY_STORE, FILE_STORE, REDIS_STORE}
+PROGRAMS = {REDIS_STORE: "redis-server", VALKEY_STORE: "valkey-server"}
+EVERYONE = {MEMCPY, FILE, STREAM, MEMORY_STORE, FILE_STORE, FULL_FILE_STORE, *PROGRAMS}
 
 
 @pytest.fixture(scope="module")
@@ -38,44 +41,48 @@ def measured():
 def test_everyone_takes_part_in_both_operations_or_says_why(measured):
     assert measured.sizes == [100, NBYTES]
     absent = {skip.contestant for skip in measured.skipped}
-    assert absent <= {REDIS_STORE}
+    assert absent <= {*PROGRAMS}
     assert {*measured.contestants} | absent == EVERYONE
     for nbytes in measured.sizes:
         for operation in (PUT, GET):
             for name in EVERYONE - absent:
+                if (operation, name) == (GET, FULL_FILE_STORE):  # its reads are FileStore's
+                    continue
                 timing = measured.find(operation, nbytes, name)
                 assert len(timing.rounds_us) == 2
                 assert min(timing.rounds_us) > 0
 
 
-def test_a_server_is_started_if_there_is_one(measured):
-    if not any(map(shutil.which, server.PROGRAMS)):
-        pytest.skip("no redis-server here: apt-get install redis-server")
+@pytest.mark.parametrize("store", PROGRAMS)
+def test_a_server_is_started_if_there_is_one(measured, store):
+    if shutil.which(PROGRAMS[store]) is None:
+        pytest.skip(f"no {PROGRAMS[store]} here")
     pytest.importorskip("redis")
-    assert REDIS_STORE in measured.contestants
+    assert store in measured.contestants
 
 
-def test_without_a_server_everyone_else_takes_part(monkeypatch):
-    monkeypatch.setattr(server, "PROGRAMS", ("no-such-server",))
+def test_without_servers_everyone_else_takes_part(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     report = run_store([100], rounds=1)
-    assert {*report.contestants} == EVERYONE - {REDIS_STORE}
-    reason = "there is no no-such-server here"
-    assert report.skipped == (Skipped("values", "of 100 B", REDIS_STORE, reason),)
+    assert {*report.contestants} == EVERYONE - {*PROGRAMS}
+    assert report.skipped == tuple(
+        Skipped("values", "of 100 B", store, f"there is no {program} here")
+        for store, program in PROGRAMS.items()
+    )
 
 
-def test_a_server_that_does_not_start_is_no_contestant(monkeypatch, tmp_path):
-    monkeypatch.setattr(server, "PROGRAMS", ("false",))
+def test_a_server_that_does_not_start_is_no_contestant(tmp_path):
     with (
         pytest.raises(UnavailableError, match="false does not start"),
-        server.running_server(tmp_path),
+        server.running_server("false", tmp_path),
     ):
         pass
 
 
 def test_a_server_ends_with_the_block(tmp_path):
-    if not any(map(shutil.which, server.PROGRAMS)):
+    if shutil.which("redis-server") is None:
         pytest.skip("no redis-server here: apt-get install redis-server")
-    with server.running_server(tmp_path) as url:
+    with server.running_server("redis-server", tmp_path) as url:
         port = int(url.rpartition(":")[2])
         socket.create_connection(("127.0.0.1", port)).close()
     with pytest.raises(ConnectionRefusedError):
@@ -106,6 +113,16 @@ def test_puts_and_files_are_of_new_names_and_leave_nothing(tmp_path):
             # And the one that those read who get.
             assert len([*tmp_path.glob("store/objects/*/*")]) == written + 1
         assert {path.stat().st_size for path in tmp_path.glob("plain *")} == {NBYTES}
+
+
+def test_each_put_into_a_full_store_evicts_another_value(tmp_path):
+    with ExitStack() as stack:
+        entrants = Entrants(StoreCase(NBYTES, tmp_path), stack).all()
+        [full] = [contestant for _, contestant in entrants if contestant.name == FULL_FILE_STORE]
+        before = {*tmp_path.glob("full/objects/*/*")}
+        full.run(3)
+        after = {*tmp_path.glob("full/objects/*/*")}
+        assert (len(before), len(after), len(after - before)) == (4, 4, 3)
 
 
 def test_items_are_of_one_value_under_different_keys(tmp_path):
@@ -161,6 +178,7 @@ def report_of(nbytes):
             (PUT, STREAM, 12_000.0),
             (PUT, MEMORY_STORE, 5_000.0),
             (PUT, FILE_STORE, 9_000.0),
+            (PUT, FULL_FILE_STORE, 14_000.0),
             (PUT, REDIS_STORE, 24_000.0),
             (GET, MEMCPY, 5_000.0),
             (GET, MEMORY_STORE, 10.0),
@@ -180,6 +198,7 @@ def test_the_table_shows_shares_and_targets_in_80_columns():
     rows = [line.split() for line in text.splitlines()]
     assert ["32", "MiB"] in rows
     assert ["FileStore", "9.00", "3.73", "0.78", "16.0", "2.10", "0.50"] in rows
+    assert ["FileStore,", "full", "14.0", "2.40", "0.50"] in rows
     assert ["MemoryStore", "5.00", "6.71", "1.00", "0.01", "3,355"] in rows
     assert ["TCP", "stream", "12.0", "2.80"] in rows
     assert [(v.rule, v.at, v.measured, v.passed) for v in report.verdicts] == [
