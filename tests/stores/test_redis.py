@@ -136,6 +136,15 @@ def test_a_large_value_is_in_chunks_of_one_slot(store, server):
     assert is_right(get_one(store, 1), 1)
 
 
+def test_a_socket_takes_less_than_all(server):
+    """Chunks of 4 MiB on a new connection, whose buffers the system has not enlarged yet."""
+    nbytes = (20 << 20) + 7
+    with RedisStore(server.url, chunk_nbytes=4 << 20) as store:
+        assert store.put([item_of(0, nbytes)]) == [Stored()]
+        [hit] = store.get([key_of(0)])
+    assert is_right(hit, 0)
+
+
 def test_chunks_cut_across_buffers(store):
     value = value_of(1, LARGE)
     cuts = [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 5, LARGE]
