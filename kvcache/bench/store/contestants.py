@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 
@@ -24,8 +24,11 @@ from .case import (
 from .ceilings import FileWrites, Stream, file_reads, memcpy
 from .server import running_server
 
+PROGRAMS = {REDIS_STORE: "redis-server", VALKEY_STORE: "valkey-server"}
 _ROOM = 4
 """Values that a full store has room for."""
+_SERVER_NBYTES = 16 << 20
+"""Memory of a server beside its values."""
 
 
 class Entrants:
@@ -48,27 +51,29 @@ class Entrants:
         self._stack.callback(stream.close)
         yield PUT, stream.contestant()
         yield GET, stream.contestant()
-        makers: dict[str, Callable[[], Store]] = {
-            MEMORY_STORE: MemoryStore,
-            FILE_STORE: lambda: FileStore(case.directory / "store"),
-            REDIS_STORE: lambda: self._store_on("redis-server"),
-            VALKEY_STORE: lambda: self._store_on("valkey-server"),
-        }
-        for name, make in makers.items():
+        files = FileStore(case.directory / "store")
+        for name, store in ((MEMORY_STORE, MemoryStore()), (FILE_STORE, files)):
+            self._stack.enter_context(store)
+            yield PUT, Puts(name, store, case).contestant()
+            yield GET, gets(name, store, case)
+        full = FileStore(case.directory / "full", budget=_ROOM * (case.nbytes + OVERHEAD))
+        yield PUT, evicting_puts(FULL_FILE_STORE, self._stack.enter_context(full), case)
+        for name, program in PROGRAMS.items():
             try:
-                store = self._stack.enter_context(make())
+                full_server = self._store_on(program, _ROOM * case.nbytes + _SERVER_NBYTES)
+                server = self._store_on(program)
             except UnavailableError as error:
                 self.missing[name] = str(error)
             else:
-                yield PUT, Puts(name, store, case).contestant()
-                yield GET, gets(name, store, case)
-        full = FileStore(case.directory / "full", budget=_ROOM * (case.nbytes + OVERHEAD))
-        yield PUT, evicting_puts(FULL_FILE_STORE, self._stack.enter_context(full), case)
+                yield PUT, evicting_puts(name, full_server, case)
+                yield GET, gets(name, server, case)
 
-    def _store_on(self, program: str) -> Store:
-        url = self._stack.enter_context(running_server(program, self._case.directory))
+    def _store_on(self, program: str, budget: int = 0) -> Store:
+        """Start a server, and return a store on it. budget: its memory in bytes, 0 for no limit."""
+        server = running_server(program, self._case.directory, budget)
+        url = self._stack.enter_context(server)
         try:
-            return open_store(url)
+            return self._stack.enter_context(open_store(url))
         except StoreError as error:
             raise UnavailableError(str(error).rstrip(".")) from error
 

@@ -18,15 +18,18 @@ _HOST = "127.0.0.1"
 
 
 @contextmanager
-def running_server(program: str, directory: Path) -> Iterator[str]:
+def running_server(program: str, directory: Path, budget: int = 0) -> Iterator[str]:
     """Start a server without a disk; give its URL. It ends with the block.
+
+    budget: bytes of its memory, beyond which it evicts what was used least recently; 0 for no
+    limit.
 
     Raises: UnavailableError if there is no such program, or it does not start.
     """
     path = shutil.which(program)
     if path is None:
         raise UnavailableError(f"there is no {program} here")
-    process, port = _started(path, directory)
+    process, port = _started(path, directory, budget)
     try:
         yield f"redis://{_HOST}:{port}"
     finally:
@@ -34,12 +37,13 @@ def running_server(program: str, directory: Path) -> Iterator[str]:
         process.wait()
 
 
-def _started(program: str, directory: Path) -> tuple[subprocess.Popen[bytes], int]:
+def _started(program: str, directory: Path, budget: int) -> tuple[subprocess.Popen[bytes], int]:
     """Return a server that answers, and its port."""
     # Another process may take the port between the two lines.
     for _ in range(_ATTEMPTS):
         port = _free_port()
         options = {"port": str(port), "bind": _HOST, "save": "", "appendonly": "no"}
+        options |= {"maxmemory": str(budget), "maxmemory-policy": "allkeys-lru"}
         command = [program, "--dir", str(directory)]
         command += [word for name, value in options.items() for word in (f"--{name}", value)]
         process = subprocess.Popen(  # noqa: S603 - a program that the user has installed

@@ -21,15 +21,13 @@ from kvcache.bench.store.case import (
     PUT,
     REDIS_STORE,
     STREAM,
-    VALKEY_STORE,
     StoreCase,
 )
-from kvcache.bench.store.contestants import Entrants
+from kvcache.bench.store.contestants import PROGRAMS, Entrants
 from kvcache.errors import StoreError
-from kvcache.stores import MemoryStore
+from kvcache.stores import MemoryStore, Stored, open_store
 
 NBYTES = 5000
-PROGRAMS = {REDIS_STORE: "redis-server", VALKEY_STORE: "valkey-server"}
 EVERYONE = {MEMCPY, FILE, STREAM, MEMORY_STORE, FILE_STORE, FULL_FILE_STORE, *PROGRAMS}
 
 
@@ -113,6 +111,19 @@ def test_puts_and_files_are_of_new_names_and_leave_nothing(tmp_path):
             # And the one that those read who get.
             assert len([*tmp_path.glob("store/objects/*/*")]) == written + 1
         assert {path.stat().st_size for path in tmp_path.glob("plain *")} == {NBYTES}
+
+
+def test_a_full_server_evicts(tmp_path):
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server here: apt-get install redis-server")
+    pytest.importorskip("redis")
+    budget = 8 << 20
+    with server.running_server("redis-server", tmp_path, budget) as url, open_store(url) as store:
+        for item in islice(StoreCase(1 << 20, tmp_path).items(), 12):
+            assert store.put([item]) == [Stored()]
+        usage = store.usage()
+        assert usage.budget == budget
+        assert usage.nbytes <= budget
 
 
 def test_each_put_into_a_full_store_evicts_another_value(tmp_path):
