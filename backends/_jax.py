@@ -175,7 +175,8 @@ class JaxBackend(Backend):
         return isinstance(array, jax.Array) and array.is_deleted()
 
     def import_dlpack(self, array: object) -> NativeArray:
-        return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
+        imported = array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
+        return imported if self.owns(imported) else jax.device_put(imported, self._device)
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))

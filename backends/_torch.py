@@ -27,10 +27,10 @@ _CARRIERS = {
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2: torch.uint8,
 }
-# By dtype and number of arrays: a compiler of programs cannot trace how they are made.
+# By dtype, for keys alone and for keys with values: a compiler of programs cannot trace how they
+# are made.
 _SUBSTITUTES = {
-    getattr(torch, name): {count: substitutes(name, count) for count in (1, 2)}
-    for name in HOST_DTYPES
+    getattr(torch, name): (substitutes(name, 1), substitutes(name, 2)) for name in HOST_DTYPES
 }
 _FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
@@ -184,7 +184,8 @@ class TorchBackend(Backend):
         return np.array(bits.view(HOST_DTYPES[name]))
 
     def import_dlpack(self, array: object) -> NativeArray:
-        return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+        tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+        return tensor.to(self.device)  # itself if it is there
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # On CPU a look is cheap. Elsewhere it would wait for the device.
@@ -195,7 +196,9 @@ class TorchBackend(Backend):
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         kind = arrays[0].dtype
-        detached, numbers = [array.detach() for array in arrays], _SUBSTITUTES[kind][len(arrays)]
+        detached = [array.detach() for array in arrays]
+        numbers = _SUBSTITUTES[kind][min(len(arrays), 2) - 1]
+        numbers += numbers[1:] * (len(arrays) - 2)  # further arrays are like values
         if not numbers:
             return tuple(detached)
         if kind not in _FLOAT8:

@@ -361,6 +361,8 @@ class Backend(ProgramForms, TracedFunctions):
     def from_dlpack(self, array: object) -> Array:
         """Return `array` of another framework as one of this, sharing memory where both allow.
 
+        An array of another device is copied to this one.
+
         Raises: DTypeError where the two cannot: DLPack has no dtype in common (bfloat16 and
             float8, if one of them is NumPy), or one needs compact memory (JAX; a view of a part of
             a cache is not). Go through :meth:`to_host` and :meth:`from_host` then.
