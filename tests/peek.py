@@ -8,6 +8,7 @@ a change of the insides changes one file.
 from contextlib import contextmanager
 
 from kvcache.stores import NEVER
+from kvcache.stores.unlinking import Unlinking
 
 # Pools.
 
@@ -190,8 +191,8 @@ def slots_of(owner):
 def writing(store, item):
     """Within, a store of files writes an item: its row is there, its file is not."""
     with store._directory.writing(item.key):
-        with store._changing(NEVER) as index:
-            assert store._reserve(index, item, item.nbytes) is None
+        with Unlinking() as unlinking, store._changing(NEVER) as index:
+            assert store._reserve(index, item, item.nbytes, unlinking) is None
         yield
     store._settle_soon(NEVER)
 
