@@ -8,13 +8,16 @@ import numpy as np
 
 from kvcache.backends import HostArray
 
-from .compare import difference
+from .compare import difference, tails
 from .operations import Ids
-from .play import pieces
+from .play import joined, pieces
 from .target import Ability, Chunks, Target
 
 _MARGIN = 16
 """Times the noise that was measured: how much of it is still taken for noise."""
+_CHUNKING_MARGIN = 8
+_MOST_ROUNDINGS = 256
+"""Roundings of the largest logit, to which cold runs may differ by chunking without suspicion."""
 _PROBES = 3
 
 
@@ -30,6 +33,9 @@ class ColdRuns:
         """Compute all of `histories`; one that goes on from another serves both."""
         for chunks in sorted(histories, key=len, reverse=True):
             self.logits(chunks)
+        if Ability.REFERENCE in self._target.abilities:
+            for ids in sorted(map(joined, histories), key=len, reverse=True):
+                self.reference(ids)
 
     def logits(self, chunks: Chunks) -> HostArray:
         """Return the logits of the last of `chunks`."""
@@ -40,8 +46,10 @@ class ColdRuns:
 
     def reference(self, ids: Ids) -> HostArray:
         """Return the logits behind each of `ids`, computed without a cache."""
-        if ids not in self._references:
-            self._references[ids] = self._target.reference(ids)
+        for longer, logits in self._references.items():
+            if longer[: len(ids)] == ids:
+                return logits[: len(ids)]
+        self._references[ids] = self._target.reference(ids)
         return self._references[ids]
 
     def clear(self) -> None:
@@ -61,10 +69,12 @@ class Noise:
 
     def __init__(self, kernel: float | None, chunking: float, scale: float, epsilon: float) -> None:
         self.kernel, self.chunking, self.scale = kernel, chunking, scale
-        # The kernel is asked without a cache where that is possible: a cache that is wrong in some
-        # chunkings would hide itself in the noise that it makes.
-        measured = chunking if kernel is None else kernel
-        self.bound = max(_MARGIN * measured, _MARGIN * epsilon * scale)
+        # Where the kernel can be asked without a cache, cold runs count up to some roundings only:
+        # a cache that is wrong in some chunkings would hide itself in the noise that it makes.
+        shown = _CHUNKING_MARGIN * chunking
+        if kernel is not None:
+            shown = max(_MARGIN * kernel, min(shown, _MOST_ROUNDINGS * epsilon * scale))
+        self.bound = max(shown, _MARGIN * epsilon * scale)
         """Largest difference of logits that counts as noise."""
 
 
@@ -77,7 +87,9 @@ def measure_noise(target: Target, seed: int) -> Noise:
         length = min(target.max_tokens, max((3 * edge for edge in target.edges), default=40))
         ids = tuple(map(int, rng.integers(0, target.vocab_size, length)))
         rows = [_rows(target, pieces(ids, sizes)) for sizes in ((), (1,), (5,), (7, 2))]
-        chunking = max(chunking, *(difference(run, rows[0], target.partial) for run in rows[1:]))
+        chunking = max(
+            chunking, *(difference(*tails(run, rows[0]), target.partial) for run in rows[1:])
+        )
         scale = max(scale, float(np.nanmax(np.abs(rows[0]))))
         epsilon = max(epsilon, float(np.finfo(_float_dtype(rows[0])).eps))
         if has_reference:

@@ -30,6 +30,12 @@ def differences(one: HostArray, other: HostArray, partial: bool = False) -> Host
     return largest
 
 
+def tails(one: HostArray, other: HostArray) -> tuple[HostArray, HostArray]:
+    """Return the last rows of both, as many as the shorter one has."""
+    rows = min(len(one), len(other))
+    return one[len(one) - rows :], other[len(other) - rows :]
+
+
 def _is_largest(rows: HostArray) -> HostArray:
     """Return where each row has its largest number; False for a row of NaN."""
     filled = np.where(np.isnan(rows), -np.inf, rows)

@@ -11,7 +11,7 @@ import numpy as np
 from kvcache.backends import HostArray
 
 from .cold import ColdRuns, Noise
-from .compare import differences
+from .compare import differences, tails
 from .operations import Script
 from .play import Observation, Played, play
 from .target import Ability, Target
@@ -50,13 +50,15 @@ class Divergence:
 class Outcome:
     """The result of one script.
 
-    compared: passes compared. reused: tokens that were not computed. largest: the largest
-    difference of logits. divergence: for "different". message: for "failed".
+    compared: passes compared. reused: tokens that were not computed. refused: operations that the
+    cache said it cannot do. largest: the largest difference of logits. divergence: for "different".
+    message: for "failed".
     """
 
     kind: OutcomeKind
     compared: int
     reused: int
+    refused: int
     largest: float
     divergence: Divergence | None = None
     message: str = ""
@@ -64,6 +66,17 @@ class Outcome:
     @property
     def good(self) -> bool:
         return self.kind in {"equal", "within noise"}
+
+    def resembles(self, other: Outcome) -> bool:
+        """Return whether both show the same kind of fault."""
+        return self._fault == other._fault
+
+    @property
+    def _fault(self) -> tuple[OutcomeKind, str]:
+        if self.divergence is not None:
+            return self.kind, self.divergence.against
+        words = [word for word in self.message.split() if word.endswith(":")]
+        return self.kind, words[-1] if words else ""
 
 
 class Judge:
@@ -81,21 +94,34 @@ class Judge:
             return self._compare(played)
         except Exception as error:  # noqa: BLE001 - a cold run that raises is a finding as well
             message = f"a cold run of the same passes: {type(error).__name__}: {error}"
-            return Outcome("failed", 0, played.reused, 0.0, message=message)
+            return self._outcome(played, "failed", 0, 0.0, message=message)
 
     def _compare(self, played: Played) -> Outcome:
         self.cold.prepare([observation.candidates[0] for observation in played.observations])
         largest = 0.0
-        for compared, observation in enumerate(played.observations):
+        for compared, observation in enumerate(played.observations, 1):
             worst, divergence = self._check(observation)
             largest = max(largest, worst)
             if divergence is not None:
-                return Outcome("different", compared + 1, played.reused, largest, divergence)
+                return self._outcome(played, "different", compared, largest, divergence)
         count = len(played.observations)
         if played.failure is not None:
             message = f"operation {played.failure.operation}: {played.failure.message}"
-            return Outcome("failed", count, played.reused, largest, message=message)
-        return Outcome("within noise" if largest else "equal", count, played.reused, largest)
+            return self._outcome(played, "failed", count, largest, message=message)
+        return self._outcome(played, "within noise" if largest else "equal", count, largest)
+
+    def _outcome(
+        self,
+        played: Played,
+        kind: OutcomeKind,
+        compared: int,
+        largest: float,
+        divergence: Divergence | None = None,
+        message: str = "",
+    ) -> Outcome:
+        return Outcome(
+            kind, compared, played.reused, played.refused, largest, divergence, message
+        )
 
     def _check(self, observation: Observation) -> tuple[float, Divergence | None]:
         """Return the largest difference, and where it is more than noise."""
@@ -183,12 +209,6 @@ class Judge:
             if np.max(differences(one, other), initial=0.0) > share * scale:
                 return number
         return None
-
-
-def tails(one: HostArray, other: HostArray) -> tuple[HostArray, HostArray]:
-    """Return the last rows of both, as many as the shorter one has."""
-    rows = min(len(one), len(other))
-    return one[len(one) - rows :], other[len(other) - rows :]
 
 
 def top(row: HostArray) -> int:

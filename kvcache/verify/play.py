@@ -60,12 +60,16 @@ class Failure:
 
 @dataclass
 class Played:
-    """The outcome of a script: its passes in order, up to the failure if there is one."""
+    """The outcome of a script: its passes in order, up to the failure if there is one.
+
+    reused: tokens that were not computed. refused: operations that the cache could not do in the
+    state that it had, and said so.
+    """
 
     observations: list[Observation] = field(default_factory=list)
     failure: Failure | None = None
     reused: int = 0
-    passed_over: int = 0
+    refused: int = 0
 
 
 @dataclass
@@ -137,7 +141,6 @@ class _Player:
     def _(self, operation: Begin) -> None:
         prompt = self._prompt(operation)
         if not prompt:
-            self._played.passed_over += 1
             return
         self._end(operation.slot, store=True)
         handle = self._trial.begin(prompt, operation.tenant)
@@ -163,7 +166,7 @@ class _Player:
         if talk is None or not 0 < operation.count < len(talk.ids):
             return
         if not talk.handle.can_trim(operation.count):
-            self._played.passed_over += 1
+            self._played.refused += 1
             return
         talk.handle.trim(operation.count)
         talk.cut(len(talk.ids) - operation.count)
@@ -173,6 +176,9 @@ class _Player:
     def _(self, operation: Draft) -> None:
         talk = self._open(operation.slot, len(operation.ids))
         if talk is None or not operation.ids:
+            return
+        if not talk.handle.can_draft(len(operation.ids)):
+            self._played.refused += 1
             return
         accepted = min(operation.accepted, len(operation.ids))
         before = len(talk.ids)
@@ -236,7 +242,6 @@ class _Player:
         """Return the conversation of `slot`; None without one, or room for more tokens in it."""
         talk = self._talks.get(slot)
         if talk is None or len(talk.ids) + tokens > self._target.max_tokens:
-            self._played.passed_over += 1
             return None
         return talk
 

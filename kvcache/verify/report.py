@@ -43,7 +43,8 @@ class ScenarioResult:
     """The verdict on one scenario.
 
     runs: conversations. equal: those of them that were equal bit for bit. compared: passes compared
-    with cold runs. reused: tokens not computed. largest: difference of logits to a cold run of the
+    with cold runs. reused: tokens not computed. refused: operations that the cache said it cannot do
+    in the state that it had. largest: difference of logits to a cold run of the
     same passes. reason: what the target lacks, for "not supported".
     """
 
@@ -53,6 +54,7 @@ class ScenarioResult:
     equal: int = 0
     compared: int = 0
     reused: int = 0
+    refused: int = 0
     largest: float = 0.0
     reason: str = ""
     seconds: float = 0.0
@@ -161,4 +163,5 @@ def details(result: ScenarioResult) -> str:
     if result.verdict == "not supported":
         return f"the target lacks: {result.reason}"
     text = f"{result.runs} runs, {result.compared} passes, {result.reused} tokens reused"
+    text += f", {result.refused} operations refused" if result.refused else ""
     return f"{text}, largest difference {result.largest:.2g}" if result.largest else text

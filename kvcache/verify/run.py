@@ -24,6 +24,7 @@ def verify(
     runs: int = 10,
     seed: int = 0,
     scenarios: Iterable[str] | None = None,
+    first_only: bool = False,
     progress: Step | None = None,
 ) -> Report:
     """Compare the logits of generated conversations with cold runs of the same passes.
@@ -32,6 +33,7 @@ def verify(
     runs: conversations of each scenario.
     seed: of the conversations; the same for the same report.
     scenarios: names in ``SCENARIOS``; None for all.
+    first_only: whether to stop at the first fault.
     progress: called with the name of the scenario after each conversation.
 
     A scenario ends with the first fault, of which the shortest conversation is looked for.
@@ -49,6 +51,8 @@ def verify(
         result = _run(judge, scenario, runs, seed, progress or _quiet)
         result.seconds = time.perf_counter() - started
         report.results.append(result)
+        if first_only and not report.passed:
+            break
     return report
 
 
@@ -93,6 +97,7 @@ def _run(judge: Judge, scenario: Scenario, runs: int, seed: int, step: Step) -> 
         result.equal += outcome.kind == "equal"
         result.compared += outcome.compared
         result.reused += outcome.reused
+        result.refused += outcome.refused
         result.largest = max(result.largest, outcome.largest)
         result.worsen(outcome.kind)
         if not outcome.good:
@@ -103,7 +108,7 @@ def _run(judge: Judge, scenario: Scenario, runs: int, seed: int, step: Step) -> 
 
 def _find(judge: Judge, script: Script, outcome: Outcome, run: int) -> Finding:
     """Return the finding with the shortest script that ends like `outcome`."""
-    shortest = shrink(script, lambda smaller: judge.outcome(smaller).kind == outcome.kind)
+    shortest = shrink(script, lambda smaller: outcome.resembles(judge.outcome(smaller)))
     shown = judge.outcome(shortest)
     layer = None
     if shown.divergence is not None:

@@ -141,13 +141,14 @@ def _branches(draw: Draw) -> list[Operation]:
 
 
 def _edits(draw: Draw) -> list[Operation]:
-    script: list[Operation] = [Begin(0, draw.prompt(), sizes=draw.sizes()), End(0)]
+    """Change a few tokens, and return to what came of it."""
+    script: list[Operation] = [Begin(0, draw.prompt() + draw.prompt(), sizes=draw.sizes()), End(0)]
     for _ in range(3):
-        at, removed = draw.number(0, draw.length()), draw.number(0, 2)
-        added = draw.ids(draw.number(0, 2) or 1)
-        script.append(Begin(0, added, 0, at, at + removed, draw.sizes()))
-        script += [Feed(0, draw.turn())] * draw.chance(0.3)
-        script.append(End(0))
+        # As many tokens as before, mostly: those behind them keep their positions.
+        added, at = draw.ids(draw.number(1, 2)), draw.number(0, draw.length())
+        removed = len(added) if draw.chance(0.7) else draw.number(0, 2)
+        script += [Begin(0, added, 0, at, at + removed, draw.sizes()), End(0)]
+        script += [Begin(0, draw.turn(), 0, 1 << 20), End(0)] * draw.chance(0.7)
     return script
 
 
@@ -197,9 +198,10 @@ def _cancels(draw: Draw) -> list[Operation]:
 
 
 def _batches(draw: Draw) -> list[Operation]:
-    count = draw.number(2, 3)
+    count, equal, length = draw.number(2, 3), draw.chance(0.3), draw.length()
     script: list[Operation] = [
-        Begin(slot, draw.prompt(), sizes=draw.sizes()) for slot in range(count)
+        Begin(slot, draw.ids(length) if equal else draw.prompt(), sizes=draw.sizes())
+        for slot in range(count)
     ]
     for _ in range(3):
         slots = tuple(slot for slot in range(count) if draw.chance(0.8)) or (0,)

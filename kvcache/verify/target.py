@@ -67,6 +67,10 @@ class Conversation(ABC):
         """Return whether :meth:`trim` can take back so many tokens here."""
         return True
 
+    def can_draft(self, count: int) -> bool:
+        """Return whether :meth:`draft` can take back any of so many tokens here."""
+        return True
+
     def draft(self, ids: Sequence[int], accepted: int) -> HostArray:
         """Compute `ids` in one pass, then keep the first `accepted`; ability ``draft``.
 
