@@ -19,7 +19,7 @@ from rich.markup import escape
 
 import kvcache
 
-from . import backends, bench, chat, conformance, generate, simulate, transcribe
+from . import backends, bench, chat, conformance, generate, simulate, transcribe, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +34,7 @@ app.command()(simulate.simulate)
 app.command()(transcribe.transcribe)
 app.command()(backends.backends)
 app.command()(conformance.conformance)
+app.command("verify")(verify.verify_command)
 app.add_typer(bench.bench_app, name="bench")
 
 

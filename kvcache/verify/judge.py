@@ -11,7 +11,7 @@ import numpy as np
 from kvcache.backends import HostArray
 
 from .cold import ColdRuns, Noise
-from .compare import differences, tails
+from .compare import difference, differences, tails
 from .operations import Script
 from .play import Observation, Played, play
 from .target import Ability, Target
@@ -40,8 +40,8 @@ class Divergence:
 
     def __str__(self) -> str:
         return (
-            f"token {self.token} at position {self.position} (operation {self.operation}): likeliest "
-            f"next token {self.warm_top}, {self.cold_top} in the {self.against}; "
+            f"token {self.token} at position {self.position} (operation {self.operation}): "
+            f"likeliest next token {self.warm_top}, {self.cold_top} in the {self.against}; "
             f"logits differ by {self.difference:.3g}"
         )
 
@@ -119,9 +119,7 @@ class Judge:
         divergence: Divergence | None = None,
         message: str = "",
     ) -> Outcome:
-        return Outcome(
-            kind, compared, played.reused, played.refused, largest, divergence, message
-        )
+        return Outcome(kind, compared, played.reused, played.refused, largest, divergence, message)
 
     def _check(self, observation: Observation) -> tuple[float, Divergence | None]:
         """Return the largest difference, and where it is more than noise."""
@@ -203,10 +201,10 @@ class Judge:
     def _first_wrong(self, warm: Sequence[HostArray], cold: Sequence[HostArray]) -> int | None:
         # Hidden states have another scale than logits: noise is a share of both.
         share = self.noise.bound / self.noise.scale if self.noise.scale else 0.0
-        for number, (one, other) in enumerate(zip(warm, cold, strict=False)):
-            one, other = tails(one, other)
+        for number, behind in enumerate(zip(warm, cold, strict=False)):
+            one, other = tails(*behind)
             scale = float(np.max(np.abs(other), initial=0.0))
-            if np.max(differences(one, other), initial=0.0) > share * scale:
+            if difference(one, other) > share * scale:
                 return number
         return None
 

@@ -129,7 +129,7 @@ class _Player:
         for talk in self._talks.values():
             try:
                 talk.handle.end(store=False)
-            except Exception:  # noqa: BLE001, S112, PERF203 - the failure before it is the finding
+            except Exception:  # noqa: BLE001, S112 - the failure before it is the finding
                 continue
 
     @singledispatchmethod
@@ -146,12 +146,12 @@ class _Player:
         handle = self._trial.begin(prompt, operation.tenant)
         held = handle.held
         self._check_earned(operation.tenant, prompt, handle.reused)
-        self._played.reused += handle.reused
         candidates = self._sources(operation.tenant, prompt, handle.reused)
         if held > handle.reused:  # computed by the conversation itself when it began
             candidates = [(*chunks, prompt[handle.reused : held]) for chunks in candidates]
         talk = self._talks[operation.slot] = _Talk(handle, candidates, operation.tenant)
         self._compute(talk, prompt[held:], operation.sizes)
+        self._played.reused += handle.reused  # a server tells only now
         self._last[operation.slot] = talk.ids
 
     @run.register

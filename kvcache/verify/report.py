@@ -43,9 +43,9 @@ class ScenarioResult:
     """The verdict on one scenario.
 
     runs: conversations. equal: those of them that were equal bit for bit. compared: passes compared
-    with cold runs. reused: tokens not computed. refused: operations that the cache said it cannot do
-    in the state that it had. largest: difference of logits to a cold run of the
-    same passes. reason: what the target lacks, for "not supported".
+    with cold runs. reused: tokens not computed. refused: operations that the cache said it cannot
+    do in the state that it had. largest: difference of logits to a cold run of the same passes.
+    reason: what the target lacks, for "not supported". finding: the fault, if there is one.
     """
 
     scenario: str
@@ -94,8 +94,9 @@ class Report:
     def to_text(self) -> str:
         """Return the report as lines of text."""
         lines = [f"{self.target} (seed {self.seed}): {self.noise_text()}"]
-        for result in self.results:
-            lines.append(f"{result.scenario:16} {result.verdict:14} {details(result)}")
+        lines += [
+            f"{result.scenario:16} {result.verdict:14} {details(result)}" for result in self.results
+        ]
         for result in self.faults:
             if result.finding is not None:
                 lines += ["", f"{result.scenario}: {result.finding.summary}"]

@@ -239,9 +239,8 @@ def _mixed(draw: Draw) -> list[Operation]:
     script: list[Operation] = [Begin(0, draw.prompt(), sizes=draw.sizes())]
     kinds = [name for name, ability in _MIXED.items() if ability in {None, *draw.abilities}]
     kinds += ["evict"] * bool(draw.tiers)
-    for _ in range(draw.number(4, 10)):
-        script.append(_any(draw, kinds[draw.number(0, len(kinds) - 1)]))
-    return script
+    chosen = (kinds[draw.number(0, len(kinds) - 1)] for _ in range(draw.number(4, 10)))
+    return script + [_any(draw, kind) for kind in chosen]
 
 
 _MIXED: dict[str, Ability | None] = {
@@ -292,20 +291,35 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("returns", "conversations that go on, turn by turn", _returns, _REUSE),
         Scenario("branches", "prompts that part from earlier ones anywhere", _branches, _REUSE),
         Scenario("edits", "prompts with a few tokens changed in the middle", _edits, _REUSE),
-        Scenario("truncations", "prompts that are the beginning of earlier ones", _truncations,
-                 _REUSE),
+        Scenario(
+            "truncations", "prompts that are the beginning of earlier ones", _truncations, _REUSE
+        ),
         Scenario("forks", "going on in several ways", _forks, _needs(Ability.FORK)),
         Scenario("trims", "tokens taken back", _trims, _needs(Ability.TRIM)),
-        Scenario("drafts", "speculation: tokens accepted and rejected", _drafts,
-                 _needs(Ability.DRAFT)),
+        Scenario(
+            "drafts", "speculation: tokens accepted and rejected", _drafts, _needs(Ability.DRAFT)
+        ),
         Scenario("cancels", "passes interrupted in any layer", _cancels, _needs(Ability.CANCEL)),
-        Scenario("batches", "passes of several conversations of uneven lengths", _batches,
-                 _needs(Ability.BATCH)),
-        Scenario("tenants", "equal prompts of tenants that share nothing", _tenants,
-                 _needs(Ability.REUSE, Ability.TENANTS)),
+        Scenario(
+            "batches",
+            "passes of several conversations of uneven lengths",
+            _batches,
+            _needs(Ability.BATCH),
+        ),
+        Scenario(
+            "tenants",
+            "equal prompts of tenants that share nothing",
+            _tenants,
+            _needs(Ability.REUSE, Ability.TENANTS),
+        ),
         *(
-            Scenario(f"evicted-{tier}", f"results pushed out of the {tier}, and prompts that return",
-                     _evicted_from(tier), _REUSE, tier)
+            Scenario(
+                f"evicted-{tier}",
+                f"results pushed out of the {tier}, and prompts that return",
+                _evicted_from(tier),
+                _REUSE,
+                tier,
+            )
             for tier in ("device", "host", "store")
         ),
         Scenario("mixed", "all of it, in any order", _mixed),

@@ -90,7 +90,7 @@ class Conversation(ABC):
         """
         raise _missing(Ability.CANCEL)
 
-    def end(self, store: bool) -> None:
+    def end(self, store: bool) -> None:  # noqa: B027 - where nothing is stored, nothing ends
         """End it; keep its results for later conversations if `store`."""
 
 
@@ -112,7 +112,7 @@ class Trial(ABC):
         """Push everything that is stored and not in use out of `tier`, one of the target's."""
         raise NotSupportedError(f"this target has no tier {tier!r}; declare it in Target.tiers.")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most caches are freed when they are dropped
         """Free the caches."""
 
     def __enter__(self) -> Trial:

@@ -74,7 +74,9 @@ def reference(weights, ids):
             seen = range(at + 1)
             if kind == RING:
                 seen = [p for p in seen if p < weights.keep or p > at - WINDOW]
-            outputs.append(attended(query, [parts[p][1] for p in seen], [parts[p][2] for p in seen]))
+            outputs.append(
+                attended(query, [parts[p][1] for p in seen], [parts[p][2] for p in seen])
+            )
         hidden = [added(layer, x, out) for x, out in zip(hidden, outputs, strict=True)]
         behind.append(np.array(hidden))
     return np.array([weights.head @ x for x in hidden]), behind

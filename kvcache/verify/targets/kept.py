@@ -27,7 +27,9 @@ class KeptTrial(Trial, Generic[C]):
         One token at least is left to compute. None and 0 if there is no such cache.
         """
         limit = len(ids) - 1
-        common = [(min(limit, common_length(known, ids)), n) for n, (known, _) in enumerate(self._kept)]
+        common = [
+            (min(limit, common_length(known, ids)), n) for n, (known, _) in enumerate(self._kept)
+        ]
         for length, number in sorted(common, key=lambda item: (-item[0], item[1])):
             known, cache = self._kept[number]
             if length and (shorter := self.cut(cache, len(known) - length)) is not None:

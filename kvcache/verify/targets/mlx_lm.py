@@ -75,12 +75,13 @@ def load(name: str, seed: int = 0) -> Module:
         return model
     module, options = MODELS[name]
     library = importlib.import_module(f"mlx_lm.models.{module}")
-    made: Module = library.Model(library.ModelArgs.from_dict(options | {"model_type": module}))
+    made: Any = library.Model(library.ModelArgs.from_dict(options | {"model_type": module}))
     mx.random.seed(seed)
-    weights = [(path, _weight(path, array)) for path, array in tree_flatten(made.parameters())]
-    made.update(tree_unflatten(weights))
+    named: Any = tree_flatten(made.parameters())
+    made.update(tree_unflatten([(path, _weight(path, array)) for path, array in named]))
     mx.eval(made.parameters())
-    return made
+    built: Module = made
+    return built
 
 
 def _weight(path: str, array: mx.array) -> mx.array:
@@ -89,9 +90,8 @@ def _weight(path: str, array: mx.array) -> mx.array:
         return mx.log(mx.random.uniform(0.01, 0.2, array.shape))
     if path.endswith("dt_bias"):
         return mx.random.uniform(0.0, 0.5, array.shape)
-    if array.ndim < 2:
-        return array + 0.2 * mx.random.normal(array.shape)
-    return mx.random.normal(array.shape) * (2.0 / array.shape[-1] ** 0.5)
+    noise = mx.random.normal(array.shape)
+    return array + 0.2 * noise if array.ndim < 2 else noise * float(2.0 / array.shape[-1] ** 0.5)
 
 
 class MlxLmTarget(Target):
@@ -99,7 +99,10 @@ class MlxLmTarget(Target):
 
     cache: a name in ``CACHES``, or a function that makes an empty prompt cache for the model.
     max_kv_size: tokens that a layer with keys and values holds; None for what the model says.
-    checked: whether to ask ``can_trim_prompt_cache`` before tokens are taken back.
+        Such a model is compared with its own run one token at a time, as it knows no other window
+        without a cache than its own.
+    checked: whether to ask ``can_trim_prompt_cache`` behind every draft. The library's speculative
+        decoding asks once, in front of the first.
 
     Kinds without a prefix cache are kept, copied, and trimmed to what a prompt has in common.
     """
@@ -124,10 +127,11 @@ class MlxLmTarget(Target):
         self.max_tokens = _MOST_TOKENS
         sizes = {getattr(arguments, "sliding_window", None), max_kv_size}
         self.edges = tuple(sorted(size for size in sizes if size and size < _MOST_TOKENS))
-        self.abilities = frozenset({Ability.REUSE, Ability.TRIM, Ability.DRAFT, Ability.LAYERS})
-        if max_kv_size is None:  # a model by itself knows no other window than its own
-            self.abilities |= {Ability.REFERENCE}
+        self.abilities = frozenset({Ability.REUSE, Ability.TRIM, Ability.REFERENCE, Ability.LAYERS})
         self.abilities |= _MORE.get(self.kind, {Ability.FORK})
+        # With states that cannot go back, the library refuses drafts.
+        if can_trim_prompt_cache(self.new_cache()):
+            self.abilities |= {Ability.DRAFT}
         self.tiers = ("host",) if self.kind in {"library-lru", "ours-prefix"} else ()
 
     def trial(self) -> Trial:
@@ -142,7 +146,10 @@ class MlxLmTarget(Target):
         return self.make(self.model, self.max_kv_size)
 
     def reference(self, ids: Sequence[int]) -> HostArray:
-        return self.forward(None, ids)
+        if self.max_kv_size is None:
+            return self.forward(None, ids)
+        cache = self.new_cache()
+        return np.concatenate([self.forward(cache, [token]) for token in ids])
 
     def forward(self, cache: list[Any] | None, ids: Sequence[int]) -> HostArray:
         """Compute `ids` over a prompt cache; return logits behind each."""
@@ -224,7 +231,7 @@ CACHES: dict[str, Callable[[Module, int | None], list[Any]]] = {
     "ours": _own,
     "ours-prefix": _own,
 }
-"""Kinds of prompt caches by name: the library's own and its LRUPromptCache; those of the adapter."""
+"""Kinds of prompt caches by name: the library's own, alone and in its LRUPromptCache, and ours."""
 _MORE: dict[str, set[Ability]] = {
     "library-lru": {Ability.FORK, Ability.TENANTS},
     "ours": {Ability.FORK, Ability.CANCEL},
@@ -238,6 +245,7 @@ class _CacheConversation(Conversation):
     def __init__(self, target: MlxLmTarget, cache: list[Any], ids: Sequence[int]) -> None:
         self.target, self.cache, self.ids = target, cache, list(ids)
         self._held = len(ids)
+        self._drafts = False
 
     @property
     def held(self) -> int:
@@ -249,21 +257,19 @@ class _CacheConversation(Conversation):
         return logits
 
     def can_trim(self, count: int) -> bool:
-        if not self.target.checked:
-            return True
         if self.target.kind.startswith("ours"):
             return caches_of(self.cache).can_trim(count)
         return bool(can_trim_prompt_cache(self.cache))
 
     def can_draft(self, count: int) -> bool:
-        if not self.target.checked:
-            return True
         if self.target.kind.startswith("ours"):
             return True
-        # As the library's speculative decoding asks, once, before it begins; and of what comes.
-        copied = copy.deepcopy(self.cache)
-        self.target.forward(copied, [0] * count)
-        return bool(can_trim_prompt_cache(self.cache)) and bool(can_trim_prompt_cache(copied))
+        if self.target.checked:
+            copied = copy.deepcopy(self.cache)
+            self.target.forward(copied, [0] * count)
+            return bool(can_trim_prompt_cache(copied))
+        self._drafts = self._drafts or bool(can_trim_prompt_cache(self.cache))
+        return self._drafts
 
     def trim(self, count: int) -> None:
         self.take_back(count)
@@ -271,11 +277,9 @@ class _CacheConversation(Conversation):
 
     def take_back(self, count: int) -> None:
         """Have the prompt cache take back tokens."""
-        if self.target.checked:
-            trim_prompt_cache(self.cache, count)
-        else:
-            for entry in self.cache:
-                entry.trim(count)
+        taken: Any = trim_prompt_cache(self.cache, count)
+        if self.target.checked and taken != count:
+            raise AssertionError(f"the prompt cache took back {taken} tokens of {count}.")
 
     def draft(self, ids: Sequence[int], accepted: int) -> HostArray:
         logits = self.forward(ids)
@@ -348,9 +352,7 @@ class _LruTrial(Trial):
 
 
 class _LruConversation(_CacheConversation):
-    def __init__(
-        self, trial: _LruTrial, cache: list[Any], ids: Sequence[int], tenant: int
-    ) -> None:
+    def __init__(self, trial: _LruTrial, cache: list[Any], ids: Sequence[int], tenant: int) -> None:
         super().__init__(trial.target, cache, ids)
         self._trial, self._tenant = trial, tenant
 

@@ -104,7 +104,9 @@ class LlamaNet(Net):
 
     def _put(self, array: HostArray) -> Array:
         # Not through the backend where that is NumPy: no backend takes float64.
-        return array.astype(self._wide) if self._wide is np.float64 else self.backend.from_host(array)
+        return (
+            array.astype(self._wide) if self._wide is np.float64 else self.backend.from_host(array)
+        )
 
     def over_layers(self, ids: HostArray, caches: LayerCaches[Any]) -> HostArray:
         start, length = caches.offset, ids.shape[1]
@@ -156,7 +158,9 @@ class LlamaNet(Net):
             q, k, v = blocks.project(layer, x, cos, sin)
             keys, values, mask = through(number, self._narrow(k), self._narrow(v))
             bias = None if mask is None else self._bias(mask)
-            x = blocks.finish(layer, x, blocks.attend(q, self._widen(keys), self._widen(values), bias))
+            x = blocks.finish(
+                layer, x, blocks.attend(q, self._widen(keys), self._widen(values), bias)
+            )
             self.watch(x)
         logits = blocks.logits(weights.norm, weights.head, x)
         return self.backend.to_host(self._narrow(xp.asarray(logits)))

@@ -17,7 +17,6 @@ from kvcache import (
     LayerCaches,
     RecurrentCache,
     RotatingKVCache,
-    StateCache,
     WrapperCache,
 )
 from kvcache.backends import Backend, HostArray, get_backend
@@ -60,9 +59,7 @@ class _Target(Target):
     def __init__(self, kind: str, backend: str | Backend, form: str) -> None:
         named = get_backend(backend)
         self.kind = kind
-        self.net: Net = (
-            HybridNet(named) if kind == "hybrid" else LlamaNet(named, RULES[kind])
-        )
+        self.net: Net = HybridNet(named) if kind == "hybrid" else LlamaNet(named, RULES[kind])
         self.name = f"kvcache {form}, {kind}, {named.spec}"
         self.abilities = frozenset(Ability)
         edges = {"full": (), "hybrid": (), "chunk": (_CHUNK,)}

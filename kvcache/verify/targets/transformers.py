@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
@@ -22,7 +21,7 @@ from kvcache.verify.target import Ability, Conversation, Target, Trial
 
 from .kept import KeptTrial
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -83,14 +82,19 @@ def load(name: str, seed: int = 0) -> PreTrainedModel:
     """
     if name not in CONFIGS:
         place = Path(name)
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        pretrained: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place if place.is_dir() else name, local_files_only=True
         )
-        return model.eval()
-    random = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+        return _ready(pretrained)
+    random: Any = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
     _set_weights(random, seed)
-    built: PreTrainedModel = random.eval()
-    return built
+    return _ready(random)
+
+
+def _ready(model: Any) -> PreTrainedModel:
+    """Return `model`, without what is for training only."""
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 @torch.no_grad()
@@ -114,8 +118,8 @@ class TransformersTarget(Target):
     model: on any device. cache: a name in ``CACHES``, or a function that makes an empty cache for
     the model.
 
-    checked: whether to ask the library's caches, by ``is_croppable``, before tokens are taken back. A
-    program that does not know of it does not ask.
+    checked: whether to ask ``is_croppable`` behind every draft. The library's assisted decoding
+    asks once, behind the first.
 
     Caches without a prefix cache are reused as the guides of the library show: an earlier cache is
     copied, and cropped to what the prompt has in common with it.
@@ -141,8 +145,8 @@ class TransformersTarget(Target):
         self.make = CACHES[cache] if isinstance(cache, str) else cache
         self.sessions, self.checked = self.make is prefix_cache_of, checked
         self.abilities = frozenset({Ability.REUSE, Ability.TRIM, Ability.REFERENCE})
-        # With states that cannot go back, the library refuses assisted decoding, and so do we.
-        if not (checked and any(plan.state and not plan.conv_only for plan in layer_plans(config))):
+        # With states that cannot go back, the library refuses assisted decoding.
+        if not any(plan.state and not plan.conv_only for plan in layer_plans(config)):
             self.abilities |= {Ability.DRAFT}
         if _decoder_layers(model):
             self.abilities |= {Ability.LAYERS}
@@ -171,9 +175,7 @@ class TransformersTarget(Target):
             start = cache.get_seq_length()
             # Some models count positions from 0 in every call that names none.
             positions = torch.arange(start, start + len(ids), device=self.model.device)[None]
-            out = self.model(
-                self.tensor(ids), cache=cache, position_ids=positions, use_cache=True
-            )
+            out = self.model(self.tensor(ids), cache=cache, position_ids=positions, use_cache=True)
         return _to_host(out.logits)
 
     @contextmanager
@@ -256,6 +258,7 @@ class _CacheConversation(Conversation):
     def __init__(self, target: TransformersTarget, cache: Cache, ids: Sequence[int]) -> None:
         self.target, self.cache, self.ids = target, cache, list(ids)
         self._held = len(ids)
+        self._drafts = False
 
     @property
     def held(self) -> int:
@@ -267,15 +270,16 @@ class _CacheConversation(Conversation):
         return logits
 
     def can_trim(self, count: int) -> bool:
-        return can_crop(self.cache, count, self.target.checked)
+        return can_crop(self.cache, count)
 
     def can_draft(self, count: int) -> bool:
-        if not self.target.checked or isinstance(self.cache, ModelCache):
+        if isinstance(self.cache, ModelCache) or (self._drafts and not self.target.checked):
             return True
-        trial = copy.deepcopy(self.cache)
-        trial.activate_past_recording()
-        self.target.forward(trial, [0] * count)
-        return bool(trial.is_croppable)
+        copied = copy.deepcopy(self.cache)
+        copied.activate_past_recording()
+        self.target.forward(copied, [0] * count)
+        self._drafts = bool(copied.is_croppable)
+        return self._drafts
 
     def trim(self, count: int) -> None:
         self.cache.crop(-count)
@@ -304,9 +308,9 @@ class _CacheConversation(Conversation):
         self.cache.caches.rollback(0)
 
 
-def can_crop(cache: Cache, count: int, checked: bool = True) -> bool:
+def can_crop(cache: Cache, count: int) -> bool:
     """Return whether a cache takes back so many tokens, by having a copy of it do so."""
-    if checked and not cache.is_croppable:
+    if not cache.is_croppable:
         return False
     try:
         copy.deepcopy(cache).crop(-count)
@@ -329,7 +333,7 @@ class _CacheTrial(KeptTrial[Cache]):
         return _Kept(self, cache, ids[:held])
 
     def cut(self, kept: Cache, count: int) -> Cache | None:
-        if count and not can_crop(kept, count, self.target.checked):
+        if count and not can_crop(kept, count):
             return None
         cache = copy.deepcopy(kept)
         if count:
