@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import singledispatchmethod
 from itertools import cycle
@@ -281,7 +280,11 @@ class _Player:
 
     def _observe(self, talk: _Talk, ids: Ids, call: Callable[[], HostArray]) -> None:
         """Note the logits that `call` returns for the pass over `ids`."""
-        with self._target.layers() if self._record else nullcontext([]) as layers:
+        layers: list[HostArray] = []
+        if self._record:
+            with self._target.layers() as layers:
+                logits = call()
+        else:
             logits = call()
         talk.append(ids)
         self._note(talk, logits, layers)
@@ -296,7 +299,8 @@ class _Player:
 
 def pieces(ids: Ids, sizes: Ids) -> list[Ids]:
     """Cut `ids` into pieces of `sizes`, in turn; () for one piece."""
-    cut, start = [], 0
+    cut: list[Ids] = []
+    start = 0
     for size in cycle(sizes or (len(ids) or 1,)):
         if start >= len(ids):
             return cut

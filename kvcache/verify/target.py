@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -159,14 +159,12 @@ class Target(ABC):
         """Return logits behind each of `ids`, computed without a cache; ability ``reference``."""
         raise _missing(Ability.REFERENCE)
 
-    @contextmanager
-    def layers(self) -> Iterator[list[HostArray]]:
+    def layers(self) -> AbstractContextManager[list[HostArray]]:
         """Fill a list with the hidden states ``[tokens, width]`` behind each layer of one pass.
 
         Ability ``layers``.
         """
         raise _missing(Ability.LAYERS)
-        yield []
 
 
 def _missing(ability: Ability) -> NotSupportedError:

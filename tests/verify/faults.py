@@ -106,7 +106,7 @@ FAULTS = {
     "hash without its parent": HashWithoutParent(),
     "sinks dropped in a chunked prefill": SinksDropped((FULL, RING), KEEP),
     "rows of a batch swapped": RowsSwapped(),
-    "values reversed on its return from the host": ValuesReversedOnReturn(),
+    "values reversed on the return from the host": ValuesReversedOnReturn(),
 }
 RIGHT = {
     "full and ring": Tiny(),

@@ -99,14 +99,14 @@ class LlamaNet(Net):
             context_length=256,
         )
         self._blocks = LlamaBlocks(backend, config)
-        self._wide = np.float64 if backend.name == "numpy" else np.float32
+        self._on_host = isinstance(backend.alloc((1,), "float32"), np.ndarray)
         self._weights = _llama_weights(seed, self._put)
 
     def _put(self, array: HostArray) -> Array:
-        # Not through the backend where that is NumPy: no backend takes float64.
-        return (
-            array.astype(self._wide) if self._wide is np.float64 else self.backend.from_host(array)
-        )
+        # Not through the backend where that is NumPy: none takes float64.
+        if self._on_host:
+            return array.astype(np.float64)
+        return self.backend.from_host(array, "float32")
 
     def over_layers(self, ids: HostArray, caches: LayerCaches[Any]) -> HostArray:
         start, length = caches.offset, ids.shape[1]
@@ -136,16 +136,18 @@ class LlamaNet(Net):
                 raise TypeError("a layer of this model has values.")
             return keys[None, :, :, :], values[None, :, :, :], mask
 
-        return self._run(np.asarray([ids]), np.asarray([positions]), through)[0]
+        logits: HostArray = self._run(np.asarray([ids]), np.asarray([positions]), through)[0]
+        return logits
 
     def alone(self, ids: Sequence[int]) -> HostArray:
         columns = np.arange(len(ids))
         masks = [rule.sees(columns[:, None], columns[None, :]) for rule in self.rules]
 
         def through(layer: int, k: Array, v: Array) -> tuple[Array, Array, Array | None]:
-            return k, v, self.backend.from_host(masks[layer])
+            return k, v, self.backend.from_host(np.asarray(masks[layer]))
 
-        return self._run(np.asarray([ids]), columns[None], through)[0]
+        logits: HostArray = self._run(np.asarray([ids]), columns[None], through)[0]
+        return logits
 
     def _run(self, ids: HostArray, positions: HostArray, through: Through) -> HostArray:
         blocks, xp, weights = self._blocks, self.backend.xp, self._weights
@@ -172,10 +174,10 @@ class LlamaNet(Net):
         return xp.concat([bias] * (_HEADS // _KV_HEADS), axis=-2)
 
     def _narrow(self, array: Array) -> Array:
-        return array.astype(np.float32) if self._wide is np.float64 else array
+        return array.astype(np.float32) if isinstance(array, np.ndarray) else array
 
     def _widen(self, array: Array) -> Array:
-        return array.astype(np.float64) if self._wide is np.float64 else array
+        return array.astype(np.float64) if isinstance(array, np.ndarray) else array
 
 
 class HybridNet(Net):
@@ -234,7 +236,8 @@ class HybridNet(Net):
 
     def alone(self, ids: Sequence[int]) -> HostArray:
         self.begin()
-        return self.backend.to_host(self.model([list(ids)], last_only=False))[0]
+        logits: HostArray = self.backend.to_host(self.model([list(ids)], last_only=False))[0]
+        return logits
 
 
 def _matrices(seed: int) -> Callable[..., HostArray]:

@@ -70,7 +70,8 @@ class _Target(Target):
 
     @contextmanager
     def layers(self) -> Iterator[list[HostArray]]:
-        self.net.recorded = recorded = []
+        recorded: list[HostArray] = []
+        self.net.recorded = recorded
         try:
             yield recorded
         finally:
@@ -237,7 +238,8 @@ class _LayersConversation(_SessionConversation):
         self._trial = trial
 
     def compute(self, ids: Sequence[int]) -> HostArray:
-        return self._target.net.over_layers(np.array([ids]), self.session.caches)[0]
+        rows: HostArray = self._target.net.over_layers(np.array([ids]), self.session.caches)[0]
+        return rows
 
     def can_trim(self, count: int) -> bool:
         return self.session.caches.can_trim(count)
