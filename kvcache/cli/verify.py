@@ -68,7 +68,7 @@ def verify_command(
     ] = False,
     max_kv_size: Annotated[int | None, typer.Option(min=1, help="Of prompt caches.")] = None,
     unchecked: Annotated[
-        bool, typer.Option(help="Take drafts back as the library does: asking once if it can.")
+        bool, typer.Option(help="Take tokens back without asking the cache each time if it can.")
     ] = False,
     cold: Annotated[
         str, typer.Option(help="Of a server: JSON of options that reuse nothing, or a second URL.")

@@ -36,6 +36,7 @@ _SIZES: dict[str, Any] = {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _SIZES),
+    "qwen3": ("qwen3", _SIZES | {"max_position_embeddings": 4096, "rope_theta": 1e4}),
     "gemma3": (
         "gemma3_text",
         _SIZES

@@ -118,8 +118,8 @@ class TransformersTarget(Target):
     model: on any device. cache: a name in ``CACHES``, or a function that makes an empty cache for
     the model.
 
-    checked: whether to ask ``is_croppable`` behind every draft. The library's assisted decoding
-    asks once, behind the first.
+    checked: whether to ask ``is_croppable`` before tokens are taken back, as the library's own
+    assisted decoding does. ``crop`` itself does not ask in every layer.
 
     Caches without a prefix cache are reused as the guides of the library show: an earlier cache is
     copied, and cropped to what the prompt has in common with it.
@@ -146,7 +146,8 @@ class TransformersTarget(Target):
         self.sessions, self.checked = self.make is prefix_cache_of, checked
         self.abilities = frozenset({Ability.REUSE, Ability.TRIM, Ability.REFERENCE})
         # With states that cannot go back, the library refuses assisted decoding.
-        if not any(plan.state and not plan.conv_only for plan in layer_plans(config)):
+        recurrent = any(plan.state and not plan.conv_only for plan in layer_plans(config))
+        if not (checked and recurrent):
             self.abilities |= {Ability.DRAFT}
         if _decoder_layers(model):
             self.abilities |= {Ability.LAYERS}
@@ -258,7 +259,6 @@ class _CacheConversation(Conversation):
     def __init__(self, target: TransformersTarget, cache: Cache, ids: Sequence[int]) -> None:
         self.target, self.cache, self.ids = target, cache, list(ids)
         self._held = len(ids)
-        self._drafts = False
 
     @property
     def held(self) -> int:
@@ -270,16 +270,15 @@ class _CacheConversation(Conversation):
         return logits
 
     def can_trim(self, count: int) -> bool:
-        return can_crop(self.cache, count)
+        return can_crop(self.cache, count, self.target.checked)
 
     def can_draft(self, count: int) -> bool:
-        if isinstance(self.cache, ModelCache) or (self._drafts and not self.target.checked):
+        if isinstance(self.cache, ModelCache) or not self.target.checked:
             return True
         copied = copy.deepcopy(self.cache)
         copied.activate_past_recording()
         self.target.forward(copied, [0] * count)
-        self._drafts = bool(copied.is_croppable)
-        return self._drafts
+        return bool(copied.is_croppable)
 
     def trim(self, count: int) -> None:
         self.cache.crop(-count)
@@ -308,9 +307,9 @@ class _CacheConversation(Conversation):
         self.cache.caches.rollback(0)
 
 
-def can_crop(cache: Cache, count: int) -> bool:
+def can_crop(cache: Cache, count: int, checked: bool) -> bool:
     """Return whether a cache takes back so many tokens, by having a copy of it do so."""
-    if not cache.is_croppable:
+    if checked and not cache.is_croppable:
         return False
     try:
         copy.deepcopy(cache).crop(-count)
@@ -333,7 +332,7 @@ class _CacheTrial(KeptTrial[Cache]):
         return _Kept(self, cache, ids[:held])
 
     def cut(self, kept: Cache, count: int) -> Cache | None:
-        if count and not can_crop(kept, count):
+        if count and not can_crop(kept, count, self.target.checked):
             return None
         cache = copy.deepcopy(kept)
         if count:
