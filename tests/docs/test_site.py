@@ -17,6 +17,7 @@ import kvcache.functional
 import kvcache.prefix
 import kvcache.prefix.policies
 import kvcache.testing
+import kvcache.verify
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ PUBLIC = (
     kvcache.prefix,
     kvcache.prefix.policies,
     kvcache.testing,
+    kvcache.verify,
 )
 OF_REFERENCE = {"AudioFileError", "ModelFileError", "UnsupportedModelError"}
 
