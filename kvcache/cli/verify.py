@@ -221,7 +221,8 @@ def _reference_targets(choice: _Choice) -> Iterator[Target]:
 
 
 def _transformers_targets(choice: _Choice) -> Iterator[Target]:
-    from kvcache.verify.targets.transformers import CACHES, TransformersTarget, load
+    from kvcache.verify.targets.transformers import CACHES, TransformersTarget
+    from kvcache.verify.targets.transformers_models import load
 
     kinds = _chosen(choice.caches, tuple(CACHES))
     model = load(choice.model or "llama")
@@ -230,7 +231,8 @@ def _transformers_targets(choice: _Choice) -> Iterator[Target]:
 
 
 def _mlx_targets(choice: _Choice) -> Iterator[Target]:
-    from kvcache.verify.targets.mlx_lm import CACHES, MlxLmTarget, load
+    from kvcache.verify.targets.mlx_lm import CACHES, MlxLmTarget
+    from kvcache.verify.targets.mlx_models import load
 
     kinds = _chosen(choice.caches, tuple(CACHES))
     model = load(choice.model or "llama")

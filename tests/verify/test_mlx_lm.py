@@ -6,7 +6,8 @@ pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 from kvcache.verify import verify, verify_reuse
-from kvcache.verify.targets.mlx_lm import CACHES, MODELS, MlxLmTarget, load
+from kvcache.verify.targets.mlx_lm import CACHES, MlxLmTarget
+from kvcache.verify.targets.mlx_models import MODELS, load
 
 CELLS = [(model, cache) for model in MODELS for cache in CACHES]
 IN_CI = {("gemma3", "library-lru"), ("gemma3", "ours"), ("qwen3_next", "ours-prefix")}
