@@ -5,8 +5,9 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,8 +20,6 @@ from kvcache.verify.operations import describe
 from kvcache.verify.report import details, junit
 
 from .console import BackendName, check_folder, progress_bar
-
-T = TypeVar("T")
 
 _MARKS = {
     "equal": "[green]equal[/]",
@@ -155,6 +154,8 @@ def _run(
         except NotSupportedError as error:
             console.print(f"{target.name}: not supported: {error}", markup=False, highlight=False)
             return None
+        except (KVCacheError, OSError) as error:  # before the first conversation
+            raise typer.BadParameter(str(error)) from error
     _print(console, report)
     return report
 
@@ -213,9 +214,9 @@ def _reference_targets(choice: _Choice) -> Iterator[Target]:
 
     forms: dict[str, Callable[[], Target]] = {}
     for kind in LAYERS:
-        forms[f"layers-{kind}"] = lambda kind=kind: LayersTarget(kind, choice.backend)  # type: ignore[misc]
+        forms[f"layers-{kind}"] = partial(LayersTarget, kind, choice.backend)
     for kind in POOLS:
-        forms[f"pool-{kind}"] = lambda kind=kind: PoolTarget(kind, choice.backend)  # type: ignore[misc]
+        forms[f"pool-{kind}"] = partial(PoolTarget, kind, choice.backend)
     for name in _chosen(choice.caches, tuple(forms)):
         yield forms[name]()
 

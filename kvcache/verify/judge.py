@@ -75,8 +75,9 @@ class Outcome:
     def _fault(self) -> tuple[OutcomeKind, str]:
         if self.divergence is not None:
             return self.kind, self.divergence.against
-        words = [word for word in self.message.split() if word.endswith(":")]
-        return self.kind, words[-1] if words else ""
+        # "operation 3: TrimError: ...": the name of the exception, whatever it says.
+        _, _, reason = self.message.partition(": ")
+        return self.kind, reason.partition(":")[0]
 
 
 class Judge:

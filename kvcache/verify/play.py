@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from itertools import cycle
 
 from kvcache.backends import HostArray
@@ -276,7 +276,7 @@ class _Player:
     def _compute(self, talk: _Talk, ids: Ids, sizes: Ids) -> None:
         """Compute `ids` in passes, and note each."""
         for piece in pieces(ids, sizes):
-            self._observe(talk, piece, lambda piece=piece: talk.handle.forward(piece))  # type: ignore[misc]
+            self._observe(talk, piece, partial(talk.handle.forward, piece))
 
     def _observe(self, talk: _Talk, ids: Ids, call: Callable[[], HostArray]) -> None:
         """Note the logits that `call` returns for the pass over `ids`."""

@@ -69,7 +69,8 @@ def test_bad_options(arguments, message):
 
 def test_a_server_that_is_not_there():
     result = run("http://127.0.0.1:1/v1", "--cold", '{"cache_prompt": false}')
-    assert result.exit_code == 1
+    assert result.exit_code == 2
+    assert "did not answer" in result.output
 
 
 def test_the_help_teaches():

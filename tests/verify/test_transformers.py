@@ -9,12 +9,8 @@ from transformers import DynamicCache  # noqa: E402
 
 from kvcache.errors import NotSupportedError  # noqa: E402
 from kvcache.verify import verify, verify_reuse  # noqa: E402
-from kvcache.verify.targets.transformers import (  # noqa: E402
-    CACHES,
-    CONFIGS,
-    TransformersTarget,
-    load,
-)
+from kvcache.verify.targets.transformers import CACHES, TransformersTarget  # noqa: E402
+from kvcache.verify.targets.transformers_models import CONFIGS, load  # noqa: E402
 
 CELLS = [(model, cache) for model in CONFIGS for cache in CACHES]
 RECURRENT = {"qwen3_next", "lfm2"}
