@@ -12,9 +12,9 @@ from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
-from kvcache.errors import CacheFullError, KVCacheError
+from kvcache.errors import CacheFullError, ExportedError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.lengths import round_up
+from kvcache.storage.lengths import padded_range, round_up
 
 from .batch import Batch
 from .buffers import PoolBuffers
@@ -22,16 +22,23 @@ from .cells import CellTable
 from .changes import Dropped, DroppedCell, Eviction, RowEnds
 from .owned import Commit, OwnedCache
 from .pinning import PoolPins
+from .placement import TailCopy
 from .plan import Pass
+from .rows import PendingRows
 from .single import SingleTokenStep, commit_single, plan_single
 from .sorted_batch import SortedBatch
 from .unfinished import OpenPasses
 
 _Before: TypeAlias = tuple[
-    RowEnds | SingleTokenStep, Dropped | DroppedCell | None, Pass | None, frozenset[int]
+    RowEnds | SingleTokenStep,
+    Dropped | DroppedCell | None,
+    Pass | None,
+    frozenset[int],
+    tuple[TailCopy, PendingRows] | None,
 ]
 """State of a pool before a pass: the ends of all rows (or the step that tells those of the only
-row it changes), the cells that are evicted, the current pass, the sequences maybe expired."""
+row it changes), the cells that are evicted, the current pass, the sequences maybe expired, the
+tokens moved to other cells with their rows."""
 
 
 class CellPool:
@@ -98,29 +105,51 @@ class CellPool:
             return lambda: self._commit_single(step, positions, sequences)
         groups = self.table.group(positions, sequences)
         eviction = None if self.retained is None else self._expired(groups, self.retained)
-        self._make_room(len(batch), eviction)
-        return lambda: self._commit_batch(positions, sequences, groups, eviction, cache)
+        self._make_room(groups, eviction)
+        moved = self._prepare_move(groups, eviction)
+        return lambda: self._commit_batch(positions, sequences, groups, eviction, moved, cache)
 
-    def _make_room(self, tokens: int, eviction: Eviction | None) -> None:
+    def _make_room(self, groups: SortedBatch, eviction: Eviction | None) -> None:
         """Spill snapshots until there is room after `eviction`, or raise CacheFullError."""
         while True:
             try:
-                return self.table.check_room(tokens, eviction)
+                return self.table.check_room_for(groups, eviction)
             except CacheFullError:
                 if not self.pins.spill_one(eviction):
                     raise
+
+    def _prepare_move(
+        self, groups: SortedBatch, eviction: Eviction | None
+    ) -> tuple[TailCopy, PendingRows] | None:
+        """Return the tokens that a pass moves to other cells, and the copied rows; None usually.
+
+        Raises: ExportedError while programs have the buffers, whose content is not known here.
+        """
+        tails = self.table.tails_to_copy(groups, eviction)
+        if tails is None:
+            return None
+        if self.passes.planned:
+            raise ExportedError(
+                f"sequences {tails.ids.tolist()} share their last page, which is copied before "
+                "they go on, and programs have the buffers. Assign program_state, and plan again."
+            )
+        return tails, self.buffers.prepare_copy(tails.cells, np.zeros(tails.cells.size, np.int64))
 
     def revert(self) -> None:
         """Undo the commit of a pass that was interrupted, at whatever point."""
         if self._before is None:  # it had not begun
             return
-        ends, dropped, current, maybe_expired = self._before
+        ends, dropped, current, maybe_expired, moved = self._before
         if isinstance(ends, SingleTokenStep):
             table, step = self.table, ends
             table.first[step.sequence], table.last[step.sequence] = step.first, step.last
             ends = RowEnds(table.rows, table.first, table.last)
         table = self.table
         table.rows, table.first, table.last = ends
+        if moved is not None:
+            tails, rows = moved
+            tails.put_back(table.rows)
+            self.buffers.pending.discard(rows)
         if dropped is not None:  # their positions may have been overwritten
             _, cells, positions = dropped.as_arrays()
             table.positions[cells] = positions
@@ -166,7 +195,7 @@ class CellPool:
         """Begin the largest possible pass: it reads the whole pool, and stores nothing."""
         cells = np.arange(positions.size, dtype=np.int32)
         ends = self._row_ends(inserts=False)
-        self._before = ends, None, self.passes.current, self.maybe_expired
+        self._before = ends, None, self.passes.current, self.maybe_expired, None
         self._begin(cells, 0, self.table.cells, positions, sequences, stores=False)
 
     def _plan_single(self, sequence: int, position: int) -> SingleTokenStep | None:
@@ -182,7 +211,7 @@ class CellPool:
         if step.dropped is not None:
             position = int(self.table.positions[step.dropped])
             dropped = DroppedCell(step.sequence, step.dropped, position)
-        self._before = step, dropped, self.passes.current, self.maybe_expired
+        self._before = step, dropped, self.passes.current, self.maybe_expired, None
         commit_single(self.table, step)
         cells = np.array([step.cell], np.int32)
         start, stop = self._range(step.low, step.high + 1)
@@ -216,6 +245,7 @@ class CellPool:
         sequences: Int32s,
         groups: SortedBatch,
         eviction: Eviction | None,
+        moved: tuple[TailCopy, PendingRows] | None,
         cache: OwnedCache,
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
@@ -224,16 +254,26 @@ class CellPool:
             cache.owners.inserted(cache, positions, sequences)
         dropped = None if eviction is None else table.to_drop(eviction)
         ends = self._row_ends(groups.inserts)
-        self._before = ends, dropped, self.passes.current, self.maybe_expired
+        self._before = ends, dropped, self.passes.current, self.maybe_expired, moved
         if eviction is not None:
             table.evict(eviction, dropped)
             self.maybe_expired = self._as_set(groups.ids)
+        if moved is not None:
+            self._move(*moved)
         cells = table.insert(groups)
         start, stop = self._range(*table.span(groups.ids))
         self._begin(cells, start, stop, positions, sequences, dropped)
+        if moved is not None:
+            self.passes.all[-1].overwritten = moved[1].cells
+
+    def _move(self, tails: TailCopy, rows: PendingRows) -> None:
+        """Move tokens to other cells, to which their copied rows are queued to be written."""
+        rows.cells[:] = self.table.move_tails(tails)
+        self.buffers.pending.enqueue(rows)
 
     def _range(self, start: int, stop: int) -> tuple[int, int]:
-        return self.buffers.range(start, stop, self.config.padding)
+        buffers = self.buffers
+        return padded_range(buffers.backend, start, stop, self.config.padding, buffers.cells)
 
     def _begin(
         self,

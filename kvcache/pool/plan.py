@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from kvcache._types import Bools, Int32s
+from kvcache._types import Bools, Indices, Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import TracedIndex
 from kvcache.snapshots.visibility import Visibility
@@ -78,6 +78,8 @@ class Pass:
     ahead: Mapping[int, tuple[int, int]] = MappingProxyType({})
     """By batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
     beyond the rule."""
+    overwritten: Indices = np.empty(0, np.int64)
+    """Cells written for this pass that are not those of its tokens."""
 
     def __init__(
         self,

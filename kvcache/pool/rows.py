@@ -45,6 +45,11 @@ class PendingWrites:
         """Queue `rows`; from any thread."""
         self.queue.append(rows)
 
+    def discard(self, rows: PendingRows) -> None:
+        """Take `rows` out of the queue, if they are in it."""
+        with self.lock:
+            self.queue = deque(queued for queued in self.queue if queued is not rows)
+
     def drain(self) -> None:
         """Write everything in order; in the thread of the passes."""
         with self.lock:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvcache._types import Int32s
+from kvcache._types import Indices, Int32s
 
 from .cells import CellTable
 from .changes import Dropped
@@ -165,7 +165,7 @@ class OpenPasses:
         to them since. Return the sequences that lost tokens, each with the first position lost.
         """
         written = [p.cells for p in passes if p.put_layers or p in self.planned]
-        overwritten = np.concatenate(written) if written else np.empty(0, np.int32)
+        overwritten = np.concatenate([_NONE, *written, *(p.overwritten for p in passes)])
         taken: dict[int, int] = {}
         for forward_pass in reversed(passes):
             if forward_pass.stores:
@@ -184,7 +184,7 @@ class OpenPasses:
             self._table.set_row(sequence, cells[~np.isin(cells, forward_pass.cells)])
         return taken
 
-    def _give_back(self, dropped: Dropped, overwritten: Int32s) -> None:
+    def _give_back(self, dropped: Dropped, overwritten: Indices | Int32s) -> None:
         """Give evicted cells back to their sequences, the newest ones that are all intact."""
         sequences, cells, positions = dropped
         for sequence in set(sequences.tolist()).difference(self._changed):
@@ -192,7 +192,8 @@ class OpenPasses:
             lost = np.flatnonzero(np.isin(cells[own], overwritten))
             intact = own[lost[-1] + 1 :] if lost.size else own
             self._table.positions[cells[intact]] = positions[intact]
-            row = np.concatenate([cells[intact], self._table.cells_of(sequence)])
+            held = self._table.cells_of(sequence)
+            row = np.concatenate([self._table.joined(cells[intact], held), held])
             self._table.set_row(sequence, row.astype(np.int32))
 
     def conflicting(self, positions: Int32s, sequences: Int32s) -> list[Pass]:
