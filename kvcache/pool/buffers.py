@@ -12,12 +12,12 @@ import numpy as np
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.backends.base import FastKey
-from kvcache.errors import KVCacheError, ShapeError, SnapshotMismatchError
+from kvcache.errors import KVCacheError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form
 from kvcache.storage.lengths import padded_index
 
-from .checks import check_dtype, check_heads, check_tokens, refuse_gradients
+from .checks import check_dtype, check_fit, check_tokens, refuse_gradients
 from .exchange import check_form, convert, form_of, traced_form_of
 from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
@@ -134,7 +134,7 @@ class PoolBuffers:
         wanted, held = list(layers), self._settled()
         for layer in wanted:
             if layer in held:
-                self._check_fit(layer, shapes, held[layer])
+                check_fit(self.layouts, layer, shapes, held[layer])
         new = {layer: self._alloc(shapes) for layer in set(wanted) - held.keys()}
         with self.pending.lock:  # another thread may be going through the layers
             held.update(new)
@@ -178,17 +178,21 @@ class PoolBuffers:
 
         Raises: KVCacheError for a layer that was never put.
         """
-        layers = self._settled()
-        if layer not in layers:
-            raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
+        buffers = self.whole(layer)
         start, stop = forward_pass.start, forward_pass.stop
         if start == 0 and stop == self.cells:
-            buffers = layers[layer]
             if self.backend.assignment_rebinds:
                 return tuple(buffer[...] for buffer in buffers)
             return buffers
-        read, buffers = self.backend.read_slice, layers[layer]
+        read = self.backend.read_slice
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
+
+    def whole(self, layer: int) -> Arrays:
+        """Return the buffers of a layer. Raises: KVCacheError for a layer that was never put."""
+        layers = self._settled()
+        if layer not in layers:
+            raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
+        return layers[layer]
 
     # Removal from the middle.
 
@@ -235,7 +239,7 @@ class PoolBuffers:
         return PendingRows(targets, write, partial(self._copies_to_host, copies, cells.size))
 
     def _write_copies(self, cells: Int32s, copies: Mapping[int, Arrays]) -> None:
-        """Write queued rows to `cells`: the first arrays of a layer, or all; for the passes' thread."""
+        """Write queued rows, of the first arrays of a layer or of all; in the passes' thread."""
         for layer, rows in copies.items():
             held, axes = self._layers[layer], self._write_axes[len(rows)]
             write, others = self.backend.write_row_sets, held[len(rows) :]
@@ -245,9 +249,7 @@ class PoolBuffers:
         """Return the first `tokens` queued rows of each layer on the host."""
         return {
             layer: tuple(
-                NamedArray(
-                    layout.name, layout.to_host_layout(self.backend.to_host(array), tokens)
-                )
+                NamedArray(layout.name, layout.to_host_layout(self.backend.to_host(array), tokens))
                 for layout, array in zip(self.layouts, rows, strict=False)
             )
             for layer, rows in copies.items()
@@ -393,14 +395,7 @@ class PoolBuffers:
             if self._may_require_grad:
                 refuse_gradients(self.backend, layout.name, array)
         if buffers is not None:
-            self._check_fit(layer, [array.shape for array in arrays], buffers)
-
-    def _check_fit(self, layer: int, shapes: Sequence[Sequence[int]], buffers: Arrays) -> None:
-        """Raise ShapeError unless arrays of `shapes` have the sizes of `buffers`."""
-        if len(shapes) != len(buffers):
-            raise ShapeError(f"layer {layer} has values in every pass or in none.")
-        for layout, shape, buffer in zip(self.layouts, shapes, buffers, strict=False):
-            check_heads(layout, shape, buffer)
+            check_fit(self.layouts, layer, [array.shape for array in arrays], buffers)
 
     def _alloc_like(self, arrays: Sequence[Array]) -> Arrays:
         pairs = zip(self.layouts, arrays, strict=False)

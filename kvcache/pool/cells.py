@@ -90,6 +90,18 @@ class CellTable(Placement):
             return int(self.low[ids[0]]), int(self.high[ids[0]]) + 1
         return int(self.low[ids].min()), int(self.high[ids].max()) + 1
 
+    def pages_of(self, ids: Int32s) -> tuple[Int32s, Indices]:
+        """Return the pages of non-empty sequences `ids`, and the slot of the first token of each.
+
+        Pages are int32 ``[ids, width]``, the width a power of two, and zeros come behind the last.
+        """
+        first = self.first[ids]
+        held = self.last[ids] - first
+        columns = np.arange(1 << (int(held.max()) - 1).bit_length())
+        inside = np.minimum(first[:, None] + columns, self.rows.shape[1] - 1)
+        pages = np.where(columns < held[:, None], self.rows[ids[:, None], inside], 0)
+        return pages, np.zeros_like(first)
+
     # Planning: nothing here changes anything.
 
     def group(self, positions: Int32s, sequences: Int32s) -> SortedBatch:

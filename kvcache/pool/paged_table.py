@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
+from kvcache._checks import as_index
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.errors import CacheFullError, NotSupportedError
 
@@ -15,6 +16,24 @@ from .page_allocator import PageAllocator
 from .page_lists import PageLists
 from .placement import TailCopy, ranges
 from .sorted_batch import SortedBatch
+
+
+def as_page(value: SupportsIndex) -> int:
+    """Return the size of a page as an int.
+
+    Raises: TypeError for no integer, ValueError for one that is no power of two.
+    """
+    page = as_index(value, "page")
+    if page < 1 or page & (page - 1):
+        raise ValueError(f"page must be a power of two, in cells; got {page}. Give 16, or 1.")
+    return page
+
+
+def new_table(cells: int, max_sequences: int, page: int) -> CellTable:
+    """Return an empty table that hands out pages of so many cells."""
+    if page == 1:
+        return CellTable(cells, max_sequences)
+    return PagedTable(cells, max_sequences, page)
 
 
 class _Tails(NamedTuple):
@@ -60,7 +79,7 @@ class PagedTable(CellTable):
         groups = super().group(positions, sequences)
         if groups.inserts:
             raise NotSupportedError(
-                f"tokens come after the last one of their sequence in a cache with page={self.page}: "
+                f"in a cache with page={self.page} tokens come after the last one of their sequence; "
                 "before it, every later token would have to move to another slot. Remove these "
                 "first, or make the cache without pages."
             )
@@ -146,28 +165,25 @@ class PagedTable(CellTable):
         return int(np.count_nonzero(self.allocator.pages.refcounts[pages] == cells_of_page))
 
     def check_removal(self, row: Int32s, removed: range) -> None:
-        after = int(row[removed.stop])
-        slot = after & self._mask
-        if removed.start == 0 and slot == 0:
+        start, after = removed.start, row[removed.stop : removed.stop + 1]
+        if start and self._follow(row[start - 1 : start], after).all():
             return
-        if removed.start and self._follows(row[removed.start - 1 : removed.start], row[[removed.stop]]):
+        if not start and not after[0] & self._mask:
             return
+        first = -int(row[0]) & self._mask
         raise NotSupportedError(
             f"only whole pages are removed from the middle of a sequence in a cache with "
-            f"page={self.page}, because a token keeps its slot; got tokens {removed.start} to "
-            f"{removed.stop}, whose pages begin at tokens {-int(row[0]) & self._mask}, "
-            f"{(-int(row[0]) & self._mask) + self.page}, and so on. Remove these ranges, or make "
-            "the cache without pages."
+            f"page={self.page}, because a token keeps its slot; got tokens {start} to "
+            f"{removed.stop} of those held, and pages begin at tokens {first}, "
+            f"{first + self.page}, and so on. Remove these ranges, or make the cache without pages."
         )
-
-    def _follows(self, before: Int32s, after: Int32s) -> bool:
-        return bool(self._follow(before, after).all())
 
     def _follow(self, before: Int32s, after: Int32s) -> Bools:
         """Return whether each cell of `after` may come next to that of `before` in a sequence."""
         begins = (after & self._mask) == 0
         same_page = (after == before + 1) & ~begins
-        return same_page | (begins & ((before & self._mask) == self._mask))
+        follows: Bools = same_page | (begins & ((before & self._mask) == self._mask))
+        return follows
 
     def joined(self, cells: Int32s, row: Int32s) -> Int32s:
         chain = np.concatenate([cells, row[:1]])
@@ -185,7 +201,7 @@ class PagedTable(CellTable):
         if self.shifts is not None:
             self.shifts[moved] = self.shifts[cells]
         self.allocator.take(moved)
-        self.rows[copied.index] = moved
+        self.rows[copied.places] = moved
         self.allocator.decref(cells)
         for sequence in ids:
             self.recompute_range(int(sequence))
@@ -197,7 +213,8 @@ class PagedTable(CellTable):
         room = np.where(filled, self._mask - (tails & self._mask), 0)
         more = np.maximum(counts - room + self._mask, 0) >> self._shift
         if groups.single and not more.any():  # as for most decode steps
-            return tails + 1
+            own: Int32s = tails + 1
+            return own
         pages = np.where(filled, tails >> self._shift, self._start_hints[ids])
         new = self.allocator.claim_pages(ranges(pages + 1, more))
         # By token: its number behind the last slot of the page that its sequence is in.
@@ -216,7 +233,7 @@ class PagedTable(CellTable):
         return np.repeat(cells.reshape(-1, self.page).any(1), self.page)
 
     def shareable(self, cells: Indices, positions: Int32s) -> Bools:
-        """Return a mask of cells in pages that hold just the tokens of a sequence, in their slots."""
+        """Return a mask of cells whose pages hold the sequence's own tokens, in their slots."""
         if not cells.size:
             return cells >= 0
         slots, starts, counts = self._slots(cells, positions)
@@ -273,4 +290,3 @@ class PagedTable(CellTable):
         super()._reserve_row_space(ids, extra)
         if self.first is not first:
             self._lists.move(first)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, ExportedError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.lengths import padded_range, round_up
+from kvcache.storage.lengths import ceil_div, padded_range, round_up
 
 from .batch import Batch
 from .buffers import PoolBuffers
@@ -329,16 +330,31 @@ def tokens_retained(
     return None if retained > capacity else retained
 
 
-def cells_of(max_sequences: int, retained: int | None, tokens: int, padding: int) -> int:
-    """Return the size of a pool in cells, a multiple of `padding`.
+def cells_of(
+    max_sequences: int, capacity: int, max_batch: int, retained: int | None, page: int, padding: int
+) -> int:
+    """Return the size of a pool in cells, a multiple of `page` and of `padding`.
 
-    retained: tokens kept per sequence. tokens: room for those of a pass, or where all are kept
-    (None), for those of all sequences.
+    Room for `capacity` tokens of every sequence; where only so many are `retained`, for these and a
+    pass of `max_batch`. Every sequence may need a part of a page more at its end, and with a window
+    at its beginning, too.
 
-    Raises: ValueError for more than positions can count.
+    Raises: ValueError for more than positions can count, or for a page above the capacity.
     """
-    kept = 0 if retained is None else max_sequences * (retained - 1)
-    cells = round_up(kept + tokens, padding)
+    if page > capacity:
+        raise ValueError(
+            f"a page holds at most the tokens of one sequence; got page={page} for a capacity of "
+            f"{capacity}. Give a smaller page, or more capacity."
+        )
+    if retained is None:
+        pages = max_sequences * ceil_div(capacity, page)
+    else:
+        # So many tokens, which begin anywhere in a page; none where a sequence keeps one in all.
+        kept = 0 if retained == 1 else ceil_div(retained - 2, page) + 1
+        # The tokens of a pass begin another page in each sequence at worst.
+        new = min(max_batch, (max_batch + max_sequences * (page - 1)) // page)
+        pages = max_sequences * kept + new
+    cells = round_up(pages * page, math.lcm(page, padding))
     if cells > NO_LIMIT:
         raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
     return cells

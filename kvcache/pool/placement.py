@@ -32,13 +32,13 @@ class TailCopy(NamedTuple):
     """The cells that they are in, sequence by sequence."""
 
     @property
-    def index(self) -> tuple[Int32s, Indices]:
+    def places(self) -> tuple[Int32s, Indices]:
         """Rows and columns of :attr:`cells`."""
         return np.repeat(self.ids, self.counts), ranges(self.starts, self.counts)
 
     def put_back(self, rows: Int32s) -> None:
         """Write the cells to where they were in `rows`, those of all sequences."""
-        rows[self.index] = self.cells
+        rows[self.places] = self.cells
 
 
 class Placement:
