@@ -279,6 +279,13 @@ class CellTable(Placement):
             np.subtract.at(others, self._oldest(going), 1)
         return others > 0
 
+    def references_of_others(self, pins: Int32s, going: Eviction | None) -> list[Bools]:
+        """Return masks of cells that rows are not to be spilled for, as above; the best rule first.
+
+        Rows with cells outside of the first mask free some; those outside of another may help.
+        """
+        return [self.referenced_by_others(pins, going)]
+
     def assign(self, sequence: int, positions: Int32s, cells: Indices) -> Indices:
         """Fill an empty sequence with `positions`, ascending, in `cells`; -1 stands for a free one.
 

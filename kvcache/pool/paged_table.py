@@ -79,7 +79,7 @@ class PagedTable(CellTable):
         groups = super().group(positions, sequences)
         if groups.inserts:
             raise NotSupportedError(
-                f"in a cache with page={self.page} tokens come after the last one of their sequence; "
+                f"in a cache with page={self.page} tokens come after the last of their sequence; "
                 "before it, every later token would have to move to another slot. Remove these "
                 "first, or make the cache without pages."
             )
@@ -166,6 +166,8 @@ class PagedTable(CellTable):
 
     def check_removal(self, row: Int32s, removed: range) -> None:
         start, after = removed.start, row[removed.stop : removed.stop + 1]
+        if not removed:
+            return
         if start and self._follow(row[start - 1 : start], after).all():
             return
         if not start and not after[0] & self._mask:
@@ -228,9 +230,14 @@ class PagedTable(CellTable):
     # For snapshots.
 
     def referenced_by_others(self, pins: Int32s, going: Eviction | None) -> Bools:
-        """Return a mask of cells in pages of sequences: pins alone do not keep the others taken."""
+        """Return a mask of cells in pages of sequences, which are not free without pins either."""
         cells = super().referenced_by_others(pins, going)
         return np.repeat(cells.reshape(-1, self.page).any(1), self.page)
+
+    def references_of_others(self, pins: Int32s, going: Eviction | None) -> list[Bools]:
+        # Pins in pages of sequences come last: they may keep one from going on in its last page.
+        cells = super().referenced_by_others(pins, going)
+        return [self.referenced_by_others(pins, going), cells]
 
     def shareable(self, cells: Indices, positions: Int32s) -> Bools:
         """Return a mask of cells whose pages hold the sequence's own tokens, in their slots."""

@@ -85,11 +85,11 @@ class PoolPins(RowOwner):
         keep: rows to leave where they are.
         """
         kept = set(keep)
-        referenced = self._table.referenced_by_others(self._references, going)
-        for rows in self._rows:
-            if rows not in kept and not referenced[rows.slots].all():
-                rows.to_host()
-                return True
+        for referenced in self._table.references_of_others(self._references, going):
+            for rows in self._rows:
+                if rows not in kept and not referenced[rows.slots].all():
+                    rows.to_host()
+                    return True
         return False
 
     def prepare_spill(self, cells: Int32s | None = None) -> Commit:
