@@ -230,7 +230,8 @@ def check_held(cache, oracle):
     """A cache holds the positions that it should, and shares the cells that it should."""
     table = peek.table(cache)
     if oracle.page > 1:
-        assert table.cells >= oracle.size and table.cells % oracle.page == 0
+        assert table.cells >= oracle.size
+        assert table.cells % oracle.page == 0
     else:
         assert table.cells == oracle.size
         assert table.cells - table.free == oracle.cells()

@@ -53,7 +53,11 @@ def check_block_table(cache, positions, sequences):
         found = cache.block_table(host=True)
     except NotSupportedError:
         assert not is_sorted(positions, sequences, table) or not all(
-            is_seen_alike(cache, sequence, min(p for p, s in zip(positions, sequences) if s == sequence))
+            is_seen_alike(
+                cache,
+                sequence,
+                min(p for p, s in zip(positions, sequences, strict=True) if s == sequence),
+            )
             for sequence in ids
         )
         return
@@ -74,14 +78,17 @@ def check_block_table(cache, positions, sequences):
         assert found.slot_mapping[first:last].tolist() == cells[length - (last - first) :]
         assert list(sequences[first:last]) == [sequence] * (last - first)
     width = found.block_tables.shape[1]
-    assert width & (width - 1) == 0 and width // 2 < -(-int(found.lengths.max()) // page) <= width
+    assert width & (width - 1) == 0
+    assert width // 2 < -(-int(found.lengths.max()) // page) <= width
 
 
 def is_sorted(positions, sequences, table):
     """Whether the tokens of a batch are the last of each sequence, adjacent and in order."""
     groups = [
         (key, [position for position, _ in group])
-        for key, group in itertools.groupby(zip(positions, sequences), key=lambda pair: pair[1])
+        for key, group in itertools.groupby(
+            zip(positions, sequences, strict=True), key=lambda pair: pair[1]
+        )
     ]
     return len({key for key, _ in groups}) == len(groups) and all(
         table.positions[table.cells_of(key)].tolist()[-len(group) :] == group

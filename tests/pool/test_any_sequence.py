@@ -156,7 +156,14 @@ class CacheMachine(RuleBasedStateMachine):
         """What each part has against a pass."""
         if self.page == 1:
             return {oracle.refuses(positions, sequences) for oracle in self.oracles}
-        return set(map(self.verdict_of_pages, self.parts, self.oracles, *map(repeat, (positions, sequences))))
+        return set(
+            map(
+                self.verdict_of_pages,
+                self.parts,
+                self.oracles,
+                *map(repeat, (positions, sequences)),
+            )
+        )
 
     def verdict_of_pages(self, part, oracle, positions, sequences):
         table, verdict = peek.table(part), oracle.refuses(positions, sequences)
