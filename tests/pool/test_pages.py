@@ -266,9 +266,8 @@ def test_keys_that_were_moved_are_copied_with_their_originals():
     cache.copy_prefix(0, 1, 9)
     seen = [(p, p) for p in range(4)] + [(p, p - 4) for p in range(8, 13)]
     for sequence in (0, 1):
-        positions, _ = store(cache, (sequence, [cache.next_position(sequence)]))
+        store(cache, (sequence, [cache.next_position(sequence)]))
         [found] = attended(NUMPY, cache, 0)
-        assert set(found) - set(seen) == {(positions[0], positions[0])}
         assert set(seen) < set(found)
     cache.remove(1, 0, 4)
     store(cache, (1, [6]))
@@ -372,7 +371,7 @@ def test_prefix_sessions_share_pages():
             store(cache, (session.sequence, positions))
             session.commit()
             check_block_table(cache, [*positions], [session.sequence] * len(positions))
-    prefix.close()
+    prefix.clear()
     assert free_pages(cache) == cache.cells // 4
 
 
