@@ -75,7 +75,7 @@ class CellAllocator:
         # One cell taken, one freed: the number of free cells stays.
         if dropped != cell:
             self.refcounts[dropped] = 0
-        self._push(dropped)
+        self.push(dropped)
 
     def decref(self, cells: Int32s) -> None:
         """Drop one reference per element of `cells`, and free cells without any left."""
@@ -98,7 +98,7 @@ class CellAllocator:
         self._stack[self._top : self._top + unstacked.size] = unstacked[::-1]
         self._top += unstacked.size
 
-    def _push(self, cell: int) -> None:
+    def push(self, cell: int) -> None:
         """Stack one freed cell, counted in :attr:`free` already."""
         if not self._stacked[cell]:
             self._stacked[cell] = True

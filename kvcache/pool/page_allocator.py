@@ -67,10 +67,17 @@ class PageAllocator(CellAllocator):
 
     def step(self, cell: int, dropped: int | None) -> None:
         self.refcounts[cell] = 1
-        self.pages.refcounts[cell >> self._shift] += 1
-        if dropped is not None:
-            self.refcounts[dropped] = 0
-            self._put_back(np.array([dropped], np.int32))
+        pages = self.pages
+        pages.refcounts[cell >> self._shift] += 1
+        if dropped is None:
+            return
+        self.refcounts[dropped] = 0
+        page = dropped >> self._shift
+        pages.refcounts[page] -= 1
+        if not pages.refcounts[page]:
+            pages.free += 1
+            self.free += self.page
+            pages.push(page)
 
     def _put_back(self, freed: Int32s) -> None:
         if freed.size:

@@ -92,14 +92,16 @@ class PagedTable(CellTable):
         return bool(slot < self._mask and alone)
 
     def tails_to_copy(self, groups: SortedBatch, eviction: Eviction | None) -> TailCopy | None:
-        first, last, filled, tails = self._tails(groups.ids, eviction)
+        first, last, filled, tails = self._tails(groups.ids)
         slots, refcounts = tails & self._mask, self.allocator.refcounts
-        alone = last - self.first[groups.ids] > slots
+        # All slots up to the last are of this sequence alone, and no others are taken.
+        alone = (last - first > slots) & (refcounts[tails] == 1)
         alone &= self.allocator.pages.refcounts[tails >> self._shift] == slots + 1
-        goes_on = filled & (slots < self._mask)
-        unclear = np.flatnonzero(goes_on & ~(alone & (refcounts[tails] == 1)))
-        if not unclear.size:
+        unclear = filled & (slots < self._mask) & ~alone
+        if not unclear.any():  # as for most passes
             return None
+        first, _, filled, _ = self._tails(groups.ids, eviction)
+        unclear = np.flatnonzero(unclear & filled)
         # All slots behind have to be free: another token of this sequence could not move later,
         # when a program may not have written it yet.
         behind = np.arange(self.page) > slots[unclear, None]
