@@ -17,7 +17,7 @@ from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form
 from kvcache.storage.lengths import padded_index
 
-from .checks import check_dtype, check_fit, check_tokens, refuse_gradients
+from .checks import check_arrays, check_fit
 from .exchange import check_form, convert, form_of, traced_form_of
 from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
@@ -50,8 +50,6 @@ class PoolBuffers:
         backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
-        # A backend without gradients spares the question in every put.
-        self._may_require_grad = type(backend).requires_grad is not Backend.requires_grad
         self._token_axes = tuple(layout.token_axis for layout in self.layouts)
         # By the number of arrays of a layer: one axis where all have the same, which writes faster.
         self._write_axes = [
@@ -189,8 +187,7 @@ class PoolBuffers:
 
     def whole(self, layer: int) -> Arrays:
         """Return the buffers of a layer. Raises: KVCacheError for a layer that was never put."""
-        layers = self._settled()
-        if layer not in layers:
+        if layer not in (layers := self._settled()):
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         return layers[layer]
 
@@ -205,8 +202,8 @@ class PoolBuffers:
         """
         keys = {layer: buffers[0] for layer, buffers in self._settled().items()}
         sources, shifted = self._originals.shift(keys, cells, moved, offset, shift)
-        # Queued as restored rows are, so that the commit calls no framework.
         keys_alone = {layer: (rows,) for layer, rows in shifted.items()}
+        # Queued as restored rows are, so that the commit calls no framework.
         write = partial(self._write_copies, cells, keys_alone)
         to_host = partial(self._copies_to_host, keys_alone, cells.size)
         pending = PendingRows(cells.astype(np.int64), write, to_host)
@@ -247,13 +244,14 @@ class PoolBuffers:
 
     def _copies_to_host(self, copies: Mapping[int, Arrays], tokens: int) -> LayerRows:
         """Return the first `tokens` queued rows of each layer on the host."""
-        return {
-            layer: tuple(
-                NamedArray(layout.name, layout.to_host_layout(self.backend.to_host(array), tokens))
-                for layout, array in zip(self.layouts, rows, strict=False)
+
+        def on_host(layout: ArrayLayout, rows: Array) -> NamedArray:
+            return NamedArray(
+                layout.name, layout.to_host_layout(self.backend.to_host(rows), tokens)
             )
-            for layer, rows in copies.items()
-        }
+
+        # A layer may have fewer arrays than there are layouts.
+        return {layer: tuple(map(on_host, self.layouts, rows)) for layer, rows in copies.items()}
 
     # Copies.
 
@@ -389,11 +387,7 @@ class PoolBuffers:
 
     def _validate(self, layer: int, arrays: Arrays, tokens: int, buffers: Arrays | None) -> None:
         """Raise DTypeError or ShapeError unless `arrays` hold `tokens` tokens and fit `buffers`."""
-        for layout, array in zip(self.layouts, arrays, strict=False):
-            check_dtype(self.backend, self.dtype, layout.name, array)
-            check_tokens(layout, array, tokens)
-            if self._may_require_grad:
-                refuse_gradients(self.backend, layout.name, array)
+        check_arrays(self.backend, self.dtype, self.layouts, arrays, tokens)
         if buffers is not None:
             check_fit(self.layouts, layer, [array.shape for array in arrays], buffers)
 

@@ -61,6 +61,16 @@ def check_heads(layout: ArrayLayout, shape: Sequence[int], buffer: Array) -> Non
         )
 
 
+def check_arrays(
+    backend: Backend, dtype: str, layouts: Sequence[ArrayLayout], arrays: Arrays, tokens: int
+) -> None:
+    """Raise DTypeError, ShapeError or NotSupportedError unless a pass can put `arrays`."""
+    for layout, array in zip(layouts, arrays, strict=False):
+        check_dtype(backend, dtype, layout.name, array)
+        check_tokens(layout, array, tokens)
+        refuse_gradients(backend, layout.name, array)
+
+
 def check_fit(
     layouts: Sequence[ArrayLayout], layer: int, shapes: Sequence[Sequence[int]], buffers: Arrays
 ) -> None:

@@ -14,7 +14,7 @@ from .cells import CellTable
 from .changes import Eviction
 from .page_allocator import PageAllocator
 from .page_lists import PageLists
-from .placement import TailCopy, ranges
+from .placement import Moved, TailCopy, ranges
 from .sorted_batch import SortedBatch
 
 
@@ -211,6 +211,20 @@ class PagedTable(CellTable):
             self.recompute_range(int(sequence))
         return moved
 
+    def move_back(self, sequence: int, moved: Moved) -> bool:
+        own = np.repeat(moved.tails.ids, moved.tails.counts) == sequence
+        old, new = moved.tails.cells[own], moved.rows.cells[own]
+        row = self.cells_of(sequence).copy()
+        if row[-new.size :].tolist() != new.tolist():
+            return False
+        row[-new.size :] = old
+        # They may have been given to tokens that were not put.
+        self.positions[old] = self.positions[new]
+        if self.shifts is not None:
+            self.shifts[old] = self.shifts[new]
+        self.set_row(sequence, row)
+        return True
+
     def _choose(self, groups: SortedBatch) -> Int32s:
         ids, counts = groups.ids, groups.counts
         _, _, filled, tails = self._tails(ids)
@@ -224,10 +238,10 @@ class PagedTable(CellTable):
         # By token: its number behind the last slot of the page that its sequence is in.
         beyond = ranges(np.zeros_like(counts), counts) - np.repeat(room, counts)
         number = np.repeat(np.cumsum(more) - more, counts) + (beyond >> self._shift)
-        cells = np.repeat(tails, counts) + 1 + beyond + np.repeat(room, counts)
+        cells = (np.repeat(tails + 1 + room, counts) + beyond).astype(np.int32)
         outside = beyond >= 0
         cells[outside] = (new[number[outside]] << self._shift) + (beyond[outside] & self._mask)
-        return cells.astype(np.int32)
+        return cells
 
     # For snapshots.
 

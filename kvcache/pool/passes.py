@@ -23,7 +23,7 @@ from .cells import CellTable
 from .changes import Dropped, DroppedCell, Eviction, RowEnds
 from .owned import Commit, OwnedCache
 from .pinning import PoolPins
-from .placement import TailCopy
+from .placement import Moved, TailCopy
 from .plan import Pass
 from .rows import PendingRows
 from .single import SingleTokenStep, commit_single, plan_single
@@ -35,11 +35,11 @@ _Before: TypeAlias = tuple[
     Dropped | DroppedCell | None,
     Pass | None,
     frozenset[int],
-    tuple[TailCopy, PendingRows] | None,
+    Moved | None,
 ]
 """State of a pool before a pass: the ends of all rows (or the step that tells those of the only
 row it changes), the cells that are evicted, the current pass, the sequences maybe expired, the
-tokens moved to other cells with their rows."""
+tokens moved to other cells."""
 
 
 class CellPool:
@@ -119,9 +119,7 @@ class CellPool:
                 if not self.pins.spill_one(eviction):
                     raise
 
-    def _prepare_move(
-        self, groups: SortedBatch, eviction: Eviction | None
-    ) -> tuple[TailCopy, PendingRows] | None:
+    def _prepare_move(self, groups: SortedBatch, eviction: Eviction | None) -> Moved | None:
         """Return the tokens that a pass moves to other cells, and the copied rows; None usually.
 
         Raises: ExportedError while programs have the buffers, whose content is not known here.
@@ -134,7 +132,8 @@ class CellPool:
                 f"sequences {tails.ids.tolist()} share their last page, which is copied before "
                 "they go on, and programs have the buffers. Assign program_state, and plan again."
             )
-        return tails, self.buffers.prepare_copy(tails.cells, np.zeros(tails.cells.size, np.int64))
+        targets = np.zeros(tails.cells.size, np.int64)
+        return Moved(tails, self.buffers.prepare_copy(tails.cells, targets))
 
     def revert(self) -> None:
         """Undo the commit of a pass that was interrupted, at whatever point."""
@@ -148,9 +147,8 @@ class CellPool:
         table = self.table
         table.rows, table.first, table.last = ends
         if moved is not None:
-            tails, rows = moved
-            tails.put_back(table.rows)
-            self.buffers.pending.discard(rows)
+            moved.tails.put_back(table.rows)
+            self.buffers.pending.discard(moved.rows)
         if dropped is not None:  # their positions may have been overwritten
             _, cells, positions = dropped.as_arrays()
             table.positions[cells] = positions
@@ -173,12 +171,17 @@ class CellPool:
     def take_back(self, passes: list[Pass] | None = None) -> None:
         """Take back the tokens of `passes`, the newest ones; None: of all, complete or not."""
         known = self.passes
-        for forward_pass in known.all if passes is None else passes:
+        taking = list(known.all if passes is None else passes)
+        moves = [forward_pass.moved for forward_pass in taking]
+        for forward_pass in taking:
             self.maybe_expired |= forward_pass.maybe_expired
         taken = known.take_back_all() if passes is None else known.take_back(passes)
         for sequence, position in taken.items():
             self.pins.take_back(sequence, position)
         self.maybe_expired |= taken.keys()
+        for forward_pass, moved in zip(taking, moves, strict=True):
+            if moved is not None and forward_pass.moved is None:
+                self.buffers.pending.discard(moved.rows)  # their cells are free again
 
     def drop(self, passes: list[Pass], current: Pass | None, maybe_written: bool = False) -> None:
         """Take back `passes`, begun in vain; `current` is the current pass again.
@@ -246,7 +249,7 @@ class CellPool:
         sequences: Int32s,
         groups: SortedBatch,
         eviction: Eviction | None,
-        moved: tuple[TailCopy, PendingRows] | None,
+        moved: Moved | None,
         cache: OwnedCache,
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
@@ -265,7 +268,7 @@ class CellPool:
         start, stop = self._range(*table.span(groups.ids))
         self._begin(cells, start, stop, positions, sequences, dropped)
         if moved is not None:
-            self.passes.all[-1].overwritten = moved[1].cells
+            self.passes.all[-1].moved = moved
 
     def _move(self, tails: TailCopy, rows: PendingRows) -> None:
         """Move tokens to other cells, to which their copied rows are queued to be written."""

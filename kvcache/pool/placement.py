@@ -9,6 +9,7 @@ import numpy as np
 from kvcache._types import Bools, Indices, Int32s
 
 from .changes import Eviction
+from .rows import PendingRows
 from .sorted_batch import SortedBatch
 
 
@@ -41,6 +42,13 @@ class TailCopy(NamedTuple):
         rows[self.places] = self.cells
 
 
+class Moved(NamedTuple):
+    """Tokens that a pass moved to other cells, and their rows, queued to be written there."""
+
+    tails: TailCopy
+    rows: PendingRows
+
+
 class Placement:
     """Rules for the cells of a sequence, of which a table with pages overrides all."""
 
@@ -61,6 +69,13 @@ class Placement:
     def may_append(self, tail: int, held: int) -> bool:
         """Return whether a sequence of `held` tokens, the last in `tail`, goes on in that page."""
         return True
+
+    def move_back(self, sequence: int, moved: Moved) -> bool:
+        """Move the tokens of a sequence back, to cells that are intact; return whether it has them.
+
+        To be called once its later tokens are gone.
+        """
+        raise NotImplementedError
 
     def check_removal(self, row: Int32s, removed: range) -> None:
         """Raise NotSupportedError unless the cells behind `removed` may stay where they are.

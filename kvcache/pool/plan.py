@@ -9,13 +9,14 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from kvcache._types import Bools, Indices, Int32s
+from kvcache._types import Bools, Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import TracedIndex
 from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
 from .changes import Dropped, DroppedCell
+from .placement import Moved
 
 A = TypeVar("A")
 
@@ -107,8 +108,8 @@ class Pass:
     block_table: BlockTable[Int32s] | None = None
     """Asked for in this pass, as NumPy arrays; and on the device."""
     device_table: BlockTable[Array] | None = None
-    overwritten: Indices = np.empty(0, np.int64)
-    """Cells written for this pass that are not those of its tokens."""
+    moved: Moved | None = None
+    """Tokens of earlier passes that were moved for this one; None also once they are back."""
 
     def __init__(
         self,

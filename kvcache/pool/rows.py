@@ -48,7 +48,10 @@ class PendingWrites:
     def discard(self, rows: PendingRows) -> None:
         """Take `rows` out of the queue, if they are in it."""
         with self.lock:
-            self.queue = deque(queued for queued in self.queue if queued is not rows)
+            for number, queued in enumerate(self.queue):
+                if queued is rows:
+                    del self.queue[number]
+                    return
 
     def drain(self) -> None:
         """Write everything in order; in the thread of the passes."""

@@ -10,6 +10,7 @@ from kvcache._types import Indices, Int32s
 
 from .cells import CellTable
 from .changes import Dropped
+from .placement import Moved
 from .plan import Pass
 
 _NONE = np.empty(0, np.int32)
@@ -165,11 +166,14 @@ class OpenPasses:
         to them since. Return the sequences that lost tokens, each with the first position lost.
         """
         written = [p.cells for p in passes if p.put_layers or p in self.planned]
-        overwritten = np.concatenate([_NONE, *written, *(p.overwritten for p in passes)])
+        copied = [p.moved.rows.cells for p in passes if p.moved is not None]
+        overwritten = np.concatenate([_NONE, *written, *copied])
         taken: dict[int, int] = {}
         for forward_pass in reversed(passes):
             if forward_pass.stores:
                 taken |= self._remove_tokens(forward_pass)
+            if forward_pass.moved is not None and not self._reused:
+                self._move_back(forward_pass, forward_pass.moved, overwritten)
             if forward_pass.dropped is not None and not self._reused:
                 self._give_back(forward_pass.dropped.as_arrays(), overwritten)
         self.planned = [p for p in self.planned if p not in passes]
@@ -183,6 +187,15 @@ class OpenPasses:
             cells = self._table.cells_of(sequence)
             self._table.set_row(sequence, cells[~np.isin(cells, forward_pass.cells)])
         return taken
+
+    def _move_back(self, forward_pass: Pass, moved: Moved, overwritten: Indices | Int32s) -> None:
+        """Move tokens back to the cells that they had before a pass, where these are intact."""
+        ids = moved.tails.ids.tolist()
+        owners = np.repeat(moved.tails.ids, moved.tails.counts)
+        lost = {*owners[np.isin(moved.tails.cells, overwritten)].tolist(), *self._changed}
+        back = [s for s in ids if s not in lost and self._table.move_back(s, moved)]
+        if back == ids:
+            forward_pass.moved = None
 
     def _give_back(self, dropped: Dropped, overwritten: Indices | Int32s) -> None:
         """Give evicted cells back to their sequences, the newest ones that are all intact."""

@@ -283,9 +283,13 @@ def test_a_pass_that_copied_a_page_can_be_taken_back():
     cache = make(window=6, memory=6, max_sequences=2, capacity=32, max_batch=16)
     store(cache, (0, range(10)))
     cache.copy_prefix(0, 1, 9)
+    before = pages(cache, 0), pages(cache, 1), free_pages(cache)
     cache.start_forward(Batch([10, 9], [0, 1]))
+    assert pages(cache, 1) != before[1]
     cache.abort()
     check_table(peek.table(cache))
+    assert (pages(cache, 0), pages(cache, 1), free_pages(cache)) == before
+    assert not peek.buffers(cache).pending.queue
     for _ in range(9):
         go_on(cache, 0, 1)
 
