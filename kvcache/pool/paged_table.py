@@ -238,7 +238,7 @@ class PagedTable(CellTable):
         # By token: its number behind the last slot of the page that its sequence is in.
         beyond = ranges(np.zeros_like(counts), counts) - np.repeat(room, counts)
         number = np.repeat(np.cumsum(more) - more, counts) + (beyond >> self._shift)
-        cells = (np.repeat(tails + 1 + room, counts) + beyond).astype(np.int32)
+        cells: Int32s = (np.repeat(tails + 1 + room, counts) + beyond).astype(np.int32)
         outside = beyond >= 0
         cells[outside] = (new[number[outside]] << self._shift) + (beyond[outside] & self._mask)
         return cells

@@ -155,8 +155,8 @@ def test_tokens_before_others_are_refused():
 
 
 def test_a_window_gives_pages_back():
-    cache = make(window=8, max_sequences=2, capacity=64, max_batch=8)
-    for position in range(40):
+    cache = make(window=8, max_sequences=2, capacity=128, max_batch=8)
+    for position in range(100):  # further than rows are wide at first
         go_on(cache, 0)
         held = peek.table(cache).cells_of(0)
         assert len(pages(cache, 0)) <= 3
@@ -271,6 +271,9 @@ def test_keys_that_were_moved_are_copied_with_their_originals():
         store(cache, (sequence, [cache.next_position(sequence)]))
         [found] = attended(NUMPY, cache, 0)
         assert set(seen) < set(found)
+    table = peek.table(cache)
+    for sequence in (0, 1):  # a shift goes the whole way from the original key
+        assert table.moved_by(table.cells_of(sequence)[4:9]).tolist() == [-4] * 5
     cache.remove(0, 0)  # cells that move belong to one sequence
     cache.remove(1, 0, 4)
     store(cache, (1, [6]))
