@@ -20,6 +20,7 @@ from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replace_floats
+from .products import Result, Scoring, VisibleColumns
 
 _NAMES = {
     "float32": mx.float32,
@@ -196,6 +197,37 @@ class MlxBackend(Backend):
     ) -> NativeArray:
         return mx.take(buffer, index, axis=axis)
 
+    def attention_size(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> int:
+        if self.device == "cpu" or not _has_kernel(q, keys, scoring):
+            return super().attention_size(q, keys, scoring, visible)
+        return int(q.shape[1])  # the kernels of other devices hold no scores in memory
+
+    def attention_block(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> Result:
+        if not _has_kernel(q, keys, scoring):
+            return super().attention_block(q, keys, values, scoring, visible)
+        mask: NativeArray = None
+        if visible is not None:
+            columns = int(keys.shape[1])
+            mask = "causal" if visible.causal(columns) else mx.array(visible.mask(columns))
+        sinks = None if scoring.sinks is None else scoring.sinks.astype(q.dtype)
+        out = mx.fast.scaled_dot_product_attention(
+            q[None], keys[None], values[None], scale=scoring.scale, mask=mask, sinks=sinks
+        )
+        return out[0], None
+
     def sync(self, *arrays: NativeArray) -> None:
         mx.eval(*arrays)
 
@@ -207,6 +239,11 @@ class _Counter(threading.local):
 
 
 _counter = _Counter()
+
+
+def _has_kernel(q: NativeArray, keys: NativeArray, scoring: Scoring) -> bool:
+    """Return whether a kernel of MLX computes attention like this."""
+    return scoring.softcap is None and not scoring.log_sum_exp and q.dtype == keys.dtype
 
 
 def _is_finite(array: NativeArray) -> NativeArray:

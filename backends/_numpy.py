@@ -16,6 +16,7 @@ from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, set_slices
 from .nonfinite import LARGEST_BITS, finite_bits, replaced
+from .products import Result, Scoring, VisibleColumns
 
 
 class NumpyBackend(Backend):
@@ -95,6 +96,18 @@ class NumpyBackend(Backend):
 
     def owned(self, arrays: NativeArrays) -> NativeArrays:
         return tuple([np.array(array, order="C") for array in arrays])
+
+    def attention_block(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> Result:
+        # Values that stand for NaN are so large that sums of them overflow, as they may.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return super().attention_block(q, keys, values, scoring, visible)
 
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self._host(array, dtype).copy()

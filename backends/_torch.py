@@ -14,12 +14,14 @@ import torch
 
 from kvcache.errors import UnknownBackendError
 
+from ._torch_attention import MASKED, attend, attend_with_logarithm, is_square
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
+from .products import Result, Scoring, VisibleColumns
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -242,6 +244,39 @@ class TorchBackend(Backend):
 
     def traced_range(self, stop: int) -> NativeArray:
         return torch.arange(stop, dtype=torch.int32, device=self.device)
+
+    def attention_size(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> int:
+        tokens = int(q.shape[1])
+        if not self._has_kernel(q, keys, scoring):
+            return super().attention_size(q, keys, scoring, visible)
+        return tokens if visible is None or is_square(tokens, keys, visible) else MASKED
+
+    def attention_block(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> Result:
+        if not self._has_kernel(q, keys, scoring) or keys.shape[-1] != values.shape[-1]:
+            return super().attention_block(q, keys, values, scoring, visible)
+        if scoring.log_sum_exp or scoring.sinks is not None:
+            return attend_with_logarithm(q, keys, values, scoring, visible)
+        return attend(q, keys, values, scoring.scale, visible), None
+
+    def _has_kernel(self, q: NativeArray, keys: NativeArray, scoring: Scoring) -> bool:
+        """Return whether a kernel of torch serves, which never holds all scores in memory."""
+        if scoring.softcap is not None or q.dtype != keys.dtype:
+            return False
+        plain = scoring.sinks is None and not scoring.log_sum_exp
+        return plain or self.device == "cpu"  # elsewhere it depends on the device and the dtype
 
     def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):

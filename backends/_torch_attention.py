@@ -1,0 +1,88 @@
+"""Attention by the kernels of torch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .arrays import NativeArray, NativeArrays
+from .products import Result, Scoring, VisibleColumns
+
+# Queries that see columns of their own, up to which one product for a whole key head is quicker than
+# one for each query head.
+_FEW = 8
+MASKED = 256
+"""Queries that share a mask."""
+
+
+def attend(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
+    visible: VisibleColumns | None,
+) -> NativeArray:
+    """Return attention by the kernel that torch chooses."""
+    form = _kernel_form(q, keys, values, visible)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    out = kernel(*form.arrays, form.mask, is_causal=form.causal, scale=scale)
+    return out.reshape(q.shape)
+
+
+class _KernelForm(NamedTuple):
+    """Arguments of the kernels of torch: queries, keys and values with four axes, and a mask."""
+
+    arrays: NativeArrays
+    mask: NativeArray | None
+    causal: bool
+
+
+def _kernel_form(
+    q: NativeArray, keys: NativeArray, values: NativeArray, visible: VisibleColumns | None
+) -> _KernelForm:
+    """Return arguments of a kernel, in which keys are read once for as many queries as possible."""
+    (q_heads, tokens, dim), (kv_heads, columns, _) = q.shape, keys.shape
+    group = q_heads // kv_heads
+    mask = None if visible is None else torch.from_numpy(visible.mask(columns)).to(q.device)
+    if visible is None or tokens <= _FEW:
+        # The queries of a key head are the rows of one product.
+        rows = q.reshape(1, kv_heads, group * tokens, dim)
+        tiled = None if mask is None else mask.repeat(group, 1)
+        return _KernelForm((rows, keys[None], values[None]), tiled, False)
+    shape = kv_heads, group, columns, dim
+    arrays = q.reshape(kv_heads, group, tokens, dim), keys[:, None].expand(shape)
+    causal = is_square(tokens, keys, visible)
+    return _KernelForm((*arrays, values[:, None].expand(shape)), None if causal else mask, causal)
+
+
+def is_square(tokens: int, keys: NativeArray, visible: VisibleColumns) -> bool:
+    """Return whether queries see columns as `is_causal` of torch has it: query i the first i + 1.
+
+    For few of them a mask is quicker.
+    """
+    columns = int(keys.shape[1])
+    return _FEW < tokens == columns and visible.causal(columns)
+
+
+def attend_with_logarithm(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scoring: Scoring,
+    visible: VisibleColumns | None,
+) -> Result:
+    """Return attention on CPU with the logarithms, by the kernel that torch calls itself."""
+    (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # It takes compact rows only. Those of layouts with the tokens last are not.
+    arrays = [array if array.stride(-1) == 1 else array.contiguous() for array in (q4, k4, v4)]
+    out, logarithm = kernel(*arrays, 0.0, causal, attn_mask=mask, scale=scoring.scale)
+    out, logarithm = out.reshape(q.shape), logarithm.reshape(q.shape[:2])
+    if scoring.sinks is None:
+        return out, logarithm
+    share = torch.sigmoid(logarithm - scoring.sinks.float()[:, None])
+    return (out.float() * share[..., None]).to(q.dtype), None
