@@ -31,7 +31,7 @@ from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of
 from .interrupts import keeping_result
 from .nonfinite import finite_bits, replaced, substitutes
-from .products import Result, Scoring, VisibleColumns
+from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 from .traced import Ts
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
@@ -61,6 +61,7 @@ class JaxBackend(Backend):
     config: ClassVar[CacheConfig] = CacheConfig(padding=256)
     slices_are_views: ClassVar[bool] = False
     xp = cast(Namespace, jnp)
+    read_costs = ReadCosts(shared=4096, run=NEVER)  # all cells of a read are copied as it is
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
@@ -191,7 +192,8 @@ class JaxBackend(Backend):
         # A Python number is an argument of a program like an array: another one compiles nothing.
         form = scoring.scale, scoring.softcap, scoring.sinks
         others = None if values is keys else values
-        return attend(q, keys, others, form, bounds, log_sum_exp=scoring.log_sum_exp)
+        result: Result = attend(q, keys, others, form, bounds, log_sum_exp=scoring.log_sum_exp)
+        return result
 
     def merge_attention(
         self, parts: Sequence[tuple[NativeArray, NativeArray]], sinks: NativeArray | None = None

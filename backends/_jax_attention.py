@@ -40,8 +40,11 @@ def attend(
     # The last token again, up to a whole number of blocks.
     index = jnp.minimum(jnp.arange(count * size), tokens - 1).reshape(count, size)
     rows = jnp.moveaxis(q[:, index], 0, 1)
-    results = lax.map(attend_block, (rows, jax.tree.map(lambda bound: bound[index], bounds)))
-    return jax.tree.map(lambda array: _in_row(array, tokens), results)
+    results: Result = lax.map(
+        attend_block, (rows, jax.tree.map(lambda bound: bound[index], bounds))
+    )
+    out, logarithm = results
+    return _in_row(out, tokens), None if logarithm is None else _in_row(logarithm, tokens)
 
 
 def _in_row(blocks: NativeArray, tokens: int) -> NativeArray:

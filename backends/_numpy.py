@@ -16,7 +16,7 @@ from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, set_slices
 from .nonfinite import LARGEST_BITS, finite_bits, replaced
-from .products import Result, Scoring, VisibleColumns
+from .products import Result, Scoring, VisibleColumns, product
 
 
 class NumpyBackend(Backend):
@@ -107,7 +107,8 @@ class NumpyBackend(Backend):
     ) -> Result:
         # Values that stand for NaN are so large that sums of them overflow, as they may.
         with np.errstate(over="ignore", invalid="ignore"):
-            return super().attention_block(q, keys, values, scoring, visible)
+            mask = None if visible is None else visible.mask(keys.shape[1])
+            return product(self.xp, q, keys, values, scoring, mask, _dot_products)
 
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         return self._host(array, dtype).copy()
@@ -117,6 +118,12 @@ class NumpyBackend(Backend):
 
     def import_dlpack(self, array: NativeArray) -> NativeArray:
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+
+
+def _dot_products(xp: Namespace, rows: NativeArray, keys: NativeArray) -> NativeArray:
+    """Do :func:`dot_products`: with keys to the left, BLAS takes half the time for a few rows."""
+    products = np.matmul(keys, rows.transpose(0, 2, 1))
+    return np.ascontiguousarray(products.transpose(0, 2, 1))
 
 
 # Elements up to which a dot product of bfloat16, which has no BLAS, beats three passes over bits.

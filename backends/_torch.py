@@ -14,7 +14,13 @@ import torch
 
 from kvcache.errors import UnknownBackendError
 
-from ._torch_attention import MASKED, attend, attend_with_logarithm, is_square
+from ._torch_attention import (
+    MASKED,
+    attend,
+    attend_to_runs,
+    attend_with_logarithm,
+    is_square,
+)
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
@@ -244,6 +250,19 @@ class TorchBackend(Backend):
 
     def traced_range(self, stop: int) -> NativeArray:
         return torch.arange(stop, dtype=torch.int32, device=self.device)
+
+    def attention_of_runs(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        runs: Sequence[tuple[int, int]],
+    ) -> NativeArray:
+        alike = keys.shape[-1] == values.shape[-1]
+        if scoring.sinks is None and alike and self._has_kernel(q, keys, scoring):
+            return attend_to_runs(q, keys, values, scoring.scale, runs)
+        return super().attention_of_runs(q, keys, values, scoring, runs)
 
     def attention_size(
         self,

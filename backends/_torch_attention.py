@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ MASKED = 256
 """Queries that share a mask."""
 
 
+_kernel = torch.nn.functional.scaled_dot_product_attention
+
+
 def attend(
     q: NativeArray,
     keys: NativeArray,
@@ -25,10 +29,33 @@ def attend(
     visible: VisibleColumns | None,
 ) -> NativeArray:
     """Return attention by the kernel that torch chooses."""
-    form = _kernel_form(q, keys, values, visible)
-    kernel = torch.nn.functional.scaled_dot_product_attention
-    out = kernel(*form.arrays, form.mask, is_causal=form.causal, scale=scale)
-    return out.reshape(q.shape)
+    (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
+    return _kernel(q4, k4, v4, mask, is_causal=causal, scale=scale).reshape(q.shape)
+
+
+def attend_to_runs(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
+    runs: Sequence[tuple[int, int]],
+) -> NativeArray:
+    """Return attention of query i over ``runs[i]``; with few calls for each, which count here."""
+    q_heads, tokens, dim = q.shape
+    kv_heads = keys.shape[0]
+    # By token: the queries of a key head are the rows of one product, as below.
+    queries = q.transpose(0, 1).reshape(tokens, 1, kv_heads, q_heads // kv_heads, dim).unbind()
+    k4, v4 = keys[None], values[None]
+    outputs = [
+        _kernel(
+            query,
+            k4.narrow(2, start, stop - start),
+            v4.narrow(2, start, stop - start),
+            scale=scale,
+        )
+        for query, (start, stop) in zip(queries, runs, strict=True)
+    ]
+    return torch.cat(outputs).reshape(tokens, q_heads, dim).transpose(0, 1)
 
 
 class _KernelForm(NamedTuple):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy.typing as npt
 
 from .arrays import Array, Namespace
 from .products import (
     Block,
+    ReadCosts,
     Result,
     Scoring,
     VisibleColumns,
@@ -29,9 +29,8 @@ class AttentionHooks(ABC):
     """
 
     xp: Namespace
-    shared_columns: ClassVar[int] = 1024
-    """Columns that queries of several sequences share, times the sequences but one, from which
-    one product for all of them and a merge take less time than a product for each sequence."""
+    read_costs: ReadCosts = ReadCosts(shared=1024, run=128)
+    """When attention over a pool reads keys in pieces; measured, not a matter of results."""
 
     @abstractmethod
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
@@ -68,11 +67,34 @@ class AttentionHooks(ABC):
         Arguments are checked by the caller, and none is changed.
         """
         size = self.attention_size(q, keys, scoring, visible)
+        if visible is None and q.shape[1] <= size:
+            return self.attention_block(q, keys, values, scoring, None)
         parts = [
             self._block(q, keys, values, scoring, block)
             for block in blocks(q.shape[1], keys.shape[1], visible, size)
         ]
         return joined(self, parts)
+
+    def attention_of_runs(
+        self,
+        q: Array,
+        keys: Array,
+        values: Array,
+        scoring: Scoring,
+        runs: Sequence[tuple[int, int]],
+    ) -> Array:
+        """Do :meth:`attention` of query i over the columns ``[start, stop)`` of ``runs[i]``.
+
+        For decode steps, whose tokens each have one query and columns of their own. keys and values
+        are whole buffers, of which a run is a small part. Without logarithms.
+        """
+        outputs = []
+        for token, (start, stop) in enumerate(runs):
+            own = self.read_slice(keys, start, stop, 1)
+            own_values = own if values is keys else self.read_slice(values, start, stop, 1)
+            query = self.read_slice(q, token, token + 1, 1)
+            outputs.append(self.attention(query, own, own_values, scoring)[0])
+        return outputs[0] if len(outputs) == 1 else self.concat(outputs, 1)
 
     def _block(
         self, q: Array, keys: Array, values: Array, scoring: Scoring, block: Block
@@ -117,7 +139,8 @@ class AttentionHooks(ABC):
         parts: results of :meth:`attention` with logarithms, over disjoint columns. Where a query
             sees nothing of a part, its logarithm there is -inf and its output finite.
         """
-        return merged(self.xp, parts, sinks)
+        result: Array = merged(self.xp, parts, sinks)
+        return result
 
 
 def joined(backend: AttentionHooks, parts: Sequence[Result]) -> Result:

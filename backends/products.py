@@ -8,7 +8,7 @@ queries of a key head are the rows of one product.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
@@ -23,6 +23,20 @@ _SCORES = 1 << 22
 """Scores held at once, of all heads together: 16 MiB in float32."""
 
 
+class ReadCosts(NamedTuple):
+    """From where on reading keys in pieces, and merging, is faster than reading them at once.
+
+    shared: columns that queries of several sequences share, times the sequences but one, from which
+        one product for all of them beats a product for each sequence.
+    run: columns in a row from which a product of their own beats copying them.
+    """
+
+    shared: int
+    run: int
+
+
+NEVER = 1 << 62
+"""A cost for frameworks where reading in pieces does not pay."""
 Result: TypeAlias = tuple[NativeArray, NativeArray | None]
 """Output of attention, and the logarithm of the sum of exponentials of its scores or None."""
 
@@ -106,6 +120,16 @@ def block_size(heads: int, columns: int) -> int:
     return max(1, _SCORES // (heads * columns))
 
 
+def dot_products(xp: Namespace, rows: NativeArray, keys: NativeArray) -> NativeArray:
+    """Return the products of `rows` and `keys` of each head, ``[kv_heads, rows, columns]``."""
+    return xp.matmul(rows, xp.permute_dims(keys, (0, 2, 1)))
+
+
+def _wide(xp: Namespace, array: NativeArray) -> NativeArray:
+    """Return `array` in float32, itself if it is."""
+    return array if array.dtype == xp.float32 else xp.astype(array, xp.float32)
+
+
 def product(
     xp: Namespace,
     q: NativeArray,
@@ -113,18 +137,20 @@ def product(
     values: NativeArray,
     scoring: Scoring,
     mask: NativeArray | None,
+    dot: Callable[[Namespace, NativeArray, NativeArray], NativeArray] = dot_products,
 ) -> Result:
     """Return attention of `q` over all columns, computed in float32, by functions of `xp`.
 
     mask: bool ``[tokens, columns]``, True = attend. Other arguments and results are those of
     :meth:`Backend.attention`.
+    dot: :func:`dot_products`, or whatever computes them faster.
     """
     scale, softcap, sinks, log_sum_exp = scoring
     q_heads, tokens, head_dim = q.shape
     kv_heads, columns, value_dim = values.shape
     shape = kv_heads, q_heads // kv_heads, tokens
-    wide = xp.reshape(xp.astype(q, xp.float32) * scale, (kv_heads, -1, head_dim))
-    scores = xp.matmul(wide, xp.permute_dims(xp.astype(keys, xp.float32), (0, 2, 1)))
+    rows = xp.reshape(_wide(xp, q) * scale, (kv_heads, -1, head_dim))
+    scores = dot(xp, rows, _wide(xp, keys))
     if softcap is not None:
         scores = xp.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -132,7 +158,7 @@ def product(
         scores = xp.reshape(xp.where(mask, seen, -math.inf), (kv_heads, -1, columns))
     largest = xp.max(scores, axis=-1, keepdims=True)
     if sinks is not None:
-        per_head = xp.reshape(xp.astype(sinks, xp.float32), (*shape[:2], 1))
+        per_head = xp.reshape(_wide(xp, sinks), (*shape[:2], 1))
         per_row = xp.reshape(xp.broadcast_to(per_head, shape), (kv_heads, -1, 1))
         largest = xp.maximum(largest, per_row)
     weights = xp.exp(scores - largest)
@@ -142,9 +168,11 @@ def product(
         logarithm = xp.reshape(largest + xp.log(total), (q_heads, tokens))
     if sinks is not None:
         total = total + xp.exp(per_row - largest)
-    out = xp.matmul(weights, xp.astype(values, xp.float32)) / total
+    out = xp.matmul(weights, _wide(xp, values)) / total
     out = xp.reshape(out, (q_heads, tokens, value_dim))
-    return (out, logarithm) if log_sum_exp else (xp.astype(out, q.dtype), None)
+    if log_sum_exp:
+        return out, logarithm
+    return out if out.dtype == q.dtype else xp.astype(out, q.dtype), None
 
 
 def merged(
@@ -155,22 +183,12 @@ def merged(
     parts: results over disjoint sets of columns: outputs and logarithms of sums. A query that
     sees nothing of a part has -inf there.
     """
-    largest = parts[0][1]
-    for _, logarithm in parts[1:]:
-        largest = xp.maximum(largest, logarithm)
-    largest = xp.where(largest == -math.inf, 0.0, largest)
-    weights = [xp.exp(logarithm - largest) for _, logarithm in parts]
-    total = weights[0]
-    for weight in weights[1:]:
-        total = total + weight
-    total = xp.where(total == 0, 1.0, total)
+    outputs, logarithms = (xp.stack(list(arrays)) for arrays in zip(*parts, strict=True))
+    largest: NativeArray = xp.max(logarithms, axis=0)
+    largest = xp.where(largest == -math.inf, 0.0, largest)  # -inf - -inf would be NaN
+    weights = xp.exp(logarithms - largest)
+    total: NativeArray = xp.sum(weights, axis=0)
     if sinks is not None:
-        total = total + xp.exp(xp.astype(sinks, xp.float32)[:, None] - largest)
-    out = _weighted(xp, parts[0][0], weights[0] / total)
-    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
-        out = out + _weighted(xp, part, weight / total)
-    return out
-
-
-def _weighted(xp: Namespace, part: NativeArray, weight: NativeArray) -> NativeArray:
-    return xp.astype(part, xp.float32) * xp.expand_dims(weight, axis=-1)
+        total = total + xp.exp(_wide(xp, sinks)[:, None] - largest)
+    shares = weights / xp.where(total == 0, 1.0, total)
+    return xp.sum(_wide(xp, outputs) * xp.expand_dims(shares, axis=-1), axis=0)

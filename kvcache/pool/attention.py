@@ -15,7 +15,7 @@ from kvcache.storage.lengths import padded_index
 
 from .checks import check_dtype, refuse_gradients
 from .layouts import ArrayLayout, Arrays
-from .reads import Read, Reads
+from .reads import Read, Reads, Span
 
 _NAME = "queries"
 _OF_QUERIES = ("float32", "float16", "bfloat16")
@@ -104,7 +104,8 @@ def attend(
     rows = _permuted(backend, q, layout.axes, "htd")
     if reads.order is not None:
         rows = backend.read_rows(rows, reads.order, 1)
-    out = _merged(source, rows, reads, scoring)
+    outputs = [_span(source, rows, span, scoring) for span in reads.spans]
+    out = outputs[0] if len(outputs) == 1 else backend.concat(outputs, 1)
     if reads.inverse is not None:
         out = backend.read_rows(out, reads.inverse, 1)
     return _permuted(backend, out, "htd", layout.axes)
@@ -113,52 +114,62 @@ def attend(
 class _Source:
     """The arrays of a layer, of which keys and values are taken for one read after the other."""
 
-    def __init__(
-        self, backend: Backend, layouts: Sequence[ArrayLayout], buffers: Arrays
-    ) -> None:
+    def __init__(self, backend: Backend, layouts: Sequence[ArrayLayout], buffers: Arrays) -> None:
         self.backend = backend
         self._arrays = list(zip(layouts, buffers, strict=False))
         layout, last = self._arrays[-1]
         self.value_dim = layout.sizes(last)[1]
 
+    def whole(self) -> tuple[Array, Array]:
+        """Return the whole buffers of keys and values, ``[kv_heads, cells, dim]``, as views."""
+        views = [
+            _permuted(self.backend, buffer, layout.axes, "htd") for layout, buffer in self._arrays
+        ]
+        return views[0], views[-1]
+
     def arrays(self, read: Read) -> tuple[Array, Array]:
         """Return the keys and values of a read, ``[kv_heads, columns, dim]``."""
         backend, taken = self.backend, []
         for layout, buffer in self._arrays:
-            if read.index is None:
+            if read.scattered is None:
                 rows = backend.read_slice(buffer, read.first, read.last, layout.token_axis)
             else:
-                rows = backend.read_rows(buffer, read.index, layout.token_axis)
+                rows = backend.read_rows(buffer, read.scattered, layout.token_axis)
             taken.append(_permuted(backend, rows, layout.axes, "htd"))
         return taken[0], taken[-1]
 
 
-def _merged(source: _Source, q: Array, reads: Reads, scoring: Scoring) -> Array:
-    """Return attention of all tokens in the order of `reads`, ``[q_heads, tokens, value_dim]``."""
-    if len(reads.levels) <= 1:
-        out, _ = _level(source, q, reads.levels[0] if reads.levels else (), scoring)
-        return out
+def _span(source: _Source, q: Array, span: Span, scoring: Scoring) -> Array:
+    """Return attention of the tokens of a span, ``[q_heads, tokens, value_dim]``."""
     backend = source.backend
-    own = scoring._replace(sinks=None, log_sum_exp=True)
-    parts = [_level(source, q, level, own) for level in reads.levels]
-    complete = [(out, total) for out, total in parts if total is not None]
-    merged = backend.merge_attention(complete, scoring.sinks)
-    return backend.xp.astype(merged, q.dtype)
+    if span.runs is not None and backend.slices_are_views:
+        own = q if len(span.runs) == q.shape[1] else backend.read_slice(q, span.start, span.stop, 1)
+        return backend.attention_of_runs(own, *source.whole(), scoring, span.runs)
+    if len(span.levels) == 1:
+        out, _ = _level(source, q, span, span.levels[0], scoring)
+        return out
+    part = scoring._replace(sinks=None, log_sum_exp=True)
+    results = [_level(source, q, span, level, part) for level in span.levels]
+    parts = [(out, total) for out, total in results if total is not None]
+    merged = backend.merge_attention(parts, scoring.sinks)
+    return merged if merged.dtype == q.dtype else backend.xp.astype(merged, q.dtype)
 
 
-def _level(source: _Source, q: Array, level: Sequence[Read], scoring: Scoring) -> Result:
-    """Return the results of a level for all tokens; those without a read see nothing of it."""
+def _level(
+    source: _Source, q: Array, span: Span, level: Sequence[Read], scoring: Scoring
+) -> Result:
+    """Return the results of a level for all tokens of its span; without a read, one sees nothing."""
     results = [_product(source, q, read, scoring) for read in level]
     like = results[0][0] if results else q
     in_order: list[Result] = []
-    covered = 0
+    covered = span.start
     for read, result in zip(level, results, strict=True):
         if read.start > covered:
             in_order.append(_nothing(source, like, read.start - covered, scoring))
         in_order.append(result)
         covered = read.stop
-    if covered < q.shape[1]:
-        in_order.append(_nothing(source, like, int(q.shape[1]) - covered, scoring))
+    if covered < span.stop:
+        in_order.append(_nothing(source, like, span.stop - covered, scoring))
     return joined(source.backend, in_order)
 
 
@@ -193,7 +204,7 @@ def _padded_product(source: _Source, q: Array, read: Read, scoring: Scoring) -> 
     extra = 0, rows.size - tokens
     padded = VisibleColumns(np.pad(seen.first, extra, "edge"), np.pad(seen.last, extra, "edge"))
     index = padded_index(backend, cells.astype(np.int64)).astype(np.int32)
-    keys, values = source.arrays(read._replace(index=index))
+    keys, values = source.arrays(read._replace(scattered=index))
     result = backend.attention(backend.read_rows(q, rows, 1), keys, values, scoring, padded)
     if rows.size == tokens:
         return result
@@ -204,6 +215,7 @@ def _padded_product(source: _Source, q: Array, read: Read, scoring: Scoring) -> 
 
 
 def _permuted(backend: Backend, array: Array, old: str, new: str) -> Array:
+    """Return `array` with its axes in another order: itself, a view, or where it must be a copy."""
     if old == new:
         return array
     return backend.xp.permute_dims(array, tuple(old.index(axis) for axis in new))

@@ -76,7 +76,7 @@ class _Branch(NamedTuple):
 def shared_prefixes(groups: Sequence[Group], worth: int) -> SharedPrefixes:
     """Return the prefixes that are worth a product of their own, and the order it needs.
 
-    worth: see :attr:`Backend.shared_columns`.
+    worth: see :class:`ReadCosts`.
     """
     if len({group.cells.item(0) for group in groups if group.cells.size}) == len(groups):
         return SharedPrefixes(None, [])  # as usual

@@ -246,7 +246,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
         if self._reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
-                self._reads = plan_reads(forward_pass, backend.shared_columns)
+                self._reads = plan_reads(forward_pass, backend.read_costs)
         return attend(backend, layouts, buffers, q, self._reads, scoring)
 
     # Programs.

@@ -8,22 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from kvcache._types import Indices, Int32s
-from kvcache.backends.products import VisibleColumns
+from kvcache.backends.products import ReadCosts, VisibleColumns
 
 from .cascade import Group, Shared, shared_prefixes
 from .plan import Pass
-
-_LONG_RUN = 256
-"""Cells in a row from which reading them in place, and merging, is cheaper than a copy."""
-_MOST_RUNS = 3
-"""Runs of a sequence that are read in place."""
 
 
 class Read(NamedTuple):
     """One product: tokens ``[start, stop)`` of a pass, in the order of :class:`Reads`.
 
     first, last: the cells that they meet, ``[first, last)``; or
-    index: those that they meet, where they are not in a row; int32 [columns].
+    scattered: those that they meet, where they are not in a row; int32 [columns].
     visible: which of these each token sees; None: all.
     """
 
@@ -31,50 +26,62 @@ class Read(NamedTuple):
     stop: int
     first: int
     last: int
-    index: Int32s | None
+    scattered: Int32s | None
     visible: VisibleColumns | None
 
     @property
     def cells(self) -> Int32s:
         """The cells met, int32 [columns]."""
-        return np.arange(self.first, self.last, dtype=np.int32) if self.index is None else self.index
+        return (
+            np.arange(self.first, self.last, dtype=np.int32) if self.index is None else self.index
+        )
+
+
+class Span(NamedTuple):
+    """Tokens ``[start, stop)`` of a pass, and the products whose merged results are theirs.
+
+    levels: each with products of different tokens, ascending. A token sees different cells in each
+        level, and what it sees is all of them together. A token in no product sees nothing.
+    runs: cells ``[first, last)`` of each token, if it meets just these and no other token does, as
+        in most decode steps; else None.
+    """
+
+    start: int
+    stop: int
+    levels: tuple[tuple[Read, ...], ...]
+    runs: tuple[tuple[int, int], ...] | None
 
 
 class Reads(NamedTuple):
-    """Everything that the tokens of a pass see, as products to be merged.
+    """Everything that the tokens of a pass see.
 
-    tokens: number of tokens of the pass.
-    order: batch index of each token in the order of the products, int32; None: that of the batch.
-    levels: each with products of different tokens, ascending. A token sees different cells in each
-        level, and what it sees is all of them together. A token in no product sees nothing.
+    order: batch index of each token in the order of the spans, int32; None: that of the batch.
+    inverse: place of each token of the batch in that order; None: the same.
+    spans: one after the other, for all tokens.
     """
 
-    tokens: int
     order: Int32s | None
-    levels: tuple[tuple[Read, ...], ...]
-
-    @property
-    def inverse(self) -> Int32s | None:
-        """Place of each token of the batch in the order of the products; None: the same."""
-        return None if self.order is None else np.argsort(self.order).astype(np.int32)
+    inverse: Int32s | None
+    spans: tuple[Span, ...]
 
 
-def plan_reads(forward_pass: Pass, worth: int) -> Reads:
+def plan_reads(forward_pass: Pass, costs: ReadCosts) -> Reads:
     """Return the reads of a pass, by the current state of its table.
 
-    O(tokens + cells seen). worth: see :attr:`Backend.shared_columns`.
+    O(tokens + cells seen). costs: of the backend.
     """
     tokens = int(forward_pass.cells.size)
     if not forward_pass.stores:  # a reserve pass has no cells of its own in the table
-        return Reads(tokens, None, ())
+        return Reads(None, None, (_span(0, tokens, [[]]),))
     groups = list(_groups(forward_pass))
-    shared = shared_prefixes(groups, worth)
+    shared = shared_prefixes(groups, costs.shared)
     if shared.order is not None:
         groups = [groups[number] for number in shared.order]
-    order = np.concatenate([group.tokens for group in groups])
-    in_order = bool((order == np.arange(tokens)).all())
-    levels = _levels(forward_pass, groups, shared.nodes)
-    return Reads(tokens, None if in_order else order.astype(np.int32), levels)
+    order = np.concatenate([group.tokens for group in groups]).astype(np.int32)
+    spans = tuple(_spans(_Pieces(forward_pass, groups, shared.nodes, costs.run)))
+    if (order == np.arange(tokens)).all():
+        return Reads(None, None, spans)
+    return Reads(order, np.argsort(order).astype(np.int32), spans)
 
 
 def _by_sequence(forward_pass: Pass) -> list[Indices]:
@@ -112,60 +119,103 @@ def _positions_seen(forward_pass: Pass) -> tuple[Indices, Indices]:
     return lows, stops
 
 
-class _Levels:
-    """The levels of reads, as they grow."""
+class _Pieces:
+    """The reads of a pass, made group by group."""
 
-    def __init__(self, forward_pass: Pass) -> None:
-        self._is_run = forward_pass.table.is_run
-        self._levels: list[list[Read]] = []
-
-    def add(
-        self,
-        level: int,
-        start: int,
-        stop: int,
-        cells: Int32s,
-        visible: VisibleColumns | None = None,
+    def __init__(
+        self, forward_pass: Pass, groups: Sequence[Group], nodes: Sequence[Shared], long_run: int
     ) -> None:
-        """Add a read of `cells`, for tokens ``[start, stop)``."""
-        while len(self._levels) <= level:
-            self._levels.append([])
+        self._is_run, self._groups, self._long_run = forward_pass.table.is_run, groups, long_run
+        self.ends = np.cumsum([0, *(group.tokens.size for group in groups)]).tolist()
+        # By group: columns that shared prefixes cover, and the number of these prefixes.
+        self._covered, self._depths = [0] * len(groups), [0] * len(groups)
+        self._nodes: dict[int, list[Shared]] = {}
+        for node in nodes:  # inner ones come after those around
+            self._nodes.setdefault(node.start, []).append(node)
+            for number in range(node.start, node.stop):
+                self._covered[number], self._depths[number] = node.last, node.depth + 1
+
+    def components(self) -> Iterator[tuple[int, int]]:
+        """Yield ranges of groups that share prefixes, or are alone."""
+        start = 0
+        while start < len(self._groups):
+            nodes = self._nodes.get(start)
+            stop = nodes[0].stop if nodes else start + 1
+            yield start, stop
+            start = stop
+
+    def of(self, number: int) -> Iterator[tuple[int, Read]]:
+        """Yield the reads that begin with a group, each with its level."""
+        for node in self._nodes.get(number, ()):
+            cells = self._groups[number].cells[node.first : node.last]
+            yield 1 + node.depth, self._read(self.ends[number], self.ends[node.stop], cells)
+        for place, read in enumerate(self._own(number)):
+            yield self._depths[number] + place if place else 0, read
+
+    def _own(self, number: int) -> list[Read]:
+        """Return the reads of cells of a group that no shared prefix covers."""
+        group, covered = self._groups[number], self._covered[number]
+        cells = group.cells[covered:]
+        if not cells.size:
+            return []
+        start, stop = self.ends[number : number + 2]
+        visible = _visible(group, covered, cells.size)
+        if visible is not None:
+            return [self._read(start, stop, cells, visible)]
+        return [self._read(start, stop, piece) for piece in self._in_pieces(cells)]
+
+    def _in_pieces(self, cells: Int32s) -> list[Int32s]:
+        """Return cells that every token of a group sees in pieces: long runs, and all others."""
+        if cells.size < self._long_run or self._is_run(cells):
+            return [cells]
+        edges = np.flatnonzero(np.diff(cells) != 1) + 1
+        sizes = np.diff(edges, prepend=0, append=cells.size)
+        long = sizes >= self._long_run
+        if not long.any():
+            return [cells]
+        starts = np.append(0, edges)[long]
+        runs = [
+            cells[start : start + size] for start, size in zip(starts, sizes[long], strict=True)
+        ]
+        others = cells[~np.repeat(long, sizes)]
+        return [others, *runs] if others.size else runs
+
+    def _read(
+        self, start: int, stop: int, cells: Int32s, visible: VisibleColumns | None = None
+    ) -> Read:
         if self._is_run(cells):
             first = cells.item(0)
-            read = Read(start, stop, first, first + cells.size, None, visible)
-        else:  # a copy, because the table may change during the pass
-            read = Read(start, stop, 0, 0, cells.copy(), visible)
-        self._levels[level].append(read)
-
-    def sorted(self) -> tuple[tuple[Read, ...], ...]:
-        """Return all levels."""
-        return tuple(tuple(sorted(level, key=lambda read: read.start)) for level in self._levels)
+            return Read(start, stop, first, first + cells.size, None, visible)
+        # A copy, because the table may change during the pass.
+        return Read(start, stop, 0, 0, cells.copy(), visible)
 
 
-def _levels(
-    forward_pass: Pass, groups: Sequence[Group], nodes: Sequence[Shared]
-) -> tuple[tuple[Read, ...], ...]:
-    """Return the reads: level 0 has the own cells of each group, the others what is shared."""
-    levels = _Levels(forward_pass)
-    ends = np.cumsum([0, *(group.tokens.size for group in groups)]).tolist()
-    shared = [0] * len(groups)  # columns of each group that shared prefixes cover
-    depths = [0] * len(groups)
-    for node in nodes:  # outer ones come before those within
-        cells = groups[node.start].cells[node.first : node.last]
-        levels.add(1 + node.depth, ends[node.start], ends[node.stop], cells)
-        for number in range(node.start, node.stop):
-            shared[number], depths[number] = node.last, node.depth + 1
-    for number, group in enumerate(groups):
-        own = group.cells[shared[number] :]
-        if not own.size:
-            continue
-        start, stop = ends[number : number + 2]
-        visible = _visible(group, shared[number], own.size)
-        pieces = [own] if visible is not None else _pieces(own, forward_pass.table.is_run(own))
-        for place, piece in enumerate(pieces):
-            level = depths[number] + place if place else 0
-            levels.add(level, start, stop, piece, visible)
-    return levels.sorted()
+def _spans(pieces: _Pieces) -> Iterator[Span]:
+    """Yield spans that have no product in common; neighbours of as many levels are one."""
+    start, levels = 0, list[list[Read]]()
+    for first, last in pieces.components():
+        own: list[list[Read]] = [[]]
+        for number in range(first, last):
+            for level, read in pieces.of(number):
+                own += [[] for _ in range(level + 1 - len(own))]
+                own[level].append(read)
+        if levels and len(levels) != len(own):
+            yield _span(start, pieces.ends[first], levels)
+            start, levels = pieces.ends[first], []
+        levels = levels or [[] for _ in own]
+        for level, reads in enumerate(own):
+            levels[level] += reads
+    yield _span(start, pieces.ends[-1], levels)
+
+
+def _span(start: int, stop: int, levels: Sequence[Sequence[Read]]) -> Span:
+    """Return a span of these levels."""
+    first, runs = levels[0], None
+    # As many reads as tokens: each has one.
+    if len(levels) == 1 and len(first) == stop - start:
+        if all(read.scattered is None for read in first):
+            runs = tuple((read.first, read.last) for read in first)
+    return Span(start, stop, tuple(map(tuple, levels)), runs)
 
 
 def _visible(group: Group, left: int, columns: int) -> VisibleColumns | None:
@@ -176,17 +226,3 @@ def _visible(group: Group, left: int, columns: int) -> VisibleColumns | None:
     if first.max() == 0 and last.min() == columns:
         return None
     return VisibleColumns(first, last)
-
-
-def _pieces(cells: Int32s, is_run: bool) -> list[Int32s]:
-    """Return cells that every token of a group sees in pieces: long runs, and all others."""
-    if is_run or cells.size < _LONG_RUN:
-        return [cells]
-    edges = np.flatnonzero(np.diff(cells) != 1) + 1
-    runs = np.split(cells, edges) if edges.size < cells.size // 16 else [cells]
-    long = sorted((run for run in runs if run.size >= _LONG_RUN), key=len)[-_MOST_RUNS:]
-    if not long or len(runs) == 1:
-        return [cells]
-    chosen = {run.item(0) for run in long}
-    others = [run for run in runs if run.item(0) not in chosen]
-    return [*([np.concatenate(others)] if others else []), *long]
