@@ -120,8 +120,8 @@ class NumpyBackend(Backend):
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
 
 
-def _dot_products(xp: Namespace, rows: NativeArray, keys: NativeArray) -> NativeArray:
-    """Do :func:`dot_products`: with keys to the left, BLAS takes half the time for a few rows."""
+def _dot_products(rows: NativeArray, keys: NativeArray) -> NativeArray:
+    """Multiply with the keys to the left, for which BLAS takes half the time with a few rows."""
     products = np.matmul(keys, rows.transpose(0, 2, 1))
     return np.ascontiguousarray(products.transpose(0, 2, 1))
 

@@ -11,9 +11,8 @@ import torch
 from .arrays import NativeArray, NativeArrays
 from .products import Result, Scoring, VisibleColumns
 
-# Queries that see columns of their own, up to which one product for a whole key head is quicker than
-# one for each query head.
 _FEW = 8
+"""Masked queries up to which one product for a whole key head beats one for each query head."""
 MASKED = 256
 """Queries that share a mask."""
 

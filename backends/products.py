@@ -29,10 +29,12 @@ class ReadCosts(NamedTuple):
     shared: columns that queries of several sequences share, times the sequences but one, from which
         one product for all of them beats a product for each sequence.
     run: columns in a row from which a product of their own beats copying them.
+    least: columns of a shared prefix below which the merge costs more than is saved.
     """
 
     shared: int
     run: int
+    least: int = 64
 
 
 NEVER = 1 << 62
@@ -120,11 +122,6 @@ def block_size(heads: int, columns: int) -> int:
     return max(1, _SCORES // (heads * columns))
 
 
-def dot_products(xp: Namespace, rows: NativeArray, keys: NativeArray) -> NativeArray:
-    """Return the products of `rows` and `keys` of each head, ``[kv_heads, rows, columns]``."""
-    return xp.matmul(rows, xp.permute_dims(keys, (0, 2, 1)))
-
-
 def _wide(xp: Namespace, array: NativeArray) -> NativeArray:
     """Return `array` in float32, itself if it is."""
     return array if array.dtype == xp.float32 else xp.astype(array, xp.float32)
@@ -137,20 +134,24 @@ def product(
     values: NativeArray,
     scoring: Scoring,
     mask: NativeArray | None,
-    dot: Callable[[Namespace, NativeArray, NativeArray], NativeArray] = dot_products,
+    dot: Callable[[NativeArray, NativeArray], NativeArray] | None = None,
 ) -> Result:
     """Return attention of `q` over all columns, computed in float32, by functions of `xp`.
 
     mask: bool ``[tokens, columns]``, True = attend. Other arguments and results are those of
     :meth:`Backend.attention`.
-    dot: :func:`dot_products`, or whatever computes them faster.
+    dot: the products of rows and keys of each head, ``[kv_heads, rows, columns]``, where something
+        is faster than a plain matrix product.
     """
     scale, softcap, sinks, log_sum_exp = scoring
     q_heads, tokens, head_dim = q.shape
     kv_heads, columns, value_dim = values.shape
     shape = kv_heads, q_heads // kv_heads, tokens
     rows = xp.reshape(_wide(xp, q) * scale, (kv_heads, -1, head_dim))
-    scores = dot(xp, rows, _wide(xp, keys))
+    if dot is None:
+        scores = xp.matmul(rows, xp.permute_dims(_wide(xp, keys), (0, 2, 1)))
+    else:
+        scores = dot(rows, _wide(xp, keys))
     if softcap is not None:
         scores = xp.tanh(scores / softcap) * softcap
     if mask is not None:

@@ -23,12 +23,19 @@ _OF_QUERIES = ("float32", "float16", "bfloat16")
 
 
 def check_queries(
-    backend: Backend, layout: ArrayLayout, q: Array, keys: Array, dtype: str, tokens: int
+    backend: Backend,
+    layouts: Sequence[ArrayLayout],
+    q: Array,
+    buffers: Arrays,
+    dtype: str,
+    tokens: int,
 ) -> None:
-    """Raise DTypeError, ShapeError or NotSupportedError unless `q` can attend to `keys`.
+    """Raise DTypeError, ShapeError or NotSupportedError unless `q` can attend to a layer.
 
-    layout: of the keys, and so of `q`. dtype: of the cache. tokens: of the pass.
+    layouts, buffers: of the arrays of the layer; the queries have the layout of the keys. dtype: of
+    the cache. tokens: of the pass.
     """
+    layout, keys = layouts[0], buffers[0]
     if dtype.startswith("float8") and backend.owns(q) and backend.dtype_name(q) in _OF_QUERIES:
         dtype = backend.dtype_name(q)
     check_dtype(backend, dtype, _NAME, q)
@@ -42,6 +49,12 @@ def check_queries(
             f"(h q_heads, t tokens, d head_dim); got {shape}."
         )
     (q_heads, dim), (kv_heads, head_dim) = layout.sizes(q), layout.sizes(keys)
+    value_heads = layouts[len(buffers) - 1].sizes(buffers[-1])[0]
+    if value_heads != kv_heads:
+        raise ShapeError(
+            f"attention needs a value for each key; this layer has keys of {kv_heads} heads and "
+            f"values of {value_heads}. Call get."
+        )
     if dim != head_dim:
         raise ShapeError(f"{_NAME} have the head_dim of the keys, {head_dim}; got {dim}.")
     if not q_heads or q_heads % kv_heads:
@@ -146,7 +159,7 @@ def _span(source: _Source, q: Array, span: Span, scoring: Scoring) -> Array:
         own = q if len(span.runs) == q.shape[1] else backend.read_slice(q, span.start, span.stop, 1)
         return backend.attention_of_runs(own, *source.whole(), scoring, span.runs)
     if len(span.levels) == 1:
-        out, _ = _level(source, q, span, span.levels[0], scoring)
+        out: Array = _level(source, q, span, span.levels[0], scoring)[0]
         return out
     part = scoring._replace(sinks=None, log_sum_exp=True)
     results = [_level(source, q, span, level, part) for level in span.levels]
@@ -158,7 +171,7 @@ def _span(source: _Source, q: Array, span: Span, scoring: Scoring) -> Array:
 def _level(
     source: _Source, q: Array, span: Span, level: Sequence[Read], scoring: Scoring
 ) -> Result:
-    """Return the results of a level for all tokens of its span; without a read, one sees nothing."""
+    """Return the results of a level for its span; a token without a read sees nothing."""
     results = [_product(source, q, read, scoring) for read in level]
     like = results[0][0] if results else q
     in_order: list[Result] = []
@@ -194,8 +207,8 @@ def _product(source: _Source, q: Array, read: Read, scoring: Scoring) -> Result:
 def _padded_product(source: _Source, q: Array, read: Read, scoring: Scoring) -> Result:
     """Return the result of a read by programs that are compiled for few numbers of tokens.
 
-    Where a slice is a copy, rows are copied by an index, filled up with the last row. So the product
-    meets no cells but those of the read.
+    Where a slice is a copy, rows are copied by an index, filled up with the last row, so that the
+    product meets no cells but those of the read.
     """
     backend, tokens = source.backend, read.stop - read.start
     cells = read.cells

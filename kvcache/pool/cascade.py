@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kvcache._types import Indices, Int32s
+from kvcache.backends.products import ReadCosts
 
-_LEAST_COLUMNS = 64
-"""Columns below which the merge costs more than is saved, however many sequences there are."""
 _MOST_TOKENS = 64
 """Tokens of a sequence beyond which their product is bound by arithmetic: sharing saves none."""
 
@@ -73,11 +72,8 @@ class _Branch(NamedTuple):
     depth: int
 
 
-def shared_prefixes(groups: Sequence[Group], worth: int) -> SharedPrefixes:
-    """Return the prefixes that are worth a product of their own, and the order it needs.
-
-    worth: see :class:`ReadCosts`.
-    """
+def shared_prefixes(groups: Sequence[Group], costs: ReadCosts) -> SharedPrefixes:
+    """Return the prefixes that are worth a product of their own, and the order it needs."""
     if len({group.cells.item(0) for group in groups if group.cells.size}) == len(groups):
         return SharedPrefixes(None, [])  # as usual
     common = [group.common for group in groups]
@@ -91,7 +87,7 @@ def shared_prefixes(groups: Sequence[Group], worth: int) -> SharedPrefixes:
             continue
         children = []
         for members in _by_next_cell(groups, common, branch):
-            children.append(child := _child(groups, common, branch, members, worth))
+            children.append(child := _child(groups, common, branch, members, costs))
             if child.read > branch.read:
                 start = len(order) + sum(len(other.members) for other in children[:-1])
                 stop = start + len(members)
@@ -120,7 +116,7 @@ def _child(
     common: Sequence[int],
     branch: _Branch,
     members: list[int],
-    worth: int,
+    costs: ReadCosts,
 ) -> _Branch:
     """Return the branch of `members`, whose next cells are equal, as far as they stay so."""
     if len(members) == 1:
@@ -130,7 +126,7 @@ def _child(
     for number in members[1:]:
         equal = _equal_columns(head[:equal], groups[number].cells[:equal], branch.equal)
     columns = equal - branch.read
-    if columns < _LEAST_COLUMNS or columns * (len(members) - 1) < worth:
+    if columns < costs.least or columns * (len(members) - 1) < costs.shared:
         return _Branch(members, equal, branch.read, branch.depth)
     return _Branch(members, equal, equal, branch.depth + 1)
 

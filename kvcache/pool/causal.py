@@ -242,7 +242,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
             )
         buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
         tokens = int(forward_pass.cells.size)
-        check_queries(backend, layouts[0], q, buffers[0], pool.buffers.dtype, tokens)
+        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, tokens)
         scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
         if self._reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass

@@ -32,9 +32,9 @@ class Read(NamedTuple):
     @property
     def cells(self) -> Int32s:
         """The cells met, int32 [columns]."""
-        return (
-            np.arange(self.first, self.last, dtype=np.int32) if self.index is None else self.index
-        )
+        if self.scattered is not None:
+            return self.scattered
+        return np.arange(self.first, self.last, dtype=np.int32)
 
 
 class Span(NamedTuple):
@@ -74,7 +74,7 @@ def plan_reads(forward_pass: Pass, costs: ReadCosts) -> Reads:
     if not forward_pass.stores:  # a reserve pass has no cells of its own in the table
         return Reads(None, None, (_span(0, tokens, [[]]),))
     groups = list(_groups(forward_pass))
-    shared = shared_prefixes(groups, costs.shared)
+    shared = shared_prefixes(groups, costs)
     if shared.order is not None:
         groups = [groups[number] for number in shared.order]
     order = np.concatenate([group.tokens for group in groups]).astype(np.int32)
@@ -211,10 +211,10 @@ def _spans(pieces: _Pieces) -> Iterator[Span]:
 def _span(start: int, stop: int, levels: Sequence[Sequence[Read]]) -> Span:
     """Return a span of these levels."""
     first, runs = levels[0], None
-    # As many reads as tokens: each has one.
-    if len(levels) == 1 and len(first) == stop - start:
-        if all(read.scattered is None for read in first):
-            runs = tuple((read.first, read.last) for read in first)
+    # Each token has a read of its own, because there are as many.
+    one_each = len(levels) == 1 and len(first) == stop - start
+    if one_each and all(read.scattered is None for read in first):
+        runs = tuple((read.first, read.last) for read in first)
     return Span(start, stop, tuple(map(tuple, levels)), runs)
 
 
