@@ -207,11 +207,12 @@ class MlxBackend(Backend):
         self,
         q: NativeArray,
         keys: NativeArray,
+        values: NativeArray,
         scoring: Scoring,
         visible: VisibleColumns | None,
     ) -> int:
         if self.device == "cpu" or not _has_kernel(q, keys, scoring):
-            return super().attention_size(q, keys, scoring, visible)
+            return super().attention_size(q, keys, values, scoring, visible)
         return int(q.shape[1])  # the kernels of other devices hold no scores in memory
 
     def attention_block(

@@ -19,6 +19,7 @@ from ._torch_attention import (
     attend,
     attend_to_runs,
     attend_with_logarithm,
+    gives_logarithm,
     is_square,
 )
 from .arguments import checked_device
@@ -259,8 +260,7 @@ class TorchBackend(Backend):
         scoring: Scoring,
         runs: Sequence[tuple[int, int]],
     ) -> NativeArray:
-        alike = keys.shape[-1] == values.shape[-1]
-        if scoring.sinks is None and alike and self._has_kernel(q, keys, scoring):
+        if scoring.sinks is None and self._has_kernel(q, keys, values, scoring, None):
             return attend_to_runs(q, keys, values, scoring.scale, runs)
         return super().attention_of_runs(q, keys, values, scoring, runs)
 
@@ -268,12 +268,13 @@ class TorchBackend(Backend):
         self,
         q: NativeArray,
         keys: NativeArray,
+        values: NativeArray,
         scoring: Scoring,
         visible: VisibleColumns | None,
     ) -> int:
         tokens = int(q.shape[1])
-        if not self._has_kernel(q, keys, scoring):
-            return super().attention_size(q, keys, scoring, visible)
+        if not self._has_kernel(q, keys, values, scoring, visible):
+            return super().attention_size(q, keys, values, scoring, visible)
         return tokens if visible is None or is_square(tokens, keys, visible) else MASKED
 
     def attention_block(
@@ -284,18 +285,27 @@ class TorchBackend(Backend):
         scoring: Scoring,
         visible: VisibleColumns | None,
     ) -> Result:
-        if not self._has_kernel(q, keys, scoring) or keys.shape[-1] != values.shape[-1]:
+        if not self._has_kernel(q, keys, values, scoring, visible):
             return super().attention_block(q, keys, values, scoring, visible)
         if scoring.log_sum_exp or scoring.sinks is not None:
             return attend_with_logarithm(q, keys, values, scoring, visible)
         return attend(q, keys, values, scoring.scale, visible), None
 
-    def _has_kernel(self, q: NativeArray, keys: NativeArray, scoring: Scoring) -> bool:
+    def _has_kernel(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> bool:
         """Return whether a kernel of torch serves, which never holds all scores in memory."""
         if scoring.softcap is not None or q.dtype != keys.dtype:
             return False
+        if keys.shape[-1] != values.shape[-1]:
+            return False
         plain = scoring.sinks is None and not scoring.log_sum_exp
-        return plain or self.device == "cpu"  # elsewhere it depends on the device and the dtype
+        return plain or gives_logarithm(q, visible)
 
     def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):

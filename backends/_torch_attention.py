@@ -92,6 +92,14 @@ def is_square(tokens: int, keys: NativeArray, visible: VisibleColumns) -> bool:
     return _FEW < tokens == columns and visible.causal(columns)
 
 
+def gives_logarithm(q: NativeArray, visible: VisibleColumns | None) -> bool:
+    """Return whether torch has a kernel for :func:`attend_with_logarithm`."""
+    if q.device.type == "cpu":
+        return True
+    # On CUDA its masks would have to be aligned in memory, and its rows are.
+    return bool(q.is_cuda) and visible is None and q.shape[-1] % 8 == 0
+
+
 def attend_with_logarithm(
     q: NativeArray,
     keys: NativeArray,
@@ -99,14 +107,20 @@ def attend_with_logarithm(
     scoring: Scoring,
     visible: VisibleColumns | None,
 ) -> Result:
-    """Return attention on CPU with the logarithms, by the kernel that torch calls itself."""
+    """Return attention and the logarithms, by the kernel that torch calls itself."""
     (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    # It takes compact rows only. Those of layouts with the tokens last are not.
+    # They take compact rows only. Those of layouts with the tokens last are not.
     arrays = [array if array.stride(-1) == 1 else array.contiguous() for array in (q4, k4, v4)]
-    out, logarithm = kernel(*arrays, 0.0, causal, attn_mask=mask, scale=scoring.scale)
+    aten = torch.ops.aten
+    if q.is_cuda:
+        kernel = aten._scaled_dot_product_efficient_attention
+        out, logarithm, *_ = kernel(*arrays, None, True, scale=scoring.scale)
+        logarithm = logarithm[..., : q4.shape[2]]  # padded to a multiple of 32
+    else:
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        out, logarithm = kernel(*arrays, 0.0, causal, attn_mask=mask, scale=scoring.scale)
     out, logarithm = out.reshape(q.shape), logarithm.reshape(q.shape[:2])
     if scoring.sinks is None:
         return out, logarithm

@@ -66,7 +66,7 @@ class AttentionHooks(ABC):
 
         Arguments are checked by the caller, and none is changed.
         """
-        size = self.attention_size(q, keys, scoring, visible)
+        size = self.attention_size(q, keys, values, scoring, visible)
         if visible is None and q.shape[1] <= size:
             return self.attention_block(q, keys, values, scoring, None)
         parts = [
@@ -111,7 +111,12 @@ class AttentionHooks(ABC):
     # Hooks.
 
     def attention_size(
-        self, q: Array, keys: Array, scoring: Scoring, visible: VisibleColumns | None
+        self,
+        q: Array,
+        keys: Array,
+        values: Array,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
     ) -> int:
         """Return the largest number of queries for one :meth:`attention_block`.
 
