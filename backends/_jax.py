@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kvcache.errors import UnknownBackendError
 
 from ._jax_append import appender
-from ._jax_attention import attend, merge
+from ._jax_attention import JaxAttention
 from .arguments import checked_device, refuse_traced
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend, FastKey, P, R
@@ -31,7 +31,6 @@ from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of
 from .interrupts import keeping_result
 from .nonfinite import finite_bits, replaced, substitutes
-from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 from .traced import Ts
 
 # On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
@@ -48,7 +47,7 @@ _BITS = {"bfloat16": np.dtype("uint16")} | dict.fromkeys(
 )
 
 
-class JaxBackend(Backend):
+class JaxBackend(JaxAttention, Backend):
     """Buffers are donated to each write: using an old one afterwards raises in JAX.
 
     A live NumPy or DLPack view of a buffer makes XLA copy it instead of reusing it: correct,
@@ -61,7 +60,6 @@ class JaxBackend(Backend):
     config: ClassVar[CacheConfig] = CacheConfig(padding=256)
     slices_are_views: ClassVar[bool] = False
     xp = cast(Namespace, jnp)
-    read_costs = ReadCosts(shared=4096, run=NEVER)  # all cells of a read are copied as it is
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
@@ -179,26 +177,6 @@ class JaxBackend(Backend):
 
     def import_dlpack(self, array: object) -> NativeArray:
         return array if isinstance(array, jax.Array) else jax.dlpack.from_dlpack(array)
-
-    def attention(
-        self,
-        q: NativeArray,
-        keys: NativeArray,
-        values: NativeArray,
-        scoring: Scoring,
-        visible: VisibleColumns | None = None,
-    ) -> Result:
-        bounds = None if visible is None else (np.int32(visible.first), np.int32(visible.last))
-        # A Python number is an argument of a program like an array: another one compiles nothing.
-        form = scoring.scale, scoring.softcap, scoring.sinks
-        others = None if values is keys else values
-        result: Result = attend(q, keys, others, form, bounds, log_sum_exp=scoring.log_sum_exp)
-        return result
-
-    def merge_attention(
-        self, parts: Sequence[tuple[NativeArray, NativeArray]], sinks: NativeArray | None = None
-    ) -> NativeArray:
-        return merge(tuple(parts), sinks)
 
     def compile(self, function: Callable[P, R], donate: Sequence[int] = ()) -> Callable[P, R]:
         compiled: Callable[P, R] = jax.jit(function, donate_argnums=tuple(donate))

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .arrays import NativeArray
-from .products import Result, Scoring, block_size, merged, product
+from .attention import AttentionHooks
+from .products import (
+    NEVER,
+    ReadCosts,
+    Result,
+    Scoring,
+    VisibleColumns,
+    block_size,
+    merged,
+    product,
+)
+
+
+class JaxAttention(AttentionHooks):
+    """Attention in compiled programs."""
+
+    read_costs = ReadCosts(shared=4096, run=NEVER)  # all cells of a read are copied as it is
+
+    def attention(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None = None,
+    ) -> Result:
+        bounds = None if visible is None else (np.int32(visible.first), np.int32(visible.last))
+        # A Python number is an argument of a program like an array: another one compiles nothing.
+        form = scoring.scale, scoring.softcap, scoring.sinks
+        others = None if values is keys else values
+        result: Result = attend(q, keys, others, form, bounds, log_sum_exp=scoring.log_sum_exp)
+        return result
+
+    def merge_attention(
+        self, parts: Sequence[tuple[NativeArray, NativeArray]], sinks: NativeArray | None = None
+    ) -> NativeArray:
+        return merge(tuple(parts), sinks)
 
 
 @partial(jax.jit, static_argnames="log_sum_exp")

@@ -15,7 +15,7 @@ from kvcache.storage.lengths import padded_index
 
 from .checks import check_dtype, refuse_gradients
 from .layouts import ArrayLayout, Arrays
-from .reads import Read, Reads, Span
+from .reads import Read, Reads, Segment
 
 _NAME = "queries"
 _OF_QUERIES = ("float32", "float16", "bfloat16")
@@ -117,7 +117,7 @@ def attend(
     rows = _permuted(backend, q, layout.axes, "htd")
     if reads.order is not None:
         rows = backend.read_rows(rows, reads.order, 1)
-    outputs = [_span(source, rows, span, scoring) for span in reads.spans]
+    outputs = [_segment(source, rows, segment, scoring) for segment in reads.segments]
     out = outputs[0] if len(outputs) == 1 else backend.concat(outputs, 1)
     if reads.inverse is not None:
         out = backend.read_rows(out, reads.inverse, 1)
@@ -152,37 +152,41 @@ class _Source:
         return taken[0], taken[-1]
 
 
-def _span(source: _Source, q: Array, span: Span, scoring: Scoring) -> Array:
-    """Return attention of the tokens of a span, ``[q_heads, tokens, value_dim]``."""
+def _segment(source: _Source, q: Array, segment: Segment, scoring: Scoring) -> Array:
+    """Return attention of the tokens of a segment, ``[q_heads, tokens, value_dim]``."""
     backend = source.backend
-    if span.runs is not None and backend.slices_are_views:
-        own = q if len(span.runs) == q.shape[1] else backend.read_slice(q, span.start, span.stop, 1)
-        return backend.attention_of_runs(own, *source.whole(), scoring, span.runs)
-    if len(span.levels) == 1:
-        out: Array = _level(source, q, span, span.levels[0], scoring)[0]
+    if segment.runs is not None and backend.slices_are_views:
+        own = (
+            q
+            if len(segment.runs) == q.shape[1]
+            else backend.read_slice(q, segment.start, segment.stop, 1)
+        )
+        return backend.attention_of_runs(own, *source.whole(), scoring, segment.runs)
+    if len(segment.levels) == 1:
+        out: Array = _level(source, q, segment, segment.levels[0], scoring)[0]
         return out
     part = scoring._replace(sinks=None, log_sum_exp=True)
-    results = [_level(source, q, span, level, part) for level in span.levels]
+    results = [_level(source, q, segment, level, part) for level in segment.levels]
     parts = [(out, total) for out, total in results if total is not None]
     merged = backend.merge_attention(parts, scoring.sinks)
     return merged if merged.dtype == q.dtype else backend.xp.astype(merged, q.dtype)
 
 
 def _level(
-    source: _Source, q: Array, span: Span, level: Sequence[Read], scoring: Scoring
+    source: _Source, q: Array, segment: Segment, level: Sequence[Read], scoring: Scoring
 ) -> Result:
-    """Return the results of a level for its span; a token without a read sees nothing."""
+    """Return the results of a level for its segment; a token without a read sees nothing."""
     results = [_product(source, q, read, scoring) for read in level]
     like = results[0][0] if results else q
     in_order: list[Result] = []
-    covered = span.start
+    covered = segment.start
     for read, result in zip(level, results, strict=True):
         if read.start > covered:
             in_order.append(_nothing(source, like, read.start - covered, scoring))
         in_order.append(result)
         covered = read.stop
-    if covered < span.stop:
-        in_order.append(_nothing(source, like, span.stop - covered, scoring))
+    if covered < segment.stop:
+        in_order.append(_nothing(source, like, segment.stop - covered, scoring))
     return joined(source.backend, in_order)
 
 

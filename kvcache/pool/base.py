@@ -17,6 +17,7 @@ from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 
 from .ahead import TokensAhead
+from .attention_calls import AttentionCalls
 from .batch import Batch
 from .owned import Commit, OwnedCache
 from .owners import Owners
@@ -25,13 +26,14 @@ from .state_calls import StateCalls
 C = TypeVar("C", bound="Cache")
 
 
-class Cache(StateCalls, OwnedCache):
+class Cache(AttentionCalls, StateCalls, OwnedCache):
     """Keys and values of many sequences, for all layers of a model.
 
-    The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`get` for each
-    layer; the runner calls everything else. Every change happens as a whole, or raises and
-    changes nothing. Changes have two halves for that: a ``prepare_`` method checks and may raise,
-    the commit that it returns cannot fail. A wrapper prepares all its caches, then commits.
+    The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`attend` (or
+    :meth:`get`) for each layer; the runner calls everything else. Every change happens as a whole,
+    or raises and changes nothing. Changes have two halves for that: a ``prepare_`` method checks
+    and may raise, the commit that it returns cannot fail. A wrapper prepares all its caches, then
+    commits.
 
     A subclass calls ``super().__init__()``.
     """
@@ -285,34 +287,6 @@ class Cache(StateCalls, OwnedCache):
 
         Raises: KVCacheError without a pass, or for a layer that was never put.
         """
-
-    def attend(
-        self,
-        q: Array,
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Array | None = None,
-    ) -> Array:
-        """Return attention of the pass's queries over just what each may see, after :meth:`put`.
-
-        q: ``[q_heads, tokens, head_dim]`` in the layout and dtype of the keys; over keys of float8
-            in any other float dtype. q_heads is a multiple of kv_heads: query head h attends to
-            key head ``h // (q_heads // kv_heads)``.
-        scale: factor of the scores; None: ``head_dim ** -0.5``.
-        softcap: c bounds scores to ``c * tanh(score / c)``; None: no bound.
-        sinks: a logit per query head, ``[q_heads]``, that takes part in the softmax without a
-            value (GPT-OSS); None: none.
-
-        Returns ``[q_heads, tokens, value_dim]``, a new array in the layout of the keys and the
-        dtype of `q`; of a layer of keys only, whose keys are its values, value_dim is head_dim. A
-        query that sees nothing gets zeros. Reads the cells that the queries see, not the pool, and
-        cells that several sequences share once for all of them.
-
-        Raises: ShapeError, DTypeError, ValueError, NotSupportedError for queries that ask for
-            gradients, KVCacheError without a pass or before the layer was put in it.
-        """
-        raise NotSupportedError(f"{type(self).__name__} computes no attention.")
 
     def set_causal(self, except_: TokensAhead = ()) -> None:
         """Let some tokens see others ahead of them (images), for this pass.

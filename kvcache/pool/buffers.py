@@ -173,10 +173,7 @@ class PoolBuffers:
             return None
 
     def whole(self, layer: int) -> Arrays:
-        """Return the buffers of a layer, to be read only.
-
-        Raises: KVCacheError for a layer that was never put.
-        """
+        """Return the buffers of a layer, to be read only. Raises: as :meth:`get`."""
         layers = self._settled()
         if layer not in layers:
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")

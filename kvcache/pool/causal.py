@@ -171,8 +171,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         begin = self._pool.prepare(batch, reserve, self)
 
         def commit() -> None:
-            # Made by the first get or attend, for all layers of the pass.
-            self._mask = self._reads = None
+            self._mask = self._reads = None  # made once for all layers of the pass
             begin()
 
         return commit
@@ -236,10 +235,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         pool = self._pool
         forward_pass, backend = pool.current_pass(), pool.buffers.backend
         if self._layer not in forward_pass.put_layers:
-            raise KVCacheError(
-                f"queries attend to what their pass has put; layer {self._layer} was not put in "
-                "this pass. Put it first."
-            )
+            raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
         buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
         tokens = int(forward_pass.cells.size)
         check_queries(backend, layouts, q, buffers, pool.buffers.dtype, tokens)

@@ -37,7 +37,7 @@ class Read(NamedTuple):
         return np.arange(self.first, self.last, dtype=np.int32)
 
 
-class Span(NamedTuple):
+class Segment(NamedTuple):
     """Tokens ``[start, stop)`` of a pass, and the products whose merged results are theirs.
 
     levels: each with products of different tokens, ascending. A token sees different cells in each
@@ -55,14 +55,14 @@ class Span(NamedTuple):
 class Reads(NamedTuple):
     """Everything that the tokens of a pass see.
 
-    order: batch index of each token in the order of the spans, int32; None: that of the batch.
+    order: batch index of each token in the order of the segments, int32; None: that of the batch.
     inverse: place of each token of the batch in that order; None: the same.
-    spans: one after the other, for all tokens.
+    segments: one after the other, for all tokens.
     """
 
     order: Int32s | None
     inverse: Int32s | None
-    spans: tuple[Span, ...]
+    segments: tuple[Segment, ...]
 
 
 def plan_reads(forward_pass: Pass, costs: ReadCosts) -> Reads:
@@ -72,16 +72,16 @@ def plan_reads(forward_pass: Pass, costs: ReadCosts) -> Reads:
     """
     tokens = int(forward_pass.cells.size)
     if not forward_pass.stores:  # a reserve pass has no cells of its own in the table
-        return Reads(None, None, (_span(0, tokens, [[]]),))
+        return Reads(None, None, (_segment(0, tokens, [[]]),))
     groups = list(_groups(forward_pass))
     shared = shared_prefixes(groups, costs)
     if shared.order is not None:
         groups = [groups[number] for number in shared.order]
     order = np.concatenate([group.tokens for group in groups]).astype(np.int32)
-    spans = tuple(_spans(_Pieces(forward_pass, groups, shared.nodes, costs.run)))
+    segments = tuple(_segments(_Pieces(forward_pass, groups, shared.nodes, costs.run)))
     if (order == np.arange(tokens)).all():
-        return Reads(None, None, spans)
-    return Reads(order, np.argsort(order).astype(np.int32), spans)
+        return Reads(None, None, segments)
+    return Reads(order, np.argsort(order).astype(np.int32), segments)
 
 
 def _by_sequence(forward_pass: Pass) -> list[Indices]:
@@ -190,8 +190,8 @@ class _Pieces:
         return Read(start, stop, 0, 0, cells.copy(), visible)
 
 
-def _spans(pieces: _Pieces) -> Iterator[Span]:
-    """Yield spans that have no product in common; neighbours of as many levels are one."""
+def _segments(pieces: _Pieces) -> Iterator[Segment]:
+    """Yield segments that have no product in common; neighbours of as many levels are one."""
     start, levels = 0, list[list[Read]]()
     for first, last in pieces.components():
         own: list[list[Read]] = [[]]
@@ -200,22 +200,22 @@ def _spans(pieces: _Pieces) -> Iterator[Span]:
                 own += [[] for _ in range(level + 1 - len(own))]
                 own[level].append(read)
         if levels and len(levels) != len(own):
-            yield _span(start, pieces.ends[first], levels)
+            yield _segment(start, pieces.ends[first], levels)
             start, levels = pieces.ends[first], []
         levels = levels or [[] for _ in own]
         for level, reads in enumerate(own):
             levels[level] += reads
-    yield _span(start, pieces.ends[-1], levels)
+    yield _segment(start, pieces.ends[-1], levels)
 
 
-def _span(start: int, stop: int, levels: Sequence[Sequence[Read]]) -> Span:
-    """Return a span of these levels."""
+def _segment(start: int, stop: int, levels: Sequence[Sequence[Read]]) -> Segment:
+    """Return a segment of these levels."""
     first, runs = levels[0], None
     # Each token has a read of its own, because there are as many.
     one_each = len(levels) == 1 and len(first) == stop - start
     if one_each and all(read.scattered is None for read in first):
         runs = tuple((read.first, read.last) for read in first)
-    return Span(start, stop, tuple(map(tuple, levels)), runs)
+    return Segment(start, stop, tuple(map(tuple, levels)), runs)
 
 
 def _visible(group: Group, left: int, columns: int) -> VisibleColumns | None:

@@ -223,10 +223,10 @@ def shared_pool(backend, window=None):
 
 
 def products(cache):
-    """By span and level of the plan: the tokens of every product, and the columns it meets."""
+    """By segment and level of the plan: the tokens of every product, and the columns it meets."""
     return [
         [[(read.start, read.stop, read.cells.size) for read in level] for level in part.levels]
-        for part in peek.reads(cache).spans
+        for part in peek.reads(cache).segments
     ]
 
 
@@ -245,9 +245,9 @@ def test_sharing_waits_until_it_pays(backend):
     backend.read_costs = ReadCosts(shared=19, run=99, least=6)
     cache, history = shared_pool(backend)
     run(cache, history, [(12, 0), (12, 1), (6, 3)])
-    assert [len(part.levels) for part in peek.reads(cache).spans] == [1]
+    assert [len(part.levels) for part in peek.reads(cache).segments] == [1]
     run(cache, history, [(13, 0), (13, 1), (12, 2), (7, 3), (6, 4)])
-    assert [len(part.levels) for part in peek.reads(cache).spans] == [2]
+    assert [len(part.levels) for part in peek.reads(cache).segments] == [2]
 
 
 def test_windows_share_only_where_they_begin_alike(pieces):
@@ -259,7 +259,7 @@ def test_windows_share_only_where_they_begin_alike(pieces):
         history.copy(0, target, 30)
     for step in range(3):
         run(cache, history, [(30 + step, 0), (30 + step, 1)], sees=sees)
-        assert len(peek.reads(cache).spans[0].levels) >= 2
+        assert len(peek.reads(cache).segments[0].levels) >= 2
     run(cache, history, [(33, 0), (30, 2)], sees=sees)
 
 
@@ -347,7 +347,7 @@ def test_a_reserve_pass_has_shapes_alone(backend):
 def test_no_array_of_tokens_by_pool():
     cache, history = make("numpy", sequences=8, capacity=5000), History(get_backend("numpy"))
     run(cache, history, span(0, 20, 0) + span(0, 30, 5))
-    for part in peek.reads(cache).spans:
+    for part in peek.reads(cache).segments:
         for read in (read for level in part.levels for read in level):
             assert read.cells.size <= 30
 
