@@ -29,7 +29,7 @@ class AttentionHooks(ABC):
     """
 
     xp: Namespace
-    read_costs: ReadCosts = ReadCosts(shared=1024, run=128)
+    read_costs: ReadCosts = ReadCosts(shared=1024, run=256)
     """When attention over a pool reads keys in pieces; measured, not a matter of results."""
 
     @abstractmethod
