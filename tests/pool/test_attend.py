@@ -150,6 +150,16 @@ def test_tokens_that_see_others_ahead(backend):
     run(cache, history, span(0, 8, 0), sees=sees, ahead=[sorted(image)])
 
 
+def test_what_is_ahead_may_be_said_after_attention(backend):
+    cache, history = make(backend), History(backend)
+    run(cache, history, span(0, 4, 0))
+    cache.start_forward(Batch([4, 5], [0, 0]))
+    q = history.put(cache, [4, 5], [0, 0])
+    check(cache, history, q, [4, 5], [0, 0])
+    cache.set_causal([0])
+    check(cache, history, q, [4, 5], [0, 0], sees=lambda i, position, other: True)
+
+
 def test_all_of_a_sequence_ahead(backend):
     cache, history = make(backend), History(backend)
     run(cache, history, span(0, 4, 0))
@@ -261,6 +271,9 @@ def test_windows_share_only_where_they_begin_alike(pieces):
         run(cache, history, [(30 + step, 0), (30 + step, 1)], sees=sees)
         assert len(peek.reads(cache).segments[0].levels) >= 2
     run(cache, history, [(33, 0), (30, 2)], sees=sees)
+    cache.copy_prefix(0, 1, 34)
+    history.copy(0, 1, 34)
+    run(cache, history, [*span(34, 36, 0), *span(34, 36, 1)], sees=sees)
 
 
 def test_scattered_cells(pieces):
