@@ -172,21 +172,25 @@ class PoolBuffers:
         except (AttributeError, TypeError):  # no arrays of this framework: the check names them
             return None
 
+    def whole(self, layer: int) -> Arrays:
+        """Return the buffers of a layer, to be read only. Raises: as :meth:`get`."""
+        layers = self._settled()
+        if layer not in layers:
+            raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
+        return layers[layer]
+
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
 
         Raises: KVCacheError for a layer that was never put.
         """
-        layers = self._settled()
-        if layer not in layers:
-            raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
+        buffers = self.whole(layer)
         start, stop = forward_pass.start, forward_pass.stop
         if start == 0 and stop == self.cells:
-            buffers = layers[layer]
             if self.backend.assignment_rebinds:
                 return tuple(buffer[...] for buffer in buffers)
             return buffers
-        read, buffers = self.backend.read_slice, layers[layer]
+        read = self.backend.read_slice
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
     def range(self, start: int, stop: int, padding: int) -> tuple[int, int]:
