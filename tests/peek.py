@@ -7,7 +7,10 @@ a change of the insides changes one file.
 
 from contextlib import contextmanager
 
+import numpy as np
+
 from kvcache.stores import NEVER
+from kvcache.stores.unlinking import Unlinking
 
 # Pools.
 
@@ -56,6 +59,23 @@ def unreached(cache):
 def forward_pass(cache):
     """The pass under way of a causal cache, or None."""
     return cache._pool.passes.current
+
+
+def reads(cache):
+    """The plan by which attention reads the cells of the pass under way."""
+    return cache._reads
+
+
+def poison(cache, cells, number):
+    """Fills cells of every layer with a number that no put would store, past all checks."""
+    pool = buffers(cache)
+    for layer, arrays in layers(cache).items():
+        filled = []
+        for array, axis in zip(arrays, pool._token_axes, strict=False):
+            host = pool.backend.to_host(array)
+            host[(slice(None),) * axis + (np.asarray(cells, int),)] = number
+            filled.append(pool.backend.from_host(host))
+        pool._layers[layer] = tuple(filled)
 
 
 def maybe_expired(cache):
@@ -195,7 +215,7 @@ def slots_of(owner):
 def writing(store, item):
     """Within, a store of files writes an item: its row is there, its file is not."""
     with store._directory.writing(item.key):
-        with store._changing(NEVER) as index:
-            assert store._reserve(index, item, item.nbytes) is None
+        with Unlinking() as unlinking, store._changing(NEVER) as index:
+            assert store._reserve(index, item, item.nbytes, unlinking) is None
         yield
     store._settle_soon(NEVER)

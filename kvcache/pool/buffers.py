@@ -171,6 +171,12 @@ class PoolBuffers:
         except (AttributeError, TypeError):  # no arrays of this framework: the check names them
             return None
 
+    def whole(self, layer: int) -> Arrays:
+        """Return the buffers of a layer, to be read only. Raises: as :meth:`get`."""
+        if layer not in (layers := self._settled()):
+            raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
+        return layers[layer]
+
     def get(self, layer: int, forward_pass: Pass) -> Arrays:
         """Return the arrays of the range of the pass, as views where the framework has views.
 
@@ -184,12 +190,6 @@ class PoolBuffers:
             return buffers
         read = self.backend.read_slice
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
-
-    def whole(self, layer: int) -> Arrays:
-        """Return the buffers of a layer. Raises: KVCacheError for a layer that was never put."""
-        if layer not in (layers := self._settled()):
-            raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
-        return layers[layer]
 
     # Removal from the middle.
 

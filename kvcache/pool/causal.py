@@ -28,6 +28,7 @@ from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
 from .ahead import TokensAhead, seen_ahead, tell_owners
+from .attention import as_scoring, attend, check_queries
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
@@ -41,6 +42,7 @@ from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .planning import Planned, PlanningCache
 from .programs import plan_current, plan_steps
+from .reads import Reads, plan_reads
 
 
 class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
@@ -89,6 +91,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         self._config: CacheConfig | None = None
         self._cell_pool: CellPool | None = None
         self._mask: Array | None = None
+        self._reads: Reads | None = None
         self._layer = 0
 
     # Before the first pass.
@@ -175,7 +178,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         begin = self._pool.prepare(batch, reserve, self)
 
         def commit() -> None:
-            self._mask = None  # made by the first get, for all layers of the pass
+            self._mask = self._reads = None  # made once for all layers of the pass
             begin()
 
         return commit
@@ -193,7 +196,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         forward_pass = self._pool.current_pass()
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
-            forward_pass.ahead, self._mask = ahead, None
+            forward_pass.ahead, self._mask, self._reads = ahead, None, None
             with self.lock:
                 tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
 
@@ -227,6 +230,27 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
                 visible = forward_pass.mask()
             self._mask = device_mask(pool.buffers.backend, pool.config.mask_dtype, visible)
         return arrays[0], arrays[1] if len(arrays) > 1 else None, self._mask
+
+    def attend(
+        self,
+        q: Array,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Array | None = None,
+    ) -> Array:
+        pool = self._pool
+        forward_pass, backend = pool.current_pass(), pool.buffers.backend
+        if self._layer not in forward_pass.put_layers:
+            raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
+        buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
+        tokens = int(forward_pass.cells.size)
+        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, tokens)
+        scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
+        if self._reads is None:
+            with self.lock:  # other threads may change sequences, and so the table, during a pass
+                self._reads = plan_reads(forward_pass, backend.read_costs)
+        return attend(backend, layouts, buffers, q, self._reads, scoring)
 
     # Programs.
 
@@ -349,7 +373,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), self._shallow_copy()
-        clone._mask = None
+        clone._mask = clone._reads = None
         with self.lock:  # other threads may change sequences meanwhile
             if self._cell_pool is not None:
                 clone._cell_pool = clone._copy_of(self._cell_pool, target)
@@ -375,7 +399,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
         def commit() -> None:
             spill()
-            self._cell_pool = self._mask = None
+            self._cell_pool = self._mask = self._reads = None
             pool.buffers.free()
 
         return commit

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from kvcache._types import Bools, Int32s
+from kvcache._types import Bools, Indices, Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import TracedIndex
 from kvcache.snapshots.visibility import Visibility
@@ -163,6 +163,23 @@ class Pass:
             return cells[first:last]
         find = self.table.find
         return self.table.cells_of(sequence)[find(sequence, start) : find(sequence, stop)]
+
+    def columns_of(self, sequence: int) -> tuple[Int32s, Callable[[Indices], Indices]]:
+        """Return the cells of a sequence by position, and a function from positions to columns.
+
+        It counts, for each of some positions, the cells of positions below.
+        """
+        cells, positions = self.detached.get(sequence, (None, None))
+        if cells is None or positions is None:
+            cells = self.table.cells_of(sequence)
+            positions = self.table.positions
+            first, last = (int(positions[cells[end]]) for end in (0, -1)) if cells.size else (0, -1)
+            if last - first == cells.size - 1:  # no gaps, as usual: no search
+                size = cells.size
+                return cells, lambda wanted: (wanted - first).clip(0, size)
+            positions = positions[cells]
+        held = positions
+        return cells, lambda wanted: np.searchsorted(held, wanted)
 
     def mask(self) -> Bools:
         """Return the mask, bool ``[tokens, stop - start]``, True = attend."""

@@ -16,6 +16,7 @@ import kvcache.errors
 import kvcache.functional
 import kvcache.prefix
 import kvcache.prefix.policies
+import kvcache.sizing
 import kvcache.testing
 
 pytestmark = pytest.mark.docs
@@ -37,6 +38,7 @@ PUBLIC = (
     kvcache.functional,
     kvcache.prefix,
     kvcache.prefix.policies,
+    kvcache.sizing,
     kvcache.testing,
 )
 OF_REFERENCE = {"AudioFileError", "ModelFileError", "UnsupportedModelError"}

@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 
 from .. import peek
+from .attention_oracle import attention
 
 LAYERS = 2
 """Layer 0 has keys and values, layer 1 only keys."""
@@ -187,6 +188,18 @@ def attended(backend, cache, layer):
     for mine in seen:
         np.testing.assert_array_equal(mine[1], mine[0] * [-1, 1])
     return [sorted((int(t), int(p)) for t, p in mine[0]) for mine in seen]
+
+
+def check_attention(backend, cache, expected):
+    """Attention of the layer of keys only is over ``(token, position)`` of each query's list."""
+    q = np.linspace(-1, 1, 4 * len(expected) * 2, dtype=np.float32).reshape(4, -1, 2)
+    cache.set_layer(1)
+    out = backend.to_host(cache.attend(backend.from_host(q), scale=0.01))
+    for i, visible in enumerate(expected):
+        keys, _ = rows(*zip(*visible, strict=True))
+        np.testing.assert_allclose(
+            out[:, i], attention(q[:, i], keys, keys, 0.01), rtol=1e-4, atol=1e-3
+        )
 
 
 def check_table(table):

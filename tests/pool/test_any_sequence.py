@@ -32,6 +32,7 @@ from kvcache import (
     NotSupportedError,
     WrapperCache,
 )
+from kvcache.backends.products import ReadCosts
 
 from .. import peek
 from .oracle import (
@@ -39,6 +40,7 @@ from .oracle import (
     Oracle,
     add_positions,
     attended,
+    check_attention,
     check_held,
     check_table,
     fingerprint,
@@ -90,6 +92,9 @@ class CacheMachine(RuleBasedStateMachine):
                 limits["shift"] = add_positions(self.backend)
             self.parts.append(CausalCache(**limits, page=self.page))
             self.oracles.append(Oracle(**sizes, padding=self.padding, page=self.page, **limits))
+        # Attention reads in many pieces or few: what it gives is the same.
+        self.backend = kvcache.get_backend(self.backend.spec)
+        self.backend.read_costs = data.draw(st.sampled_from([ReadCosts(1, 2, 1), ReadCosts(64, 9)]))
         self.cache = self.parts[0] if len(parts) == 1 else WrapperCache(*self.parts)
         self.cache.set_config(CacheConfig(padding=self.padding, mask_dtype=self.mask_dtype))
         self.cache.init(self.backend, **sizes)
@@ -201,6 +206,7 @@ class CacheMachine(RuleBasedStateMachine):
             ]
             for layer in range(LAYERS):
                 assert attended(self.backend, part, layer) == expected
+            check_attention(self.backend, part, expected)
 
     def check_range(self, part, sequences):
         """What get returns is the smallest padded range around the batch's sequences."""
