@@ -98,15 +98,20 @@ def config(cache):
     return cache._pool.config
 
 
+def units(table):
+    """What hands out cells of a table: its allocator, or that of its pages."""
+    return getattr(table.allocator, "pages", table.allocator)
+
+
 def free_stack(table):
-    """The stack of free cells of a table, and cells that were claimed since they were stacked."""
-    allocator = table.allocator
+    """The stack of free cells or pages of a table, and of those claimed since they were stacked."""
+    allocator = units(table)
     return allocator._stack[: allocator._top]
 
 
 def stacked(table):
-    """By cell: whether it lies on that stack."""
-    return table.allocator._stacked
+    """By cell or page: whether it lies on that stack."""
+    return units(table)._stacked
 
 
 # Encoders.
