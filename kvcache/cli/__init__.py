@@ -19,7 +19,18 @@ from rich.markup import escape
 
 import kvcache
 
-from . import backends, bench, chat, conformance, generate, simulate, transcribe, verify
+from . import (
+    backends,
+    bench,
+    chat,
+    conformance,
+    generate,
+    inspect,
+    plan,
+    simulate,
+    transcribe,
+    verify,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +42,8 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(simulate.simulate)
+app.command()(inspect.inspect)
+app.command()(plan.plan)
 app.command()(transcribe.transcribe)
 app.command()(backends.backends)
 app.command()(conformance.conformance)

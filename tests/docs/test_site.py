@@ -16,6 +16,7 @@ import kvcache.errors
 import kvcache.functional
 import kvcache.prefix
 import kvcache.prefix.policies
+import kvcache.sizing
 import kvcache.testing
 import kvcache.verify
 
@@ -38,6 +39,7 @@ PUBLIC = (
     kvcache.functional,
     kvcache.prefix,
     kvcache.prefix.policies,
+    kvcache.sizing,
     kvcache.testing,
     kvcache.verify,
 )

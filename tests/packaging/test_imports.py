@@ -37,6 +37,7 @@ def test_imports_run_one_way(installed):
         ("backends/_numpy.py", "from . import _torch", "one another only through base"),
         ("reference/__init__.py", "import kvcache.testing", "imports the conformance suite"),
         ("bench/harness/tables.py", "from kvcache.bench import append", "benchmarks know their"),
+        ("sizing/shape.py", "import kvcache.prefix", "imports run one way"),
         ("bench/step/run.py", "import kvcache.bench.plan.run", "benchmarks know their harness"),
         ("verify/cold.py", "import kvcache.verify.run", "targets know the bench"),
         ("layers/growing.py", "def late():\n    import torch.nn", "frameworks are imported by"),
