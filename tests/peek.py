@@ -7,6 +7,8 @@ a change of the insides changes one file.
 
 from contextlib import contextmanager
 
+import numpy as np
+
 from kvcache.stores import NEVER
 from kvcache.stores.unlinking import Unlinking
 
@@ -59,6 +61,23 @@ def forward_pass(cache):
     return cache._pool.passes.current
 
 
+def reads(cache):
+    """The plan by which attention reads the cells of the pass under way."""
+    return cache._reads
+
+
+def poison(cache, cells, number):
+    """Fills cells of every layer with a number that no put would store, past all checks."""
+    pool = buffers(cache)
+    for layer, arrays in layers(cache).items():
+        filled = []
+        for array, axis in zip(arrays, pool._token_axes, strict=False):
+            host = pool.backend.to_host(array)
+            host[(slice(None),) * axis + (np.asarray(cells, int),)] = number
+            filled.append(pool.backend.from_host(host))
+        pool._layers[layer] = tuple(filled)
+
+
 def maybe_expired(cache):
     """The sequences that were stored to since they were last trimmed."""
     return cache._pool.maybe_expired
@@ -79,15 +98,20 @@ def config(cache):
     return cache._pool.config
 
 
+def units(table):
+    """What hands out cells of a table: its allocator, or that of its pages."""
+    return getattr(table.allocator, "pages", table.allocator)
+
+
 def free_stack(table):
-    """The stack of free cells of a table, and cells that were claimed since they were stacked."""
-    allocator = table.allocator
+    """The stack of free cells or pages of a table, and of those claimed since they were stacked."""
+    allocator = units(table)
     return allocator._stack[: allocator._top]
 
 
 def stacked(table):
-    """By cell: whether it lies on that stack."""
-    return table.allocator._stacked
+    """By cell or page: whether it lies on that stack."""
+    return units(table)._stacked
 
 
 # Encoders.
