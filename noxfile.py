@@ -259,9 +259,9 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def adapters(session: nox.Session) -> None:
-    """All cells of the matrices of models under each library; tests_all runs a part of them."""
+    """All cells of the matrices of models and caches; tests_all runs a part of them."""
     env = installed(session, "everything")
-    env.pytest(str(ROOT / "tests" / "adapters"))
+    env.pytest(*(str(ROOT / "tests" / name) for name in ("adapters", "verify")))
 
 
 @nox.session(venv_backend="none", default=False)

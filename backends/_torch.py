@@ -14,12 +14,21 @@ import torch
 
 from kvcache.errors import UnknownBackendError
 
+from ._torch_attention import (
+    MASKED,
+    attend,
+    attend_to_runs,
+    attend_with_logarithm,
+    gives_logarithm,
+    is_square,
+)
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
+from .products import Result, Scoring, VisibleColumns
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -27,10 +36,10 @@ _CARRIERS = {
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2: torch.uint8,
 }
-# By dtype and number of arrays: a compiler of programs cannot trace how they are made.
+# By dtype, for keys alone and for keys with values: a compiler of programs cannot trace how they
+# are made.
 _SUBSTITUTES = {
-    getattr(torch, name): {count: substitutes(name, count) for count in (1, 2)}
-    for name in HOST_DTYPES
+    getattr(torch, name): (substitutes(name, 1), substitutes(name, 2)) for name in HOST_DTYPES
 }
 _FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
@@ -184,7 +193,8 @@ class TorchBackend(Backend):
         return np.array(bits.view(HOST_DTYPES[name]))
 
     def import_dlpack(self, array: object) -> NativeArray:
-        return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+        tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+        return tensor.to(self.device)  # itself if it is there
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # On CPU a look is cheap. Elsewhere it would wait for the device.
@@ -195,7 +205,9 @@ class TorchBackend(Backend):
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         kind = arrays[0].dtype
-        detached, numbers = [array.detach() for array in arrays], _SUBSTITUTES[kind][len(arrays)]
+        detached = [array.detach() for array in arrays]
+        numbers = _SUBSTITUTES[kind][min(len(arrays), 2) - 1]
+        numbers += numbers[1:] * (len(arrays) - 2)  # further arrays are like values
         if not numbers:
             return tuple(detached)
         if kind not in _FLOAT8:
@@ -242,6 +254,61 @@ class TorchBackend(Backend):
 
     def traced_range(self, stop: int) -> NativeArray:
         return torch.arange(stop, dtype=torch.int32, device=self.device)
+
+    def attention_of_runs(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        runs: Sequence[tuple[int, int]],
+    ) -> NativeArray:
+        if scoring.sinks is None and self._has_kernel(q, keys, values, scoring, None):
+            return attend_to_runs(q, keys, values, scoring.scale, runs)
+        return super().attention_of_runs(q, keys, values, scoring, runs)
+
+    def attention_size(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> int:
+        tokens = int(q.shape[1])
+        if not self._has_kernel(q, keys, values, scoring, visible):
+            return super().attention_size(q, keys, values, scoring, visible)
+        return tokens if visible is None or is_square(tokens, keys, visible) else MASKED
+
+    def attention_block(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> Result:
+        if not self._has_kernel(q, keys, values, scoring, visible):
+            return super().attention_block(q, keys, values, scoring, visible)
+        if scoring.log_sum_exp or scoring.sinks is not None:
+            return attend_with_logarithm(q, keys, values, scoring, visible)
+        return attend(q, keys, values, scoring.scale, visible), None
+
+    def _has_kernel(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> bool:
+        """Return whether a kernel of torch serves, which never holds all scores in memory."""
+        if scoring.softcap is not None or q.dtype != keys.dtype:
+            return False
+        if keys.shape[-1] != values.shape[-1]:
+            return False
+        plain = scoring.sinks is None and not scoring.log_sum_exp
+        return plain or gives_logarithm(q, visible)
 
     def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):

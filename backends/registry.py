@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from array_api_compat import is_array_api_obj
+
 from kvcache.errors import (
     BackendNotAvailableError,
     KVCacheError,
@@ -150,7 +152,7 @@ def backend_of(array: Array) -> Backend:
     name = _name_of(type(array))
     if name is not None:
         return _backend(name, _load(name).device_of(array))
-    if hasattr(array, "__array_namespace__"):
+    if is_array_api_obj(array):
         try:
             return _backend("array_api", type(array).__module__.partition(".")[0])
         except BackendNotAvailableError:

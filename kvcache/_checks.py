@@ -90,11 +90,20 @@ def _listed(values: object) -> object:
 
 def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
     try:
-        return np.asarray(values)
-    except Exception as error:  # nested lists, an array that is not on the host, a tracer
+        return _read(values)
+    except Exception as error:  # nested lists of unequal lengths, a tracer
         raise ValueError(
             f"{name} must be a list of integers on the host; got {reprlib.repr(values)}."
         ) from error
+
+
+def _read(values: object) -> npt.NDArray[np.generic]:
+    try:
+        return np.asarray(values)
+    except TypeError:  # NumPy reads no memory of another device
+        if not hasattr(values, "tolist"):
+            raise
+        return np.asarray(values.tolist())
 
 
 def as_budget(value: SupportsIndex | None, unit: str) -> int | None:

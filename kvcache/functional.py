@@ -45,7 +45,8 @@ from kvcache._checks import as_limit, as_sizes
 from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.new_states import empty, empty_recurrent, empty_ring, select
-from kvcache.layers.state import LayerState, RecurrentState, RingState
+from kvcache.layers.state import LayerState, RecurrentState, RingState, with_fields
+from kvcache.pool.layouts import paged
 from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
 from kvcache.snapshots.visibility import Visibility
 
@@ -64,6 +65,7 @@ __all__ = [
     "get",
     "get_states",
     "mask",
+    "pages",
     "put",
     "put_states",
     "select",
@@ -115,6 +117,31 @@ def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array |
         for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False)
     ]
     return history[0], history[1] if len(history) > 1 else None, plan.mask
+
+
+def pages(state: PoolState, plan: ForwardPlan, layer: int, page: int) -> tuple[Array, Array | None]:
+    """Return keys and values of a layer in pages of `page` cells, those of the cache.
+
+    ``[pages, page, kv_heads, head_dim]`` of a cache in layout ``"thd"``, ``[pages, kv_heads, page,
+    head_dim]`` of one in ``"htd"``. Which pages to read, :meth:`CausalCache.block_table` tells.
+    Values are None for a layer of keys only.
+
+    Raises: while it is traced, KVCacheError for a layer without buffers, NotSupportedError for
+        another layout, ShapeError for a page that does not divide the pool.
+    """
+    backend = backend_type(plan.mask)
+    buffers = _layer(state, layer)
+    split = [
+        paged(
+            backend.xp,
+            backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype),
+            axis,
+            page,
+        )
+        for buffer, like in zip(buffers, plan.prototypes, strict=False)
+        for axis in (_token_axis(like),)
+    ]
+    return split[0], split[1] if len(split) > 1 else None
 
 
 def get_states(state: PoolState, plan: StatePlan, layer: int) -> tuple[Array, ...]:
@@ -184,7 +211,8 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
             )
         start = state.slot
     write = backend_type(keys).traced_append
-    appended = state._replace(
+    appended = with_fields(
+        state,
         keys=write(state.keys, keys, start, axis),
         values=write(state.values, values, start, axis),
         offset=state.offset + tokens,
@@ -192,7 +220,7 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     if isinstance(appended, RingState):
         appended = _turned(appended)
     else:
-        appended = appended._replace(written=appended.written + tokens)
+        appended = with_fields(appended, written=appended.written + tokens)
     return appended, _whole(appended.keys, keys, axis), _whole(appended.values, values, axis)
 
 
@@ -204,7 +232,8 @@ def _turned(state: RingState) -> RingState:
     # From the last slot the ring continues at the first one without a sink. Arithmetic, because a
     # traced value cannot be compared in an `if`: `wraps` is 0, or 1 after the last slot.
     wraps = next_slot // state.size
-    return state._replace(
+    return with_fields(
+        state,
         positions=write(state.positions, latest, state.slot, 0),
         slot=next_slot - wraps * (state.size - state.sinks),
     )
@@ -220,7 +249,7 @@ def trim(state: LayerState, tokens: int | Array) -> LayerState:
     """
     if not isinstance(state, LayerState):
         raise TrimError("a ring cannot go back in a program. Use checkpoint() before the export.")
-    return state._replace(offset=state.offset - tokens)
+    return with_fields(state, offset=state.offset - tokens)
 
 
 def advance(state: RecurrentState, tokens: int, *arrays: Array) -> RecurrentState:
@@ -237,7 +266,7 @@ def advance(state: RecurrentState, tokens: int, *arrays: Array) -> RecurrentStat
     dtypes, kept = ([array.dtype for array in each] for each in (arrays, state.arrays))
     if dtypes != kept:
         raise DTypeError(f"a state keeps its dtypes, {kept}; got {dtypes}. Cast the arrays.")
-    return state._replace(arrays=arrays, offset=state.offset + count)
+    return with_fields(state, arrays=arrays, offset=state.offset + count)
 
 
 def mask(state: AnyState, tokens: int, window: int | None = None, *, ahead: bool = False) -> Array:

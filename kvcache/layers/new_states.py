@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, SupportsIndex, TypeVar, cast
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -13,9 +13,8 @@ from kvcache.errors import DTypeError, NotSupportedError, ShapeError
 from kvcache.storage.layout import LAYER_AXIS
 
 from .padding import as_padding, check_padding
-from .state import LayerState, RecurrentState, RingState
+from .state import BatchState, LayerState, RecurrentState, RingState, with_fields
 
-BatchState = TypeVar("BatchState", bound=LayerState | RingState | RecurrentState)
 NO_OWNER = -1
 """Number of states that no cache exported."""
 EMPTY_SLOT = -1
@@ -218,7 +217,7 @@ def select(state: BatchState, rows: Array) -> BatchState:
 
     if isinstance(state, RecurrentState):
         arrays = tuple(map(selected, state.arrays))
-        return cast("BatchState", state._replace(arrays=arrays))
+        return with_fields(state, arrays=arrays)
     padding = selected(state.padding) if state.padding.shape[0] else state.padding
     keys, values = selected(state.keys), selected(state.values)
-    return cast("BatchState", state._replace(keys=keys, values=values, padding=padding))
+    return with_fields(state, keys=keys, values=values, padding=padding)

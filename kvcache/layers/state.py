@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from kvcache.backends import Array
 
@@ -71,3 +72,16 @@ class RecurrentState(NamedTuple):
     """int32 []: tokens seen; the position of the next one."""
     owner: Array
     """int32 []: number of the export, by which :meth:`StateCache.import_state` knows its states."""
+
+
+BatchState = TypeVar("BatchState", bound=LayerState | RingState | RecurrentState)
+
+
+def with_fields(state: BatchState, **fields: Array | tuple[Array, ...]) -> BatchState:
+    """Return `state` with `fields` in place of its own; in programs, too.
+
+    For ``_replace``, of which torch 2.11 compiles an empty tuple.
+    """
+    make: Callable[..., BatchState] = type(state)
+    own = zip(state._fields, state, strict=True)
+    return make(*[fields.get(name, value) for name, value in own])

@@ -61,5 +61,5 @@ def _groups(tokens: TokensAhead) -> list[Sequence[int]] | None:
     items: object = tokens
     if not isinstance(items, Sequence):
         return None
-    groups = [item for item in items if np.asarray(item).ndim == 1]
+    groups = [item for item in items if np.ndim(item) == 1]
     return groups if groups and len(groups) == len(items) else None

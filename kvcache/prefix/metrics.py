@@ -30,6 +30,32 @@ GAUGES = {
     "resident": "Bytes stored in the memory of the cache",
     "spans": "Spans stored",
 }
+STORE_COUNTERS = {
+    "written": "Pages that the store has taken",
+    "dropped": "Pages not put, as too many waited, or the store did not take them",
+    "fetched": "Pages read, decoded and checked",
+    "fetched_tokens": "Prompt tokens restored from the store",
+    "missed": "Requests for which the store had nothing more than memory",
+    "failed": "Pages that were damaged, or of other caches",
+    "late": "Requests that began without an answer of the store",
+    "gated": "Requests for which computing was estimated to be faster",
+}
+STORE_GAUGES = {
+    "bytes_per_second": "Measured speed of the store",
+    "seconds_per_token": "Measured time to compute a prompt token",
+}
+"""Left out until there is a measurement."""
+CALL_COUNTERS = {
+    "hits": "Values read",
+    "misses": "Keys read without a value",
+    "corrupt": "Values that were damaged",
+    "unavailable": "Keys without an answer",
+    "refused": "Values not taken",
+    "evicted": "Entries removed for the budget of the store",
+    "bytes_read": "Bytes of values read",
+    "bytes_written": "Bytes of values written, or there before",
+}
+"""Of the store object, which others may use as well."""
 
 
 def register_metrics(
@@ -38,6 +64,7 @@ def register_metrics(
     """Add the statistics of `prefix` to a Prometheus registry; return their collector.
 
     registry: of prometheus_client, its default one if None. name: beginning of all metrics' names.
+    Those of a store behind it follow, with ``_store`` added to `name`.
 
     Raises: BackendNotAvailableError without the package prometheus_client; TypeError for no
         prefix cache or registry, ValueError for a name that Prometheus refuses or has already.
@@ -61,13 +88,21 @@ def register_metrics(
             "metrics need prometheus_client. Install it: pip install 'kvcache[metrics]'."
         ) from error
 
+    def metrics(begin: str, stats: object, kind: type, texts: dict[str, str]) -> Iterator[Metric]:
+        values = {field: getattr(stats, field) for field in texts}
+        for field, value in values.items():
+            if value is not None:
+                yield kind(f"{begin}_{field}", texts[field], value=value)
+
     class StatsCollector:
         def collect(self) -> Iterator[Metric]:
-            stats = prefix.stats
-            for field, text in COUNTERS.items():
-                yield CounterMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
-            for field, text in GAUGES.items():
-                yield GaugeMetricFamily(f"{name}_{field}", text, value=getattr(stats, field))
+            stats, store = prefix.stats, f"{name}_store"
+            yield from metrics(name, stats, CounterMetricFamily, COUNTERS)
+            yield from metrics(name, stats, GaugeMetricFamily, GAUGES)
+            if stats.store is not None:
+                yield from metrics(store, stats.store, CounterMetricFamily, STORE_COUNTERS)
+                yield from metrics(store, stats.store, GaugeMetricFamily, STORE_GAUGES)
+                yield from metrics(store, stats.store.store, CounterMetricFamily, CALL_COUNTERS)
 
     # Read when it is scraped: the prefix cache pushes nothing.
     collector = StatsCollector()

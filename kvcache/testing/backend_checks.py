@@ -372,7 +372,9 @@ def dlpack_from_numpy(backend: Backend, dtype: str) -> None:
     except (BufferError, TypeError, RuntimeError):
         # NumPy has no DLPack type for bfloat16 and float8: the fault is not the backend's.
         return
-    same(backend.to_host(backend.from_dlpack(source)), source)
+    array = backend.from_dlpack(source)
+    assert backend.owns(array), f"the array is not on {backend.spec}"
+    same(backend.to_host(array), source)
 
 
 @check

@@ -109,16 +109,16 @@ def _stored(backend: Backend, pair: Arrays, cells: list[int]) -> list[HostArray]
 
 @check
 def programs_store_finite_numbers(backend: Backend, dtype: str) -> None:
-    """Replace in a program what a put replaces, whatever the layout of the values."""
+    """Replace in a program what a put replaces, whatever the layout and number of arrays."""
     keys = np.ones((2, 4, 3), HOST_DTYPES[dtype])
     if "float" in dtype:
         keys[1, 2, 0] = np.nan
-    for axes in ((1, 1), (1, 2)):
-        values = np.ones((2, 4, 3) if axes[1] == 1 else (2, 3, 4), HOST_DTYPES[dtype])
-        pair = backend.from_host(keys), backend.from_host(values)
-        expected = backend.replace_nonfinite(pair, axes)
+    for axes in ((1,), (1, 1), (1, 2), (1, 1, 1)):
+        others = [np.ones((2, 4, 3) if axis == 1 else (2, 3, 4), keys.dtype) for axis in axes[1:]]
+        arrays = tuple(map(backend.from_host, [keys, *others]))
+        expected = backend.replace_nonfinite(arrays, axes)
         for array, replaced in zip(
-            backend.traced_replace_nonfinite(pair, axes), expected, strict=True
+            backend.traced_replace_nonfinite(arrays, axes), expected, strict=True
         ):
             host = backend.to_host(array)
             same(host, backend.to_host(replaced))

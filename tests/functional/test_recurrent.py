@@ -351,7 +351,9 @@ def hybrid_step(states, plans, x):
     for pool, plan in zip(pools, passes, strict=True):
         written = functional.put(pool, plan, 0, x[None, :, :], x[None, :, :])
         keys, _, mask = functional.get(written, plan, 0)
-        x = x + 0.1 * (mask + 0 * x[:, :1]) @ keys[0, :, :]  # the mask, as numbers
+        weights = mask + 0 * x[:, :1]  # the mask, as numbers
+        # No matrix product: on a GPU it may be of less than float32.
+        x = x + 0.1 * (weights[:, :, None] * keys[0, :, :][None]).sum(1)
         after.append(written)
     return (recurrent, *after), x
 

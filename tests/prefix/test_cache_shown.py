@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 import kvcache
 from kvcache import BackendNotAvailableError
 from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
+from kvcache.prefix.metrics import CALL_COUNTERS, STORE_COUNTERS, STORE_GAUGES
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.render import render
 from kvcache.prefix.spans import Span
+from kvcache.stores import MemoryStore
 
 from .served import Pool, Server
 
@@ -420,6 +422,28 @@ def test_metrics_are_the_statistics():
         assert f"# TYPE mine_{field} gauge" in text
     registry.unregister(collector)
     assert not client.generate_latest(registry)
+
+
+def test_metrics_of_a_store():
+    client = pytest.importorskip("prometheus_client")
+    store, registry = MemoryStore(), client.CollectorRegistry()
+    for number in range(2):
+        server = server_of(store=store, namespace="tiny", page_tokens=4)
+        register_metrics(server.prefix, registry, f"mine{number}")
+        text = client.generate_latest(registry).decode()
+        assert f"mine{number}_store_bytes_per_second " not in text, "not measured yet"
+        run(server, LONG)
+        server.prefix.flush()
+    text, stats = client.generate_latest(registry).decode(), server.prefix.stats.store
+    assert stats.fetched_tokens == 39
+    for field in STORE_COUNTERS:
+        assert f"\nmine1_store_{field}_total {float(getattr(stats, field))}\n" in text
+    for field in STORE_GAUGES:
+        assert registry.get_sample_value(f"mine1_store_{field}") == getattr(stats, field)
+    for field in CALL_COUNTERS:
+        assert f"\nmine1_store_{field}_total {float(getattr(stats.store, field))}\n" in text
+    server.prefix.close()
+    assert "mine1_store" not in client.generate_latest(registry).decode()
 
 
 def test_metrics_in_the_default_registry():
