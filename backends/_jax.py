@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kvcache.errors import UnknownBackendError
 
 from ._jax_append import appender
+from ._jax_attention import JaxAttention
 from .arguments import checked_device, refuse_traced
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend, FastKey, P, R
@@ -46,7 +47,7 @@ _BITS = {"bfloat16": np.dtype("uint16")} | dict.fromkeys(
 )
 
 
-class JaxBackend(Backend):
+class JaxBackend(JaxAttention, Backend):
     """Buffers are donated to each write: using an old one afterwards raises in JAX.
 
     A live NumPy or DLPack view of a buffer makes XLA copy it instead of reusing it: correct,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -20,6 +21,7 @@ from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replace_floats
+from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 
 _NAMES = {
     "float32": mx.float32,
@@ -48,11 +50,16 @@ class MlxBackend(Backend):
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
         self.device, *_ = self.devices()
+        if self.device == "cpu":  # bound by arithmetic there, so that fewer reads gain nothing
+            self.read_costs = ReadCosts(shared=NEVER, run=512)
         if device not in (None, self.device):
             raise BackendNotAvailableError(
                 f"MLX computes on its default device, {self.device!r}; got {device!r}. "
                 "Change it with mlx.core.set_default_device."
             )
+
+    # Results to be merged come from a slower product than the kernel.
+    read_costs = ReadCosts(shared=4096, run=512)
 
     @staticmethod
     def devices() -> list[str]:
@@ -131,7 +138,7 @@ class MlxBackend(Backend):
         async_eval(*arrays)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
-        return mx.take(buffer, mx.array(index), axis=axis)
+        return _take_rows(buffer, mx.array(index), axis)
 
     def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, stop))]
@@ -196,6 +203,38 @@ class MlxBackend(Backend):
     ) -> NativeArray:
         return mx.take(buffer, index, axis=axis)
 
+    def attention_size(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> int:
+        if self.device == "cpu" or not _has_kernel(q, keys, scoring):
+            return super().attention_size(q, keys, values, scoring, visible)
+        return int(q.shape[1])  # the kernels of other devices hold no scores in memory
+
+    def attention_block(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> Result:
+        if not _has_kernel(q, keys, scoring):
+            return super().attention_block(q, keys, values, scoring, visible)
+        mask: NativeArray = None
+        if visible is not None:
+            columns = int(keys.shape[1])
+            mask = "causal" if visible.causal(columns) else mx.array(visible.mask(columns))
+        sinks = None if scoring.sinks is None else scoring.sinks.astype(q.dtype)
+        out = mx.fast.scaled_dot_product_attention(
+            q[None], keys[None], values[None], scale=scoring.scale, mask=mask, sinks=sinks
+        )
+        return out[0], None
+
     def sync(self, *arrays: NativeArray) -> None:
         mx.eval(*arrays)
 
@@ -207,6 +246,11 @@ class _Counter(threading.local):
 
 
 _counter = _Counter()
+
+
+def _has_kernel(q: NativeArray, keys: NativeArray, scoring: Scoring) -> bool:
+    """Return whether a kernel of MLX computes attention like this."""
+    return scoring.softcap is None and not scoring.log_sum_exp and q.dtype == keys.dtype
 
 
 def _is_finite(array: NativeArray) -> NativeArray:
@@ -256,6 +300,19 @@ def _put_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: 
     shape[axis] = -1
     positions = mx.broadcast_to(index.reshape(shape), rows.shape)
     return mx.put_along_axis(buffer, positions, rows, axis)
+
+
+def _take_rows(buffer: NativeArray, index: NativeArray, axis: int) -> NativeArray:
+    """Return the rows at `index` of `axis`, compact: MLX would put that axis first in memory.
+
+    Attention over such an array takes five times as long.
+    """
+    if not axis:
+        return mx.take(buffer, index, axis=0)
+    lead, rest = buffer.shape[:axis], buffer.shape[axis + 1 :]
+    starts = mx.arange(math.prod(lead))[:, None] * buffer.shape[axis]
+    rows = mx.take(buffer.reshape(-1, *rest), (starts + index).reshape(-1), axis=0)
+    return rows.reshape(*lead, index.shape[0], *rest)
 
 
 def _is_run(index: HostArray) -> bool:

@@ -14,12 +14,21 @@ import torch
 
 from kvcache.errors import UnknownBackendError
 
+from ._torch_attention import (
+    MASKED,
+    attend,
+    attend_to_runs,
+    attend_with_logarithm,
+    gives_logarithm,
+    is_square,
+)
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
+from .products import Result, Scoring, VisibleColumns
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -245,6 +254,61 @@ class TorchBackend(Backend):
 
     def traced_range(self, stop: int) -> NativeArray:
         return torch.arange(stop, dtype=torch.int32, device=self.device)
+
+    def attention_of_runs(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        runs: Sequence[tuple[int, int]],
+    ) -> NativeArray:
+        if scoring.sinks is None and self._has_kernel(q, keys, values, scoring, None):
+            return attend_to_runs(q, keys, values, scoring.scale, runs)
+        return super().attention_of_runs(q, keys, values, scoring, runs)
+
+    def attention_size(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> int:
+        tokens = int(q.shape[1])
+        if not self._has_kernel(q, keys, values, scoring, visible):
+            return super().attention_size(q, keys, values, scoring, visible)
+        return tokens if visible is None or is_square(tokens, keys, visible) else MASKED
+
+    def attention_block(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> Result:
+        if not self._has_kernel(q, keys, values, scoring, visible):
+            return super().attention_block(q, keys, values, scoring, visible)
+        if scoring.log_sum_exp or scoring.sinks is not None:
+            return attend_with_logarithm(q, keys, values, scoring, visible)
+        return attend(q, keys, values, scoring.scale, visible), None
+
+    def _has_kernel(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None,
+    ) -> bool:
+        """Return whether a kernel of torch serves, which never holds all scores in memory."""
+        if scoring.softcap is not None or q.dtype != keys.dtype:
+            return False
+        if keys.shape[-1] != values.shape[-1]:
+            return False
+        plain = scoring.sinks is None and not scoring.log_sum_exp
+        return plain or gives_logarithm(q, visible)
 
     def sync(self, *arrays: NativeArray) -> None:
         if not self.device.startswith("cpu"):

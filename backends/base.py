@@ -21,6 +21,7 @@ from kvcache.errors import BoundsError, DTypeError, ShapeError, UnknownBackendEr
 
 from .arguments import check_dtype, fitting, host_index, root_modules
 from .arrays import Array, Arrays, DType, HostArray
+from .attention import AttentionHooks
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .indexing import Axes, axes_of
@@ -34,7 +35,7 @@ FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
 """Type, shape, and anything else that must match for two updates to be alike."""
 
 
-class Backend(ProgramForms, TracedFunctions):
+class Backend(AttentionHooks, ProgramForms, TracedFunctions):
     """One array framework on one device.
 
     Public primitives check their arguments on the host and raise before anything is

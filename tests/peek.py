@@ -7,7 +7,10 @@ a change of the insides changes one file.
 
 from contextlib import contextmanager
 
+import numpy as np
+
 from kvcache.stores import NEVER
+from kvcache.stores.unlinking import Unlinking
 
 # Pools.
 
@@ -58,6 +61,23 @@ def forward_pass(cache):
     return cache._pool.passes.current
 
 
+def reads(cache):
+    """The plan by which attention reads the cells of the pass under way."""
+    return cache._reads
+
+
+def poison(cache, cells, number):
+    """Fills cells of every layer with a number that no put would store, past all checks."""
+    pool = buffers(cache)
+    for layer, arrays in layers(cache).items():
+        filled = []
+        for array, axis in zip(arrays, pool._token_axes, strict=False):
+            host = pool.backend.to_host(array)
+            host[(slice(None),) * axis + (np.asarray(cells, int),)] = number
+            filled.append(pool.backend.from_host(host))
+        pool._layers[layer] = tuple(filled)
+
+
 def maybe_expired(cache):
     """The sequences that were stored to since they were last trimmed."""
     return cache._pool.maybe_expired
@@ -78,15 +98,20 @@ def config(cache):
     return cache._pool.config
 
 
+def units(table):
+    """What hands out cells of a table: its allocator, or that of its pages."""
+    return getattr(table.allocator, "pages", table.allocator)
+
+
 def free_stack(table):
-    """The stack of free cells of a table, and cells that were claimed since they were stacked."""
-    allocator = table.allocator
+    """The stack of free cells or pages of a table, and of those claimed since they were stacked."""
+    allocator = units(table)
     return allocator._stack[: allocator._top]
 
 
 def stacked(table):
-    """By cell: whether it lies on that stack."""
-    return table.allocator._stacked
+    """By cell or page: whether it lies on that stack."""
+    return units(table)._stacked
 
 
 # Encoders.
@@ -190,7 +215,31 @@ def slots_of(owner):
 def writing(store, item):
     """Within, a store of files writes an item: its row is there, its file is not."""
     with store._directory.writing(item.key):
-        with store._changing(NEVER) as index:
-            assert store._reserve(index, item, item.nbytes) is None
+        with Unlinking() as unlinking, store._changing(NEVER) as index:
+            assert store._reserve(index, item, item.nbytes, unlinking) is None
         yield
     store._settle_soon(NEVER)
+
+
+# Stores behind prefix caches.
+
+
+def fetching(prefix):
+    """The queue of a prefix cache for what is being fetched."""
+    return prefix._requests.store_link.tier._fetcher.queue
+
+
+def fill_queue(prefix, job):
+    """Let a job take all the room of the queue for what is to be put into the store."""
+    queue = prefix._requests.store_link.tier._writer.queue
+    assert queue.submit(job, queue._limit)
+
+
+def cost_gate(prefix):
+    """The measured costs of a prefix cache and its store."""
+    return prefix._requests.store_link.tier.record.gate
+
+
+def make_older(gate, seconds):
+    """Let the measurement of a store be so many seconds older."""
+    gate._measured -= seconds

@@ -18,6 +18,8 @@ from kvcache.bench.state.report import StateReport, StateTiming
 from kvcache.bench.state.run import run_state
 from kvcache.bench.step.report import StepReport, StepTiming
 from kvcache.bench.step.run import run_step
+from kvcache.bench.store.report import StoreReport, StoreTiming
+from kvcache.bench.store.run import run_store
 
 __all__ = [
     "CAPACITIES",
@@ -39,6 +41,8 @@ __all__ = [
     "StateTiming",
     "StepReport",
     "StepTiming",
+    "StoreReport",
+    "StoreTiming",
     "Timing",
     "Verdict",
     "installed_backends",
@@ -48,5 +52,6 @@ __all__ = [
     "run_prefix",
     "run_state",
     "run_step",
+    "run_store",
     "toy_model",
 ]

@@ -19,7 +19,18 @@ from rich.markup import escape
 
 import kvcache
 
-from . import backends, bench, chat, conformance, generate, simulate, transcribe
+from . import (
+    backends,
+    bench,
+    chat,
+    conformance,
+    generate,
+    inspect,
+    plan,
+    simulate,
+    transcribe,
+    verify,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,9 +42,12 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(simulate.simulate)
+app.command()(inspect.inspect)
+app.command()(plan.plan)
 app.command()(transcribe.transcribe)
 app.command()(backends.backends)
 app.command()(conformance.conformance)
+app.command("verify")(verify.verify_command)
 app.add_typer(bench.bench_app, name="bench")
 
 

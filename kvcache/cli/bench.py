@@ -20,12 +20,17 @@ from kvcache.bench import (
     run_prefix,
     run_state,
     run_step,
+    run_store,
     toy_model,
 )
 from kvcache.bench.diffusion.run import FEWEST_STEPS, SAMPLES, STEPS
 from kvcache.bench.diffusion.run import ROUNDS as DIFFUSION_ROUNDS
 from kvcache.bench.harness import timing
 from kvcache.bench.harness.report import MeasuredTiming, Report
+from kvcache.bench.store.run import ROUNDS as STORE_ROUNDS
+
+from .console import check_folder
+from .units import as_bytes
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure ours against others, in one run.")
 
@@ -238,6 +243,31 @@ def step(
             rounds,
             progress,
             program,
+        )
+    _show(report, json)
+
+
+@bench_app.command()
+def store(
+    sizes: Annotated[str, typer.Option(help="Of values, comma-separated.")] = "1M,32M",
+    directory: Annotated[
+        Path | None, typer.Option(help="An existing one for files; default: a temporary one.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of every contestant.")] = STORE_ROUNDS,
+    json: Json = None,
+) -> None:
+    """Measure how fast values go into stores and out of them.
+
+    MemoryStore, FileStore and RedisStore, beside what the machine does without a store: a copy in
+    memory, a plain file, and one TCP stream over loopback. A redis-server and a valkey-server are
+    started for RedisStore, where there are such programs. Example:
+
+    [bold]kvcache bench store --sizes 32M --directory /dev/shm[/]
+    """
+    check_folder("--json", json)
+    with _bar() as progress:
+        report = run_store(
+            [as_bytes("--sizes", size) for size in _list(sizes)], rounds, directory, progress
         )
     _show(report, json)
 

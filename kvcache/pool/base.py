@@ -17,6 +17,7 @@ from kvcache.snapshots.rows import exchange
 from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 
 from .ahead import TokensAhead
+from .attention_calls import AttentionCalls
 from .batch import Batch
 from .owned import Commit, OwnedCache
 from .owners import Owners
@@ -25,13 +26,14 @@ from .state_calls import StateCalls
 C = TypeVar("C", bound="Cache")
 
 
-class Cache(StateCalls, OwnedCache):
+class Cache(AttentionCalls, StateCalls, OwnedCache):
     """Keys and values of many sequences, for all layers of a model.
 
-    The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`get` for each
-    layer; the runner calls everything else. Every change happens as a whole, or raises and
-    changes nothing. Changes have two halves for that: a ``prepare_`` method checks and may raise,
-    the commit that it returns cannot fail. A wrapper prepares all its caches, then commits.
+    The model chooses the cache and calls :meth:`set_layer`, :meth:`put` and :meth:`attend` (or
+    :meth:`get`) for each layer; the runner calls everything else. Every change happens as a whole,
+    or raises and changes nothing. Changes have two halves for that: a ``prepare_`` method checks
+    and may raise, the commit that it returns cannot fail. A wrapper prepares all its caches, then
+    commits.
 
     A subclass calls ``super().__init__()``.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Self
@@ -27,6 +28,7 @@ from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
 from .ahead import TokensAhead, seen_ahead, tell_owners
+from .attention import as_scoring, attend, check_queries
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
@@ -34,13 +36,16 @@ from .edits import prepare_copy, prepare_removal
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .owned import Commit
+from .page_calls import PageCalls
+from .paged_table import as_page, new_table
 from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .planning import Planned, PlanningCache
 from .programs import plan_current, plan_steps
+from .reads import Reads, plan_reads
 
 
-class CausalCache(PlanningCache[ForwardPlan, PoolState]):
+class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
     """Causal attention over many sequences, within an optional window or chunk.
 
     window: a token sees itself and the ``window - 1`` tokens before it; None, or a number beyond
@@ -52,6 +57,9 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         the middle of a sequence is removed; None: not supported. Shifts of a key add up: it is
         given the key as it was put, and its whole way from there, so that it is rounded once. For
         that, the first removal from the middle allocates a second buffer of keys for each layer.
+
+    page: cells handed out together, a power of two: the tokens of a sequence fill pages in order,
+        as kernels for paged attention read them (:meth:`block_table`). 1: any free cells.
 
     Sequences with a common prefix share its cells, as in llama.cpp's unified KV cache.
 
@@ -71,6 +79,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         memory: int | None = None,
         chunk: int | None = None,
         shift: Shift | None = None,
+        page: int = 1,
     ) -> None:
         super().__init__()
         self.window = as_limit(window, "window")
@@ -78,9 +87,11 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         self.memory = as_tokens_or_none(memory, "memory")
         self.chunk = as_limit(chunk, "chunk")
         self.shift = shift
+        self.page = as_page(page)
         self._config: CacheConfig | None = None
         self._cell_pool: CellPool | None = None
         self._mask: Array | None = None
+        self._reads: Reads | None = None
         self._layer = 0
 
     # Before the first pass.
@@ -105,10 +116,9 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         target = get_backend(backend)
         config = self._config or target.config
         retained = tokens_retained(self.window, self.memory, max_sequences, capacity)
-        per_pass = capacity * max_sequences if retained is None else max_batch
-        cells = cells_of(max_sequences, retained, per_pass, config.padding)
+        cells = cells_of(max_sequences, capacity, max_batch, retained, self.page, config.padding)
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
-        table = CellTable(cells, max_sequences)
+        table = new_table(cells, max_sequences, self.page)
         self._cell_pool = self._pool_of(table, buffers, config, retained, self.lock)
         self.owners.all_gone()
 
@@ -168,7 +178,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         begin = self._pool.prepare(batch, reserve, self)
 
         def commit() -> None:
-            self._mask = None  # made by the first get, for all layers of the pass
+            self._mask = self._reads = None  # made once for all layers of the pass
             begin()
 
         return commit
@@ -186,7 +196,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         forward_pass = self._pool.current_pass()
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
-            forward_pass.ahead, self._mask = ahead, None
+            forward_pass.ahead, self._mask, self._reads = ahead, None, None
             with self.lock:
                 tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
 
@@ -220,6 +230,27 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
                 visible = forward_pass.mask()
             self._mask = device_mask(pool.buffers.backend, pool.config.mask_dtype, visible)
         return arrays[0], arrays[1] if len(arrays) > 1 else None, self._mask
+
+    def attend(
+        self,
+        q: Array,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Array | None = None,
+    ) -> Array:
+        pool = self._pool
+        forward_pass, backend = pool.current_pass(), pool.buffers.backend
+        if self._layer not in forward_pass.put_layers:
+            raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
+        buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
+        tokens = int(forward_pass.cells.size)
+        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, tokens)
+        scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
+        if self._reads is None:
+            with self.lock:  # other threads may change sequences, and so the table, during a pass
+                self._reads = plan_reads(forward_pass, backend.read_costs)
+        return attend(backend, layouts, buffers, q, self._reads, scoring)
 
     # Programs.
 
@@ -342,7 +373,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), self._shallow_copy()
-        clone._mask = None
+        clone._mask = clone._reads = None
         with self.lock:  # other threads may change sequences meanwhile
             if self._cell_pool is not None:
                 clone._cell_pool = clone._copy_of(self._cell_pool, target)
@@ -351,7 +382,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
     def _copy_of(self, pool: CellPool, target: Backend) -> CellPool:
         """Return a copy of `pool` on `target`, with the lock of this cache."""
         config = self._config or target.config
-        cells = round_up(pool.table.cells, config.padding)
+        cells = round_up(pool.table.cells, math.lcm(config.padding, self.page))
         table = pool.table.copy(cells)
         pool.pins.unpin_in_copy(table)  # snapshots keep cells of that cache, not of its copy
         pool.passes.leave_out(table)
@@ -368,7 +399,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
 
         def commit() -> None:
             spill()
-            self._cell_pool = self._mask = None
+            self._cell_pool = self._mask = self._reads = None
             pool.buffers.free()
 
         return commit

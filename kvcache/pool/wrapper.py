@@ -138,6 +138,16 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
     def get(self) -> tuple[Array, Array | None, Array | None]:
         return self.underlying_cache.get()
 
+    def attend(
+        self,
+        q: Array,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Array | None = None,
+    ) -> Array:
+        return self.underlying_cache.attend(q, scale=scale, softcap=softcap, sinks=sinks)
+
     @property
     def runs(self) -> tuple[Run, ...]:
         return self.underlying_cache.runs

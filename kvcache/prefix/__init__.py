@@ -1,10 +1,20 @@
 """Prefix reuse: the common beginning of requests, computed once.
 
 ``cache``       the prefix cache, over any cache
+``requests``    how requests begin and end
 ``session``     one request, from its prompt to its last token
 ``sequences``   sequences for sessions, in a pool or in per-layer caches
 ``arguments``   checks of what comes in
 ``media``       images and sounds in prompts
+``kept``        the spans of one prefix cache
+``store_link``  fetched pages as spans, and spans as pages
+``tiers``       the store behind a prefix cache
+``fetching``    pages on their way from it
+``writing_behind``  pages on their way to it
+``paging``      pages cut out of snapshots, and put together
+``costs``       whether fetching beats computing
+``background``  threads with a bounded queue
+``tier_stats``  totals of the store
 ``stored``      snapshots as payloads of spans
 ``index``       kept spans of tokens, within a budget
 ``policies``    the choice of a span to evict
@@ -30,6 +40,7 @@ from .residency import Residency
 from .session import Session
 from .stats import PrefixStats
 from .stored import Hit
+from .tier_stats import TierStats
 from .trie import Entry, PrefixTrie
 from .usage import Usage
 
@@ -46,6 +57,7 @@ __all__ = [
     "PrefixTrie",
     "Residency",
     "Session",
+    "TierStats",
     "Usage",
     "ZmqEventPublisher",
     "adapter_salt",

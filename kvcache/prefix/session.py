@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -31,7 +32,10 @@ class Request:
     handle: its sequence. known: token ids of its rows, those of the prompt first. hit: the part of
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
     was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
-    prompt: its number of tokens. created: those of them that it stored, and nobody before it.
+    points: positions for later requests to resume at. prompt: its tokens, 0 for caches that were
+    inserted. created: those of them that it stored, and nobody before it. begun, answered: times at
+    which it began (None once it was counted), and at which its first token behind the prompt was
+    named (None before), in seconds.
     """
 
     handle: SequenceHandle
@@ -40,8 +44,11 @@ class Request:
     pinned: StoredSpan | None = None
     ended: bool = False
     detached: bool = False
+    points: set[int] = field(default_factory=set)
     prompt: int = 0
     created: int = 0
+    begun: float | None = field(default_factory=time.monotonic)
+    answered: float | None = None
 
     def prompt_tokens_in(self, span: StoredSpan) -> int:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
@@ -159,6 +166,8 @@ class Session:
         with self._lock:
             self._handle.update_known()
             self._request.known.append(ids)
+            if self._request.answered is None:
+                self._request.answered = time.monotonic()
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens only, of those named and of those computed.
@@ -183,6 +192,7 @@ class Session:
         points = as_positions(positions, "resume points")
         with self._lock:
             self._handle.schedule(points)
+            self._request.points.update(points)
 
     def adopt(self, caches: LayerCaches[Any]) -> None:
         """Go on with `caches` in place of its own, which are left to the caller.

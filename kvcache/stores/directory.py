@@ -27,14 +27,8 @@ from . import writers
 from .frames import HEADER_NBYTES, PIECE_NBYTES, framed, read_header
 from .index import File, Index
 from .outcomes import Deadline, Item, Key
+from .unlinking import READ_FLAGS
 
-READ_FLAGS = (
-    os.O_RDONLY
-    | getattr(os, "O_NOFOLLOW", 0)  # names in the directory lead nowhere else
-    | getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for its writer
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
-)
 _CREATE_FLAGS = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
 _MAX_PIECES = 512
 """Buffers of one call; systems take 1024."""

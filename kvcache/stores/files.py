@@ -16,7 +16,7 @@ from kvcache._checks import as_budget
 from kvcache.errors import KVCacheError
 
 from .base import Store
-from .directory import READ_FLAGS, Directory
+from .directory import Directory
 from .eviction import Candidates, Policy
 from .frames import OVERHEAD, IncomingFrame
 from .index import Index
@@ -38,6 +38,7 @@ from .outcomes import (
     Stored,
     Usage,
 )
+from .unlinking import READ_FLAGS, Unlinking
 
 _READ_NBYTES = 1 << 20
 """Bytes read at a time: the processor still has them in its cache when they are hashed."""
@@ -170,8 +171,8 @@ class FileStore(Store):
         with self._directory.writing(item.key) as alone:
             if not alone:
                 return Refused("another thread is writing it")
-            with self._changing(deadline) as index:
-                outcome = self._reserve(index, item, nbytes)
+            with Unlinking() as unlinking, self._changing(deadline) as index:
+                outcome = self._reserve(index, item, nbytes, unlinking)
             if outcome is None:
                 self._directory.write(item, deadline)
         return Stored() if outcome is None else outcome
@@ -181,7 +182,9 @@ class FileStore(Store):
         with suppress(*_TROUBLE), self._changing(deadline):
             pass
 
-    def _reserve(self, index: Index, item: Item, nbytes: int) -> PutOutcome | None:
+    def _reserve(
+        self, index: Index, item: Item, nbytes: int, unlinking: Unlinking
+    ) -> PutOutcome | None:
         """Take bytes of the budget for an item; return None if it is to be written."""
         directory, key = self._directory, item.key
         directory.settle(index, key)
@@ -195,14 +198,14 @@ class FileStore(Store):
                 index.touch({key: (time.time(), 0)})
                 return Stored()
             index.remove(key)
-        if not self._make_room(index, nbytes):
+        if not self._make_room(index, nbytes, unlinking):
             directory.reclaim_all(index)
-            if not self._make_room(index, nbytes):
+            if not self._make_room(index, nbytes, unlinking):
                 return Refused("the budget is taken by values that others are writing")
         index.begin(key, nbytes, item.label, directory.writer)
         return None
 
-    def _make_room(self, index: Index, incoming: int) -> bool:
+    def _make_room(self, index: Index, incoming: int, unlinking: Unlinking) -> bool:
         """Remove entries until there is room for so many bytes; return False if there is none."""
         if self._budget is None:
             return True
@@ -213,7 +216,7 @@ class FileStore(Store):
             if not victims:
                 return False
             for key, nbytes in victims:
-                self._directory.path_of(key).unlink(missing_ok=True)
+                unlinking.unlink(self._directory.path_of(key), nbytes)
                 index.remove(key)
                 self._evicted(1)
                 excess -= nbytes

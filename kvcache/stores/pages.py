@@ -183,6 +183,12 @@ def _read_header(value: memoryview) -> tuple[int, int]:
     return form, layout_nbytes
 
 
+def is_page(value: memoryview, *, sealed: bool) -> bool:
+    """Return whether a value says of itself that it is a page of this version, sealed or not."""
+    beginning = _MAGIC + struct.pack("<HH", _VERSION, _SEALED if sealed else _PLAIN)
+    return bytes(value[: len(beginning)]) == beginning
+
+
 def _bound(header: bytes, label: Label) -> bytes:
     """Return the bytes that a seal authenticates without hiding them."""
     place = struct.pack("<II", label.start, label.stop)

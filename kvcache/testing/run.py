@@ -8,6 +8,7 @@ from typing import Literal
 
 from kvcache.backends import Backend
 from kvcache.testing import (  # noqa: F401 - importing them adds their checks, in this order
+    attention_checks,
     backend_checks,
     batch_checks,
     cache_checks,

@@ -12,6 +12,7 @@ import pytest
 
 from kvcache.backends import HOST_DTYPES, Backend
 from kvcache.backends._numpy import NumpyBackend
+from kvcache.backends.products import VisibleColumns
 from kvcache.testing import run_suite
 from kvcache.testing.checks import all_checks
 
@@ -441,6 +442,80 @@ class HasOneMaskForAllRows(Faulty):
 class NamespaceWithHoles(Faulty):
     finds = "namespace_has_the_standard_names"
     xp = math
+
+
+class TakesHeadsInTurn(Faulty):
+    finds = "attention_weighs_what_is_visible"
+
+    def attention_block(self, q, keys, values, scoring, visible):
+        heads = np.arange(len(q)).reshape(len(keys), -1).T.ravel()  # 0, 3, 1, 4, 2, 5
+        out, total = super().attention_block(q[np.argsort(heads)], keys, values, scoring, visible)
+        return out[heads], total if total is None else total[heads]
+
+
+class SeesEverything(Faulty):
+    finds = "attention_weighs_what_is_visible"
+
+    def attention_block(self, q, keys, values, scoring, visible):
+        return super().attention_block(q, keys, values, scoring, None)
+
+
+class AlignsToTheFirstColumn(Faulty):
+    finds = "attention_weighs_what_is_visible"
+
+    def attention_block(self, q, keys, values, scoring, visible):
+        if visible is not None:
+            stop = visible.last - visible.last.min() + 1
+            visible = VisibleColumns(np.minimum(visible.first, stop - 1), stop)
+        return super().attention_block(q, keys, values, scoring, visible)
+
+
+class HidesByASmallWeight(Faulty):
+    finds = "attention_hides_large_numbers"
+
+    def attention_block(self, q, keys, values, scoring, visible):
+        out, total = super().attention_block(q, keys, values, scoring, visible)
+        return out + out.dtype.type(1e-30) * values.sum(1).max().astype(out.dtype), total
+
+
+class CapsBeforeItScales(Faulty):
+    finds = "attention_bounds_scores_and_has_sinks"
+
+    def attention_block(self, q, keys, values, scoring, visible):
+        if scoring.softcap is not None:
+            scoring = scoring._replace(softcap=scoring.softcap * scoring.scale)
+        return super().attention_block(q, keys, values, scoring, visible)
+
+
+class GivesSinksToOtherHeads(Faulty):
+    finds = "attention_bounds_scores_and_has_sinks"
+
+    def attention_block(self, q, keys, values, scoring, visible):
+        if scoring.sinks is not None:
+            scoring = scoring._replace(sinks=scoring.sinks[::-1])
+        return super().attention_block(q, keys, values, scoring, visible)
+
+
+class TakesTheMean(Faulty):
+    finds = "attention_merges"
+
+    def merge_attention(self, parts, sinks=None):
+        return sum(out for out, _ in parts[:2]) / 2
+
+
+class ForgetsSinksWhenItMerges(Faulty):
+    finds = "attention_merges"
+
+    def merge_attention(self, parts, sinks=None):
+        return super().merge_attention(parts)
+
+
+class ReadsOneColumnLess(Faulty):
+    finds = "attention_of_runs_reads_each_run"
+
+    def attention_of_runs(self, q, keys, values, scoring, runs):
+        shorter = [(start, max(start + 1, stop - 1)) for start, stop in runs]
+        return super().attention_of_runs(q, keys, values, scoring, shorter)
 
 
 FAULTS = Faulty.__subclasses__()

@@ -3,7 +3,15 @@
 import pytest
 
 import kvcache.bench
-from kvcache.bench import AppendReport, DiffusionReport, Load, PlanReport, StateReport, StepReport
+from kvcache.bench import (
+    AppendReport,
+    DiffusionReport,
+    Load,
+    PlanReport,
+    StateReport,
+    StepReport,
+    StoreReport,
+)
 from kvcache.reference.dit.model import DiT, DiTConfig
 
 pytest.importorskip("typer")
@@ -76,6 +84,15 @@ def test_state(tmp_path):
     assert (report.channels, report.kernel, report.rounds) == (6, 3, 2)
 
 
+def test_store(tmp_path):
+    path = tmp_path / "store.json"
+    result = invoke("store --sizes 1k,100 --rounds 2 --json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "Values into and out of stores" in result.stdout
+    report = StoreReport.from_json(path)
+    assert (report.sizes, report.rounds) == ([100, 1024], 2)
+
+
 def test_diffusion(tmp_path):
     model = tmp_path / "model.safetensors"
     tiny = DiTConfig(tokens=8, width=8, heads=2, blocks=3)
@@ -101,7 +118,7 @@ def test_without_backends_all_installed_are_measured(monkeypatch):
     assert "numpy:cpu float32" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["append", "diffusion", "plan", "state", "step"])
+@pytest.mark.parametrize("command", ["append", "diffusion", "plan", "state", "step", "store"])
 def test_help_teaches_by_an_example(command):
     result = invoke(f"{command} --help")
     assert result.exit_code == 0

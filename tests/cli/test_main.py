@@ -75,7 +75,19 @@ def test_conformance():
 
 
 @pytest.mark.parametrize(
-    "command", ["backends", "bench", "chat", "conformance", "generate", "simulate", "transcribe"]
+    "command",
+    [
+        "backends",
+        "bench",
+        "chat",
+        "conformance",
+        "generate",
+        "inspect",
+        "plan",
+        "simulate",
+        "transcribe",
+        "verify",
+    ],
 )
 def test_every_command_has_help(command):
     assert command in CliRunner().invoke(app, ["--help"]).stdout

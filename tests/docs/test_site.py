@@ -16,7 +16,9 @@ import kvcache.errors
 import kvcache.functional
 import kvcache.prefix
 import kvcache.prefix.policies
+import kvcache.sizing
 import kvcache.testing
+import kvcache.verify
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
@@ -37,7 +39,9 @@ PUBLIC = (
     kvcache.functional,
     kvcache.prefix,
     kvcache.prefix.policies,
+    kvcache.sizing,
     kvcache.testing,
+    kvcache.verify,
 )
 OF_REFERENCE = {"AudioFileError", "ModelFileError", "UnsupportedModelError"}
 

@@ -10,7 +10,9 @@ import pytest
 
 from kvcache import BackendNotAvailableError, KVCache, PrefixCache, RotatingKVCache
 from kvcache.prefix import Usage, register_metrics
+from kvcache.prefix.metrics import CALL_COUNTERS, STORE_COUNTERS, STORE_GAUGES
 from kvcache.prefix.residency import BUCKETS, Histogram
+from kvcache.stores import MemoryStore
 
 ROW = 8
 """Bytes of a token."""
@@ -88,6 +90,27 @@ def test_without_a_budget_there_is_no_share_of_it(client):
     register_metrics(PrefixCache([KVCache("numpy")], budget=None), registry)
     assert "kvcache_prefix_cache_bytes" in values_of(registry)
     assert "kvcache_prefix_cache_usage_perc" not in values_of(registry)
+
+
+def test_metrics_of_a_store(client):
+    store, registry = MemoryStore(), client.CollectorRegistry()
+    for number in range(2):
+        prefix = PrefixCache([KVCache("numpy")], store=store, namespace="tiny", page_tokens=4)
+        register_metrics(prefix, registry, f"mine{number}")
+        assert f"mine{number}_store_bytes_per_second" not in values_of(registry), "not measured yet"
+        serve(prefix, range(40))
+        prefix.flush()
+    values, stats = values_of(registry), prefix.stats.store
+    assert stats.fetched_tokens == 39
+    for field in STORE_COUNTERS:
+        assert values[f"mine1_store_{field}_total"] == getattr(stats, field)
+    for field in STORE_GAUGES:
+        measured = getattr(stats, field)
+        assert values.get(f"mine1_store_{field}") == pytest.approx(measured), field
+    for field in CALL_COUNTERS:
+        assert values[f"mine1_store_{field}_total"] == getattr(stats.store, field)
+    prefix.close()
+    assert b"mine1_store" not in client.generate_latest(registry)
 
 
 def test_metrics_in_the_default_registry(client):

@@ -1,4 +1,4 @@
-"""Events as vLLM's own sources read and name them: `nox -s events` has them."""
+"""Events as vLLM's own sources read and name them: `nox -s engines` has them."""
 
 import pytest
 

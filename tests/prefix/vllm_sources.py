@@ -1,6 +1,6 @@
 """Modules of vLLM from its sources alone: what they import besides one another is left out.
 
-$KVCACHE_VLLM has the sources, as `nox -s events` unpacks them; no part of vLLM is installed.
+$KVCACHE_VLLM has the sources, as `nox -s engines` unpacks them; no part of vLLM is installed.
 """
 
 import importlib
@@ -51,7 +51,7 @@ def load():
     """The classes of events, the functions that hash blocks, and hash functions."""
     root = os.environ.get("KVCACHE_VLLM")
     if not root:
-        pytest.skip("the sources of vLLM are not here: nox -s events")
+        pytest.skip("the sources of vLLM are not here: nox -s engines")
     finder = Finder(Path(root))
     sys.meta_path.insert(0, finder)
     try:

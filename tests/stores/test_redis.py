@@ -1,14 +1,17 @@
 """RedisStore on real servers: the public suite, damage, lifetimes, full servers."""
 
+import gc
 import logging
 import os
 import random
 import signal
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("redis")
@@ -133,6 +136,15 @@ def test_a_large_value_is_in_chunks_of_one_slot(store, server):
     assert is_right(get_one(store, 1), 1)
 
 
+def test_a_socket_takes_less_than_all(server):
+    """Chunks of 4 MiB on a new connection, whose buffers the system has not enlarged yet."""
+    nbytes = (20 << 20) + 7
+    with RedisStore(server.url, chunk_nbytes=4 << 20) as store:
+        assert store.put([item_of(0, nbytes)]) == [Stored()]
+        [hit] = store.get([key_of(0)])
+    assert is_right(hit, 0)
+
+
 def test_chunks_cut_across_buffers(store):
     value = value_of(1, LARGE)
     cuts = [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 5, LARGE]
@@ -204,6 +216,40 @@ def test_delete_removes_all(store, server):
     put(store, 1, 2)
     assert store.delete([key_of(1), key_of(2), key_of(3)]) == [Deleted(), Deleted(), Miss()]
     assert server.names() == []
+
+
+@pytest.fixture
+def no_collection():
+    """Leave cycles of references alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("nbytes", [5, LARGE])
+def test_values_leave_memory_with_their_last_reference(store, nbytes):
+    array = np.zeros(nbytes, np.uint8)
+    written = weakref.ref(array)
+    store.put([Item(key_of(0), [array.data])])
+    del array
+    assert written() is None
+    [hit] = store.get([key_of(0)])
+    read = weakref.ref(hit.value.obj)
+    del hit
+    assert read() is None
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_values_that_did_not_arrive_leave_memory():
+    array = np.zeros(LARGE, np.uint8)
+    written = weakref.ref(array)
+    store = RedisStore(f"redis://127.0.0.1:{free_port()}")
+    [outcome] = store.put([Item(key_of(0), [array.data])])
+    assert isinstance(outcome, Unavailable)
+    del array
+    assert written() is None
 
 
 def test_many_keys_in_one_call(store):

@@ -25,7 +25,7 @@ JSON: TypeAlias = dict[str, object]
 Place: TypeAlias = int | tuple[int, int]
 """A point of a comparison within one backend and dtype: a capacity, or sequences and tokens."""
 
-_LIBRARIES = ("diffusers", "jax", "mlx", "mlx_lm", "numpy", "torch", "transformers")
+_LIBRARIES = ("diffusers", "jax", "mlx", "mlx_lm", "numpy", "redis", "torch", "transformers")
 
 
 class MeasuredTiming:

@@ -11,11 +11,10 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from itertools import chain
 
 from redis.connection import AbstractConnection
-from redis.exceptions import AskError, RedisError
 from redis.exceptions import ConnectionError as ServerConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as ServerTimeoutError
 
 from kvcache.stores.outcomes import Deadline
@@ -47,7 +46,7 @@ class Line:
         self._waiting: deque[Command] = deque()
         self._load = 0
         self._pieces: Iterator[bytes | memoryview] = iter(())
-        self._out = memoryview(b"")
+        self._out: list[memoryview] = []
         self._reading: Generator[memoryview, int, Reply] | None = None
         self._wanted = memoryview(b"")
         self._turn = 0
@@ -82,26 +81,39 @@ class Line:
     def fail(self, error: Exception) -> None:
         """Give up all commands that were begun."""
         for command in self._waiting:
-            command.reply = error
+            command.fail(error)
         self._waiting.clear()
-        self._out = memoryview(b"")
+        self._out.clear()
 
     def _send(self) -> bool:
         """Send what can be sent; return False if the turn is over."""
-        while self._out or self._next_piece():
+        while self._out or self._next_pieces():
             try:
-                count = self.socket.send(self._out)
+                count = self._send_pieces()
             except _WOULD_BLOCK:
                 self.is_blocked = True
                 break
-            self._out = self._out[count:]
             self._turn -= count
+            while self._out and count >= self._out[0].nbytes:
+                count -= self._out.pop(0).nbytes
+            if count:
+                self._out[0] = self._out[0][count:]
             if self._turn <= 0:
                 return False
         return True
 
-    def _next_piece(self) -> bool:
-        """Prepare the next bytes, small pieces joined; return False if there are none."""
+    def _send_pieces(self) -> int:
+        """Send what the socket takes; return the number of bytes."""
+        if isinstance(self.socket, ssl.SSLSocket):  # takes one buffer at a time
+            return self.socket.send(self._out[0])
+        return self.socket.sendmsg(self._out)
+
+    def _next_pieces(self) -> bool:
+        """Prepare the next bytes: small pieces joined, and a large one behind them.
+
+        A small piece by itself would be a packet, which wakes the server. Return False if there are
+        no bytes.
+        """
         small = bytearray()
         while len(small) < _LARGE:
             piece = next(self._pieces, None)
@@ -110,14 +122,12 @@ class Line:
                     break
             elif len(piece) < _SMALL:
                 small += piece
-            elif small:
-                self._pieces = chain((piece,), self._pieces)
-                break
             else:
-                self._out = memoryview(piece)
-                return True
-        self._out = memoryview(small)
-        return bool(small)
+                self._out.append(memoryview(piece))
+                break
+        if small:
+            self._out.insert(0, memoryview(small))
+        return bool(self._out)
 
     def _next_command(self) -> bool:
         if not self._queue or (self._waiting and self._load >= _WINDOW):
@@ -167,13 +177,11 @@ class Line:
         if command.asking:  # that was the reply to ASKING
             command.asking = False
             return
-        command.reply = reply
         self._waiting.popleft()
         self._load -= command.nbytes
-        if command.follow is not None and not isinstance(reply, AskError):  # MovedError is one
-            following = command.follow()
-            self._queue.extend(following)
-            self.followed += following
+        following = command.take(reply)
+        self._queue.extend(following)
+        self.followed += following
 
 
 def exchange(
@@ -306,7 +314,7 @@ class _Exchange:
 
 def _refuse(queue: deque[Command], error: Exception) -> None:
     while queue:
-        queue.popleft().reply = error
+        queue.popleft().fail(error)
 
 
 def _watch(selector: selectors.BaseSelector, line: Line, events: int) -> None:

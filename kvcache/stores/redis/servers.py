@@ -126,7 +126,7 @@ class Cluster:
             slot = key_slot(command.key)
             node = elsewhere.pop(command, None) or self._master(slot)
             if node is None:
-                command.reply = ServerConnectionError(f"no server has slot {slot} of {self!r}")
+                command.fail(ServerConnectionError(f"no server has slot {slot} of {self!r}"))
                 self._outdated = True
             else:
                 work.setdefault(node, []).append(command)

@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 from redis._parsers import BaseParser
 from redis.connection import AbstractConnection
+from redis.exceptions import AskError, InvalidResponse
 from redis.exceptions import ConnectionError as ServerConnectionError
-from redis.exceptions import InvalidResponse
 
 from kvcache.stores.outcomes import NEVER, Deadline
 
@@ -107,6 +107,25 @@ class Command:
         self.nbytes = nbytes + 256
         self.reply: Reply = _NO_REPLY
         self.asking = False
+
+    def take(self, reply: Reply) -> Sequence[Command]:
+        """Take the reply of a server, and return the commands that follow."""
+        self.reply = reply
+        if isinstance(reply, AskError):  # MovedError is one: another server is asked
+            return ()
+        # `follow` refers to a call, which refers to its commands. In such a cycle a value would
+        # stay in memory until the collector comes.
+        follow, self.follow = self.follow, None
+        return () if follow is None else follow()
+
+    def fail(self, error: Exception) -> None:
+        """Take the error that came instead of a reply."""
+        self.reply, self.follow = error, None
+        # Frames of tracebacks refer to the call: cycles again.
+        link: BaseException | None = error
+        while link is not None:
+            link.__traceback__ = None
+            link = link.__context__
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Yield the bytes of the command."""

@@ -34,14 +34,15 @@ class Write:
         self._outcome: PutOutcome | None = None
         self._left = 0
         """Replies that are due before the next step."""
+        # Not methods of this object, which would refer to it: see Command.take.
         self._steps = iter(
             (
-                self._look,
-                self._renew_old,
-                self._replace_old,
-                self._send_chunks,
-                self._send_manifest,
-                self._settle,
+                Write._look,
+                Write._renew_old,
+                Write._replace_old,
+                Write._send_chunks,
+                Write._send_manifest,
+                Write._settle,
             )
         )
 
@@ -67,7 +68,7 @@ class Write:
         self._left = 0
         for step in self._steps:
             replies, self._commands = [command.reply for command in self._commands], []
-            step(replies)
+            step(self, replies)
             if self._commands:
                 self._left = len(self._commands)
                 return self._commands

@@ -1,0 +1,100 @@
+"""Attention in programs of JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .arrays import NativeArray
+from .attention import AttentionHooks
+from .products import (
+    NEVER,
+    ReadCosts,
+    Result,
+    Scoring,
+    VisibleColumns,
+    block_size,
+    merged,
+    product,
+)
+
+
+class JaxAttention(AttentionHooks):
+    """Attention in compiled programs."""
+
+    read_costs = ReadCosts(shared=4096, run=NEVER)  # all cells of a read are copied as it is
+
+    def attention(
+        self,
+        q: NativeArray,
+        keys: NativeArray,
+        values: NativeArray,
+        scoring: Scoring,
+        visible: VisibleColumns | None = None,
+    ) -> Result:
+        bounds = None if visible is None else (np.int32(visible.first), np.int32(visible.last))
+        # A Python number is an argument of a program like an array: another one compiles nothing.
+        form = scoring.scale, scoring.softcap, scoring.sinks
+        others = None if values is keys else values
+        result: Result = attend(q, keys, others, form, bounds, log_sum_exp=scoring.log_sum_exp)
+        return result
+
+    def merge_attention(
+        self, parts: Sequence[tuple[NativeArray, NativeArray]], sinks: NativeArray | None = None
+    ) -> NativeArray:
+        return merge(tuple(parts), sinks)
+
+
+@partial(jax.jit, static_argnames="log_sum_exp")
+def attend(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray | None,
+    scoring: tuple[float, float | None, NativeArray | None],
+    bounds: tuple[NativeArray, NativeArray] | None,
+    log_sum_exp: bool,
+) -> Result:
+    """Compute attention, block after block. bounds: first and last column that a query sees."""
+    form, columns = Scoring(*scoring, log_sum_exp), jnp.arange(keys.shape[1])
+    values = keys if values is None else values
+
+    def attend_block(block: tuple[NativeArray, tuple[NativeArray, NativeArray] | None]) -> Result:
+        rows, own = block
+        mask = None
+        if own is not None:
+            mask = (columns >= own[0][:, None]) & (columns < own[1][:, None])
+        return product(jnp, rows, keys, values, form, mask)
+
+    heads, tokens = q.shape[:2]
+    size = block_size(heads, keys.shape[1])
+    if tokens <= size:
+        return attend_block((q, bounds))
+    count = -(-tokens // size)
+    # The last token again, up to a whole number of blocks.
+    index = jnp.minimum(jnp.arange(count * size), tokens - 1).reshape(count, size)
+    rows = jnp.moveaxis(q[:, index], 0, 1)
+    results: Result = lax.map(
+        attend_block, (rows, jax.tree.map(lambda bound: bound[index], bounds))
+    )
+    out, logarithm = results
+    return _in_row(out, tokens), None if logarithm is None else _in_row(logarithm, tokens)
+
+
+def _in_row(blocks: NativeArray, tokens: int) -> NativeArray:
+    """Return ``[blocks, heads, tokens of a block, ...]`` as ``[heads, tokens, ...]``."""
+    heads_first = jnp.moveaxis(blocks, 1, 0)
+    heads = heads_first.shape[0]
+    return heads_first.reshape(heads, -1, *blocks.shape[3:])[:, :tokens]
+
+
+@jax.jit
+def merge(
+    parts: tuple[tuple[NativeArray, NativeArray], ...], sinks: NativeArray | None
+) -> NativeArray:
+    """Do :meth:`Backend.merge_attention`."""
+    return merged(jnp, parts, sinks)

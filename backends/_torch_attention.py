@@ -1,0 +1,128 @@
+"""Attention by the kernels of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .arrays import NativeArray, NativeArrays
+from .products import Result, Scoring, VisibleColumns
+
+_FEW = 8
+"""Masked queries up to which one product for a whole key head beats one for each query head."""
+MASKED = 256
+"""Queries that share a mask."""
+
+
+_kernel = torch.nn.functional.scaled_dot_product_attention
+
+
+def attend(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
+    visible: VisibleColumns | None,
+) -> NativeArray:
+    """Return attention by the kernel that torch chooses."""
+    (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
+    return _kernel(q4, k4, v4, mask, is_causal=causal, scale=scale).reshape(q.shape)
+
+
+def attend_to_runs(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
+    runs: Sequence[tuple[int, int]],
+) -> NativeArray:
+    """Return attention of query i over ``runs[i]``; with few calls for each, which count here."""
+    q_heads, tokens, dim = q.shape
+    kv_heads = keys.shape[0]
+    # By token: the queries of a key head are the rows of one product, as below.
+    queries = q.transpose(0, 1).reshape(tokens, 1, kv_heads, q_heads // kv_heads, dim).unbind()
+    k4, v4 = keys[None], values[None]
+    outputs = [
+        _kernel(
+            query,
+            k4.narrow(2, start, stop - start),
+            v4.narrow(2, start, stop - start),
+            scale=scale,
+        )
+        for query, (start, stop) in zip(queries, runs, strict=True)
+    ]
+    return torch.cat(outputs).reshape(tokens, q_heads, dim).transpose(0, 1)
+
+
+class _KernelForm(NamedTuple):
+    """Arguments of the kernels of torch: queries, keys and values with four axes, and a mask."""
+
+    arrays: NativeArrays
+    mask: NativeArray | None
+    causal: bool
+
+
+def _kernel_form(
+    q: NativeArray, keys: NativeArray, values: NativeArray, visible: VisibleColumns | None
+) -> _KernelForm:
+    """Return arguments of a kernel, in which keys are read once for as many queries as possible."""
+    (q_heads, tokens, dim), (kv_heads, columns, _) = q.shape, keys.shape
+    group = q_heads // kv_heads
+    mask = None if visible is None else torch.from_numpy(visible.mask(columns)).to(q.device)
+    if visible is None or tokens <= _FEW:
+        # The queries of a key head are the rows of one product.
+        rows = q.reshape(1, kv_heads, group * tokens, dim)
+        tiled = None if mask is None else mask.repeat(group, 1)
+        return _KernelForm((rows, keys[None], values[None]), tiled, False)
+    shape = kv_heads, group, columns, dim
+    arrays = q.reshape(kv_heads, group, tokens, dim), keys[:, None].expand(shape)
+    causal = is_square(tokens, keys, visible)
+    return _KernelForm((*arrays, values[:, None].expand(shape)), None if causal else mask, causal)
+
+
+def is_square(tokens: int, keys: NativeArray, visible: VisibleColumns) -> bool:
+    """Return whether queries see columns as `is_causal` of torch has it: query i the first i + 1.
+
+    For few of them a mask is quicker.
+    """
+    columns = int(keys.shape[1])
+    return _FEW < tokens == columns and visible.causal(columns)
+
+
+def gives_logarithm(q: NativeArray, visible: VisibleColumns | None) -> bool:
+    """Return whether torch has a kernel for :func:`attend_with_logarithm`."""
+    if q.device.type == "cpu":
+        return True
+    # On CUDA its masks would have to be aligned in memory, and its rows are.
+    return bool(q.is_cuda) and visible is None and q.shape[-1] % 8 == 0
+
+
+def attend_with_logarithm(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scoring: Scoring,
+    visible: VisibleColumns | None,
+) -> Result:
+    """Return attention and the logarithms, by the kernel that torch calls itself."""
+    (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    # They take compact rows only. Those of layouts with the tokens last are not.
+    arrays = [array if array.stride(-1) == 1 else array.contiguous() for array in (q4, k4, v4)]
+    aten = torch.ops.aten
+    if q.is_cuda:
+        kernel = aten._scaled_dot_product_efficient_attention
+        out, logarithm, *_ = kernel(*arrays, None, True, scale=scoring.scale)
+        logarithm = logarithm[..., : q4.shape[2]]  # padded to a multiple of 32
+    else:
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        out, logarithm = kernel(*arrays, 0.0, causal, attn_mask=mask, scale=scoring.scale)
+    out, logarithm = out.reshape(q.shape), logarithm.reshape(q.shape[:2])
+    if scoring.sinks is None:
+        return out, logarithm
+    share = torch.sigmoid(logarithm - scoring.sinks.float()[:, None])
+    return (out.float() * share[..., None]).to(q.dtype), None

@@ -1,0 +1,1 @@
+"""The throughput of stores."""

@@ -1,0 +1,52 @@
+"""The case of stores, and the names of its contestants."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.stores import Item
+
+MEMCPY = "memcpy"
+FILE = "plain file"
+STREAM = "TCP stream"
+MEMORY_STORE = "MemoryStore"
+FILE_STORE = "FileStore"
+FULL_FILE_STORE = "FileStore, full"
+REDIS_STORE = "RedisStore"
+VALKEY_STORE = "RedisStore, Valkey"
+BASES = {
+    MEMORY_STORE: MEMCPY,
+    FILE_STORE: FILE,
+    FULL_FILE_STORE: FILE,
+    REDIS_STORE: STREAM,
+    VALKEY_STORE: STREAM,
+}
+"""Stores by name, and the ceiling of each: what the machine does without a store."""
+
+PUT, GET = "put", "get"
+OPERATIONS = (PUT, GET)
+
+
+@dataclass(frozen=True)
+class StoreCase:
+    """Values of one size. directory: an existing one, for files."""
+
+    nbytes: int
+    directory: Path
+
+    def value(self) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a value, which nothing compresses."""
+        return np.random.default_rng(0).integers(0, 256, self.nbytes, np.uint8)
+
+    def items(self) -> Iterator[Item]:
+        """Yield items without end, all of one value, each under a key of its own."""
+        value, number = self.value().data, 0
+        while True:
+            yield Item(hashlib.sha256(f"bench {self.nbytes} {number}".encode()).digest(), [value])
+            number += 1

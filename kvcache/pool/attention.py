@@ -1,0 +1,238 @@
+"""Attention of the queries of a pass: the reads of its plan, carried out on the buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvcache.backends import Array, Backend
+from kvcache.backends.attention import joined
+from kvcache.backends.products import Result, Scoring, VisibleColumns
+from kvcache.errors import DTypeError, ShapeError
+from kvcache.storage.admission import described, refuse_several_devices
+from kvcache.storage.lengths import padded_index
+
+from .checks import check_dtype, refuse_gradients
+from .layouts import ArrayLayout, Arrays
+from .reads import Read, Reads, Segment
+
+_NAME = "queries"
+_OF_QUERIES = ("float32", "float16", "bfloat16")
+"""Dtypes that queries may have over keys of float8, in which nobody computes them."""
+
+
+def check_queries(
+    backend: Backend,
+    layouts: Sequence[ArrayLayout],
+    q: Array,
+    buffers: Arrays,
+    dtype: str,
+    tokens: int,
+) -> None:
+    """Raise DTypeError, ShapeError or NotSupportedError unless `q` can attend to a layer.
+
+    layouts, buffers: of the arrays of the layer; the queries have the layout of the keys. dtype: of
+    the cache. tokens: of the pass.
+    """
+    layout, keys = layouts[0], buffers[0]
+    if dtype.startswith("float8") and backend.owns(q) and backend.dtype_name(q) in _OF_QUERIES:
+        dtype = backend.dtype_name(q)
+    check_dtype(backend, dtype, _NAME, q)
+    if not dtype.startswith(("float", "bfloat")):
+        raise DTypeError(f"attention is computed on floats; this cache holds {dtype}. Call get.")
+    refuse_gradients(backend, _NAME, q)
+    shape = tuple(q.shape)
+    if len(shape) != 3 or shape[layout.token_axis] != tokens:
+        raise ShapeError(
+            f"{_NAME} are of the {tokens} tokens of this pass in layout {layout.axes!r} "
+            f"(h q_heads, t tokens, d head_dim); got {shape}."
+        )
+    (q_heads, dim), (kv_heads, head_dim) = layout.sizes(q), layout.sizes(keys)
+    value_heads = layouts[len(buffers) - 1].sizes(buffers[-1])[0]
+    if value_heads != kv_heads:
+        raise ShapeError(
+            f"attention needs a value for each key; this layer has keys of {kv_heads} heads and "
+            f"values of {value_heads}. Call get."
+        )
+    if dim != head_dim:
+        raise ShapeError(f"{_NAME} have the head_dim of the keys, {head_dim}; got {dim}.")
+    if not q_heads or q_heads % kv_heads:
+        raise ShapeError(
+            f"heads of {_NAME} are a multiple of the {kv_heads} kv_heads; got {q_heads}."
+        )
+
+
+def as_scoring(
+    backend: Backend,
+    layout: ArrayLayout,
+    q: Array,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Array | None,
+) -> Scoring:
+    """Return checked arguments of attention. q: checked queries, of this layout.
+
+    Raises: ValueError, TypeError, ShapeError, DTypeError.
+    """
+    q_heads, head_dim = layout.sizes(q)
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    if not np.isfinite(factor):
+        raise ValueError(f"scale is a finite number; got {scale}.")
+    cap = None if softcap is None else float(softcap)
+    if cap is not None and not (cap > 0 and np.isfinite(cap)):
+        raise ValueError(f"softcap is a finite number above 0, or None; got {softcap}.")
+    if sinks is not None:
+        _check_sinks(backend, sinks, q_heads)
+    return Scoring(factor, cap, sinks)
+
+
+def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
+    if not backend.owns(sinks) or backend.dtype_name(sinks) not in _OF_QUERIES:
+        refuse_several_devices(backend, sinks)
+        raise DTypeError(
+            f"sinks must be float arrays of {backend.spec}; got {described(sinks)}. "
+            f"{backend.moved_by}"
+        )
+    if tuple(sinks.shape) != (q_heads,):
+        raise ShapeError(
+            f"sinks are one logit per query head, [{q_heads}]; got {tuple(sinks.shape)}."
+        )
+
+
+def attend(
+    backend: Backend,
+    layouts: Sequence[ArrayLayout],
+    buffers: Arrays,
+    q: Array,
+    reads: Reads,
+    scoring: Scoring,
+) -> Array:
+    """Return attention of checked queries over what a pass sees, in the layout of the keys.
+
+    buffers: keys and values of a layer, or keys alone, which then serve as values.
+    """
+    layout = layouts[0]
+    source = _Source(backend, layouts, buffers)
+    rows = _permuted(backend, q, layout.axes, "htd")
+    if reads.order is not None:
+        rows = backend.read_rows(rows, reads.order, 1)
+    outputs = [_segment(source, rows, segment, scoring) for segment in reads.segments]
+    out = outputs[0] if len(outputs) == 1 else backend.concat(outputs, 1)
+    if reads.inverse is not None:
+        out = backend.read_rows(out, reads.inverse, 1)
+    return _permuted(backend, out, "htd", layout.axes)
+
+
+class _Source:
+    """The arrays of a layer, of which keys and values are taken for one read after the other."""
+
+    def __init__(self, backend: Backend, layouts: Sequence[ArrayLayout], buffers: Arrays) -> None:
+        self.backend = backend
+        self._arrays = list(zip(layouts, buffers, strict=False))
+        layout, last = self._arrays[-1]
+        self.value_dim = layout.sizes(last)[1]
+
+    def whole(self) -> tuple[Array, Array]:
+        """Return the whole buffers of keys and values, ``[kv_heads, cells, dim]``, as views."""
+        views = [
+            _permuted(self.backend, buffer, layout.axes, "htd") for layout, buffer in self._arrays
+        ]
+        return views[0], views[-1]
+
+    def arrays(self, read: Read) -> tuple[Array, Array]:
+        """Return the keys and values of a read, ``[kv_heads, columns, dim]``."""
+        backend, taken = self.backend, []
+        for layout, buffer in self._arrays:
+            if read.scattered is None:
+                rows = backend.read_slice(buffer, read.first, read.last, layout.token_axis)
+            else:
+                rows = backend.read_rows(buffer, read.scattered, layout.token_axis)
+            taken.append(_permuted(backend, rows, layout.axes, "htd"))
+        return taken[0], taken[-1]
+
+
+def _segment(source: _Source, q: Array, segment: Segment, scoring: Scoring) -> Array:
+    """Return attention of the tokens of a segment, ``[q_heads, tokens, value_dim]``."""
+    backend = source.backend
+    if segment.runs is not None and backend.slices_are_views:
+        own = (
+            q
+            if len(segment.runs) == q.shape[1]
+            else backend.read_slice(q, segment.start, segment.stop, 1)
+        )
+        return backend.attention_of_runs(own, *source.whole(), scoring, segment.runs)
+    if len(segment.levels) == 1:
+        out: Array = _level(source, q, segment, segment.levels[0], scoring)[0]
+        return out
+    part = scoring._replace(sinks=None, log_sum_exp=True)
+    results = [_level(source, q, segment, level, part) for level in segment.levels]
+    parts = [(out, total) for out, total in results if total is not None]
+    merged = backend.merge_attention(parts, scoring.sinks)
+    return merged if merged.dtype == q.dtype else backend.xp.astype(merged, q.dtype)
+
+
+def _level(
+    source: _Source, q: Array, segment: Segment, level: Sequence[Read], scoring: Scoring
+) -> Result:
+    """Return the results of a level for its segment; a token without a read sees nothing."""
+    results = [_product(source, q, read, scoring) for read in level]
+    like = results[0][0] if results else q
+    in_order: list[Result] = []
+    covered = segment.start
+    for read, result in zip(level, results, strict=True):
+        if read.start > covered:
+            in_order.append(_nothing(source, like, read.start - covered, scoring))
+        in_order.append(result)
+        covered = read.stop
+    if covered < segment.stop:
+        in_order.append(_nothing(source, like, segment.stop - covered, scoring))
+    return joined(source.backend, in_order)
+
+
+def _nothing(source: _Source, like: Array, tokens: int, scoring: Scoring) -> Result:
+    """Return the result of tokens that see nothing, in the dtype of `like`."""
+    backend, heads = source.backend, like.shape[0]
+    out = backend.alloc([heads, tokens, source.value_dim], backend.dtype_name(like))
+    if not scoring.log_sum_exp:
+        return out, None
+    return out, backend.from_host(np.full((heads, tokens), -np.inf, np.float32))
+
+
+def _product(source: _Source, q: Array, read: Read, scoring: Scoring) -> Result:
+    backend, tokens = source.backend, read.stop - read.start
+    if not backend.slices_are_views:
+        return _padded_product(source, q, read, scoring)
+    if tokens < q.shape[1]:
+        q = backend.read_slice(q, read.start, read.stop, 1)
+    return backend.attention(q, *source.arrays(read), scoring, read.visible)
+
+
+def _padded_product(source: _Source, q: Array, read: Read, scoring: Scoring) -> Result:
+    """Return the result of a read by programs that are compiled for few numbers of tokens.
+
+    Where a slice is a copy, rows are copied by an index, filled up with the last row, so that the
+    product meets no cells but those of the read.
+    """
+    backend, tokens = source.backend, read.stop - read.start
+    cells = read.cells
+    seen = read.visible or VisibleColumns(np.zeros(tokens, np.int32), np.full(tokens, cells.size))
+    rows = padded_index(backend, np.arange(read.start, read.stop)).astype(np.int32)
+    extra = 0, rows.size - tokens
+    padded = VisibleColumns(np.pad(seen.first, extra, "edge"), np.pad(seen.last, extra, "edge"))
+    index = padded_index(backend, cells.astype(np.int64)).astype(np.int32)
+    keys, values = source.arrays(read._replace(scattered=index))
+    result = backend.attention(backend.read_rows(q, rows, 1), keys, values, scoring, padded)
+    if rows.size == tokens:
+        return result
+    out, total = result
+    return backend.read_slice(out, 0, tokens, 1), (
+        None if total is None else backend.read_slice(total, 0, tokens, 1)
+    )
+
+
+def _permuted(backend: Backend, array: Array, old: str, new: str) -> Array:
+    """Return `array` with its axes in another order: itself, a view, or where it must be a copy."""
+    if old == new:
+        return array
+    return backend.xp.permute_dims(array, tuple(old.index(axis) for axis in new))
