@@ -266,19 +266,23 @@ def adapters(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def engines(session: nox.Session) -> None:
-    """Stores under vLLM, SGLang and LMCache, against the classes of their releases, on CPUs."""
+    """Stores and events under vLLM, SGLang and LMCache: the classes of their releases, on CPUs."""
     env = shared(session, "engines")
-    env.install_project("redis,transformers", "runner")
+    env.install_project("events,redis,transformers", "runner")
     env.install("--no-deps", *nox.project.dependency_groups(GROUPS, "engines"))
-    unpack_vllm(env)
+    session.env["KVCACHE_VLLM"] = str(unpack_vllm(env))
     session.env["KVCACHE_ENGINES"] = "1"  # what cannot be imported fails here
-    env.pytest(
-        str(ROOT / "tests" / "adapters" / "engines"), str(ROOT / "tests/stores/test_jobs.py")
-    )
+    tests = ROOT / "tests"
+    env.pytest(str(tests / "adapters" / "engines"), str(tests / "stores" / "test_jobs.py"))
+    # In processes of their own: they put empty modules in the place of most of vLLM.
+    env.pytest(str(tests / "prefix" / "test_vllm_events.py"))
 
 
-def unpack_vllm(env: Env) -> None:
-    """Puts vLLM's sources on the path: modules of tiers need neither a GPU nor a compiler."""
+def unpack_vllm(env: Env) -> Path:
+    """Puts vLLM's sources on the path, and returns their folder; nothing of them is built.
+
+    Modules of tiers and events need neither a GPU nor a compiler.
+    """
     sources = WORK / VLLM.replace("==", "-")
     if not sources.exists():
         # Without isolation, else pip makes an environment with another torch, to read metadata.
@@ -291,6 +295,7 @@ def unpack_vllm(env: Env) -> None:
     [package] = sources.glob("*/vllm")
     [site] = (env.bin.parent / "lib").glob("python*/site-packages")
     (site / "vllm.pth").write_text(f"{package.parent}\n")
+    return package.parent
 
 
 @nox.session(venv_backend="none")

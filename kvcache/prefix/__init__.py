@@ -22,19 +22,27 @@
 ``radix``       a radix tree over token ids
 ``trie``        per-layer caches by the tokens they hold
 ``events``      stored and removed blocks, for routers
+``block_hashes``  their names, as vLLM makes them
+``publishing``  events over ZeroMQ
 ``metrics``     statistics for Prometheus
+``residency``   how long spans stay
+``usage``       reused tokens of one request, for APIs
 ``render``      a drawing of the tree
 """
 
+from .block_hashes import adapter_salt
 from .cache import PrefixCache
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from .metrics import register_metrics
 from .policies import EvictionPolicy
+from .publishing import ZmqEventPublisher
+from .residency import Residency
 from .session import Session
 from .stats import PrefixStats
 from .stored import Hit
 from .tier_stats import TierStats
 from .trie import Entry, PrefixTrie
+from .usage import Usage
 
 __all__ = [
     "AllBlocksCleared",
@@ -47,7 +55,11 @@ __all__ = [
     "PrefixCache",
     "PrefixStats",
     "PrefixTrie",
+    "Residency",
     "Session",
     "TierStats",
+    "Usage",
+    "ZmqEventPublisher",
+    "adapter_salt",
     "register_metrics",
 ]

@@ -23,6 +23,7 @@ from .policies import EvictionPolicy, make_policy
 from .radix import Tokens
 from .render import render
 from .requests import Requests
+from .residency import Residency
 from .sequences import sequences_of
 from .session import Request, Session
 from .stats import PrefixStats
@@ -245,6 +246,15 @@ class PrefixCache:
         with self.lock:
             self._requests.end_dropped()
             return self._requests.stats
+
+    def measure_residency(self) -> Residency:
+        """Return histograms of the times that spans are stored and unused, from the first call on.
+
+        They go on counting; :func:`register_metrics` does this for Prometheus.
+        """
+        with self.lock:
+            self._index.residency = self._index.residency or Residency()
+            return self._index.residency
 
     def render(
         self,

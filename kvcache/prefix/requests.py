@@ -148,7 +148,10 @@ class Requests:
         if prefix.length < held or not all(span.complete for span in prefix.spans):
             now = self.clock()  # first: it may raise
             snapshots = captured(request.handle, prefix, restored, held)
-            self._kept.file(known, held, prefix, snapshots, now)
+            before = {span for span in prefix.spans if span.payload is not None}
+            filled = self._kept.file(known, held, prefix, snapshots, now)
+            new = [span for span in filled if span not in before]
+            request.created += sum(map(request.prompt_tokens_in, new))
         if self.store_link is not None:
             self.store_link.put(request, held)
 

@@ -22,6 +22,7 @@ from .media import check_token_ids
 from .radix import Tokens
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
+from .usage import Usage
 
 
 @dataclass(eq=False)  # two requests of equal content are still two
@@ -32,8 +33,9 @@ class Request:
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
     was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
     points: positions for later requests to resume at. prompt: its tokens, 0 for caches that were
-    inserted. begun, answered: times at which it began (None once it was counted), and at which its
-    first token behind the prompt was named (None before), in seconds.
+    inserted. created: those of them that it stored, and nobody before it. begun, answered: times at
+    which it began (None once it was counted), and at which its first token behind the prompt was
+    named (None before), in seconds.
     """
 
     handle: SequenceHandle
@@ -44,8 +46,13 @@ class Request:
     detached: bool = False
     points: set[int] = field(default_factory=set)
     prompt: int = 0
+    created: int = 0
     begun: float | None = field(default_factory=time.monotonic)
     answered: float | None = None
+
+    def prompt_tokens_in(self, span: StoredSpan) -> int:
+        """Return the number of tokens of the prompt in `span`, one of its sequence."""
+        return max(0, min(span.stop, self.prompt) - span.start)
 
 
 class Session:
@@ -111,6 +118,16 @@ class Session:
     def remaining(self) -> Tokens:
         """Tokens of the prompt to compute, at least one: int32, read-only."""
         return self._prompt[self.matched :]
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the prompt, reused and stored, for APIs: complete when the session has ended.
+
+        After :meth:`commit`, those stored by then are counted.
+        """
+        # What was stored, evicted and stored again counts once.
+        created = min(self._request.created, self._prompt.size - self.matched)
+        return Usage(self._prompt.size, self.matched, created)
 
     @property
     def sequence(self) -> int:

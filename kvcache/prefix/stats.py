@@ -70,6 +70,11 @@ class PrefixStats:
         )
 
     @property
+    def usage(self) -> float | None:
+        """Share of the budget that is used, 0 to 1, None without a budget."""
+        return self.nbytes / self.budget if self.budget else None
+
+    @property
     def hit_rate(self) -> float:
         """Share of prompt tokens reused instead of computed, 0 to 1."""
         return self.matched / self.tokens if self.tokens else 0.0
