@@ -3,6 +3,8 @@
 ``cache``       the prefix cache, over any cache
 ``requests``    how requests begin and end
 ``session``     one request, from its prompt to its last token
+``explain``     why tokens of its prompt were not reused
+``reasons``     the answer, for people and programs
 ``sequences``   sequences for sessions, in a pool or in per-layer caches
 ``arguments``   checks of what comes in
 ``media``       images and sounds in prompts
@@ -36,6 +38,7 @@ from .events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from .metrics import register_metrics
 from .policies import EvictionPolicy
 from .publishing import ZmqEventPublisher
+from .reasons import Explanation, Reason, Why
 from .residency import Residency
 from .session import Session
 from .stats import PrefixStats
@@ -51,14 +54,17 @@ __all__ = [
     "Entry",
     "Event",
     "EvictionPolicy",
+    "Explanation",
     "Hit",
     "PrefixCache",
     "PrefixStats",
     "PrefixTrie",
+    "Reason",
     "Residency",
     "Session",
     "TierStats",
     "Usage",
+    "Why",
     "ZmqEventPublisher",
     "adapter_salt",
     "register_metrics",

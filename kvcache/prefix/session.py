@@ -17,9 +17,11 @@ from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.stack import LayerCaches
 
 from .arguments import as_positions
+from .explain import Noted, explain
 from .known import KnownTokens, own_tokens
 from .media import check_token_ids
 from .radix import Tokens
+from .reasons import Explanation, Why
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
 from .usage import Usage
@@ -35,7 +37,8 @@ class Request:
     points: positions for later requests to resume at. prompt: its tokens, 0 for caches that were
     inserted. created: those of them that it stored, and nobody before it. begun, answered: times at
     which it began (None once it was counted), and at which its first token behind the prompt was
-    named (None before), in seconds.
+    named (None before), in seconds. noted: of its beginning, to explain it. lacks: why tokens did
+    not come from a store.
     """
 
     handle: SequenceHandle
@@ -49,6 +52,8 @@ class Request:
     created: int = 0
     begun: float | None = field(default_factory=time.monotonic)
     answered: float | None = None
+    noted: Noted = field(init=False, repr=False)  # by the beginning of a session
+    lacks: dict[int, Why] = field(default_factory=dict)
 
     def prompt_tokens_in(self, span: StoredSpan) -> int:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
@@ -128,6 +133,22 @@ class Session:
         # What was stored, evicted and stored again counts once.
         created = min(self._request.created, self._prompt.size - self.matched)
         return Usage(self._prompt.size, self.matched, created)
+
+    def explain(
+        self, *, decode: Callable[[list[int]], str] | None = None, other_salts: bool = False
+    ) -> Explanation:
+        """Return why tokens of the prompt were not reused: one reason for each of them.
+
+        As of the beginning of the session, whenever it is asked for, also after the end.
+
+        decode: makes text of token ids, to show where the prompt left a stored sequence.
+        other_salts: look for the tokens under other salts, as of now. It tells that another tenant
+            has sent them: for operators, not to be shown to tenants.
+
+        Raises: TypeError unless `decode` is a function; what it raises.
+        """
+        noted, lacks = self._request.noted, self._request.lacks
+        return explain(noted, lacks, self._lock, decode, other_salts=other_salts)
 
     @property
     def sequence(self) -> int:
