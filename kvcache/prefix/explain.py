@@ -85,8 +85,8 @@ def _of_memory(noted: Noted) -> Iterator[Reason]:
     yield from _between_stops(noted)
     if hit.stored == size:
         yield Reason(size - 1, size, "last")
-    for start, stop, evicted in noted.evicted:
-        start, stop = max(start, hit.stored), min(stop, length)
+    for begin, end, evicted in noted.evicted:
+        start, stop = max(begin, hit.stored), min(end, length)
         if evicted is None:
             yield Reason(start, stop, "new")
         else:
@@ -121,7 +121,8 @@ def _next_resume_point(span: StoredSpan | None, limit: int) -> tuple[int, ...]:
         return ()
     path = span.path
     snapshots = contiguous_snapshots(path, path)
-    nearest, position = (), last_resumable(snapshots, span.stop)
+    nearest: tuple[int, ...] = ()
+    position = last_resumable(snapshots, span.stop)
     while position > limit:
         nearest, position = (position,), last_resumable(snapshots, position - 1)
     return nearest
@@ -189,7 +190,7 @@ def _sides(noted: Noted) -> tuple[list[int], list[int]] | None:
 
 def _ids_below(node: Node[StoredSpan], position: int) -> list[int]:
     """Return a few ids from `position` on, on the way to `node`, which may have been split."""
-    ids = node.tokens.tolist()
+    ids: list[int] = node.tokens.tolist()
     while node.depth - node.tokens.size > position and node.parent is not None:
         node = node.parent
         ids = node.tokens.tolist() + ids

@@ -242,7 +242,7 @@ class Fetcher:
             if stop <= least:
                 break
             positions = range(stop, max(least, stop - at_once), -1)
-            for position in self._states_at(wanted, positions, deadline):
+            for position in self._states_at(reading, positions, deadline):
                 if position // size <= reading.deepest:
                     yield Target(position, position // size - first, True)
             stop, at_once = positions[-1] - 1, 4 * at_once
@@ -276,16 +276,20 @@ class Fetcher:
             return None
 
     def _states_at(
-        self, wanted: Wanted, positions: Sequence[int], deadline: Deadline
+        self, reading: Reading, positions: Sequence[int], deadline: Deadline
     ) -> Iterator[int]:
         """Yield those of `positions` at which the store has a state, in their order."""
+        wanted = reading.wanted
         allowed = [
             position
             for position in positions
             if not any(start < position < stop for start, stop in wanted.media)
         ]
         keys = [wanted.chain.state_key(position) for position in allowed]
-        for position, outcome in zip(allowed, self._found(keys, deadline), strict=True):
+        outcomes = self._found(keys, deadline)
+        if any(isinstance(outcome, Unavailable) for outcome in outcomes):
+            reading.lacks |= _unanswered(wanted)
+        for position, outcome in zip(allowed, outcomes, strict=True):
             if isinstance(outcome, Present):
                 yield position
 
