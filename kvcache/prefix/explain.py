@@ -17,6 +17,7 @@ from .stored import Search, StoredPrefix, StoredSpan, contiguous_snapshots
 if TYPE_CHECKING:
     from .kept import KeptSpans
     from .known import KnownTokens
+    from .session import Request
 
 _CONTEXT = 8
 """Tokens shown before a divergence, and behind it."""
@@ -54,22 +55,25 @@ def note(kept: KeptSpans, known: KnownTokens, prefix: StoredPrefix, search: Sear
 
 
 def explain(
-    noted: Noted,
-    lacks: dict[int, Why],
+    request: Request,
     lock: threading.RLock,
     decode: Callable[[list[int]], str] | None,
     *,
     other_salts: bool,
 ) -> Explanation:
-    """Do :meth:`Session.explain`. lacks: why tokens did not come from a store."""
+    """Do :meth:`Session.explain`; count its reasons the first time."""
     if decode is not None and not callable(decode):
         raise TypeError(f"decode is a function from a list of token ids to text; got {decode!r}.")
+    noted = request.noted
     with lock:
-        reasons = _of_store(_of_memory(noted), lacks)
+        reasons = _of_store(_of_memory(noted), request.lacks)
         if other_salts:
             reasons = _of_others(reasons, _known_elsewhere(noted))
         merged = _merged(reasons)
         sides = _sides(noted)
+        if not request.explained:
+            request.explained = True
+            noted.kept.explained.update(Explanation(0, 0, tuple(merged)).counts)
     if decode is not None and sides is not None:
         prompt, stored = (decoded(side, decode) for side in sides)
         merged = [

@@ -54,7 +54,7 @@ class Requests:
         """Totals so far, and the state now."""
         totals = self._sessions, len(self._active), self._tokens, self._matched
         store = None if self.store_link is None else self.store_link.tier.stats
-        return PrefixStats.of(self._index, *totals, store)
+        return PrefixStats.of(self._index, *totals, store, dict(self._kept.explained))
 
     def begin(self, known: KnownTokens, now: float, resume_points: list[int]) -> Request:
         """Restore the longest stored prefix of a prompt; return its request, counted as active.

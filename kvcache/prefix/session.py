@@ -38,7 +38,7 @@ class Request:
     inserted. created: those of them that it stored, and nobody before it. begun, answered: times at
     which it began (None once it was counted), and at which its first token behind the prompt was
     named (None before), in seconds. noted: of its beginning, to explain it. lacks: why tokens did
-    not come from a store.
+    not come from a store. explained: whether its reasons were counted.
     """
 
     handle: SequenceHandle
@@ -54,6 +54,7 @@ class Request:
     answered: float | None = None
     noted: Noted = field(init=False, repr=False)  # by the beginning of a session
     lacks: dict[int, Why] = field(default_factory=dict)
+    explained: bool = False
 
     def prompt_tokens_in(self, span: StoredSpan) -> int:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
@@ -147,8 +148,7 @@ class Session:
 
         Raises: TypeError unless `decode` is a function; what it raises.
         """
-        noted, lacks = self._request.noted, self._request.lacks
-        return explain(noted, lacks, self._lock, decode, other_salts=other_salts)
+        return explain(self._request, self._lock, decode, other_salts=other_salts)
 
     @property
     def sequence(self) -> int:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import kvcache
 from kvcache import KVCache
-from kvcache.prefix import Explanation, PrefixCache, Reason
+from kvcache.prefix import Explanation, PrefixCache, Reason, register_metrics
 from kvcache.prefix.policies import LRU
 from kvcache.stores import Deadline, MemoryStore
 
@@ -229,6 +229,28 @@ def test_other_salts_are_looked_at_only_if_asked():
     server.finish(session, PROMPT)
     session = server.begin([*FIRST, 70], salt="b")
     assert counts(session, other_salts=True) == {"other_salt": 4, "diverged": 1}
+
+
+def test_reasons_are_counted_once_for_a_session_that_was_explained():
+    server = Server(MODELS["full"](NUMPY))
+    server.ask(FIRST)
+    assert server.prefix.stats.explained == {}
+    session = server.begin([*FIRST[:6], 70])
+    for _ in range(2):
+        session.explain()
+    server.finish(session, [*FIRST[:6], 70])
+    server.begin(FIRST).explain()
+    assert server.prefix.stats.explained == {"diverged": 1, "last": 1}
+
+
+def test_reasons_are_a_metric():
+    prometheus = pytest.importorskip("prometheus_client")
+    prefix, registry = PrefixCache([KVCache("numpy")]), prometheus.CollectorRegistry()
+    register_metrics(prefix, registry)
+    name = "kvcache_prefix_cache_explained_total"
+    assert registry.get_sample_value(name, {"reason": "new"}) is None
+    prefix.session([1, 2, 3]).explain()
+    assert registry.get_sample_value(name, {"reason": "new"}) == 3
 
 
 def test_a_decoder_that_is_none_or_raises():
