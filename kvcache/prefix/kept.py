@@ -13,8 +13,8 @@ from .known import KnownTokens
 from .media import MediaIds
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
-from .spans import Prefix
 from .reasons import Why
+from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
 
 _MIN_INDEX_BUDGET = 1 << 26
