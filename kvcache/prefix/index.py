@@ -126,7 +126,7 @@ class SpanIndex(Generic[P]):
         if added:
             self._ghosts.pop(span, None)
             self.kept[span] = None
-            span.born, span.evicted = span.used, None
+            span.born = span.used
             if span.parent is not None:
                 span.parent.children += 1
             # Last, because the policy may raise.

@@ -61,7 +61,7 @@ class Span(Generic[P]):
 
     tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
     so far. used: time of the last, in seconds. born: that when its payload was stored. evicted:
-    that when its payload was evicted, of a ghost that had one, the last for parts joined. pins:
+    that when it became a ghost, the last for parts joined, None if it never was one. pins:
     sessions that use it or a span behind it. children: kept spans right behind it. offered: whether
     the policy may choose it. policy_data: owned by the policy; both parts of a span that is split
     have it.

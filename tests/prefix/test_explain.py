@@ -227,6 +227,7 @@ def test_other_salts_are_looked_at_only_if_asked():
     assert explanation.counts == {"other_salt": 8, "new": 2}
     assert explanation.reasons[0] == Reason(0, 8, "other_salt")  # and nothing of a or b
     server.finish(session, PROMPT)
+    assert counts(session, other_salts=True) == explanation.counts, "its own salt is no other"
     session = server.begin([*FIRST, 70], salt="b")
     assert counts(session, other_salts=True) == {"other_salt": 4, "diverged": 1}
 
@@ -315,6 +316,26 @@ def test_a_store_with_pages_but_no_state_to_go_on_from():
     server = Stored(model_of("hybrid", NUMPY), store)
     session = server.begin([*FIRST[:6], 90], deadline=LATER)
     assert counts(session) == {"no_resume_point": 4, "new": 3}
+
+
+def test_pages_without_a_state_behind_one_that_is_not_worth_it():
+    store, ids = MemoryStore(), list(range(1, 13))
+    Stored(model_of("hybrid", NUMPY), store).ask(ids, resume_points=[5])
+    server = Stored(model_of("hybrid", NUMPY), store)
+    server.prefix._requests.store_link.tier.record.gate.pays = lambda *_: False
+    explanation = server.begin([*ids[:9], 90]).explain()
+    assert explanation.reasons == (
+        Reason(0, 5, "gated"),
+        Reason(5, 8, "no_resume_point"),
+        Reason(8, 10, "new"),
+    )
+
+
+def test_a_store_that_answers_the_second_question_only():
+    store, answers = Gate(stored_in(MemoryStore())), [True, False]
+    server = restarted(store)
+    store.asked = lambda: setattr(store, "broken", answers.pop(0))
+    assert counts(server.begin(PROMPT)) == {"late": 10}
 
 
 def test_what_memory_has_is_not_blamed_on_the_store():
