@@ -11,6 +11,7 @@ from kvcache.prefix import Explanation, PrefixCache, Reason, register_metrics
 from kvcache.prefix.policies import LRU
 from kvcache.stores import Deadline, MemoryStore
 
+from .. import peek
 from .history import History, names_of
 from .random_sessions import RandomSessions
 from .served import MODELS, Server
@@ -306,7 +307,7 @@ def test_pages_that_are_damaged():
 
 def test_pages_that_are_not_worth_fetching():
     server = restarted(stored_in(MemoryStore()))
-    gate = server.prefix._requests.store_link.tier.record.gate
+    gate = peek.cost_gate(server.prefix)
     gate.pays = lambda *_: False
     assert counts(server.begin(PROMPT)) == {"gated": 8, "new": 2}
 
@@ -322,7 +323,7 @@ def test_pages_without_a_state_behind_one_that_is_not_worth_it():
     store, ids = MemoryStore(), list(range(1, 13))
     Stored(model_of("hybrid", NUMPY), store).ask(ids, resume_points=[5])
     server = Stored(model_of("hybrid", NUMPY), store)
-    server.prefix._requests.store_link.tier.record.gate.pays = lambda *_: False
+    peek.cost_gate(server.prefix).pays = lambda *_: False
     explanation = server.begin([*ids[:9], 90]).explain()
     assert explanation.reasons == (
         Reason(0, 5, "gated"),
