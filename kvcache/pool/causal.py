@@ -281,11 +281,11 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
 
         return undo
 
-    def plan_begun(self, tokens: int | None) -> ForwardPlan:
-        return plan_current(self._pool, self.tokens_begun(), tokens)
+    def plan_begun(self, tokens: int | None, reads: bool) -> ForwardPlan:
+        return plan_current(self._pool, self.tokens_begun(), tokens, reads)
 
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[ForwardPlan]:
-        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False))
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[ForwardPlan]:
+        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False), reads)
 
     # Sequences.
 
