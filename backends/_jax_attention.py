@@ -130,6 +130,10 @@ def merge(
     return merged(jnp, parts, sinks)
 
 
+# A product by transposed keys would be a copy of them in a loop.
+_dot_products = partial(jnp.einsum, "hrd,hcd->hrc")
+
+
 def _with_block(
     read: Callable[[NativeArray], tuple[NativeArray, NativeArray]],
     rows: NativeArray,
@@ -143,6 +147,6 @@ def _with_block(
     visible = visible_columns(jnp, jnp.arange(cells.shape[0]), first, last)
     take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=last.shape[0], axis=2)
     own = Sums(*map(take, sums))
-    new = add_block(jnp, own, take(rows), read(cells), visible, softcap)
+    new = add_block(jnp, own, take(rows), read(cells), visible, softcap, _dot_products)
     write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
     return Sums(*map(write, sums, new))

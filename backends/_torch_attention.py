@@ -165,19 +165,11 @@ def _in_blocks(
 
 @_in_blocks.register_fake
 def _shape_of(
-    q: torch.Tensor,
-    buffers: Sequence[torch.Tensor],
-    likes: Sequence[torch.Tensor],
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    places: Sequence[torch.Tensor],
+    q: torch.Tensor, buffers: Sequence[torch.Tensor], likes: Sequence[torch.Tensor], *_: object
 ) -> torch.Tensor:
     width = buffers[-1].shape[dim_axis(likes[len(buffers) - 1])]
     return q.new_empty([width if i == dim_axis(likes[0]) else n for i, n in enumerate(q.shape)])
 
 
-def _read_rows(
-    buffer: NativeArray, index: NativeArray, axis: int, dtype: torch.dtype
-) -> NativeArray:
+def _read_rows(buffer: NativeArray, index: NativeArray, axis: int, _: torch.dtype) -> NativeArray:
     return torch.index_select(buffer, axis, index)

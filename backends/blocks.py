@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 from array_api_compat import device
 
 from .arrays import Arrays, DType, Namespace, NativeArray
-from .products import SCORES, Scoring, wide
+from .products import SCORES, Dot, Scoring, wide
 
 ReadRows: TypeAlias = Callable[[NativeArray, NativeArray, int, DType], NativeArray]
 """That of a backend for programs: :meth:`TracedFunctions.traced_read_rows`."""
@@ -130,20 +130,22 @@ def add_block(
     columns: tuple[NativeArray, NativeArray],
     visible: NativeArray,
     softcap: float | None,
+    dot: Dot | None = None,
 ) -> Sums:
     """Return the sums of some queries with more columns added.
 
-    columns: their keys and values. visible: bool ``[queries, columns]``, True = attend.
+    columns: their keys and values. visible: bool ``[queries, columns]``, True = attend. dot: as for
+    :func:`product`.
     """
     keys, values = (wide(xp, array) for array in columns)
     kv_heads, group, queries, dim = rows.shape
     flat = xp.reshape(rows, (kv_heads, group * queries, dim))
-    scores = xp.matmul(flat, xp.permute_dims(keys, (0, 2, 1)))
+    scores = xp.matmul(flat, xp.permute_dims(keys, (0, 2, 1))) if dot is None else dot(flat, keys)
     scores = xp.reshape(scores, (kv_heads, group, queries, -1))
     if softcap is not None:
         scores = xp.tanh(scores / softcap) * softcap
     scores = xp.where(visible, scores, -math.inf)
-    largest = xp.maximum(sums.largest, xp.max(scores, axis=-1, keepdims=True))
+    largest: NativeArray = xp.maximum(sums.largest, xp.max(scores, axis=-1, keepdims=True))
     finite = xp.where(largest == -math.inf, 0.0, largest)  # -inf - -inf would be NaN
     weights, kept = xp.exp(scores - finite), xp.exp(sums.largest - finite)
     total = sums.total * kept + xp.sum(weights, axis=-1, keepdims=True)
@@ -175,7 +177,7 @@ def end_sums(
         highest = xp.maximum(largest, logits)
         kept = xp.exp(largest - highest)
         total, weighted = total * kept + xp.exp(logits - highest), weighted * kept
-    out = weighted / xp.where(total == 0, 1.0, total)
+    out: NativeArray = weighted / xp.where(total == 0, 1.0, total)
     out = xp.reshape(out, (kv_heads * group, -1, value_dim))
     out = heads_first(xp, xp.take(out, reads.inverse, axis=1), token_axis(likes[0]))
     return out if out.dtype == q.dtype else xp.astype(out, q.dtype)

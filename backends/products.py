@@ -43,6 +43,10 @@ Result: TypeAlias = tuple[NativeArray, NativeArray | None]
 """Output of attention, and the logarithm of the sum of exponentials of its scores or None."""
 
 
+Dot: TypeAlias = Callable[[NativeArray, NativeArray], NativeArray]
+"""The products of rows and keys of each head, ``[kv_heads, rows, columns]``."""
+
+
 class Scoring(NamedTuple):
     """How attention weighs keys: the product of query and key, and what is done to it.
 
@@ -134,14 +138,13 @@ def product(
     values: NativeArray,
     scoring: Scoring,
     mask: NativeArray | None,
-    dot: Callable[[NativeArray, NativeArray], NativeArray] | None = None,
+    dot: Dot | None = None,
 ) -> Result:
     """Return attention of `q` over all columns, computed in float32, by functions of `xp`.
 
     mask: bool ``[tokens, columns]``, True = attend. Other arguments and results are those of
     :meth:`Backend.attention`.
-    dot: the products of rows and keys of each head, ``[kv_heads, rows, columns]``, where something
-        is faster than a plain matrix product.
+    dot: where something is faster than a plain matrix product.
     """
     scale, softcap, sinks, log_sum_exp = scoring
     q_heads, tokens, head_dim = q.shape

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcache._types import Indices, Int32s
+from kvcache._types import Int32s
 from kvcache.backends import Array
 from kvcache.backends.blocks import BlockReads, Blocks
 from kvcache.backends.products import VisibleColumns
@@ -110,11 +110,14 @@ def _fill(blocks: Blocks, tiles: Sequence[_Tile], sizes: Sequence[int]) -> None:
         right = left + size
         flat[left * columns : left * columns + cells.size] = cells
         blocks.starts[left:right] = start
-        offsets = np.arange(0, size * columns, columns)[:, None]
-        first: Indices | int = 0 if visible is None else visible.first
-        last: Indices | int = cells.size if visible is None else visible.last
-        blocks.first[left:right, :count] = np.clip(first - offsets, 0, columns)
-        blocks.last[left:right, :count] = np.clip(last - offsets, 0, columns)
+        first, last = blocks.first[left:right, :count], blocks.last[left:right, :count]
+        if visible is None:
+            last[:] = columns
+            last[-1] = cells.size - (size - 1) * columns
+        else:
+            offsets = np.arange(0, size * columns, columns)[:, None]
+            np.clip(visible.first - offsets, 0, columns, out=first, casting="unsafe")
+            np.clip(visible.last - offsets, 0, columns, out=last, casting="unsafe")
         left = right
 
 
@@ -124,12 +127,9 @@ def _orders(passes: Sequence[Reads], tokens: int, padded: int, extra: int) -> tu
     extra: so many more queries at the end of the order.
     """
     same = np.arange(tokens, dtype=np.int32)
-    pairs = [
-        (same, same) if reads.order is None or reads.inverse is None else reads[:2]
-        for reads in passes
-    ]
-    order = np.stack([own for own, _ in pairs]).astype(np.int32)
-    inverse = np.stack([own for _, own in pairs]).astype(np.int32)
+    orders = [same if reads.order is None else reads.order for reads in passes]
+    inverses = [same if reads.inverse is None else reads.inverse for reads in passes]
+    order, inverse = np.stack(orders), np.stack(inverses)
     more = padded - tokens
     # Padding has the output of the last token: its own place in the order sees nothing.
     return (
