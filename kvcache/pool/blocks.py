@@ -93,7 +93,7 @@ def _blocks(passes: Sequence[Sequence[_Tile]], queries: int, columns: int) -> Bl
     shape = len(passes), count
     blocks = Blocks(
         np.zeros(shape, np.int32),
-        np.zeros((*shape, columns), np.int32),  # behind the cells of a tile any cell will do
+        np.zeros((*shape, columns), np.int32),
         np.zeros((*shape, queries), np.int32),
         np.zeros((*shape, queries), np.int32),
     )
@@ -107,8 +107,10 @@ def _fill(blocks: Blocks, tiles: Sequence[_Tile], sizes: Sequence[int]) -> None:
     columns, flat = blocks.cells.shape[1], blocks.cells.reshape(-1)
     left = 0
     for (start, count, cells, visible), size in zip(tiles, sizes, strict=True):
-        right = left + size
-        flat[left * columns : left * columns + cells.size] = cells
+        right, begin = left + size, left * columns
+        flat[begin : begin + cells.size] = cells
+        # Padding reads a cell that is seen: hidden ones may hold NaN, which no weight of 0 removes.
+        flat[begin + cells.size :] = cells[-1]
         blocks.starts[left:right] = start
         first, last = blocks.first[left:right, :count], blocks.last[left:right, :count]
         if visible is None:
