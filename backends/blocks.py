@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from array_api_compat import device
 
 from .arrays import Arrays, DType, Namespace, NativeArray
+from .indexing import FULL_SLICES
 from .products import SCORES, Dot, Scoring, wide
 
 ReadRows: TypeAlias = Callable[[NativeArray, NativeArray, int, DType], NativeArray]
@@ -195,22 +197,42 @@ def attend_eagerly(
     """Do :meth:`TracedFunctions.traced_attention`, looking at the values of `reads`."""
     rows, sums = begin_sums(xp, q, buffers, likes, scoring.scale, reads)
     heads = rows.shape[0] * rows.shape[1]
+    read = partial(_read_run_or_rows, xp, read_rows)
     for blocks in reads.blocks:
         queries, columns = blocks.last.shape[1], blocks.cells.shape[1]
         numbers = xp.arange(columns, dtype=blocks.cells.dtype, device=device(q))
         most = max(1, SCORES // (heads * queries * columns))
         for start, left, right in _joined(xp, blocks, most):
             first, last = blocks.first[left:right, :], blocks.last[left:right, :]
+            used = (right - left - 1) * columns + int(xp.max(last[-1, :]))
+            if not used:  # between the windows of two queries
+                continue
             by_block = visible_columns(xp, numbers, first, last)
             visible = xp.reshape(xp.permute_dims(by_block, (1, 0, 2)), (queries, -1))
             place = slice(None), slice(None), slice(start, start + queries), slice(None)
             own = Sums(*(array[place] for array in sums))
-            cells = xp.reshape(blocks.cells[left:right, :], (-1,))
-            columns_read = read_columns(xp, read_rows, buffers, likes, cells)
-            new = add_block(xp, own, rows[place], columns_read, visible, scoring.softcap)
+            cells = xp.reshape(blocks.cells[left:right, :], (-1,))[:used]
+            columns_read = read_columns(xp, read, buffers, likes, cells)
+            seen = visible[:, :used]
+            new = add_block(xp, own, rows[place], columns_read, seen, scoring.softcap)
             for array, part in zip(sums, new, strict=True):
                 array[place] = part
     return end_sums(xp, sums, q, likes, scoring.sinks, reads)
+
+
+def _read_run_or_rows(
+    xp: Namespace,
+    read_rows: ReadRows,
+    buffer: NativeArray,
+    cells: NativeArray,
+    axis: int,
+    dtype: DType,
+) -> NativeArray:
+    """Return the rows of `cells`: where these lie in a row a view, which costs nothing."""
+    first, count = int(cells[0]), cells.shape[0]
+    if int(cells[-1]) - first == count - 1 and bool(xp.all(cells[1:] - cells[:-1] == 1)):
+        return buffer[(*FULL_SLICES[axis], slice(first, first + count), ...)]
+    return read_rows(buffer, cells, axis, dtype)
 
 
 def _joined(xp: Namespace, blocks: Blocks, most: int) -> Iterator[tuple[int, int, int]]:

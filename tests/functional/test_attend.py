@@ -152,6 +152,7 @@ def test_windows_and_chunks(backend, options, sees):
 
 def test_blocks_that_no_query_sees_are_no_padding(backend, monkeypatch):
     monkeypatch.setattr("kvcache.pool.blocks._COLUMNS", (2, 2))
+    monkeypatch.setattr("kvcache.backends.blocks.SCORES", 1)  # each by itself
     cache, history = make(backend, chunk=5), History(backend)
     sees = lambda i, p, o: p // 5 * 5 <= o <= p  # noqa: E731
     run(cache, history, span(5, 20, 0), sees=sees)
