@@ -205,8 +205,6 @@ def attend_eagerly(
         for start, left, right in _joined(xp, blocks, most):
             first, last = blocks.first[left:right, :], blocks.last[left:right, :]
             used = (right - left - 1) * columns + int(xp.max(last[-1, :]))
-            if not used:  # between the windows of two queries
-                continue
             by_block = visible_columns(xp, numbers, first, last)
             visible = xp.reshape(xp.permute_dims(by_block, (1, 0, 2)), (queries, -1))
             place = slice(None), slice(None), slice(start, start + queries), slice(None)
