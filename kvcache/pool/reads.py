@@ -241,7 +241,7 @@ def _segments(components: Sequence[_Component]) -> Iterator[Segment]:
             own = component.levels_at(stop)
             levels = levels or [[] for _ in own]
             for level, reads in zip(levels, own, strict=True):
-                level += reads
+                level.extend(reads)
             stop += component.stop - component.start
         yield _segment(start, stop, levels)
         start = stop

@@ -84,7 +84,7 @@ def attend(xp: Namespace, q: Array, k: Array, v: Array, bias: Array | None) -> A
 
 
 def heads_beside(xp: Namespace, x: Array) -> Array:
-    """Return `x` [B, heads, L, D] with the heads of a token beside each other: [B, L, heads * D]."""
+    """Return `x` [B, heads, L, D] with the heads of a token side by side: [B, L, heads * D]."""
     batch, heads, length, dim = x.shape
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (batch, length, heads * dim))
 

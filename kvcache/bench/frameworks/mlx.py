@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
+import numpy as np
 
 from kvcache.backends.arrays import NativeArrays
 from kvcache.bench.harness.contest import (
@@ -17,9 +18,13 @@ from kvcache.bench.harness.contest import (
     UnavailableError,
 )
 
-from .base import Framework
+from .base import Framework, Kernel
+
+if TYPE_CHECKING:
+    from kvcache.bench.attend.case import AttendCase
 
 PEER = "mlx-lm KVCache"
+BATCH_PEER = "mlx-lm BatchKVCache"
 ROTATING_PEER = "mlx-lm RotatingKVCache"
 
 
@@ -58,6 +63,42 @@ class MlxFramework(Framework):
                 mx.eval(keys[:, :, : p + 1], values[:, :, : p + 1])
 
         return run
+
+    def attention(self, case: Case) -> Kernel:
+        kernel, scale = mx.fast.scaled_dot_product_attention, case.head_dim**-0.5
+
+        def attend(
+            q: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
+        ) -> mx.array:
+            return kernel(q[None], keys[None], values[None], scale=scale, mask=mask)[0]
+
+        return attend
+
+    def batched(self) -> Factories[AttendCase]:
+        return {BATCH_PEER: self.batch_peer}
+
+    def batch_peer(self, case: AttendCase) -> Contestant:
+        """Make mlx-lm's cache of several sequences, padded on the left to the longest one."""
+        if case.window is not None:
+            raise UnavailableError("it has no window")
+        longest, put = max(case.lengths), case.backend.from_host
+        padding = [longest - length for length in case.lengths]
+        rows = np.zeros((case.batch, case.heads, longest, case.head_dim), np.float32)
+        for number, length in enumerate(case.lengths):
+            rows[number, :, longest - length :] = case.rows(number, 0, length)
+        cache = _mlx_lm_caches().BatchKVCache(padding)
+        cache.update_and_fetch(*(put(rows[:, :, :-1], case.dtype) for _ in range(2)))
+        mask = cache.make_mask(1)
+        keys, values = cache.update_and_fetch(*(put(rows[:, :, -1:], case.dtype) for _ in range(2)))
+        q = put(case.queries().transpose(1, 0, 2)[:, :, None], case.dtype)
+        self.finish((keys, values, mask, q))
+        kernel, scale = mx.fast.scaled_dot_product_attention, case.head_dim**-0.5
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                mx.eval(kernel(q, keys, values, scale=scale, mask=mask))
+
+        return Contestant(BATCH_PEER, run)
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         raise UnavailableError("an array of MLX can be kept without a copy")
