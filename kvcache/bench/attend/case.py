@@ -49,7 +49,7 @@ class AttendCase(Case):
         """Tokens of each sequence, with the one of the pass."""
         if self.load == "shared":
             return [self.shared + max(1, self.tokens // 8)] * self.batch
-        if self.load != "uneven":
+        if self.load != "uneven" or self.batch == 1:  # one alone is neither short nor long
             return [self.tokens] * self.batch
         spread = np.geomspace(max(1, self.tokens // 64), 4 * self.tokens, self.batch)
         # Shuffled, as requests come: neighbours of like length would be easier to read.
