@@ -46,6 +46,7 @@ from kvcache.backends import Array, backend_of, backend_type
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.new_states import empty, empty_recurrent, empty_ring, select
 from kvcache.layers.state import LayerState, RecurrentState, RingState, with_fields
+from kvcache.pool.layouts import paged
 from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
 from kvcache.snapshots.visibility import Visibility
 
@@ -64,6 +65,7 @@ __all__ = [
     "get",
     "get_states",
     "mask",
+    "pages",
     "put",
     "put_states",
     "select",
@@ -115,6 +117,31 @@ def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array |
         for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False)
     ]
     return history[0], history[1] if len(history) > 1 else None, plan.mask
+
+
+def pages(state: PoolState, plan: ForwardPlan, layer: int, page: int) -> tuple[Array, Array | None]:
+    """Return keys and values of a layer in pages of `page` cells, those of the cache.
+
+    ``[pages, page, kv_heads, head_dim]`` of a cache in layout ``"thd"``, ``[pages, kv_heads, page,
+    head_dim]`` of one in ``"htd"``. Which pages to read, :meth:`CausalCache.block_table` tells.
+    Values are None for a layer of keys only.
+
+    Raises: while it is traced, KVCacheError for a layer without buffers, NotSupportedError for
+        another layout, ShapeError for a page that does not divide the pool.
+    """
+    backend = backend_type(plan.mask)
+    buffers = _layer(state, layer)
+    split = [
+        paged(
+            backend.xp,
+            backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype),
+            axis,
+            page,
+        )
+        for buffer, like in zip(buffers, plan.prototypes, strict=False)
+        for axis in (_token_axis(like),)
+    ]
+    return split[0], split[1] if len(split) > 1 else None
 
 
 def get_states(state: PoolState, plan: StatePlan, layer: int) -> tuple[Array, ...]:
