@@ -53,7 +53,7 @@ class AttendCase(Case):
             return [self.tokens] * self.batch
         spread = np.geomspace(max(1, self.tokens // 64), 4 * self.tokens, self.batch)
         # Shuffled, as requests come: neighbours of like length would be easier to read.
-        return np.random.default_rng(0).permutation(spread.astype(int)).tolist()
+        return [int(length) for length in np.random.default_rng(0).permutation(spread)]
 
     def rows(self, sequence: int, start: int, stop: int) -> HostArray:
         """Return keys or values of positions ``[start, stop)``, ``[heads, tokens, head_dim]``."""

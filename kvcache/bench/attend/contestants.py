@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from kvcache.backends.arrays import NativeArray, NativeArrays
-from kvcache.bench.frameworks.base import Framework
+from kvcache.bench.frameworks.base import Batched, Framework
 from kvcache.bench.harness.contest import Contestant, Factories, Loop, UnavailableError
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
@@ -28,8 +28,20 @@ def factories(framework: Framework) -> Factories[AttendCase]:
         IDEAL: lambda case: Contestant(IDEAL, repeated(framework, ideal(framework, case))),
         ATTEND: lambda case: Contestant(ATTEND, repeated(framework, pass_of(case).attend)),
         RANGE: lambda case: Contestant(RANGE, repeated(framework, pass_of(case).by_range())),
-        **framework.batched(),
+        **{name: _peer(make) for name, make in framework.batched().items()},
     }
+
+
+def _peer(make: Batched) -> Callable[[AttendCase], Contestant]:
+    """Return the factory of a peer that holds all tokens of many sequences."""
+
+    def peer(case: AttendCase) -> Contestant:
+        if case.window is not None:
+            raise UnavailableError("it has no window")
+        rows = [case.rows(number, 0, length) for number, length in enumerate(case.lengths)]
+        return make(case, case.queries(), rows)
+
+    return peer
 
 
 def repeated(framework: Framework, attend: Callable[[], NativeArray]) -> Loop:

@@ -9,22 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from kvcache.backends import nbytes
-from kvcache.backends.arrays import NativeArray, NativeArrays
-from kvcache.bench.harness.contest import Case, Factories, Loop, UnavailableError
-
-if TYPE_CHECKING:
-    from kvcache.bench.attend.case import AttendCase
+from kvcache.backends.arrays import HostArray, NativeArray, NativeArrays
+from kvcache.bench.harness.contest import Case, Contestant, Factories, Loop, UnavailableError
 
 Kernel: TypeAlias = Callable[
     [NativeArray, NativeArray, NativeArray, NativeArray | None], NativeArray
 ]
 """Attention of queries ``[query_heads, tokens, head_dim]`` over keys and values ``[heads, columns,
 head_dim]`` with a mask, bool ``[tokens, columns]``, or None: like the queries."""
+
+Batched: TypeAlias = Callable[[Case, HostArray, list[HostArray]], Contestant]
+"""Function that makes a peer of many sequences in a case, from the queries of a decode pass,
+``[query_heads, sequences, head_dim]``, and rows of each sequence, ``[heads, tokens, head_dim]``,
+its keys as well as its values. It raises UnavailableError where the peer cannot take part."""
 
 
 class Framework:
@@ -112,7 +114,11 @@ class Framework:
         return at_last_positions(case, step)
 
     def attention(self, case: Case) -> Kernel:
-        """Return the framework's own attention kernel; here two products and a softmax."""
+        """Return the framework's own attention kernel; here two products and a softmax.
+
+        Compiled, that serves JAX, too: its `dot_product_attention` takes three times as long on a
+        processor.
+        """
         xp, wide = case.backend.xp, case.backend.dtype("float32")
         scale = case.head_dim**-0.5
 
@@ -131,8 +137,8 @@ class Framework:
 
         return attend
 
-    def batched(self) -> Factories[AttendCase]:
-        """Return factories of peers that hold many sequences; none unless overridden."""
+    def batched(self) -> dict[str, Batched]:
+        """Return by name the peers that hold many sequences; none unless overridden."""
         return {}
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:

@@ -20,7 +20,7 @@ from kvcache.bench.harness.contest import (
     UnavailableError,
 )
 
-from .base import Framework, Kernel, at_last_positions
+from .base import Framework, at_last_positions
 
 PLAIN = "raw (plain jit)"
 # On CPU, XLA would convert a whole buffer of these dtypes to float32 to write one token.
@@ -64,21 +64,6 @@ class JaxFramework(Framework):
             finish(tuple(layers))
 
         return at_last_positions(case, step)
-
-    def attention(self, case: Case) -> Kernel:
-        scale = case.head_dim**-0.5
-
-        def attend(
-            q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None
-        ) -> jax.Array:
-            # It has the tokens before the heads.
-            arrays = (array.transpose(1, 0, 2) for array in (q, keys, values))
-            out = jax.nn.dot_product_attention(
-                *arrays, mask=None if mask is None else mask[None], scale=scale
-            )
-            return out.transpose(1, 0, 2)
-
-        return attend
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         raise UnavailableError("an array of JAX never changes, and can be kept without a copy")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
-from kvcache.backends.arrays import NativeArrays
+from kvcache.backends.arrays import HostArray, NativeArray, NativeArrays
 from kvcache.bench.harness.contest import (
     Case,
     Contestant,
@@ -18,10 +18,7 @@ from kvcache.bench.harness.contest import (
     UnavailableError,
 )
 
-from .base import Framework, Kernel
-
-if TYPE_CHECKING:
-    from kvcache.bench.attend.case import AttendCase
+from .base import Batched, Framework, Kernel
 
 PEER = "mlx-lm KVCache"
 BATCH_PEER = "mlx-lm BatchKVCache"
@@ -74,23 +71,25 @@ class MlxFramework(Framework):
 
         return attend
 
-    def batched(self) -> Factories[AttendCase]:
+    def batched(self) -> dict[str, Batched]:
         return {BATCH_PEER: self.batch_peer}
 
-    def batch_peer(self, case: AttendCase) -> Contestant:
+    def batch_peer(self, case: Case, queries: HostArray, rows: list[HostArray]) -> Contestant:
         """Make mlx-lm's cache of several sequences, padded on the left to the longest one."""
-        if case.window is not None:
-            raise UnavailableError("it has no window")
-        longest, put = max(case.lengths), case.backend.from_host
-        padding = [longest - length for length in case.lengths]
-        rows = np.zeros((case.batch, case.heads, longest, case.head_dim), np.float32)
-        for number, length in enumerate(case.lengths):
-            rows[number, :, longest - length :] = case.rows(number, 0, length)
+        longest, put = max(row.shape[1] for row in rows), case.backend.from_host
+        padding = [longest - row.shape[1] for row in rows]
+        padded = np.stack(
+            [
+                np.pad(row, ((0, 0), (left, 0), (0, 0)))
+                for row, left in zip(rows, padding, strict=True)
+            ]
+        )
         cache = _mlx_lm_caches().BatchKVCache(padding)
-        cache.update_and_fetch(*(put(rows[:, :, :-1], case.dtype) for _ in range(2)))
+        cache.update_and_fetch(*(put(padded[:, :, :-1], case.dtype) for _ in range(2)))
         mask = cache.make_mask(1)
-        keys, values = cache.update_and_fetch(*(put(rows[:, :, -1:], case.dtype) for _ in range(2)))
-        q = put(case.queries().transpose(1, 0, 2)[:, :, None], case.dtype)
+        last = (put(padded[:, :, -1:], case.dtype) for _ in range(2))
+        keys, values = cache.update_and_fetch(*last)
+        q: NativeArray = put(queries.transpose(1, 0, 2)[:, :, None], case.dtype)
         self.finish((keys, values, mask, q))
         kernel, scale = mx.fast.scaled_dot_product_attention, case.head_dim**-0.5
 

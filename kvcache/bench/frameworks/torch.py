@@ -57,8 +57,8 @@ class TorchFramework(Framework):
                 return kernel(rows, keys[None], values[None], scale=scale).reshape(q.shape)
             shape = heads, query_heads // heads, columns, dim
             by_head = q.reshape(heads, -1, tokens, dim)
-            repeated = (array[:, None].expand(shape) for array in (keys, values))
-            return kernel(by_head, *repeated, mask, scale=scale).reshape(q.shape)
+            by_keys, by_values = (array[:, None].expand(shape) for array in (keys, values))
+            return kernel(by_head, by_keys, by_values, mask, scale=scale).reshape(q.shape)
 
         return attend
 

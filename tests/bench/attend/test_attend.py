@@ -10,12 +10,13 @@ import kvcache
 from kvcache.bench import AttendReport, AttendTiming, run_attend
 from kvcache.bench.attend import contestants
 from kvcache.bench.attend.case import ATTEND, IDEAL, LOADS, RANGE, AttendCase
-from kvcache.bench.attend.contestants import DecodePass, ideal
+from kvcache.bench.attend.contestants import DecodePass, factories, ideal
 from kvcache.bench.frameworks import framework_of
 from kvcache.bench.harness.contest import UnavailableError
 
 from ... import peek
 
+BATCH_PEER = "mlx-lm BatchKVCache"
 TINY = {"tokens": 40, "heads": 2, "query_heads": 4, "head_dim": 8}
 # JAX compiles the ideal of every load.
 QUICK = ("numpy", "torch", pytest.param("jax", marks=pytest.mark.matrix), "mlx")
@@ -64,9 +65,8 @@ def test_the_batch_cache_of_mlx_lm_computes_the_same(load, monkeypatch):
     import mlx.core as mx
 
     case = case_of(kvcache.get_backend("mlx"), load)
-    (make,) = framework_of(case.backend).batched().values()
     outputs = []
-    peer = make(case)
+    peer = factories(framework_of(case.backend))[BATCH_PEER](case)
     monkeypatch.setattr(mx, "eval", outputs.append)
     peer.run(1)
     (output,) = outputs
@@ -78,9 +78,8 @@ def test_the_batch_cache_of_mlx_lm_computes_the_same(load, monkeypatch):
 def test_mlx_lm_has_no_window():
     pytest.importorskip("mlx_lm")
     case = case_of(kvcache.get_backend("mlx"), "window")
-    (make,) = framework_of(case.backend).batched().values()
     with pytest.raises(UnavailableError, match="no window"):
-        make(case)
+        factories(framework_of(case.backend))[BATCH_PEER](case)
 
 
 def test_the_loads_lie_as_they_say():
