@@ -101,6 +101,8 @@ def _read(values: object) -> npt.NDArray[np.generic]:
     try:
         return np.asarray(values)
     except TypeError:  # NumPy reads no memory of another device
+        if hasattr(values, "tolist"):  # an array, perhaps of bools
+            return np.asarray(values.tolist())
         if not isinstance(values, Iterable):
             raise
         return np.asarray(as_indices(values, "a list"))
