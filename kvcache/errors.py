@@ -21,6 +21,7 @@
     ├── SnapshotMismatchError      (ValueError)    a snapshot of other caches, tokens or model
     ├── PageError                  (ValueError)    bytes of a store that are not the page asked for
     ├── StoreError                 (OSError)       a store that cannot be opened, listed or used
+    ├── EndpointError              (OSError)       an address where nothing can be published
     └── CacheFileError             (OSError)
         ├── DamagedFileError                       truncated, or a checksum does not match
         ├── ForeignFileError                       not written by kvcache
@@ -106,6 +107,10 @@ class PageError(KVCacheError, ValueError):
 
 class StoreError(KVCacheError, OSError):
     """A store cannot be opened, listed or used."""
+
+
+class EndpointError(KVCacheError, OSError):
+    """An address cannot be bound or connected to: in use, malformed, or of another machine."""
 
 
 class CacheFileError(KVCacheError, OSError):

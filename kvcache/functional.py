@@ -53,6 +53,7 @@ from kvcache.backends.blocks import token_axis
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.new_states import empty, empty_recurrent, empty_ring, select
 from kvcache.layers.state import LayerState, RecurrentState, RingState, with_fields
+from kvcache.pool.layouts import paged
 from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
 from kvcache.pool.traced_attention import attend_traced
 from kvcache.snapshots.visibility import Visibility
@@ -73,6 +74,7 @@ __all__ = [
     "get",
     "get_states",
     "mask",
+    "pages",
     "put",
     "put_states",
     "select",
@@ -155,6 +157,31 @@ def attend(
         gradients.
     """
     return attend_traced(_layer(state, layer), plan, q, scale, softcap, sinks)
+
+
+def pages(state: PoolState, plan: ForwardPlan, layer: int, page: int) -> tuple[Array, Array | None]:
+    """Return keys and values of a layer in pages of `page` cells, those of the cache.
+
+    ``[pages, page, kv_heads, head_dim]`` of a cache in layout ``"thd"``, ``[pages, kv_heads, page,
+    head_dim]`` of one in ``"htd"``. Which pages to read, :meth:`CausalCache.block_table` tells.
+    Values are None for a layer of keys only.
+
+    Raises: while it is traced, KVCacheError for a layer without buffers, NotSupportedError for
+        another layout, ShapeError for a page that does not divide the pool.
+    """
+    backend = backend_type(plan.mask)
+    buffers = _layer(state, layer)
+    split = [
+        paged(
+            backend.xp,
+            backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype),
+            axis,
+            page,
+        )
+        for buffer, like in zip(buffers, plan.prototypes, strict=False)
+        for axis in (_token_axis(like),)
+    ]
+    return split[0], split[1] if len(split) > 1 else None
 
 
 def get_states(state: PoolState, plan: StatePlan, layer: int) -> tuple[Array, ...]:

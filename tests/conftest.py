@@ -13,7 +13,8 @@ Marks say where a test runs (the sessions of noxfile.py select by them, and by n
 - ``installation``: depends on what else is installed, so it runs in every session.
 - ``docs``: about the documentation, so it runs where that is built.
 - ``slow``: takes seconds; `nox -s quick` leaves it out.
-- ``matrix``: a cell of a matrix that only `nox -s adapters` runs, as it runs all other cells.
+- ``matrix``: too much for every change: most cells of a matrix, which `nox -s adapters` runs, and
+  what needs packages or sources of engines, or a minute, which `nox -s engines` runs.
 
 A test without any of the first five knows NumPy at most. It runs on NumPy alone, and where all are
 together if it was skipped there, for want of a package; or if that session did not run before.

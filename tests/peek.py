@@ -98,15 +98,20 @@ def config(cache):
     return cache._pool.config
 
 
+def units(table):
+    """What hands out cells of a table: its allocator, or that of its pages."""
+    return getattr(table.allocator, "pages", table.allocator)
+
+
 def free_stack(table):
-    """The stack of free cells of a table, and cells that were claimed since they were stacked."""
-    allocator = table.allocator
+    """The stack of free cells or pages of a table, and of those claimed since they were stacked."""
+    allocator = units(table)
     return allocator._stack[: allocator._top]
 
 
 def stacked(table):
-    """By cell: whether it lies on that stack."""
-    return table.allocator._stacked
+    """By cell or page: whether it lies on that stack."""
+    return units(table)._stacked
 
 
 # Encoders.
@@ -203,6 +208,14 @@ def slots_of(owner):
     return owner._buffers.capacity
 
 
+# Policies.
+
+
+def returns(policy):
+    """The observations of a policy that learns."""
+    return policy._returns
+
+
 # Stores.
 
 
@@ -214,3 +227,27 @@ def writing(store, item):
             assert store._reserve(index, item, item.nbytes, unlinking) is None
         yield
     store._settle_soon(NEVER)
+
+
+# Stores behind prefix caches.
+
+
+def fetching(prefix):
+    """The queue of a prefix cache for what is being fetched."""
+    return prefix._requests.store_link.tier._fetcher.queue
+
+
+def fill_queue(prefix, job):
+    """Let a job take all the room of the queue for what is to be put into the store."""
+    queue = prefix._requests.store_link.tier._writer.queue
+    assert queue.submit(job, queue._limit)
+
+
+def cost_gate(prefix):
+    """The measured costs of a prefix cache and its store."""
+    return prefix._requests.store_link.tier.record.gate
+
+
+def make_older(gate, seconds):
+    """Let the measurement of a store be so many seconds older."""
+    gate._measured -= seconds

@@ -19,7 +19,18 @@ from rich.markup import escape
 
 import kvcache
 
-from . import backends, bench, chat, conformance, generate, inspect, plan, simulate, transcribe
+from . import (
+    backends,
+    bench,
+    chat,
+    conformance,
+    generate,
+    inspect,
+    plan,
+    simulate,
+    transcribe,
+    verify,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +47,7 @@ app.command()(plan.plan)
 app.command()(transcribe.transcribe)
 app.command()(backends.backends)
 app.command()(conformance.conformance)
+app.command("verify")(verify.verify_command)
 app.add_typer(bench.bench_app, name="bench")
 
 

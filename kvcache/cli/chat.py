@@ -12,10 +12,12 @@ import typer
 from rich.table import Table
 
 import kvcache
+from kvcache.prefix import TierStats
 from kvcache.prefix.policies import make_policy
+from kvcache.stores import open_store
 
 from .console import BackendName, check_folder, notes
-from .models import ModelPath, load_model
+from .models import ModelPath, fingerprint_of, load_model
 
 if TYPE_CHECKING:
     from kvcache.reference.chat import Chat, Conversation, Turn
@@ -64,6 +66,17 @@ def chat(
     tree: Annotated[
         Path | None, typer.Option(help="Draw the tree of stored prefixes to this SVG at the end.")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep what was computed for later chats, on any backend: file:///var/cache/kv, "
+            "redis://127.0.0.1:6379, or another URL."
+        ),
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the conversation in this file; it is kept there."),
+    ] = None,
     model: ModelPath = None,
 ) -> None:
     """Talk to a real model; every turn reuses the computation of the turns before.
@@ -73,6 +86,8 @@ def chat(
 
     Many turns from a file: [bold]kvcache chat --backend torch --cache rotating < turns.txt[/]
 
+    Go on after a restart: [bold]kvcache chat --store file:///var/cache/kv --history chat.json[/]
+
     With a small hybrid: [bold]python -m kvcache.reference.hybrid.train small-hybrid[/], and then
     [bold]kvcache chat --model small-hybrid[/]
     """
@@ -81,9 +96,17 @@ def chat(
     target.dtype(dtype)
     make_policy(policy)
     check_folder("--tree", tree)
+    check_folder("--history", history)
+    if system is not None and history is not None and history.exists():
+        raise typer.BadParameter(f"--system begins a conversation, and {history} has one already.")
+    opened = None if store is None else open_store(store)
     decoder, tokenizer = load_model(model, target)
     from kvcache.reference.chat import Chat, Conversation
+    from kvcache.reference.history import load_history, save_history
 
+    named = "" if store is None and history is None else fingerprint_of(model)
+    resumed = None if history is None else load_history(history, tokenizer, named)
+    conversation = Conversation(tokenizer, system) if resumed is None else resumed
     talk = Chat(
         decoder,
         cache.value,
@@ -95,10 +118,21 @@ def chat(
         policy=policy,
         eos_id=tokenizer.eos_id,
         compare=compare,
+        store=opened,
+        fingerprint=named,
     )
-    conversation = Conversation(tokenizer, system)
-    turns = [_turn(talk, conversation, tokenizer, text, max_tokens) for text in _lines()]
-    notes.print(_summary(turns))
+    turns = []
+    try:
+        for text in _lines():
+            turns.append(_turn(talk, conversation, tokenizer, text, max_tokens))
+            if history is not None:
+                save_history(history, conversation, named)
+        notes.print(_summary(turns))
+    finally:
+        totals = talk.close()
+        if opened is not None and totals is not None:
+            notes.print(_stored(totals), style="yellow", highlight=False, soft_wrap=True)
+            opened.close()
     if tree is not None:
         tree.write_text(talk.prefix.render(svg=True, decode=tokenizer.decode), encoding="utf-8")
         notes.print(f"The tree is in {tree}.", highlight=False)
@@ -149,6 +183,13 @@ def _described(turn: Turn) -> str:
         ratio = turn.cold_seconds / turn.seconds
         line += f"; without reuse {turn.cold_seconds:.3f} s, {ratio:.1f} times as long"
     return line
+
+
+def _stored(totals: TierStats) -> str:
+    line = f"{totals.fetched_tokens} tokens came from the store, {totals.written} pages went there"
+    troubles = {"late": "times it was late", "failed": "pages were damaged", "dropped": "were lost"}
+    counts = {text: getattr(totals, field) for field, text in troubles.items()}
+    return "; ".join([line, *(f"{count} {text}" for text, count in counts.items() if count)])
 
 
 def _summary(turns: list[Turn]) -> Table:

@@ -41,6 +41,15 @@ def load_model(path: Path | None, backend: Backend) -> tuple[Decoder, Tokenizer]
     return model, tokenizer
 
 
+def fingerprint_of(path: Path | None) -> str:
+    """Return the fingerprint of the model that :func:`load_model` loads. Raises: ModelFileError."""
+    from kvcache.reference.fingerprint import fingerprint
+    from kvcache.reference.llama.gguf import default_model_path
+
+    with notes.status("Computing the fingerprint of the model"):
+        return fingerprint(path or default_model_path())
+
+
 def load_models(path: Path | None, backends: Sequence[Backend]) -> tuple[list[Decoder], Tokenizer]:
     """Load the model in `path` onto each of `backends`; a repeated one gets the same model.
 

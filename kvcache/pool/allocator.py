@@ -28,7 +28,7 @@ class CellAllocator:
     def claim(self, cells: Indices | Int32s) -> Bools:
         """Reference the free ones among `cells`, once each; return a mask of those claimed.
 
-        The caller subtracts them from :attr:`free`, together with cells from :meth:`pop`.
+        The caller counts them by :meth:`take`, together with cells from :meth:`pop`.
         """
         order = np.arange(cells.size)
         self._claims[cells] = order  # if a cell is wanted twice, the last claim stands
@@ -39,7 +39,7 @@ class CellAllocator:
     def pop(self, count: int) -> Int32s:
         """Take up to `count` free cells off the stack, neighbours if possible.
 
-        The caller references them and subtracts them from :attr:`free`.
+        The caller references them by :meth:`take` or :meth:`incref`.
         """
         popped: list[Int32s] = [np.empty(0, np.int32)]
         while count and self._top:
@@ -53,14 +53,44 @@ class CellAllocator:
             count -= free.size
         return np.concatenate(popped)
 
+    def take(self, cells: Int32s) -> None:
+        """Reference `cells` once each: free ones that differ, claimed or popped."""
+        self.refcounts[cells] = 1
+        self.free -= cells.size
+
+    def incref(self, cells: Indices | Int32s) -> None:
+        """Add one reference to each of `cells`, which differ, free or not."""
+        self.free -= int(np.count_nonzero(self.refcounts[cells] == 0))
+        self.refcounts[cells] += 1
+
+    def step(self, cell: int, dropped: int | None) -> None:
+        """Reference the free cell `cell`; free `dropped`, which has one reference.
+
+        Both may be the same cell, which stays referenced.
+        """
+        self.refcounts[cell] = 1
+        if dropped is None:
+            self.free -= 1
+            return
+        # One cell taken, one freed: the number of free cells stays.
+        if dropped != cell:
+            self.refcounts[dropped] = 0
+        self.push(dropped)
+
     def decref(self, cells: Int32s) -> None:
         """Drop one reference per element of `cells`, and free cells without any left."""
+        self._put_back(self._drop(cells))
+
+    def _drop(self, cells: Int32s) -> Int32s:
+        """Drop one reference per element of `cells`; return those without any left."""
         if (self.refcounts[cells] == 1).all():  # none is shared, so none occurs twice
             self.refcounts[cells] = 0
-            freed = cells
-        else:
-            np.subtract.at(self.refcounts, cells, 1)  # `-=` would count a repeated cell once
-            freed = np.unique(cells[self.refcounts[cells] == 0])
+            return cells
+        np.subtract.at(self.refcounts, cells, 1)  # `-=` would count a repeated cell once
+        return np.unique(cells[self.refcounts[cells] == 0])
+
+    def _put_back(self, freed: Int32s) -> None:
+        """Count and stack cells that have lost their last reference."""
         self.free += freed.size
         unstacked = np.sort(freed[~self._stacked[freed]])
         self._stacked[unstacked] = True
@@ -69,7 +99,7 @@ class CellAllocator:
         self._top += unstacked.size
 
     def push(self, cell: int) -> None:
-        """Push one freed cell; the caller has counted it in :attr:`free`."""
+        """Stack one freed cell, counted in :attr:`free` already."""
         if not self._stacked[cell]:
             self._stacked[cell] = True
             self._stack[self._top] = cell

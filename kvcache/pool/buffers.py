@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import TypeAlias
 
 import numpy as np
@@ -12,12 +12,12 @@ import numpy as np
 from kvcache._types import Indices, Int32s
 from kvcache.backends import Array, Backend, HostArray, nbytes, transfer
 from kvcache.backends.base import FastKey
-from kvcache.errors import KVCacheError, ShapeError, SnapshotMismatchError
+from kvcache.errors import KVCacheError, SnapshotMismatchError
 from kvcache.snapshots.rows import LayerRows
 from kvcache.storage.arrays import LayerArrays, NamedArray, check_layer_form
-from kvcache.storage.lengths import ceil_div, padded_index
+from kvcache.storage.lengths import padded_index
 
-from .checks import check_dtype, check_heads, check_tokens, refuse_gradients
+from .checks import check_arrays, check_fit
 from .exchange import check_form, convert, form_of, traced_form_of
 from .layouts import HOST_LAYOUT, ArrayLayout, Arrays
 from .originals import OriginalKeys, Shift
@@ -50,8 +50,6 @@ class PoolBuffers:
         backend.dtype(dtype)  # raises if the backend lacks it
         self.backend = backend
         self.layouts = tuple(layouts)
-        # A backend without gradients spares the question in every put.
-        self._may_require_grad = type(backend).requires_grad is not Backend.requires_grad
         self._token_axes = tuple(layout.token_axis for layout in self.layouts)
         # By the number of arrays of a layer: one axis where all have the same, which writes faster.
         self._write_axes = [
@@ -67,14 +65,15 @@ class PoolBuffers:
         # The buffers as exported last, unless the cache has used them since.
         self._exported: PoolState | None = None
         self._maybe_traced = False  # True while any buffer may be in the form for programs
-        self._pending = PendingWrites()
+        self.pending = PendingWrites()
+        """Rows to write before the next access."""
 
     def _settled(self) -> dict[int, Arrays]:
         """Return the buffers by layer, back from programs and with all pending rows written."""
         if self._maybe_traced:
             self._take_back()
-        if self._pending.queue:
-            self._pending.drain()
+        if self.pending.queue:
+            self.pending.drain()
         return self._layers
 
     # Programs.
@@ -82,8 +81,8 @@ class PoolBuffers:
     def export_state(self) -> PoolState:
         """Return all buffers by layer in the form for :mod:`kvcache.functional`."""
         # Exported twice without use in between, the state is the same: no conversion.
-        if self._exported is None or self._pending.queue:
-            with self._pending.lock:
+        if self._exported is None or self.pending.queue:
+            with self.pending.lock:
                 layers = self._settled()
                 self._maybe_traced = True
                 convert(layers, self.backend.traced_form)
@@ -104,13 +103,13 @@ class PoolBuffers:
         imported, layers = dict(state), dict(state)
 
         def commit() -> None:
-            with self._pending.lock:
+            with self.pending.lock:
                 self._layers, self._exported, self._maybe_traced = layers, imported, True
 
         return commit
 
     def _take_back(self) -> None:
-        with self._pending.lock:  # another thread may be reading rows
+        with self.pending.lock:  # another thread may be reading rows
             self._exported = None
             convert(self._layers, lambda buffer: self.backend.from_traced(buffer, self.dtype))
             self._maybe_traced = False
@@ -133,9 +132,9 @@ class PoolBuffers:
         wanted, held = list(layers), self._settled()
         for layer in wanted:
             if layer in held:
-                self._check_fit(layer, shapes, held[layer])
+                check_fit(self.layouts, layer, shapes, held[layer])
         new = {layer: self._alloc(shapes) for layer in set(wanted) - held.keys()}
-        with self._pending.lock:  # another thread may be going through the layers
+        with self.pending.lock:  # another thread may be going through the layers
             held.update(new)
 
     def put(self, layer: int, arrays: Arrays, forward_pass: Pass) -> None:
@@ -148,7 +147,7 @@ class PoolBuffers:
         if likeness is None or likeness != self._checked.get(layer):
             self._validate(layer, arrays, forward_pass.cells.size, self._settled().get(layer))
         # Another thread may read rows of a snapshot: it must not find consumed buffers.
-        with self._pending.lock:
+        with self.pending.lock:
             layers = self._settled()
             buffers = layers.get(layer) or self._alloc_like(arrays)
             cells, first = forward_pass.cells, forward_pass.first_cell
@@ -174,8 +173,7 @@ class PoolBuffers:
 
     def whole(self, layer: int) -> Arrays:
         """Return the buffers of a layer, to be read only. Raises: as :meth:`get`."""
-        layers = self._settled()
-        if layer not in layers:
+        if layer not in (layers := self._settled()):
             raise KVCacheError(f"layer {layer} was never put. Put it before you get it.")
         return layers[layer]
 
@@ -193,20 +191,6 @@ class PoolBuffers:
         read = self.backend.read_slice
         return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
 
-    def range(self, start: int, stop: int, padding: int) -> tuple[int, int]:
-        """Return a range to read around cells ``[start, stop)``, rounded for the backend."""
-        start = start // padding * padding
-        if self.backend.slices_are_views:
-            return start, min(self.cells, ceil_div(stop, padding) * padding)
-        # Each length compiles a program: powers of two only, or the whole pool beyond half of it.
-        length = padding
-        while length < stop - start:
-            length *= 2
-        if 2 * length > self.cells:
-            return 0, self.cells
-        start = min(start, self.cells - length)
-        return start, start + length
-
     # Removal from the middle.
 
     def prepare_shift(self, cells: Int32s, moved: Int32s, offset: int, shift: Shift) -> Commit:
@@ -218,31 +202,56 @@ class PoolBuffers:
         """
         keys = {layer: buffers[0] for layer, buffers in self._settled().items()}
         sources, shifted = self._originals.shift(keys, cells, moved, offset, shift)
+        keys_alone = {layer: (rows,) for layer, rows in shifted.items()}
         # Queued as restored rows are, so that the commit calls no framework.
-        write = partial(self._write_keys, cells, shifted)
-        to_host = partial(self._keys_to_host, shifted)
+        write = partial(self._write_copies, cells, keys_alone)
+        to_host = partial(self._copies_to_host, keys_alone, cells.size)
         pending = PendingRows(cells.astype(np.int64), write, to_host)
 
         def commit() -> None:
             self._originals.buffers.update(sources)
-            self._pending.enqueue(pending)
+            self.pending.enqueue(pending)
 
         return commit
 
-    def _write_keys(self, cells: Int32s, shifted: dict[int, Array]) -> None:
-        """Write queued keys to `cells`; in the thread of the passes."""
-        axis, write_rows = self._token_axes[0], self.backend.write_rows
-        for layer, rows in shifted.items():
-            keys, *others = self._layers[layer]
-            self._layers[layer] = write_rows(keys, rows, cells, axis), *others
+    def prepare_copy(self, cells: Int32s, targets: Indices) -> PendingRows:
+        """Copy the content of `cells` in all layers, to be queued and written to `targets`.
 
-    def _keys_to_host(self, keys: dict[int, Array]) -> LayerRows:
-        """Return queued keys as rows on the host."""
-        layout, to_host = self.layouts[0], self.backend.to_host
-        return {
-            layer: (NamedArray(layout.name, layout.to_host_layout(to_host(rows))),)
-            for layer, rows in keys.items()
+        targets: as many cells, which may be filled in until the rows are queued.
+        """
+        index = padded_index(self.backend, cells.astype(np.int64)).astype(np.int32)
+        copies = {
+            layer: tuple(map(self.backend.gather, buffers, repeat(index), self._token_axes))
+            for layer, buffers in self._settled().items()
         }
+        originals = self._originals.read(index)
+        # What is computed lazily fails here, not in the middle of a later pass.
+        self.backend.sync(*chain(*copies.values()), *originals.values())
+
+        def write() -> None:
+            own = padded_index(self.backend, targets).astype(np.int32)
+            self._write_copies(own, copies)
+            self._originals.write(own, originals)
+
+        return PendingRows(targets, write, partial(self._copies_to_host, copies, cells.size))
+
+    def _write_copies(self, cells: Int32s, copies: Mapping[int, Arrays]) -> None:
+        """Write queued rows, of the first arrays of a layer or of all; in the passes' thread."""
+        for layer, rows in copies.items():
+            held, axes = self._layers[layer], self._write_axes[len(rows)]
+            write, others = self.backend.write_row_sets, held[len(rows) :]
+            self._layers[layer] = (*write(held[: len(rows)], rows, cells, axes), *others)
+
+    def _copies_to_host(self, copies: Mapping[int, Arrays], tokens: int) -> LayerRows:
+        """Return the first `tokens` queued rows of each layer on the host."""
+
+        def on_host(layout: ArrayLayout, rows: Array) -> NamedArray:
+            return NamedArray(
+                layout.name, layout.to_host_layout(self.backend.to_host(rows), tokens)
+            )
+
+        # A layer may have fewer arrays than there are layouts.
+        return {layer: tuple(map(on_host, self.layouts, rows)) for layer, rows in copies.items()}
 
     # Copies.
 
@@ -296,7 +305,7 @@ class PoolBuffers:
         programs: a pass or a program may be using them, and on some backends (JAX) a write or a
         conversion would consume them.
         """
-        with self._pending.lock:
+        with self.pending.lock:
             rows: LayerRows = {
                 layer: tuple(
                     NamedArray(layout.name, self._read_host_rows(buffer, layout, cells))
@@ -304,7 +313,7 @@ class PoolBuffers:
                 )
                 for layer, buffers in self._layers.items()
             }
-            self._pending.overlay(rows, cells)
+            self.pending.overlay(rows, cells)
         return rows
 
     def _read_host_rows(self, buffer: Array, layout: ArrayLayout, cells: Indices) -> HostArray:
@@ -321,7 +330,7 @@ class PoolBuffers:
         """
         names = [layout.name for layout in self.layouts]
         for layer in dict.fromkeys(layer for rows in parts for layer in rows):
-            queued = [] if layer in self._layers else self._pending.rows_of(layer)
+            queued = [] if layer in self._layers else self.pending.rows_of(layer)
             given = [rows.get(layer, ()) for rows in parts]
             check_layer_form([*queued, *given], names, len(HOST_LAYOUT.axes), self.dtype)
             if layer not in self._layers:
@@ -347,7 +356,7 @@ class PoolBuffers:
         """Queue `rows` to be written to `cells` before the next access; from any thread."""
         if rows:
             write = partial(self._write_host_rows, cells, rows)
-            self._pending.enqueue(PendingRows(cells, write, lambda: rows))
+            self.pending.enqueue(PendingRows(cells, write, lambda: rows))
 
     def _write_host_rows(self, cells: Indices, rows: LayerRows) -> None:
         """Write queued rows, allocating layers not put yet; in the thread of the passes."""
@@ -366,11 +375,11 @@ class PoolBuffers:
 
     def free(self) -> None:
         """Free all memory, and drop pending rows. What fails to be freed goes with its last use."""
-        with self._pending.lock:  # another thread may be reading rows
+        with self.pending.lock:  # another thread may be reading rows
             freed = [*self._layers.values(), tuple(self._originals.buffers.values())]
             self._layers, self._exported, self._maybe_traced = {}, None, False
             self._originals.buffers, self._checked = {}, {}
-            self._pending.clear()
+            self.pending.clear()
             for buffer in (buffer for buffers in freed for buffer in buffers):
                 self.backend.free(buffer)
 
@@ -378,20 +387,9 @@ class PoolBuffers:
 
     def _validate(self, layer: int, arrays: Arrays, tokens: int, buffers: Arrays | None) -> None:
         """Raise DTypeError or ShapeError unless `arrays` hold `tokens` tokens and fit `buffers`."""
-        for layout, array in zip(self.layouts, arrays, strict=False):
-            check_dtype(self.backend, self.dtype, layout.name, array)
-            check_tokens(layout, array, tokens)
-            if self._may_require_grad:
-                refuse_gradients(self.backend, layout.name, array)
+        check_arrays(self.backend, self.dtype, self.layouts, arrays, tokens)
         if buffers is not None:
-            self._check_fit(layer, [array.shape for array in arrays], buffers)
-
-    def _check_fit(self, layer: int, shapes: Sequence[Sequence[int]], buffers: Arrays) -> None:
-        """Raise ShapeError unless arrays of `shapes` have the sizes of `buffers`."""
-        if len(shapes) != len(buffers):
-            raise ShapeError(f"layer {layer} has values in every pass or in none.")
-        for layout, shape, buffer in zip(self.layouts, shapes, buffers, strict=False):
-            check_heads(layout, shape, buffer)
+            check_fit(self.layouts, layer, [array.shape for array in arrays], buffers)
 
     def _alloc_like(self, arrays: Sequence[Array]) -> Arrays:
         pairs = zip(self.layouts, arrays, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Self
@@ -35,6 +36,8 @@ from .edits import prepare_copy, prepare_removal
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .owned import Commit
+from .page_calls import PageCalls
+from .paged_table import as_page, new_table
 from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .planning import Planned, PlanningCache
@@ -42,7 +45,7 @@ from .programs import plan_current, plan_steps
 from .reads import Reads, plan_reads
 
 
-class CausalCache(PlanningCache[ForwardPlan, PoolState]):
+class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
     """Causal attention over many sequences, within an optional window or chunk.
 
     window: a token sees itself and the ``window - 1`` tokens before it; None, or a number beyond
@@ -54,6 +57,9 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         the middle of a sequence is removed; None: not supported. Shifts of a key add up: it is
         given the key as it was put, and its whole way from there, so that it is rounded once. For
         that, the first removal from the middle allocates a second buffer of keys for each layer.
+
+    page: cells handed out together, a power of two: the tokens of a sequence fill pages in order,
+        as kernels for paged attention read them (:meth:`block_table`). 1: any free cells.
 
     Sequences with a common prefix share its cells, as in llama.cpp's unified KV cache.
 
@@ -73,6 +79,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         memory: int | None = None,
         chunk: int | None = None,
         shift: Shift | None = None,
+        page: int = 1,
     ) -> None:
         super().__init__()
         self.window = as_limit(window, "window")
@@ -80,6 +87,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         self.memory = as_tokens_or_none(memory, "memory")
         self.chunk = as_limit(chunk, "chunk")
         self.shift = shift
+        self.page = as_page(page)
         self._config: CacheConfig | None = None
         self._cell_pool: CellPool | None = None
         self._mask: Array | None = None
@@ -108,10 +116,9 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
         target = get_backend(backend)
         config = self._config or target.config
         retained = tokens_retained(self.window, self.memory, max_sequences, capacity)
-        per_pass = capacity * max_sequences if retained is None else max_batch
-        cells = cells_of(max_sequences, retained, per_pass, config.padding)
+        cells = cells_of(max_sequences, capacity, max_batch, retained, self.page, config.padding)
         buffers = PoolBuffers(target, kv_layouts(config), dtype, cells)
-        table = CellTable(cells, max_sequences)
+        table = new_table(cells, max_sequences, self.page)
         self._cell_pool = self._pool_of(table, buffers, config, retained, self.lock)
         self.owners.all_gone()
 
@@ -375,7 +382,7 @@ class CausalCache(PlanningCache[ForwardPlan, PoolState]):
     def _copy_of(self, pool: CellPool, target: Backend) -> CellPool:
         """Return a copy of `pool` on `target`, with the lock of this cache."""
         config = self._config or target.config
-        cells = round_up(pool.table.cells, config.padding)
+        cells = round_up(pool.table.cells, math.lcm(config.padding, self.page))
         table = pool.table.copy(cells)
         pool.pins.unpin_in_copy(table)  # snapshots keep cells of that cache, not of its copy
         pool.passes.leave_out(table)

@@ -14,15 +14,19 @@ from kvcache.errors import CacheFullError
 
 from .allocator import CellAllocator
 from .changes import Dropped, Eviction
+from .placement import Placement
+from .repeats import refuse_repeats
 from .sorted_batch import SortedBatch, sorted_batch
 
 
-class CellTable:
+class CellTable(Placement):
     """Positions, refcounts and per-sequence order of a pool of `cells` cells.
 
     Row s of `rows` lists the cells of sequence s by position, in ``[first[s], last[s])``; all of
     them lie in the range of cells ``[low[s], high[s]]``, which means nothing for an empty
     sequence. Only the single-token path (:mod:`kvcache.pool.single`) writes to these arrays, too.
+
+    This table gives a sequence any free cells; :class:`PagedTable` gives it whole pages.
     """
 
     def __init__(self, cells: int, max_sequences: int) -> None:
@@ -86,6 +90,18 @@ class CellTable:
             return int(self.low[ids[0]]), int(self.high[ids[0]]) + 1
         return int(self.low[ids].min()), int(self.high[ids].max()) + 1
 
+    def pages_of(self, ids: Int32s) -> tuple[Int32s, Indices]:
+        """Return the pages of non-empty sequences `ids`, and the slot of the first token of each.
+
+        Pages are int32 ``[ids, width]``, the width a power of two, and zeros come behind the last.
+        """
+        first = self.first[ids]
+        held = self.last[ids] - first
+        columns = np.arange(1 << (int(held.max()) - 1).bit_length())
+        inside = np.minimum(first[:, None] + columns, self.rows.shape[1] - 1)
+        pages = np.where(columns < held[:, None], self.rows[ids[:, None], inside], 0)
+        return pages, np.zeros_like(first)
+
     # Planning: nothing here changes anything.
 
     def group(self, positions: Int32s, sequences: Int32s) -> SortedBatch:
@@ -103,40 +119,8 @@ class CellTable:
         if positions.min() < 0:
             raise ValueError(f"positions must be >= 0; got {positions.min()}.")
         groups = sorted_batch(positions, sequences)
-        inserts = self._refuse_repeats(groups)
+        inserts = refuse_repeats(self, groups)
         return groups._replace(inserts=inserts) if inserts else groups
-
-    def _refuse_repeats(self, groups: SortedBatch) -> bool:
-        """Return whether a token comes before the last one stored of its sequence.
-
-        Raises: ValueError for a position stored already, or occurring twice.
-        """
-        positions, sequences, starts = groups.positions, groups.sequences, groups.starts
-        if not groups.single:
-            repeated = (positions[1:] == positions[:-1]) & (sequences[1:] == sequences[:-1])
-            if repeated.any():
-                token = int(np.argmax(repeated))
-                raise ValueError(
-                    f"position {positions[token]} of sequence {sequences[token]} occurs twice."
-                )
-        # Only a token at or before the end of its sequence can repeat a stored position.
-        last = self.last[groups.ids]
-        filled = last > self.first[groups.ids]
-        ends = self.positions[self.rows[groups.ids, last - 1]]
-        inserts = filled & (positions[starts] <= ends)
-        for group in np.flatnonzero(inserts):
-            self._refuse_stored(groups, int(group))
-        return bool(inserts.any())
-
-    def _refuse_stored(self, groups: SortedBatch, group: int) -> None:
-        """Raise ValueError if a position of one sequence in the batch is stored already."""
-        start, sequence = groups.starts[group], int(groups.ids[group])
-        wanted = groups.positions[start : start + groups.counts[group]]
-        stored = np.isin(wanted, self.positions[self.cells_of(sequence)])
-        if stored.any():
-            raise ValueError(
-                f"sequence {sequence} holds position {wanted[stored][0]} already. Remove it first."
-            )
 
     def expired(self, ids: Int32s, oldest: Indices) -> Eviction:
         """Return the cells before `oldest`, an array with one position for each of `ids`."""
@@ -149,6 +133,10 @@ class CellTable:
             counts[i] = self.find(int(ids[i]), int(oldest[i]))
         drops = counts > 0
         return Eviction(ids[drops], counts[drops])
+
+    def check_room_for(self, groups: SortedBatch, eviction: Eviction | None) -> None:
+        """Raise CacheFullError unless a sorted batch fits after `eviction`."""
+        self.check_room(groups.positions.size, eviction)
 
     def check_room(self, tokens: int, eviction: Eviction | None) -> None:
         """Raise CacheFullError unless `tokens` cells are free after `eviction`."""
@@ -204,8 +192,7 @@ class CellTable:
         and no position is stored already.
         """
         cells = self._choose(groups)
-        self.allocator.refcounts[cells] = 1
-        self.allocator.free -= cells.size
+        self.allocator.take(cells)
         self.positions[cells] = groups.positions
         if self.shifts is not None:
             self.shifts[cells] = 0
@@ -251,7 +238,7 @@ class CellTable:
 
     def copy(self, cells: int) -> CellTable:
         """Return an independent table with the same content. cells: at least as many as here."""
-        clone = CellTable(cells, self.max_sequences)
+        clone = self._empty(cells)
         clone.allocator = self.allocator.copy(cells)
         clone.positions[: self.cells] = self.positions
         if self.shifts is not None:
@@ -261,20 +248,22 @@ class CellTable:
         clone.low, clone.high = self.low.copy(), self.high.copy()
         return clone
 
+    def _empty(self, cells: int) -> CellTable:
+        """Return an empty table of this kind."""
+        return CellTable(cells, self.max_sequences)
+
     def set_row(self, sequence: int, cells: Int32s) -> None:
         """Make `cells`, ordered by position and free or not, the cells of a sequence."""
-        claimed = self.allocator.claim(cells)
-        self.allocator.free -= int(np.count_nonzero(claimed))
         # Referenced before the old cells are dropped, which may be the same ones.
-        self.allocator.refcounts[cells[~claimed]] += 1
+        self.allocator.incref(cells)
         self.truncate(sequence, 0)
         self._fill(sequence, cells)
 
     # For snapshots, which hold references, too, and are restored to empty sequences.
 
     def incref(self, cells: Indices | Int32s) -> None:
-        """Add a reference to each of `cells`, none of them free."""
-        self.allocator.refcounts[cells] += 1
+        """Add a reference to each of `cells`."""
+        self.allocator.incref(cells)
 
     def decref(self, cells: Indices | Int32s) -> None:
         """Drop a reference to each of `cells`."""
@@ -290,6 +279,13 @@ class CellTable:
             np.subtract.at(others, self._oldest(going), 1)
         return others > 0
 
+    def references_of_others(self, pins: Int32s, going: Eviction | None) -> list[Bools]:
+        """Return masks of cells that rows are not to be spilled for, as above; the best rule first.
+
+        Rows with cells outside of the first mask free some; those outside of another may help.
+        """
+        return [self.referenced_by_others(pins, going)]
+
     def assign(self, sequence: int, positions: Int32s, cells: Indices) -> Indices:
         """Fill an empty sequence with `positions`, ascending, in `cells`; -1 stands for a free one.
 
@@ -297,14 +293,17 @@ class CellTable:
         """
         missing = cells < 0
         cells = cells.copy()
-        cells[missing] = new = self.allocator.pop(int(np.count_nonzero(missing)))
-        self.allocator.free -= new.size
+        cells[missing] = new = self._free_cells(cells, positions)
         self.positions[new] = positions[missing]
         if self.shifts is not None:
             self.shifts[new] = 0
-        self.allocator.refcounts[cells] += 1
+        self.allocator.incref(cells)
         self._fill(sequence, cells.astype(np.int32))
         return cells
+
+    def _free_cells(self, cells: Indices, positions: Int32s) -> Int32s:
+        """Return a free cell for each -1 among the `cells` of a sequence."""
+        return self.allocator.pop(int(np.count_nonzero(cells < 0)))
 
     def _fill(self, sequence: int, cells: Int32s) -> None:
         """Fill an empty sequence with `cells`, referenced for it already."""

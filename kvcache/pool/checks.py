@@ -8,7 +8,7 @@ from kvcache.backends import Array, Backend
 from kvcache.errors import DTypeError, NotSupportedError, ShapeError
 from kvcache.storage.admission import described, refuse_several_devices
 
-from .layouts import ArrayLayout
+from .layouts import ArrayLayout, Arrays
 
 
 def check_dtype(backend: Backend, dtype: str, name: str, array: Array) -> None:
@@ -59,3 +59,23 @@ def check_heads(layout: ArrayLayout, shape: Sequence[int], buffer: Array) -> Non
         raise ShapeError(
             f"{layout.name} of a layer keep their heads and head_dim; got {given} for {expected}."
         )
+
+
+def check_arrays(
+    backend: Backend, dtype: str, layouts: Sequence[ArrayLayout], arrays: Arrays, tokens: int
+) -> None:
+    """Raise DTypeError, ShapeError or NotSupportedError unless a pass can put `arrays`."""
+    for layout, array in zip(layouts, arrays, strict=False):
+        check_dtype(backend, dtype, layout.name, array)
+        check_tokens(layout, array, tokens)
+        refuse_gradients(backend, layout.name, array)
+
+
+def check_fit(
+    layouts: Sequence[ArrayLayout], layer: int, shapes: Sequence[Sequence[int]], buffers: Arrays
+) -> None:
+    """Raise ShapeError unless arrays of `shapes` have the sizes of `buffers`, those of a layer."""
+    if len(shapes) != len(buffers):
+        raise ShapeError(f"layer {layer} has values in every pass or in none.")
+    for layout, shape, buffer in zip(layouts, shapes, buffers, strict=False):
+        check_heads(layout, shape, buffer)

@@ -62,11 +62,13 @@ def _removal_from_the_middle(
     Keys are shifted and pinned rows copied now, because that may fail. The commit stores both
     without calling the framework.
 
-    Raises: NotSupportedError without a shift, SharedCellsError for cells of several sequences,
-        ShapeError or DTypeError for a shift that does not suit the keys.
+    Raises: NotSupportedError without a shift, or for parts of pages; SharedCellsError for cells of
+        several sequences, ShapeError or DTypeError for a shift that does not suit the keys.
     """
-    cells = pool.passes.history(sequence)[removed.stop :].copy()  # a view changes with its row
+    row = pool.passes.history(sequence)
+    cells = row[removed.stop :].copy()  # a view changes with its row
     checked = _check_moving(pool, shift, sequence, cells, stop)
+    pool.table.check_removal(row, removed)
     offset = start - stop
     store = pool.buffers.prepare_shift(cells, pool.table.moved_by(cells), offset, checked)
     spill = pool.pins.prepare_spill(cells)

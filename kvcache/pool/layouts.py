@@ -9,6 +9,8 @@ import numpy as np
 
 from kvcache._checks import as_index, as_room, as_sizes
 from kvcache.backends import Array, CacheConfig, HostArray
+from kvcache.backends.arrays import Namespace
+from kvcache.errors import NotSupportedError, ShapeError
 
 Arrays: TypeAlias = tuple[Array, ...]
 """The arrays of one layer: keys and values, or keys alone."""
@@ -49,6 +51,26 @@ class ArrayLayout:
     def from_host_layout(self, array: HostArray) -> HostArray:
         """Return `array` of :data:`HOST_LAYOUT` in this layout: a view."""
         return array.transpose([HOST_LAYOUT.axes.index(axis) for axis in self.axes])
+
+
+def paged(xp: Namespace, buffer: Array, axis: int, page: int) -> Array:
+    """Return a buffer in pages, the first axis: a view, where the framework has views.
+
+    axis: of its cells. ``[pages, page, h, d]`` of a buffer ``[cells, h, d]``, and
+    ``[pages, h, page, d]`` of one ``[h, cells, d]``.
+
+    Raises: NotSupportedError for cells on the last axis, ShapeError for a page that does not
+        divide them.
+    """
+    shape = tuple(buffer.shape)
+    if axis == 2:
+        raise NotSupportedError(
+            "pages are views of a cache in layout 'thd' or 'htd'; this one has its tokens last."
+        )
+    if page < 1 or shape[axis] % page:
+        raise ShapeError(f"a page divides the pool; got {page} for {shape[axis]} cells.")
+    split = xp.reshape(buffer, (*shape[:axis], shape[axis] // page, page, *shape[axis + 1 :]))
+    return xp.permute_dims(split, (1, 0, 2, 3)) if axis else split
 
 
 HOST_LAYOUT = ArrayLayout("rows", "htd")

@@ -61,6 +61,17 @@ class OriginalKeys:
         self._backend.sync(*buffers.values(), *shifted.values())
         return buffers, shifted
 
+    def read(self, cells: Int32s) -> dict[int, Array]:
+        """Return copies of the original keys of `cells`, by layer."""
+        gather, axis = self._backend.gather, self._layout.token_axis
+        return {layer: gather(buffer, cells, axis) for layer, buffer in self.buffers.items()}
+
+    def write(self, cells: Int32s, keys: Mapping[int, Array]) -> None:
+        """Make `keys` the original keys of `cells`, by layer."""
+        axis, write_rows = self._layout.token_axis, self._backend.write_rows
+        for layer, rows in keys.items():
+            self.buffers[layer] = write_rows(self.buffers[layer], rows, cells, axis)
+
     def _including(self, layer: int, keys: Array, cells: Int32s) -> Array:
         """Return the buffer of a layer with the `keys` of `cells`, not moved yet, copied in.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -12,9 +13,9 @@ from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import CacheConfig
-from kvcache.errors import CacheFullError, KVCacheError
+from kvcache.errors import CacheFullError, ExportedError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
-from kvcache.storage.lengths import round_up
+from kvcache.storage.lengths import ceil_div, padded_range, round_up
 
 from .batch import Batch
 from .buffers import PoolBuffers
@@ -22,16 +23,23 @@ from .cells import CellTable
 from .changes import Dropped, DroppedCell, Eviction, RowEnds
 from .owned import Commit, OwnedCache
 from .pinning import PoolPins
+from .placement import Moved, TailCopy
 from .plan import Pass
+from .rows import PendingRows
 from .single import SingleTokenStep, commit_single, plan_single
 from .sorted_batch import SortedBatch
 from .unfinished import OpenPasses
 
 _Before: TypeAlias = tuple[
-    RowEnds | SingleTokenStep, Dropped | DroppedCell | None, Pass | None, frozenset[int]
+    RowEnds | SingleTokenStep,
+    Dropped | DroppedCell | None,
+    Pass | None,
+    frozenset[int],
+    Moved | None,
 ]
 """State of a pool before a pass: the ends of all rows (or the step that tells those of the only
-row it changes), the cells that are evicted, the current pass, the sequences maybe expired."""
+row it changes), the cells that are evicted, the current pass, the sequences maybe expired, the
+tokens moved to other cells."""
 
 
 class CellPool:
@@ -98,29 +106,49 @@ class CellPool:
             return lambda: self._commit_single(step, positions, sequences)
         groups = self.table.group(positions, sequences)
         eviction = None if self.retained is None else self._expired(groups, self.retained)
-        self._make_room(len(batch), eviction)
-        return lambda: self._commit_batch(positions, sequences, groups, eviction, cache)
+        self._make_room(groups, eviction)
+        moved = self._prepare_move(groups, eviction)
+        return lambda: self._commit_batch(positions, sequences, groups, eviction, moved, cache)
 
-    def _make_room(self, tokens: int, eviction: Eviction | None) -> None:
+    def _make_room(self, groups: SortedBatch, eviction: Eviction | None) -> None:
         """Spill snapshots until there is room after `eviction`, or raise CacheFullError."""
         while True:
             try:
-                return self.table.check_room(tokens, eviction)
+                return self.table.check_room_for(groups, eviction)
             except CacheFullError:
                 if not self.pins.spill_one(eviction):
                     raise
+
+    def _prepare_move(self, groups: SortedBatch, eviction: Eviction | None) -> Moved | None:
+        """Return the tokens that a pass moves to other cells, and the copied rows; None usually.
+
+        Raises: ExportedError while programs have the buffers, whose content is not known here.
+        """
+        tails = self.table.tails_to_copy(groups, eviction)
+        if tails is None:
+            return None
+        if self.passes.planned:
+            raise ExportedError(
+                f"sequences {tails.ids.tolist()} share their last page, which is copied before "
+                "they go on, and programs have the buffers. Assign program_state, and plan again."
+            )
+        targets = np.zeros(tails.cells.size, np.int64)
+        return Moved(tails, self.buffers.prepare_copy(tails.cells, targets))
 
     def revert(self) -> None:
         """Undo the commit of a pass that was interrupted, at whatever point."""
         if self._before is None:  # it had not begun
             return
-        ends, dropped, current, maybe_expired = self._before
+        ends, dropped, current, maybe_expired, moved = self._before
         if isinstance(ends, SingleTokenStep):
             table, step = self.table, ends
             table.first[step.sequence], table.last[step.sequence] = step.first, step.last
             ends = RowEnds(table.rows, table.first, table.last)
         table = self.table
         table.rows, table.first, table.last = ends
+        if moved is not None:
+            moved.tails.put_back(table.rows)
+            self.buffers.pending.discard(moved.rows)
         if dropped is not None:  # their positions may have been overwritten
             _, cells, positions = dropped.as_arrays()
             table.positions[cells] = positions
@@ -143,12 +171,17 @@ class CellPool:
     def take_back(self, passes: list[Pass] | None = None) -> None:
         """Take back the tokens of `passes`, the newest ones; None: of all, complete or not."""
         known = self.passes
-        for forward_pass in known.all if passes is None else passes:
+        taking = list(known.all if passes is None else passes)
+        moves = [forward_pass.moved for forward_pass in taking]
+        for forward_pass in taking:
             self.maybe_expired |= forward_pass.maybe_expired
         taken = known.take_back_all() if passes is None else known.take_back(passes)
         for sequence, position in taken.items():
             self.pins.take_back(sequence, position)
         self.maybe_expired |= taken.keys()
+        for forward_pass, moved in zip(taking, moves, strict=True):
+            if moved is not None and forward_pass.moved is None:
+                self.buffers.pending.discard(moved.rows)  # their cells are free again
 
     def drop(self, passes: list[Pass], current: Pass | None, maybe_written: bool = False) -> None:
         """Take back `passes`, begun in vain; `current` is the current pass again.
@@ -166,7 +199,7 @@ class CellPool:
         """Begin the largest possible pass: it reads the whole pool, and stores nothing."""
         cells = np.arange(positions.size, dtype=np.int32)
         ends = self._row_ends(inserts=False)
-        self._before = ends, None, self.passes.current, self.maybe_expired
+        self._before = ends, None, self.passes.current, self.maybe_expired, None
         self._begin(cells, 0, self.table.cells, positions, sequences, stores=False)
 
     def _plan_single(self, sequence: int, position: int) -> SingleTokenStep | None:
@@ -182,7 +215,7 @@ class CellPool:
         if step.dropped is not None:
             position = int(self.table.positions[step.dropped])
             dropped = DroppedCell(step.sequence, step.dropped, position)
-        self._before = step, dropped, self.passes.current, self.maybe_expired
+        self._before = step, dropped, self.passes.current, self.maybe_expired, None
         commit_single(self.table, step)
         cells = np.array([step.cell], np.int32)
         start, stop = self._range(step.low, step.high + 1)
@@ -216,6 +249,7 @@ class CellPool:
         sequences: Int32s,
         groups: SortedBatch,
         eviction: Eviction | None,
+        moved: Moved | None,
         cache: OwnedCache,
     ) -> None:
         """Evict first, so that tokens may reuse the cells; then insert and begin the pass."""
@@ -224,16 +258,26 @@ class CellPool:
             cache.owners.inserted(cache, positions, sequences)
         dropped = None if eviction is None else table.to_drop(eviction)
         ends = self._row_ends(groups.inserts)
-        self._before = ends, dropped, self.passes.current, self.maybe_expired
+        self._before = ends, dropped, self.passes.current, self.maybe_expired, moved
         if eviction is not None:
             table.evict(eviction, dropped)
             self.maybe_expired = self._as_set(groups.ids)
+        if moved is not None:
+            self._move(*moved)
         cells = table.insert(groups)
         start, stop = self._range(*table.span(groups.ids))
         self._begin(cells, start, stop, positions, sequences, dropped)
+        if moved is not None:
+            self.passes.all[-1].moved = moved
+
+    def _move(self, tails: TailCopy, rows: PendingRows) -> None:
+        """Move tokens to other cells, to which their copied rows are queued to be written."""
+        rows.cells[:] = self.table.move_tails(tails)
+        self.buffers.pending.enqueue(rows)
 
     def _range(self, start: int, stop: int) -> tuple[int, int]:
-        return self.buffers.range(start, stop, self.config.padding)
+        buffers = self.buffers
+        return padded_range(buffers.backend, start, stop, self.config.padding, buffers.cells)
 
     def _begin(
         self,
@@ -289,16 +333,31 @@ def tokens_retained(
     return None if retained > capacity else retained
 
 
-def cells_of(max_sequences: int, retained: int | None, tokens: int, padding: int) -> int:
-    """Return the size of a pool in cells, a multiple of `padding`.
+def cells_of(
+    max_sequences: int, capacity: int, max_batch: int, retained: int | None, page: int, padding: int
+) -> int:
+    """Return the size of a pool in cells, a multiple of `page` and of `padding`.
 
-    retained: tokens kept per sequence. tokens: room for those of a pass, or where all are kept
-    (None), for those of all sequences.
+    Room for `capacity` tokens of every sequence; where only so many are `retained`, for these and a
+    pass of `max_batch`. Every sequence may need a part of a page more at its end, and with a window
+    at its beginning, too.
 
-    Raises: ValueError for more than positions can count.
+    Raises: ValueError for more than positions can count, or for a page above the capacity.
     """
-    kept = 0 if retained is None else max_sequences * (retained - 1)
-    cells = round_up(kept + tokens, padding)
+    if page > capacity:
+        raise ValueError(
+            f"a page holds at most the tokens of one sequence; got page={page} for a capacity of "
+            f"{capacity}. Give a smaller page, or more capacity."
+        )
+    if retained is None:
+        pages = max_sequences * ceil_div(capacity, page)
+    else:
+        # So many tokens, which begin anywhere in a page; none where a sequence keeps one in all.
+        kept = 0 if retained == 1 else ceil_div(retained - 2, page) + 1
+        # The tokens of a pass begin another page in each sequence at worst.
+        new = min(max_batch, (max_batch + max_sequences * (page - 1)) // page)
+        pages = max_sequences * kept + new
+    cells = round_up(pages * page, math.lcm(page, padding))
     if cells > NO_LIMIT:
         raise ValueError(f"a pool has at most 2**31 - 1 tokens, of all sequences; got {cells}.")
     return cells

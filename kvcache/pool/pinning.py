@@ -85,11 +85,11 @@ class PoolPins(RowOwner):
         keep: rows to leave where they are.
         """
         kept = set(keep)
-        referenced = self._table.referenced_by_others(self._references, going)
-        for rows in self._rows:
-            if rows not in kept and not referenced[rows.slots].all():
-                rows.to_host()
-                return True
+        for referenced in self._table.references_of_others(self._references, going):
+            for rows in self._rows:
+                if rows not in kept and not referenced[rows.slots].all():
+                    rows.to_host()
+                    return True
         return False
 
     def prepare_spill(self, cells: Int32s | None = None) -> Commit:
@@ -152,27 +152,29 @@ class PoolPins(RowOwner):
         needed = [
             np.flatnonzero(self._visibility.needed(rows.positions, position)) for rows in parts
         ]
-        leaving = self._rows_to_spill(parts, needed)
-        shared = [rows.owner is self and rows not in leaving for rows in parts]
-        written = self._rows_to_write(parts, needed, shared)
+        positions = np.concatenate(
+            [rows.positions[index] for rows, index in zip(parts, needed, strict=True)]
+        )
+        leaving = self._rows_to_spill(parts, needed, positions)
+        cells = self._cells_shared(parts, needed, leaving, positions)
+        written = self._rows_to_write(parts, needed, cells)
         spill = self._spilled(leaving)
 
         def commit() -> None:
-            cells = self._cells_shared(parts, needed, shared)
             spill()
-            self._restore(sequence, parts, needed, cells, written)
+            self._restore(sequence, positions, cells, written)
 
         return commit
 
     def _rows_to_spill(
-        self, parts: Sequence[TokenRows], needed: Sequence[Slots]
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], positions: Int32s
     ) -> list[TokenRows]:
         """Return the pinned rows to spill, the oldest first, for a restore of `parts`.
 
         Raises: CacheFullError if there is no room without any of them.
         """
-        missing, free = self._cells_missing(parts, needed), self._table.free
         leaving: list[TokenRows] = []
+        missing, free = self._cells_missing(parts, needed, leaving, positions), self._table.free
         if missing <= free:
             return leaving
         held = self._table.referenced_by_others(self._references, None)
@@ -182,10 +184,9 @@ class PoolPins(RowOwner):
             if missing > free and not held[rows.slots].all():
                 leaving.append(rows)
                 references[rows.slots] -= 1
-                free += int(np.count_nonzero(references[rows.slots] == 0))
-                missing += sum(
-                    index.size for part, index in zip(parts, needed, strict=True) if part is rows
-                )
+                free += self._table.cells_freed(references, rows.slots)
+                if rows in kept:
+                    missing = self._cells_missing(parts, needed, leaving, positions)
         if missing > free:
             raise CacheFullError(
                 f"restoring needs {missing} free cells; {free} of {self._table.cells} are free or "
@@ -193,46 +194,67 @@ class PoolPins(RowOwner):
             )
         return leaving
 
-    def _cells_missing(self, parts: Sequence[TokenRows], needed: Sequence[Slots]) -> int:
-        """Return the number of free cells needed: one for each row outside this pool."""
-        pairs = zip(parts, needed, strict=True)
-        return sum(index.size for rows, index in pairs if rows.owner is not self)
+    def _cells_missing(
+        self,
+        parts: Sequence[TokenRows],
+        needed: Sequence[Slots],
+        leaving: Sequence[TokenRows],
+        positions: Int32s,
+    ) -> int:
+        """Return the number of free cells that a restore needs if `leaving` are spilled."""
+        cells = np.concatenate(self._resident(parts, needed, leaving))
+        return self._table.cells_needed(cells, positions)
+
+    def _resident(
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], leaving: Sequence[TokenRows]
+    ) -> list[Slots]:
+        """Return the cell of every row needed, -1 for rows outside this pool and in `leaving`."""
+        return [
+            rows.slots[index]
+            if rows.owner is self and rows not in leaving
+            else np.full(index.size, -1, np.int64)
+            for rows, index in zip(parts, needed, strict=True)
+        ]
+
+    def _cells_shared(
+        self,
+        parts: Sequence[TokenRows],
+        needed: Sequence[Slots],
+        leaving: Sequence[TokenRows],
+        positions: Int32s,
+    ) -> list[Slots]:
+        """Return the cell of every row needed, -1 where it gets a free one."""
+        resident = self._resident(parts, needed, leaving)
+        cells = np.concatenate(resident)
+        shared = self._table.shareable(cells, positions)
+        return _split_like(np.where(shared, cells, -1), resident)
 
     def _rows_to_write(
-        self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
+        self, parts: Sequence[TokenRows], needed: Sequence[Slots], cells: Sequence[Slots]
     ) -> list[LayerRows]:
-        """Return the checked content to write for each of `parts`: empty where cells are shared."""
-        writes = [index.size > 0 and not s for index, s in zip(needed, shared, strict=True)]
+        """Return the checked content to write for each of `parts`: of rows that share no cell."""
+        own = [index[where < 0] for index, where in zip(needed, cells, strict=True)]
+        writes = [index.size > 0 for index in own]
         written: list[LayerRows] = [
             rows.read(index) if write else {}
-            for rows, index, write in zip(parts, needed, writes, strict=True)
+            for rows, index, write in zip(parts, own, writes, strict=True)
         ]
         self._buffers.check_rows(*compress(written, writes))
         return list(map(finite_rows, written))
 
-    def _cells_shared(
-        self, parts: Sequence[TokenRows], needed: Sequence[Slots], shared: Sequence[bool]
-    ) -> list[Slots]:
-        """Return the cell of every row needed, -1 where it gets a free one."""
-        return [
-            rows.slots[index] if shares else np.full(index.size, -1, np.int64)
-            for rows, index, shares in zip(parts, needed, shared, strict=True)
-        ]
-
     def _restore(
         self,
         sequence: int,
-        parts: Sequence[TokenRows],
-        needed: Sequence[Slots],
-        resident: Sequence[Slots],
+        positions: Int32s,
+        shared: Sequence[Slots],
         written: Sequence[LayerRows],
     ) -> None:
-        """Assign cells to the sequence, and queue the rows outside this pool to be written."""
-        positions = [rows.positions[index] for rows, index in zip(parts, needed, strict=True)]
-        cells = self._table.assign(sequence, np.concatenate(positions), np.concatenate(resident))
-        for layers, slots in zip(written, _split_like(cells, resident), strict=True):
+        """Assign cells to the sequence, and queue the rows that share none to be written."""
+        cells = self._table.assign(sequence, positions, np.concatenate(shared))
+        pieces = zip(written, _split_like(cells, shared), shared, strict=True)
+        for layers, slots, resident in pieces:
             # Queued, because this may not be the thread of the passes, which owns the buffers.
-            self._buffers.enqueue_rows(slots, layers)
+            self._buffers.enqueue_rows(slots[resident < 0], layers)
 
     # Resume points.
 

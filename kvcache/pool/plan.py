@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -17,9 +17,36 @@ from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
 from .changes import Dropped, DroppedCell
+from .placement import Moved
+
+A = TypeVar("A")
 
 PoolState: TypeAlias = Mapping[int, tuple[Array, ...]]
 """The arrays of every layer, by its number: keys and values, or keys alone."""
+
+
+class BlockTable(NamedTuple, Generic[A]):
+    """The pages that each sequence of a pass reads, and the cells that its tokens go to.
+
+    All arrays are int32, of the backend of the cache or of NumPy; sequences are in the order of
+    the batch. A slot counts from the beginning of the first page of its sequence.
+    """
+
+    block_tables: A
+    """``[sequences, pages]``: pages of each sequence in order, then zeros. The width is a power
+    of two, so that programs are compiled for few widths."""
+    lengths: A
+    """``[sequences]``: slots up to the last token of the pass, itself included."""
+    query_starts: A
+    """``[sequences + 1]``: the tokens of sequence i are ``[query_starts[i], query_starts[i + 1])``
+    of the batch, and the last ones of its `lengths`."""
+    slot_mapping: A
+    """``[tokens]``: the cell of each token, its page times the size of a page plus its slot."""
+    sequences: A
+    """``[sequences]``: ids."""
+    first_positions: A
+    """``[sequences]``: position of slot 0. Without a window that is 0, or the first position put.
+    With one, the slots before the oldest token held are of tokens that no query sees."""
 
 
 class ForwardPlan(NamedTuple):
@@ -84,6 +111,11 @@ class Pass:
     ahead: Mapping[int, tuple[int, int]] = MappingProxyType({})
     """By batch index, for tokens that see others ahead: the positions ``[start, stop)`` to see
     beyond the rule."""
+    block_table: BlockTable[Int32s] | None = None
+    """Asked for in this pass, as NumPy arrays; and on the device."""
+    device_table: BlockTable[Array] | None = None
+    moved: Moved | None = None
+    """Tokens of earlier passes that were moved for this one; None also once they are back."""
 
     def __init__(
         self,

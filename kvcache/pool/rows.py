@@ -45,6 +45,14 @@ class PendingWrites:
         """Queue `rows`; from any thread."""
         self.queue.append(rows)
 
+    def discard(self, rows: PendingRows) -> None:
+        """Take `rows` out of the queue, if they are in it."""
+        with self.lock:
+            for number, queued in enumerate(self.queue):
+                if queued is rows:
+                    del self.queue[number]
+                    return
+
     def drain(self) -> None:
         """Write everything in order; in the thread of the passes."""
         with self.lock:

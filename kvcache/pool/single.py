@@ -40,6 +40,8 @@ def plan_single(
     if last - first < 2 or last == table.rows.shape[1]:
         return None
     tail = int(table.rows[sequence, last - 1])
+    if table.page > 1 and not table.may_append(tail, last - first):
+        return None
     if table.positions[tail] >= position:
         return None
     cell, low, high = tail + 1, int(table.low[sequence]), int(table.high[sequence])
@@ -78,19 +80,12 @@ def _drop_oldest(table: CellTable, step: SingleTokenStep, oldest: int) -> Single
 def commit_single(table: CellTable, step: SingleTokenStep) -> None:
     """Carry out a step of :func:`plan_single`, planned for the current state of the table."""
     sequence, position, cell, dropped, low, high, first, last = step
-    allocator = table.allocator
     table.rows[sequence, last] = cell
     table.last[sequence] = last + 1
-    allocator.refcounts[cell] = 1
+    table.allocator.step(cell, dropped)
     table.positions[cell] = position
     if table.shifts is not None:
         table.shifts[cell] = 0
     table.low[sequence], table.high[sequence] = low, high
-    if dropped is None:
-        allocator.free -= 1
-        return
-    # One cell taken, one freed: the number of free cells stays.
-    table.first[sequence] = first + 1
-    if dropped != cell:
-        allocator.refcounts[dropped] = 0
-    allocator.push(dropped)
+    if dropped is not None:
+        table.first[sequence] = first + 1

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvcache._types import Int32s
+from kvcache._types import Indices, Int32s
 
 from .cells import CellTable
 from .changes import Dropped
+from .placement import Moved
 from .plan import Pass
 
 _NONE = np.empty(0, np.int32)
@@ -165,11 +166,14 @@ class OpenPasses:
         to them since. Return the sequences that lost tokens, each with the first position lost.
         """
         written = [p.cells for p in passes if p.put_layers or p in self.planned]
-        overwritten = np.concatenate(written) if written else np.empty(0, np.int32)
+        copied = [p.moved.rows.cells for p in passes if p.moved is not None]
+        overwritten = np.concatenate([_NONE, *written, *copied])
         taken: dict[int, int] = {}
         for forward_pass in reversed(passes):
             if forward_pass.stores:
                 taken |= self._remove_tokens(forward_pass)
+            if forward_pass.moved is not None and not self._reused:
+                self._move_back(forward_pass, forward_pass.moved, overwritten)
             if forward_pass.dropped is not None and not self._reused:
                 self._give_back(forward_pass.dropped.as_arrays(), overwritten)
         self.planned = [p for p in self.planned if p not in passes]
@@ -184,7 +188,16 @@ class OpenPasses:
             self._table.set_row(sequence, cells[~np.isin(cells, forward_pass.cells)])
         return taken
 
-    def _give_back(self, dropped: Dropped, overwritten: Int32s) -> None:
+    def _move_back(self, forward_pass: Pass, moved: Moved, overwritten: Indices | Int32s) -> None:
+        """Move tokens back to the cells that they had before a pass, where these are intact."""
+        ids = moved.tails.ids.tolist()
+        owners = np.repeat(moved.tails.ids, moved.tails.counts)
+        lost = {*owners[np.isin(moved.tails.cells, overwritten)].tolist(), *self._changed}
+        back = [s for s in ids if s not in lost and self._table.move_back(s, moved)]
+        if back == ids:
+            forward_pass.moved = None
+
+    def _give_back(self, dropped: Dropped, overwritten: Indices | Int32s) -> None:
         """Give evicted cells back to their sequences, the newest ones that are all intact."""
         sequences, cells, positions = dropped
         for sequence in set(sequences.tolist()).difference(self._changed):
@@ -192,7 +205,8 @@ class OpenPasses:
             lost = np.flatnonzero(np.isin(cells[own], overwritten))
             intact = own[lost[-1] + 1 :] if lost.size else own
             self._table.positions[cells[intact]] = positions[intact]
-            row = np.concatenate([cells[intact], self._table.cells_of(sequence)])
+            held = self._table.cells_of(sequence)
+            row = np.concatenate([self._table.joined(cells[intact], held), held])
             self._table.set_row(sequence, row.astype(np.int32))
 
     def conflicting(self, positions: Int32s, sequences: Int32s) -> list[Pass]:

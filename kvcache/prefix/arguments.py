@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable
-from typing import SupportsIndex, cast
+from typing import SupportsIndex, TypeAlias, cast
 
 from kvcache._checks import as_indices
 from kvcache.layers.base import LayerCache
 from kvcache.layers.stack import LayerCaches
+from kvcache.stores.outcomes import Deadline
+from kvcache.stores.sealing import Seal
 
 
 class Clock:
@@ -56,6 +58,38 @@ def check_text(value: str, rule: str) -> None:
     """Raise TypeError unless `value` is a string. rule: beginning of the error."""
     if not isinstance(value, str):
         raise TypeError(f"{rule}, a str; got {reprlib.repr(value)}.")
+
+
+def check_deadline(deadline: Deadline | None) -> None:
+    """Raise TypeError for anything but a deadline of a store, or None."""
+    if not isinstance(deadline, Deadline | None):
+        raise TypeError(
+            "a session waits until a kvcache.stores.Deadline; got "
+            f"{reprlib.repr(deadline)}. Give Deadline.after(seconds)."
+        )
+
+
+SealOf: TypeAlias = Callable[[str], Seal | None]
+"""Seal for the pages of a salt; None for none."""
+
+
+def as_seals(seal: Seal | SealOf | None) -> SealOf:
+    """Return the seal of each salt. Raises: TypeError, also later if a function returns no seal."""
+    if seal is not None and not isinstance(seal, Seal) and not callable(seal):
+        raise TypeError(
+            "pages are sealed with a kvcache.stores.Seal, or with the one that a function returns "
+            f"for a salt; got {reprlib.repr(seal)}."
+        )
+
+    def seal_of(salt: str) -> Seal | None:
+        own = seal(salt) if callable(seal) else seal
+        if not isinstance(own, Seal | None):
+            raise TypeError(
+                f"the seal of a salt is a kvcache.stores.Seal or None; got {reprlib.repr(own)}."
+            )
+        return own
+
+    return seal_of
 
 
 def as_positions(values: Iterable[SupportsIndex], name: str) -> list[int]:

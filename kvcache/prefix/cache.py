@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from sys import getsizeof
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from kvcache._checks import as_budget, as_index, as_indices, as_sizes
-from kvcache._interrupts import uninterrupted
 from kvcache.errors import NotSupportedError
 from kvcache.layers.base import LayerCache
 from kvcache.pool.base import Cache
-from kvcache.snapshots.snapshot import Snapshot
+from kvcache.stores.base import Store
+from kvcache.stores.outcomes import NEVER, Deadline
+from kvcache.stores.sealing import Seal
 
-from .arguments import Clock, as_positions, check_text
-from .events import Events
-from .index import SpanIndex
+from .arguments import Clock, as_positions, as_seals, check_deadline, check_text
+from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
-from .media import Media, MediaIds
+from .media import Media
 from .policies import EvictionPolicy, make_policy
-from .radix import RadixTree, Tokens
+from .radix import Tokens
 from .render import render
-from .sequences import LayerSequences, PoolSequences, SequenceSource
+from .requests import Requests
+from .residency import Residency
+from .sequences import sequences_of
 from .session import Request, Session
-from .spans import Prefix
 from .stats import PrefixStats
-from .stored import (
-    Hit,
-    StoredPrefix,
-    StoredSnapshot,
-    StoredSpan,
-    captured,
-    close_snapshots,
-    contiguous_snapshots,
-    find_hit,
-)
+from .store_link import StoreLink, open_named
+from .stored import Hit, find_hit
+from .tiers import StoreTier
 
-_MIN_INDEX_BUDGET = 1 << 26
+_CLOSE_SECONDS = 10.0
 
 
 class PrefixCache:
@@ -61,18 +53,26 @@ class PrefixCache:
     policy: choice of what to evict: ``"lru"``, ``"s3fifo"``, ``"cost"``, ``"gittins"`` or a
         :class:`~kvcache.prefix.policies.EvictionPolicy`.
     sequences: ids of the pool for sessions to use, None for all.
-    namespace: whatever tells models apart (weights, adapter, RoPE); part of the hashes in events.
+    namespace: whatever tells models apart (weights, adapter, RoPE, and the dtype where per-layer
+        caches name none); part of the hashes in events, and of the keys in a store, which needs it.
     clock: returns seconds, for policies; where it goes backwards, time stands still for them.
     resume_every: keeps resume points at its multiples in every prompt, for models in which a window
         drops tokens or a layer is recurrent. Each costs a window of rows, or a state, which can
         weigh as much as thousands of tokens. None for no such points.
+    store: a last tier behind memory, for restarts, and for others who share it: a URL, as for
+        :func:`kvcache.stores.open_store`, or a store, which stays the caller's to close. What
+        sessions store is written there in the background, and what a session lacks is fetched.
+    page_tokens: tokens of a page in the store; all who share it use the same number.
+    seal: encrypts pages in the store: one for all, or a function that returns the seal for a salt
+        (None for pages of no tenant, as they are). What it raises is raised by :meth:`session`.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
     thread, while one thread runs passes (MLX: in that thread). The sequences named are its own for
     as long as it lives: no other prefix cache may use them, and nobody puts tokens there but for a
     session.
 
-    Raises: ValueError, KVCacheError for sequences of another prefix cache, or that hold tokens.
+    Raises: ValueError, KVCacheError for sequences of another prefix cache, or that hold tokens;
+        ValueError for a store without a namespace, StoreError for a URL that leads to none.
     """
 
     def __init__(
@@ -86,40 +86,34 @@ class PrefixCache:
         namespace: str = "",
         clock: Callable[[], float] = time.monotonic,
         resume_every: int | None = None,
+        store: str | Store | None = None,
+        page_tokens: int = 64,
+        seal: Seal | Callable[[str], Seal | None] | None = None,
     ) -> None:
+        [page_tokens] = as_sizes(page_tokens=page_tokens)
         [every] = [None] if resume_every is None else as_sizes(resume_every=resume_every)
         budget, index_budget = as_budget(budget, "bytes"), as_budget(index_budget, "bytes")
-        if index_budget is None and budget is not None:
-            index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
         chosen_policy = make_policy(policy)
-        read_clock = Clock(clock)
+        read_clock, seal_of = Clock(clock), as_seals(seal)
         check_text(namespace, "a namespace tells models apart")
+        opened = None if store is None else open_named(store, namespace)
         sequences = None if sequences is None else as_indices(sequences, "sequences")
-        self._source: SequenceSource
-        if isinstance(cache, Cache):
-            self._source = PoolSequences(cache, sequences)
-        else:
-            self._source = LayerSequences(cache)
+        self._source = sequences_of(cache, sequences)
         self.lock = self._source.lock
         """Held while a session begins or ends."""
-        self.events = Events(namespace)
-        trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
-        media_ids = MediaIds()
         # No reference to this object: it would keep its sequences claimed, once dropped, until the
         # garbage collector comes round.
-        self._index: SpanIndex[StoredSnapshot] = SpanIndex(
-            chosen_policy,
-            budget,
-            index_budget=index_budget,
-            on_evict=self.events.removed,
-            on_empty=lambda tree: trees.pop(tree.salt, None),
-            others=lambda: getsizeof(trees) + media_ids.nbytes,
-        )
-        self._trees, self._media_ids = trees, media_ids
-        self._active: set[Request] = set()
-        self._dropped: deque[Request] = deque()  # sessions that were dropped before their end
-        self._clock, self._resume_every = read_clock, every
-        self._sessions = self._tokens = self._matched = 0
+        self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace)
+        self.events, self._index = kept.events, kept.index
+        self._trees, self._media_ids = kept.trees, kept.media_ids
+        self._requests = requests = Requests(self._source, kept, read_clock, every)
+        if opened is not None:
+            owned = isinstance(store, str)
+            specs = self._source.specs
+            tier = StoreTier(opened, namespace, specs, page_tokens, seal_of, owned=owned)
+            requests.store_link = StoreLink(tier, self._source, kept)
+            # What is queued is still written, at the end of the program as well.
+            weakref.finalize(requests, tier.stop).atexit = False
 
     def __reduce__(self) -> NoReturn:
         raise NotSupportedError(
@@ -134,6 +128,7 @@ class PrefixCache:
         salt: str = "",
         media: Media | None = None,
         resume_points: Iterable[int] = (),
+        deadline: Deadline | None = None,
     ) -> Session:
         """Begin a request. Return it as a context manager, to end it.
 
@@ -144,29 +139,71 @@ class PrefixCache:
         resume_points: positions where later requests shall be able to resume though a window or
             ring drops tokens. The end of the prompt always is one, and so is the place where it
             departs from earlier prompts.
+        deadline: by which pages of a store must have come; None for half a second from now. What
+            is late is left out, and computed.
 
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
         points = as_positions(resume_points, "resume_points")
+        check_deadline(deadline)
+        requests = self._requests
+        store = requests.store_link
+        fetched = None if store is None else store.fetched(prompt, salt, places, deadline)
         request: Request | None = None
         try:
-            with self.lock, uninterrupted():
-                self._end_dropped()
+            with requests.changing():
+                requests.end_dropped()
                 ids, placements = self._media_ids.substitute(prompt, places)
                 known = KnownTokens(ids, salt, placements)
-                now = self._clock()  # before there is anything to give back: it may raise
-                request = Request(self._source.acquire(), known)
-                self._begin(request, now, points)
+                now = requests.clock()  # before there is anything to give back: it may raise
+
+                def begin() -> Request:
+                    return requests.begin(known, now, points)
+
+                request = begin() if store is None else store.begin(known, fetched, now, begin)
+                if fetched is not None:
+                    self._index.trim(now)  # may raise, so the request is known before
                 return Session(
-                    request, prompt, self.lock, self._store_open, self._end, self._dropped
+                    request, prompt, self.lock, requests.store, requests.end, requests.dropped
                 )
         except BaseException:
-            if request is not None and request in self._active:  # before Ctrl-C was let through
-                self._count(request, -1)
-                self._end(request, store=False)
+            requests.take_back(request)  # where it had begun before Ctrl-C was let through
             raise
+
+    def prefetch(
+        self, tokens: Sequence[int] | Tokens, *, salt: str = "", media: Media | None = None
+    ) -> None:
+        """Begin to fetch what the store has of a prompt, for a session that begins later.
+
+        For a request that waits in a queue, or the beginning of one that is still being typed.
+        Returns at once. The session waits for the rest, until its own deadline. Does nothing
+        without a store, or while too much is being fetched.
+
+        tokens, salt, media: of the session, or of a beginning of its prompt.
+        """
+        prompt, places = checked_prompt(tokens, salt, media)
+        if self._requests.store_link is not None:
+            self._requests.store_link.prefetch(prompt, salt, places)
+
+    def flush(self, deadline: Deadline = NEVER) -> bool:
+        """Wait until all that sessions stored so far is in the store, or was given up.
+
+        Return False if the deadline comes first. True without a store.
+        """
+        link = self._requests.store_link
+        return link is None or link.tier.drain(deadline)
+
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Write to the store what waits, and give the store up; sessions go on without it.
+
+        deadline: None for ten seconds from now. A store given as an object stays open. Return
+        False if the deadline came before all was written. Closing twice is fine.
+        """
+        link, self._requests.store_link = self._requests.store_link, None
+        limit = Deadline.after(_CLOSE_SECONDS) if deadline is None else deadline
+        return link is None or link.tier.close(limit)
 
     def lookup(
         self, tokens: Sequence[int] | Tokens, *, salt: str = "", media: Media | None = None
@@ -176,7 +213,7 @@ class PrefixCache:
         with self.lock:
             ids, placements = self._media_ids.substitute(prompt, places)
             bounds = [(medium.start, medium.stop) for medium in placements]
-            return find_hit(self._follow(salt, ids), ids.size, bounds)
+            return find_hit(self._kept.follow(salt, ids), ids.size, bounds)
 
     def insert(
         self,
@@ -195,138 +232,11 @@ class PrefixCache:
             another number of tokens, or padded. Nothing has changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
-        with self._changing():
-            self._end_dropped()
+        with self._requests.changing():
+            self._requests.end_dropped()
             ids, placements = self._media_ids.substitute(prompt, places)
             handle = self._source.adopt(caches, ids.size)
-            request = Request(handle, KnownTokens(ids, salt, placements), detached=True)
-            try:
-                self._store(request)
-                request.detached = False  # until here the caches stay as they are
-            finally:
-                self._release(request)
-                self._index.trim(self._clock())
-
-    def _begin(self, request: Request, now: float, resume_points: list[int]) -> None:
-        """Restore the longest stored prefix of a prompt and count its request as active.
-
-        On an exception its sequence is released, and nothing stays pinned.
-        """
-        known = request.known
-        ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
-        try:
-            prompt_spans, stored = prefix = self._follow(known.salt, ids)
-            hit = find_hit(prefix, ids.size, media)
-            if matched := hit.matched:
-                hit_spans = [span for span in prompt_spans if span.start < matched]
-                request.pinned = hit_spans[-1]
-                self._index.pin(hit_spans[-1])
-                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans), matched)
-            # One token before the end as well: the same prompt again leaves its last to compute.
-            wanted = {ids.size - 1, ids.size, stored, *resume_points}
-            if self._resume_every is not None:
-                wanted.update(range(0, ids.size, self._resume_every))
-            request.handle.schedule(sorted(p for p in wanted if matched < p <= ids.size))
-            request.handle.track(known)
-            self._index.use(prompt_spans, now)
-        except BaseException:
-            self._release(request)
-            raise
-        request.hit = hit
-        self._active.add(request)
-        self._count(request, 1)
-
-    def _count(self, request: Request, sessions: int) -> None:
-        """Add a request to the totals, or take it back with -1; before its tokens change."""
-        self._sessions += sessions
-        self._tokens += sessions * len(request.known)
-        self._matched += sessions * request.hit.matched
-
-    def _store_open(self, request: Request) -> None:
-        """Store the tokens of a request that goes on."""
-        with self._changing():
-            self._store(request)
-            self._index.trim(self._clock())
-
-    def _end(self, request: Request, store: bool) -> None:
-        """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
-        with self._changing():
-            if request not in self._active:
-                return
-            self._active.remove(request)
-            try:
-                if store:
-                    self._store(request)
-            finally:
-                self._release(request)
-                # Last, when the spans of this request are not pinned any more.
-                self._index.trim(self._clock())
-
-    def _end_dropped(self) -> None:
-        """End the requests of sessions that nobody ended before they were dropped."""
-        while self._dropped:
-            self._end(self._dropped.popleft(), store=False)
-
-    def _store(self, request: Request) -> None:
-        """Store the known tokens held by the sequence of a request, as far as they are not yet.
-
-        All of them, or none if a framework fails.
-        """
-        request.handle.update_known()
-        known = request.known
-        ids, held = known.ids, request.handle.held(len(known))
-        restored = min(request.hit.matched, known.unchanged)
-        if held <= restored or not request.handle.is_whole(held):
-            return
-        prefix = self._follow(known.salt, ids[:held])
-        if prefix.length == held and all(span.complete for span in prefix.spans):
-            return
-        snapshots = captured(request.handle, prefix, restored, held)
-        try:
-            spans = self._extended(known, ids[:held], prefix, snapshots)
-            new = [span for span in spans if span.start >= prefix.length]
-            self._index.use(new, self._clock())  # the others were used when the request began
-            for span in spans:
-                if span.start in snapshots:
-                    self._index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
-                    self.events.stored(span)
-        finally:  # what a policy that raised has kept from its place
-            close_snapshots(snapshots)
-
-    def _extended(
-        self, known: KnownTokens, ids: Tokens, prefix: StoredPrefix, snapshots: dict[int, Snapshot]
-    ) -> list[StoredSpan]:
-        """Return the spans of `ids`; those of `prefix` take what they lack from `snapshots`."""
-        replaced: dict[StoredSpan, StoredSnapshot] = {}
-        try:
-            for span in prefix.spans:
-                # Before a span is split, so that both parts get what belongs to them.
-                if span.payload is not None and span.start in snapshots:
-                    replaced[span] = span.payload
-                    self._index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
-            tree = self._trees.setdefault(known.salt, RadixTree(known.salt))
-            return self._index.extend(tree, ids, known.media)
-        except BaseException:
-            # A framework cannot split a payload: each span has again what it had.
-            for span, previous in list(replaced.items()):
-                replaced[span] = span.payload or previous
-                self._index.fill(span, previous)
-            raise
-        finally:
-            for payload in replaced.values():
-                payload.close()
-
-    def _release(self, request: Request) -> None:
-        """Give back what a request holds: all of it, also if a policy raises."""
-        pinned, request.pinned, request.ended = request.pinned, None, True
-        request.known.media = ()
-        try:
-            if pinned is not None:
-                self._index.pin(pinned, -1)
-                self._index.settle(pinned)
-        finally:
-            if not request.detached:
-                request.handle.release()
+            self._requests.insert(handle, KnownTokens(ids, salt, placements))
 
     # Its content.
 
@@ -334,9 +244,17 @@ class PrefixCache:
     def stats(self) -> PrefixStats:
         """Totals since it was made, and its state now."""
         with self.lock:
-            self._end_dropped()
-            active = len(self._active)
-            return PrefixStats.of(self._index, self._sessions, active, self._tokens, self._matched)
+            self._requests.end_dropped()
+            return self._requests.stats
+
+    def measure_residency(self) -> Residency:
+        """Return histograms of the times that spans are stored and unused, from the first call on.
+
+        They go on counting; :func:`register_metrics` does this for Prometheus.
+        """
+        with self.lock:
+            self._index.residency = self._index.residency or Residency()
+            return self._index.residency
 
     def render(
         self,
@@ -361,40 +279,13 @@ class PrefixCache:
 
         Raises: ValueError, TypeError for no number of bytes.
         """
-        target, index = as_index(nbytes, "nbytes"), self._index
-        with self._changing():
-            self._end_dropped()
-            budget = index.budget
-            try:
-                index.budget = target if budget is None else min(target, budget)
-                index.trim(self._clock())
-            finally:
-                index.budget = budget
+        target = as_index(nbytes, "nbytes")
+        with self._requests.changing():
+            self._requests.end_dropped()
+            self._kept.trim(target, self._requests.clock())
 
     def clear(self) -> None:
         """Evict all spans not in use by a session, and forget those evicted before."""
-        with self._changing():
-            self._end_dropped()
-            now, kept = self._clock(), list(self._index.kept)
-            # Leaf first: only spans without children are offered to the policy, and can be evicted.
-            for span in sorted(kept, key=lambda span: -span.stop):
-                if not span.pins:
-                    self._index.evict(span, now)
-            self._index.forget_ghosts()
-            if kept and not self._index.kept:
-                self.events.cleared()
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Change the content under the lock; subscribers hear of it when that is done."""
-        with self.lock:
-            try:
-                with uninterrupted():
-                    yield
-            finally:
-                self.events.deliver()
-
-    def _follow(self, salt: str, ids: Tokens) -> StoredPrefix:
-        """Return what is known of `ids`, which begin the tokens of a request."""
-        tree = self._trees.get(salt)
-        return self._index.follow(tree, ids) if tree is not None else Prefix([], 0)
+        with self._requests.changing():
+            self._requests.end_dropped()
+            self._kept.clear(self._requests.clock())

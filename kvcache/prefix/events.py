@@ -7,22 +7,37 @@ everything before it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, SupportsIndex, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .media import Placement, within
+from kvcache._checks import as_sizes
+from kvcache.errors import KVCacheError
+
+from .block_hashes import (
+    SEED,
+    BlockKeys,
+    ExtraKey,
+    Tenant,
+    chained_hashes,
+    keys_of_blocks,
+    seed_hash,
+    valid_text,
+)
+from .media import Placement
 from .radix import Tokens
 from .stored import StoredSpan
 
 _logger = logging.getLogger("kvcache.prefix")
 BLOCK_SIZE = 16
 """Tokens of a block, as in vLLM."""
+_MAX_REMEMBERED = 1 << 16
+"""Spans and blocks whose hashes are remembered at most: about 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,12 @@ class BlockStored:
     block_size: int
     lora_id: int | None = None
     medium: str | None = "GPU"
+    lora_name: str | None = None
+    """Adapter of :func:`adapter_salt`, None for none."""
+    extra_keys: list[tuple[ExtraKey, ...] | None] | None = None
+    """Besides token ids, the content of the hash of each block, None for none: the name of the
+    adapter; the digest of each medium in the block, with its offset from the first token of the
+    block; in the first block of a sequence, the salt."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +76,68 @@ Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 class BlockChain(NamedTuple):
-    """Full blocks of a sequence, up to the end of a span.
+    """Full blocks whose last token is in one span.
 
-    token_ids: of the whole sequence. first: number of the first block whose last token is in the
-    span. hashes: of all blocks.
+    token_ids: of these blocks, as the prompt has them. parent: hash of the block before them, None
+    for the first of a sequence.
     """
 
     token_ids: Tokens
-    first: int
+    parent: bytes | None
+    hashes: list[bytes]
+    keys: list[BlockKeys | None]
+
+
+class SpanHashes(NamedTuple):
+    """Hashes known of one span.
+
+    last: of the last full block up to its end, None before the first. hashes: of blocks whose last
+    token is in it, the last ones of these at least.
+    """
+
+    last: bytes | None
     hashes: list[bytes]
 
 
 class Events:
     """Notification of subscribers. A block is stored with the span of its last token.
 
-    namespace, and the salt of a request, are part of every hash: SHA-256 over both, the hash of
-    the block before, and the block's token ids as little-endian int32. Where the block has tokens
-    of media, their keys follow (SHA-256 of digest and placeholder ids) with their places.
+    Blocks are named as vLLM 0.32 names them with ``--prefix-caching-hash-algo sha256_cbor``: by the
+    SHA-256 of the canonical CBOR of the hash of the block before, the token ids, and the extra
+    keys: adapter, digests of media with their offsets, salt. namespace: stands in the place of
+    vLLM's ``PYTHONHASHSEED``; "" for vLLM's default.
     """
 
-    def __init__(self, namespace: str = "", block_size: int = BLOCK_SIZE) -> None:
-        self.block_size = block_size
-        self._namespace = namespace
+    def __init__(self, namespace: str = "") -> None:
+        self._block_size = BLOCK_SIZE
+        self._seed = seed_hash(valid_text(namespace) or SEED)
         self._subscribers: dict[object, Callable[[Event], None]] = {}
         self._pending: deque[Event] = deque()
         self._delivering = False
+        # Hashes of spans that were told of. The tokens up to the end of a span stay the same for as
+        # long as there is the span, however it is split or joined.
+        self._hashed: WeakKeyDictionary[StoredSpan, SpanHashes] = WeakKeyDictionary()
+        self._remembered = 0
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, 16 unless set: before anybody subscribes.
+
+        Raises: KVCacheError with subscribers, to whom the size would change; TypeError, ValueError
+            for anything but a positive integer.
+        """
+        return self._block_size
+
+    @block_size.setter
+    def block_size(self, tokens: SupportsIndex) -> None:
+        [size] = as_sizes(block_size=tokens)
+        if self._subscribers:
+            raise KVCacheError(
+                f"the size of blocks stays while somebody subscribes; got {size} with "
+                f"{len(self._subscribers)} subscribers. Set it first."
+            )
+        self._block_size = size
+        self._hashed.clear()
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, in order. Return a function to end the subscription.
@@ -103,22 +161,30 @@ class Events:
     def stored(self, span: StoredSpan) -> None:
         """Tell of the blocks of `span`, stored just now."""
         if self._subscribers:  # else nothing is hashed
-            ids, first, hashes = self._blocks(span)
-            if hashes[first:]:
-                token_ids = ids[first * self.block_size : len(hashes) * self.block_size].tolist()
-                parent = hashes[first - 1] if first else None
-                self._tell(BlockStored(hashes[first:], parent, token_ids, self.block_size))
+            ids, parent, hashes, keys = self._blocks(span)
+            if hashes:
+                told = [None if block is None else block.told for block in keys]
+                event = BlockStored(
+                    hashes,
+                    parent,
+                    ids.tolist(),
+                    self._block_size,
+                    lora_name=Tenant.of(span.tree.salt).adapter,
+                    extra_keys=told if any(told) else None,
+                )
+                self._pending.append(event)
 
     def removed(self, span: StoredSpan) -> None:
         """Tell of the blocks of `span`, about to be removed."""
         if self._subscribers:
-            _, first, hashes = self._blocks(span)
-            if hashes[first:]:
-                self._tell(BlockRemoved(hashes[first:]))
+            hashes = self._hashes(span)
+            if hashes:
+                self._pending.append(BlockRemoved(hashes))
 
     def cleared(self) -> None:
         """Tell of the removal of everything."""
-        self._tell(AllBlocksCleared())
+        if self._subscribers:
+            self._pending.append(AllBlocksCleared())
 
     def deliver(self) -> None:
         """Call the subscribers with what they have been told of; call it when a change is over."""
@@ -133,34 +199,62 @@ class Events:
         finally:
             self._delivering = False
 
-    def _tell(self, event: Event) -> None:
-        if self._subscribers:
-            self._pending.append(event)
+    def _hashes(self, span: StoredSpan) -> list[bytes]:
+        """Return the hashes of the blocks of `span`, remembered or computed again."""
+        known = self._hashed.get(span)
+        count = span.stop // self._block_size - span.start // self._block_size
+        if known is None or count > len(known.hashes):  # it was joined to those before it
+            return self._blocks(span).hashes
+        return known.hashes[len(known.hashes) - count :]  # the others are of a part split off
 
     def _blocks(self, span: StoredSpan) -> BlockChain:
-        """Return the blocks up to the end of `span`, with the ids of the prompt for all tokens."""
-        path = span.path
-        ids = np.concatenate([part.node.tokens for part in path])
-        media = [placement for part in path for placement in part.media]
-        for placement in media:  # one of several may be cut by the end of the span
-            place = slice(placement.start, min(placement.stop, ids.size))
-            ids[place] = placement.placeholders[: place.stop - place.start]
-        seed, last, hashes = self._seed(span.tree.salt), b"", []
-        for start in range(0, ids.size - self.block_size + 1, self.block_size):
-            stop = start + self.block_size
-            names = b"".join(_name_of(placement, start) for placement in within(media, start, stop))
-            last = hashlib.sha256(seed + last + ids[start:stop].tobytes() + names).digest()
-            hashes.append(last)
-        return BlockChain(ids, span.start // self.block_size, hashes)
+        size, hashed = self._block_size, self._hashed
+        known = span.parent
+        while known is not None and known not in hashed:
+            known = known.parent
+        begin = 0 if known is None else known.stop // size
+        parent = None if known is None else hashed[known].last
+        ids, media = _tokens_of(span, begin * size)
+        ids = ids[: ids.size - ids.size % size]
+        tenant = Tenant.of(span.tree.salt)
+        keys = keys_of_blocks(tenant, media, begin * size, ids.size // size, size)
+        hashes = list(chained_hashes(parent or self._seed, ids, keys, size))
+        before = span.start // size - begin  # blocks of the spans before it
+        last = hashes[-1] if hashes else parent
+        parent = hashes[before - 1] if before else parent
+        self._remember(span, SpanHashes(last, hashes[before:]))
+        if span.parent is not None and span.parent is not known:
+            self._remember(span.parent, SpanHashes(parent, []))
+        return BlockChain(ids[before * size :], parent, hashes[before:], keys[before:])
 
-    def _seed(self, salt: str) -> bytes:
-        return hashlib.sha256(repr((self._namespace, salt)).encode()).digest()
+    def _remember(self, span: StoredSpan, hashes: SpanHashes) -> None:
+        self._remembered += 1 + len(hashes.hashes)
+        if self._remembered > _MAX_REMEMBERED:
+            self._hashed.clear()
+            self._remembered = 0
+        self._hashed[span] = hashes
 
 
-def _name_of(placement: Placement, block_start: int) -> bytes:
-    """Return what tells a medium in a block from others, in any process."""
-    place = np.array([placement.start - block_start, placement.stop - block_start], "<i4")
-    return placement.medium.key + place.tobytes()
+def _tokens_of(span: StoredSpan, start: int) -> tuple[Tokens, list[Placement]]:
+    """Return the ids in the prompt of positions from `start` to the end of `span`, and the media.
+
+    start: in `span`, or in one before it.
+    """
+    parts: list[StoredSpan] = []
+    part: StoredSpan | None = span
+    while part is not None and part.stop > start:
+        parts.append(part)
+        part = part.parent
+    parts.reverse()
+    first = parts[0].start
+    ids = np.concatenate([part.node.tokens for part in parts])
+    # A medium that was split is in several spans, perhaps as given by several requests.
+    media = list({placed.start: placed for part in parts for placed in part.media}.values())
+    for placement in media:
+        begin, end = max(placement.start, first), min(placement.stop, span.stop)
+        own = placement.placeholders[begin - placement.start : end - placement.start]
+        ids[begin - first : end - first] = own
+    return ids[start - first :], media
 
 
 def _call(callback: Callable[[Event], None], event: Event) -> None:

@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from sys import getsizeof
 from typing import Generic
 
-from kvcache.errors import KVCacheError
 from kvcache.storage.lengths import ceil_div
 
 from .footprint import ENTRY, ORDERED_ENTRY, of_span, of_tree
 from .media import Placement, within
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
-from .spans import P, Prefix, Span, alike, file_span
+from .residency import Residency
+from .spans import P, Prefix, Span, alike, as_offered, file_span
 from .superseded import Superseded
 
 _ROOM = 4_000
@@ -62,6 +62,8 @@ class SpanIndex(Generic[P]):
         """Spans evicted so far."""
         self.kept: dict[Span[P], None] = {}
         """Spans with a payload, in the order in which they came; there may be far more ghosts."""
+        self.residency: Residency | None = None
+        """Times of spans, None where nobody wants to know."""
         self._grain = grain
         self._on_evict, self._on_empty, self._others = on_evict, on_empty, others
         # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
@@ -82,8 +84,10 @@ class SpanIndex(Generic[P]):
 
     def use(self, spans: Sequence[Span[P]], now: float) -> None:
         """Count a request for `spans`, given in the order of their tokens."""
-        use = self.policy.use
+        use, residency = self.policy.use, self.residency
         for span in spans:
+            if residency is not None:
+                residency.use(span, now)
             # The policy first: to it, uses and used are still those of earlier requests.
             use(span, now)
             span.uses += 1
@@ -122,6 +126,7 @@ class SpanIndex(Generic[P]):
         if added:
             self._ghosts.pop(span, None)
             self.kept[span] = None
+            span.born = span.used
             if span.parent is not None:
                 span.parent.children += 1
             # Last, because the policy may raise.
@@ -160,15 +165,7 @@ class SpanIndex(Generic[P]):
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
         span = self.policy.victim(now)
-        if span is None:
-            return None
-        if not isinstance(span, Span) or not span.offered:
-            chosen = f"[{span.start}, {span.stop})" if isinstance(span, Span) else repr(span)
-            raise KVCacheError(
-                "a policy chooses among the spans it was offered; "
-                f"{type(self.policy).__name__} chose {chosen}, which it was not, or not any more."
-            )
-        return span
+        return None if span is None else as_offered(span, self.policy)
 
     def evict(self, span: Span[P], now: float) -> None:
         """Make an offered span a ghost, and those before it that are of use to it alone."""
@@ -180,6 +177,8 @@ class SpanIndex(Generic[P]):
         """Do :meth:`evict` for one span; return the one before it if that is of no use now."""
         # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
+        if self.residency is not None:
+            self.residency.evict(span, now)
         self.policy.evict(span, now)
         self.evictions += 1
         self.nbytes -= payload.nbytes
@@ -281,7 +280,8 @@ class SpanIndex(Generic[P]):
         if lower.media:
             upper.media = within(lower.media, upper.start, upper.stop)
             lower.media = within(lower.media, lower.start, lower.stop)
-        upper.pins, upper.uses, upper.used = lower.pins, lower.uses, lower.used
+        upper.pins, upper.uses = lower.pins, lower.uses
+        upper.used, upper.born = lower.used, lower.born
         upper.policy_data = lower.policy_data
         self._spans += 1
         self._tracked += of_span(lower) + of_span(upper)

@@ -39,12 +39,18 @@ class Medium:
 
 
 class Placement:
-    """A medium at positions ``[start, stop)`` of a sequence."""
+    """A medium at positions ``[start, stop)`` of a sequence.
 
-    __slots__ = ("_placeholders", "medium", "start", "stop")
+    identifier: its digest as text, for events.
+    """
 
-    def __init__(self, start: int, stop: int, medium: Medium, placeholders: Tokens) -> None:
+    __slots__ = ("_placeholders", "identifier", "medium", "start", "stop")
+
+    def __init__(
+        self, start: int, stop: int, medium: Medium, placeholders: Tokens, identifier: str = ""
+    ) -> None:
         self.start, self.stop, self.medium = start, stop, medium
+        self.identifier = identifier
         # Nearly always one id, many times: once is enough.
         alike = placeholders[:1] if (placeholders == placeholders[0]).all() else placeholders
         self._placeholders = alike.tobytes()
@@ -58,7 +64,8 @@ class Placement:
     def nbytes(self) -> int:
         """Bytes of memory it takes, its medium aside."""
         positions = of_integer(self.start) + of_integer(self.stop)
-        return _PLACEMENT_NBYTES + len(self._placeholders) + positions
+        texts = len(self._placeholders) + getsizeof(self.identifier)
+        return _PLACEMENT_NBYTES + texts + positions
 
 
 _RULE = "media map places (start, stop) in the prompt to digests, bytes or str"
@@ -89,8 +96,9 @@ class MediaIds:
             return tokens, ()
         ids, placements = tokens.copy(), []
         for (start, stop), digest in sorted(media.items(), key=lambda item: item[0]):
-            medium = self._medium(_key_of(digest, tokens[start:stop]))
-            placements.append(Placement(start, stop, medium, tokens[start:stop]))
+            name, placeholders = _name_of(digest), tokens[start:stop]
+            medium = self._medium(_key_of(name, placeholders))
+            placements.append(Placement(start, stop, medium, placeholders, as_text(name)))
             ids[start:stop] = medium.id
         return ids, tuple(placements)
 
@@ -113,13 +121,24 @@ class MediaIds:
         return len(self._media) * _MEDIUM_NBYTES
 
 
-def _key_of(digest: bytes | str, placeholders: Tokens) -> bytes:
+def _name_of(digest: bytes | str) -> bytes:
+    # surrogatepass: any str will do, also one that is no valid Unicode.
+    return digest.encode(errors="surrogatepass") if isinstance(digest, str) else bytes(digest)
+
+
+def as_text(name: bytes) -> str:
+    """Return UTF-8 as text, and other bytes as their hexadecimal digits."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return name.hex()
+
+
+def _key_of(name: bytes, placeholders: Tokens) -> bytes:
     """Return the key of a medium.
 
     Of another length it is another rendering of the same, or two of it in a row.
     """
-    # surrogatepass: any str will do, also one that is no valid Unicode.
-    name = digest.encode(errors="surrogatepass") if isinstance(digest, str) else bytes(digest)
     ids = placeholders.astype("<i4", copy=False).tobytes()
     return hashlib.sha256(hashlib.sha256(name).digest() + ids).digest()
 

@@ -13,7 +13,7 @@ from kvcache.errors import CacheFullError, KVCacheError
 from kvcache.layers.base import LayerCache, kind_of
 from kvcache.layers.stack import LayerCaches
 from kvcache.pool.base import Cache
-from kvcache.snapshots.snapshot import Snapshot
+from kvcache.snapshots.snapshot import CacheSpec, Snapshot
 
 from .arguments import as_layers, check_layers
 from .known import KnownTokens
@@ -85,6 +85,16 @@ class SequenceSource(ABC):
     lock: threading.RLock
     """To be held around :meth:`acquire` and all calls of its handles."""
 
+    @property
+    @abstractmethod
+    def specs(self) -> list[CacheSpec]:
+        """Specs of the caches, one for each part of a snapshot; a dtype is empty until known."""
+
+    @property
+    @abstractmethod
+    def restorable(self) -> bool:
+        """Whether its sequences can be filled with snapshots that come from elsewhere."""
+
     @abstractmethod
     def acquire(self) -> SequenceHandle:
         """Return an empty sequence, to be released. Raises: CacheFullError if none is free."""
@@ -119,6 +129,14 @@ class PoolSequences(SequenceSource):
             raise ValueError(f"sessions share no sequence; name each once, got {self._free[::-1]}.")
         self._known: dict[int, KnownTokens] = {}  # by sequence of an open session
         cache.claim(self._free, self)
+
+    @property
+    def specs(self) -> list[CacheSpec]:
+        return self._cache.specs
+
+    @property
+    def restorable(self) -> bool:
+        return True
 
     def acquire(self) -> PoolHandle:
         if not self._free:
@@ -236,6 +254,18 @@ class LayerSequences(SequenceSource):
         # Copies: the caller may go on with its own.
         self._prototypes = LayerCaches(layers).copy()
 
+    @property
+    def specs(self) -> list[CacheSpec]:
+        return [
+            CacheSpec(kind_of(type(cache)), cache.visibility, cache.dtype or "")
+            for cache in self._prototypes
+        ]
+
+    @property
+    def restorable(self) -> bool:
+        # Caches that name no backend have none before the first tokens.
+        return all((cache.backend or self.backend) is not None for cache in self._prototypes)
+
     def acquire(self) -> LayerHandle:
         return LayerHandle(self._prototypes.copy(), self)
 
@@ -324,3 +354,15 @@ class LayerHandle(SequenceHandle):
 
     def release(self) -> None:
         self._caches.reset()
+
+
+def sequences_of(
+    cache: Cache | Sequence[LayerCache], sequences: Iterable[int] | None
+) -> SequenceSource:
+    """Return the sequences for sessions over a cache. sequences: of a pool, None for all.
+
+    Raises: as :class:`PoolSequences` and :class:`LayerSequences`.
+    """
+    if isinstance(cache, Cache):
+        return PoolSequences(cache, sequences)
+    return LayerSequences(cache)

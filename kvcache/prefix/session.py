@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -18,9 +19,11 @@ from kvcache.layers.stack import LayerCaches
 from .arguments import as_positions
 from .known import KnownTokens, own_tokens
 from .media import check_token_ids
+from .policies import EndedRequest, EvictionPolicy
 from .radix import Tokens
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
+from .usage import Usage
 
 
 @dataclass(eq=False)  # two requests of equal content are still two
@@ -30,6 +33,11 @@ class Request:
     handle: its sequence. known: token ids of its rows, those of the prompt first. hit: the part of
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
     was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
+    points: positions for later requests to resume at. prompt: its tokens, 0 for caches that were
+    inserted. created: those of them that it stored, and nobody before it. asked: times at which it
+    used spans, by the clock of the prefix cache. begun, answered: times at which it began (None
+    once it was counted), and at which its first token behind the prompt was named (None before), in
+    seconds.
     """
 
     handle: SequenceHandle
@@ -38,6 +46,25 @@ class Request:
     pinned: StoredSpan | None = None
     ended: bool = False
     detached: bool = False
+    points: set[int] = field(default_factory=set)
+    prompt: int = 0
+    created: int = 0
+    asked: set[float] = field(default_factory=set)
+    begun: float | None = field(default_factory=time.monotonic)
+    answered: float | None = None
+
+    def prompt_tokens_in(self, span: StoredSpan) -> int:
+        """Return the number of tokens of the prompt in `span`, one of its sequence."""
+        return max(0, min(span.stop, self.prompt) - span.start)
+
+    def tell_end(self, policy: EvictionPolicy, spans: Sequence[StoredSpan], now: float) -> None:
+        """Tell `policy` of its end. spans: of its tokens.
+
+        A detached one goes on elsewhere, nobody knows until when.
+        """
+        if not self.detached:
+            answered = max(0, len(self.known) - self.prompt)
+            policy.ended(EndedRequest(spans, self.prompt, answered, self.asked), now)
 
 
 class Session:
@@ -105,6 +132,16 @@ class Session:
         return self._prompt[self.matched :]
 
     @property
+    def usage(self) -> Usage:
+        """Tokens of the prompt, reused and stored, for APIs: complete when the session has ended.
+
+        After :meth:`commit`, those stored by then are counted.
+        """
+        # What was stored, evicted and stored again counts once.
+        created = min(self._request.created, self._prompt.size - self.matched)
+        return Usage(self._prompt.size, self.matched, created)
+
+    @property
     def sequence(self) -> int:
         """Id of its sequence in the pool.
 
@@ -141,6 +178,8 @@ class Session:
         with self._lock:
             self._handle.update_known()
             self._request.known.append(ids)
+            if self._request.answered is None:
+                self._request.answered = time.monotonic()
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens only, of those named and of those computed.
@@ -165,6 +204,7 @@ class Session:
         points = as_positions(positions, "resume points")
         with self._lock:
             self._handle.schedule(points)
+            self._request.points.update(points)
 
     def adopt(self, caches: LayerCaches[Any]) -> None:
         """Go on with `caches` in place of its own, which are left to the caller.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container, Sequence
-from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+
+from kvcache.errors import KVCacheError
 
 from .media import Placement
 from .radix import Node, RadixTree
@@ -58,12 +60,15 @@ class Span(Generic[P]):
     """A node of the tree, with a payload for its tokens, or without one: a ghost.
 
     tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
-    so far. used: time of the last, in seconds. pins: sessions that use it or a span behind it.
-    children: kept spans right behind it. offered: whether the policy may choose it. policy_data:
-    owned by the policy; both parts of a span that is split have it.
+    so far. used: time of the last, in seconds. born: that when its payload was stored. pins:
+    sessions that use it or a span behind it. children: kept spans right behind it. offered: whether
+    the policy may choose it. policy_data: owned by the policy; both parts of a span that is split
+    have it.
     """
 
     __slots__ = (
+        "__weakref__",
+        "born",
         "children",
         "media",
         "node",
@@ -87,7 +92,7 @@ class Span(Generic[P]):
         self.media = media
         self.payload: P | None = None
         self.pins = self.children = self.uses = 0
-        self.used = 0.0
+        self.used = self.born = 0.0
         self.offered = False
         self.policy_data: object = None
 
@@ -169,6 +174,17 @@ def alike(upper: Span[P], lower: Span[P], ghosts: Container[Span[P]]) -> bool:
     others = [node.value for node in children.values() if node.value is not lower]
     forgettable = all(span is None or span in ghosts for span in others)
     return forgettable and upper.payload.joins(lower.payload)
+
+
+def as_offered(span: object, policy: object) -> Span[Any]:
+    """Return the span that `policy` chose. Raises: KVCacheError unless it was offered it."""
+    if not isinstance(span, Span) or not span.offered:
+        chosen = f"[{span.start}, {span.stop})" if isinstance(span, Span) else repr(span)
+        raise KVCacheError(
+            "a policy chooses among the spans it was offered; "
+            f"{type(policy).__name__} chose {chosen}, which it was not, or not any more."
+        )
+    return span
 
 
 def file_span(span: Span[P], spans: OrderedDict[Span[P], None], belongs: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Self
 
 from .index import SpanIndex
 from .stored import StoredSnapshot, is_resident
+from .tier_stats import TierStats
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class PrefixStats:
     media, and what the policy knows."""
     index_budget: int | None
     """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
+    store: TierStats | None = None
+    """Totals of the store behind it, None without one."""
 
     @classmethod
     def of(
@@ -47,6 +50,7 @@ class PrefixStats:
         active: int,
         tokens: int,
         matched: int,
+        store: TierStats | None = None,
     ) -> Self:
         """Return the statistics of an index, and of the sessions over it."""
         return cls(
@@ -62,7 +66,13 @@ class PrefixStats:
             evictions=index.evictions,
             index_nbytes=index.index_nbytes,
             index_budget=index.index_budget,
+            store=store,
         )
+
+    @property
+    def usage(self) -> float | None:
+        """Share of the budget that is used, 0 to 1, None without a budget."""
+        return self.nbytes / self.budget if self.budget else None
 
     @property
     def hit_rate(self) -> float:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from kvcache.snapshots.resuming import last_resumable, last_resumable_of_each
 from kvcache.snapshots.snapshot import Part, Snapshot
 
-from .sequences import SequenceHandle
 from .spans import Prefix, Span
 
 _NBYTES, _PART_NBYTES, _ARRAY_NBYTES = 400, 900, 300
@@ -125,8 +124,15 @@ def close_snapshots(snapshots: Mapping[int, Snapshot]) -> None:
         snapshot.close()
 
 
+class RowSource(Protocol):
+    """A sequence with rows to store: of a session, or fetched."""
+
+    def capture(self, start: int, stop: int) -> Snapshot:
+        """Return a snapshot of positions ``[start, stop)``, as far as it has them."""
+
+
 def captured(
-    handle: SequenceHandle, prefix: StoredPrefix, restored: int, held: int
+    handle: RowSource, prefix: StoredPrefix, restored: int, held: int
 ) -> dict[int, Snapshot]:
     """Return snapshots to store, by start: of spans behind `restored`, up to `held` tokens.
 
@@ -149,7 +155,7 @@ def captured(
 
 
 def _captured_span(
-    handle: SequenceHandle, start: int, stop: int, stored: StoredSnapshot | None
+    handle: RowSource, start: int, stop: int, stored: StoredSnapshot | None
 ) -> Snapshot | None:
     """Return a snapshot of the rows a sequence holds of a span, and of those in `stored`.
 

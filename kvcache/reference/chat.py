@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from kvcache._checks import as_index
-from kvcache.prefix import PrefixCache, Session
+from kvcache.prefix import PrefixCache, Session, TierStats
 from kvcache.prefix.arguments import check_text
 from kvcache.prefix.radix import as_tokens
+from kvcache.stores import Deadline, Store
 
 from .decoder import Decoder, LayerKind, ModelCaches, PassPart
 from .generate import generate
@@ -25,6 +26,8 @@ Kind: TypeAlias = LayerKind | Literal["pool"]
 
 PIECE = 512
 """Tokens of a prompt in one pass, at most."""
+_STORE_SECONDS = 10.0
+"""Time to wait for a store: for pages of a prompt, and for those that wait to be written."""
 
 
 class Conversation:
@@ -41,6 +44,25 @@ class Conversation:
         self._messages = [{"role": "system", "content": system}] if system else []
         self._ids: list[int] = []
         self._rendered = ""
+
+    @classmethod
+    def resumed(
+        cls, tokenizer: Tokenizer, messages: list[dict[str, str]], ids: list[int], rendered: str
+    ) -> Self:
+        """Return a conversation that goes on from a :attr:`state`."""
+        conversation = cls(tokenizer)
+        conversation._messages, conversation._ids = list(messages), list(ids)
+        conversation._rendered = rendered
+        return conversation
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """A copy of its messages, token ids and rendered text, which are JSON."""
+        return {
+            "messages": [dict(message) for message in self._messages],
+            "ids": list(self._ids),
+            "rendered": self._rendered,
+        }
 
     def ask(self, text: str) -> list[int]:
         """Add a turn of the user; return the token ids of all turns, up to the answer.
@@ -95,8 +117,11 @@ class Chat:
     dtype: of keys and values in the caches.
     budget: bytes that all turns may take. policy: eviction policy of the prefix cache.
     eos_id: token that ends an answer. compare: measure each turn without reuse, too.
+    store: where turns are kept for later chats, a URL or a store; None for memory alone.
+    fingerprint: names model and weights in the store, which needs it.
 
-    Raises: ValueError, TypeError for another kind, sizes that leave no room, and the like.
+    Raises: ValueError, TypeError for another kind, sizes that leave no room, and the like;
+        StoreError for a URL that leads to no store.
     """
 
     def __init__(
@@ -112,6 +137,8 @@ class Chat:
         policy: str = "lru",
         eos_id: int | None = None,
         compare: bool = False,
+        store: str | Store | None = None,
+        fingerprint: str = "",
     ) -> None:
         self._eos = None if eos_id is None else as_index(eos_id, "eos_id")
         self._compare, self._vocabulary = compare, model.vocab_size
@@ -124,10 +151,27 @@ class Chat:
             self._decoder = _PoolDecoder(model, capacity, dtype)
         else:
             self._decoder = _LayerDecoder(model, kind, max_size, keep, dtype)
-        # Keys of one dtype are not those of another: the hashes in events must tell them apart.
+        if store is not None and not fingerprint:
+            raise ValueError(
+                "what is stored names the model it is of; got no fingerprint. Use "
+                "kvcache.reference.fingerprint.fingerprint(path)."
+            )
         self.prefix = PrefixCache(
-            self._decoder.cache, budget=budget, policy=policy, sequences=[0], namespace=dtype
+            self._decoder.cache,
+            budget=budget,
+            policy=policy,
+            sequences=[0],
+            # Keys of one dtype are not those of another: the hashes in events must tell them apart.
+            namespace=f"{fingerprint} {dtype}".lstrip(),
+            store=store,
         )
+
+    def close(self) -> TierStats | None:
+        """Write to the store what waits, and give it up; return its totals, None without one."""
+        self.prefix.flush(Deadline.after(_STORE_SECONDS))
+        totals = self.prefix.stats.store
+        self.prefix.close(Deadline.after(0))
+        return totals
 
     def reply(self, turn: Turn, max_tokens: int = 64) -> Iterator[int]:
         """Yield the tokens of the answer as they come, and record them and their costs in `turn`.
@@ -142,19 +186,21 @@ class Chat:
         if self._compare:
             turn.cold_seconds = _seconds_to_first(self._decoder.cold(turn.prompt))
         started = time.perf_counter()
-        with self.prefix.session(turn.prompt) as session:
+        deadline = Deadline.after(_STORE_SECONDS)
+        with self.prefix.session(turn.prompt, deadline=deadline) as session:
             turn.reused = session.matched
             for token in self._decoder.tokens(session):
                 if not turn.tokens:
                     turn.seconds = time.perf_counter() - started
                 if token == self._eos:
                     break
+                # At once: the first one tells how long the prompt took. The last one as well, which
+                # no pass was fed: the session keeps what the caches hold.
+                session.extend([token])
                 turn.tokens.append(token)
                 yield token
                 if len(turn.tokens) == max_tokens:
                     break
-            # Also the last token, which no pass was fed: the session keeps what the caches hold.
-            session.extend(turn.tokens)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         """Raise ValueError unless `prompt` has tokens, all of the vocabulary."""

@@ -18,6 +18,23 @@ def round_up(count: int, unit: int) -> int:
     return ceil_div(count, unit) * unit
 
 
+def padded_range(
+    backend: Backend, start: int, stop: int, padding: int, length: int
+) -> tuple[int, int]:
+    """Return a range of ``[0, length)`` around ``[start, stop)``, rounded for the backend."""
+    start = start // padding * padding
+    if backend.slices_are_views:
+        return start, min(length, ceil_div(stop, padding) * padding)
+    # Each length compiles a program: powers of two only, or all beyond half of it.
+    size = padding
+    while size < stop - start:
+        size *= 2
+    if 2 * size > length:
+        return 0, length
+    start = min(start, length - size)
+    return start, start + size
+
+
 def padded_index(backend: Backend, index: Indices) -> Indices:
     """Pad `index` to a power of two by repeating its last element, where lengths are compiled.
 

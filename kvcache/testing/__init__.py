@@ -23,11 +23,23 @@ For stores, with pytest::
             return MyStore(place, budget)
 
 It runs every check of :mod:`~kvcache.testing.store_checks`.
+
+For caches of any kind, put behind a :class:`~kvcache.verify.Target`::
+
+    from kvcache.testing import verify_reuse
+
+    def test_my_cache():
+        verify_reuse(MyTarget(), runs=20)
+
+It raises AssertionError with a report where conversations over the cache give other logits than
+cold runs of the same passes; see :mod:`kvcache.verify`.
 """
+
+from kvcache.verify import verify_reuse
 
 from .run import Result, run_suite
 
-__all__ = ["BackendSuite", "Result", "StoreSuite", "run_suite"]
+__all__ = ["BackendSuite", "Result", "StoreSuite", "run_suite", "verify_reuse"]
 
 
 def __getattr__(name: str) -> object:

@@ -86,6 +86,7 @@ def test_conformance():
         "plan",
         "simulate",
         "transcribe",
+        "verify",
     ],
 )
 def test_every_command_has_help(command):

@@ -18,6 +18,7 @@ import kvcache.prefix
 import kvcache.prefix.policies
 import kvcache.sizing
 import kvcache.testing
+import kvcache.verify
 
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ PUBLIC = (
     kvcache.prefix.policies,
     kvcache.sizing,
     kvcache.testing,
+    kvcache.verify,
 )
 OF_REFERENCE = {"AudioFileError", "ModelFileError", "UnsupportedModelError"}
 

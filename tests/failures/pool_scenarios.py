@@ -210,6 +210,13 @@ ACTS = {
         CLOSE,
     ],
     "windowed": [*STARTS, *PUTS[2:], *PROGRAMS, *BETWEEN],
+    "paged": [
+        start("second", {1: 1}),
+        start("pair", {0: 1, 1: 2}),
+        *puts("pair", {0: 1, 1: 2}, (0,)),
+        PROGRAMS[0],
+        *RESTORES,
+    ],
     "one window": [start("one", ONE), start("three", {0: 3}), *PUTS[:2], PROGRAMS[0]],
     "scattered": [*puts("scattered", {1: 4}), REMOVE_MIDDLE, PROGRAMS[0]],
     "arriving": [

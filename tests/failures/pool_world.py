@@ -284,6 +284,17 @@ def _windowed(place):
     return world
 
 
+def _paged(place):
+    """Share a page that is partly filled, with moved keys in it: who goes on second copies it."""
+    cache = CausalCache(page=2, shift=_shift(place.backend))
+    world = PoolWorld(place, cache, capacity=8).initialised()
+    world.run({0: range(7)})
+    world.cache.remove(0, 0, 2)
+    world.cache.copy_prefix(0, 1, 5)
+    held(world, 0)
+    return world
+
+
 def _one_window(place):
     """Prepare the fast path of a single sequence that drops a token for each."""
     world = PoolWorld(place, CausalCache(window=3), capacity=10).initialised()
@@ -348,6 +359,7 @@ STATES = {
     "plain": _plain,
     "crowded": _crowded,
     "windowed": _windowed,
+    "paged": _paged,
     "one window": _one_window,
     "scattered": _scattered,
     "arriving": _arriving,

@@ -7,6 +7,8 @@ shift adds its offsets to the position, so that what a key should be is known wi
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from .. import peek
@@ -19,7 +21,7 @@ LAYERS = 2
 class Oracle:
     """What one causal cache should hold."""
 
-    def __init__(self, max_sequences, capacity, max_batch, padding=1, **limits):
+    def __init__(self, max_sequences, capacity, max_batch, padding=1, page=1, **limits):
         self.window = limits.get("window")
         self.chunk = limits.get("chunk")
         self.shifts = limits.get("shift") is not None
@@ -34,7 +36,10 @@ class Oracle:
                 kept = None
         self.kept = kept
         cells = max_sequences * capacity if kept is None else max_sequences * (kept - 1) + max_batch
-        self.size = (cells + padding - 1) // padding * padding
+        self.page = page
+        if page > 1:
+            cells = page * pages_of_pool(max_sequences, capacity, max_batch, kept, page)
+        self.size = next(n for n in itertools.count(cells) if n % padding == n % page == 0)
 
     def cells(self, held=None):
         """How many cells are in use."""
@@ -113,6 +118,25 @@ class Oracle:
         }
 
 
+def pages_of_pool(max_sequences, capacity, max_batch, kept, page):
+    """Pages that hold every sequence and a pass at worst, wherever in a page a sequence begins."""
+    if kept is None:
+        return max_sequences * -(-capacity // page)
+
+    def touched(tokens):
+        begins = range(page if kept > 1 else 1)  # without any left, a sequence begins a page
+        return max(len({(slot + i) // page for i in range(tokens)}) for slot in begins)
+
+    alone = [touched(kept - 1 + tokens) for tokens in range(max_batch + 1)]
+    most = alone  # by the number of tokens that a pass has for the sequences so far
+    for _ in range(max_sequences - 1):
+        most = [
+            max(most[others] + alone[tokens - others] for others in range(tokens + 1))
+            for tokens in range(max_batch + 1)
+        ]
+    return max(most)
+
+
 def add_positions(backend):
     """The shift that goes with keys of ``[token, position]``."""
 
@@ -188,19 +212,42 @@ def check_table(table):
             assert (np.diff(table.positions[row]) > 0).all()
             assert table.span(np.array([sequence])) == (row.min(), row.max() + 1)
     np.testing.assert_array_equal(table.allocator.refcounts, holders)
-    free = np.flatnonzero(holders == 0)
-    assert table.free == free.size
+    check_free(table, holders)
+
+
+def check_free(table, holders):
+    """What has no holders is free, in whole pages, and can be handed out. holders: by cell."""
+    free = np.flatnonzero(~holders.reshape(-1, table.page).any(1))
+    assert table.free == free.size * table.page
+    if table.page > 1:
+        cells = (holders.reshape(-1, table.page) > 0).sum(1)
+        np.testing.assert_array_equal(peek.units(table).refcounts, cells)
+        for sequence in range(len(table.first)):
+            check_pages(table.cells_of(sequence).tolist(), table.page)
     stacked = peek.free_stack(table)
     assert set(free.tolist()) <= set(stacked.tolist())
     assert len(set(stacked.tolist())) == stacked.size
     np.testing.assert_array_equal(np.flatnonzero(peek.stacked(table)), np.sort(stacked))
 
 
+def check_pages(row, page):
+    """Every cell of a sequence comes after the one before it, in the same page or a new one."""
+    pages = [cell // page for cell in row]
+    for before, cell in itertools.pairwise(row):
+        assert cell % page == (before + 1) % page
+        assert (cell // page == before // page) == (cell % page > 0)
+    assert len(set(pages)) == sum(1 for _ in itertools.groupby(pages))
+
+
 def check_held(cache, oracle):
     """A cache holds the positions that it should, and shares the cells that it should."""
     table = peek.table(cache)
-    assert table.cells == oracle.size
-    assert table.cells - table.free == oracle.cells()
+    if oracle.page > 1:
+        assert table.cells >= oracle.size
+        assert table.cells % oracle.page == 0
+    else:
+        assert table.cells == oracle.size
+        assert table.cells - table.free == oracle.cells()
     token_of = {}
     for sequence, held in enumerate(oracle.held):
         row = table.cells_of(sequence)
@@ -214,11 +261,14 @@ def fingerprint(cache):
     table, allocator = peek.table(cache), peek.table(cache).allocator
     to_host = peek.buffers(cache).backend.to_host
     state = {**vars(table), **vars(allocator)}
+    if peek.units(table) is not allocator:
+        state |= {f"pages.{name}": value for name, value in vars(peek.units(table)).items()}
     scalars = {n: v for n, v in state.items() if isinstance(v, int)}
     arrays = {
         n: v.tobytes()
         for n, v in state.items()
-        if isinstance(v, np.ndarray) and n not in ("_claims", "rows", "_stack")
+        if isinstance(v, np.ndarray)
+        and n.removeprefix("pages.") not in ("_claims", "rows", "_stack")
     }
     live = [table.cells_of(s).tobytes() for s in range(len(table.first))]
     layers = {

@@ -8,6 +8,7 @@ byte, what it was; and every token of every pass attends to exactly what it shou
 from __future__ import annotations
 
 import operator
+from itertools import repeat
 
 import hypothesis.strategies as st
 import numpy as np
@@ -22,8 +23,16 @@ from hypothesis.stateful import (
 )
 
 import kvcache
-from kvcache import Batch, CacheConfig, CacheFullError, CausalCache, KVCacheError, WrapperCache
-from kvcache.backends.products import ReadCosts
+from kvcache import (
+    Batch,
+    CacheConfig,
+    CacheFullError,
+    CausalCache,
+    KVCacheError,
+    NotSupportedError,
+    WrapperCache,
+)
+from kvcache.backends.products import NEVER, ReadCosts
 
 from .. import peek
 from .oracle import (
@@ -38,6 +47,7 @@ from .oracle import (
     put_tokens,
     rows,
 )
+from .paging import check_block_table, is_full, refuses_removal
 
 LIMITS = st.fixed_dictionaries(
     {},
@@ -55,6 +65,7 @@ SIZES = st.fixed_dictionaries(
         "max_batch": st.integers(1, 6),
     }
 )
+REFUSALS = {"bad": ValueError, "full": CacheFullError, "before": NotSupportedError}
 WRONG_PUTS = ("tokens", "rank", "dtype", "heads", "width", "no values", "values' tokens", "thing")
 
 
@@ -63,12 +74,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     backend = kvcache.get_backend("numpy")
     paddings: tuple[int, ...] = (1, 1, 1, 4, 7)
+    page = 1
 
     @initialize(parts=st.lists(LIMITS, min_size=1, max_size=2), sizes=SIZES, data=st.data())
     def make(self, parts, sizes, data):
         self.padding = data.draw(st.sampled_from(self.paddings))
         self.mask_dtype = data.draw(st.sampled_from(["bool", "float32"]))
-        self.sizes = sizes
+        self.sizes = sizes = {**sizes, "capacity": max(sizes["capacity"], self.page)}
         self.parts, self.oracles = [], []
         for drawn in parts:
             limits = dict(drawn)
@@ -78,11 +90,12 @@ class CacheMachine(RuleBasedStateMachine):
                 limits["memory"] += limits["window"]
             if "shift" in limits:
                 limits["shift"] = add_positions(self.backend)
-            self.parts.append(CausalCache(**limits))
-            self.oracles.append(Oracle(**sizes, padding=self.padding, **limits))
+            self.parts.append(CausalCache(**limits, page=self.page))
+            self.oracles.append(Oracle(**sizes, padding=self.padding, page=self.page, **limits))
         # Attention reads in many pieces or few: what it gives is the same.
         self.backend = kvcache.get_backend(self.backend.spec)
-        self.backend.read_costs = data.draw(st.sampled_from([ReadCosts(1, 2, 1), ReadCosts(64, 9)]))
+        costs = [ReadCosts(1, 2, 1), ReadCosts(64, 9), ReadCosts(64, NEVER, packed=True)]
+        self.backend.read_costs = data.draw(st.sampled_from(costs))
         self.cache = self.parts[0] if len(parts) == 1 else WrapperCache(*self.parts)
         self.cache.set_config(CacheConfig(padding=self.padding, mask_dtype=self.mask_dtype))
         self.cache.init(self.backend, **sizes)
@@ -120,9 +133,9 @@ class CacheMachine(RuleBasedStateMachine):
         """One pass; returns whether it was one."""
         positions, sequences = list(positions), list(sequences)
         batch = lambda: Batch(positions, sequences)  # noqa: E731 - Batch itself may refuse
-        verdicts = {oracle.refuses(positions, sequences) for oracle in self.oracles}
+        verdicts = self.verdicts(positions, sequences)
         if verdicts != {None}:
-            kinds = [{"bad": ValueError, "full": CacheFullError}[v] for v in verdicts - {None}]
+            kinds = [REFUSALS[verdict] for verdict in verdicts - {None}]
             self.refused(lambda: self.cache.start_forward(batch()), *kinds)
             return False
         if self.tokens > 1 and data.draw(st.integers(0, 5)) == 0:
@@ -134,6 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
             oracle.store(positions, sequences, tokens)
             put_tokens(self.backend, part, tokens, positions)
             self.check_range(part, sequences)
+            check_block_table(part, positions, sequences)
         self.look(positions, sequences, ())
         if data.draw(st.integers(0, 3)) == 0:
             ahead = data.draw(st.sets(st.integers(0, len(positions) - 1)))
@@ -143,6 +157,29 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.set_causal(ahead)
             self.look(positions, sequences, ahead)
         return True
+
+    def verdicts(self, positions, sequences):
+        """What each part has against a pass."""
+        if self.page == 1:
+            return {oracle.refuses(positions, sequences) for oracle in self.oracles}
+        return set(
+            map(
+                self.verdict_of_pages,
+                self.parts,
+                self.oracles,
+                *map(repeat, (positions, sequences)),
+            )
+        )
+
+    def verdict_of_pages(self, part, oracle, positions, sequences):
+        table, verdict = peek.table(part), oracle.refuses(positions, sequences)
+        if verdict == "bad":
+            return "bad"
+        if any(p < oracle.next(s) for p, s in zip(positions, sequences, strict=True)):
+            return "before"
+        full = is_full(table, oracle.trimmed(positions, sequences), positions, sequences)
+        assert not full or oracle.kept is None or len(positions) > self.sizes["max_batch"]
+        return "full" if full else None
 
     def abandon(self, batch, aborted):
         """A pass that is begun and not finished leaves no trace."""
@@ -236,7 +273,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.remove(sequence, begin, data.draw(st.integers(begin, last + 1)))
 
     def remove(self, sequence, begin, end):
-        verdicts = {oracle.refuses_removal(sequence, begin, end) for oracle in self.oracles}
+        verdicts = {
+            oracle.refuses_removal(sequence, begin, end)
+            or self.parts_of_pages(part, sequence, begin, end)
+            for part, oracle in zip(self.parts, self.oracles, strict=True)
+        }
         call = lambda: self.cache.remove(sequence, begin, end)  # noqa: E731
         if verdicts != {None}:
             self.refused(call, *(getattr(kvcache, verdict) for verdict in verdicts - {None}))
@@ -244,6 +285,14 @@ class CacheMachine(RuleBasedStateMachine):
         call()
         for oracle in self.oracles:
             oracle.remove(sequence, begin, end)
+
+    def parts_of_pages(self, part, sequence, begin, end):
+        table = peek.table(part)
+        row = table.cells_of(sequence)
+        if self.page == 1 or end is None or begin == end or not (table.positions[row] >= end).any():
+            return None
+        refused = refuses_removal(table, sequence, begin, end)
+        return "NotSupportedError" if refused else None
 
     @rule(sequence=st.integers(0, 3), position=st.integers(0, 30))
     def can_resume(self, sequence, position):
@@ -289,7 +338,8 @@ class CacheMachine(RuleBasedStateMachine):
         old = data.draw(st.sampled_from([*held, new]))
         other = (sequence + 1) % self.count
         batch = Batch([new, old, 100], [sequence, sequence, other])
-        self.refused(lambda: self.cache.start_forward(batch), ValueError, CacheFullError)
+        kinds = [NotSupportedError] if self.page > 1 else []  # a part may lack that position
+        self.refused(lambda: self.cache.start_forward(batch), ValueError, CacheFullError, *kinds)
         self.refused(lambda: self.cache.start_forward(Batch([-1], [sequence])), ValueError)
 
     @rule(data=st.data(), sequence=st.integers(0, 3), wrong=st.sampled_from(WRONG_PUTS))
@@ -341,6 +391,19 @@ def test_any_sequence(backend):
     if backend.name == "jax":
         Machine.paddings = (64,)
     count = max(1, settings().max_examples * SHARE[backend.name] // 100)
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=count, stateful_step_count=40)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [4, pytest.param(16, marks=pytest.mark.matrix)])
+def test_any_sequence_in_pages(page):
+    class Machine(CacheMachine):
+        pass
+
+    Machine.page = page
+    count = max(1, settings().max_examples // 3)
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=count, stateful_step_count=40)
     )

@@ -37,7 +37,8 @@ from kvcache.snapshots.visibility import Visibility
 from kvcache.testing.coded import coded, same
 
 from .. import peek
-from .oracle import LAYERS, Oracle, add_positions, fingerprint, rows
+from . import paging
+from .oracle import LAYERS, Oracle, add_positions, check_free, fingerprint, rows
 
 NUMPY = kvcache.get_backend("numpy")
 SPECS = ("numpy", "torch", "jax", "mlx", "array_api:array_api_strict")
@@ -152,9 +153,7 @@ def check_holders(cache):
         pins[kept.slots] += 1
     np.testing.assert_array_equal(peek.pin_references(cache), pins)
     np.testing.assert_array_equal(table.allocator.refcounts, holders + pins)
-    free = np.flatnonzero(holders + pins == 0)
-    assert table.free == free.size
-    assert set(free.tolist()) <= set(peek.free_stack(table).tolist())
+    check_free(table, holders + pins)
 
 
 def check_empty(cache):
@@ -166,13 +165,15 @@ def check_empty(cache):
 
 def is_full(part, sizes, positions, sequences):
     """Whether the sequences alone leave too little room for a pass."""
-    oracle = Oracle(**sizes, window=part.window, memory=part.memory)
+    oracle = Oracle(**sizes, window=part.window, memory=part.memory, page=part.page)
     table = peek.table(part)
     oracle.size, oracle.recent = table.cells, set(peek.maybe_expired(part))
     oracle.held = [
         dict(zip(table.positions[row].tolist(), row.tolist(), strict=True))
         for row in map(table.cells_of, range(table.max_sequences))
     ]
+    if part.page > 1:
+        return paging.is_full(table, oracle.trimmed(positions, sequences), positions, sequences)
     return oracle.refuses(positions, sequences) == "full"
 
 
@@ -212,6 +213,7 @@ class SnapshotMachine(RuleBasedStateMachine):
     backend = NUMPY
     kinds = tuple(KINDS)
     padding = 1
+    page = 1
 
     @initialize(
         kind=st.sampled_from(range(len(KINDS))),
@@ -230,6 +232,8 @@ class SnapshotMachine(RuleBasedStateMachine):
         self.sizes, self.count = sizes, sizes["max_sequences"]
         all_parts = KINDS[self.kinds[kind % len(self.kinds)]](self.shift(layouts[0]))
         self.parts = [part for part in all_parts if isinstance(part, CausalCache)]
+        for part in self.parts:
+            part.page = self.page
         self.encoder = next((p for p in all_parts if isinstance(p, EncoderCache)), None)
         self.cache = all_parts[0] if len(all_parts) == 1 else WrapperCache(*all_parts)
         config = {"key_layout": layouts[0], "value_layout": layouts[1], "padding": self.padding}
@@ -366,6 +370,10 @@ class SnapshotMachine(RuleBasedStateMachine):
             self.cache.remove(sequence, begin, end)
         except kvcache.SharedCellsError:
             return
+        except kvcache.NotSupportedError:  # a removal from the first cache on is one from all
+            tables = map(peek.table, self.parts)
+            assert any(paging.refuses_removal(table, sequence, begin, end) for table in tables)
+            return
         del self.tokens[sequence][begin:end]
         self.settle(sequence, begin)
 
@@ -501,10 +509,11 @@ class SnapshotMachine(RuleBasedStateMachine):
         """Sequences alone leave too little room for what is needed at `place`."""
         lacks = []
         for part in self.parts:
-            used = set().union(*(peek.table(part).cells_of(s).tolist() for s in range(self.count)))
-            lacks.append(
-                place - peek.resumed(part).lowest_needed(place) > peek.table(part).cells - len(used)
-            )
+            table, page = peek.table(part), part.page
+            used = {cell // page for s in range(self.count) for cell in table.cells_of(s).tolist()}
+            needed = place - peek.resumed(part).lowest_needed(place)
+            # Wherever in a page the first of these tokens lies.
+            lacks.append((needed + 2 * (page - 1)) // page > table.cells // page - len(used))
         assert any(lacks)
 
     @invariant()
@@ -547,6 +556,16 @@ def test_any_sequence(backend):
 
 def test_any_sequence_where_slices_are_copies():
     run(Copying(), 25, padding=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [2, pytest.param(4, marks=pytest.mark.matrix)])
+def test_any_sequence_in_pages(page):
+    run(NUMPY, SHARE["numpy"] // 3, page=page)
+
+
+def test_any_sequence_in_pages_where_slices_are_copies():
+    run(Copying(), 15, padding=4, page=4)
 
 
 # Resident ones.

@@ -291,7 +291,7 @@ def check_accounts(server):
     assert stats.nbytes == sum(span.nbytes for span in spans)
     assert stats.nbytes == sum(each.nbytes for each in payloads)
     assert stats.spans == len(spans)
-    if not prefix._active:
+    if not prefix._requests._active:
         assert stats.pinned == stats.active == 0
         assert not any(span.pins for span in all_spans(prefix))
     for number, cache in enumerate(getattr(server.model, "caches", [])):

@@ -1,7 +1,5 @@
 """What a prefix cache tells others: events, drawings, metrics."""
 
-import hashlib
-import random
 import sys
 import xml.etree.ElementTree as ET
 
@@ -12,11 +10,12 @@ from hypothesis import strategies as st
 
 import kvcache
 from kvcache import BackendNotAvailableError
-from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored, register_metrics
+from kvcache.prefix import AllBlocksCleared, BlockRemoved, BlockStored
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.render import render
 from kvcache.prefix.spans import Span
 
+from .block_names import hashes
 from .served import Pool, Server
 
 NUMPY = kvcache.get_backend("numpy")
@@ -53,15 +52,6 @@ class Follower:
             self.blocks.difference_update(event.block_hashes)
         else:
             self.blocks = set()
-
-
-def hashes(ids, salt="", namespace="", size=16):
-    """Of all blocks of a sequence."""
-    seed, found = hashlib.sha256(repr((namespace, salt)).encode()).digest(), [b""]
-    for at in range(0, len(ids) - size + 1, size):
-        block = np.array(ids[at : at + size], "<i4").tobytes()
-        found.append(hashlib.sha256(seed + found[-1] + block).digest())
-    return found[1:]
 
 
 def blocks_in(prefix):
@@ -241,7 +231,7 @@ def test_hashes_tell_images_apart_and_are_the_same_everywhere():
     event = last_stored("a cat")
     assert event == last_stored("a cat") == last_stored(b"a cat")
     assert event == last_stored("a dog", "a bird", "a cat"), "whatever came before"
-    for other in (last_stored("a dog"), last_stored("a cat", at=(0, 15))):
+    for other in (last_stored("a dog"), last_stored("a cat", at=(1, 16))):
         assert not set(event.block_hashes) & set(other.block_hashes)
     later = last_stored("a cat", at=(20, 24))
     assert later.block_hashes[0] == hashes([7] * 16, namespace="m")[0]
@@ -397,41 +387,3 @@ def test_without_rich(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(BackendNotAvailableError, match=r"needs rich.*pip install 'kvcache\[cli\]'"):
         server_of().prefix.render()
-
-
-# Metrics.
-
-
-def test_metrics_are_the_statistics():
-    client = pytest.importorskip("prometheus_client")
-    server, registry, chance = server_of(budget=1_500), client.CollectorRegistry(), random.Random(1)
-    collector = register_metrics(server.prefix, registry, "mine")
-    for _ in range(20):
-        run(server, [chance.randrange(3) for _ in range(chance.randrange(1, 60))])
-    _open = server.prefix.session(LONG)
-    text, stats = client.generate_latest(registry).decode(), server.prefix.stats
-    assert stats.evictions
-    assert stats.active == 1
-    for field in ("sessions", "tokens", "matched", "evictions"):
-        assert f"\nmine_{field}_total {float(getattr(stats, field))}\n" in text
-        assert f"# TYPE mine_{field}_total counter" in text
-    for field in ("active", "nbytes", "pinned", "resident", "spans"):
-        assert f"\nmine_{field} {float(getattr(stats, field))}\n" in text
-        assert f"# TYPE mine_{field} gauge" in text
-    registry.unregister(collector)
-    assert not client.generate_latest(registry)
-
-
-def test_metrics_in_the_default_registry():
-    client = pytest.importorskip("prometheus_client")
-    collector = register_metrics(server_of().prefix)
-    assert b"kvcache_prefix_sessions_total 0.0" in client.generate_latest()
-    with pytest.raises(ValueError, match="Duplicated"):
-        register_metrics(server_of().prefix)
-    client.REGISTRY.unregister(collector)
-
-
-def test_without_prometheus(monkeypatch):
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(BackendNotAvailableError, match=r"pip install 'kvcache\[metrics\]'"):
-        register_metrics(server_of().prefix)

@@ -214,7 +214,7 @@ def test_a_session_may_be_dropped_in_the_middle_of_a_call():
 
     def dropping(event):
         open_ones.clear()
-        seen.append(len(server.prefix._active))
+        seen.append(len(server.prefix._requests._active))
 
     server.prefix.events.subscribe(dropping)
     server.ask(list(range(40, 58)))
@@ -231,7 +231,7 @@ def test_an_ended_session_that_is_dropped_is_not_ended_again():
     assert other.sequence == 0
     del session
     assert server.prefix.stats.active == 1
-    assert not server.prefix._dropped
+    assert not server.prefix._requests.dropped
 
 
 def test_sessions_dropped_in_other_threads():

@@ -17,10 +17,15 @@ FOLLOW = "SpanIndex.follow, use"
 EXTEND = "SpanIndex.extend"
 SHORT = "RadixTree.match, leaves early"
 LONG = "the same, longer"
+SESSION = "PrefixCache.session"
+TOLD = "the same, with a subscriber"
+PUBLISHED = "the same, over ZeroMQ"
 AT_LEAST = {MATCH: 400.0, INSERT: 110.0}
 """Million tokens per second, by operation."""
 LONGER_LIMIT = 1.5
 """Times as much that a query may cost if it is ten times as long behind the point of leaving."""
+EVENTS_LIMIT = 1.05
+"""Times as much that a session may cost if its events are heard."""
 PAUSE_LIMIT = 5_000.0
 """Microseconds that a single eviction may take at most."""
 
@@ -74,7 +79,8 @@ class PrefixReport(Report[PrefixTiming]):
 
     @property
     def verdicts(self) -> list[Judgement]:
-        return [*self._fast(), *self._independent_of_length(), *self._without_pause()]
+        of_lookups = [*self._fast(), *self._independent_of_length(), *self._quiet()]
+        return [*of_lookups, *self._without_pause()]
 
     def _fast(self) -> Iterator[Judgement]:
         for timing in self.lookups:
@@ -92,6 +98,14 @@ class PrefixReport(Report[PrefixTiming]):
             at, bound = f"{by_name[LONG].tokens:,} tokens", f"<= {LONGER_LIMIT:g}x"
             rule = "a longer query that leaves early"
             yield Judgement("length", rule, at, figure, bound, figure <= LONGER_LIMIT)
+
+    def _quiet(self) -> Iterator[Judgement]:
+        by_name = {timing.name: timing for timing in self.lookups}
+        for name in (TOLD, PUBLISHED):
+            if SESSION in by_name and name in by_name:
+                figure = by_name[name].us / by_name[SESSION].us
+                at, bound = f"{by_name[name].tokens:,} tokens", f"<= {EVENTS_LIMIT:g}x"
+                yield Judgement("events", name, at, figure, bound, figure <= EVENTS_LIMIT)
 
     def _without_pause(self) -> Iterator[Judgement]:
         for timing in self.evictions:

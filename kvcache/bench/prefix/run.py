@@ -1,6 +1,7 @@
 """Measure the cost of finding the prefix of a request, of adding to it, and of evicting.
 
-All on the host, with token ids alone: payloads are empty. Lookups are timed by the clock; single
+All on the host. Sessions put zeros into small caches; everything else has token ids alone, and
+payloads are empty. Lookups and sessions are timed by the clock; single
 evictions by the CPU time of the thread, so that no policy is blamed for another process.
 """
 
@@ -27,6 +28,7 @@ from kvcache.prefix.simulation.replay import BlockPayload
 from kvcache.prefix.spans import Span
 
 from .report import EXTEND, FOLLOW, INSERT, LONG, MATCH, SHORT, PrefixReport, PrefixTiming
+from .sessions import session_contestants
 
 ROUNDS = 101
 PROMPTS, USERS = 20, 100
@@ -56,8 +58,9 @@ def run_prefix(
     """
     check_sizes(prompts=prompts, users=users, spans=spans, rounds=rounds)
     repeats = min(rounds, EVICTION_ROUNDS)
-    tick = _ticks(progress, rounds + 1 + repeats * len(POLICIES))
-    timings = [*_looked_up(make_sequences(prompts, users), rounds, tick)]
+    tick = _ticks(progress, 2 * (rounds + 1) + repeats * len(POLICIES))
+    sequences = make_sequences(prompts, users)
+    timings = [*_looked_up(sequences, rounds, tick), *_of_sessions(sequences, rounds, tick)]
     timings += [_evicted(name, spans, repeats, tick) for name in POLICIES]
     return PrefixReport(
         prompts * users, spans, rounds, this_machine(), library_versions(), tuple(timings)
@@ -103,11 +106,30 @@ def _looked_up(
     ]
     # An untimed lead of half a block comes first: writers must have sequences left for both.
     limit = min(_MAX_STEPS, max(1, len(sequences) * 2 // 3))
+    yield from _interleaved(contestants, limit, rounds, lambda: tick("lookups"))
+
+
+def _of_sessions(
+    sequences: Sequence[Tokens], rounds: int, tick: Callable[[str], None]
+) -> Iterator[PrefixTiming]:
+    """Time sessions apart from lookups, which they would drive out of the processor's caches."""
+    with session_contestants(sequences) as sessions:
+        contestants = [(session, SEQUENCE) for session in sessions]
+        yield from _interleaved(contestants, _MAX_STEPS, rounds, lambda: tick("sessions"))
+
+
+def _interleaved(
+    contestants: Sequence[tuple[Contestant, int]],
+    limit: int,
+    rounds: int,
+    tick: Callable[[], None],
+) -> Iterator[PrefixTiming]:
+    """Time contestants, each with the tokens of a step, in blocks of `limit` steps at most."""
     timed = interleave(
         [(contestant, limit) for contestant, _ in contestants],
         rounds,
         lambda: None,  # no device to wait for
-        lambda: tick("lookups"),
+        tick,
     )
     for (contestant, tokens), blocks in zip(contestants, timed, strict=True):
         yield PrefixTiming(contestant.name, tokens, blocks.steps, blocks.rounds_us)

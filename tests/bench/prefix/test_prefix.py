@@ -1,6 +1,7 @@
 """Lookups and evictions are measured in a steady state, and judged by bounds that are known."""
 
 import io
+from importlib.util import find_spec
 from itertools import islice
 
 import numpy as np
@@ -29,9 +30,14 @@ def measured():
 def test_everything_is_measured(measured):
     names = [timing.name for timing in measured.timings]
     lookups = [promised.MATCH, promised.FOLLOW, promised.INSERT, promised.EXTEND]
-    assert names == [*lookups, promised.SHORT, promised.LONG, *POLICIES]
+    sessions = [promised.SESSION, promised.TOLD]
+    if find_spec("zmq") and find_spec("msgspec"):
+        sessions.append(promised.PUBLISHED)
+    assert names == [*lookups, promised.SHORT, promised.LONG, *sessions, *POLICIES]
     assert all(min(timing.rounds_us) > 0 for timing in measured.timings)
-    assert {len(timing.rounds_us) for timing in measured.timings} == {2}
+    assert {
+        len(timing.rounds_us) for timing in measured.timings if timing.name not in sessions
+    } == {2}
     assert [timing.steps for timing in measured.evictions] == [25] * len(POLICIES)
     assert all(timing.longest_us >= timing.us for timing in measured.evictions)
     assert (measured.sequences, measured.spans, measured.rounds) == (6, 50, 2)
@@ -89,7 +95,7 @@ def test_all_spans_of_a_full_index_may_go(name):
 def test_progress_counts_to_the_end():
     seen = []
     run_prefix(1, 3, 4, rounds=2, progress=lambda *what: seen.append(what))
-    assert [done for done, _, _ in seen] == list(range(1, 4 + 2 * len(POLICIES)))
+    assert [done for done, _, _ in seen] == list(range(1, 7 + 2 * len(POLICIES)))
     assert {total for _, total, _ in seen} == {len(seen)}
     assert seen[-1][2] == "evictions, gittins"
 
@@ -126,6 +132,14 @@ def test_a_longer_query_may_not_cost_more(us, passed):
         (promised.SHORT, 4_000, 2.0, None), (promised.LONG, 40_000, us, None)
     ).verdicts
     assert (verdict.at, verdict.measured, verdict.passed) == ("40,000 tokens", us / 2, passed)
+
+
+@pytest.mark.parametrize("name", [promised.TOLD, promised.PUBLISHED])
+@pytest.mark.parametrize(("us", "passed"), [(105.0, True), (106.0, False)])
+def test_events_may_cost_a_twentieth_of_a_session(name, us, passed):
+    (verdict,) = made_of((promised.SESSION, 2048, 100.0, None), (name, 2048, us, None)).verdicts
+    assert (verdict.rule, verdict.bound, verdict.passed) == (name, "<= 1.05x", passed)
+    assert verdict.measured == us / 100
 
 
 @pytest.mark.parametrize(("longest", "passed"), [(5_000.0, True), (5_001.0, False)])

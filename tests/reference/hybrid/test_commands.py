@@ -1,5 +1,7 @@
 """`kvcache chat` and `kvcache generate` with a checkpoint directory."""
 
+import re
+
 import pytest
 
 pytest.importorskip("tokenizers", reason="needs pip install 'kvcache[demo]'")
@@ -8,6 +10,7 @@ pytest.importorskip("typer", reason="needs pip install 'kvcache[cli]'")
 from typer.testing import CliRunner
 
 from kvcache.cli import app
+from kvcache.errors import ForeignFileError, StoreError
 from kvcache.reference.errors import ModelFileError, UnsupportedModelError
 
 # Of 8 tokens to compute each: where every length is compiled by itself, there is one.
@@ -92,3 +95,97 @@ def test_what_cannot_be(chat_path, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     result = run("chat", tmp_path)
     assert "whose model_type is 'qwen3_next'; got 'llama'" in str(result.exception)
+
+
+# After a restart.
+
+ANSWERED = r"(\d+) of (\d+) tokens reused"
+FETCHED = r"(\d+) tokens came from the store, (\d+) pages went there"
+
+
+def numbers(pattern, text):
+    return [tuple(map(int, numbers)) for numbers in re.findall(pattern, text)]
+
+
+def chatted_on(path, folder, backend, text, cache="kv", *options):
+    """One run of `kvcache chat` on a store and a history; its answers, and what its lines count."""
+    tiers = ["--store", f"file://{folder}/store", "--history", str(folder / "chat.json")]
+    given = ["--backend", backend, "--cache", cache, "-n", "5", "--no-compare", *tiers, *options]
+    result = run("chat", path, *given, input=text)
+    assert result.exit_code == 0, result.output
+    [stored] = numbers(FETCHED, result.stderr)
+    return result.stdout, numbers(ANSWERED, result.stderr), stored
+
+
+@pytest.fixture(scope="session")
+def whole(chat_path, tmp_path_factory):
+    """The answers of one run, for all turns."""
+    folder = tmp_path_factory.mktemp("whole")
+    text, reused, stored = chatted_on(chat_path, folder, "numpy", TURNS)
+    assert reused == [(0, 8), (12, 20), (24, 32)]
+    assert stored[0] == 0
+    return text
+
+
+@pytest.mark.parametrize("cache", ["kv", "pool", "rotating"])
+@pytest.mark.parametrize(
+    "names", [("numpy",) * 3, pytest.param(("torch", "jax", "mlx"), marks=pytest.mark.matrix)]
+)
+def test_a_conversation_goes_on_after_a_restart(chat_path, whole, tmp_path, cache, names):
+    answers = ""
+    for name, turn, reused in zip(names, TURNS.splitlines(), [0, 12, 24], strict=True):
+        pytest.importorskip(name)
+        text, counts, stored = chatted_on(chat_path, tmp_path, name, f"{turn}\n", cache)
+        # All of the turns before but the token that was sampled last, which nobody computed.
+        assert counts == [(reused, reused + 8)]
+        assert stored[0] == reused
+        assert stored[1] > 0
+        answers += text
+    assert answers == whole
+
+
+@pytest.mark.cross_backend
+def test_a_conversation_goes_on_elsewhere(chat_path, whole, tmp_path):
+    first = chatted_on(chat_path, tmp_path, "torch", "Hello\nAnd\n")
+    last = chatted_on(chat_path, tmp_path, "numpy", "So?\n")
+    assert last[1:2] == ([(24, 32)],)
+    assert first[0] + last[0] == whole
+
+
+def test_the_same_turns_again_are_found_without_a_history(chat_path, tmp_path):
+    store = f"file://{tmp_path}"
+    options = ["-n", "5", "--no-compare", "--store", store]
+    first, again = (run("chat", chat_path, *options, input=TURNS) for _ in range(2))
+    assert again.stdout == first.stdout
+    assert numbers(ANSWERED, again.stderr) == [(7, 8), (19, 20), (31, 32)]
+
+
+def test_a_history_is_of_its_model(chat_path, tmp_path):
+    chatted_on(chat_path, tmp_path, "numpy", "Hello\n")
+    history = tmp_path / "chat.json"
+    options = ["--history", str(history), "-n", "5"]
+    result = run("chat", chat_path, *options, "--system", "Be short.", input="And\n")
+    assert result.exit_code != 0
+    assert "--system begins a conversation" in result.output
+    history.write_text(history.read_text().replace('"model": "', '"model": "0'))
+    result = run("chat", chat_path, *options, input="And\n")
+    assert "goes on with the model that it began with" in str(result.exception)
+    history.write_text("{}")
+    result = run("chat", chat_path, *options, input="And\n")
+    assert isinstance(result.exception, ForeignFileError)
+
+
+def test_a_store_that_is_gone_costs_a_chat_nothing(chat_path, tmp_path, expected):
+    (tmp_path / "file").write_text("no directory")
+    options = ["-n", "5", "--no-compare", "--store", f"file://{tmp_path}/file"]
+    result = run("chat", chat_path, *options, input=TURNS)
+    assert (result.exit_code, result.stdout) == (0, expected[0])
+    [(fetched, written)] = numbers(FETCHED, result.stderr)
+    assert fetched == written == 0
+    assert "were lost" in result.stderr
+
+
+def test_a_store_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("kvcache.cli.chat.load_model", lambda *_: pytest.fail("it was loaded"))
+    result = run("chat", "nowhere", "--store", "somewhere")
+    assert isinstance(result.exception, StoreError)

@@ -1,0 +1,133 @@
+"""Spans kept by one prefix cache: their index, trees, media, and events."""
+
+from __future__ import annotations
+
+from sys import getsizeof
+
+from kvcache.snapshots.snapshot import Snapshot
+
+from .events import Events
+from .index import SpanIndex
+from .known import KnownTokens
+from .media import MediaIds
+from .policies import EvictionPolicy
+from .radix import RadixTree, Tokens
+from .spans import Prefix
+from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
+
+_MIN_INDEX_BUDGET = 1 << 26
+
+
+class KeptSpans:
+    """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
+
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget.
+    """
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        budget: int | None,
+        index_budget: int | None,
+        namespace: str,
+    ) -> None:
+        if index_budget is None and budget is not None:
+            index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
+        self.events = Events(namespace)
+        trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
+        media_ids = MediaIds()
+        self.index: SpanIndex[StoredSnapshot] = SpanIndex(
+            policy,
+            budget,
+            index_budget=index_budget,
+            on_evict=self.events.removed,
+            on_empty=lambda tree: trees.pop(tree.salt, None),
+            others=lambda: getsizeof(trees) + media_ids.nbytes,
+        )
+        self.trees, self.media_ids = trees, media_ids
+
+    def follow(self, salt: str, ids: Tokens) -> StoredPrefix:
+        """Return what is known of `ids`, which begin the tokens of a request."""
+        tree = self.trees.get(salt)
+        return self.index.follow(tree, ids) if tree is not None else Prefix([], 0)
+
+    def file(
+        self,
+        known: KnownTokens,
+        held: int,
+        prefix: StoredPrefix,
+        snapshots: dict[int, Snapshot],
+        now: float,
+    ) -> list[StoredSpan]:
+        """Keep `snapshots`, by the start of their spans, for the first `held` tokens.
+
+        prefix: what is known of these. Takes ownership of the snapshots. Return the spans filled.
+        """
+        filled: list[StoredSpan] = []
+        try:
+            spans = self._extended(known, known.ids[:held], prefix, snapshots, filled)
+            new = [span for span in spans if span.start >= prefix.length]
+            self.index.use(new, now)  # the others were used when the request began
+            for span in spans:
+                if span.start in snapshots:
+                    self.index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
+                    self.events.stored(span)
+                    filled.append(span)
+        finally:  # what a policy that raised has kept from its place
+            close_snapshots(snapshots)
+        return filled
+
+    def _extended(
+        self,
+        known: KnownTokens,
+        ids: Tokens,
+        prefix: StoredPrefix,
+        snapshots: dict[int, Snapshot],
+        filled: list[StoredSpan],
+    ) -> list[StoredSpan]:
+        """Return the spans of `ids`; those of `prefix` take what they lack from `snapshots`.
+
+        filled: gets the spans that took something.
+        """
+        replaced: dict[StoredSpan, StoredSnapshot] = {}
+        try:
+            for span in prefix.spans:
+                # Before a span is split, so that both parts get what belongs to them.
+                if span.payload is not None and span.start in snapshots:
+                    replaced[span] = span.payload
+                    self.index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
+            tree = self.trees.setdefault(known.salt, RadixTree(known.salt))
+            spans = self.index.extend(tree, ids, known.media)
+        except BaseException:
+            # A framework cannot split a payload: each span has again what it had.
+            for span, previous in list(replaced.items()):
+                replaced[span] = span.payload or previous
+                self.index.fill(span, previous)
+            raise
+        else:
+            filled += replaced
+            return spans
+        finally:
+            for payload in replaced.values():
+                payload.close()
+
+    def trim(self, nbytes: int, now: float) -> None:
+        """Evict until no more than `nbytes` are kept, or all that is left is in use."""
+        index = self.index
+        budget = index.budget
+        try:
+            index.budget = nbytes if budget is None else min(nbytes, budget)
+            index.trim(now)
+        finally:
+            index.budget = budget
+
+    def clear(self, now: float) -> None:
+        """Evict all spans that are not pinned, and forget those evicted before."""
+        kept = list(self.index.kept)
+        # Leaf first: only spans without children are offered to the policy, and can be evicted.
+        for span in sorted(kept, key=lambda span: -span.stop):
+            if not span.pins:
+                self.index.evict(span, now)
+        self.index.forget_ghosts()
+        if kept and not self.index.kept:
+            self.events.cleared()

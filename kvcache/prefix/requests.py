@@ -1,0 +1,172 @@
+"""Requests of one prefix cache: how they begin, store what was computed, and end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kvcache._interrupts import uninterrupted
+
+from .arguments import Clock
+from .kept import KeptSpans
+from .known import KnownTokens
+from .sequences import SequenceHandle, SequenceSource
+from .session import Request
+from .stats import PrefixStats
+from .store_link import StoreLink
+from .stored import captured, contiguous_snapshots, find_hit
+
+
+class Requests:
+    """Requests over the sequences of one source, and the spans that they share.
+
+    resume_every: distance of the positions to resume at in every prompt, None for none. Use it
+    within :meth:`changing`, or under the lock of `source`.
+
+    dropped: sessions that were dropped before their end. store_link: way to a store, if any.
+    """
+
+    def __init__(
+        self, source: SequenceSource, kept: KeptSpans, clock: Clock, resume_every: int | None
+    ) -> None:
+        self.lock, self.clock = source.lock, clock
+        self.dropped: deque[Request] = deque()
+        self.store_link: StoreLink | None = None
+        self._source, self._kept, self._index = source, kept, kept.index
+        self._resume_every = resume_every
+        self._active: set[Request] = set()
+        self._sessions = self._tokens = self._matched = 0
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the content under the lock; subscribers hear of it when that is done."""
+        with self.lock:
+            try:
+                with uninterrupted():
+                    yield
+            finally:
+                self._kept.events.deliver()
+
+    @property
+    def stats(self) -> PrefixStats:
+        """Totals so far, and the state now."""
+        totals = self._sessions, len(self._active), self._tokens, self._matched
+        store = None if self.store_link is None else self.store_link.tier.stats
+        return PrefixStats.of(self._index, *totals, store)
+
+    def begin(self, known: KnownTokens, now: float, resume_points: list[int]) -> Request:
+        """Restore the longest stored prefix of a prompt; return its request, counted as active.
+
+        On an exception its sequence is released, and nothing stays pinned.
+        """
+        request = Request(self._source.acquire(), known)
+        ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
+        try:
+            prompt_spans, stored = prefix = self._kept.follow(known.salt, ids)
+            hit = find_hit(prefix, ids.size, media)
+            if matched := hit.matched:
+                hit_spans = [span for span in prompt_spans if span.start < matched]
+                request.pinned = hit_spans[-1]
+                self._index.pin(hit_spans[-1])
+                request.handle.restore(contiguous_snapshots(hit_spans, prompt_spans), matched)
+            # One token before the end as well: the same prompt again leaves its last to compute.
+            wanted = {ids.size - 1, ids.size, stored, *resume_points}
+            if self._resume_every is not None:
+                wanted.update(range(0, ids.size, self._resume_every))
+            request.points = {p for p in wanted if matched < p <= ids.size}
+            request.handle.schedule(sorted(request.points))
+            request.handle.track(known)
+            request.asked.add(now)
+            self._index.use(prompt_spans, now)
+        except BaseException:
+            self._release(request)
+            raise
+        request.hit, request.prompt = hit, ids.size
+        self._active.add(request)
+        self._count(request, 1)
+        return request
+
+    def take_back(self, request: Request | None) -> None:
+        """End a request that just began, as if it never had."""
+        if request is not None and request in self._active:
+            self._count(request, -1)
+            self.end(request, store=False)
+
+    def _count(self, request: Request, sessions: int) -> None:
+        """Add a request to the totals, or take it back with -1; before its tokens change."""
+        self._sessions += sessions
+        self._tokens += sessions * len(request.known)
+        self._matched += sessions * request.hit.matched
+
+    def insert(self, handle: SequenceHandle, known: KnownTokens) -> None:
+        """Store the tokens of a sequence that no session has; release it unless that fails."""
+        request = Request(handle, known, detached=True)
+        try:
+            self._store(request)
+            request.detached = False  # until here the caches stay as they are
+        finally:
+            self._release(request)
+            self._index.trim(self.clock())
+
+    def store(self, request: Request) -> None:
+        """Store the tokens of a request that goes on."""
+        with self.changing():
+            self._store(request)
+            self._index.trim(self.clock())
+
+    def end(self, request: Request, store: bool) -> None:
+        """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
+        with self.changing():
+            if request not in self._active:
+                return
+            self._active.remove(request)
+            try:
+                if store:
+                    self._store(request)
+                spans = self._kept.follow(request.known.salt, request.known.ids).spans
+                request.tell_end(self._index.policy, spans, self.clock())
+            finally:
+                self._release(request)
+                # Last, when the spans of this request are not pinned any more.
+                self._index.trim(self.clock())
+
+    def end_dropped(self) -> None:
+        """End the requests of sessions that nobody ended before they were dropped."""
+        while self.dropped:
+            self.end(self.dropped.popleft(), store=False)
+
+    def _store(self, request: Request) -> None:
+        """Store the known tokens held by the sequence of a request, as far as they are not yet.
+
+        All of them, or none if a framework fails.
+        """
+        request.handle.update_known()
+        known = request.known
+        ids, held = known.ids, request.handle.held(len(known))
+        restored = min(request.hit.matched, known.unchanged)
+        if held <= restored or not request.handle.is_whole(held):
+            return
+        prefix = self._kept.follow(known.salt, ids[:held])
+        if prefix.length < held or not all(span.complete for span in prefix.spans):
+            now = self.clock()  # first: it may raise
+            request.asked.add(now)
+            snapshots = captured(request.handle, prefix, restored, held)
+            before = {span for span in prefix.spans if span.payload is not None}
+            filled = self._kept.file(known, held, prefix, snapshots, now)
+            new = [span for span in filled if span not in before]
+            request.created += sum(map(request.prompt_tokens_in, new))
+        if self.store_link is not None:
+            self.store_link.put(request, held)
+
+    def _release(self, request: Request) -> None:
+        """Give back what a request holds: all of it, also if a policy raises."""
+        pinned, request.pinned, request.ended = request.pinned, None, True
+        request.known.media = ()
+        try:
+            if pinned is not None:
+                self._index.pin(pinned, -1)
+                self._index.settle(pinned)
+        finally:
+            if not request.detached:
+                request.handle.release()

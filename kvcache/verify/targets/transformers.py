@@ -1,0 +1,300 @@
+"""Caches of transformers, and of the adapter for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from kvcache.adapters.transformers import ModelCache, ModelSession, make_cache, prefix_cache
+from kvcache.adapters.transformers.plan import layer_plans
+from kvcache.backends import HostArray
+from kvcache.errors import TrimError
+from kvcache.verify.target import Ability, Conversation, Target, Trial
+
+from .kept import KeptTrial
+
+_MOST_TOKENS = 40
+
+
+class TransformersTarget(Target):
+    """A model of transformers with one kind of cache.
+
+    model: on any device. cache: a name in ``CACHES``, or a function that makes an empty cache for
+    the model.
+
+    checked: whether to ask ``is_croppable`` before tokens are taken back, as the library's own
+    assisted decoding does. ``crop`` itself does not ask in every layer.
+
+    Caches without a prefix cache are reused as the guides of the library show: an earlier cache is
+    copied, and cropped to what the prompt has in common with it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: str | Callable[[PreTrainedModel], Cache] = "dynamic",
+        *,
+        checked: bool = True,
+    ) -> None:
+        if isinstance(cache, str) and cache not in CACHES:
+            raise ValueError(f"caches are {', '.join(CACHES)}, or a function; got {cache!r}.")
+        self.model = model
+        config = model.config.get_text_config(decoder=True)
+        named = cache if isinstance(cache, str) else getattr(cache, "__name__", "cache")
+        self.name = f"transformers {config.model_type}, {named}" + ", unchecked" * (not checked)
+        self.vocab_size = config.vocab_size
+        self.max_tokens = _MOST_TOKENS
+        windows = {getattr(config, name, None) for name in _WINDOW_NAMES}
+        self.edges = tuple(sorted(size for size in windows if size and size < _MOST_TOKENS))
+        self.make = CACHES[cache] if isinstance(cache, str) else cache
+        self.sessions, self.checked = self.make is prefix_cache_of, checked
+        self.abilities = frozenset({Ability.REUSE, Ability.TRIM, Ability.REFERENCE})
+        # With states that cannot go back, the library refuses assisted decoding.
+        recurrent = any(plan.state and not plan.conv_only for plan in layer_plans(config))
+        if not (checked and recurrent):
+            self.abilities |= {Ability.DRAFT}
+        if _decoder_layers(model):
+            self.abilities |= {Ability.LAYERS}
+        self.abilities |= self._more_abilities(cache)
+        self.tiers = ("host",) if self.sessions else ()
+
+    def _more_abilities(self, cache: object) -> set[Ability]:
+        if self.sessions:
+            return {Ability.TENANTS, Ability.CANCEL}
+        return {Ability.FORK, Ability.CANCEL} if cache == "ours" else {Ability.FORK}
+
+    def trial(self) -> Trial:
+        return _SessionTrial(self) if self.sessions else _CacheTrial(self)
+
+    def reference(self, ids: Sequence[int]) -> HostArray:
+        with torch.no_grad():
+            return _to_host(self.model(self.tensor(ids), use_cache=False).logits)
+
+    def tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return `ids` as a batch of one row."""
+        return torch.tensor([list(ids)], device=self.model.device)
+
+    def forward(self, cache: Cache, ids: Sequence[int]) -> HostArray:
+        """Compute `ids` over `cache`; return logits behind each."""
+        with torch.no_grad():
+            start = cache.get_seq_length()
+            # Some models count positions from 0 in every call that names none.
+            positions = torch.arange(start, start + len(ids), device=self.model.device)[None]
+            out = self.model(self.tensor(ids), cache=cache, position_ids=positions, use_cache=True)
+        return _to_host(out.logits)
+
+    @contextmanager
+    def layers(self) -> Iterator[list[HostArray]]:
+        recorded: list[HostArray] = []
+
+        def record(_: object, __: object, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            recorded.append(_to_host(hidden))
+
+        with ExitStack() as stack:
+            for layer in _decoder_layers(self.model):
+                stack.callback(layer.register_forward_hook(record).remove)
+            yield recorded
+
+    @contextmanager
+    def interrupted(self, layer: int) -> Iterator[None]:
+        """Interrupt the pass in the block in front of a layer."""
+        layers = _decoder_layers(self.model)
+
+        def interrupt(*_: object) -> None:
+            raise InterruptedError
+
+        handle = layers[min(layer + 1, len(layers) - 1)].register_forward_pre_hook(interrupt)
+        try:
+            yield
+        except InterruptedError:
+            return
+        finally:
+            handle.remove()
+
+
+_WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
+
+
+def dynamic_cache(model: PreTrainedModel) -> Cache:
+    """Return the library's cache that grows, with windows where the model has them."""
+    return DynamicCache(config=model.config)
+
+
+def static_cache(model: PreTrainedModel) -> Cache:
+    """Return the library's cache of a fixed size."""
+    return StaticCache(config=model.config, max_cache_len=2 * _MOST_TOKENS)
+
+
+def fixed_cache(model: PreTrainedModel) -> Cache:
+    """Return the adapter's cache of a fixed size."""
+    return make_cache(model, capacity=2 * _MOST_TOKENS, compileable=True)
+
+
+def prefix_cache_of(model: PreTrainedModel) -> Cache:
+    """Stand for sessions of the adapter's prefix cache."""
+    raise NotImplementedError("sessions bring their caches")
+
+
+CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
+    "dynamic": dynamic_cache,
+    "static": static_cache,
+    "ours": make_cache,
+    "ours-static": fixed_cache,
+    "ours-prefix": prefix_cache_of,
+}
+"""Kinds of caches by name: the library's own, and those of the adapter."""
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the decoder layers of a model; none where they are not where they usually are."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return [*layers] if isinstance(layers, torch.nn.ModuleList) else []
+
+
+def _to_host(tensor: torch.Tensor) -> HostArray:
+    array: HostArray = tensor[0].detach().float().cpu().numpy()
+    return array
+
+
+class _CacheConversation(Conversation):
+    """One cache."""
+
+    def __init__(self, target: TransformersTarget, cache: Cache, ids: Sequence[int]) -> None:
+        self.target, self.cache, self.ids = target, cache, list(ids)
+        self._held = len(ids)
+
+    @property
+    def held(self) -> int:
+        return self._held
+
+    def forward(self, ids: Sequence[int]) -> HostArray:
+        logits = self.target.forward(self.cache, ids)
+        self.ids += ids
+        return logits
+
+    def can_trim(self, count: int) -> bool:
+        return can_crop(self.cache, count, self.target.checked)
+
+    def can_draft(self, count: int) -> bool:
+        if isinstance(self.cache, ModelCache) or not self.target.checked:
+            return True
+        copied = copy.deepcopy(self.cache)
+        copied.activate_past_recording()
+        self.target.forward(copied, [0] * count)
+        return bool(copied.is_croppable)
+
+    def trim(self, count: int) -> None:
+        self.cache.crop(-count)
+        del self.ids[len(self.ids) - count :]
+
+    def draft(self, ids: Sequence[int], accepted: int) -> HostArray:
+        # As the library's own assisted decoding does.
+        self.cache.activate_past_recording()
+        logits = self.forward(ids)
+        rejected = len(ids) - accepted
+        self.cache.crop(-rejected)
+        del self.ids[len(self.ids) - rejected :]
+        return logits
+
+    def fork(self) -> Conversation:
+        return type(self)(self.target, copy.deepcopy(self.cache), self.ids)
+
+    def cancel(self, ids: Sequence[int], layer: int) -> None:
+        if not isinstance(self.cache, ModelCache):
+            super().cancel(ids, layer)
+            return
+        caches = self.cache.caches
+        caches.checkpoint()
+        with self.target.interrupted(layer):
+            self.target.forward(self.cache, ids)
+        self.cache.caches.rollback(0)
+
+
+def can_crop(cache: Cache, count: int, checked: bool) -> bool:
+    """Return whether a cache takes back so many tokens, by having a copy of it do so."""
+    if checked and not cache.is_croppable:
+        return False
+    try:
+        copy.deepcopy(cache).crop(-count)
+    except (RuntimeError, TrimError):
+        return False
+    return True
+
+
+class _CacheTrial(KeptTrial[Cache]):
+    """Caches of conversations that ended, to be copied and cropped."""
+
+    def __init__(self, target: TransformersTarget) -> None:
+        super().__init__()
+        self.target = target
+
+    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
+        cache, held = self.nearest(ids)
+        if cache is None:
+            cache = self.target.make(self.target.model)
+        return _Kept(self, cache, ids[:held])
+
+    def cut(self, kept: Cache, count: int) -> Cache | None:
+        if count and not can_crop(kept, count, self.target.checked):
+            return None
+        cache = copy.deepcopy(kept)
+        if count:
+            cache.crop(-count)
+        return cache
+
+
+class _Kept(_CacheConversation):
+    """A conversation whose cache is kept in its trial."""
+
+    def __init__(self, trial: _CacheTrial, cache: Cache, ids: Sequence[int]) -> None:
+        super().__init__(trial.target, cache, ids)
+        self._trial = trial
+
+    def fork(self) -> Conversation:
+        return _Kept(self._trial, copy.deepcopy(self.cache), self.ids)
+
+    def end(self, store: bool) -> None:
+        if store:
+            self._trial.keep(self.ids, self.cache)
+
+
+class _SessionTrial(Trial):
+    """Sessions of the adapter's prefix cache."""
+
+    def __init__(self, target: TransformersTarget) -> None:
+        self.target = target
+        self.prefix = prefix_cache(target.model)
+
+    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
+        tensor = self.target.tensor(ids)
+        with torch.no_grad():
+            session = self.prefix.session(tensor, torch.ones_like(tensor), salt=str(tenant))
+        return _SessionConversation(self.target, session, ids)
+
+    def evict(self, tier: str) -> None:
+        self.prefix.prefix.clear()
+
+
+class _SessionConversation(_CacheConversation):
+    def __init__(
+        self, target: TransformersTarget, session: ModelSession, ids: Sequence[int]
+    ) -> None:
+        super().__init__(target, session.cache, ids[: session.cache.get_seq_length()])
+        self._session, self._prompt = session, len(ids)
+
+    @property
+    def reused(self) -> int:
+        return self._session.matched[0]
+
+    def can_trim(self, count: int) -> bool:
+        # A session is for its prompt: no other tokens take the place of any of it.
+        return len(self.ids) - count >= self._prompt and super().can_trim(count)
+
+    def end(self, store: bool) -> None:
+        self._session.close(store)

@@ -1,0 +1,82 @@
+"""Caches of transformers and of the adapter for it, compared on tiny models of the library."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache  # noqa: E402
+
+from kvcache.errors import NotSupportedError  # noqa: E402
+from kvcache.verify import verify, verify_reuse  # noqa: E402
+from kvcache.verify.targets.transformers import CACHES, TransformersTarget  # noqa: E402
+from kvcache.verify.targets.transformers_models import CONFIGS, load  # noqa: E402
+
+CELLS = [(model, cache) for model in CONFIGS for cache in CACHES]
+RECURRENT = {"qwen3_next", "lfm2"}
+IN_CI = {("mistral", "dynamic"), ("mistral", "ours-prefix"), ("qwen3_next", "ours")}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Models by name, each made once."""
+    made = {}
+
+    def named(name):
+        if name not in made:
+            made[name] = load(name)
+        return made[name]
+
+    return named
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [pytest.param(*cell, marks=() if cell in IN_CI else pytest.mark.matrix) for cell in CELLS],
+)
+def test_every_model_and_cache(model, name, cache):
+    target = TransformersTarget(model(name), cache)
+    if cache == "ours-static" and name in RECURRENT:
+        with pytest.raises(NotSupportedError, match="recurrent"):
+            verify(target, runs=1)
+        return
+    verify_reuse(target, runs=1)
+
+
+def test_drafts_past_a_window_of_the_fixed_cache(model):
+    """Cropped without being asked whether it can, it goes on with other tokens."""
+    target = TransformersTarget(model("mistral"), "static", checked=False)
+    [result] = verify(target, runs=4, scenarios=["drafts"]).results
+    assert result.verdict == "different"
+    assert result.finding.divergence.against == "cold run"
+    assert result.finding.layer == 0
+    checked = verify_reuse(TransformersTarget(model("mistral"), "static"), 4, 0, ["drafts"])
+    assert checked.results[0].refused > 0
+
+
+class LosesPosition(DynamicCache):
+    """Says one token too few, once tokens were taken back."""
+
+    cropped = False
+
+    def crop(self, tokens_to_remove):
+        self.cropped = self.cropped or tokens_to_remove < 0
+        super().crop(tokens_to_remove)
+
+    def get_seq_length(self, layer_idx=0):
+        return super().get_seq_length(layer_idx) - (self.cropped and len(self.layers) > 0)
+
+
+def test_a_cache_of_ones_own(model):
+    def lossy(llama):
+        return LosesPosition(config=llama.config)
+
+    target = TransformersTarget(model("llama"), lossy)
+    assert target.name == "transformers llama, lossy"
+    with pytest.raises(AssertionError, match="trims"):
+        verify_reuse(target, scenarios=["ones", "trims"])
+
+
+def test_unknown_caches_are_refused(model):
+    with pytest.raises(ValueError, match=r"caches are dynamic, static, .*; got 'no'"):
+        TransformersTarget(model("llama"), "no")
