@@ -118,7 +118,8 @@ def _on_device(runs: tuple[tuple[int, int], ...], device: torch.device) -> _Plac
     starts = np.append(bounds[:, 0], bounds[-1, 1])  # as long as `queries`
     lengths = bounds[:, 1] - bounds[:, 0]
     host = np.concatenate([starts, lengths, np.arange(count + 1, dtype=np.int32)])
-    return _Places(*torch.from_numpy(host).to(device).split([count + 1, count, count + 1]))
+    arrays = torch.from_numpy(host).to(device)
+    return _Places(*torch.split(arrays, [count + 1, count, count + 1]))
 
 
 class _KernelForm(NamedTuple):

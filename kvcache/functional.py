@@ -169,18 +169,11 @@ def pages(state: PoolState, plan: ForwardPlan, layer: int, page: int) -> tuple[A
     Raises: while it is traced, KVCacheError for a layer without buffers, NotSupportedError for
         another layout, ShapeError for a page that does not divide the pool.
     """
-    backend = backend_type(plan.mask)
-    buffers = _layer(state, layer)
-    split = [
-        paged(
-            backend.xp,
-            backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype),
-            axis,
-            page,
-        )
-        for buffer, like in zip(buffers, plan.prototypes, strict=False)
-        for axis in (_token_axis(like),)
-    ]
+    backend, split = backend_type(plan.mask), []
+    for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False):
+        axis = token_axis(like)
+        whole = backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype)
+        split.append(paged(backend.xp, whole, axis, page))
     return split[0], split[1] if len(split) > 1 else None
 
 
