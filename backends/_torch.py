@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvcache.errors import UnknownBackendError
+from kvcache.errors import NotSupportedError, UnknownBackendError
 
 from ._torch_attention import (
     MASKED,
     attend,
+    attend_in_blocks,
     attend_to_all_runs,
     attend_to_runs,
     attend_with_logarithm,
@@ -27,6 +28,7 @@ from ._torch_attention import (
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
+from .blocks import BlockReads
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
@@ -252,6 +254,22 @@ class TorchBackend(Backend):
         cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
     ) -> NativeArray:
         return torch.index_select(buffer, axis, index.long())
+
+    @classmethod
+    def traced_attention(
+        cls,
+        q: NativeArray,
+        buffers: NativeArrays,
+        likes: NativeArrays,
+        scoring: Scoring,
+        reads: BlockReads,
+    ) -> NativeArray:
+        if _requires_grad(q):
+            raise NotSupportedError(
+                "gradients do not flow through attend; the queries ask for them. Run the program "
+                "without gradients, or compute attention of what functional.get returns."
+            )
+        return attend_in_blocks(q, buffers, likes, scoring, reads)
 
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
         return buffer.detach() if buffer.requires_grad else buffer

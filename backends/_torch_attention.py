@@ -1,16 +1,16 @@
 """Attention by the kernels of torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import array_api_compat.torch
 import numpy as np
 import torch
 
-from .arrays import NativeArray, NativeArrays
+from .arrays import Namespace, NativeArray, NativeArrays
+from .blocks import BlockReads, Blocks, attend_eagerly, dim_axis
 from .products import Result, Scoring, VisibleColumns
 
 _FEW = 8
@@ -118,7 +118,8 @@ def _on_device(runs: tuple[tuple[int, int], ...], device: torch.device) -> _Plac
     starts = np.append(bounds[:, 0], bounds[-1, 1])  # as long as `queries`
     lengths = bounds[:, 1] - bounds[:, 0]
     host = np.concatenate([starts, lengths, np.arange(count + 1, dtype=np.int32)])
-    return _Places(*torch.from_numpy(host).to(device).split([count + 1, count, count + 1]))
+    arrays = torch.from_numpy(host).to(device)
+    return _Places(*torch.split(arrays, [count + 1, count, count + 1]))
 
 
 class _KernelForm(NamedTuple):
@@ -190,3 +191,50 @@ def attend_with_logarithm(
         return out, logarithm
     share = torch.sigmoid(logarithm - scoring.sinks.float()[:, None])
     return (out.float() * share[..., None]).to(q.dtype), None
+
+
+def attend_in_blocks(
+    q: NativeArray,
+    buffers: NativeArrays,
+    likes: NativeArrays,
+    scoring: Scoring,
+    reads: BlockReads,
+) -> NativeArray:
+    """Compute attention of a pass, in a program or outside."""
+    blocks = [array for own in reads.blocks for array in own]
+    scale, softcap, sinks, _ = scoring
+    places = [reads.order, reads.inverse]
+    return _in_blocks(q, [*buffers], [*likes], scale, softcap, sinks, [*places, *blocks])
+
+
+# One operation for compilers, which do not look inside: it looks at values, as they cannot.
+@torch.library.custom_op("kvcache::attend_in_blocks", mutates_args=())
+def _in_blocks(
+    q: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    likes: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    places: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Compute attention. places: order, inverse, and then the arrays of the blocks."""
+    order, inverse, *arrays = places
+    groups = [Blocks(*arrays[i : i + 4]) for i in range(0, len(arrays), 4)]
+    reads = BlockReads(order, inverse, tuple(groups))
+    xp = cast(Namespace, array_api_compat.torch)
+    scoring, layer = Scoring(scale, softcap, sinks), (tuple(buffers), tuple(likes))
+    out: torch.Tensor = attend_eagerly(xp, _read_rows, q, *layer, scoring, reads)
+    return out.contiguous()
+
+
+@_in_blocks.register_fake
+def _shape_of(
+    q: torch.Tensor, buffers: Sequence[torch.Tensor], likes: Sequence[torch.Tensor], *_: object
+) -> torch.Tensor:
+    width = buffers[-1].shape[dim_axis(likes[len(buffers) - 1])]
+    return q.new_empty([width if i == dim_axis(likes[0]) else n for i, n in enumerate(q.shape)])
+
+
+def _read_rows(buffer: NativeArray, index: NativeArray, axis: int, _: torch.dtype) -> NativeArray:
+    return torch.index_select(buffer, axis, index)

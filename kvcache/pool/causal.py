@@ -244,8 +244,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         if self._layer not in forward_pass.put_layers:
             raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
         buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
-        tokens = int(forward_pass.cells.size)
-        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, tokens)
+        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, forward_pass.cells.size)
         scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
         if self._reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
@@ -288,11 +287,11 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
         return undo
 
-    def plan_begun(self, tokens: int | None) -> ForwardPlan:
-        return plan_current(self._pool, self.tokens_begun(), tokens)
+    def plan_begun(self, tokens: int | None, reads: bool) -> ForwardPlan:
+        return plan_current(self._pool, self.tokens_begun(), tokens, reads)
 
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[ForwardPlan]:
-        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False))
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[ForwardPlan]:
+        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False), reads)
 
     # Sequences.
 

@@ -202,10 +202,10 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
     def pass_savepoint(self) -> Commit:
         return _together([cache.pass_savepoint() for cache in self._planning])
 
-    def plan_begun(self, tokens: int | None) -> tuple[Plan, ...]:
-        return tuple(cache.plan_begun(tokens) for cache in self._planning)
+    def plan_begun(self, tokens: int | None, reads: bool) -> tuple[Plan, ...]:
+        return tuple(cache.plan_begun(tokens, reads) for cache in self._planning)
 
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[tuple[Plan, ...]]:
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[tuple[Plan, ...]]:
         planned: list[Planned[Plan]] = []
 
         def undo() -> None:
@@ -214,7 +214,7 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
 
         try:
             with uninterrupted():  # between its return and its place in the list, a plan is lost
-                planned.extend(cache.begin_steps(batch, steps) for cache in self._planning)
+                planned.extend(cache.begin_steps(batch, steps, reads) for cache in self._planning)
         except BaseException:
             undo()
             raise

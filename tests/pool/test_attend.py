@@ -200,7 +200,7 @@ def test_keys_alone_and_values_of_another_size(pieces, value_dim):
 
 
 def test_many_tokens_in_blocks(backend, monkeypatch):
-    for name in ("products._SCORES", "products._BAND"):
+    for name in ("products.SCORES", "products._BAND"):
         monkeypatch.setattr(f"kvcache.backends.{name}", 128)
     cache, history = make(backend, capacity=80), History(backend)
     run(cache, history, span(0, 45, 0) + span(0, 20, 1))
