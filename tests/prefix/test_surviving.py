@@ -188,8 +188,9 @@ def test_unnamed_tokens_of_a_killed_session_are_not_stored():
 def test_ctrl_c(name):
     server = Server(MODELS[name](NUMPY))
     server.ask([50, 51])
-    with pytest.raises(KeyboardInterrupt), server.begin(PROMPT) as session:
-        server.compute(session, PROMPT[:4], 0)
+    session = server.begin(PROMPT)
+    server.compute(session, PROMPT[:4], 0)
+    with pytest.raises(KeyboardInterrupt), session:
         signal.raise_signal(signal.SIGINT)
     assert retry(server) == 4
     check_nothing_left(server)
