@@ -301,9 +301,9 @@ def test_rows_that_are_given_up_leave_their_prompts():
 def test_a_session_that_fails_keeps_what_was_computed(name):
     built, prompt, texts = model(name), [*SYSTEM, 5, 6, 7], []
     prefix = prefix_cache(built)
-    with pytest.raises(MemoryError), prefix.session(*padded([prompt])) as session:
-        texts += answers(built, [prompt], cache=session.cache)
-        _raise()
+    session = prefix.session(*padded([prompt]))
+    with pytest.raises(MemoryError), session:
+        _raise(texts.extend(answers(built, [prompt], cache=session.cache)))
     assert prefix.prefix.stats.active == 0
     longer = [[*prompt, *texts[0], 3]]
     assert ask(prefix, built, longer) == ([33 + NEW - 1], alone(built, longer))
