@@ -232,10 +232,10 @@ class PoolHandle(SequenceHandle):
         if latest.start is None:
             return held
         # A session goes on to another pass when one went through the whole model.
-        follows = latest.start > restored and not latest.grew
-        if latest.layers and (follows or latest.layers <= self._source.layers):
-            return held
-        return min(held, latest.start)
+        if latest.start > restored and not latest.grew:
+            self.settle()
+        known = bool(latest.layers) and latest.layers <= self._source.layers
+        return held if known else min(held, latest.start)
 
     def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
         self._cache.restore(self._sequence, *snapshots, stop=stop)

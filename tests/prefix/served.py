@@ -251,7 +251,9 @@ class Server:
             with suppress(Left), session:
                 self.compute(session, held[: session.matched + fail], session.matched, sizes)
                 raise Left
-            if keep:
+            # Of the first pass of a pool nothing tells whether it went through all layers.
+            first = isinstance(self.model, Pool) and not self.stored
+            if keep and not (first and fail <= min(sizes[0], self.model.max_batch)):
                 self.stored.append(held[: session.matched + fail])
             return
         with session:

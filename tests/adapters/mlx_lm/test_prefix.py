@@ -165,7 +165,7 @@ def test_a_failed_generation_keeps_what_was_computed():
 
 
 def test_a_session_that_drops_what_it_had_when_it_fails():
-    prefix = prefix_cache(tiny.model("llama"))
+    prefix = prefix_cache(tiny.model("qwen3_next"))
     session = prefix.session(SYSTEM, keep_on_error=False)
     session.prefill()
     session.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
