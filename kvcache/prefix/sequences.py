@@ -40,6 +40,11 @@ class SequenceHandle(ABC):
     def is_whole(self, stop: int) -> bool:
         """Return whether no position before `stop` was left out, as far as the sequence tells."""
 
+    @property
+    @abstractmethod
+    def settled(self) -> bool:
+        """Whether some pass is known to have gone through the whole model."""
+
     @abstractmethod
     def settle(self) -> None:
         """Note that the passes so far went through the whole model."""
@@ -224,6 +229,10 @@ class PoolHandle(SequenceHandle):
         places = {self._cache.next_position(self._sequence), stop}
         return any(self._cache.can_resume(self._sequence, place) for place in places)
 
+    @property
+    def settled(self) -> bool:
+        return bool(self._source.layers)
+
     def settle(self) -> None:
         self._source.layers |= self._cache.latest_pass(self._sequence).layers
 
@@ -332,6 +341,10 @@ class LayerHandle(SequenceHandle):
 
     def is_whole(self, stop: int) -> bool:
         return True  # positions of updates follow one another
+
+    @property
+    def settled(self) -> bool:
+        return True
 
     def settle(self) -> None:
         """Do nothing: every layer counts its tokens."""

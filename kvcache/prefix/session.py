@@ -171,9 +171,10 @@ class Session:
         check_token_ids(ids, {})
         with self._lock:
             self._handle.update_known()
-            known = self._request.known
-            if self._handle.held(len(known)) == len(known):  # it goes on behind complete passes
-                self._handle.settle()
+            known, handle = self._request.known, self._request.handle
+            # Whoever names the next token has seen the whole model compute those before.
+            if not handle.settled and handle.held(len(known)) == len(known):
+                handle.settle()
             known.append(ids)
             if self._request.answered is None:
                 self._request.answered = time.monotonic()
