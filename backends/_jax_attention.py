@@ -60,6 +60,22 @@ def attend(
     log_sum_exp: bool,
 ) -> Result:
     """Compute attention, block after block. bounds: first and last column that a query sees."""
+    # GPUs multiply float32 as TF32 otherwise; other floats lose nothing by that.
+    if q.dtype == jnp.float32:
+        with jax.default_matmul_precision("highest"):
+            return _attend(q, keys, values, scoring, bounds, log_sum_exp)
+    return _attend(q, keys, values, scoring, bounds, log_sum_exp)
+
+
+def _attend(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray | None,
+    scoring: tuple[float, float | None, NativeArray | None],
+    bounds: tuple[NativeArray, NativeArray] | None,
+    log_sum_exp: bool,
+) -> Result:
+    """Do :func:`attend` with products of the precision at hand."""
     form, columns = Scoring(*scoring, log_sum_exp), jnp.arange(keys.shape[1])
     values = keys if values is None else values
 

@@ -17,10 +17,12 @@ from kvcache.errors import UnknownBackendError
 from ._torch_attention import (
     MASKED,
     attend,
+    attend_to_all_runs,
     attend_to_runs,
     attend_with_logarithm,
     gives_logarithm,
     is_square,
+    serves_all_runs,
 )
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
@@ -28,7 +30,7 @@ from .base import Backend, FastKey
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
-from .products import Result, Scoring, VisibleColumns
+from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -59,6 +61,8 @@ class TorchBackend(Backend):
         elif device == "cpu:0":
             device = "cpu"
         self.device = checked_device(self.name, device, usable)
+        if self.device != "cpu":  # a call costs more there than what it reads
+            self.read_costs = ReadCosts(shared=NEVER, run=NEVER, packed=True)
 
     @staticmethod
     def devices() -> list[str]:
@@ -264,7 +268,9 @@ class TorchBackend(Backend):
         runs: Sequence[tuple[int, int]],
     ) -> NativeArray:
         if scoring.sinks is None and self._has_kernel(q, keys, values, scoring, None):
-            return attend_to_runs(q, keys, values, scoring.scale, runs)
+            at_once = serves_all_runs(q, keys, values)
+            attend_to = attend_to_all_runs if at_once else attend_to_runs
+            return attend_to(q, keys, values, scoring.scale, runs)
         return super().attention_of_runs(q, keys, values, scoring, runs)
 
     def attention_size(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .arrays import NativeArray, NativeArrays
@@ -16,6 +18,8 @@ _FEW = 8
 MASKED = 256
 """Queries that share a mask."""
 
+_FLASH_DIM = 256
+"""Largest head_dim of FlashAttention."""
 
 _kernel = torch.nn.functional.scaled_dot_product_attention
 
@@ -55,6 +59,66 @@ def attend_to_runs(
         for query, (start, stop) in zip(queries, runs, strict=True)
     ]
     return torch.cat(outputs).reshape(tokens, q_heads, dim).transpose(0, 1)
+
+
+def serves_all_runs(q: NativeArray, keys: NativeArray, values: NativeArray) -> bool:
+    """Return whether :func:`attend_to_all_runs` can be used."""
+    dim = q.shape[-1]
+    return bool(
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and dim == values.shape[-1]
+        and dim % 8 == 0
+        and dim <= _FLASH_DIM
+        and keys.stride(-1) == values.stride(-1) == 1
+    )
+
+
+def attend_to_all_runs(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
+    runs: Sequence[tuple[int, int]],
+) -> NativeArray:
+    """Do :func:`attend_to_runs` by one call, which reads every run where it lies.
+
+    FlashAttention (Dao 2023) for sequences of any length takes where the keys of each begin; given
+    their lengths as well, they need not follow each other.
+    """
+    places = _on_device(tuple(runs), q.device)
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q.transpose(0, 1),
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        places.queries,
+        places.starts,
+        1,
+        max(stop - start for start, stop in runs),
+        0.0,
+        False,
+        False,
+        scale=scale,
+        seqused_k=places.lengths,
+    )
+    return out.transpose(0, 1)
+
+
+class _Places(NamedTuple):
+    """Runs on a device, int32. queries: first query of each, and the number of all."""
+
+    starts: NativeArray
+    lengths: NativeArray
+    queries: NativeArray
+
+
+@lru_cache(maxsize=4)  # all layers of a pass have the same
+def _on_device(runs: tuple[tuple[int, int], ...], device: torch.device) -> _Places:
+    bounds, count = np.array(runs, np.int32), len(runs)
+    starts = np.append(bounds[:, 0], bounds[-1, 1])  # as long as `queries`
+    lengths = bounds[:, 1] - bounds[:, 0]
+    host = np.concatenate([starts, lengths, np.arange(count + 1, dtype=np.int32)])
+    return _Places(*torch.from_numpy(host).to(device).split([count + 1, count, count + 1]))
 
 
 class _KernelForm(NamedTuple):

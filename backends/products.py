@@ -30,11 +30,14 @@ class ReadCosts(NamedTuple):
         one product for all of them beats a product for each sequence.
     run: columns in a row from which a product of their own beats copying them.
     least: columns of a shared prefix below which the merge costs more than is saved.
+    packed: whether one copy of the scattered columns of many queries, each with columns of its own,
+        beats a copy for each: where calls cost more than what they do (GPUs).
     """
 
     shared: int
     run: int
     least: int = 64
+    packed: bool = False
 
 
 NEVER = 1 << 62

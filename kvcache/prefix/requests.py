@@ -80,6 +80,7 @@ class Requests:
             request.points = {p for p in wanted if matched < p <= ids.size}
             request.handle.schedule(sorted(request.points))
             request.handle.track(known)
+            request.asked.add(now)
             self._index.use(prompt_spans, now)
         except BaseException:
             self._release(request)
@@ -138,6 +139,8 @@ class Requests:
             try:
                 if store:
                     self._store(request, cut=cut)
+                spans = self._kept.follow(request.known.salt, request.known.ids).spans
+                request.tell_end(self._index.policy, spans, self.clock())
             finally:
                 self.ended_or_stored.notify_all()
                 self._release(request)
@@ -167,6 +170,7 @@ class Requests:
         prefix = self._kept.follow(known.salt, ids[:held])
         if prefix.length < held or not all(span.complete for span in prefix.spans):
             now = self.clock()  # first: it may raise
+            request.asked.add(now)
             snapshots = captured(request.handle, prefix, restored, held)
             before = {span for span in prefix.spans if span.payload is not None}
             filled = self._kept.file(known, held, prefix, snapshots, now)

@@ -21,6 +21,7 @@ from .arguments import as_positions
 from .known import KnownTokens, own_tokens
 from .leaving import end_after
 from .media import check_token_ids
+from .policies import EndedRequest, EvictionPolicy
 from .radix import Tokens
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
@@ -35,9 +36,10 @@ class Request:
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
     was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
     points: positions for later requests to resume at. prompt: its tokens, 0 for caches that were
-    inserted. created: those of them that it stored, and nobody before it. begun, answered: times at
-    which it began (None once it was counted), and at which its first token behind the prompt was
-    named (None before), in seconds.
+    inserted. created: those of them that it stored, and nobody before it. asked: times at which it
+    used spans, by the clock of the prefix cache. begun, answered: times at which it began (None
+    once it was counted), and at which its first token behind the prompt was named (None before), in
+    seconds.
     """
 
     handle: SequenceHandle
@@ -49,12 +51,22 @@ class Request:
     points: set[int] = field(default_factory=set)
     prompt: int = 0
     created: int = 0
+    asked: set[float] = field(default_factory=set)
     begun: float | None = field(default_factory=time.monotonic)
     answered: float | None = None
 
     def prompt_tokens_in(self, span: StoredSpan) -> int:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
         return max(0, min(span.stop, self.prompt) - span.start)
+
+    def tell_end(self, policy: EvictionPolicy, spans: Sequence[StoredSpan], now: float) -> None:
+        """Tell `policy` of its end. spans: of its tokens.
+
+        A detached one goes on elsewhere, nobody knows until when.
+        """
+        if not self.detached:
+            answered = max(0, len(self.known) - self.prompt)
+            policy.ended(EndedRequest(spans, self.prompt, answered, self.asked), now)
 
 
 class Session:
