@@ -33,6 +33,7 @@ from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .edits import prepare_copy, prepare_removal
+from .latest import LatestPass
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .owned import Commit
@@ -294,6 +295,10 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False), reads)
 
     # Sequences.
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        with self.lock:
+            return self._pool.passes.latest(sequence)
 
     def can_resume(self, sequence: int, position: int) -> bool:
         pool = self._pool

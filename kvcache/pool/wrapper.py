@@ -17,6 +17,7 @@ from kvcache.snapshots.snapshot import CacheSpec, Part
 from .ahead import TokensAhead
 from .base import Cache
 from .batch import Batch
+from .latest import LatestPass, joined
 from .owned import Commit
 from .plan import ForwardPlan, PoolState, StatePlan
 from .planning import Planned, PlanningCache
@@ -225,6 +226,9 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache.can_resume(sequence, position) for cache in self.caches)
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        return joined([cache.latest_pass(sequence) for cache in self.caches])
 
     # Snapshots.
 

@@ -3,6 +3,9 @@
 ``cache``       the prefix cache, over any cache
 ``requests``    how requests begin and end
 ``session``     one request, from its prompt to its last token
+``asked``       arguments of a session
+``waiting``     sessions that wait for others
+``leaving``     sessions left by an exception
 ``sequences``   sequences for sessions, in a pool or in per-layer caches
 ``arguments``   checks of what comes in
 ``media``       images and sounds in prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ class Requests:
         self._source, self._kept, self._index = source, kept, kept.index
         self._resume_every = resume_every
         self._active: set[Request] = set()
+        self.ended_or_stored = threading.Condition(self.lock)
+        """Notified when a request ends, or stores its tokens and goes on."""
         self._sessions = self._tokens = self._matched = 0
 
     @contextmanager
@@ -87,6 +90,14 @@ class Requests:
         self._count(request, 1)
         return request
 
+    def at_work(self, salt: str) -> list[Request]:
+        """Return the requests of a salt that have begun and not ended, nor been dropped."""
+        return [
+            request
+            for request in self._active
+            if request.known.salt == salt and request not in self.dropped
+        ]
+
     def take_back(self, request: Request | None) -> None:
         """End a request that just began, as if it never had."""
         if request is not None and request in self._active:
@@ -113,20 +124,25 @@ class Requests:
         """Store the tokens of a request that goes on."""
         with self.changing():
             self._store(request)
+            self.ended_or_stored.notify_all()
             self._index.trim(self.clock())
 
-    def end(self, request: Request, store: bool) -> None:
-        """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
+    def end(self, request: Request, store: bool, cut: bool = False) -> None:
+        """Release a request, after storing its tokens if `store`. Ending it again does nothing.
+
+        cut: whether its last pass may have been cut short.
+        """
         with self.changing():
             if request not in self._active:
                 return
             self._active.remove(request)
             try:
                 if store:
-                    self._store(request)
+                    self._store(request, cut=cut)
                 spans = self._kept.follow(request.known.salt, request.known.ids).spans
                 request.tell_end(self._index.policy, spans, self.clock())
             finally:
+                self.ended_or_stored.notify_all()
                 self._release(request)
                 # Last, when the spans of this request are not pinned any more.
                 self._index.trim(self.clock())
@@ -136,15 +152,19 @@ class Requests:
         while self.dropped:
             self.end(self.dropped.popleft(), store=False)
 
-    def _store(self, request: Request) -> None:
+    def _store(self, request: Request, *, cut: bool = False) -> None:
         """Store the known tokens held by the sequence of a request, as far as they are not yet.
 
-        All of them, or none if a framework fails.
+        All of them, or none if a framework fails. cut: whether its last pass may be incomplete.
         """
         request.handle.update_known()
         known = request.known
         ids, held = known.ids, request.handle.held(len(known))
         restored = min(request.hit.matched, known.unchanged)
+        if cut:
+            held = request.handle.surely_held(held, restored)
+        elif held > restored:
+            request.handle.settle()
         if held <= restored or not request.handle.is_whole(held):
             return
         prefix = self._kept.follow(known.salt, ids[:held])

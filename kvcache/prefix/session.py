@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -18,6 +19,7 @@ from kvcache.layers.stack import LayerCaches
 
 from .arguments import as_positions
 from .known import KnownTokens, own_tokens
+from .leaving import end_after
 from .media import check_token_ids
 from .policies import EndedRequest, EvictionPolicy
 from .radix import Tokens
@@ -71,9 +73,11 @@ class Session:
     """One request: the part of its prompt computed already, and the rest to compute.
 
     Comes from :meth:`PrefixCache.session`. A context manager: leaving it stores the tokens
-    computed, leaving it with an exception stores nothing. :meth:`close` does the same. A session
-    that is dropped instead stores nothing, and gives its sequence back with the next call of the
-    prefix cache.
+    computed, as :meth:`close` does. Leaving it by an exception (an error, Ctrl-C, the cancel of a
+    task) stores what passes had completed by then, unless ``keep_on_error=False`` was given. The
+    exception goes on in any case: if nothing could be stored, it has a note of that. A session that
+    is dropped instead stores nothing, and gives its sequence back with the next call of the prefix
+    cache.
 
     The tokens stored are those that were named, by the prompt or :meth:`extend`, and computed, as
     far as their keys and values are those of a run of just these tokens. The session follows what
@@ -90,11 +94,13 @@ class Session:
         prompt: Tokens,
         lock: threading.RLock,
         store: Callable[[Request], None],
-        end: Callable[[Request, bool], None],
+        end: Callable[[Request, bool, bool], None],
         dropped: deque[Request],
+        *,
+        keep_on_error: bool,
     ) -> None:
         self._request, self._prompt, self._lock = request, prompt, lock
-        self._store, self._end = store, end
+        self._store, self._end, self._keep_on_error = store, end, keep_on_error
         # It may run in any thread at any line, also within a change of the prefix cache, so it
         # makes a note only. It must not keep this session alive, nor the prefix cache.
         self._finalizer = weakref.finalize(self, dropped.append, request)
@@ -177,7 +183,11 @@ class Session:
         check_token_ids(ids, {})
         with self._lock:
             self._handle.update_known()
-            self._request.known.append(ids)
+            known, handle = self._request.known, self._request.handle
+            # Whoever names the next token has seen the whole model compute those before.
+            if not handle.settled and handle.held(len(known)) == len(known):
+                handle.settle()
+            known.append(ids)
             if self._request.answered is None:
                 self._request.answered = time.monotonic()
 
@@ -235,7 +245,11 @@ class Session:
 
         Ending it again does nothing.
         """
-        self._end(self._request, store)
+        self._finish(store)
+
+    def _finish(self, store: bool, cut: bool = False) -> None:
+        """End the session. cut: whether its last pass may have been cut short."""
+        self._end(self._request, store, cut)
         self._finalizer.detach()
 
     def detach(self) -> LayerCaches[Any]:
@@ -261,4 +275,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(store=kind is None)
+        if error is None:
+            self.close()
+        else:
+            end_after(error, partial(self._finish, self._keep_on_error, cut=True))
