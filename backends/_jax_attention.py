@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -10,8 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .arrays import NativeArray
+from .arrays import NativeArray, NativeArrays
 from .attention import AttentionHooks
+from .blocks import (
+    BlockReads,
+    Blocks,
+    Sums,
+    add_block,
+    begin_sums,
+    end_sums,
+    read_columns,
+    visible_columns,
+)
 from .products import (
     NEVER,
     ReadCosts,
@@ -22,9 +32,10 @@ from .products import (
     merged,
     product,
 )
+from .traced import TracedFunctions
 
 
-class JaxAttention(AttentionHooks):
+class JaxAttention(AttentionHooks, TracedFunctions):
     """Attention in compiled programs."""
 
     read_costs = ReadCosts(shared=4096, run=NEVER)  # all cells of a read are copied as it is
@@ -49,6 +60,25 @@ class JaxAttention(AttentionHooks):
     ) -> NativeArray:
         return merge(tuple(parts), sinks)
 
+    @classmethod
+    def traced_attention(
+        cls,
+        q: NativeArray,
+        buffers: NativeArrays,
+        likes: NativeArrays,
+        scoring: Scoring,
+        reads: BlockReads,
+    ) -> NativeArray:
+        read = partial(read_columns, jnp, cls.traced_read_rows, buffers, likes)
+        rows, sums = begin_sums(jnp, q, buffers, likes, scoring.scale, reads)
+        for blocks in reads.blocks:
+            # Blocks of padding come last: the loop ends before them, so they cost nothing.
+            used = jnp.any(blocks.last > blocks.first, axis=1)
+            count = jnp.max(jnp.where(used, jnp.arange(1, used.shape[0] + 1), 0))
+            add = partial(_with_block, read, rows, scoring.softcap, blocks)
+            sums = lax.fori_loop(0, count, add, sums)
+        return end_sums(jnp, sums, q, likes, scoring.sinks, reads)
+
 
 @partial(jax.jit, static_argnames="log_sum_exp")
 def attend(
@@ -60,6 +90,22 @@ def attend(
     log_sum_exp: bool,
 ) -> Result:
     """Compute attention, block after block. bounds: first and last column that a query sees."""
+    # GPUs multiply float32 as TF32 otherwise; other floats lose nothing by that.
+    if q.dtype == jnp.float32:
+        with jax.default_matmul_precision("highest"):
+            return _attend(q, keys, values, scoring, bounds, log_sum_exp)
+    return _attend(q, keys, values, scoring, bounds, log_sum_exp)
+
+
+def _attend(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray | None,
+    scoring: tuple[float, float | None, NativeArray | None],
+    bounds: tuple[NativeArray, NativeArray] | None,
+    log_sum_exp: bool,
+) -> Result:
+    """Do :func:`attend` with products of the precision at hand."""
     form, columns = Scoring(*scoring, log_sum_exp), jnp.arange(keys.shape[1])
     values = keys if values is None else values
 
@@ -98,3 +144,25 @@ def merge(
 ) -> NativeArray:
     """Do :meth:`Backend.merge_attention`."""
     return merged(jnp, parts, sinks)
+
+
+# A product by transposed keys would be a copy of them in a loop.
+_dot_products = partial(jnp.einsum, "hrd,hcd->hrc")
+
+
+def _with_block(
+    read: Callable[[NativeArray], tuple[NativeArray, NativeArray]],
+    rows: NativeArray,
+    softcap: float | None,
+    blocks: Blocks,
+    number: NativeArray,
+    sums: Sums,
+) -> Sums:
+    """Return the sums of all queries with one more block added."""
+    start, cells, first, last = (array[number] for array in blocks)
+    visible = visible_columns(jnp, jnp.arange(cells.shape[0]), first, last)
+    take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=last.shape[0], axis=2)
+    own = Sums(*map(take, sums))
+    new = add_block(jnp, own, take(rows), read(cells), visible, softcap, _dot_products)
+    write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+    return Sums(*map(write, sums, new))

@@ -18,6 +18,15 @@ from kvcache.errors import BackendNotAvailableError
 
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
 from .base import Backend
+from .blocks import (
+    BlockReads,
+    Sums,
+    add_block,
+    begin_sums,
+    end_sums,
+    read_columns,
+    visible_columns,
+)
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replace_floats
@@ -203,6 +212,30 @@ class MlxBackend(Backend):
     ) -> NativeArray:
         return mx.take(buffer, index, axis=axis)
 
+    @classmethod
+    def traced_attention(
+        cls,
+        q: NativeArray,
+        buffers: NativeArrays,
+        likes: NativeArrays,
+        scoring: Scoring,
+        reads: BlockReads,
+    ) -> NativeArray:
+        # A program has no loops and no values: every block is in it, those of padding, too.
+        rows, sums = begin_sums(cls.xp, q, buffers, likes, scoring.scale, reads)
+        for blocks in reads.blocks:
+            numbers = mx.arange(blocks.cells.shape[1])
+            for number in range(blocks.starts.shape[0]):
+                start, cells, first, last = (array[number] for array in blocks)
+                own = Sums(*(_rows_at(array, start, last.shape[0]) for array in sums))
+                columns = read_columns(cls.xp, cls.traced_read_rows, buffers, likes, cells)
+                visible = visible_columns(cls.xp, numbers, first, last)
+                queries = _rows_at(rows, start, last.shape[0])
+                new = add_block(cls.xp, own, queries, columns, visible, scoring.softcap)
+                pairs = zip(sums, new, strict=True)
+                sums = Sums(*(mx.slice_update(array, part, start, [2]) for array, part in pairs))
+        return end_sums(cls.xp, sums, q, likes, scoring.sinks, reads)
+
     def attention_size(
         self,
         q: NativeArray,
@@ -251,6 +284,12 @@ _counter = _Counter()
 def _has_kernel(q: NativeArray, keys: NativeArray, scoring: Scoring) -> bool:
     """Return whether a kernel of MLX computes attention like this."""
     return scoring.softcap is None and not scoring.log_sum_exp and q.dtype == keys.dtype
+
+
+def _rows_at(array: NativeArray, start: NativeArray, count: int) -> NativeArray:
+    """Return `count` positions of the third axis from `start` on, an array."""
+    heads, group, _, dim = array.shape
+    return mx.slice(array, start, [2], [heads, group, count, dim])
 
 
 def _is_finite(array: NativeArray) -> NativeArray:

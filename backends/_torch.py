@@ -12,23 +12,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvcache.errors import UnknownBackendError
+from kvcache.errors import NotSupportedError, UnknownBackendError
 
 from ._torch_attention import (
     MASKED,
     attend,
+    attend_in_blocks,
+    attend_to_all_runs,
     attend_to_runs,
     attend_with_logarithm,
     gives_logarithm,
     is_square,
+    serves_all_runs,
 )
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
 from .base import Backend, FastKey
+from .blocks import BlockReads
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_slices
 from .nonfinite import replaced, substitutes
-from .products import Result, Scoring, VisibleColumns
+from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 
 # torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
 _CARRIERS = {
@@ -59,6 +63,8 @@ class TorchBackend(Backend):
         elif device == "cpu:0":
             device = "cpu"
         self.device = checked_device(self.name, device, usable)
+        if self.device != "cpu":  # a call costs more there than what it reads
+            self.read_costs = ReadCosts(shared=NEVER, run=NEVER, packed=True)
 
     @staticmethod
     def devices() -> list[str]:
@@ -249,6 +255,22 @@ class TorchBackend(Backend):
     ) -> NativeArray:
         return torch.index_select(buffer, axis, index.long())
 
+    @classmethod
+    def traced_attention(
+        cls,
+        q: NativeArray,
+        buffers: NativeArrays,
+        likes: NativeArrays,
+        scoring: Scoring,
+        reads: BlockReads,
+    ) -> NativeArray:
+        if _requires_grad(q):
+            raise NotSupportedError(
+                "gradients do not flow through attend; the queries ask for them. Run the program "
+                "without gradients, or compute attention of what functional.get returns."
+            )
+        return attend_in_blocks(q, buffers, likes, scoring, reads)
+
     def from_traced(self, buffer: NativeArray, dtype: str) -> NativeArray:
         return buffer.detach() if buffer.requires_grad else buffer
 
@@ -264,7 +286,9 @@ class TorchBackend(Backend):
         runs: Sequence[tuple[int, int]],
     ) -> NativeArray:
         if scoring.sinks is None and self._has_kernel(q, keys, values, scoring, None):
-            return attend_to_runs(q, keys, values, scoring.scale, runs)
+            at_once = serves_all_runs(q, keys, values)
+            attend_to = attend_to_all_runs if at_once else attend_to_runs
+            return attend_to(q, keys, values, scoring.scale, runs)
         return super().attention_of_runs(q, keys, values, scoring, runs)
 
     def attention_size(

@@ -1,14 +1,16 @@
 """Attention by the kernels of torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, cast
 
+import array_api_compat.torch
+import numpy as np
 import torch
 
-from .arrays import NativeArray, NativeArrays
+from .arrays import Namespace, NativeArray, NativeArrays
+from .blocks import BlockReads, Blocks, attend_eagerly, dim_axis
 from .products import Result, Scoring, VisibleColumns
 
 _FEW = 8
@@ -16,6 +18,8 @@ _FEW = 8
 MASKED = 256
 """Queries that share a mask."""
 
+_FLASH_DIM = 256
+"""Largest head_dim of FlashAttention."""
 
 _kernel = torch.nn.functional.scaled_dot_product_attention
 
@@ -55,6 +59,67 @@ def attend_to_runs(
         for query, (start, stop) in zip(queries, runs, strict=True)
     ]
     return torch.cat(outputs).reshape(tokens, q_heads, dim).transpose(0, 1)
+
+
+def serves_all_runs(q: NativeArray, keys: NativeArray, values: NativeArray) -> bool:
+    """Return whether :func:`attend_to_all_runs` can be used."""
+    dim = q.shape[-1]
+    return bool(
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and dim == values.shape[-1]
+        and dim % 8 == 0
+        and dim <= _FLASH_DIM
+        and keys.stride(-1) == values.stride(-1) == 1
+    )
+
+
+def attend_to_all_runs(
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
+    runs: Sequence[tuple[int, int]],
+) -> NativeArray:
+    """Do :func:`attend_to_runs` by one call, which reads every run where it lies.
+
+    FlashAttention (Dao 2023) for sequences of any length takes where the keys of each begin; given
+    their lengths as well, they need not follow each other.
+    """
+    places = _on_device(tuple(runs), q.device)
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q.transpose(0, 1),
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        places.queries,
+        places.starts,
+        1,
+        max(stop - start for start, stop in runs),
+        0.0,
+        False,
+        False,
+        scale=scale,
+        seqused_k=places.lengths,
+    )
+    return out.transpose(0, 1)
+
+
+class _Places(NamedTuple):
+    """Runs on a device, int32. queries: first query of each, and the number of all."""
+
+    starts: NativeArray
+    lengths: NativeArray
+    queries: NativeArray
+
+
+@lru_cache(maxsize=4)  # all layers of a pass have the same
+def _on_device(runs: tuple[tuple[int, int], ...], device: torch.device) -> _Places:
+    bounds, count = np.array(runs, np.int32), len(runs)
+    starts = np.append(bounds[:, 0], bounds[-1, 1])  # as long as `queries`
+    lengths = bounds[:, 1] - bounds[:, 0]
+    host = np.concatenate([starts, lengths, np.arange(count + 1, dtype=np.int32)])
+    arrays = torch.from_numpy(host).to(device)
+    return _Places(*torch.split(arrays, [count + 1, count, count + 1]))
 
 
 class _KernelForm(NamedTuple):
@@ -126,3 +191,50 @@ def attend_with_logarithm(
         return out, logarithm
     share = torch.sigmoid(logarithm - scoring.sinks.float()[:, None])
     return (out.float() * share[..., None]).to(q.dtype), None
+
+
+def attend_in_blocks(
+    q: NativeArray,
+    buffers: NativeArrays,
+    likes: NativeArrays,
+    scoring: Scoring,
+    reads: BlockReads,
+) -> NativeArray:
+    """Compute attention of a pass, in a program or outside."""
+    blocks = [array for own in reads.blocks for array in own]
+    scale, softcap, sinks, _ = scoring
+    places = [reads.order, reads.inverse]
+    return _in_blocks(q, [*buffers], [*likes], scale, softcap, sinks, [*places, *blocks])
+
+
+# One operation for compilers, which do not look inside: it looks at values, as they cannot.
+@torch.library.custom_op("kvcache::attend_in_blocks", mutates_args=())
+def _in_blocks(
+    q: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    likes: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    places: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Compute attention. places: order, inverse, and then the arrays of the blocks."""
+    order, inverse, *arrays = places
+    groups = [Blocks(*arrays[i : i + 4]) for i in range(0, len(arrays), 4)]
+    reads = BlockReads(order, inverse, tuple(groups))
+    xp = cast(Namespace, array_api_compat.torch)
+    scoring, layer = Scoring(scale, softcap, sinks), (tuple(buffers), tuple(likes))
+    out: torch.Tensor = attend_eagerly(xp, _read_rows, q, *layer, scoring, reads)
+    return out.contiguous()
+
+
+@_in_blocks.register_fake
+def _shape_of(
+    q: torch.Tensor, buffers: Sequence[torch.Tensor], likes: Sequence[torch.Tensor], *_: object
+) -> torch.Tensor:
+    width = buffers[-1].shape[dim_axis(likes[len(buffers) - 1])]
+    return q.new_empty([width if i == dim_axis(likes[0]) else n for i, n in enumerate(q.shape)])
+
+
+def _read_rows(buffer: NativeArray, index: NativeArray, axis: int, _: torch.dtype) -> NativeArray:
+    return torch.index_select(buffer, axis, index)

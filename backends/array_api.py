@@ -21,9 +21,11 @@ from kvcache.errors import BackendNotAvailableError
 from .arguments import root_modules
 from .arrays import DType, HostArray, NativeArray, NativeArrays
 from .base import Backend
+from .blocks import BlockReads, attend_eagerly
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, slice_keys
 from .nonfinite import replace_floats
+from .products import Scoring
 
 # Libraries known to work; any other with the standard may be named as well.
 _LIBRARIES = ("numpy", "cupy", "array_api_strict")
@@ -154,6 +156,18 @@ class ArrayApiBackend(Backend):
         cls, buffer: NativeArray, index: NativeArray, axis: int, dtype: DType
     ) -> NativeArray:
         return array_api_compat.array_namespace(buffer).take(buffer, index, axis=axis)
+
+    @classmethod
+    def traced_attention(
+        cls,
+        q: NativeArray,
+        buffers: NativeArrays,
+        likes: NativeArrays,
+        scoring: Scoring,
+        reads: BlockReads,
+    ) -> NativeArray:
+        xp = array_api_compat.array_namespace(q)
+        return attend_eagerly(xp, cls.traced_read_rows, q, buffers, likes, scoring, reads)
 
     def import_dlpack(self, array: object) -> NativeArray:
         try:

@@ -19,7 +19,7 @@ from .arrays import HostArray, Namespace, NativeArray
 
 _BAND = 256
 """Queries of a block in which each sees columns of its own: few, so that they share most."""
-_SCORES = 1 << 22
+SCORES = 1 << 22
 """Scores held at once, of all heads together: 16 MiB in float32."""
 
 
@@ -30,17 +30,24 @@ class ReadCosts(NamedTuple):
         one product for all of them beats a product for each sequence.
     run: columns in a row from which a product of their own beats copying them.
     least: columns of a shared prefix below which the merge costs more than is saved.
+    packed: whether one copy of the scattered columns of many queries, each with columns of its own,
+        beats a copy for each: where calls cost more than what they do (GPUs).
     """
 
     shared: int
     run: int
     least: int = 64
+    packed: bool = False
 
 
 NEVER = 1 << 62
 """A cost for frameworks where reading in pieces does not pay."""
 Result: TypeAlias = tuple[NativeArray, NativeArray | None]
 """Output of attention, and the logarithm of the sum of exponentials of its scores or None."""
+
+
+Dot: TypeAlias = Callable[[NativeArray, NativeArray], NativeArray]
+"""The products of rows and keys of each head, ``[kv_heads, rows, columns]``."""
 
 
 class Scoring(NamedTuple):
@@ -119,10 +126,10 @@ def blocks(
 
 def block_size(heads: int, columns: int) -> int:
     """Return the number of queries whose scores over `columns` are held at once."""
-    return max(1, _SCORES // (heads * columns))
+    return max(1, SCORES // (heads * columns))
 
 
-def _wide(xp: Namespace, array: NativeArray) -> NativeArray:
+def wide(xp: Namespace, array: NativeArray) -> NativeArray:
     """Return `array` in float32, itself if it is."""
     return array if array.dtype == xp.float32 else xp.astype(array, xp.float32)
 
@@ -134,24 +141,23 @@ def product(
     values: NativeArray,
     scoring: Scoring,
     mask: NativeArray | None,
-    dot: Callable[[NativeArray, NativeArray], NativeArray] | None = None,
+    dot: Dot | None = None,
 ) -> Result:
     """Return attention of `q` over all columns, computed in float32, by functions of `xp`.
 
     mask: bool ``[tokens, columns]``, True = attend. Other arguments and results are those of
     :meth:`Backend.attention`.
-    dot: the products of rows and keys of each head, ``[kv_heads, rows, columns]``, where something
-        is faster than a plain matrix product.
+    dot: where something is faster than a plain matrix product.
     """
     scale, softcap, sinks, log_sum_exp = scoring
     q_heads, tokens, head_dim = q.shape
     kv_heads, columns, value_dim = values.shape
     shape = kv_heads, q_heads // kv_heads, tokens
-    rows = xp.reshape(_wide(xp, q) * scale, (kv_heads, -1, head_dim))
+    rows = xp.reshape(wide(xp, q) * scale, (kv_heads, -1, head_dim))
     if dot is None:
-        scores = xp.matmul(rows, xp.permute_dims(_wide(xp, keys), (0, 2, 1)))
+        scores = xp.matmul(rows, xp.permute_dims(wide(xp, keys), (0, 2, 1)))
     else:
-        scores = dot(rows, _wide(xp, keys))
+        scores = dot(rows, wide(xp, keys))
     if softcap is not None:
         scores = xp.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -159,7 +165,7 @@ def product(
         scores = xp.reshape(xp.where(mask, seen, -math.inf), (kv_heads, -1, columns))
     largest = xp.max(scores, axis=-1, keepdims=True)
     if sinks is not None:
-        per_head = xp.reshape(_wide(xp, sinks), (*shape[:2], 1))
+        per_head = xp.reshape(wide(xp, sinks), (*shape[:2], 1))
         per_row = xp.reshape(xp.broadcast_to(per_head, shape), (kv_heads, -1, 1))
         largest = xp.maximum(largest, per_row)
     weights = xp.exp(scores - largest)
@@ -169,7 +175,7 @@ def product(
         logarithm = xp.reshape(largest + xp.log(total), (q_heads, tokens))
     if sinks is not None:
         total = total + xp.exp(per_row - largest)
-    out = xp.matmul(weights, _wide(xp, values)) / total
+    out = xp.matmul(weights, wide(xp, values)) / total
     out = xp.reshape(out, (q_heads, tokens, value_dim))
     if log_sum_exp:
         return out, logarithm
@@ -190,6 +196,6 @@ def merged(
     weights = xp.exp(logarithms - largest)
     total: NativeArray = xp.sum(weights, axis=0)
     if sinks is not None:
-        total = total + xp.exp(_wide(xp, sinks)[:, None] - largest)
+        total = total + xp.exp(wide(xp, sinks)[:, None] - largest)
     shares = weights / xp.where(total == 0, 1.0, total)
-    return xp.sum(_wide(xp, outputs) * xp.expand_dims(shares, axis=-1), axis=0)
+    return xp.sum(wide(xp, outputs) * xp.expand_dims(shares, axis=-1), axis=0)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple, Unpack
 
 from .arrays import Array, Arrays, DType, Namespace, NativeArray
+from .blocks import BlockReads, attend_eagerly
 from .indexing import FULL_SLICES, Axes
 from .nonfinite import replace_floats
+from .products import Scoring
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
@@ -87,6 +89,21 @@ class TracedFunctions:
     def traced_read_rows(cls, buffer: Array, index: Array, axis: int, dtype: DType) -> Array:
         """Return a copy of the positions at `index` of `axis`, in the framework's `dtype`."""
         return buffer[(*FULL_SLICES[axis], index)]
+
+    @classmethod
+    def traced_attention(
+        cls, q: NativeArray, buffers: Arrays, likes: Arrays, scoring: Scoring, reads: BlockReads
+    ) -> Array:
+        """Return attention of the queries of a pass, in the layout of the keys.
+
+        q: in that layout. buffers: of keys and values, or of keys, which then serve as values, each
+            with an empty array like it in `likes`.
+
+        The caller has checked the arguments. By default, looks at the values of `reads`.
+        """
+        read_rows = cls.traced_read_rows
+        out: Array = attend_eagerly(cls.xp, read_rows, q, buffers, likes, scoring, reads)
+        return out
 
     @classmethod
     def traced_cond(

@@ -101,9 +101,11 @@ def _read(values: object) -> npt.NDArray[np.generic]:
     try:
         return np.asarray(values)
     except TypeError:  # NumPy reads no memory of another device
-        if not hasattr(values, "tolist"):
+        if hasattr(values, "tolist"):  # an array, perhaps of bools
+            return np.asarray(values.tolist())
+        if not isinstance(values, Iterable):
             raise
-        return np.asarray(values.tolist())
+        return np.asarray(as_indices(values, "a list"))
 
 
 def as_budget(value: SupportsIndex | None, unit: str) -> int | None:

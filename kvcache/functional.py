@@ -11,6 +11,12 @@ For a pool of cells::
     k, v, mask = functional.get(state, plan, layer)
     cache.program_state = state                             # back on the host
 
+For attention that follows the tokens of a pass and not the size of the pool::
+
+    plan, state = cache.plan(batch, reads=True), cache.program_state
+    state = functional.put(state, plan, layer, k, v)        # in the program
+    out = functional.attend(state, plan, layer, q)
+
 For recurrent layers in a pool::
 
     plan, state = cache.plan(batch), cache.program_state
@@ -43,11 +49,13 @@ from typing import TypeVar
 
 from kvcache._checks import as_limit, as_sizes
 from kvcache.backends import Array, backend_of, backend_type
+from kvcache.backends.blocks import token_axis
 from kvcache.errors import DTypeError, KVCacheError, ShapeError, TrimError
 from kvcache.layers.new_states import empty, empty_recurrent, empty_ring, select
 from kvcache.layers.state import LayerState, RecurrentState, RingState, with_fields
 from kvcache.pool.layouts import paged
 from kvcache.pool.plan import ForwardPlan, PoolState, StatePlan
+from kvcache.pool.traced_attention import attend_traced
 from kvcache.snapshots.visibility import Visibility
 
 __all__ = [
@@ -59,6 +67,7 @@ __all__ = [
     "StatePlan",
     "advance",
     "append",
+    "attend",
     "empty",
     "empty_recurrent",
     "empty_ring",
@@ -96,7 +105,7 @@ def put(
     prototypes = plan.prototypes[: len(update)]
     for buffer, rows, like in zip(buffers, update, prototypes, strict=True):
         _check_tokens(buffer, rows, plan.cells, like)
-    axes = tuple(_token_axis(like) for like in prototypes)
+    axes = tuple(token_axis(like) for like in prototypes)
     backend = backend_type(keys)
     finite = backend.traced_replace_nonfinite(update, axes)
     written = tuple(
@@ -109,14 +118,45 @@ def put(
 def get(state: PoolState, plan: ForwardPlan, layer: int) -> tuple[Array, Array | None, Array]:
     """Return keys, values and mask of the pass's history, as :meth:`Cache.get` does.
 
-    Values are None for a layer of keys only. Raises: KVCacheError for a layer without buffers.
+    Values are None for a layer of keys only. Raises: KVCacheError for a layer without buffers, and
+    for a plan with reads.
     """
+    if plan.reads is not None:
+        raise KVCacheError(
+            "get returns a range and its mask, and this plan has reads instead. Call attend, or "
+            "plan with cache.plan(batch)."
+        )
     length, read = plan.mask.shape[-1], backend_type(plan.mask).traced_read
     history = [
-        read(buffer, plan.start, length, _token_axis(like), like.dtype)
+        read(buffer, plan.start, length, token_axis(like), like.dtype)
         for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False)
     ]
     return history[0], history[1] if len(history) > 1 else None, plan.mask
+
+
+def attend(
+    state: PoolState,
+    plan: ForwardPlan,
+    layer: int,
+    q: Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """Return attention of the pass's queries over what each may see, as :meth:`Cache.attend` does.
+
+    plan: made with ``reads=True``. q, scale, softcap, sinks: as there; the numbers are constants of
+        the program.
+
+    Scores and sums are float32. Compiled once for each power of two of blocks of 256 cells, of
+    which the passes of a program meet as many as their tokens see.
+
+    Raises: while it is traced, KVCacheError for a layer without buffers or a plan without reads,
+        ShapeError, DTypeError, ValueError; NotSupportedError for queries of torch that ask for
+        gradients.
+    """
+    return attend_traced(_layer(state, layer), plan, q, scale, softcap, sinks)
 
 
 def pages(state: PoolState, plan: ForwardPlan, layer: int, page: int) -> tuple[Array, Array | None]:
@@ -129,18 +169,11 @@ def pages(state: PoolState, plan: ForwardPlan, layer: int, page: int) -> tuple[A
     Raises: while it is traced, KVCacheError for a layer without buffers, NotSupportedError for
         another layout, ShapeError for a page that does not divide the pool.
     """
-    backend = backend_type(plan.mask)
-    buffers = _layer(state, layer)
-    split = [
-        paged(
-            backend.xp,
-            backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype),
-            axis,
-            page,
-        )
-        for buffer, like in zip(buffers, plan.prototypes, strict=False)
-        for axis in (_token_axis(like),)
-    ]
+    backend, split = backend_type(plan.mask), []
+    for buffer, like in zip(_layer(state, layer), plan.prototypes, strict=False):
+        axis = token_axis(like)
+        whole = backend.traced_read(buffer, 0, buffer.shape[axis], axis, like.dtype)
+        split.append(paged(backend.xp, whole, axis, page))
     return split[0], split[1] if len(split) > 1 else None
 
 
@@ -197,7 +230,7 @@ def append(state: AnyState, keys: Array, values: Array) -> tuple[AnyState, Array
     Raises: while it is traced, ShapeError for several tokens at once on a ring, or for other
         heads or dimensions; DTypeError.
     """
-    axis = _token_axis(state.likes[0])
+    axis = token_axis(state.likes[0])
     for buffer, update, like in zip(
         (state.keys, state.values), (keys, values), state.likes, strict=True
     ):
@@ -337,7 +370,7 @@ def _layer(state: PoolState, layer: int) -> tuple[Array, ...]:
 
 def _check_tokens(buffer: Array, rows: Array, cells: Array, like: Array) -> None:
     """Raise ShapeError or DTypeError unless `rows` can be written to `cells` of `buffer`."""
-    axis = _token_axis(like)
+    axis = token_axis(like)
     _check(buffer, rows, like, axis)
     if rows.shape[axis] != cells.shape[0]:
         raise ShapeError(
@@ -359,11 +392,6 @@ def _check(buffer: Array, rows: Array, like: Array, axis: int) -> None:
         )
     if rows.dtype != like.dtype:  # not that of the buffer, which may carry bits
         raise DTypeError(f"this cache holds {like.dtype}; got {rows.dtype}. Cast keys and values.")
-
-
-def _token_axis(like: Array) -> int:
-    """Return the token axis of `like`, an empty array: the one axis of length 0."""
-    return int(list(like.shape).index(0))
 
 
 def _whole(buffer: Array, like: Array, axis: int) -> Array:

@@ -208,6 +208,14 @@ def slots_of(owner):
     return owner._buffers.capacity
 
 
+# Policies.
+
+
+def returns(policy):
+    """The observations of a policy that learns."""
+    return policy._returns
+
+
 # Stores.
 
 

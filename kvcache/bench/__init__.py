@@ -7,6 +7,8 @@ A folder per benchmark stands on `frameworks`, the raw calls, and `harness`, the
 from kvcache.bench.append.report import AppendReport, Timing
 from kvcache.bench.append.run import CAPACITIES, DTYPES, ROUNDS, installed_backends, run_append
 from kvcache.bench.append.targets import Verdict
+from kvcache.bench.attend.report import AttendReport, AttendTiming
+from kvcache.bench.attend.run import run_attend
 from kvcache.bench.diffusion.report import DiffusionReport, DiffusionTiming
 from kvcache.bench.diffusion.run import run_diffusion, toy_model
 from kvcache.bench.harness.report import Judgement, Skipped
@@ -27,6 +29,8 @@ __all__ = [
     "LOADS",
     "ROUNDS",
     "AppendReport",
+    "AttendReport",
+    "AttendTiming",
     "DiffusionReport",
     "DiffusionTiming",
     "Judgement",
@@ -47,6 +51,7 @@ __all__ = [
     "Verdict",
     "installed_backends",
     "run_append",
+    "run_attend",
     "run_diffusion",
     "run_plan",
     "run_prefix",

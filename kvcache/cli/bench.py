@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kvcache.bench import (
     installed_backends,
     run_append,
+    run_attend,
     run_diffusion,
     run_plan,
     run_prefix,
@@ -23,6 +24,8 @@ from kvcache.bench import (
     run_store,
     toy_model,
 )
+from kvcache.bench.attend.case import LOADS
+from kvcache.bench.attend.run import ROUNDS as ATTEND_ROUNDS
 from kvcache.bench.diffusion.run import FEWEST_STEPS, SAMPLES, STEPS
 from kvcache.bench.diffusion.run import ROUNDS as DIFFUSION_ROUNDS
 from kvcache.bench.harness import timing
@@ -75,6 +78,51 @@ def append(
             _numbers(capacities),
             batch,
             heads,
+            head_dim,
+            rounds,
+            progress,
+        )
+    _show(report, json)
+    if plot is not None:
+        report.plot(plot)
+
+
+@bench_app.command()
+def attend(
+    backends: Backends = "",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32",
+    loads: Annotated[str, typer.Option(help="How sequences lie, comma-separated.")] = ",".join(
+        LOADS
+    ),
+    sequences: Annotated[str, typer.Option(help="In a pass, comma-separated.")] = "1,8,32",
+    tokens: Annotated[int, typer.Option(help="Of a sequence.", min=8)] = 1024,
+    heads: Heads = 8,
+    query_heads: Annotated[int, typer.Option(help="A multiple of the heads.")] = 32,
+    head_dim: HeadDim = 128,
+    rounds: Rounds = ATTEND_ROUNDS,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw cost over sequences here.")] = None,
+) -> None:
+    """Measure attention of a decode pass over a pool of many sequences.
+
+    CausalCache.attend, and get with its mask under the framework's kernel, as multiples of the
+    ideal: that kernel, sequence by sequence, over keys in arrays of their own. Sequences are even,
+    uneven (a 64th to four times the tokens), fragmented, in a window, or share a prefix of twice
+    the tokens. On MLX, beside the batch cache of mlx-lm. Example:
+
+    [bold]kvcache bench attend --backends torch --loads even,shared --sequences 1,32[/]
+    """
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib. pip install 'kvcache[bench]'")
+    with _bar() as progress:
+        report = run_attend(
+            _list(backends) or installed_backends(),
+            _list(dtypes),
+            _list(loads),
+            _numbers(sequences),
+            tokens,
+            heads,
+            query_heads,
             head_dim,
             rounds,
             progress,

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from kvcache.prefix.policies import POLICIES, make_policy
-from kvcache.prefix.simulation.report import run_simulation
+from kvcache.prefix.simulation.report import MOST_SEEDS, run_simulation
 from kvcache.prefix.simulation.trace import read_trace
 
 from .console import check_folder, progress_bar
@@ -25,13 +25,16 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def simulate(
     trace: Annotated[
-        Path, typer.Argument(help="JSON lines with timestamp in ms and hash_ids; .gz too.")
+        Path, typer.Argument(help="JSON lines: timestamp in ms, hash_ids, output_length; .gz too.")
     ],
     capacity: Annotated[
         str, typer.Option(help="Tokens that the cache holds, comma-separated: 300k, 2.5M, ...")
     ] = CAPACITIES,
     policy: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
     block_size: Annotated[int, typer.Option(help="Tokens that an id stands for.")] = 512,
+    seeds: Annotated[
+        int, typer.Option(help="Runs of gittins and the ceiling, which draw lots, for their mean.")
+    ] = 1,
     json: Annotated[Path | None, typer.Option(help="Write everything counted here.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hit rate over capacity here, .png or .svg.")
@@ -40,7 +43,8 @@ def simulate(
     """Replay recorded requests against a prefix cache, with several eviction policies.
 
     A request finds the longest beginning of its blocks that is kept. The last column is the best
-    possible hit rate, of a policy that knows the future. Example:
+    possible hit rate, of a policy that knows the future. The one before is of a policy that knows
+    how likely each class of spans is requested again, as gittins has to learn. Example:
 
     [bold]kvcache simulate trace.jsonl.gz --capacity 3M,10M --policy lru,gittins[/]
     """
@@ -57,12 +61,20 @@ def simulate(
         raise _no_capacity(capacity)
     if block_size < 1:
         raise typer.BadParameter(f"--block-size takes tokens, at least 1; got {block_size}.")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise typer.BadParameter(f"--seeds takes runs, 1 to {MOST_SEEDS}; got {seeds}.")
     with progress_bar() as bar:
-        task = bar.add_task("Reading", total=len(capacities) * (len(policies) + 1))
+        task = bar.add_task("Reading", total=len(capacities) * (len(policies) + 2))
         requests = read_trace(trace)
         bar.update(task, description="Replaying")
         report = run_simulation(
-            trace.name, requests, policies, capacities, block_size, lambda: bar.advance(task)
+            trace.name,
+            requests,
+            policies,
+            capacities,
+            block_size,
+            lambda: bar.advance(task),
+            seeds,
         )
     Console().print(report.to_table())
     if json is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
 from kvcache.backends.attention import joined
 from kvcache.backends.products import Result, Scoring, VisibleColumns
@@ -142,14 +143,30 @@ class _Source:
 
     def arrays(self, read: Read) -> tuple[Array, Array]:
         """Return the keys and values of a read, ``[kv_heads, columns, dim]``."""
-        backend, taken = self.backend, []
-        for layout, buffer in self._arrays:
-            if read.scattered is None:
-                rows = backend.read_slice(buffer, read.first, read.last, layout.token_axis)
-            else:
-                rows = backend.read_rows(buffer, read.scattered, layout.token_axis)
-            taken.append(_permuted(backend, rows, layout.axes, "htd"))
-        return taken[0], taken[-1]
+        if read.scattered is not None:
+            return self.copied(read.scattered)
+        backend = self.backend
+        views = [
+            _permuted(
+                backend,
+                backend.read_slice(buffer, read.first, read.last, layout.token_axis),
+                layout.axes,
+                "htd",
+            )
+            for layout, buffer in self._arrays
+        ]
+        return views[0], views[-1]
+
+    def copied(self, cells: Int32s) -> tuple[Array, Array]:
+        """Return copies of the keys and values in `cells`, ``[kv_heads, columns, dim]``."""
+        backend = self.backend
+        copies = [
+            _permuted(
+                backend, backend.read_rows(buffer, cells, layout.token_axis), layout.axes, "htd"
+            )
+            for layout, buffer in self._arrays
+        ]
+        return copies[0], copies[-1]
 
 
 def _segment(source: _Source, q: Array, segment: Segment, scoring: Scoring) -> Array:
@@ -161,7 +178,8 @@ def _segment(source: _Source, q: Array, segment: Segment, scoring: Scoring) -> A
             if len(segment.runs) == q.shape[1]
             else backend.read_slice(q, segment.start, segment.stop, 1)
         )
-        return backend.attention_of_runs(own, *source.whole(), scoring, segment.runs)
+        arrays = source.whole() if segment.packed is None else source.copied(segment.packed)
+        return backend.attention_of_runs(own, *arrays, scoring, segment.runs)
     if len(segment.levels) == 1:
         out: Array = _level(source, q, segment, segment.levels[0], scoring)[0]
         return out

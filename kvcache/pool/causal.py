@@ -33,6 +33,7 @@ from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .edits import prepare_copy, prepare_removal
+from .latest import LatestPass
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .owned import Commit
@@ -244,8 +245,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         if self._layer not in forward_pass.put_layers:
             raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
         buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
-        tokens = int(forward_pass.cells.size)
-        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, tokens)
+        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, forward_pass.cells.size)
         scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
         if self._reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
@@ -288,13 +288,17 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
         return undo
 
-    def plan_begun(self, tokens: int | None) -> ForwardPlan:
-        return plan_current(self._pool, self.tokens_begun(), tokens)
+    def plan_begun(self, tokens: int | None, reads: bool) -> ForwardPlan:
+        return plan_current(self._pool, self.tokens_begun(), tokens, reads)
 
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[ForwardPlan]:
-        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False))
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[ForwardPlan]:
+        return plan_steps(self._pool, batch, steps, partial(self.begin_pass, reserve=False), reads)
 
     # Sequences.
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        with self.lock:
+            return self._pool.passes.latest(sequence)
 
     def can_resume(self, sequence: int, position: int) -> bool:
         pool = self._pool

@@ -18,6 +18,7 @@ from kvcache.storage.masks import device_mask
 from .base import Cache
 from .batch import Batch
 from .frames import arriving_in, frame_counts, sequences_of, split_frames
+from .latest import LatestPass
 from .layouts import ArrayLayout, Arrays, kv_layouts
 from .output import (
     Entries,
@@ -314,6 +315,10 @@ class EncoderCache(Cache):
         self._bound()
         check_ids(self._max_sequences, sequence)
         return sequence
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        put, known = self._put_layers, self._known
+        return LatestPass(None, put | known, not put <= known)
 
     # Snapshots.
 

@@ -10,6 +10,7 @@ from kvcache._checks import as_indices, check_ids
 from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 
+from .latest import LatestPass
 from .owners import Notice, Owners, SequenceOwner
 
 Commit: TypeAlias = Callable[[], None]
@@ -71,6 +72,10 @@ class OwnedCache(ABC):
             commit()
             if notice is not None:
                 notice()
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        """Return what the pass begun last brings to `sequence`, and which layers were ever put."""
+        return LatestPass()
 
     @property
     @abstractmethod

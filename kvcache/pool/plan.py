@@ -12,6 +12,7 @@ import numpy as np
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import TracedIndex
+from kvcache.backends.blocks import BlockReads
 from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
@@ -60,11 +61,16 @@ class ForwardPlan(NamedTuple):
     start: TracedIndex
     """First cell of the range read: an integer, or an integer array of shape []."""
     mask: Array
-    """[tokens, history]: visibility of the cells of the range, which is as long as this is wide."""
+    """[tokens, history]: visibility of the cells of the range, which is as long as this is wide.
+
+    In a plan with `reads` there is no range, and the width is 0.
+    """
     key_like: Array
     """Empty keys in the layout and dtype of the cache: length 0 on the axis of tokens."""
     value_like: Array
     """Empty values, likewise."""
+    reads: BlockReads | None = None
+    """The cells that the tokens see, for :func:`kvcache.functional.attend`; None: not asked for."""
 
     @property
     def prototypes(self) -> tuple[Array, ...]:

@@ -48,7 +48,9 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
         with self.lock:
             self.prepare_import(state)()
 
-    def plan(self, batch: Batch | None = None, tokens: int | None = None) -> PlanT:
+    def plan(
+        self, batch: Batch | None = None, tokens: int | None = None, *, reads: bool = False
+    ) -> PlanT:
         """Begin the pass of `batch`, as :meth:`start_forward` does, and return it as a plan.
 
         Its tokens become history when the state that the program returns is assigned to
@@ -59,6 +61,8 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
         batch: None for the current pass (begun by a wrapper, or changed by set_causal).
         tokens: repeat the last token up to so many, so that a program is compiled for few
             lengths. The arrays given to the program have to repeat it, too.
+        reads: plan for :func:`kvcache.functional.attend` in place of `get`: the cells that the
+            tokens see, and no mask. Recurrent layers plan the same either way.
 
         Raises: as start_forward; ValueError for more tokens than `tokens`, NotSupportedError for
             a reserve pass.
@@ -69,21 +73,21 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
             raise ValueError(f"a pass is padded to its length or more; got {tokens} for {count}.")
         with self.lock:
             if batch is None:
-                return self.plan_begun(tokens)
+                return self.plan_begun(tokens, reads)
             self._go_on_from_plans(batch)
             undo = self.pass_savepoint()
             try:
                 self.begin_pass(batch, reserve=False)
-                return self.plan_begun(tokens)
+                return self.plan_begun(tokens, reads)
             except BaseException:
                 undo()
                 raise
 
-    def plan_steps(self, batch: Batch, steps: int) -> PlanT:
+    def plan_steps(self, batch: Batch, steps: int, *, reads: bool = False) -> PlanT:
         """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
 
         Every leaf of the plan has one more axis in front, the steps, for ``lax.scan`` or a loop.
-        The passes become history as for :meth:`plan`.
+        The passes become history as for :meth:`plan`, and `reads` is as there.
 
         Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
             sequence, or a token that does not come after its last. Nothing has changed then.
@@ -91,7 +95,7 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
         [steps] = as_sizes(steps=steps)
         with self.lock:
             self._go_on_from_plans(batch)
-            return self.begin_steps(batch, steps).plan
+            return self.begin_steps(batch, steps, reads).plan
 
     def _go_on_from_plans(self, batch: Batch) -> None:
         """Take back what the passes of a new plan do not go on from: unfinished or failed ones."""
@@ -134,12 +138,14 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
         """Return a function to take back the pass begun from here on, if any."""
 
     @abstractmethod
-    def plan_begun(self, tokens: int | None) -> PlanT:
+    def plan_begun(self, tokens: int | None, reads: bool) -> PlanT:
         """Return the plan of the current pass, padded to `tokens`, and count it as planned.
+
+        reads: see :meth:`plan`.
 
         Raises: NotSupportedError for a reserve pass.
         """
 
     @abstractmethod
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[PlanT]:
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[PlanT]:
         """Begin so many decode steps, and return their plan; see :meth:`plan_steps`."""

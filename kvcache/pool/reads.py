@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from kvcache._types import Indices, Int32s
-from kvcache.backends.products import ReadCosts, VisibleColumns
+from kvcache.backends.products import NEVER, ReadCosts, VisibleColumns
 
 from .cascade import Group, Shared, shared_prefixes
 from .plan import Pass
@@ -44,12 +46,14 @@ class Segment(NamedTuple):
         level, and what it sees is all of them together. A token in no product sees nothing.
     runs: cells ``[first, last)`` of each token, if it meets just these and no other token does, as
         in most decode steps; else None.
+    packed: cells to be copied first, and `runs` are of the copy; None: they are of the pool.
     """
 
     start: int
     stop: int
     levels: tuple[tuple[Read, ...], ...]
-    runs: tuple[tuple[int, int], ...] | None
+    runs: tuple[tuple[int, int], ...] | None = None
+    packed: Int32s | None = None
 
 
 class Reads(NamedTuple):
@@ -77,8 +81,12 @@ def plan_reads(forward_pass: Pass, costs: ReadCosts) -> Reads:
     shared = shared_prefixes(groups, costs)
     if shared.order is not None:
         groups = [groups[number] for number in shared.order]
-    order = np.concatenate([group.tokens for group in groups]).astype(np.int32)
-    segments = tuple(_segments(_Pieces(forward_pass, groups, shared.nodes, costs.run)))
+    pieces = _Pieces(forward_pass, groups, shared.nodes, costs.run)
+    # Those of a kind beside each other, because every segment has its price.
+    components = sorted(_components(pieces, costs), key=attrgetter("kind"))
+    in_groups = np.concatenate([group.tokens for group in groups]).astype(np.int32)
+    order = np.concatenate([in_groups[part.start : part.stop] for part in components])
+    segments = tuple(_segments(components, costs.packed))
     if (order == np.arange(tokens)).all():
         return Reads(None, None, segments)
     return Reads(order, np.argsort(order).astype(np.int32), segments)
@@ -190,32 +198,77 @@ class _Pieces:
         return Read(start, stop, 0, 0, cells.copy(), visible)
 
 
-def _segments(pieces: _Pieces) -> Iterator[Segment]:
-    """Yield segments that have no product in common; neighbours of as many levels are one."""
-    start, levels = 0, list[list[Read]]()
+class _Component(NamedTuple):
+    """Tokens ``[start, stop)`` whose products have no other tokens; levels: as of a segment.
+
+    kind: equal for those that one segment may hold: the number of levels; and where runs have a
+        price of their own, whether the only level has scattered cells.
+    """
+
+    start: int
+    stop: int
+    levels: list[list[Read]]
+    kind: tuple[int, bool]
+
+    def levels_at(self, start: int) -> list[list[Read]]:
+        """Return the levels, if `start` is the first token."""
+        shift = start - self.start
+        if not shift:
+            return self.levels
+        return [
+            [read._replace(start=read.start + shift, stop=read.stop + shift) for read in level]
+            for level in self.levels
+        ]
+
+
+def _components(pieces: _Pieces, costs: ReadCosts) -> Iterator[_Component]:
+    """Yield all tokens, in components as small as possible."""
+    apart = costs.packed or costs.run != NEVER
     for first, last in pieces.components():
-        own: list[list[Read]] = [[]]
+        levels: list[list[Read]] = [[]]
         for number in range(first, last):
             for level, read in pieces.of(number):
-                own += [[] for _ in range(level + 1 - len(own))]
-                own[level].append(read)
-        if levels and len(levels) != len(own):
-            yield _segment(start, pieces.ends[first], levels)
-            start, levels = pieces.ends[first], []
-        levels = levels or [[] for _ in own]
-        for level, reads in enumerate(own):
-            levels[level] += reads
-    yield _segment(start, pieces.ends[-1], levels)
+                levels += [[] for _ in range(level + 1 - len(levels))]
+                levels[level].append(read)
+        scattered = any(read.scattered is not None for read in levels[0])
+        kind = len(levels), len(levels) == 1 and scattered and apart
+        yield _Component(pieces.ends[first], pieces.ends[last], levels, kind)
 
 
-def _segment(start: int, stop: int, levels: Sequence[Sequence[Read]]) -> Segment:
-    """Return a segment of these levels."""
-    first, runs = levels[0], None
-    # Each token has a read of its own, because there are as many.
-    one_each = len(levels) == 1 and len(first) == stop - start
-    if one_each and all(read.scattered is None for read in first):
-        runs = tuple((read.first, read.last) for read in first)
-    return Segment(start, stop, tuple(map(tuple, levels)), runs)
+def _segments(components: Sequence[_Component], packed: bool) -> Iterator[Segment]:
+    """Yield a segment for all components of a kind, which are beside each other.
+
+    packed: as of the costs.
+    """
+    start = 0
+    for _, alike in groupby(components, attrgetter("kind")):
+        levels, stop = list[list[Read]](), start
+        for component in alike:
+            own = component.levels_at(stop)
+            levels = levels or [[] for _ in own]
+            for level, reads in zip(levels, own, strict=True):
+                level.extend(reads)
+            stop += component.stop - component.start
+        yield _segment(start, stop, levels, packed)
+        start = stop
+
+
+def _segment(
+    start: int, stop: int, levels: Sequence[Sequence[Read]], packed: bool = False
+) -> Segment:
+    """Return a segment of these levels. packed: as of the costs."""
+    segment, first = Segment(start, stop, tuple(map(tuple, levels))), levels[0]
+    # Each token has a read of its own if there are as many.
+    if len(levels) > 1 or len(first) != stop - start:
+        return segment
+    if all(read.scattered is None for read in first):
+        return segment._replace(runs=tuple((read.first, read.last) for read in first))
+    if not packed:
+        return segment
+    cells = [read.cells for read in first]
+    ends = np.cumsum([0, *(own.size for own in cells)]).tolist()
+    runs = tuple(pairwise(ends))
+    return segment._replace(runs=runs, packed=np.concatenate(cells))
 
 
 def _visible(group: Group, left: int, columns: int) -> VisibleColumns | None:

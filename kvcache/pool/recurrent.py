@@ -15,6 +15,7 @@ from kvcache.snapshots.rows import TokenRows
 from kvcache.snapshots.snapshot import CacheSpec, Part
 from kvcache.snapshots.visibility import Visibility
 
+from .latest import LatestPass
 from .owned import Commit
 from .runs import Held, end_of
 from .state_history import StateHistory
@@ -136,6 +137,16 @@ class RecurrentCache(StatePasses):
         self._check_ids(sequence)
         with self.lock:
             return position == 0 or position in self._history().get(sequence, {})
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        with self.lock:
+            current = self._known.current
+            if current is None:
+                return LatestPass()
+            starts = [run.position for run in current.runs if run.sequence == sequence]
+            start = starts[0] if starts and sequence not in current.detached else None
+            put, expected = current.put, current.expected
+            return LatestPass(start, put | expected, not put <= expected)
 
     def _check_ids(self, *sequences: int) -> None:
         check_ids(self.max_sequences, *sequences)

@@ -273,7 +273,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
 
         return undo
 
-    def plan_begun(self, tokens: int | None) -> StatePlan:
+    def plan_begun(self, tokens: int | None, reads: bool) -> StatePlan:
         current = self._current()
         if not current.stores:
             raise NotSupportedError("a reserve pass has no plan: it stores nothing. Use allocate.")
@@ -290,7 +290,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         self._known = self._known.with_current(current.as_plan())
         return plan
 
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[StatePlan]:
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[StatePlan]:
         runs, undo = steps_of(batch, steps), self.pass_savepoint()
         check_ids(self.max_sequences, *(run.sequence for run in runs))
         known = self._going_on()

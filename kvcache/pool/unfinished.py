@@ -10,6 +10,7 @@ from kvcache._types import Indices, Int32s
 
 from .cells import CellTable
 from .changes import Dropped
+from .latest import LatestPass
 from .placement import Moved
 from .plan import Pass
 
@@ -119,6 +120,16 @@ class OpenPasses:
             table.decref(cells)
         for sequence in {s for p in self.all for s in p.sequences.tolist() if p.stores}:
             table.set_row(sequence, self.history(sequence))
+
+    def latest(self, sequence: int) -> LatestPass:
+        """Return what the current pass brings to a sequence, and the layers put so far."""
+        current = self.current
+        if current is None:
+            return LatestPass()
+        takes_part = sequence in current.sequences and sequence not in current.detached
+        start = int(current.positions[current.sequences == sequence].min()) if takes_part else None
+        put, expected = frozenset(current.put_layers), current.expected
+        return LatestPass(start, put | expected, not put <= expected)
 
     # Changes in the middle of a pass.
 

@@ -17,6 +17,7 @@ from kvcache.snapshots.snapshot import CacheSpec, Part
 from .ahead import TokensAhead
 from .base import Cache
 from .batch import Batch
+from .latest import LatestPass, joined
 from .owned import Commit
 from .plan import ForwardPlan, PoolState, StatePlan
 from .planning import Planned, PlanningCache
@@ -202,10 +203,10 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
     def pass_savepoint(self) -> Commit:
         return _together([cache.pass_savepoint() for cache in self._planning])
 
-    def plan_begun(self, tokens: int | None) -> tuple[Plan, ...]:
-        return tuple(cache.plan_begun(tokens) for cache in self._planning)
+    def plan_begun(self, tokens: int | None, reads: bool) -> tuple[Plan, ...]:
+        return tuple(cache.plan_begun(tokens, reads) for cache in self._planning)
 
-    def begin_steps(self, batch: Batch, steps: int) -> Planned[tuple[Plan, ...]]:
+    def begin_steps(self, batch: Batch, steps: int, reads: bool) -> Planned[tuple[Plan, ...]]:
         planned: list[Planned[Plan]] = []
 
         def undo() -> None:
@@ -214,7 +215,7 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
 
         try:
             with uninterrupted():  # between its return and its place in the list, a plan is lost
-                planned.extend(cache.begin_steps(batch, steps) for cache in self._planning)
+                planned.extend(cache.begin_steps(batch, steps, reads) for cache in self._planning)
         except BaseException:
             undo()
             raise
@@ -225,6 +226,9 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
 
     def can_resume(self, sequence: int, position: int) -> bool:
         return all(cache.can_resume(sequence, position) for cache in self.caches)
+
+    def latest_pass(self, sequence: int) -> LatestPass:
+        return joined([cache.latest_pass(sequence) for cache in self.caches])
 
     # Snapshots.
 

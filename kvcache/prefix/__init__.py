@@ -5,6 +5,9 @@
 ``session``     one request, from its prompt to its last token
 ``explain``     why tokens of its prompt were not reused
 ``reasons``     the answer, for people and programs
+``asked``       arguments of a session
+``waiting``     sessions that wait for others
+``leaving``     sessions left by an exception
 ``sequences``   sequences for sessions, in a pool or in per-layer caches
 ``arguments``   checks of what comes in
 ``media``       images and sounds in prompts

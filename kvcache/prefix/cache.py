@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import NoReturn, Unpack
 
 from kvcache._checks import as_budget, as_index, as_indices, as_sizes
 from kvcache.errors import NotSupportedError
@@ -15,10 +17,12 @@ from kvcache.stores.base import Store
 from kvcache.stores.outcomes import NEVER, Deadline
 from kvcache.stores.sealing import Seal
 
-from .arguments import Clock, as_positions, as_seals, check_deadline, check_text
+from .arguments import Clock, as_seals, check_text
+from .asked import Asked, SessionOptions, as_asked
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
+from .paging import FetchedPrefix
 from .policies import EvictionPolicy, make_policy
 from .radix import Tokens
 from .render import render
@@ -30,6 +34,7 @@ from .stats import PrefixStats
 from .store_link import StoreLink, open_named
 from .stored import Hit, find_hit
 from .tiers import StoreTier
+from .waiting import wait_for_others
 
 _CLOSE_SECONDS = 10.0
 
@@ -129,6 +134,8 @@ class PrefixCache:
         media: Media | None = None,
         resume_points: Iterable[int] = (),
         deadline: Deadline | None = None,
+        keep_on_error: bool = True,
+        wait: Deadline | float | None = None,
     ) -> Session:
         """Begin a request. Return it as a context manager, to end it.
 
@@ -141,32 +148,82 @@ class PrefixCache:
             departs from earlier prompts.
         deadline: by which pages of a store must have come; None for half a second from now. What
             is late is left out, and computed.
+        keep_on_error: whether leaving the session by an exception stores what was computed by then;
+            False to store nothing.
+        wait: deadline, or seconds, to wait for another session that is computing the same tokens;
+            until it has stored some of them, or ends. None to compute them as well.
 
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
         """
-        prompt, places = checked_prompt(tokens, salt, media)
-        points = as_positions(resume_points, "resume_points")
-        check_deadline(deadline)
+        asked = as_asked(
+            tokens,
+            salt=salt,
+            media=media,
+            resume_points=resume_points,
+            deadline=deadline,
+            keep_on_error=keep_on_error,
+            wait=wait,
+        )
+        return self._begin(asked, self._awaited(asked))
+
+    @asynccontextmanager
+    async def async_session(
+        self, tokens: Sequence[int] | Tokens, **options: Unpack[SessionOptions]
+    ) -> AsyncIterator[Session]:
+        """Begin a request for ``async with``: what it waits for leaves the event loop free.
+
+        The waiting for pages of a store, and for other sessions, is done in a thread. The session
+        itself begins and ends in the thread of the event loop. A task that is cancelled while it
+        waits has begun nothing; one that is cancelled later leaves its session by an exception.
+
+        tokens, options: of :meth:`session`. Raises: as that.
+        """
+        asked = as_asked(tokens, **options)
+        fetched = None
+        if asked.wait is not None or self._requests.store_link is not None:
+            try:
+                fetched = await asyncio.to_thread(self._awaited, asked)
+            except BaseException:
+                asked.gone = True
+                raise
+        with self._begin(asked, fetched) as session:
+            yield session
+
+    def _awaited(self, asked: Asked) -> FetchedPrefix | None:
+        """Wait for other sessions and for the store; return what that has of the prompt."""
+        wait_for_others(self._requests, self._kept, asked)
+        store = self._requests.store_link
+        if store is None or asked.gone:
+            return None
+        return store.fetched(asked.prompt, asked.salt, asked.places, asked.deadline)
+
+    def _begin(self, asked: Asked, fetched: FetchedPrefix | None) -> Session:
+        """Begin a request, with what a store had of its prompt."""
         requests = self._requests
         store = requests.store_link
-        fetched = None if store is None else store.fetched(prompt, salt, places, deadline)
         request: Request | None = None
         try:
             with requests.changing():
                 requests.end_dropped()
-                ids, placements = self._media_ids.substitute(prompt, places)
-                known = KnownTokens(ids, salt, placements)
+                ids, placements = self._media_ids.substitute(asked.prompt, asked.places)
+                known = KnownTokens(ids, asked.salt, placements)
                 now = requests.clock()  # before there is anything to give back: it may raise
 
                 def begin() -> Request:
-                    return requests.begin(known, now, points)
+                    return requests.begin(known, now, asked.points)
 
                 request = begin() if store is None else store.begin(known, fetched, now, begin)
                 if fetched is not None and fetched.prefix is not None:
                     self._index.trim(now)  # may raise, so the request is known before
                 return Session(
-                    request, prompt, self.lock, requests.store, requests.end, requests.dropped
+                    request,
+                    asked.prompt,
+                    self.lock,
+                    requests.store,
+                    requests.end,
+                    requests.dropped,
+                    keep_on_error=asked.keep_on_error,
                 )
         except BaseException:
             requests.take_back(request)  # where it had begun before Ctrl-C was let through

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ class Requests:
         self._source, self._kept, self._index = source, kept, kept.index
         self._resume_every = resume_every
         self._active: set[Request] = set()
+        self.ended_or_stored = threading.Condition(self.lock)
+        """Notified when a request ends, or stores its tokens and goes on."""
         self._sessions = self._tokens = self._matched = 0
 
     @contextmanager
@@ -80,6 +83,7 @@ class Requests:
             request.points = {p for p in wanted if matched < p <= ids.size}
             request.handle.schedule(sorted(request.points))
             request.handle.track(known)
+            request.asked.add(now)
             self._index.use(prompt_spans, now)
         except BaseException:
             self._release(request)
@@ -88,6 +92,14 @@ class Requests:
         self._active.add(request)
         self._count(request, 1)
         return request
+
+    def at_work(self, salt: str) -> list[Request]:
+        """Return the requests of a salt that have begun and not ended, nor been dropped."""
+        return [
+            request
+            for request in self._active
+            if request.known.salt == salt and request not in self.dropped
+        ]
 
     def take_back(self, request: Request | None) -> None:
         """End a request that just began, as if it never had."""
@@ -115,18 +127,25 @@ class Requests:
         """Store the tokens of a request that goes on."""
         with self.changing():
             self._store(request)
+            self.ended_or_stored.notify_all()
             self._index.trim(self.clock())
 
-    def end(self, request: Request, store: bool) -> None:
-        """Release a request, after storing its tokens if `store`. Ending it again does nothing."""
+    def end(self, request: Request, store: bool, cut: bool = False) -> None:
+        """Release a request, after storing its tokens if `store`. Ending it again does nothing.
+
+        cut: whether its last pass may have been cut short.
+        """
         with self.changing():
             if request not in self._active:
                 return
             self._active.remove(request)
             try:
                 if store:
-                    self._store(request)
+                    self._store(request, cut=cut)
+                spans = self._kept.follow(request.known.salt, request.known.ids).spans
+                request.tell_end(self._index.policy, spans, self.clock())
             finally:
+                self.ended_or_stored.notify_all()
                 self._release(request)
                 # Last, when the spans of this request are not pinned any more.
                 self._index.trim(self.clock())
@@ -136,20 +155,25 @@ class Requests:
         while self.dropped:
             self.end(self.dropped.popleft(), store=False)
 
-    def _store(self, request: Request) -> None:
+    def _store(self, request: Request, *, cut: bool = False) -> None:
         """Store the known tokens held by the sequence of a request, as far as they are not yet.
 
-        All of them, or none if a framework fails.
+        All of them, or none if a framework fails. cut: whether its last pass may be incomplete.
         """
         request.handle.update_known()
         known = request.known
         ids, held = known.ids, request.handle.held(len(known))
         restored = min(request.hit.matched, known.unchanged)
+        if cut:
+            held = request.handle.surely_held(held, restored)
+        elif held > restored:
+            request.handle.settle()
         if held <= restored or not request.handle.is_whole(held):
             return
         prefix = self._kept.follow(known.salt, ids[:held])
         if prefix.length < held or not all(span.complete for span in prefix.spans):
             now = self.clock()  # first: it may raise
+            request.asked.add(now)
             snapshots = captured(request.handle, prefix, restored, held)
             before = {span for span in prefix.spans if span.payload is not None}
             filled = self._kept.file(known, held, prefix, snapshots, now)

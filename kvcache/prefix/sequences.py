@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 
 from kvcache._checks import as_indices, check_ids
 from kvcache._locks import Lock
@@ -39,6 +39,22 @@ class SequenceHandle(ABC):
     @abstractmethod
     def is_whole(self, stop: int) -> bool:
         """Return whether no position before `stop` was left out, as far as the sequence tells."""
+
+    @property
+    @abstractmethod
+    def settled(self) -> bool:
+        """Whether some pass is known to have gone through the whole model."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Note that the passes so far went through the whole model."""
+
+    @abstractmethod
+    def surely_held(self, held: int, restored: int) -> int:
+        """Return how many of `held` tokens are complete, though the last pass may have been cut.
+
+        restored: tokens that the sequence began with.
+        """
 
     @abstractmethod
     def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
@@ -128,6 +144,8 @@ class PoolSequences(SequenceSource):
         if len(set(self._free)) < self._total:
             raise ValueError(f"sessions share no sequence; name each once, got {self._free[::-1]}.")
         self._known: dict[int, KnownTokens] = {}  # by sequence of an open session
+        self.layers: frozenset[Hashable] = frozenset()
+        """Layers that passes through the whole model have put."""
         cache.claim(self._free, self)
 
     @property
@@ -210,6 +228,23 @@ class PoolHandle(SequenceHandle):
         # part of a wrapper.
         places = {self._cache.next_position(self._sequence), stop}
         return any(self._cache.can_resume(self._sequence, place) for place in places)
+
+    @property
+    def settled(self) -> bool:
+        return bool(self._source.layers)
+
+    def settle(self) -> None:
+        self._source.layers |= self._cache.latest_pass(self._sequence).layers
+
+    def surely_held(self, held: int, restored: int) -> int:
+        latest = self._cache.latest_pass(self._sequence)
+        if latest.start is None:
+            return held
+        # A session goes on to another pass when one went through the whole model.
+        if latest.start > restored and not latest.grew:
+            self.settle()
+        known = bool(latest.layers) and latest.layers <= self._source.layers
+        return held if known else min(held, latest.start)
 
     def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
         self._cache.restore(self._sequence, *snapshots, stop=stop)
@@ -306,6 +341,16 @@ class LayerHandle(SequenceHandle):
 
     def is_whole(self, stop: int) -> bool:
         return True  # positions of updates follow one another
+
+    @property
+    def settled(self) -> bool:
+        return True
+
+    def settle(self) -> None:
+        """Do nothing: every layer counts its tokens."""
+
+    def surely_held(self, held: int, restored: int) -> int:
+        return held
 
     def restore(self, snapshots: Sequence[Snapshot], stop: int) -> None:
         self._caches.restore(*snapshots, stop=stop, backend=self._source.backend)

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -19,7 +20,9 @@ from kvcache.layers.stack import LayerCaches
 from .arguments import as_positions
 from .explain import Noted, explain
 from .known import KnownTokens, own_tokens
+from .leaving import end_after
 from .media import check_token_ids
+from .policies import EndedRequest, EvictionPolicy
 from .radix import Tokens
 from .reasons import Explanation, Why
 from .sequences import SequenceHandle
@@ -35,10 +38,11 @@ class Request:
     the prompt that was restored from storage. pinned: the last span in use by it, None if nothing
     was restored. ended: whether the sequence was given back. detached: whether the caller keeps it.
     points: positions for later requests to resume at. prompt: its tokens, 0 for caches that were
-    inserted. created: those of them that it stored, and nobody before it. begun, answered: times at
-    which it began (None once it was counted), and at which its first token behind the prompt was
-    named (None before), in seconds. noted: of its beginning, to explain it. lacks: why tokens did
-    not come from a store. explained: whether its reasons were counted.
+    inserted. created: those of them that it stored, and nobody before it. asked: times at which it
+    used spans, by the clock of the prefix cache. begun, answered: times at which it began (None
+    once it was counted), and at which its first token behind the prompt was named (None before), in
+    seconds. noted: of its beginning, to explain it. lacks: why tokens did not come from a store.
+    explained: whether its reasons were counted.
     """
 
     handle: SequenceHandle
@@ -50,6 +54,7 @@ class Request:
     points: set[int] = field(default_factory=set)
     prompt: int = 0
     created: int = 0
+    asked: set[float] = field(default_factory=set)
     begun: float | None = field(default_factory=time.monotonic)
     answered: float | None = None
     noted: Noted = field(init=False, repr=False)  # by the beginning of a session
@@ -60,14 +65,25 @@ class Request:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
         return max(0, min(span.stop, self.prompt) - span.start)
 
+    def tell_end(self, policy: EvictionPolicy, spans: Sequence[StoredSpan], now: float) -> None:
+        """Tell `policy` of its end. spans: of its tokens.
+
+        A detached one goes on elsewhere, nobody knows until when.
+        """
+        if not self.detached:
+            answered = max(0, len(self.known) - self.prompt)
+            policy.ended(EndedRequest(spans, self.prompt, answered, self.asked), now)
+
 
 class Session:
     """One request: the part of its prompt computed already, and the rest to compute.
 
     Comes from :meth:`PrefixCache.session`. A context manager: leaving it stores the tokens
-    computed, leaving it with an exception stores nothing. :meth:`close` does the same. A session
-    that is dropped instead stores nothing, and gives its sequence back with the next call of the
-    prefix cache.
+    computed, as :meth:`close` does. Leaving it by an exception (an error, Ctrl-C, the cancel of a
+    task) stores what passes had completed by then, unless ``keep_on_error=False`` was given. The
+    exception goes on in any case: if nothing could be stored, it has a note of that. A session that
+    is dropped instead stores nothing, and gives its sequence back with the next call of the prefix
+    cache.
 
     The tokens stored are those that were named, by the prompt or :meth:`extend`, and computed, as
     far as their keys and values are those of a run of just these tokens. The session follows what
@@ -84,11 +100,13 @@ class Session:
         prompt: Tokens,
         lock: threading.RLock,
         store: Callable[[Request], None],
-        end: Callable[[Request, bool], None],
+        end: Callable[[Request, bool, bool], None],
         dropped: deque[Request],
+        *,
+        keep_on_error: bool,
     ) -> None:
         self._request, self._prompt, self._lock = request, prompt, lock
-        self._store, self._end = store, end
+        self._store, self._end, self._keep_on_error = store, end, keep_on_error
         # It may run in any thread at any line, also within a change of the prefix cache, so it
         # makes a note only. It must not keep this session alive, nor the prefix cache.
         self._finalizer = weakref.finalize(self, dropped.append, request)
@@ -186,7 +204,11 @@ class Session:
         check_token_ids(ids, {})
         with self._lock:
             self._handle.update_known()
-            self._request.known.append(ids)
+            known, handle = self._request.known, self._request.handle
+            # Whoever names the next token has seen the whole model compute those before.
+            if not handle.settled and handle.held(len(known)) == len(known):
+                handle.settle()
+            known.append(ids)
             if self._request.answered is None:
                 self._request.answered = time.monotonic()
 
@@ -244,7 +266,11 @@ class Session:
 
         Ending it again does nothing.
         """
-        self._end(self._request, store)
+        self._finish(store)
+
+    def _finish(self, store: bool, cut: bool = False) -> None:
+        """End the session. cut: whether its last pass may have been cut short."""
+        self._end(self._request, store, cut)
         self._finalizer.detach()
 
     def detach(self) -> LayerCaches[Any]:
@@ -270,4 +296,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(store=kind is None)
+        if error is None:
+            self.close()
+        else:
+            end_after(error, partial(self._finish, self._keep_on_error, cut=True))

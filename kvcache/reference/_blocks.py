@@ -8,7 +8,7 @@ import numpy as np
 
 from kvcache.backends import Array, Backend
 
-from ._math import rms_norm
+from ._math import heads_beside, rms_norm
 
 
 class DecoderSizes(Protocol):
@@ -54,6 +54,10 @@ class DecoderBlocks:
         """
         bias = self.xp.where(mask, self._visible, self._hidden)
         return self.xp.concat([bias] * (self._sizes.heads // self._sizes.kv_heads), axis=0)
+
+    def beside(self, attended: Array) -> Array:
+        """Return attention [B, heads, L, D] with the heads beside each other: [B, L, heads * D]."""
+        return heads_beside(self.xp, attended)
 
     def logits(self, norm: Array, head: Array, x: Array) -> Array:
         """Return logits of the next token for `x` [B, L, hidden]: [B, L, vocab]."""

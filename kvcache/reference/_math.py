@@ -74,14 +74,19 @@ def attend(xp: Namespace, q: Array, k: Array, v: Array, bias: Array | None) -> A
     bias: of the scores, [heads / kv_heads * L, n]: repeated for the heads that share a key head;
         None for none.
     """
-    batch, heads, length, dim = q.shape
-    grouped = (batch, k.shape[1], heads // k.shape[1] * length, dim)
+    _, heads, length, dim = q.shape
+    grouped = (q.shape[0], k.shape[1], heads // k.shape[1] * length, dim)
     # Scaling the queries touches L * D numbers, scaling the scores L * n.
     scores = xp.matmul(xp.reshape(q * dim**-0.5, grouped), xp.permute_dims(k, (0, 1, 3, 2)))
     if bias is not None:
         scores = scores + bias
-    out = xp.reshape(xp.matmul(softmax(xp, scores), v), q.shape)
-    return xp.reshape(xp.permute_dims(out, (0, 2, 1, 3)), (batch, length, heads * dim))
+    return heads_beside(xp, xp.reshape(xp.matmul(softmax(xp, scores), v), q.shape))
+
+
+def heads_beside(xp: Namespace, x: Array) -> Array:
+    """Return `x` [B, heads, L, D] with the heads of a token side by side: [B, L, heads * D]."""
+    batch, heads, length, dim = x.shape
+    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (batch, length, heads * dim))
 
 
 def gelu(xp: Namespace, x: Array) -> Array:

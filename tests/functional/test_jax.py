@@ -113,6 +113,76 @@ def test_scan_over_decode_steps():
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5)
 
 
+def attending_step(state, plan, x):
+    """The same by attend."""
+    for layer in range(LAYERS):
+        new = x.astype(plan.key_like.dtype)
+        state = functional.put(state, plan, layer, new, new)
+        x = x + functional.attend(state, plan, layer, new, scale=1.0).astype(x.dtype)
+    return state, x
+
+
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [
+        (8, "float32"),
+        pytest.param(1, "float32", marks=pytest.mark.matrix),
+        pytest.param(8, "bfloat16", marks=pytest.mark.matrix),
+        pytest.param(1, "bfloat16", marks=pytest.mark.matrix),
+    ],
+)
+def test_attention_copies_no_buffer(batch, dtype):
+    """A program needs a little for blocks, and nothing of the size of the pool or its mask."""
+    cache = pool(dtype, batch)
+    plan = cache.plan(Batch([0] * batch, range(batch)), reads=True)
+    compiled = jax.jit(attending_step, donate_argnums=0)
+    program = compiled.lower(cache.program_state, plan, inputs(batch)).compile()
+    buffers = [buffer for pair in cache.program_state.values() for buffer in pair]
+    analysis = program.memory_analysis()
+    assert analysis.alias_size_in_bytes >= sum(buffer.nbytes for buffer in buffers)
+    assert not copies(program, buffers[0])
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(plan)) < cache.cells * batch
+
+
+def test_attention_is_compiled_once_per_padded_length():
+    cache, traced = pool(max_sequences=2), []
+
+    def noted(state, plan, x):
+        [blocks] = plan.reads.blocks
+        traced.append(blocks.cells.shape)
+        return attending_step(state, plan, x)
+
+    program = jax.jit(noted, donate_argnums=0)
+    for position in range(0, 1200, 100):
+        cache.plan(Batch(range(position, position + 99), [1] * 99), reads=True)
+        cache.program_state = cache.program_state  # as if a program had stored them
+        cache.program_state, _ = program(
+            cache.program_state, cache.plan(Batch([position + 99], [1]), reads=True), inputs(1)
+        )
+    assert traced == [(1, 128), (1, 256), (2, 256), (4, 256), (8, 256)]
+
+
+def test_scan_over_decode_steps_that_attend():
+    """As in a scan over ranges and masks."""
+    ranges, cache = pool(max_sequences=2), pool(max_sequences=2)
+    first, steps = Batch([0, 0], [1, 0]), 6
+
+    def decode(step, state, plans, x):
+        def body(carry, plan):
+            state, x = step(*carry[:1], plan, carry[1])
+            return (state, x), x
+
+        return jax.lax.scan(body, (state, x), plans)
+
+    found = []
+    for own, body, reads in ((ranges, step, False), (cache, attending_step, True)):
+        plans = own.plan_steps(first, steps, reads=reads)
+        program = jax.jit(decode, static_argnums=0)
+        (own.program_state, _), out = program(body, own.program_state, plans, inputs(2))
+        found.append(out)
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 def recurrent_step(state, plan, x):
     """Two recurrent layers, of a matrix and a short convolution. x: [runs]."""
     for layer in range(LAYERS):

@@ -144,7 +144,7 @@ def test_steps_are_passes_one_after_the_other(backend, limits):
     state = cache.program_state
     for i in range(10):
         news = tokens(backend, "float32", 2, rng)
-        state, got = step(state, type(plans)(*(nth(leaf, i) for leaf in plans)), *news)
+        state, got = step(state, nth(plans, i), *news)
         again = single.plan(Batch(first.positions + i, first.sequences))
         single.program_state, expected = step(single.program_state, again, *news)
         for mine, other in zip(got, expected, strict=True):
@@ -153,9 +153,10 @@ def test_steps_are_passes_one_after_the_other(backend, limits):
     assert cache.plan(Batch([19], [2])).mask.shape == single.plan(Batch([19], [2])).mask.shape
 
 
-def nth(leaf, i):
+def nth(plans, i):
     """One step of a plan of several. Array-API indexing names every axis."""
-    return leaf[i, ...] if hasattr(leaf, "shape") else leaf[i]
+    leaves = [leaf[i, ...] if hasattr(leaf, "shape") else leaf and leaf[i] for leaf in plans]
+    return type(plans)(*leaves)
 
 
 def attended(backend, seen):

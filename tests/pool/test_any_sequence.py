@@ -32,7 +32,7 @@ from kvcache import (
     NotSupportedError,
     WrapperCache,
 )
-from kvcache.backends.products import ReadCosts
+from kvcache.backends.products import NEVER, ReadCosts
 
 from .. import peek
 from .oracle import (
@@ -94,7 +94,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.oracles.append(Oracle(**sizes, padding=self.padding, page=self.page, **limits))
         # Attention reads in many pieces or few: what it gives is the same.
         self.backend = kvcache.get_backend(self.backend.spec)
-        self.backend.read_costs = data.draw(st.sampled_from([ReadCosts(1, 2, 1), ReadCosts(64, 9)]))
+        costs = [ReadCosts(1, 2, 1), ReadCosts(64, 9), ReadCosts(64, NEVER, packed=True)]
+        self.backend.read_costs = data.draw(st.sampled_from(costs))
         self.cache = self.parts[0] if len(parts) == 1 else WrapperCache(*self.parts)
         self.cache.set_config(CacheConfig(padding=self.padding, mask_dtype=self.mask_dtype))
         self.cache.init(self.backend, **sizes)

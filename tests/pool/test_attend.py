@@ -200,7 +200,7 @@ def test_keys_alone_and_values_of_another_size(pieces, value_dim):
 
 
 def test_many_tokens_in_blocks(backend, monkeypatch):
-    for name in ("products._SCORES", "products._BAND"):
+    for name in ("products.SCORES", "products._BAND"):
         monkeypatch.setattr(f"kvcache.backends.{name}", 128)
     cache, history = make(backend, capacity=80), History(backend)
     run(cache, history, span(0, 45, 0) + span(0, 20, 1))
@@ -255,7 +255,7 @@ def test_sharing_waits_until_it_pays(backend):
     backend.read_costs = ReadCosts(shared=19, run=99, least=6)
     cache, history = shared_pool(backend)
     run(cache, history, [(12, 0), (12, 1), (6, 3)])
-    assert [len(part.levels) for part in peek.reads(cache).segments] == [1]
+    assert {len(part.levels) for part in peek.reads(cache).segments} == {1}
     run(cache, history, [(13, 0), (13, 1), (12, 2), (7, 3), (6, 4)])
     assert [len(part.levels) for part in peek.reads(cache).segments] == [2]
 
@@ -288,6 +288,18 @@ def test_scattered_cells(pieces):
     run(cache, history, span(12, 24, 0))
     run(cache, history, [(24, 0), (4, 2)])
     assert not peek.table(cache).is_run(peek.table(cache).cells_of(0))
+
+
+def test_sequences_whose_cells_lie_alike_are_read_together(pieces):
+    config = CacheConfig(padding=1)
+    cache, history = make(pieces, sequences=5, capacity=6, config=config), History(pieces)
+    for sequence in range(4):  # two of them fill their part of the pool, up to the next one
+        run(cache, history, span(0, 6 - sequence % 2, sequence))
+    run(cache, history, [(6, 0), (5, 1), (6, 2), (5, 3)])
+    in_a_row, stray = peek.reads(cache).segments
+    assert [len(part.levels) for part in (in_a_row, stray)] == [1, 2]
+    assert peek.reads(cache).order.tolist() == [1, 3, 0, 2]
+    assert (in_a_row.start, in_a_row.stop, stray.start, stray.stop) == (0, 2, 2, 4)
 
 
 def test_after_a_removal_that_moves_keys(backend):

@@ -240,17 +240,21 @@ class Server:
         The last token of the reply is known, and not computed, as where a model samples it.
         """
         session = self.begin(ids, **options)
-        self.finish(session, ids, reply, sizes, fail)
+        self.finish(session, ids, reply, sizes, fail, options.get("keep_on_error", True))
         return session.matched
 
-    def finish(self, session, ids, reply=(), sizes=(3, 1, 5), fail=None):
-        """The session from its beginning to its end; it fails after so many passes."""
+    def finish(self, session, ids, reply=(), sizes=(3, 1, 5), fail=None, keep=True):
+        """The session from its beginning to its end; it fails after so many tokens."""
         whole = [*ids, *reply]
         held = whole[: max(len(ids), len(whole) - 1)]
         if fail is not None:
             with suppress(Left), session:
                 self.compute(session, held[: session.matched + fail], session.matched, sizes)
                 raise Left
+            # Of the first pass of a pool nothing tells whether it went through all layers.
+            first = isinstance(self.model, Pool) and not self.stored
+            if keep and not (first and fail <= min(sizes[0], self.model.max_batch)):
+                self.stored.append(held[: session.matched + fail])
             return
         with session:
             self.compute(session, held, session.matched, sizes)

@@ -225,12 +225,14 @@ SIMULATION = {
 
 def test_simulations():
     for odd in ODD:
-        for name in ("requests", "policies", "capacities", "block_size", "tick"):
+        for name in ("requests", "policies", "capacities", "block_size", "tick", "seeds"):
             named(run_simulation, **SIMULATION | {name: odd})
         named(Request, odd, [1])
         named(Request, 1.0, odd)
         assert named(replay, REQUESTS, odd, 4)
         named(replay, REQUESTS, LRU(), odd)
+        named(replay, REQUESTS, LRU(), 4, odd)
+        named(Request, 1.0, [1], odd)
         named(optimum, REQUESTS, odd)
         for bound in (lambda requests: optimum(requests, 4), found_without_limit):
             named(bound, odd)
@@ -509,7 +511,7 @@ def test_requests_have_a_time(now):
 def test_a_simulation_once_for_each_policy_and_capacity():
     options = {"policies": ["lru", "lru"], "capacities": [16, np.int64(16)]}
     simulation = run_simulation(**SIMULATION | options)
-    assert len(simulation.outcomes) == 2
+    assert [each.policy for each in simulation.outcomes] == ["lru", "ceiling", "optimum"]
     with pytest.raises(KeyError, match="there is no 'cost' at 16 tokens; simulated were lru"):
         simulation.rate("cost", 16)
 

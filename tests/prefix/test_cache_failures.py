@@ -20,20 +20,36 @@ def test_who_leaves_leaves_nothing(name):
     server = Server(MODELS[name](NUMPY))
     server.ask(LONG)
     before = server.prefix.stats
-    for passes in (0, 1, 4):
-        server.ask([*LONG, 60, 61, 62, 63], fail=passes)
+    for tokens in (0, 1, 4):
+        server.ask([*LONG, 60, 61, 62, 63], fail=tokens, keep_on_error=False)
     stats = server.prefix.stats
     assert (stats.spans, stats.nbytes, stats.pinned) == (before.spans, before.nbytes, 0)
     assert server.ask([*LONG, 60, 61, 62, 63]) == len(LONG)
     check_accounts(server)
 
 
-def test_a_generator_that_is_not_read_to_its_end_stores_nothing():
+@pytest.mark.parametrize("name", MODELS)
+def test_who_leaves_keeps_what_was_computed(name):
+    server = Server(MODELS[name](NUMPY))
+    server.ask(LONG)
+    longer = [*LONG, 60, 61, 62, 63]
+    held = len(LONG)
+    for tokens in (0, 1, 2):
+        assert server.ask(longer, fail=tokens) == held
+        held += tokens
+        check_accounts(server)
+    assert server.ask(longer) == len(longer) - 1
+    check_accounts(server)
+    check_nothing_left(server)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_generator_that_is_not_read_to_its_end(keep):
     server = Server(MODELS["full"](NUMPY))
 
     def answer():
-        with server.prefix.session(LONG) as session:
-            server.compute(session, LONG, 0)
+        with server.prefix.session(LONG, keep_on_error=keep) as session:
+            server.compute(session, LONG, session.matched)
             yield session
 
     for _ in range(5):
@@ -41,7 +57,7 @@ def test_a_generator_that_is_not_read_to_its_end_stores_nothing():
         assert server.prefix.stats.active == 1
         answers.close()
         check_accounts(server)
-    assert server.prefix.stats.nbytes == 0
+    assert server.prefix.lookup([*LONG, 60]).matched == keep * len(LONG)
 
 
 def test_a_session_ends_once():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -21,6 +22,7 @@ from mlx_lm.generate import (
 
 from kvcache import LayerCaches, PrefixCache
 from kvcache.prefix import EvictionPolicy, Session
+from kvcache.prefix.leaving import end_after
 
 from .making import caches_of, layer_caches, prompt_cache
 
@@ -77,22 +79,29 @@ class ModelPrefixCache:
         self.models, self.prefix = models, prefix
 
     def session(
-        self, tokens: Prompt, *, salt: str = "", resume_points: Iterable[int] = ()
+        self,
+        tokens: Prompt,
+        *,
+        salt: str = "",
+        resume_points: Iterable[int] = (),
+        keep_on_error: bool = True,
     ) -> PromptSession:
         """Begin a request. Return it as a context manager, to end it.
 
-        tokens: ids of the prompt. salt, resume_points: as for :meth:`kvcache.PrefixCache.session`.
+        tokens: ids of the prompt. The others are those of :meth:`kvcache.PrefixCache.session`.
 
         Where a recurrent layer shall keep a state inside of the prompt, the model is run up to
         there, because it gives states only at the end of a pass.
         """
         is_array = isinstance(tokens, mx.array | np.ndarray)
         ids: list[int] = np.asarray(tokens).tolist() if is_array else [*tokens]
-        session = self.prefix.session(ids, salt=salt, resume_points=resume_points)
+        session = self.prefix.session(
+            ids, salt=salt, resume_points=resume_points, keep_on_error=keep_on_error
+        )
         try:
-            return PromptSession(self, session, ids, salt)
-        except BaseException:
-            session.close(store=False)
+            return PromptSession(self, session, ids, salt, keep_on_error)
+        except BaseException as error:
+            end_after(error, partial(session.close, keep_on_error))
             raise
 
     def stream_generate(
@@ -106,7 +115,8 @@ class ModelPrefixCache:
     ) -> Iterator[GenerationResponse]:
         """Generate as mlx-lm's ``stream_generate`` does, and store the prompt and the answer.
 
-        Of a loop that is left early, all tokens that came are stored; none if the model raises.
+        Of a loop that is left early, all tokens that came are stored, and so are those that were
+        complete when the model raised.
         ``prompt_tokens`` in the responses are those that were left to compute.
 
         options: of mlx-lm's function, `prompt_cache` and `draft_model` aside.
@@ -182,16 +192,23 @@ class PromptSession:
             for response in stream_generate(model, tokenizer, s.remaining, prompt_cache=s.cache):
                 s.extend([response.token])
 
-    Leaving it stores the tokens that were named and computed, leaving it with an exception stores
-    nothing. After that its prompt cache is empty.
+    Leaving it stores the tokens that were named and computed, by an exception as well unless
+    ``keep_on_error=False`` was given; beside a draft model, an exception leaves those of the
+    prompt. After that its prompt cache is empty.
 
     cache: the prompt cache: for the model, and behind that for the draft model if there is one.
     """
 
     def __init__(
-        self, prefix: ModelPrefixCache, session: Session, tokens: list[int], salt: str
+        self,
+        prefix: ModelPrefixCache,
+        session: Session,
+        tokens: list[int],
+        salt: str,
+        keep_on_error: bool,
     ) -> None:
         self._prefix, self._session, self._tokens, self._salt = prefix, session, tokens, salt
+        self._keep_on_error = keep_on_error
         self._caches = session.caches
         self._parts = prompt_caches(prefix.models, self._caches)
         self.cache: list[Any] = [entry for part in self._parts for entry in part]
@@ -275,7 +292,12 @@ class PromptSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(store=kind is None)
+        if error is None:
+            return self.close()
+        if len(self._parts) > 1:  # drafts that were rejected may still be in the caches
+            self._named = []
+        end_after(error, partial(self.close, self._keep_on_error))
+        return None
 
     def _name(self) -> None:
         named, self._named = self._named, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack, cast
 
@@ -17,6 +18,7 @@ from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.base import LayerCache
 from kvcache.layers.stack import LayerCaches
 from kvcache.prefix import EvictionPolicy, PrefixCache, Session
+from kvcache.prefix.leaving import end_after
 from kvcache.prefix.media import Media
 
 from .make import layer_caches
@@ -91,6 +93,7 @@ class ModelPrefixCache:
         salt: str = "",
         media: Media | None = None,
         resume_points: Iterable[int] = (),
+        keep_on_error: bool = True,
     ) -> ModelSession:
         """Begin a request for one prompt or a batch of several. Return it as a context manager.
 
@@ -102,14 +105,15 @@ class ModelPrefixCache:
             sounds of those that are matched out of ``generate``.
         resume_points: positions in each prompt, padding not counted, where later ones shall be able
             to resume in spite of windows and recurrent layers.
+        keep_on_error: as for :meth:`kvcache.PrefixCache.session`.
 
         The model runs here where ``generate`` would leave no state to resume at: each prompt of a
         batch, and one prompt if the model has recurrent layers, or `rows` is not 1, is computed
         alone and stored, but for its last token.
 
         Raises: as :meth:`kvcache.PrefixCache.session`, and for other than prompts padded on the
-            left; NotSupportedError for media in such prompts. Prompts of a batch that were computed
-            by then stay stored.
+            left; NotSupportedError for media in such prompts. What was computed of prompts by then
+            is stored, as far as `keep_on_error` says so, and prompts of a batch that were complete.
         """
         prompts = as_prompts(input_ids, attention_mask, self._model.generation_config)
         points = list(resume_points)
@@ -123,16 +127,20 @@ class ModelPrefixCache:
             for number in range(len(prompts.ids)):
                 ids = prompts.row(number)
                 session = self.prefix.session(
-                    ids.tolist(), salt=salt, media=media, resume_points=points
+                    ids.tolist(),
+                    salt=salt,
+                    media=media,
+                    resume_points=points,
+                    keep_on_error=keep_on_error,
                 )
                 sessions.append(session)
                 if joined or (recurrent and not media):
                     compute(self._model, session.caches, ids[:-1])
                 if joined:
                     session.commit()
-            return ModelSession(self._model, prompts, sessions, rows)
-        except BaseException:
-            _close(sessions, store=False)
+            return ModelSession(self._model, prompts, sessions, rows, keep_on_error)
+        except BaseException as error:
+            end_after(error, partial(_close, sessions, keep_on_error))
             raise
 
     def generate(
@@ -169,12 +177,18 @@ class ModelSession:
 
     Comes from :meth:`ModelPrefixCache.session`. Leaving it stores the prompts and the answers as
     far as they are computed: all but the token sampled last, of each prompt the first row. Leaving
-    it with an exception stores no more than was stored when it began.
+    it by an exception stores what was complete by then, unless ``keep_on_error=False`` was given.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Prompts, sessions: list[Session], rows: int
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        sessions: list[Session],
+        rows: int,
+        keep_on_error: bool,
     ) -> None:
+        self._keep_on_error = keep_on_error
         self.sessions = tuple(sessions)
         """The session of each prompt."""
         self._open, self._padding = True, model.generation_config.pad_token_id
@@ -243,7 +257,10 @@ class ModelSession:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close(store=kind is None)
+        if error is None:
+            self.close()
+        else:
+            end_after(error, partial(self.close, self._keep_on_error))
 
 
 def _close(sessions: Iterable[Session], store: bool) -> None:

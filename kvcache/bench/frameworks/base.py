@@ -6,15 +6,27 @@ be charged to the framework, and flatter the caches beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from kvcache.backends import nbytes
-from kvcache.backends.arrays import NativeArray, NativeArrays
-from kvcache.bench.harness.contest import Case, Factories, Loop, UnavailableError
+from kvcache.backends.arrays import HostArray, NativeArray, NativeArrays
+from kvcache.bench.harness.contest import Case, Contestant, Factories, Loop, UnavailableError
+
+Kernel: TypeAlias = Callable[
+    [NativeArray, NativeArray, NativeArray, NativeArray | None], NativeArray
+]
+"""Attention of queries ``[query_heads, tokens, head_dim]`` over keys and values ``[heads, columns,
+head_dim]`` with a mask, bool ``[tokens, columns]``, or None: like the queries."""
+
+Batched: TypeAlias = Callable[[Case, HostArray, list[HostArray]], Contestant]
+"""Function that makes a peer of many sequences in a case, from the queries of a decode pass,
+``[query_heads, sequences, head_dim]``, and rows of each sequence, ``[heads, tokens, head_dim]``,
+its keys as well as its values. It raises UnavailableError where the peer cannot take part."""
 
 
 class Framework:
@@ -100,6 +112,34 @@ class Framework:
             finish(tuple(views))
 
         return at_last_positions(case, step)
+
+    def attention(self, case: Case) -> Kernel:
+        """Return the framework's own attention kernel; here two products and a softmax.
+
+        Compiled, that serves JAX, too: its `dot_product_attention` takes three times as long on a
+        processor.
+        """
+        xp, wide = case.backend.xp, case.backend.dtype("float32")
+        scale = case.head_dim**-0.5
+
+        def attend(
+            q: NativeArray, keys: NativeArray, values: NativeArray, mask: NativeArray | None
+        ) -> NativeArray:
+            rows = xp.reshape(xp.astype(q, wide) * scale, (keys.shape[0], -1, q.shape[2]))
+            scores = xp.matmul(rows, xp.permute_dims(xp.astype(keys, wide), (0, 2, 1)))
+            if mask is not None:
+                by_query = xp.reshape(scores, (-1, *mask.shape))
+                scores = xp.reshape(xp.where(mask, by_query, -math.inf), scores.shape)
+            weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+            weights = weights / xp.sum(weights, axis=-1, keepdims=True)
+            out = xp.matmul(weights, xp.astype(values, wide))
+            return xp.astype(xp.reshape(out, q.shape), q.dtype)
+
+        return attend
+
+    def batched(self) -> dict[str, Batched]:
+        """Return by name the peers that hold many sequences; none unless overridden."""
+        return {}
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         """Copy the arrays of a recurrent state, `new`, once for each layer, keeping the copies."""

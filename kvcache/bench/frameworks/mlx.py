@@ -7,8 +7,9 @@ from types import ModuleType
 from typing import ClassVar
 
 import mlx.core as mx
+import numpy as np
 
-from kvcache.backends.arrays import NativeArrays
+from kvcache.backends.arrays import HostArray, NativeArray, NativeArrays
 from kvcache.bench.harness.contest import (
     Case,
     Contestant,
@@ -17,9 +18,10 @@ from kvcache.bench.harness.contest import (
     UnavailableError,
 )
 
-from .base import Framework
+from .base import Batched, Framework, Kernel
 
 PEER = "mlx-lm KVCache"
+BATCH_PEER = "mlx-lm BatchKVCache"
 ROTATING_PEER = "mlx-lm RotatingKVCache"
 
 
@@ -58,6 +60,44 @@ class MlxFramework(Framework):
                 mx.eval(keys[:, :, : p + 1], values[:, :, : p + 1])
 
         return run
+
+    def attention(self, case: Case) -> Kernel:
+        kernel, scale = mx.fast.scaled_dot_product_attention, case.head_dim**-0.5
+
+        def attend(
+            q: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
+        ) -> mx.array:
+            return kernel(q[None], keys[None], values[None], scale=scale, mask=mask)[0]
+
+        return attend
+
+    def batched(self) -> dict[str, Batched]:
+        return {BATCH_PEER: self.batch_peer}
+
+    def batch_peer(self, case: Case, queries: HostArray, rows: list[HostArray]) -> Contestant:
+        """Make mlx-lm's cache of several sequences, padded on the left to the longest one."""
+        longest, put = max(row.shape[1] for row in rows), case.backend.from_host
+        padding = [longest - row.shape[1] for row in rows]
+        padded = np.stack(
+            [
+                np.pad(row, ((0, 0), (left, 0), (0, 0)))
+                for row, left in zip(rows, padding, strict=True)
+            ]
+        )
+        cache = _mlx_lm_caches().BatchKVCache(padding)
+        cache.update_and_fetch(*(put(padded[:, :, :-1], case.dtype) for _ in range(2)))
+        mask = cache.make_mask(1)
+        last = (put(padded[:, :, -1:], case.dtype) for _ in range(2))
+        keys, values = cache.update_and_fetch(*last)
+        q: NativeArray = put(queries.transpose(1, 0, 2)[:, :, None], case.dtype)
+        self.finish((keys, values, mask, q))
+        kernel, scale = mx.fast.scaled_dot_product_attention, case.head_dim**-0.5
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                mx.eval(kernel(q, keys, values, scale=scale, mask=mask))
+
+        return Contestant(BATCH_PEER, run)
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         raise UnavailableError("an array of MLX can be kept without a copy")

@@ -18,7 +18,7 @@ from kvcache.bench.harness.contest import (
     UnavailableError,
 )
 
-from .base import Framework
+from .base import Framework, Kernel
 
 DYNAMIC = "transformers DynamicCache"
 STATIC = "transformers StaticCache"
@@ -46,6 +46,21 @@ class TorchFramework(Framework):
                 values[p * v.numel() : (p + 1) * v.numel()].copy_(v)
 
         return run
+
+    def attention(self, case: Case) -> Kernel:
+        kernel, scale = torch.nn.functional.scaled_dot_product_attention, case.head_dim**-0.5
+
+        def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+            (query_heads, tokens, dim), (heads, columns, _) = q.shape, keys.shape
+            if mask is None:  # the queries of a key head are rows: its keys are read once
+                rows = q.reshape(1, heads, -1, dim)
+                return kernel(rows, keys[None], values[None], scale=scale).reshape(q.shape)
+            shape = heads, query_heads // heads, columns, dim
+            by_head = q.reshape(heads, -1, tokens, dim)
+            by_keys, by_values = (array[:, None].expand(shape) for array in (keys, values))
+            return kernel(by_head, by_keys, by_values, mask, scale=scale).reshape(q.shape)
+
+        return attend
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         held = [new] * layers

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 JSON: TypeAlias = dict[str, object]
 """An object of a JSON file."""
-Place: TypeAlias = int | tuple[int, int]
-"""A point of a comparison within one backend and dtype: a capacity, or sequences and tokens."""
+Place: TypeAlias = int | tuple[int, int] | tuple[str, int]
+"""A point of a comparison within one backend and dtype: a capacity, sequences and tokens, or a load
+and its sequences."""
 
 _LIBRARIES = ("diffusers", "jax", "mlx", "mlx_lm", "numpy", "redis", "torch", "transformers")
 

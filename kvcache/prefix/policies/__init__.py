@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import EvictionPolicy, PolicySpan
+from .base import EndedRequest, EvictionPolicy, PolicySpan
 from .gittins import Gittins
 from .queues import LRU, S3FIFO, Cost, recompute_cost
 
@@ -17,6 +17,7 @@ __all__ = [
     "POLICIES",
     "S3FIFO",
     "Cost",
+    "EndedRequest",
     "EvictionPolicy",
     "Gittins",
     "PolicySpan",

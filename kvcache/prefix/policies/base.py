@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 from sys import getsizeof
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class PolicySpan(Protocol):
@@ -47,6 +47,20 @@ class PolicySpan(Protocol):
         """Its data, None for a ghost: an evicted span, its tokens remembered."""
 
 
+class EndedRequest(NamedTuple):
+    """A request as policies see it at its end.
+
+    spans: of all its tokens that are known, in order; the last may go on behind them. stop:
+    position after its last token. answered: tokens of its answer. asked: the times at which it used
+    spans; where one was last used at another time, a later request has used it since.
+    """
+
+    spans: Sequence[PolicySpan]
+    stop: int
+    answered: int
+    asked: Collection[float]
+
+
 class EvictionPolicy(ABC):
     """Choice among offered spans of the one to evict next. Every call shall cost O(log n).
 
@@ -55,6 +69,8 @@ class EvictionPolicy(ABC):
 
     data_nbytes: int = 0
     """Bytes of memory that `policy_data` of one span takes."""
+    position_tokens: int = 1
+    """Tokens that one position of a span stands for; set by a replay, which has blocks for it."""
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +82,9 @@ class EvictionPolicy(ABC):
 
         A ghost (``span.payload is None``) was requested in vain; it is probably kept again soon.
         """
+
+    def ended(self, request: EndedRequest, now: float) -> None:  # noqa: B027 - as above
+        """Take note of the end of a request, before which nothing is known of its answer."""
 
     @abstractmethod
     def offer(self, span: PolicySpan) -> None:

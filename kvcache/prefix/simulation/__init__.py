@@ -2,5 +2,6 @@
 
 ``trace``   reads recorded requests
 ``replay``  counts the blocks a policy finds, and those the best of all could
+``ceiling`` the same with hazards known beforehand: what the classes of `gittins` can tell
 ``report``  compares policies over capacities, as a table, a file and a figure
 """

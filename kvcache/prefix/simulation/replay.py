@@ -6,17 +6,21 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import pairwise, takewhile
+from itertools import count, pairwise, takewhile
 from typing import TypeAlias
 
-from kvcache._checks import as_budget
+from kvcache._checks import as_budget, as_sizes
 from kvcache.prefix.arguments import as_list
 from kvcache.prefix.index import SpanIndex
-from kvcache.prefix.policies import EvictionPolicy
+from kvcache.prefix.policies import EndedRequest, EvictionPolicy
+from kvcache.prefix.policies.classes import BLOCK
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.spans import Span
 
 from .trace import Request
+
+_SPEED = 50.0
+"""Tokens answered per second: a trace tells when a request came, not when it ended."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,59 @@ BlockTree: TypeAlias = RadixTree[Span[BlockPayload]]
 
 
 def replay(
-    requests: Iterable[Request], policy: EvictionPolicy, budget: int | None
+    requests: Iterable[Request],
+    policy: EvictionPolicy,
+    budget: int | None,
+    block_size: int = BLOCK,
 ) -> tuple[int, SpanIndex[BlockPayload]]:
     """Count the blocks found at the beginnings of all requests; return the final index as well.
 
-    budget: blocks kept between requests, None for no limit.
+    budget: blocks kept between requests, None for no limit. block_size: tokens of a block.
+
+    The policy is told of the end of a request when the answer is complete, at 50 tokens per second;
+    never where the trace does not tell how long it was.
 
     Raises: TypeError, ValueError for anything but requests in the order of their time, a policy,
-        and such a budget; nothing was replayed then.
+        and such a budget and block size; nothing was replayed then.
     """
     requests, budget = as_requests(requests), as_budget(budget, "blocks")
+    [block_size] = as_sizes(block_size=block_size)
     if not isinstance(policy, EvictionPolicy):
         raise TypeError(f"a replay is of one policy, by make_policy(name); got {policy!r}.")
+    policy.position_tokens = block_size
     tree: BlockTree = RadixTree()
     # The grain of prefix caches is in tokens, of which a block has many: here every block counts.
     index: SpanIndex[BlockPayload] = SpanIndex(policy, budget, grain=1)
-    return sum(_serve(request, tree, index) for request in requests), index
+    hits, ends = 0, Ends(tree, index)
+    for request in requests:
+        ends.tell(request.now)
+        hits += _serve(request, tree, index)
+        ends.add(request)
+    return hits, index
+
+
+class Ends:
+    """Requests under way, of whose ends the policy of an index is told in their order."""
+
+    def __init__(self, tree: BlockTree, index: SpanIndex[BlockPayload]) -> None:
+        self._tree, self._index = tree, index
+        self._order = count()  # decides between equal times: requests cannot be compared
+        self._ends: list[tuple[float, int, Request, int]] = []
+
+    def add(self, request: Request) -> None:
+        """Take up a request that was served, unless nothing is known of its answer."""
+        answered = request.answered
+        if answered is not None:
+            end = request.now + answered / _SPEED
+            heappush(self._ends, (end, next(self._order), request, answered))
+
+    def tell(self, now: float) -> None:
+        """Tell of all ends until now."""
+        while self._ends and self._ends[0][0] <= now:
+            end, _, request, answered = heappop(self._ends)
+            spans = self._index.follow(self._tree, request.blocks).spans
+            ended = EndedRequest(spans, request.blocks.size, answered, [request.now])
+            self._index.policy.ended(ended, end)
 
 
 def _serve(request: Request, tree: BlockTree, index: SpanIndex[BlockPayload]) -> int:

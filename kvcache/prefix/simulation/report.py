@@ -8,12 +8,14 @@ import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvcache._checks import as_index, as_indices
+from kvcache._checks import as_index, as_indices, as_sizes
 from kvcache.prefix.arguments import as_list, check_text
-from kvcache.prefix.policies import make_policy
+from kvcache.prefix.policies import EvictionPolicy, Gittins, make_policy
 
+from .ceiling import Informed, hazard_of
 from .replay import as_requests, found_without_limit, optimum, replay
 from .trace import Request
 
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import RenderableType
 
+CEILING = "ceiling"
+"""Name of the policy that knows the hazards which `gittins` has to learn: see ``ceiling``."""
 OPTIMUM = "optimum"
 """Name of the upper bound among the policies: the hits possible with knowledge of the future."""
+MOST_SEEDS = 100
 FORMAT = "kvcache.simulate/1"
 
 # Okabe and Ito's palette, which any eye can tell apart.
 _COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9")
 _MARKERS = "osvD^P"
+_BOUNDS = {CEILING: ":", OPTIMUM: "--"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Outcome:
     """Result of one policy at one capacity.
 
     capacity: tokens held at most. found: blocks found, of all requested. evictions: spans
-    evicted, None for the optimum.
+    evicted, None for the optimum. Both are means, rounded, where seeds were varied.
     """
 
     policy: str
@@ -60,7 +66,7 @@ class Simulation:
 
     @property
     def policies(self) -> list[str]:
-        """Names in the order of simulation, the optimum last."""
+        """Names in the order of simulation, the ceiling and the optimum last."""
         return list(dict.fromkeys(outcome.policy for outcome in self.outcomes))
 
     @property
@@ -169,9 +175,9 @@ class LineStyle(NamedTuple):
 
 
 def _line_style(number: int, name: str) -> LineStyle:
-    """Return the look of a policy by its number; the optimum is dashed black."""
-    if name == OPTIMUM:
-        return LineStyle(".", "#000000", "--")
+    """Return the look of a policy by its number; bounds are black, and not solid."""
+    if name in _BOUNDS:
+        return LineStyle(".", "#000000", _BOUNDS[name])
     return LineStyle(_MARKERS[number % len(_MARKERS)], _COLORS[number % len(_COLORS)])
 
 
@@ -182,10 +188,12 @@ def run_simulation(
     capacities: Sequence[int],
     block_size: int,
     tick: Callable[[], None] = lambda: None,
+    seeds: int = 1,
 ) -> Simulation:
-    """Replay a trace with every policy and the optimum, at every capacity in tokens.
+    """Replay a trace with every policy, the ceiling and the optimum, at every capacity in tokens.
 
-    trace: name of it, for the report. tick: called after each replay.
+    trace: name of it, for the report. tick: called after each outcome. seeds: of `gittins` and the
+    ceiling, which compare samples of candidates; the mean over so many is taken.
 
     Raises: ValueError, TypeError; nothing was replayed then.
     """
@@ -199,10 +207,14 @@ def run_simulation(
     names = _checked_names(policies)
     if not callable(tick):
         raise TypeError(f"tick is a function without arguments; got {tick!r}.")
+    [seeds] = as_sizes(seeds=seeds)
+    if seeds > MOST_SEEDS:
+        raise ValueError(f"seeds must be 1 to {MOST_SEEDS}; got {seeds}.")
+    replays = Replays(requests, block_size, seeds)
     outcomes = []
     for capacity in sizes:
-        for name in (*names, OPTIMUM):
-            outcomes.append(_outcome(requests, name, capacity, capacity // block_size))
+        for name in (*names, CEILING, OPTIMUM):
+            outcomes.append(replays.outcome(name, capacity))
             tick()
     blocks = sum(request.blocks.size for request in requests)
     found_before = found_without_limit(requests)
@@ -238,11 +250,36 @@ def _checked_names(policies: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _outcome(requests: Sequence[Request], name: str, capacity: int, budget: int) -> Outcome:
-    if name == OPTIMUM:
-        return Outcome(name, capacity, optimum(requests, budget))
-    found, index = replay(requests, make_policy(name), budget)
-    return Outcome(name, capacity, found, index.evictions)
+class Replays:
+    """Replays of one trace. seeds: how many of each policy that has one."""
+
+    def __init__(self, requests: Sequence[Request], block_size: int, seeds: int) -> None:
+        self._requests, self._block_size = requests, block_size
+        hazard = hazard_of(requests, block_size)
+        self._make: dict[str, Callable[[int], EvictionPolicy]] = {
+            "gittins": Gittins,
+            CEILING: lambda seed: Informed(hazard, seed),
+        }
+        self._seeds = range(seeds)
+
+    def outcome(self, name: str, capacity: int) -> Outcome:
+        """Return the result of a policy, the ceiling or the optimum at a capacity in tokens."""
+        budget = capacity // self._block_size
+        if name == OPTIMUM:
+            return Outcome(name, capacity, optimum(self._requests, budget))
+        runs = [self._run(policy, budget) for policy in self._policies(name)]
+        found, evictions = (round(fmean(counts)) for counts in zip(*runs, strict=True))
+        return Outcome(name, capacity, found, evictions)
+
+    def _policies(self, name: str) -> list[EvictionPolicy]:
+        if name in self._make:
+            return [self._make[name](seed) for seed in self._seeds]
+        return [make_policy(name)]
+
+    def _run(self, policy: EvictionPolicy, budget: int) -> tuple[int, int]:
+        """Return the blocks found, and the spans evicted."""
+        found, index = replay(self._requests, policy, budget, self._block_size)
+        return found, index.evictions
 
 
 def in_short(tokens: int) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, TypedDict, cast
+from typing import BinaryIO, NotRequired, TypedDict, cast
 
+from kvcache._checks import as_room
 from kvcache.prefix.arguments import as_finite
 from kvcache.prefix.radix import Tokens, as_tokens
 from kvcache.storage import schema
@@ -23,6 +24,7 @@ _UNPACKED_RATIO = 64
 _REQUEST = schema.record(
     {"timestamp": schema.finite, "hash_ids": schema.list_of(schema.any_integer)}
 )
+_ANSWERED = schema.integer(0, 2**31 - 1)
 
 
 class _Fields(TypedDict):
@@ -30,6 +32,7 @@ class _Fields(TypedDict):
 
     timestamp: float
     hash_ids: list[int]
+    output_length: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,15 @@ class Request:
     """One request of a trace.
 
     now: seconds. blocks: one number per block of the prompt, the same for the same prefix; int32.
+    answered: tokens of the answer, None if that is not known.
 
-    Raises: TypeError, ValueError for a time that is no finite number, or blocks that are no list
-        of numbers >= 0.
+    Raises: TypeError, ValueError for a time that is no finite number, blocks that are no list of
+        numbers >= 0, or no such number of tokens.
     """
 
     now: float
     blocks: Tokens
+    answered: int | None = None
 
     def __post_init__(self) -> None:
         blocks = as_tokens(self.blocks)
@@ -52,14 +57,17 @@ class Request:
         # Frozen, so not by assignment.
         object.__setattr__(self, "now", as_finite(self.now, "now is in seconds"))
         object.__setattr__(self, "blocks", blocks)
+        if self.answered is not None:
+            object.__setattr__(self, "answered", as_room(self.answered, "answered"))
 
 
 def read_trace(path: str | PathLike[str]) -> list[Request]:
     """Read the requests of a file in the format of the Mooncake traces, gzipped or not.
 
     A line is a JSON object: `timestamp` in milliseconds, which never decreases, and `hash_ids` of
-    the prompt's blocks; an id stands for its block and all before it. A line has at most 16 MiB,
-    and a gzipped file unpacks to at most 64 times its size and 16 MiB.
+    the prompt's blocks; an id stands for its block and all before it. `output_length`, the tokens
+    answered, may be left out. A line has at most 16 MiB, and a gzipped file unpacks to at most 64
+    times its size and 16 MiB.
 
     Raises: ValueError naming the first line of any other form, or a gzipped file that is damaged;
         FileNotFoundError; FileAccessError for no regular file, or one that may not be read.
@@ -101,32 +109,35 @@ def _requests(lines: Iterable[bytes], path: str | PathLike[str]) -> Iterator[Req
     latest = float("-inf")
     for number, line in enumerate(lines, 1):
         try:
-            milliseconds, ids = _fields(line)
+            fields = _fields(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
+        milliseconds = fields["timestamp"]
         if milliseconds < latest:
             raise ValueError(
                 f"{path}, line {number}: requests are in the order of their timestamps; "
                 f"got {milliseconds} after {latest}. Sort them."
             )
         latest = milliseconds
-        yield Request(milliseconds / 1000, as_tokens(_numbered(ids, numbers)))
+        blocks = as_tokens(_numbered(fields["hash_ids"], numbers))
+        yield Request(milliseconds / 1000, blocks, fields.get("output_length"))
 
 
-def _fields(line: bytes) -> tuple[float, list[int]]:
-    """Return timestamp and ids of a line."""
+def _fields(line: bytes) -> _Fields:
+    """Return what is known of the request of a line."""
     if len(line) > _LONGEST_LINE:
         raise ValueError(f"a request has at most {_LONGEST_LINE} bytes; this line has more.")
     try:
         record = schema.parse_json(line)
         _REQUEST(record, "request")
+        if isinstance(record, dict) and "output_length" in record:
+            _ANSWERED(record["output_length"], "request.output_length")
     except schema.SchemaError as error:
         raise ValueError(
             "a request is a JSON object with a finite timestamp in ms and hash_ids, a list of "
             f"integers; got {line.strip()[:80].decode(errors='replace')!r} ({error})."
         ) from None
-    fields = cast(_Fields, record)
-    return fields["timestamp"], fields["hash_ids"]
+    return cast(_Fields, record)
 
 
 def _numbered(ids: list[int], numbers: dict[tuple[int, int], int]) -> list[int]:

@@ -53,9 +53,15 @@ class HybridBlocks(DecoderBlocks):
 
         given: with keys and values of all tokens that the cache holds.
         """
-        xp = self.xp
-        attended = attend(xp, given.queries, given.keys, given.values, bias)
-        return xp.matmul(attended * sigmoid(xp, given.gates), layer.out)
+        attended = attend(self.xp, given.queries, given.keys, given.values, bias)
+        return self.finish_attention(layer, attended, given.gates)
+
+    def finish_attention(self, layer: Attention, attended: Array, gates: Array) -> Array:
+        """Return the output of an attention layer, [B, L, hidden], from its products.
+
+        attended, gates: [B, L, heads * head_dim].
+        """
+        return self.xp.matmul(attended * sigmoid(self.xp, gates), layer.out)
 
     # Gated delta nets.
 

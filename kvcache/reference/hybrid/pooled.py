@@ -10,7 +10,6 @@ import numpy as np
 
 from kvcache import Batch, CausalCache, RecurrentCache, WrapperCache
 from kvcache.backends import Array, nbytes
-from kvcache.errors import ShapeError
 from kvcache.pool.state_calls import Run
 from kvcache.reference._tokens import checked_ids
 from kvcache.reference.decoder import PassPart
@@ -114,12 +113,8 @@ class HybridPass:
         """Return what an attention layer adds: [1, tokens, hidden]."""
         given = self._stages.project(norm, layer, x, cos, sin)
         self.cache.put(self._stored(given.keys), self._stored(given.values))
-        keys, values, mask = self.cache.get()
-        if values is None:
-            raise ShapeError("an attention layer has values; this one has none.")
-        given = given._replace(keys=self._computed(keys), values=self._computed(values))
-        bias = None if mask is None else self._stages.bias(mask)
-        return self._stages.attend(layer, given, bias)
+        attended = self._computed(self.cache.attend(self._stored(given.queries)))
+        return self._stages.finish_attention(layer, self._stages.beside(attended), given.gates)
 
     def _recur(self, norm: Array, layer: DeltaNet, x: Array, groups: Sequence[_Group]) -> Array:
         """Return what a gated delta net adds: [1, tokens, hidden]."""

@@ -40,6 +40,8 @@ class Stages:
         self.project = backend.compile(blocks.project)
         self.bias = backend.compile(blocks.bias)
         self.attend = backend.compile(blocks.attend)
+        self.beside = backend.compile(blocks.beside)
+        self.finish_attention = backend.compile(blocks.finish_attention)
         self.mlp = backend.compile(blocks.mlp)
         self.logits = backend.compile(blocks.logits)
         self._project_delta = backend.compile(blocks.project_delta)

@@ -1,8 +1,8 @@
-"""A forward pass of the llama reference over a pool of cells: plan on the host, one program."""
+"""A forward pass of the llama reference over a pool of cells: planned, then run layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 DeviceWeights: TypeAlias = tuple[Array, tuple[Layer, ...], Array, Array]
 """Embedding, layers, norm and head: the arguments of a program that are the same in each pass."""
+Attend: TypeAlias = Callable[[int, Array, Array, Array], Array]
+"""Function of the number of a layer, queries, keys and values ``[1, heads, L, head_dim]``, which
+stores the keys and values and returns attention over all that is stored, ``[1, L, hidden]``."""
 
 
 class PooledPass:
@@ -35,6 +38,8 @@ class PooledPass:
         cache.allocate(range(config.layers), config.kv_heads, config.head_dim)
         # A backend that compiles each shape separately gets few of them: powers of two.
         self._pads = model.backend.config.padding > 1
+        # Where calls are not compiled, attention reads by the pass, which a program cannot.
+        self._eager = model.backend.slices_are_views
         self._step = model.backend.compile(self._apply, donate=[0])
         weights = model.weights
         self._weights = weights.embedding, weights.layers, weights.norm, weights.head
@@ -62,11 +67,16 @@ class PooledPass:
         ends = np.cumsum(counts) - 1
         rows = [int(end) for end, part in zip(ends, parts, strict=True) if part.last]
         width = self._padded_length(len(ids))
-        plan = self.cache.plan(Batch(positions, sequences), tokens=width)
+        batch = Batch(positions, sequences)
         arguments = self._arguments(ids, positions.tolist(), rows, width)
-        self.cache.program_state, best = self._step(
-            self.cache.program_state, plan, self._weights, *arguments
-        )
+        if self._eager:
+            self.cache.start_forward(batch)
+            best = self._likeliest(self._attend, self._weights, *arguments)
+        else:
+            plan = self.cache.plan(batch, tokens=width)
+            self.cache.program_state, best = self._step(
+                self.cache.program_state, plan, self._weights, *arguments
+            )
         tokens: list[int] = self.model.backend.to_host(best)[: len(rows)].tolist()
         return tokens
 
@@ -105,20 +115,45 @@ class PooledPass:
 
         A pure function, compiled where the backend does that. Consumes `state`.
         """
-        blocks, xp = self.model.blocks, self.model.backend.xp
-        embedding, layers, norm, head = weights
-        x, bias = blocks.embed(embedding, ids), blocks.bias(plan.mask)
-        for i, layer in enumerate(layers):
-            q, k, v = blocks.project(layer, x, cos, sin)
-            state = functional.put(state, plan, i, self._stored(k), self._stored(v))
-            keys, values, _ = functional.get(state, plan, i)
+        blocks, bias = self.model.blocks, self.model.blocks.bias(plan.mask)
+
+        def attend(number: int, q: Array, k: Array, v: Array) -> Array:
+            nonlocal state
+            state = functional.put(state, plan, number, self._stored(k), self._stored(v))
+            keys, values, _ = functional.get(state, plan, number)
             if values is None:
                 raise ShapeError("a Llama attends to values in every layer; this one has none.")
-            attended = blocks.attend(q, self._computed(keys), self._computed(values), bias)
-            x = blocks.finish(layer, x, attended)
+            return blocks.attend(q, self._computed(keys), self._computed(values), bias)
+
+        best = self._likeliest(attend, weights, ids, cos, sin, rows)
+        return state, best
+
+    def _attend(self, number: int, q: Array, k: Array, v: Array) -> Array:
+        """Attend to what the tokens of the pass see in the cache."""
+        self.cache.set_layer(number)
+        self.cache.put(self._stored(k), self._stored(v))
+        attended = self.cache.attend(self._stored(q))
+        return self.model.blocks.beside(self._computed(attended))
+
+    def _likeliest(
+        self,
+        attend: Attend,
+        weights: DeviceWeights,
+        ids: Array,
+        cos: Array,
+        sin: Array,
+        rows: Array,
+    ) -> Array:
+        """Return the likeliest tokens after `rows` of the batch, int32 [rows]."""
+        blocks, xp = self.model.blocks, self.model.backend.xp
+        embedding, layers, norm, head = weights
+        x = blocks.embed(embedding, ids)
+        for number, layer in enumerate(layers):
+            q, k, v = blocks.project(layer, x, cos, sin)
+            x = blocks.finish(layer, x, attend(number, q, k, v))
         logits = blocks.logits(norm, head, xp.take(x, rows, axis=1))
         best = xp.argmax(logits[0, :, :], axis=-1)
-        return state, xp.astype(best, self.model.backend.dtype("int32"))
+        return xp.astype(best, self.model.backend.dtype("int32"))
 
     def _stored(self, array: Array) -> Array:
         """Drop the batch axis and cast to the dtype of the cache."""

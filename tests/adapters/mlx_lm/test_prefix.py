@@ -152,7 +152,7 @@ def test_a_loop_that_is_left_early_stores_what_came(name):
     assert ask(prefix, [*prompt, *tokens, 5]) == (50, cold(name, [*prompt, *tokens, 5]))
 
 
-def test_a_failed_generation_stores_nothing():
+def test_a_failed_generation_keeps_what_was_computed():
     prefix = prefix_cache(tiny.model("llama"))
 
     def fail(logprobs):
@@ -160,20 +160,35 @@ def test_a_failed_generation_stores_nothing():
 
     with pytest.raises(RuntimeError, match="sampling failed"):
         list(prefix.stream_generate(endless(), SYSTEM, sampler=fail))
+    assert prefix.prefix.stats.active == 0
+    assert ask(prefix, branch_of(0)) == (len(SYSTEM), cold("llama", branch_of(0)))
+
+
+def test_a_session_that_drops_what_it_had_when_it_fails():
+    prefix = prefix_cache(tiny.model("qwen3_next"))
+    session = prefix.session(SYSTEM, keep_on_error=False)
+    session.prefill()
+    session.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert (prefix.prefix.stats.spans, prefix.prefix.stats.active) == (0, 0)
 
 
-def test_a_model_that_fails_before_the_session_begins(monkeypatch):
-    model = tiny.model("qwen3_next")
-    prefix = prefix_cache(model)
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_model_that_fails_before_the_session_begins(monkeypatch, passes):
+    model, left = tiny.model("qwen3_next"), [passes]
+    prefix, run = prefix_cache(model), type(model).__call__
 
     def fail(self, tokens, cache=None):
-        raise MemoryError("no room")
+        if not left[0]:
+            raise MemoryError("no room")
+        left[0] -= 1
+        return run(self, tokens, cache=cache)
 
-    monkeypatch.setattr(type(model), "__call__", fail)
-    with pytest.raises(MemoryError, match="no room"):
-        prefix.session(SYSTEM, resume_points=[20])
-    assert (prefix.prefix.stats.spans, prefix.prefix.stats.active) == (0, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "__call__", fail)
+        with pytest.raises(MemoryError, match="no room"):
+            prefix.session(SYSTEM, resume_points=[20, 30])
+    assert prefix.prefix.stats.active == 0
+    assert ask(prefix, branch_of(0)) == (20 * passes, cold("qwen3_next", branch_of(0)))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -298,10 +298,22 @@ def test_rows_that_are_given_up_leave_their_prompts():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_next"])
-def test_nothing_is_stored_of_a_session_that_fails(name):
-    built, prompt = model(name), [*SYSTEM, 5, 6, 7]
+def test_a_session_that_fails_keeps_what_was_computed(name):
+    built, prompt, texts = model(name), [*SYSTEM, 5, 6, 7], []
     prefix = prefix_cache(built)
     session = prefix.session(*padded([prompt]))
+    with pytest.raises(MemoryError), session:
+        _raise(texts.extend(answers(built, [prompt], cache=session.cache)))
+    assert prefix.prefix.stats.active == 0
+    longer = [[*prompt, *texts[0], 3]]
+    assert ask(prefix, built, longer) == ([33 + NEW - 1], alone(built, longer))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_a_session_that_drops_what_it_had_when_it_fails(name):
+    built, prompt = model(name), [*SYSTEM, 5, 6, 7]
+    prefix = prefix_cache(built)
+    session = prefix.session(*padded([prompt]), keep_on_error=False)
     with pytest.raises(MemoryError), session:
         _raise(answers(built, [prompt], cache=session.cache))
     assert prefix.prefix.stats.nbytes == prefix.prefix.stats.active == 0

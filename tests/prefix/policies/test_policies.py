@@ -16,16 +16,19 @@ from kvcache.prefix.policies import (
     POLICIES,
     S3FIFO,
     Cost,
+    EndedRequest,
     EvictionPolicy,
     Gittins,
     make_policy,
     recompute_cost,
 )
-from kvcache.prefix.policies import gittins as learning
+from kvcache.prefix.policies import returns as learning
 from kvcache.prefix.policies.base import Queue
-from kvcache.prefix.policies.gittins import gittins_index
+from kvcache.prefix.policies.returns import gittins_index
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.simulation.replay import BlockPayload
+
+from ... import peek
 
 
 class Shelf:
@@ -54,6 +57,12 @@ class Shelf:
             gone.append(span.node.first)
             self.index.evict(span, now)
         return gone
+
+
+def end(shelf, first, tokens, now, answered=0):
+    """End the last request of :meth:`Shelf.ask` for a sequence."""
+    spans = shelf.spans(*[first] * tokens)
+    shelf.index.policy.ended(EndedRequest(spans, tokens, answered, {spans[-1].used}), now)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["ask", "pin", "free"]))))
@@ -201,8 +210,8 @@ def taught(budget=None):
 
 @pytest.mark.parametrize("budget", [None, 30])
 def test_gittins_learns_who_comes_back_and_when_from_ghosts_too(budget):
-    hazard = taught(budget).index.policy._hazard()
-    bucket = np.searchsorted(learning._EDGES, 100.0, "right") - 1
+    hazard = taught(budget).index.policy.hazard()[:8]
+    bucket = np.searchsorted(learning.EDGES, 100.0, "right") - 1
     assert hazard[:, bucket].argmin() == 0
     for uses in range(7):
         others = np.delete(hazard[uses], bucket)[1:]  # newcomers have hardly been at risk
@@ -226,20 +235,25 @@ def test_gittins_prefers_who_will_come_back_to_who_was_here_last():
     assert shelf.order(now + 290) == [1, 3, 2]
 
 
-def test_all_time_at_risk_is_counted_once(monkeypatch):
-    monkeypatch.setattr(learning, "_FADE", 1.0)
+@pytest.mark.parametrize("ending", [False, True])
+def test_all_time_at_risk_is_counted_once(ending):
     chance, policy = random.Random(0), Gittins()
+    returns = policy._returns = learning.Returns(fade=1.0)
     shelf, now, since = Shelf(policy), 0.0, {}
     for _ in range(3_000):
         now += chance.expovariate(0.5)
         first = chance.randrange(50)
         shelf.ask(first, now, tokens=first % 5 + 1)
         since.setdefault(first, now)
+        if ending and chance.random() < 0.5:
+            now += chance.expovariate(0.1)
+            end(shelf, first, first % 5 + 1, now, answered=chance.randrange(1000))
     tokens = {first: first % 5 + 1 for first in since}
-    assert policy._waiting.sum() == sum(tokens.values())
-    counted = policy._risked.sum() + policy._waiting.sum() * (now - policy._ticked)
+    assert returns.waiting.sum() == sum(tokens.values())
+    counted = returns.risked.sum() + returns.waiting.sum() * (now - returns.ticked)
     assert counted == pytest.approx(sum(tokens[each] * (now - since[each]) for each in since))
-    assert policy._returned.sum() == sum(
+    assert returns.returned[8:].any() == ending
+    assert returns.returned.sum() == sum(
         tokens[each] * (shelf.spans(*[each] * tokens[each])[0].uses - 1) for each in since
     )
 
@@ -250,9 +264,9 @@ def test_after_silence_gittins_goes_on_at_once():
         start = thread_time()
         shelf.ask(1, now)
         assert thread_time() - start < 0.02
-    assert shelf.index.policy._waiting.sum() == 1
-    assert np.isfinite(shelf.index.policy._hazard()).all()
-    assert (shelf.index.policy._hazard() > 0).all()
+    assert peek.returns(shelf.index.policy).waiting.sum() == 1
+    assert np.isfinite(shelf.index.policy.hazard()).all()
+    assert (shelf.index.policy.hazard() > 0).all()
 
 
 def test_among_equals_gittins_is_lru():
@@ -267,9 +281,9 @@ def test_among_equals_gittins_is_lru():
 
 def test_an_unknown_class_is_taken_for_like_the_one_before():
     policy = Gittins()
-    policy._returned[2] += 1e4
-    policy._risked[2] += 1e5
-    hazard = policy._hazard()
+    peek.returns(policy).returned[2] += 1e4
+    peek.returns(policy).risked[2] += 1e5
+    hazard = policy.hazard()[:8]
     assert hazard[3:] == pytest.approx(np.broadcast_to(hazard[2], (5, hazard.shape[1])))
     assert (hazard[2] != hazard[1]).all()
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache.prefix.policies import POLICIES, make_policy
+from kvcache.prefix.policies import POLICIES, Gittins, make_policy
+from kvcache.prefix.policies.classes import NEW, class_of
+from kvcache.prefix.simulation.ceiling import Informed, hazard_of
 from kvcache.prefix.simulation.replay import found_without_limit, optimum, replay
 from kvcache.prefix.simulation.report import in_short, run_simulation
 from kvcache.prefix.simulation.trace import Request, read_trace
@@ -113,6 +115,55 @@ def test_a_policy_that_learns_beats_one_that_does_not():
     assert found["gittins"] > 0.8 * optimum(requests, 700)
 
 
+def announced(answers=True, steps=3_000):
+    """Prompts that come back after 200 s where the answer was long, as one in four is."""
+    prompts, answered = [], []
+    for step in range(steps):
+        long = step % 4 == 0
+        prompts.append([10 * (step // 800 * 800 + step % 200 if long else step) + 10**5 * long])
+        answered.append(400 if long else 20)
+    return [
+        Request(float(now), np.arange(first, first + 5), answer if answers else None)
+        for now, ([first], answer) in enumerate(zip(prompts, answered, strict=True))
+    ]
+
+
+def test_an_answer_tells_who_comes_back():
+    requests, ignorant = announced(), announced(answers=False)
+    found, blind = (replay(some, make_policy("gittins"), 400)[0] for some in (requests, ignorant))
+    assert found > 1.3 * blind
+    informed = Informed(hazard_of(requests))
+    assert blind < found < replay(requests, informed, 400)[0] <= optimum(requests, 400)
+
+
+def test_the_ceiling_learns_nothing_and_knows_all_from_the_beginning():
+    requests = announced(steps=1_500)
+    hazard = hazard_of(requests)
+    known = hazard.copy()
+    short, long = (class_of(0, 5 * 512, NEW, answered) for answered in (20, 400))
+    assert hazard[long].max() > 10 * hazard[short].max()
+    replay(requests, Informed(hazard), 400)
+    assert np.array_equal(hazard, known)
+
+
+@pytest.mark.parametrize("block_size", [16, 512])
+def test_classes_are_of_tokens_whatever_the_size_of_a_block(block_size):
+    policy = Gittins()
+    _, index = replay(
+        [Request(0.0, np.arange(64), 40), Request(60.0, [99], 0)], policy, None, block_size
+    )
+    [kind] = {span.policy_data.kind for span in index.kept if span.node.first == 0}
+    assert kind == class_of(0, 64 * block_size, NEW, 40)
+
+
+def test_seeds_are_averaged():
+    requests = announced(steps=1_200)
+    simulation = run_simulation("t", requests, ["gittins"], [600 * 512], 512, seeds=3)
+    found = [replay(requests, Gittins(seed), 600)[0] for seed in range(3)]
+    assert len({*found}) > 1
+    assert simulation.outcomes[0].found == round(sum(found) / 3)
+
+
 def write(path, *lines):
     text = "\n".join(lines) + "\n"
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
@@ -121,9 +172,13 @@ def write(path, *lines):
 
 @pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
 def test_reading_a_trace(tmp_path, name):
-    lines = [{"timestamp": 0, "hash_ids": [2**60, 5]}, {"timestamp": 1500, "hash_ids": [6, 5]}]
+    lines = [
+        {"timestamp": 0, "hash_ids": [2**60, 5], "output_length": 7},
+        {"timestamp": 1500, "hash_ids": [6, 5]},
+    ]
     first, second = read_trace(write(tmp_path / name, *map(json.dumps, lines)))
     assert (first.now, second.now) == (0.0, 1.5)
+    assert (first.answered, second.answered) == (7, None)
     assert first.blocks.dtype == np.int32
     assert not {*first.blocks.tolist()} & {*second.blocks.tolist()}, "5 has another history"
 
@@ -132,6 +187,10 @@ def test_reading_a_trace(tmp_path, name):
     "bad",
     [
         *("", "{", "[]", "5", '{"timestamp": 7}', '{"hash_ids": []}', "\udcff"),
+        *(
+            f'{GOOD[:-1]}, "output_length": {odd}}}'
+            for odd in ("-1", "1.5", "null", "true", "9" * 20)
+        ),
         *('{"timestamp": "7", "hash_ids": []}', '{"timestamp": 7, "hash_ids": [1.5]}'),
         *('{"timestamp": 7, "hash_ids": 3}', '{"timestamp": 7, "hash_ids": [true]}'),
     ],
@@ -201,13 +260,13 @@ def test_command(trace, tmp_path):
     best = f"{100 * optimum(requests, 100) / blocks:.2f}"
     lru = f"{100 * replay(requests, make_policy('lru'), 100)[0] / blocks:.2f}"
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["gittins", "lru", "optimum"] in rows
-    assert ("1k", lru, best) in [(row[0], *row[2:]) for row in rows if len(row) == 4]
+    assert ["gittins", "lru", "ceiling", "optimum"] in rows
+    assert ("1k", lru, best) in [(row[0], row[2], row[4]) for row in rows if len(row) == 5]
     assert f"{len(requests):,} requests for {blocks:,} blocks of 10 tokens" in result.stdout
     record = json.loads(path.read_text())
     assert (record["format"], record["trace"]) == ("kvcache.simulate/1", "trace.jsonl.gz")
     found = {(each["policy"], each["capacity"]): each for each in record["outcomes"]}
-    assert len(found) == 6
+    assert len(found) == 8
     assert found["optimum", 1000]["found"] == optimum(requests, 100)
     assert f"{found['lru', 1000]['percent']:.2f}" == lru
     assert found["lru", 1000]["evictions"] > 0
@@ -257,6 +316,7 @@ def test_capacities(trace, bad):
         (["--plot", "figure.docx"], "ends in .png or .svg; got figure.docx"),
         (["--plot", "missing/figure.png"], "--plot takes a file in a folder that exists"),
         (["--json", "missing/found.json"], "--json takes a file in a folder that exists"),
+        (["--seeds", "0"], "--seeds takes runs, 1 to 100; got 0"),
         (["--block-size", "0"], "--block-size takes tokens, at least 1; got 0"),
         (["--policy", "lru,lfu"], "there is no policy 'lfu'"),
     ],

@@ -82,6 +82,19 @@ class BitsOfStates(RecurrentCache):
         super().put_states(*map(bits, arrays), kept=kept)
 
 
+class BitsOfCells(CausalCache):
+    """Of a pool: attention is computed in float64, over the range that has the pass."""
+
+    def attend(self, q, **_):
+        *arrays, mask = self.get()
+        q, keys, values = (np.ascontiguousarray(array).view(np.float64) for array in (q, *arrays))
+        group = len(q) // len(keys)
+        scores = q @ keys.repeat(group, axis=0).swapaxes(1, 2) * q.shape[-1] ** -0.5
+        scores = np.where(mask, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True) @ values.repeat(group, axis=0)
+
+
 class Exact(Hybrid):
     """Computes in the dtype of its weights."""
 
@@ -102,7 +115,7 @@ class ExactPass(HybridPass):
         return bits(array[0])
 
     def _computed(self, array):
-        return array.view(np.float64)[None]
+        return array[None]
 
 
 def in_float64(arrays):
@@ -151,7 +164,7 @@ class InPool:
 
     def __init__(self, model, window):
         weights = in_float64(model.weights)
-        parts = [] if all(model.config.recurrent) else [CausalCache(window=window)]
+        parts = [] if all(model.config.recurrent) else [BitsOfCells(window=window)]
         cache = WrapperCache(*parts, BitsOfStates(resume_points=40))
         sizes = {"max_sequences": 2, "capacity": 60, "max_batch": PIECE}
         cache.init(model.backend, "int32", **sizes)

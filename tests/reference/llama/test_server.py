@@ -43,6 +43,18 @@ def served(model, prompts, counts, **options):
     return requests, notes
 
 
+def test_a_pass_reads_what_its_tokens_see(model, monkeypatch):
+    """And not a range of the pool with a mask, whose cost is that of all tokens and all cells."""
+
+    def unread(*_):
+        raise AssertionError("the range was read")
+
+    monkeypatch.setattr(kvcache.CausalCache, "get", unread)
+    monkeypatch.setattr(kvcache.functional, "get", unread)
+    (first, *_), _ = served(model, PROMPTS, [2] * 8, capacity=40)
+    assert first.generated == alone(model, PROMPTS[0], 2)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_together_as_alone_on_every_backend(tiny, window):
     """Eight prompts in three places, fed in pieces, of different lengths."""

@@ -1,0 +1,1 @@
+"""The cost of attention of a decode pass over a pool."""
