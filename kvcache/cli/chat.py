@@ -63,6 +63,9 @@ def chat(
         bool,
         typer.Option(help="Measure the time to the first token without reuse, too."),
     ] = True,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why the other tokens were not reused.")
+    ] = False,
     tree: Annotated[
         Path | None, typer.Option(help="Draw the tree of stored prefixes to this SVG at the end.")
     ] = None,
@@ -120,6 +123,7 @@ def chat(
         compare=compare,
         store=opened,
         fingerprint=named,
+        explain=tokenizer.decode if explain else None,
     )
     turns = []
     try:
@@ -170,7 +174,7 @@ def _turn(
         print(stream.push(token), end="", flush=True)
     print(flush=True)
     conversation.answer(turn.tokens)
-    notes.print(_described(turn), style="yellow", highlight=False, soft_wrap=True)
+    notes.print(_described(turn), style="yellow", highlight=False, soft_wrap=True, markup=False)
     return turn
 
 
@@ -182,6 +186,8 @@ def _described(turn: Turn) -> str:
     if turn.cold_seconds is not None and turn.reused:
         ratio = turn.cold_seconds / turn.seconds
         line += f"; without reuse {turn.cold_seconds:.3f} s, {ratio:.1f} times as long"
+    if turn.explanation is not None:
+        line += f"\nnot reused: {', '.join(map(str, turn.explanation.reasons))}"
     return line
 
 

@@ -3,6 +3,8 @@
 ``cache``       the prefix cache, over any cache
 ``requests``    how requests begin and end
 ``session``     one request, from its prompt to its last token
+``explain``     why tokens of its prompt were not reused
+``reasons``     the answer, for people and programs
 ``asked``       arguments of a session
 ``waiting``     sessions that wait for others
 ``leaving``     sessions left by an exception
@@ -39,6 +41,7 @@ from .events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from .metrics import register_metrics
 from .policies import EvictionPolicy
 from .publishing import ZmqEventPublisher
+from .reasons import Explanation, Reason, Why
 from .residency import Residency
 from .session import Session
 from .stats import PrefixStats
@@ -54,14 +57,17 @@ __all__ = [
     "Entry",
     "Event",
     "EvictionPolicy",
+    "Explanation",
     "Hit",
     "PrefixCache",
     "PrefixStats",
     "PrefixTrie",
+    "Reason",
     "Residency",
     "Session",
     "TierStats",
     "Usage",
+    "Why",
     "ZmqEventPublisher",
     "adapter_salt",
     "register_metrics",

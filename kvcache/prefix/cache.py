@@ -214,7 +214,7 @@ class PrefixCache:
                     return requests.begin(known, now, asked.points)
 
                 request = begin() if store is None else store.begin(known, fetched, now, begin)
-                if fetched is not None:
+                if fetched is not None and fetched.prefix is not None:
                     self._index.trim(now)  # may raise, so the request is known before
                 return Session(
                     request,

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from kvcache._locks import Lock
 from kvcache.errors import PageError
@@ -30,6 +30,7 @@ from kvcache.stores.sealing import Seal
 
 from .background import Background
 from .paging import FetchedPrefix, check_forms, check_page, check_specs, forms_of, specs_of
+from .reasons import Why
 from .tier_stats import TierRecord
 
 _READERS = 4
@@ -70,6 +71,9 @@ class Reading:
     def __init__(self, wanted: Wanted, first: int, present: int) -> None:
         self.wanted, self.first, self.present = wanted, first, present
         self.pages: list[Page] = []
+        self.damaged = False
+        """Whether a value came that cannot be used."""
+        self.lacks: Lacks = {}
 
     @property
     def deepest(self) -> int:
@@ -77,17 +81,32 @@ class Reading:
         return self.first + self.present
 
 
+Lacks: TypeAlias = dict[int, Why]
+"""Why tokens did not come that the store has, or may have, by the position they reach to.
+
+A token has the reason of the least position behind it.
+"""
+
+
+class Answer(NamedTuple):
+    """Pages that came from the store for a session, None for none, and why others did not."""
+
+    prefix: FetchedPrefix | None
+    lacks: Lacks
+
+
 class Fetch:
     """A prefix on its way from the store.
 
     result: None if there is none, or not yet. counter: field of the statistics for the session that
-    asked, should there be none.
+    asked, should there be none. lacks: of that session, should it wait no longer.
     """
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
         self.result: FetchedPrefix | None = None
         self.counter = "missed"
+        self.lacks = _unanswered(wanted)
         self.done = threading.Event()
 
 
@@ -116,21 +135,23 @@ class Fetcher:
                 while len(self._prefetched) > _PREFETCHED:
                     self._prefetched.popitem(last=False)
 
-    def fetch(self, wanted: Wanted, deadline: Deadline) -> FetchedPrefix | None:
+    def fetch(self, wanted: Wanted, deadline: Deadline) -> Answer:
         """Return what the store has of a prompt behind its hit in memory, until the deadline."""
-        counter = "late"
+        counter, lacks = "late", _unanswered(wanted)
         for begin in (self._taken, partial(self._begun, deadline=deadline)):
             fetch = begin(wanted)
             if fetch is not None:
-                if not fetch.done.wait(min(deadline.left, threading.TIMEOUT_MAX)):
+                done = fetch.done.wait(min(deadline.left, threading.TIMEOUT_MAX))
+                lacks = fetch.lacks
+                if not done:
                     break
                 counter = fetch.counter
                 if fetch.result is not None:
-                    return fetch.result
+                    return Answer(fetch.result, lacks)
                 if counter != "late":  # else the store did not answer when it was prefetched
                     break
         self._record.count(counter)
-        return None
+        return Answer(None, lacks)
 
     def _taken(self, wanted: Wanted) -> Fetch | None:
         """Take the longest prefetch that a prompt begins with and that goes on behind its hit."""
@@ -158,23 +179,38 @@ class Fetcher:
 
     def _fetched(self, fetch: Fetch, deadline: Deadline) -> FetchedPrefix | None:
         """Return the deepest prefix that pays and arrives whole before the deadline."""
-        wanted, gate = fetch.wanted, self._record.gate
+        wanted = fetch.wanted
         reading = Reading(wanted, wanted.matched // self._size, self._present(fetch, deadline))
+        reach = reading.deepest * self._size
+        if fetch.counter == "late":
+            reading.lacks = _unanswered(wanted)
+        reading.lacks[reach] = "no_resume_point"  # unless a target is found
+        fetch.lacks = {**reading.lacks, reach: "late"}
+        try:
+            return self._deepest(fetch, reading, deadline)
+        finally:
+            fetch.lacks = reading.lacks
+
+    def _deepest(self, fetch: Fetch, reading: Reading, deadline: Deadline) -> FetchedPrefix | None:
+        """Do :meth:`_fetched` where it is known which pages follow each other in the store."""
+        wanted, gate = fetch.wanted, self._record.gate
         for target in self._targets(reading, deadline):
             missing = target.pages - len(reading.pages)
             seconds = gate.seconds_to_fetch(missing, target.state)
             if not gate.pays(target.position - wanted.matched, missing, target.state):
-                fetch.counter = "gated"
+                fetch.counter = reading.lacks[target.position] = "gated"
             elif seconds is not None and seconds > deadline.left:
-                fetch.counter = "gated"
+                fetch.counter = reading.lacks[target.position] = "gated"
                 if self._whole:  # the pages that come before are of use alone
                     within = gate.pages_within(deadline.left, missing)
                     reading.present = min(reading.present, len(reading.pages) + within)
             else:
-                fetch.counter = "late"  # unless it comes
+                fetch.counter = reading.lacks[target.position] = "late"  # unless it comes
                 fetched = self._arrived(reading, target, deadline)
                 if fetched is not None:
                     return fetched
+                if reading.damaged:
+                    reading.lacks[target.position] = "failed"
         return None
 
     def _present(self, fetch: Fetch, deadline: Deadline) -> int:
@@ -206,7 +242,7 @@ class Fetcher:
             if stop <= least:
                 break
             positions = range(stop, max(least, stop - at_once), -1)
-            for position in self._states_at(wanted, positions, deadline):
+            for position in self._states_at(reading, positions, deadline):
                 if position // size <= reading.deepest:
                     yield Target(position, position // size - first, True)
             stop, at_once = positions[-1] - 1, 4 * at_once
@@ -225,7 +261,7 @@ class Fetcher:
         if target.state:
             place = (target.position // size * size, target.position)
             key = wanted.chain.state_key(target.position)
-            state = self._read(wanted.seal, [key], [place], deadline, state=True)
+            state = self._read(reading, [key], [place], deadline, state=True)
             if not state:
                 return None
         self._read_pages(reading, target.pages, deadline)
@@ -236,19 +272,24 @@ class Fetcher:
             return FetchedPrefix(reading.first * size, values)
         except PageError as error:
             self._record.failed(describe(error))
+            reading.damaged = True
             return None
 
     def _states_at(
-        self, wanted: Wanted, positions: Sequence[int], deadline: Deadline
+        self, reading: Reading, positions: Sequence[int], deadline: Deadline
     ) -> Iterator[int]:
         """Yield those of `positions` at which the store has a state, in their order."""
+        wanted = reading.wanted
         allowed = [
             position
             for position in positions
             if not any(start < position < stop for start, stop in wanted.media)
         ]
         keys = [wanted.chain.state_key(position) for position in allowed]
-        for position, outcome in zip(allowed, self._found(keys, deadline), strict=True):
+        outcomes = self._found(keys, deadline)
+        if any(isinstance(outcome, Unavailable) for outcome in outcomes):
+            reading.lacks |= _unanswered(wanted)
+        for position, outcome in zip(allowed, outcomes, strict=True):
             if isinstance(outcome, Present):
                 yield position
 
@@ -260,14 +301,14 @@ class Fetcher:
             numbers = range(begin, min(reading.first + count, begin + _READ_AT_ONCE))
             places = [(n * size, (n + 1) * size) for n in numbers]
             asked = [keys[n] for n in numbers]
-            reading.pages += self._read(reading.wanted.seal, asked, places, deadline, state=False)
+            reading.pages += self._read(reading, asked, places, deadline, state=False)
             if len(reading.pages) < read + len(numbers):
                 reading.present = len(reading.pages)
                 return
 
     def _read(
         self,
-        seal: Seal | None,
+        reading: Reading,
         keys: Sequence[Key],
         places: Sequence[tuple[int, int]],
         deadline: Deadline,
@@ -286,10 +327,12 @@ class Fetcher:
         broken = {key for key, out in zip(keys, outcomes, strict=True) if isinstance(out, Corrupt)}
         self._record.count("failed", len(broken))  # the store has warned of them, and removed them
         self._record.forget_keys(broken)
+        reading.damaged = reading.damaged or bool(broken)
         pages: list[Page] = []
         for key, hit, (start, stop) in zip(keys, hits, places, strict=False):
-            page = self._decoded(seal, key, hit, start, stop, state=state)
+            page = self._decoded(reading.wanted.seal, key, hit, start, stop, state=state)
             if page is None:
+                reading.damaged = True
                 break
             self._record.gate.note_sizes(hit.value.nbytes, state=state)
             self._record.note_key(key)
@@ -312,6 +355,11 @@ class Fetcher:
             self._record.forget_keys([key])
             return None
         return page
+
+
+def _unanswered(wanted: Wanted) -> Lacks:
+    """Return why nothing came of a prompt while it is not known what the store has."""
+    return {wanted.limit + 1: "late"}
 
 
 def _is_present(outcome: object) -> bool:

@@ -22,7 +22,7 @@ from .media import Placement, within
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
 from .residency import Residency
-from .spans import P, Prefix, Span, alike, as_offered, file_span
+from .spans import P, Prefix, Span, alike, as_offered, file_span, last_eviction
 from .superseded import Superseded
 
 _ROOM = 4_000
@@ -183,7 +183,7 @@ class SpanIndex(Generic[P]):
         self.evictions += 1
         self.nbytes -= payload.nbytes
         self._tracked -= payload.overhead
-        span.payload, span.offered = None, False
+        span.payload, span.offered, span.evicted = None, False, now
         payload.close()
         del self.kept[span]
         node, parent = span.node, span.node.parent
@@ -281,7 +281,7 @@ class SpanIndex(Generic[P]):
             upper.media = within(lower.media, upper.start, upper.stop)
             lower.media = within(lower.media, lower.start, lower.stop)
         upper.pins, upper.uses = lower.pins, lower.uses
-        upper.used, upper.born = lower.used, lower.born
+        upper.used, upper.born, upper.evicted = lower.used, lower.born, lower.evicted
         upper.policy_data = lower.policy_data
         self._spans += 1
         self._tracked += of_span(lower) + of_span(upper)
@@ -351,7 +351,7 @@ class SpanIndex(Generic[P]):
             self._ghosts.pop(upper, None)
             self._superseded.drop(upper)
         self._put(last, joined)
-        self._spans -= len(uppers)
+        last.evicted, self._spans = last_eviction(run), self._spans - len(uppers)
         self._tracked += of_span(last)
         self._ghosts.pop(last, None)
         self._reconsider(last)

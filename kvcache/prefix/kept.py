@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from sys import getsizeof
 
 from kvcache.snapshots.snapshot import Snapshot
@@ -12,6 +13,7 @@ from .known import KnownTokens
 from .media import MediaIds
 from .policies import EvictionPolicy
 from .radix import RadixTree, Tokens
+from .reasons import Why
 from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
 
@@ -45,6 +47,8 @@ class KeptSpans:
             others=lambda: getsizeof(trees) + media_ids.nbytes,
         )
         self.trees, self.media_ids = trees, media_ids
+        self.explained: Counter[Why] = Counter()
+        """Tokens not reused by reason, of the sessions that were explained."""
 
     def follow(self, salt: str, ids: Tokens) -> StoredPrefix:
         """Return what is known of `ids`, which begin the tokens of a request."""

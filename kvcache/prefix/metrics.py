@@ -41,6 +41,8 @@ GAUGES = {
     "usage": ("usage_perc", "Share of the budget that is used, 0 to 1"),
 }
 """One that is None is left out."""
+EXPLAINED = "Prompt tokens not reused, of the sessions that were explained"
+"""Left out until there is one."""
 HISTOGRAMS = {
     "lifetime": ("lifetime_seconds", "Time a span was stored before it was evicted"),
     "idle": ("idle_before_evict_seconds", "Time from the last use of a span to its eviction"),
@@ -130,6 +132,11 @@ def register_metrics(
             stats, begin, store = prefix.stats, f"{name}_prefix_cache", f"{name}_store"
             yield from _read(begin, stats, CounterMetricFamily, COUNTERS)
             yield from _read(begin, stats, GaugeMetricFamily, GAUGES)
+            if stats.explained:
+                explained = CounterMetricFamily(f"{begin}_explained", EXPLAINED, labels=["reason"])
+                for why, tokens in stats.explained.items():
+                    explained.add_metric([why], tokens)
+                yield explained
             if stats.store is not None:
                 yield from _read(store, stats.store, CounterMetricFamily, STORE_COUNTERS)
                 yield from _read(store, stats.store, GaugeMetricFamily, STORE_GAUGES)

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from kvcache._interrupts import uninterrupted
 
 from .arguments import Clock
+from .explain import note
 from .kept import KeptSpans
 from .known import KnownTokens
 from .sequences import SequenceHandle, SequenceSource
 from .session import Request
 from .stats import PrefixStats
 from .store_link import StoreLink
-from .stored import captured, contiguous_snapshots, find_hit
+from .stored import captured, contiguous_snapshots, search
 
 
 class Requests:
@@ -56,7 +57,7 @@ class Requests:
         """Totals so far, and the state now."""
         totals = self._sessions, len(self._active), self._tokens, self._matched
         store = None if self.store_link is None else self.store_link.tier.stats
-        return PrefixStats.of(self._index, *totals, store)
+        return PrefixStats.of(self._index, *totals, store, dict(self._kept.explained))
 
     def begin(self, known: KnownTokens, now: float, resume_points: list[int]) -> Request:
         """Restore the longest stored prefix of a prompt; return its request, counted as active.
@@ -67,7 +68,9 @@ class Requests:
         ids, media = known.ids, [(medium.start, medium.stop) for medium in known.media]
         try:
             prompt_spans, stored = prefix = self._kept.follow(known.salt, ids)
-            hit = find_hit(prefix, ids.size, media)
+            searched = search(prefix, ids.size, media)
+            hit = searched.hit
+            request.noted = note(self._kept, known, prefix, searched)
             if matched := hit.matched:
                 hit_spans = [span for span in prompt_spans if span.start < matched]
                 request.pinned = hit_spans[-1]

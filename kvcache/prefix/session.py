@@ -18,11 +18,13 @@ from kvcache.errors import KVCacheError, NotSupportedError
 from kvcache.layers.stack import LayerCaches
 
 from .arguments import as_positions
+from .explain import Noted, explain
 from .known import KnownTokens, own_tokens
 from .leaving import end_after
 from .media import check_token_ids
 from .policies import EndedRequest, EvictionPolicy
 from .radix import Tokens
+from .reasons import Explanation, Why
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
 from .usage import Usage
@@ -39,7 +41,8 @@ class Request:
     inserted. created: those of them that it stored, and nobody before it. asked: times at which it
     used spans, by the clock of the prefix cache. begun, answered: times at which it began (None
     once it was counted), and at which its first token behind the prompt was named (None before), in
-    seconds.
+    seconds. noted: of its beginning, to explain it. lacks: why tokens did not come from a store.
+    explained: whether its reasons were counted.
     """
 
     handle: SequenceHandle
@@ -54,6 +57,9 @@ class Request:
     asked: set[float] = field(default_factory=set)
     begun: float | None = field(default_factory=time.monotonic)
     answered: float | None = None
+    noted: Noted = field(init=False, repr=False)  # by the beginning of a session
+    lacks: dict[int, Why] = field(default_factory=dict)
+    explained: bool = False
 
     def prompt_tokens_in(self, span: StoredSpan) -> int:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
@@ -146,6 +152,21 @@ class Session:
         # What was stored, evicted and stored again counts once.
         created = min(self._request.created, self._prompt.size - self.matched)
         return Usage(self._prompt.size, self.matched, created)
+
+    def explain(
+        self, *, decode: Callable[[list[int]], str] | None = None, other_salts: bool = False
+    ) -> Explanation:
+        """Return why tokens of the prompt were not reused: one reason for each of them.
+
+        As of the beginning of the session, whenever it is asked for, also after the end.
+
+        decode: makes text of token ids, to show where the prompt left a stored sequence.
+        other_salts: look for the tokens under other salts, as of now. It tells that another tenant
+            has sent them: for operators, not to be shown to tenants.
+
+        Raises: TypeError unless `decode` is a function; what it raises.
+        """
+        return explain(self._request, self._lock, decode, other_salts=other_salts)
 
     @property
     def sequence(self) -> int:

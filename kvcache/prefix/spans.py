@@ -60,7 +60,8 @@ class Span(Generic[P]):
     """A node of the tree, with a payload for its tokens, or without one: a ghost.
 
     tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
-    so far. used: time of the last, in seconds. born: that when its payload was stored. pins:
+    so far. used: time of the last, in seconds. born: that when its payload was stored. evicted:
+    that when it became a ghost, the last for parts joined, None if it never was one. pins:
     sessions that use it or a span behind it. children: kept spans right behind it. offered: whether
     the policy may choose it. policy_data: owned by the policy; both parts of a span that is split
     have it.
@@ -70,6 +71,7 @@ class Span(Generic[P]):
         "__weakref__",
         "born",
         "children",
+        "evicted",
         "media",
         "node",
         "offered",
@@ -93,6 +95,7 @@ class Span(Generic[P]):
         self.payload: P | None = None
         self.pins = self.children = self.uses = 0
         self.used = self.born = 0.0
+        self.evicted: float | None = None
         self.offered = False
         self.policy_data: object = None
 
@@ -168,12 +171,19 @@ def alike(upper: Span[P], lower: Span[P], ghosts: Container[Span[P]]) -> bool:
         return False
     children = upper.node.children
     if upper.payload is None or lower.payload is None:
-        return upper.payload is lower.payload and len(children) == 1
+        once = (upper.evicted is None) == (lower.evicted is None)
+        return once and upper.payload is lower.payload and len(children) == 1
     if len(children) > 2:
         return False
     others = [node.value for node in children.values() if node.value is not lower]
     forgettable = all(span is None or span in ghosts for span in others)
     return forgettable and upper.payload.joins(lower.payload)
+
+
+def last_eviction(spans: Sequence[Span[P]]) -> float | None:
+    """Return the time at which the last of `spans` was evicted; None if none was."""
+    times = [span.evicted for span in spans if span.evicted is not None]
+    return max(times, default=None)
 
 
 def as_offered(span: object, policy: object) -> Span[Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from .index import SpanIndex
+from .reasons import Why
 from .stored import StoredSnapshot, is_resident
 from .tier_stats import TierStats
 
@@ -41,6 +42,8 @@ class PrefixStats:
     """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
     store: TierStats | None = None
     """Totals of the store behind it, None without one."""
+    explained: dict[Why, int] = field(default_factory=dict, hash=False)
+    """Tokens not reused by reason, of the sessions that were explained."""
 
     @classmethod
     def of(
@@ -50,7 +53,8 @@ class PrefixStats:
         active: int,
         tokens: int,
         matched: int,
-        store: TierStats | None = None,
+        store: TierStats | None,
+        explained: dict[Why, int],
     ) -> Self:
         """Return the statistics of an index, and of the sessions over it."""
         return cls(
@@ -67,6 +71,7 @@ class PrefixStats:
             index_nbytes=index.index_nbytes,
             index_budget=index.index_budget,
             store=store,
+            explained=explained,
         )
 
     @property

@@ -11,7 +11,7 @@ from kvcache.stores.base import Store, describe
 from kvcache.stores.outcomes import Deadline
 from kvcache.stores.urls import open_store
 
-from .fetching import Wanted
+from .fetching import Answer, Wanted
 from .kept import KeptSpans
 from .known import KnownTokens
 from .media import Media
@@ -53,7 +53,7 @@ class StoreLink:
 
     def fetched(
         self, prompt: Tokens, salt: str, places: Media, deadline: Deadline | None
-    ) -> FetchedPrefix | None:
+    ) -> Answer | None:
         """Return what the store has of a prompt behind its hit in memory; None for nothing."""
         # Before the lock is waited for: the time of the caller runs.
         limit = Deadline.after(_WAIT_SECONDS) if deadline is None else deadline
@@ -83,14 +83,17 @@ class StoreLink:
     def begin(
         self,
         known: KnownTokens,
-        fetched: FetchedPrefix | None,
+        answer: Answer | None,
         now: float,
         begin: Callable[[], Request],
     ) -> Request:
-        """Return the request that `begin` begins, with a fetched prefix in memory.
+        """Return the request that `begin` begins, with the prefix of an answer in memory.
 
         Caches that do not take its rows begin without. The budget may be exceeded afterwards.
         """
+        if answer is None:
+            return begin()
+        fetched = answer.prefix
         filed = None if fetched is None else self._admitted(known, fetched, now)
         try:
             request = begin()
@@ -98,7 +101,8 @@ class StoreLink:
             if filed is None:
                 raise
             self._refuse(filed, error, now)
-            return begin()
+            request, filed = begin(), None
+        request.lacks = answer.lacks
         if filed is not None:
             self.tier.record.count("fetched_tokens", request.hit.matched - filed.matched)
         return request

@@ -189,34 +189,53 @@ class Hit(NamedTuple):
 NO_HIT = Hit()
 
 
+class Search(NamedTuple):
+    """How the longest hit was found.
+
+    stops: pairs of a limit and the last position up to it where all caches can resume, in the order
+    tried: the next limit is where the medium begins that the position before is inside of. span:
+    the last stored one of the prompt.
+    """
+
+    hit: Hit = NO_HIT
+    stops: Sequence[tuple[int, int]] = ()
+    span: StoredSpan | None = None
+
+
 def find_hit(prefix: StoredPrefix, tokens: int, media: Iterable[tuple[int, int]]) -> Hit:
     """Return the longest hit for a prompt of `tokens`, of which one at least is left to compute.
 
     prefix: what is known of it. media: ranges inside which no hit ends.
     """
+    return search(prefix, tokens, media).hit
+
+
+def search(prefix: StoredPrefix, tokens: int, media: Iterable[tuple[int, int]]) -> Search:
+    """Return the hit that :func:`find_hit` returns, and how it was found."""
     spans = prefix.spans
     while spans and spans[-1].payload is None:
         spans = spans[:-1]
     if not spans:
-        return NO_HIT
+        return Search()
     snapshots = contiguous_snapshots(spans, spans)
     stored = min(prefix.length, spans[-1].stop)
-    matched = _resumable_length(snapshots, min(tokens - 1, stored), media)
-    return Hit(matched, stored, _limiting(snapshots, matched, min(tokens - 1, stored)))
+    stops = _stops(snapshots, min(tokens - 1, stored), media)
+    matched = stops[-1][1]
+    limiting = _limiting(snapshots, matched, min(tokens - 1, stored))
+    return Search(Hit(matched, stored, limiting), stops, spans[-1])
 
 
-def _resumable_length(
+def _stops(
     snapshots: Sequence[Snapshot], limit: int, media: Iterable[tuple[int, int]]
-) -> int:
-    """Return the last position up to `limit`, inside none of `media`, where all can resume."""
-    length = 0
+) -> list[tuple[int, int]]:
+    """Return the stops of a search from `limit` on; the last is inside none of `media`."""
+    stops: list[tuple[int, int]] = []
     # Lowered to where a medium starts, the limit may not be a resume point: look again.
-    while length != limit:
-        length = limit = last_resumable(snapshots, limit)
-        for start, stop in media:
-            if start < length < stop:
-                limit = start
-    return length
+    while not stops or limit != stops[-1][1]:
+        length = last_resumable(snapshots, limit)
+        stops.append((limit, length))
+        limit = next((start for start, stop in media if start < length < stop), length)
+    return stops
 
 
 def _limiting(snapshots: Sequence[Snapshot], matched: int, limit: int) -> tuple[int, ...]:

@@ -37,9 +37,8 @@ from kvcache.stores.keys import KeyChain, Namespace
 from kvcache.stores.outcomes import Deadline
 
 from .arguments import SealOf
-from .fetching import Fetcher, Wanted
+from .fetching import Answer, Fetcher, Wanted
 from .known import KnownTokens
-from .paging import FetchedPrefix
 from .radix import Tokens
 from .tier_stats import TierRecord, TierStats
 from .writing_behind import WriteBehind
@@ -97,7 +96,7 @@ class StoreTier:
         """Begin to fetch for a session that is to come; does nothing if too much is under way."""
         self._fetcher.prefetch(wanted)
 
-    def fetch(self, wanted: Wanted, deadline: Deadline) -> FetchedPrefix | None:
+    def fetch(self, wanted: Wanted, deadline: Deadline) -> Answer:
         """Return what the store has of a prompt behind its hit in memory, until the deadline."""
         return self._fetcher.fetch(wanted, deadline)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import reprlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, Self, TypeAlias
 
 from kvcache._checks import as_index
-from kvcache.prefix import PrefixCache, Session, TierStats
+from kvcache.prefix import Explanation, PrefixCache, Session, TierStats
 from kvcache.prefix.arguments import check_text
 from kvcache.prefix.radix import as_tokens
 from kvcache.stores import Deadline, Store
@@ -107,6 +107,8 @@ class Turn:
     """The time without reuse, if that was measured."""
     tokens: list[int] = field(default_factory=list)
     """The answer."""
+    explanation: Explanation | None = None
+    """Why the other tokens of the prompt were not reused, if that was asked for."""
 
 
 class Chat:
@@ -119,6 +121,7 @@ class Chat:
     eos_id: token that ends an answer. compare: measure each turn without reuse, too.
     store: where turns are kept for later chats, a URL or a store; None for memory alone.
     fingerprint: names model and weights in the store, which needs it.
+    explain: makes text of token ids, to explain each turn; None for no explanations.
 
     Raises: ValueError, TypeError for another kind, sizes that leave no room, and the like;
         StoreError for a URL that leads to no store.
@@ -139,9 +142,10 @@ class Chat:
         compare: bool = False,
         store: str | Store | None = None,
         fingerprint: str = "",
+        explain: Callable[[list[int]], str] | None = None,
     ) -> None:
         self._eos = None if eos_id is None else as_index(eos_id, "eos_id")
-        self._compare, self._vocabulary = compare, model.vocab_size
+        self._compare, self._vocabulary, self._explain = compare, model.vocab_size, explain
         self._decoder: _LayerDecoder | _PoolDecoder
         if kind not in ("kv", "rotating", "pool"):
             raise ValueError(
@@ -201,6 +205,8 @@ class Chat:
                 yield token
                 if len(turn.tokens) == max_tokens:
                     break
+            if self._explain is not None:  # not before the first token, whose time is measured
+                turn.explanation = session.explain(decode=self._explain)
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         """Raise ValueError unless `prompt` has tokens, all of the vocabulary."""
