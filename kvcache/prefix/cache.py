@@ -19,10 +19,10 @@ from kvcache.stores.sealing import Seal
 
 from .arguments import Clock, as_seals, check_text
 from .asked import Asked, SessionOptions, as_asked
+from .fetching import Answer
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
-from .paging import FetchedPrefix
 from .policies import EvictionPolicy, make_policy
 from .radix import Tokens
 from .render import render
@@ -190,7 +190,7 @@ class PrefixCache:
         with self._begin(asked, fetched) as session:
             yield session
 
-    def _awaited(self, asked: Asked) -> FetchedPrefix | None:
+    def _awaited(self, asked: Asked) -> Answer | None:
         """Wait for other sessions and for the store; return what that has of the prompt."""
         wait_for_others(self._requests, self._kept, asked)
         store = self._requests.store_link
@@ -198,7 +198,7 @@ class PrefixCache:
             return None
         return store.fetched(asked.prompt, asked.salt, asked.places, asked.deadline)
 
-    def _begin(self, asked: Asked, fetched: FetchedPrefix | None) -> Session:
+    def _begin(self, asked: Asked, fetched: Answer | None) -> Session:
         """Begin a request, with what a store had of its prompt."""
         requests = self._requests
         store = requests.store_link
