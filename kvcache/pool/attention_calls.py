@@ -1,4 +1,4 @@
-"""What an attention layer calls to have its attention computed: a base of :class:`Cache`."""
+"""The call by which an attention layer has its attention computed: a base of :class:`Cache`."""
 
 from __future__ import annotations
 

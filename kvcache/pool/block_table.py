@@ -43,7 +43,7 @@ def on_device(table: BlockTable[Int32s], backend: Backend) -> BlockTable[Array]:
 
 
 class _Rows(NamedTuple):
-    """What sequences hold: pages, the slot of the first token, and the number of tokens.
+    """Content of sequences: pages, the slot of the first token, and the number of tokens.
 
     oldest, newest: positions of the first and the last token. queries: position of the first of so
     many last tokens as the pass has.

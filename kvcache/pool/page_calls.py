@@ -22,7 +22,7 @@ _CONFIG_LAYOUTS = {"NHD": "thd", "HND": "htd"}
 
 
 class PageCalls(ABC):
-    """What a kernel for paged attention takes from a cache, instead of :meth:`Cache.get`."""
+    """Pages and tables for kernels of paged attention, instead of :meth:`Cache.get`."""
 
     page: int
     """Cells of a page."""

@@ -34,7 +34,7 @@ from .plan import PoolState
 SLOT_AXES = "tc"
 """The first axes of buffers, by the letters of :meth:`Backend.alloc_axes`: slots, channels."""
 Likeness: TypeAlias = tuple[FastKey, ...]
-"""What has to be alike for arrays to need no check."""
+"""Properties of arrays that are alike where no check is needed."""
 
 
 class LayerForm(NamedTuple):

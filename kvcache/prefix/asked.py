@@ -1,4 +1,4 @@
-"""What a session is asked for: arguments, checked before anything changes."""
+"""Arguments of a session, checked before anything changes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Costs:
-    """What fetching and computing cost, as far as it was measured; None for not yet."""
+    """Measured costs of fetching and computing; None for not yet."""
 
     bytes_per_second: float | None
     seconds_per_token: float | None

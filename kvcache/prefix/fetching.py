@@ -66,7 +66,7 @@ class Target(NamedTuple):
 
 
 class Reading:
-    """What was read so far of a prompt. first: number of the first page. present: pages behind."""
+    """Pages read so far of a prompt. first: number of the first page. present: pages behind."""
 
     def __init__(self, wanted: Wanted, first: int, present: int) -> None:
         self.wanted, self.first, self.present = wanted, first, present

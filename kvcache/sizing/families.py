@@ -1,4 +1,4 @@
-"""What the layers of models hold, by the family that their config names.
+"""Numbers that the layers of models hold, by the family that their config names.
 
 Decoders with attention alone have the same fields in all families. Those with recurrent layers have
 names of their own, so each family has a function here. A family that has such fields and no

@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a job.
+    """Outcome of a job.
 
     moved: of each key in order, the bytes that were moved, 0 where none had to be, and None where
     the key failed or is not there. seconds: from the beginning of the job to its end.
