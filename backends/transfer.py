@@ -21,6 +21,10 @@ def transfer(array: Array, source: Backend, target: Backend, axes: str = "") -> 
     target.dtype(source.dtype_name(array))
     source.sync(array)  # DLPack hands over memory that a lazy framework may not have written yet
     try:
-        return target.from_dlpack(array)
+        shared = target.from_dlpack(array)
     except DTypeError:
         return target.from_host_axes(source.to_host(array), axes)
+    # A backend of others may leave the array on the device of `source`.
+    if target.owns(shared):
+        return shared
+    return target.from_host_axes(source.to_host(array), axes)

@@ -110,9 +110,11 @@ def _after_hook(scenario, place, reference, moments, later, retried):
     raised = _fails(scenario, world, hooks(place.backends, moments))
     if isinstance(raised, str):
         return [raised]
-    if not raised:  # swallowed, so the call has to have done everything
+    if not raised:  # swallowed, so the call has to have done everything, or what it turns into
         scenario.act.finish(world)
-        return _compared("returned", world, reference.after, later, calls)
+        turned = reference.instead is not None and _is(world, reference.instead)
+        expected = reference.instead if turned else reference.after
+        return _compared("returned", world, expected, later, calls)
     if scenario.in_pass and retried:  # looking first would end the pass
         return _retried(scenario, world, reference, later, calls)
     expected = reference.expected_after_failure(world, moments)
@@ -213,7 +215,9 @@ def _after_interrupt(scenario, place, reference, number, ahead):
     calls = scenario.laters[later] if ahead else None
     if not raised:
         scenario.act.finish(world)
-        return _compared("returned", world, reference.after, later, calls)
+        turned = reference.instead is not None and _is(world, reference.instead)
+        expected = reference.instead if turned else reference.after
+        return _compared("returned", world, expected, later, calls)
     if scenario.in_pass:  # looking first would end the pass
         return _retried(scenario, world, reference, later, calls)
     return _before_or_after(scenario, world, reference, later, calls)

@@ -103,7 +103,8 @@ def _finish_steps(world):
     """Run a program for each step."""
     plans, world.seen = world.plan, []
     for step in range(len(world.backend.to_host(plans.cells))):
-        world.plan = type(plans)(*(leaf[step] for leaf in plans))
+        leaves = (None if leaf is None else leaf[step] for leaf in plans)
+        world.plan = type(plans)(*leaves)
         world.seen.append(by_program(world, world.arrays))
 
 

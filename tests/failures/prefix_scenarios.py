@@ -203,7 +203,12 @@ def _exit(world):
 
 
 def _fail(world):
+    """Leave the session by an exception, which hides that its end failed."""
     world.session.__exit__(ValueError, ValueError("the model"), None)
+
+
+def _drop(world):
+    world.session.close(store=False)
 
 
 BEGINS = [
@@ -212,10 +217,10 @@ BEGINS = [
     Act("begin forked", _begin(FORKED), resource=True),
 ]
 ENDS = [
-    Act("end new", _exit, instead=_fail, prepare=_computed([71, 72, 73])),
-    Act("end forked", _exit, instead=_fail, prepare=_computed(FORKED)),
-    Act("end again", _exit, instead=_fail, prepare=_computed(PROMPT)),
-    Act("end failed", _fail, _computed(FORKED)),
+    Act("end new", _exit, instead=_drop, prepare=_computed([71, 72, 73])),
+    Act("end forked", _exit, instead=_drop, prepare=_computed(FORKED)),
+    Act("end again", _exit, instead=_drop, prepare=_computed(PROMPT)),
+    Act("end failed", _fail, instead=_drop, prepare=_computed(FORKED)),
 ]
 CLEAR = Act("clear", lambda world: world.prefix.clear())
 EXTEND = Act("extend", lambda world: world.session.extend([81]), _computed(PROMPT), silent=True)

@@ -135,6 +135,8 @@ def _applied(world, cache, plan, state, step):
 
 
 def _nth(leaf, step):
+    if leaf is None:
+        return None
     if isinstance(leaf, dict):
         return {key: _nth(own, step) for key, own in leaf.items()}
     return leaf[step] if isinstance(leaf, list) else leaf[step, ...]

@@ -50,3 +50,11 @@ class StoreCase:
         while True:
             yield Item(hashlib.sha256(f"bench {self.nbytes} {number}".encode()).digest(), [value])
             number += 1
+
+
+def size_name(nbytes: int) -> str:
+    """Write the size of a value."""
+    for shift, unit in ((20, "MiB"), (10, "KiB")):
+        if nbytes >= 1 << shift and not nbytes % (1 << shift):
+            return f"{nbytes >> shift:,} {unit}"
+    return f"{nbytes:,} B"

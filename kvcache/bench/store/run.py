@@ -17,10 +17,9 @@ from kvcache._checks import check_sizes
 from kvcache.bench.harness.report import Skipped, library_versions, this_machine
 from kvcache.bench.harness.timing import Progress, TimedBlocks, no_collection, ticks
 
-from .case import StoreCase
+from .case import StoreCase, size_name
 from .contestants import Entrants
 from .report import StoreReport, StoreTiming
-from .tables import size_name
 
 SIZES = (1 << 20, 32 << 20)
 ROUNDS = 31

@@ -11,18 +11,10 @@ from rich.text import Text
 
 from kvcache.bench.harness.tables import new_table, page, short_number
 
-from .case import BASES, OPERATIONS
+from .case import BASES, OPERATIONS, size_name
 
 if TYPE_CHECKING:
     from .report import StoreReport
-
-
-def size_name(nbytes: int) -> str:
-    """Write the size of a value."""
-    for shift, unit in ((20, "MiB"), (10, "KiB")):
-        if nbytes >= 1 << shift and not nbytes % (1 << shift):
-            return f"{nbytes >> shift:,} {unit}"
-    return f"{nbytes:,} B"
 
 
 def store_tables(report: StoreReport) -> RenderableType:
