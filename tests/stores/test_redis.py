@@ -423,6 +423,7 @@ def test_nothing_is_connected_before_the_first_call():
         assert store.stats.unavailable == 1
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, if it is loaded
 def test_a_forked_child_has_connections_of_its_own(store):
     put(store, 1, 2)
     child = os.fork()
