@@ -14,7 +14,7 @@ from kvcache.errors import DTypeError, ShapeError
 from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.lengths import padded_index
 
-from .checks import check_dtype, refuse_gradients
+from .checks import as_factors, check_dtype, check_query_sizes, check_sink_shape, refuse_gradients
 from .layouts import ArrayLayout, Arrays
 from .reads import Read, Reads, Segment
 
@@ -49,19 +49,8 @@ def check_queries(
             f"{_NAME} are of the {tokens} tokens of this pass in layout {layout.axes!r} "
             f"(h q_heads, t tokens, d head_dim); got {shape}."
         )
-    (q_heads, dim), (kv_heads, head_dim) = layout.sizes(q), layout.sizes(keys)
     value_heads = layouts[len(buffers) - 1].sizes(buffers[-1])[0]
-    if value_heads != kv_heads:
-        raise ShapeError(
-            f"attention needs a value for each key; this layer has keys of {kv_heads} heads and "
-            f"values of {value_heads}. Call get."
-        )
-    if dim != head_dim:
-        raise ShapeError(f"{_NAME} have the head_dim of the keys, {head_dim}; got {dim}.")
-    if not q_heads or q_heads % kv_heads:
-        raise ShapeError(
-            f"heads of {_NAME} are a multiple of the {kv_heads} kv_heads; got {q_heads}."
-        )
+    check_query_sizes(layout.sizes(q), layout.sizes(keys), value_heads)
 
 
 def as_scoring(
@@ -77,15 +66,10 @@ def as_scoring(
     Raises: ValueError, TypeError, ShapeError, DTypeError.
     """
     q_heads, head_dim = layout.sizes(q)
-    factor = head_dim**-0.5 if scale is None else float(scale)
-    if not np.isfinite(factor):
-        raise ValueError(f"scale is a finite number; got {scale}.")
-    cap = None if softcap is None else float(softcap)
-    if cap is not None and not (cap > 0 and np.isfinite(cap)):
-        raise ValueError(f"softcap is a finite number above 0, or None; got {softcap}.")
+    factors = as_factors(head_dim, scale, softcap)
     if sinks is not None:
         _check_sinks(backend, sinks, q_heads)
-    return Scoring(factor, cap, sinks)
+    return Scoring(*factors, sinks)
 
 
 def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
@@ -95,10 +79,7 @@ def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
             f"sinks must be float arrays of {backend.spec}; got {described(sinks)}. "
             f"{backend.moved_by}"
         )
-    if tuple(sinks.shape) != (q_heads,):
-        raise ShapeError(
-            f"sinks are one logit per query head, [{q_heads}]; got {tuple(sinks.shape)}."
-        )
+    check_sink_shape(sinks.shape, q_heads)
 
 
 def attend(

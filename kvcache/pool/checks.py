@@ -1,7 +1,8 @@
-"""Checks of keys and values before they are put."""
+"""Checks of keys and values before they are put, and of queries before they attend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvcache.backends import Array, Backend
@@ -79,3 +80,38 @@ def check_fit(
         raise ShapeError(f"layer {layer} has values in every pass or in none.")
     for layout, shape, buffer in zip(layouts, shapes, buffers, strict=False):
         check_heads(layout, shape, buffer)
+
+
+def check_query_sizes(queries: tuple[int, int], keys: tuple[int, int], value_heads: int) -> None:
+    """Raise ShapeError unless queries can attend to keys. queries, keys: heads and head_dim."""
+    (q_heads, dim), (kv_heads, head_dim) = queries, keys
+    if value_heads != kv_heads:
+        raise ShapeError(
+            f"attention needs a value for each key; this layer has keys of {kv_heads} heads and "
+            f"values of {value_heads}. Call get."
+        )
+    if dim != head_dim:
+        raise ShapeError(f"queries have the head_dim of the keys, {head_dim}; got {dim}.")
+    if not q_heads or q_heads % kv_heads:
+        raise ShapeError(
+            f"heads of queries are a multiple of the {kv_heads} kv_heads; got {q_heads}."
+        )
+
+
+def as_factors(
+    head_dim: int, scale: float | None, softcap: float | None
+) -> tuple[float, float | None]:
+    """Return scale and soft cap of attention. Raises: ValueError, TypeError for other numbers."""
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"scale is a finite number; got {scale}.")
+    cap = None if softcap is None else float(softcap)
+    if cap is not None and not (cap > 0 and math.isfinite(cap)):
+        raise ValueError(f"softcap is a finite number above 0, or None; got {softcap}.")
+    return factor, cap
+
+
+def check_sink_shape(shape: Sequence[int], q_heads: int) -> None:
+    """Raise ShapeError unless an array of this shape has a sink for each query head."""
+    if tuple(shape) != (q_heads,):
+        raise ShapeError(f"sinks are one logit per query head, [{q_heads}]; got {tuple(shape)}.")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from kvcache.backends import Array, backend_of, backend_type
 from kvcache.backends.blocks import token_axis
 from kvcache.backends.products import Scoring
 from kvcache.errors import DTypeError, KVCacheError, ShapeError
 
+from .checks import as_factors, check_query_sizes, check_sink_shape
 from .layouts import Arrays
 from .plan import ForwardPlan
 
@@ -54,21 +53,10 @@ def _check_queries(buffers: Arrays, plan: ForwardPlan, q: Array, axis: int) -> N
             f"queries have three axes, with the {tokens} tokens of the plan on axis {axis}; "
             f"got {shape}."
         )
-    (kv_heads, head_dim), (value_heads, _) = (
+    of_keys, (value_heads, _) = (
         _sizes(buffers[i], token_axis(plan.prototypes[i])) for i in (0, len(buffers) - 1)
     )
-    q_heads, dim = _sizes(q, axis)
-    if value_heads != kv_heads:
-        raise ShapeError(
-            f"attention needs a value for each key; this layer has keys of {kv_heads} heads and "
-            f"values of {value_heads}. Call get."
-        )
-    if dim != head_dim:
-        raise ShapeError(f"queries have the head_dim of the keys, {head_dim}; got {dim}.")
-    if not q_heads or q_heads % kv_heads:
-        raise ShapeError(
-            f"heads of queries are a multiple of the {kv_heads} kv_heads; got {q_heads}."
-        )
+    check_query_sizes(_sizes(q, axis), of_keys, value_heads)
 
 
 def _scoring(
@@ -79,15 +67,10 @@ def _scoring(
     sinks: Array | None,
 ) -> Scoring:
     """Return checked arguments."""
-    factor = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(factor):
-        raise ValueError(f"scale is a finite number; got {scale}.")
-    cap = None if softcap is None else float(softcap)
-    if cap is not None and not (cap > 0 and math.isfinite(cap)):
-        raise ValueError(f"softcap is a finite number above 0, or None; got {softcap}.")
+    factors = as_factors(head_dim, scale, softcap)
     if sinks is not None:
         _check_sinks(sinks, q_heads)
-    return Scoring(factor, cap, sinks)
+    return Scoring(*factors, sinks)
 
 
 def _check_sinks(sinks: Array, q_heads: int) -> None:
@@ -95,10 +78,7 @@ def _check_sinks(sinks: Array, q_heads: int) -> None:
         backend_of(sinks)
     if not _is_float(sinks.dtype):
         raise DTypeError(f"sinks are float arrays; got {sinks.dtype}.")
-    if tuple(sinks.shape) != (q_heads,):
-        raise ShapeError(
-            f"sinks are one logit per query head, [{q_heads}]; got {tuple(sinks.shape)}."
-        )
+    check_sink_shape(sinks.shape, q_heads)
 
 
 def _sizes(array: Array, axis: int) -> tuple[int, int]:
