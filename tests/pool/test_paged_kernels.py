@@ -142,7 +142,7 @@ def transformers_kernel(forward):
     return kernel
 
 
-@pytest.mark.one_backend(name="torch")
+@pytest.mark.cross_backend  # not of several, but only where all are together is transformers
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_paged_attention_of_transformers(name, window):

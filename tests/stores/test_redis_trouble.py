@@ -25,7 +25,8 @@ AT_LENGTH = pytest.mark.skipif(not THOROUGH, reason="runs with HYPOTHESIS_PROFIL
 CHUNK = 1 << 16
 LARGE = 40 * CHUNK
 SOON = 0.15
-SLACK = 1.0
+ENOUGH = 1.5
+SLACK = 3.0
 """Seconds that a busy machine may add to a deadline; what hangs would take the 5 of `timeout`."""
 
 
@@ -217,14 +218,15 @@ def test_a_stopped_master_keeps_nobody_from_the_others(cluster):
         cluster.masters[1].stop()
         try:
             outcomes, seconds = seconds_of(
-                lambda: store.get(map(key_of, numbers), deadline=Deadline.after(SOON))
+                # Seconds, not SOON: on a busy machine the others need time for their megabytes, too.
+                lambda: store.get(map(key_of, numbers), deadline=Deadline.after(ENOUGH))
             )
         finally:
             cluster.masters[1].go_on()
         assert is_right(outcomes[0], numbers[0])
         assert isinstance(outcomes[1], Unavailable)
         assert is_right(outcomes[2], numbers[2])
-        assert seconds < SOON + SLACK
+        assert seconds < ENOUGH + SLACK
         wait_for(lambda: all(map(cluster.is_fine, cluster.servers)), "the cluster is fine")
         wait_for(lambda: is_right(get_one(store, numbers[1]), numbers[1]), "it is found again")
 
@@ -241,9 +243,9 @@ def test_a_master_killed_under_load(cluster):
         while not done.is_set():
             number = choices.choice(numbers)
             if choices.random() < 0.3:
-                store.put([item_of(number, LARGE)], deadline=Deadline.after(0.5))
+                store.put([item_of(number, LARGE)], deadline=Deadline.after(20))
                 continue
-            outcome = get_one(store, number, Deadline.after(0.5))
+            outcome = get_one(store, number)
             if isinstance(outcome, Unavailable):
                 failed.append((number, outcome.reason))
             elif outcome != Miss() and not is_right(outcome, number):
