@@ -251,3 +251,8 @@ def cost_gate(prefix):
 def make_older(gate, seconds):
     """Let the measurement of a store be so many seconds older."""
     gate._measured -= seconds
+
+
+def jobs_of(background):
+    """The queue of jobs in the background."""
+    return background._jobs
