@@ -11,15 +11,19 @@ Two options are all that SGLang needs; the guide is ``docs/sglang.md``::
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
 
 from kvcache.errors import BackendNotAvailableError
 from kvcache.stores import open_store
 from kvcache.stores.jobs import Jobs
 from kvcache.stores.named import NamedKeys
-from kvcache.stores.transfers import Place
+from kvcache.stores.transfers import Place, Report, Sink
 
 try:
     import torch
@@ -45,13 +49,16 @@ _logger = logging.getLogger("kvcache.adapters")
 _KV = str(PoolName.KV)
 _OPTIONS = ("threads", "timeout", "lookup_timeout")
 
+_Arrivals: TypeAlias = "queue.SimpleQueue[tuple[int, memoryview] | None]"
+"""Pages by their number in a call, as they come; None behind the last."""
+
 
 class KVCacheStorage(HiCacheStorage):
     """Pages of all pools in a store.
 
     Calls wait for the store, in the threads that SGLang has for that, until their timeout at most:
     what has not come by then is not there. Pages are verified by a checksum when they are read, and
-    copied into the pool of the host by the thread that asked.
+    copied into the pool of the host by the thread that asked, one after the other as they come.
 
     storage_config: of SGLang. Its extra_config has `url`, and may have `options`, both of
     ``kvcache.stores.open_store``; `namespace`, which tells apart what SGLang does not, such as
@@ -235,12 +242,30 @@ class KVCacheStorage(HiCacheStorage):
         self, name: str, keys: Sequence[str], indices: torch.Tensor | None
     ) -> list[bool]:
         firsts = self._first_indices(name, keys, indices)
-        pages = [self._fresh_page(name) for _ in firsts]
-        loaded = self._load(name, keys[: len(firsts)], pages)
-        for first, page, is_loaded in zip(firsts, pages, loaded, strict=True):
-            if is_loaded:
-                self._pools[name].set_from_flat_data_page(first, page)
-        return list(loaded) or [False] * len(keys)
+        loaded = [False] * len(keys)
+        if not firsts:
+            return loaded
+        pool = self._pools[name]
+        # One for all: a fresh page costs more than what it holds, and is pinned memory on a GPU.
+        page = self._fresh_page(name)
+        content_of_page = page.view(torch.uint8).numpy()
+        for number, content in self._arriving(name, keys, content_of_page.nbytes):
+            np.copyto(content_of_page, content)  # which is read-only, as no tensor is
+            # In this thread, which may hold locks of SGLang's that others would wait for.
+            pool.set_from_flat_data_page(firsts[number], page)
+            loaded[number] = True
+        return loaded
+
+    def _arriving(
+        self, name: str, keys: Sequence[str], nbytes: int
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield pages with their numbers as they come, until all have or the time is over."""
+        arrivals: _Arrivals = queue.SimpleQueue()
+        sinks = (Sink(nbytes, partial(_arrive, arrivals, number)) for number in range(len(keys)))
+        self._jobs.load(
+            list(map(Place, self._keys(name, keys), sinks)), then=partial(_finish, arrivals)
+        )
+        return iter(arrivals.get, None)
 
     def _put_pages(
         self, name: str, keys: Sequence[str], indices: torch.Tensor | None
@@ -263,6 +288,14 @@ class KVCacheStorage(HiCacheStorage):
     def _fresh_page(self, name: str) -> torch.Tensor:
         page: torch.Tensor = self._pools[name].get_dummy_flat_data_page()
         return page
+
+
+def _arrive(arrivals: _Arrivals, number: int, content: memoryview) -> None:
+    arrivals.put((number, content))
+
+
+def _finish(arrivals: _Arrivals, report: Report) -> None:
+    arrivals.put(None)
 
 
 def _leading(found: Sequence[bool]) -> int:
