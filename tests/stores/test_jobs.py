@@ -320,7 +320,7 @@ def test_timeouts_may_be_infinite(begin):
     hung = jobs.load(blank([0])[1])
     assert store.hung.wait(20)
     assert jobs.look_up(keys_of(1)).wait().succeeded == (False,)
-    jobs.close()
+    store.go_on.set()
     assert hung.wait().succeeded == (False,)
 
 
@@ -378,11 +378,11 @@ def test_ctrl_c_in_closing_loses_no_report(begin):
     assert store.hung.wait(20)
     with pytest.raises(KeyboardInterrupt):
         jobs.close()
+    store.go_on.set()
     jobs.close()
     assert len(reports) == 3
     assert not any(any(job.wait().succeeded) for job in begun)
     jobs.drain()
-    store.go_on.set()
     wait_for(lambda: is_closed(store), "the last thread to leave")
 
 
