@@ -294,7 +294,7 @@ def _arrive(arrivals: _Arrivals, number: int, content: memoryview) -> None:
     arrivals.put((number, content))
 
 
-def _finish(arrivals: _Arrivals, report: Report) -> None:
+def _finish(arrivals: _Arrivals, _: Report) -> None:
     arrivals.put(None)
 
 

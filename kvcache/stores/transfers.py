@@ -267,7 +267,7 @@ class Put(_Transfer):
 def _item(place: Place) -> Item:
     """Return a copy of the value in a buffer, and its checksum."""
     if isinstance(place.buffer, Sink):
-        raise TypeError("values are put from buffers; got a Sink, which takes those that are loaded.")
+        raise TypeError("values are put from buffers; got a Sink, which only takes them.")
     value = _flat(place.buffer).copy()
     return Item(place.key, [value.data, _checksum(place, value.data)])
 

@@ -495,9 +495,7 @@ def test_the_manager_of_vllm_goes_on_when_a_store_hangs(vllm, make_tier, manager
     assert engine.load(range(4)) == list(range(4))
 
 
-@pytest.mark.parametrize(
-    ("published", "enabled"), [(True, True), (True, False), (False, True)]
-)
+@pytest.mark.parametrize(("published", "enabled"), [(True, True), (True, False), (False, True)])
 def test_chunks_in_a_store_are_told_of_as_those_of_the_file_tier(
     vllm, make_tier, manager_of, tmp_path, published, enabled
 ):
