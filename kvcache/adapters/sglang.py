@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import queue
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
@@ -49,8 +50,11 @@ _logger = logging.getLogger("kvcache.adapters")
 _KV = str(PoolName.KV)
 _OPTIONS = ("threads", "timeout", "lookup_timeout")
 
+_JOBS, _JOB_NBYTES = 4, 1 << 22
+"""Jobs of one call at a time, and bytes of each."""
+
 _Arrivals: TypeAlias = "queue.SimpleQueue[tuple[int, memoryview] | None]"
-"""Pages by their number in a call, as they come; None behind the last."""
+"""Pages by their number in a call, as they come; None behind the last of a job."""
 
 
 class KVCacheStorage(HiCacheStorage):
@@ -246,11 +250,11 @@ class KVCacheStorage(HiCacheStorage):
         if not firsts:
             return loaded
         pool = self._pools[name]
-        # One for all: a fresh page costs more than what it holds, and is pinned memory on a GPU.
+        # One for all: fresh pages take longer than what comes into them, more so pinned ones.
         page = self._fresh_page(name)
-        content_of_page = page.view(torch.uint8).numpy()
-        for number, content in self._arriving(name, keys, content_of_page.nbytes):
-            np.copyto(content_of_page, content)  # which is read-only, as no tensor is
+        page_content = page.view(torch.uint8).numpy()
+        for number, content in self._arriving(name, keys, page_content.nbytes):
+            np.copyto(page_content, content)  # which is read-only, as no tensor is
             # In this thread, which may hold locks of SGLang's that others would wait for.
             pool.set_from_flat_data_page(firsts[number], page)
             loaded[number] = True
@@ -259,13 +263,25 @@ class KVCacheStorage(HiCacheStorage):
     def _arriving(
         self, name: str, keys: Sequence[str], nbytes: int
     ) -> Iterator[tuple[int, memoryview]]:
-        """Yield pages with their numbers as they come, until all have or the time is over."""
+        """Yield pages with their numbers as they come, until all have or the time is over.
+
+        A few jobs at a time: pages that wait are memory that cannot be used again.
+        """
         arrivals: _Arrivals = queue.SimpleQueue()
         sinks = (Sink(nbytes, partial(_arrive, arrivals, number)) for number in range(len(keys)))
-        self._jobs.load(
-            list(map(Place, self._keys(name, keys), sinks)), then=partial(_finish, arrivals)
-        )
-        return iter(arrivals.get, None)
+        places = list(map(Place, self._keys(name, keys), sinks))
+        step = max(1, _JOB_NBYTES // max(1, nbytes))
+        waiting = deque(places[start : start + step] for start in range(0, len(places), step))
+        running, deadline = 0, self._jobs.deadline()
+        while waiting or running:
+            while waiting and running < _JOBS:
+                self._jobs.load(waiting.popleft(), partial(_finish, arrivals), deadline)
+                running += 1
+            arrival = arrivals.get()
+            if arrival is not None:
+                yield arrival
+            else:
+                running -= 1
 
     def _put_pages(
         self, name: str, keys: Sequence[str], indices: torch.Tensor | None

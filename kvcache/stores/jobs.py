@@ -88,12 +88,19 @@ class Jobs:
         """Ask which keys there are."""
         return self._begin(LookUp(keys, Deadline.after(self._lookup_timeout), then))
 
-    def load(self, places: Sequence[Place], then: Then | None = None) -> Job:
+    def load(
+        self, places: Sequence[Place], then: Then | None = None, deadline: Deadline | None = None
+    ) -> Job:
         """Load values into buffers, which belong to the job until it is over.
 
-        A buffer whose key failed is as it was.
+        A buffer whose key failed is as it was. deadline: from :meth:`deadline`, to give several
+        jobs the same.
         """
-        return self._begin(Load(places, Deadline.after(self._timeout), then))
+        return self._begin(Load(places, deadline or self.deadline(), then))
+
+    def deadline(self) -> Deadline:
+        """Return the end of all jobs but look-ups that begin at this moment."""
+        return Deadline.after(self._timeout)
 
     def put(self, places: Sequence[Place], then: Then | None = None) -> Job:
         """Put the values in buffers, which must not change until the job is over."""

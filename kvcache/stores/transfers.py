@@ -21,12 +21,14 @@ import numpy as np
 import xxhash
 
 from .base import Store, as_keys
+from .buffers import buffer_of
 from .outcomes import Deadline, Deleted, Hit, Item, Key, Miss, Present, Stored
 
 _logger = logging.getLogger("kvcache.stores")
 
 SUM_NBYTES = 16
-_PIECE_NBYTES = 1 << 25
+_PIECE_NBYTES = 1 << 22
+"""Bytes asked for in one call: few, so that their memory is used again while it is in the cache."""
 _PIECE_KEYS = 512
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview[int]"
@@ -268,8 +270,9 @@ def _item(place: Place) -> Item:
     """Return a copy of the value in a buffer, and its checksum."""
     if isinstance(place.buffer, Sink):
         raise TypeError("values are put from buffers; got a Sink, which only takes them.")
-    value = _flat(place.buffer).copy()
-    return Item(place.key, [value.data, _checksum(place, value.data)])
+    value = buffer_of(place.nbytes)
+    np.copyto(_flat(value), _flat(place.buffer))
+    return Item(place.key, [value, _checksum(place, value)])
 
 
 def _load(value: memoryview, place: Place) -> int | None:
