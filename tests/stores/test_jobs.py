@@ -171,7 +171,7 @@ def test_a_job_of_many_keys_is_answered_in_pieces(begin):
 
 def test_large_values_are_answered_in_pieces(begin):
     jobs = begin(MemoryStore())
-    nbytes = 20 << 20
+    nbytes = 5 << 20
     assert jobs.put(full(range(3), nbytes)).wait().nbytes == 3 * nbytes
     buffers, places = blank(range(3), nbytes)
     assert all(jobs.load(places).wait().succeeded)

@@ -465,30 +465,58 @@ def test_a_config_without_a_url(sglang):
         sglang.create_backend("dynamic", config_of(sglang), HostPool())
 
 
+class Load:
+    """Calls of eight threads, for single tensors and for pages of one pool."""
+
+    def __init__(self, storage, pool, seconds):
+        self.storage, self.pool, self.end = storage, pool, time.monotonic() + seconds
+        self.calls, self.wrong = [], []
+
+    def work(self, thread):
+        random = np.random.default_rng(thread)
+        pages = range(4 * thread, 4 * thread + 4)
+        calls = [self.set_tensor, self.get_tensor, self.put_pages, self.get_pages]
+        while time.monotonic() < self.end:
+            calls[random.integers(4)](random.integers(0, 200, 4).tolist(), pages)
+            self.calls.append(thread)
+
+    def set_tensor(self, numbers, pages):
+        import torch
+
+        self.storage.set(f"{numbers[0]}", torch.from_numpy(coded(numbers[0], PAGE_NBYTES)))
+
+    def get_tensor(self, numbers, pages):
+        import torch
+
+        wanted = torch.from_numpy(coded(numbers[0], PAGE_NBYTES))
+        found = self.storage.get(f"{numbers[0]}", torch.zeros_like(wanted))
+        if found is not None and not torch.equal(found, wanted):
+            self.wrong.append(numbers)
+
+    def put_pages(self, numbers, pages):
+        self._fill(numbers, pages)
+        self.storage.batch_set_v1(names(numbers), indices(pages))
+
+    def get_pages(self, numbers, pages):
+        before = [1000, 1001, 1002, 1003]
+        self._fill(before, pages)
+        loaded = self.storage.batch_get_v1(names(numbers), indices(pages))
+        for page, number, other, is_loaded in zip(pages, numbers, before, loaded, strict=True):
+            if not self.pool.is_right(page, number if is_loaded else other):
+                self.wrong.append(numbers)
+
+    def _fill(self, numbers, pages):
+        for page, number in zip(pages, numbers, strict=True):
+            self.pool.fill(page, number)
+
+
 @pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_calls_of_eight_threads_are_exact(make_storage, seconds):
-    storage, _ = make_storage(MemoryStore(budget=100 * PAGE_NBYTES), threads=4)
-    end, calls, wrong = time.monotonic() + seconds, [], []
-
-    def work(thread):
-        random = np.random.default_rng(thread)
-        while time.monotonic() < end:
-            import torch
-
-            number = int(random.integers(200))
-            page = torch.from_numpy(coded(number, PAGE_NBYTES))
-            if random.integers(2):
-                storage.set(f"{number}", page)
-            else:
-                found = storage.get(f"{number}", torch.zeros_like(page))
-                if found is not None and not torch.equal(found, page):
-                    wrong.append(number)
-            calls.append(number)
-
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    run = Load(*make_storage(MemoryStore(budget=100 * PAGE_NBYTES), threads=4), seconds)
+    threads = [threading.Thread(target=run.work, args=(thread,)) for thread in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
-    assert len(calls) > 100
+    assert not run.wrong
+    assert len(run.calls) > 100
