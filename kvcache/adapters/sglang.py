@@ -10,6 +10,7 @@ Two options are all that SGLang needs; the guide is ``docs/sglang.md``::
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import queue
 from collections import deque
@@ -50,7 +51,7 @@ _logger = logging.getLogger("kvcache.adapters")
 _KV = str(PoolName.KV)
 _OPTIONS = ("threads", "timeout", "lookup_timeout")
 
-_JOBS, _JOB_NBYTES = 4, 1 << 22
+_JOBS, _JOB_NBYTES = 2, 1 << 23
 """Jobs of one call at a time, and bytes of each."""
 
 _Arrivals: TypeAlias = "queue.SimpleQueue[tuple[int, memoryview] | None]"
@@ -250,11 +251,9 @@ class KVCacheStorage(HiCacheStorage):
         if not firsts:
             return loaded
         pool = self._pools[name]
-        # One for all: fresh pages take longer than what comes into them, more so pinned ones.
-        page = self._fresh_page(name)
-        page_content = page.view(torch.uint8).numpy()
-        for number, content in self._arriving(name, keys, page_content.nbytes):
-            np.copyto(page_content, content)  # which is read-only, as no tensor is
+        form = self._fresh_page(name)
+        for number, content in self._arriving(name, keys, form.nbytes):
+            page = _as_tensor(content, form.dtype) if content.nbytes else form
             # In this thread, which may hold locks of SGLang's that others would wait for.
             pool.set_from_flat_data_page(firsts[number], page)
             loaded[number] = True
@@ -304,6 +303,14 @@ class KVCacheStorage(HiCacheStorage):
     def _fresh_page(self, name: str) -> torch.Tensor:
         page: torch.Tensor = self._pools[name].get_dummy_flat_data_page()
         return page
+
+
+def _as_tensor(content: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor over read-only memory, to be read only and as long as there is `content`."""
+    # By its address: torch warns of memory that it may not write to, and a copy takes as long as
+    # the one into the pool.
+    address = np.frombuffer(content, np.uint8).ctypes.data
+    return torch.frombuffer((ctypes.c_ubyte * content.nbytes).from_address(address), dtype=dtype)
 
 
 def _arrive(arrivals: _Arrivals, number: int, content: memoryview) -> None:
