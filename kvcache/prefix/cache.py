@@ -108,7 +108,8 @@ class PrefixCache:
         """Held while a session begins or ends."""
         # No reference to this object: it would keep its sequences claimed, once dropped, until the
         # garbage collector comes round.
-        self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace)
+        medium = self._source.medium
+        self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace, medium)
         self.events, self._index = kept.events, kept.index
         self._trees, self._media_ids = kept.trees, kept.media_ids
         self._requests = requests = Requests(self._source, kept, read_clock, every)

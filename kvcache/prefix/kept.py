@@ -23,7 +23,8 @@ _MIN_INDEX_BUDGET = 1 << 26
 class KeptSpans:
     """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
 
-    budget, index_budget: bytes; None for no limit, and for one that goes with the budget.
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget. medium:
+    of their events.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class KeptSpans:
         budget: int | None,
         index_budget: int | None,
         namespace: str,
+        medium: str,
     ) -> None:
         if index_budget is None and budget is not None:
             index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
-        self.events = Events(namespace)
+        self.events = Events(namespace, medium)
         trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
         media_ids = MediaIds()
         self.index: SpanIndex[StoredSnapshot] = SpanIndex(
