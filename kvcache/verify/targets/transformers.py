@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from kvcache import LayerCaches
 from kvcache.adapters.transformers import ModelCache, ModelSession, make_cache, prefix_cache
 from kvcache.adapters.transformers.plan import layer_plans
 from kvcache.backends import HostArray
 from kvcache.errors import TrimError
+from kvcache.prefix import PrefixCache
+from kvcache.stores import NEVER, MemoryStore
 from kvcache.verify.target import Ability, Conversation, Target, Trial
 
-from .kept import KeptTrial
+from .kept import KeptConversation, KeptTrial, OwnCacheConversation
+from .tiers import MakeStore, TieredTrial
 
 _MOST_TOKENS = 40
 
@@ -61,15 +66,19 @@ class TransformersTarget(Target):
         if _decoder_layers(model):
             self.abilities |= {Ability.LAYERS}
         self.abilities |= self._more_abilities(cache)
-        self.tiers = ("host",) if self.sessions else ()
+        self.tiers = ("host", "store") if self.sessions else ()
 
     def _more_abilities(self, cache: object) -> set[Ability]:
         if self.sessions:
             return {Ability.TENANTS, Ability.CANCEL}
-        return {Ability.FORK, Ability.CANCEL} if cache == "ours" else {Ability.FORK}
+        more = {Ability.FORK, Ability.BATCH}
+        return more | {Ability.CANCEL} if cache == "ours" else more
 
     def trial(self) -> Trial:
         return _SessionTrial(self) if self.sessions else _CacheTrial(self)
+
+    def cold_trial(self) -> Trial:
+        return _SessionTrial(self, None) if self.sessions else self.trial()
 
     def reference(self, ids: Sequence[int]) -> HostArray:
         with torch.no_grad():
@@ -79,14 +88,26 @@ class TransformersTarget(Target):
         """Return `ids` as a batch of one row."""
         return torch.tensor([list(ids)], device=self.model.device)
 
-    def forward(self, cache: Cache, ids: Sequence[int]) -> HostArray:
-        """Compute `ids` over `cache`; return logits behind each."""
+    def forward(
+        self, cache: Cache, rows: Sequence[Sequence[int]], padding: Sequence[int]
+    ) -> HostArray:
+        """Compute equally many tokens for each row of a batch: logits ``[rows, tokens, vocab]``.
+
+        padding: columns on the left of each row, in the cache and the pass, that are no tokens.
+        """
+        options: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            start = cache.get_seq_length()
+            start, device = int(cache.get_seq_length()), self.model.device
+            columns = torch.arange(start + len(rows[0]), device=device)
+            behind = columns - torch.tensor(list(padding), device=device)[:, None]
+            if any(padding):
+                options["attention_mask"] = (behind >= 0).long()
             # Some models count positions from 0 in every call that names none.
-            positions = torch.arange(start, start + len(ids), device=self.model.device)[None]
-            out = self.model(self.tensor(ids), cache=cache, position_ids=positions, use_cache=True)
-        return _to_host(out.logits)
+            options["position_ids"] = behind[:, start:].clamp(min=0)
+            ids = torch.tensor([list(row) for row in rows], device=device)
+            out = self.model(ids, cache=cache, use_cache=True, **options)
+        array: HostArray = out.logits.float().cpu().numpy()
+        return array
 
     @contextmanager
     def layers(self) -> Iterator[list[HostArray]]:
@@ -162,19 +183,17 @@ def _to_host(tensor: torch.Tensor) -> HostArray:
     return array
 
 
-class _CacheConversation(Conversation):
-    """One cache."""
+class _CacheConversation(OwnCacheConversation):
+    """One cache, of one row. padding: columns of it on the left that are no tokens."""
 
-    def __init__(self, target: TransformersTarget, cache: Cache, ids: Sequence[int]) -> None:
-        self.target, self.cache, self.ids = target, cache, list(ids)
-        self._held = len(ids)
-
-    @property
-    def held(self) -> int:
-        return self._held
+    def __init__(
+        self, target: TransformersTarget, cache: Cache, ids: Sequence[int], padding: int = 0
+    ) -> None:
+        super().__init__(ids)
+        self.target, self.cache, self.padding = target, cache, padding
 
     def forward(self, ids: Sequence[int]) -> HostArray:
-        logits = self.target.forward(self.cache, ids)
+        logits: HostArray = self.target.forward(self.cache, [ids], [self.padding])[0]
         self.ids += ids
         return logits
 
@@ -186,7 +205,7 @@ class _CacheConversation(Conversation):
             return True
         copied = copy.deepcopy(self.cache)
         copied.activate_past_recording()
-        self.target.forward(copied, [0] * count)
+        self.target.forward(copied, [[0] * count], [self.padding])
         return bool(copied.is_croppable)
 
     def trim(self, count: int) -> None:
@@ -202,9 +221,6 @@ class _CacheConversation(Conversation):
         del self.ids[len(self.ids) - rejected :]
         return logits
 
-    def fork(self) -> Conversation:
-        return type(self)(self.target, copy.deepcopy(self.cache), self.ids)
-
     def cancel(self, ids: Sequence[int], layer: int) -> None:
         if not isinstance(self.cache, ModelCache):
             super().cancel(ids, layer)
@@ -212,7 +228,7 @@ class _CacheConversation(Conversation):
         caches = self.cache.caches
         caches.checkpoint()
         with self.target.interrupted(layer):
-            self.target.forward(self.cache, ids)
+            self.target.forward(self.cache, [ids], [self.padding])
         self.cache.caches.rollback(0)
 
 
@@ -227,65 +243,97 @@ def can_crop(cache: Cache, count: int, checked: bool) -> bool:
     return True
 
 
-class _CacheTrial(KeptTrial[Cache]):
+class _CacheTrial(KeptTrial["_Kept"]):
     """Caches of conversations that ended, to be copied and cropped."""
 
     def __init__(self, target: TransformersTarget) -> None:
         super().__init__()
         self.target = target
 
-    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
-        cache, held = self.nearest(ids)
-        if cache is None:
-            cache = self.target.make(self.target.model)
-        return _Kept(self, cache, ids[:held])
+    def new(self) -> _Kept:
+        return _Kept(self, self.target.make(self.target.model))
 
-    def cut(self, kept: Cache, count: int) -> Cache | None:
-        if count and not can_crop(kept, count, self.target.checked):
-            return None
-        cache = copy.deepcopy(kept)
-        if count:
-            cache.crop(-count)
-        return cache
+    def together(self, rows: Sequence[tuple[Conversation, Sequence[int]]]) -> list[HostArray]:
+        """Compute as many tokens as all rows have in one batch, and the rest of each alone."""
+        talks = [row for row, _ in rows if isinstance(row, _Kept)]
+        common = min(len(ids) for _, ids in rows)
+        batch, padding = self._joined(talks)
+        first = self.target.forward(batch, [ids[:common] for _, ids in rows], padding)
+        for talk, (cache, columns) in zip(talks, _rows_of(batch, padding), strict=True):
+            talk.cache, talk.padding = cache, columns
+        outputs = []
+        for talk, logits, (_, ids) in zip(talks, first, rows, strict=True):
+            talk.ids += ids[:common]
+            rest = [talk.forward(ids[common:])] if len(ids) > common else []
+            outputs.append(np.concatenate([logits, *rest]))
+        return outputs
+
+    def _joined(self, talks: Sequence[_Kept]) -> tuple[Cache, list[int]]:
+        """Return one cache with a row for each conversation, padded on the left.
+
+        The library has no call that joins caches: a batch of it begins with a prompt for each row.
+        """
+        width = max(len(talk.ids) for talk in talks)
+        padding = [width - len(talk.ids) for talk in talks]
+        caches = [talk.cache for talk in talks]
+        if self.target.make is make_cache:
+            own = [cache.caches for cache in caches if isinstance(cache, ModelCache)]
+            return ModelCache(self.target.model.config, LayerCaches.concat(own)), padding
+        cache = self.target.make(self.target.model)
+        padded = [[*[0] * n, *talk.ids] for n, talk in zip(padding, talks, strict=True)]
+        self.target.forward(cache, padded, padding)
+        return cache, padding
 
 
-class _Kept(_CacheConversation):
-    """A conversation whose cache is kept in its trial."""
-
-    def __init__(self, trial: _CacheTrial, cache: Cache, ids: Sequence[int]) -> None:
-        super().__init__(trial.target, cache, ids)
-        self._trial = trial
-
-    def fork(self) -> Conversation:
-        return _Kept(self._trial, copy.deepcopy(self.cache), self.ids)
-
-    def end(self, store: bool) -> None:
-        if store:
-            self._trial.keep(self.ids, self.cache)
+def _rows_of(batch: Cache, padding: Sequence[int]) -> Iterator[tuple[Cache, int]]:
+    """Yield a cache for each row of a batch, and its padding."""
+    if isinstance(batch, ModelCache) and batch.caches[0].padding is not None:
+        for caches in batch.caches.split():
+            yield ModelCache(batch.config, caches), 0
+        return
+    for row, columns in enumerate(padding):
+        cache = copy.deepcopy(batch)
+        cache.batch_select_indices(torch.tensor([row]))
+        yield cache, columns
 
 
-class _SessionTrial(Trial):
+class _Kept(_CacheConversation, KeptConversation):
+    trial: _CacheTrial
+
+    def __init__(
+        self, trial: _CacheTrial, cache: Cache, ids: Sequence[int] = (), padding: int = 0
+    ) -> None:
+        super().__init__(trial.target, cache, ids, padding)
+        self.trial = trial
+
+    def copied(self) -> Self:
+        return type(self)(self.trial, copy.deepcopy(self.cache), self.ids, self.padding)
+
+
+class _SessionTrial(TieredTrial):
     """Sessions of the adapter's prefix cache."""
 
-    def __init__(self, target: TransformersTarget) -> None:
+    def __init__(self, target: TransformersTarget, store: MakeStore | None = MemoryStore) -> None:
         self.target = target
-        self.prefix = prefix_cache(target.model)
+        super().__init__(self._made, store)
+
+    def _made(self, **options: Any) -> PrefixCache:
+        self._sessions = prefix_cache(self.target.model, **options)
+        return self._sessions.prefix
 
     def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
         tensor = self.target.tensor(ids)
         with torch.no_grad():
-            session = self.prefix.session(tensor, torch.ones_like(tensor), salt=str(tenant))
-        return _SessionConversation(self.target, session, ids)
-
-    def evict(self, tier: str) -> None:
-        self.prefix.prefix.clear()
+            session = self._sessions.session(
+                tensor, torch.ones_like(tensor), salt=str(tenant), deadline=NEVER
+            )
+        return _SessionConversation(self, session, ids)
 
 
 class _SessionConversation(_CacheConversation):
-    def __init__(
-        self, target: TransformersTarget, session: ModelSession, ids: Sequence[int]
-    ) -> None:
-        super().__init__(target, session.cache, ids[: session.cache.get_seq_length()])
+    def __init__(self, trial: _SessionTrial, session: ModelSession, ids: Sequence[int]) -> None:
+        super().__init__(trial.target, session.cache, ids[: session.cache.get_seq_length()])
+        self._trial = trial
         self._session, self._prompt = session, len(ids)
 
     @property
@@ -298,3 +346,4 @@ class _SessionConversation(_CacheConversation):
 
     def end(self, store: bool) -> None:
         self._session.close(store)
+        self._trial.settle()
