@@ -45,6 +45,15 @@ def test_sinks_in_a_prefill_of_several_passes():
     verify_reuse(MlxLmTarget(model("qwen3"), "ours", max_kv_size=12), 2, 0, ["ones", "fives"])
 
 
+@pytest.mark.matrix
+def test_sinks_in_a_batch():
+    """The library loses them where it joins caches."""
+    target = MlxLmTarget(model("qwen3"), "library", max_kv_size=12)
+    [result] = verify(target, runs=4, scenarios=["batches"]).results
+    assert result.verdict == "different"
+    verify_reuse(MlxLmTarget(model("qwen3"), "ours", max_kv_size=12), 4, 0, ["batches"])
+
+
 def test_unknown_caches_are_refused():
     with pytest.raises(ValueError, match=r"caches are library, .*; got 'no'"):
         MlxLmTarget(model("llama"), "no")

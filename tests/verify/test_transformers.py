@@ -46,6 +46,21 @@ def test_drafts_past_a_window_of_the_fixed_cache():
     assert checked.results[0].refused > 0
 
 
+class PaddingInSight(TransformersTarget):
+    """Hides no column on the left of a row."""
+
+    def forward(self, cache, rows, padding=(0,)):
+        return super().forward(cache, rows, [0] * len(rows))
+
+
+def test_padding_that_is_not_hidden_is_found():
+    [result] = verify(
+        PaddingInSight(model("mistral"), "ours"), runs=1, scenarios=["batches"]
+    ).results
+    assert result.verdict == "different"
+    assert len(result.finding.script) <= 3
+
+
 class LosesPosition(DynamicCache):
     """Says one token too few, once tokens were taken back."""
 

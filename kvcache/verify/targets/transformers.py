@@ -63,9 +63,11 @@ class TransformersTarget(Target):
         recurrent = any(plan.state and not plan.conv_only for plan in layer_plans(config))
         if not (checked and recurrent):
             self.abilities |= {Ability.DRAFT}
+        self.abilities |= self._more_abilities(cache)
         if _decoder_layers(model):
             self.abilities |= {Ability.LAYERS}
-        self.abilities |= self._more_abilities(cache)
+        else:  # nothing to interrupt a pass at
+            self.abilities -= {Ability.CANCEL}
         self.tiers = ("host", "store") if self.sessions else ()
 
     def _more_abilities(self, cache: object) -> set[Ability]:
@@ -89,11 +91,12 @@ class TransformersTarget(Target):
         return torch.tensor([list(ids)], device=self.model.device)
 
     def forward(
-        self, cache: Cache, rows: Sequence[Sequence[int]], padding: Sequence[int]
+        self, cache: Cache, rows: Sequence[Sequence[int]], padding: Sequence[int] = (0,)
     ) -> HostArray:
         """Compute equally many tokens for each row of a batch: logits ``[rows, tokens, vocab]``.
 
-        padding: columns on the left of each row, in the cache and the pass, that are no tokens.
+        padding: columns on the left of each row, in the cache and the pass, that are no tokens; by
+            default those of a single row.
         """
         options: dict[str, torch.Tensor] = {}
         with torch.no_grad():
@@ -184,16 +187,14 @@ def _to_host(tensor: torch.Tensor) -> HostArray:
 
 
 class _CacheConversation(OwnCacheConversation):
-    """One cache, of one row. padding: columns of it on the left that are no tokens."""
+    """One cache."""
 
-    def __init__(
-        self, target: TransformersTarget, cache: Cache, ids: Sequence[int], padding: int = 0
-    ) -> None:
+    def __init__(self, target: TransformersTarget, cache: Cache, ids: Sequence[int]) -> None:
         super().__init__(ids)
-        self.target, self.cache, self.padding = target, cache, padding
+        self.target, self.cache = target, cache
 
     def forward(self, ids: Sequence[int]) -> HostArray:
-        logits: HostArray = self.target.forward(self.cache, [ids], [self.padding])[0]
+        logits: HostArray = self.target.forward(self.cache, [ids])[0]
         self.ids += ids
         return logits
 
@@ -205,7 +206,7 @@ class _CacheConversation(OwnCacheConversation):
             return True
         copied = copy.deepcopy(self.cache)
         copied.activate_past_recording()
-        self.target.forward(copied, [[0] * count], [self.padding])
+        self.target.forward(copied, [[0] * count])
         return bool(copied.is_croppable)
 
     def trim(self, count: int) -> None:
@@ -228,7 +229,7 @@ class _CacheConversation(OwnCacheConversation):
         caches = self.cache.caches
         caches.checkpoint()
         with self.target.interrupted(layer):
-            self.target.forward(self.cache, [ids], [self.padding])
+            self.target.forward(self.cache, [ids])
         self.cache.caches.rollback(0)
 
 
@@ -257,57 +258,55 @@ class _CacheTrial(KeptTrial["_Kept"]):
         """Compute as many tokens as all rows have in one batch, and the rest of each alone."""
         talks = [row for row, _ in rows if isinstance(row, _Kept)]
         common = min(len(ids) for _, ids in rows)
-        batch, padding = self._joined(talks)
-        first = self.target.forward(batch, [ids[:common] for _, ids in rows], padding)
-        for talk, (cache, columns) in zip(talks, _rows_of(batch, padding), strict=True):
-            talk.cache, talk.padding = cache, columns
+        compute = self._over_joined if self.target.make is make_cache else self._over_prompts
+        first = compute(talks, [ids[:common] for _, ids in rows])
         outputs = []
         for talk, logits, (_, ids) in zip(talks, first, rows, strict=True):
-            talk.ids += ids[:common]
             rest = [talk.forward(ids[common:])] if len(ids) > common else []
             outputs.append(np.concatenate([logits, *rest]))
         return outputs
 
-    def _joined(self, talks: Sequence[_Kept]) -> tuple[Cache, list[int]]:
-        """Return one cache with a row for each conversation, padded on the left.
+    def _over_joined(self, talks: Sequence[_Kept], rows: Sequence[Sequence[int]]) -> HostArray:
+        """Compute a batch over the caches of conversations, joined; each goes on with its row."""
+        caches = [talk.cache.caches for talk in talks if isinstance(talk.cache, ModelCache)]
+        batch = ModelCache(self.target.model.config, LayerCaches.concat(caches))
+        logits = self.target.forward(batch, rows, _padding_of(talks))
+        for talk, ids, own in zip(talks, rows, batch.caches.split(), strict=True):
+            talk.cache = ModelCache(batch.config, own)
+            talk.ids += ids
+        return logits
 
-        The library has no call that joins caches: a batch of it begins with a prompt for each row.
+    def _over_prompts(self, talks: Sequence[_Kept], rows: Sequence[Sequence[int]]) -> HostArray:
+        """Compute a batch over a cache of its own, which begins with the tokens of each row.
+
+        The library has no call that joins caches, and some of its layers let no row go. So each
+        conversation goes on with the cache that it has, over which it computes its tokens again.
         """
-        width = max(len(talk.ids) for talk in talks)
-        padding = [width - len(talk.ids) for talk in talks]
-        caches = [talk.cache for talk in talks]
-        if self.target.make is make_cache:
-            own = [cache.caches for cache in caches if isinstance(cache, ModelCache)]
-            return ModelCache(self.target.model.config, LayerCaches.concat(own)), padding
-        cache = self.target.make(self.target.model)
-        padded = [[*[0] * n, *talk.ids] for n, talk in zip(padding, talks, strict=True)]
-        self.target.forward(cache, padded, padding)
-        return cache, padding
+        padding, batch = _padding_of(talks), self.target.make(self.target.model)
+        held = zip(padding, talks, strict=True)
+        prompts = [[*[0] * columns, *talk.ids] for columns, talk in held]
+        self.target.forward(batch, prompts, padding)
+        logits = self.target.forward(batch, rows, padding)
+        for talk, ids in zip(talks, rows, strict=True):
+            talk.forward(ids)
+        return logits
 
 
-def _rows_of(batch: Cache, padding: Sequence[int]) -> Iterator[tuple[Cache, int]]:
-    """Yield a cache for each row of a batch, and its padding."""
-    if isinstance(batch, ModelCache) and batch.caches[0].padding is not None:
-        for caches in batch.caches.split():
-            yield ModelCache(batch.config, caches), 0
-        return
-    for row, columns in enumerate(padding):
-        cache = copy.deepcopy(batch)
-        cache.batch_select_indices(torch.tensor([row]))
-        yield cache, columns
+def _padding_of(talks: Sequence[_Kept]) -> list[int]:
+    """Return the columns on the left of each row that are no tokens, so that all end together."""
+    width = max(len(talk.ids) for talk in talks)
+    return [width - len(talk.ids) for talk in talks]
 
 
 class _Kept(_CacheConversation, KeptConversation):
     trial: _CacheTrial
 
-    def __init__(
-        self, trial: _CacheTrial, cache: Cache, ids: Sequence[int] = (), padding: int = 0
-    ) -> None:
-        super().__init__(trial.target, cache, ids, padding)
+    def __init__(self, trial: _CacheTrial, cache: Cache, ids: Sequence[int] = ()) -> None:
+        super().__init__(trial.target, cache, ids)
         self.trial = trial
 
     def copied(self) -> Self:
-        return type(self)(self.trial, copy.deepcopy(self.cache), self.ids, self.padding)
+        return type(self)(self.trial, copy.deepcopy(self.cache), self.ids)
 
 
 class _SessionTrial(TieredTrial):
