@@ -23,7 +23,7 @@ from .fetching import Answer
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
-from .policies import EvictionPolicy, make_policy
+from .policies import EvictionPolicy, make_policy, policy_name
 from .radix import Tokens
 from .render import render
 from .requests import Requests
@@ -323,6 +323,10 @@ class PrefixCache:
     ) -> str:
         """Draw the tree as text for a terminal, or as SVG.
 
+        Spans of which requests cannot reuse any beginning have a mark, and the reason beside them:
+        evicted (when, and by which policy), never stored, or stored with few resume points (which,
+        and for which caches). A legend says what the marks in the drawing mean.
+
         decode: makes text of token ids, to be shown instead. width: columns, 20 to 10,000. Spans
             too deep in the tree for this width are not indented any further.
 
@@ -330,7 +334,8 @@ class PrefixCache:
             arguments.
         """
         with self.lock:
-            return render(self._trees, self._index.nbytes, decode, svg, width)
+            policy = policy_name(self._index.policy)
+            return render(self._trees, self._index.nbytes, policy, decode, svg, width)
 
     def trim(self, nbytes: int) -> None:
         """Evict until no more than `nbytes` are stored, or only what is in use; keep the budget.
