@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache import KVCache
@@ -107,6 +107,7 @@ def counted(uses, until):
     return risked
 
 
+@settings(max_examples=25)  # each is a count of hundreds of ticks
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(1, 9)), min_size=1, max_size=5),
     st.sampled_from([1, 7, 31, 500]),
