@@ -232,9 +232,7 @@ class SpanIndex(SpanTrees[P]):
         if child is not None and reduced.nbytes <= child.nbytes and self._are_alike(span, child):
             self._join([span, child])
 
-    def _shrink(
-        self, span: Span[P], excess: int, now: float, by: EvictedBy | None = None
-    ) -> None:
+    def _shrink(self, span: Span[P], excess: int, now: float, by: EvictedBy | None = None) -> None:
         """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes.
 
         by: None for the policy, or for the least priority if it is retained.

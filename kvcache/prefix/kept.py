@@ -143,7 +143,7 @@ class KeptSpans:
     def retain(
         self, known: KnownTokens, held: int, ranges: Iterable[RetainedRange], now: float
     ) -> None:
-        """Retain what is kept of the first `held` tokens in `ranges`, at whose bounds spans part."""
+        """Retain what is kept of the first `held` tokens in `ranges`, which bound spans."""
         spans = self.follow(known.salt, known.ids[:held]).spans
         for start, stop, priority, seconds in ranges:
             inside = [span for span in spans if start <= span.start and span.stop <= stop]

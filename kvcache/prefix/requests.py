@@ -13,8 +13,8 @@ from .arguments import Clock
 from .explain import note
 from .kept import KeptSpans
 from .known import KnownTokens
-from .sequences import SequenceHandle, SequenceSource
 from .retention import RetainedRange, cuts_of
+from .sequences import SequenceHandle, SequenceSource
 from .session import Request
 from .stats import PrefixStats
 from .store_link import StoreLink

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from sys import getsizeof
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from kvcache._checks import NO_LIMIT, as_index
 
@@ -132,9 +132,10 @@ def _as_pair(pair: object) -> tuple[int, float]:
     return priority, seconds
 
 
-def _as_seconds(value: float) -> float:
+def _as_seconds(value: object) -> float:
     rule = "what is retained has positive seconds, or math.inf"
-    seconds = math.inf if isinstance(value, float) and value == math.inf else as_finite(value, rule)
+    endless = isinstance(value, float) and value == math.inf
+    seconds = math.inf if endless else as_finite(cast("float", value), rule)
     if seconds <= 0:
         raise ValueError(f"{rule}; got {seconds}.")
     return seconds

@@ -65,12 +65,12 @@ class Span(Generic[P]):
 
     tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
     so far. used: time of the last, in seconds. born: that when its payload was stored. evicted:
-    that when it became a ghost, the last for parts joined, None if it never was one. evicted_by: by
-    whose choice, None if it never was one. pins: sessions that use it or a span behind it. children:
-    kept spans right behind it. offered: whether it may be evicted. retention: None for none, and
-    for a ghost. level: its effective priority as of its offer, by which it is queued; 0 if the
-    policy may choose it. policy_data: owned by the policy; both parts of a span that is split have
-    it, and the retention.
+    that when it became a ghost, the last for parts joined. evicted_by: who chose it then. Both are
+    None if it never was one. pins: sessions that use it or a span behind it. children: kept spans
+    right behind it. offered: whether it may be evicted. retention: None for none, and for a ghost.
+    level: its effective priority while it is offered, by which it is queued; 0 if the policy may
+    choose it. policy_data: owned by the policy; both parts of a span that is split have it, and the
+    retention.
     """
 
     __slots__ = (

@@ -265,7 +265,7 @@ def test_a_session_that_has_ended_has_no_branch():
     server = served()
     session = server.begin(WHOLE)
     server.finish(session, WHOLE)
-    with pytest.raises(KVCacheError, match="this one has ended. Begin another"):
+    with pytest.raises(KVCacheError, match=r"this one has ended\. Begin another"):
         session.drop_branch(4)
 
 

@@ -19,7 +19,7 @@ from kvcache.prefix.retention import Retention
 
 from .. import peek
 from .served import MODELS, Server, all_spans, check_accounts, check_nothing_left, spans_of
-from .test_index import World, rows
+from .test_index import World
 
 NUMPY = kvcache.get_backend("numpy")
 ROW = 8
@@ -408,7 +408,7 @@ def test_of_a_retained_conversation_the_last_turn_goes_last():
 
 
 class Oracle:
-    """What every stored token is retained for, and who may go: worked out anew for each eviction."""
+    """What stored tokens are retained for, and who may go: worked out anew for each eviction."""
 
     def __init__(self, model, budget, quota_of):
         self.model, self.budget, self.quota_of = model, budget, quota_of
@@ -643,7 +643,7 @@ def test_threads_that_retain_and_drop_do_not_wait_for_each_other_for_ever(name):
                     session.drop_branch(chance.randrange(len(ids)))
                 session.close()
                 server.prefix.drop_branch(ids, chance.randrange(len(ids)), salt=salt)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test fails
             errors.append(error)
 
     threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
@@ -720,15 +720,18 @@ def test_under_a_quota_the_newest_turn_outlasts_windows_of_older_ones():
 
 
 def test_the_memory_of_quotas_is_counted_and_goes_with_the_salt():
-    model = Model(quota=10 * ROW)
-    before = model.prefix.stats.index_nbytes
-    for number in range(30):
-        model.ask([number, 1], salt=str(number))
-        model.ask([number, 2], salt=str(number), retain=(5, 60.0))
-    assert model.prefix.stats.index_nbytes > before + 30 * 1_000
-    model.prefix.clear()
-    assert model.prefix.stats.index_nbytes < before + 10_000
-    assert not all_spans(model.prefix)
+    limited, plain = Model(quota=10 * ROW), Model()
+    for model in (limited, plain):
+        for number in range(30):
+            model.ask([number, 1], salt=str(number))
+            model.ask([number, 2], salt=str(number), retain=(5, 60.0))
+    more = limited.prefix.stats.index_nbytes - plain.prefix.stats.index_nbytes
+    assert 30 * 300 < more < 30 * 1_500
+    for model in (limited, plain):
+        model.prefix.clear()
+        assert not all_spans(model.prefix)
+    more = limited.prefix.stats.index_nbytes - plain.prefix.stats.index_nbytes
+    assert abs(more) < 1_000, "tables of the trees that are gone"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("no"), KeyboardInterrupt()])
@@ -788,7 +791,7 @@ def test_what_cannot_be_retained(retain, error, message):
 @pytest.mark.parametrize("odd", [np.int8(7), np.array(7)])
 def test_numbers_of_every_kind_are_taken(odd):
     model = Model()
-    model.ask([1, 2, 3], retain={(np.int64(1), np.array(2)): (odd, np.float32(8.0))})
+    model.ask([1, 2, 3], retain={(np.int64(1), np.int8(2)): (odd, np.float32(8.0))})
     assert [level for _, level in sorted(levels(model.prefix, 0.0).items())] == [0, 7, 0]
 
 

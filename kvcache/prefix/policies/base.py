@@ -129,7 +129,8 @@ class Queue(Generic[S, Key]):
     """
 
     def __init__(self, key: Callable[[S], Key | None]) -> None:
-        self._key, self._order = key, count()
+        self._key: Callable[[S], Key | None] = key
+        self._order = count()
         # The number decides between equal keys: spans cannot be compared. A span is in a list of
         # its own, to be taken out of its entry wherever that is in the heap.
         self._heap: list[tuple[Key, int, list[S]]] = []
