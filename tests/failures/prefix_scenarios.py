@@ -232,7 +232,7 @@ SCHEDULE = Act(
 RETAINED = Act(
     "end retained", _exit, instead=_drop, prepare=_computed(FORKED, retain={(2, None): (5, 60.0)})
 )
-BRANCH = Act("drop branch", lambda world: world.prefix.drop_branch(PROMPT, 4))
+BRANCH = Act("drop branch", lambda world: world.prefix.drop_branch([*PROMPT, *ANSWER], 4))
 
 STATES = {
     "pool": _state(PoolPrefixWorld, [PROMPT]),
