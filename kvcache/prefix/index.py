@@ -139,11 +139,16 @@ class SpanIndex(SpanTrees[P]):
         self._on_evict(span)
         if self.residency is not None:
             self.residency.evict(span, now)
-        self._candidates.evict(span, now)
+        retention = span.retention
+        if retention is None and not isinstance(span.tree, LimitedTree):  # nearly all
+            self.policy.evict(span, now)
+        else:
+            self._candidates.evict(span, now)
         self.evictions += 1
-        self.retained_evictions += span.retention is not None and by in ("retention", "quota")
+        if retention is not None:
+            self._assign(span, None)
+            self.retained_evictions += by in ("retention", "quota")
         self._put(span, None)
-        self._assign(span, None)
         span.offered, span.evicted, span.evicted_by = False, now, by
         payload.close()
         del self.kept[span]
