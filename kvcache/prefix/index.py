@@ -174,8 +174,9 @@ class SpanIndex(SpanTrees[P]):
         dead: list[Span[P]] = []
         for span in reversed(spans):
             behind = 1 if dead and dead[-1].parent is span else 0
-            used = span.pins or span.children > behind or span.stop > length
-            if span.stop <= position or used:
+            # Of a ghost in which the tokens end nothing is kept.
+            longer = span.stop > length and span.payload is not None
+            if span.stop <= position or longer or span.pins or span.children > behind:
                 break
             if span.payload is not None:
                 dead.append(span)

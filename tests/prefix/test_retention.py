@@ -710,13 +710,13 @@ def test_more_than_a_quota_is_stored_only_while_it_is_in_use():
 
 
 def test_under_a_quota_the_newest_turn_outlasts_windows_of_older_ones():
-    server = Server(MODELS["rotating"](NUMPY), quota=lambda salt: None if salt else 500)
+    server = Server(MODELS["rotating"](NUMPY), quota=lambda salt: None if salt else 300)
     ids = []
     for turn in range(5):
         known = len(ids)
         ids += [turn + 1, 7, 8]
         assert server.ask(ids) in (0, known) if turn < 2 else known
-        assert server.prefix.stats.nbytes <= 500
+        assert server.prefix.stats.nbytes <= 300
 
 
 def test_the_memory_of_quotas_is_counted_and_goes_with_the_salt():
