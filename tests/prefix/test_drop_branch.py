@@ -221,7 +221,7 @@ def test_why_tokens_were_evicted():
 
 
 def test_a_branch_that_went_in_parts_is_explained_by_each():
-    server = Server(MODELS["full"](NUMPY))
+    server = Server(MODELS["full"](NUMPY), clock=lambda: 0.0)
     for length in (4, 10, 16):
         server.ask(WHOLE[:length])
     server.prefix.drop_branch(WHOLE, 10)

@@ -445,8 +445,7 @@ class Oracle:
         for span in spans_of(self.model.prefix):
             below = [node.value.payload for node in span.node.children.values()]
             if not span.pins and not any(below):
-                [level] = {self.level(name)[0] for name in self.names(span)}
-                yield span, (level, span.used)
+                yield span, (self.level(self.names(span)[0])[0], span.used)
 
     def evicts(self, span):
         """Called with each span about to go: it has to, and no other before it."""
@@ -507,7 +506,8 @@ class RetainingSessions:
 
     def __init__(self, seed):
         self.chance = random.Random(seed)
-        self.model = Model(budget=120 * ROW, quota=QUOTAS.get)
+        # Few ghosts, which the oracle looks at as well.
+        self.model = Model(budget=120 * ROW, quota=QUOTAS.get, index_budget=400_000)
         self.oracle = Oracle(self.model, 120 * ROW, QUOTAS.get)
         self.asked, self.open = [("", [1])], []
 
@@ -609,7 +609,7 @@ class RetainingSessions:
             assert last.pins or last.children or not own
 
 
-STEPS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 250
+STEPS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 150
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 2))])
@@ -715,7 +715,7 @@ def test_under_a_quota_the_newest_turn_outlasts_windows_of_older_ones():
     for turn in range(5):
         known = len(ids)
         ids += [turn + 1, 7, 8]
-        assert server.ask(ids) in (0, known) if turn < 2 else known
+        assert server.ask(ids) == known
         assert server.prefix.stats.nbytes <= 300
 
 
