@@ -265,6 +265,8 @@ class SpanIndex(SpanTrees[P]):
         """Let the levels of retained spans fall to those of `now`."""
         candidates = self._candidates
         candidates.now = max(candidates.now, now)
+        if now < candidates.steps.next:
+            return
         for span, retention in candidates.steps.due(now):
             level = retention.level(now)
             if not level:
