@@ -8,8 +8,10 @@ import pytest
 
 import kvcache
 
+from .deep import Deep
 from .retaining import INF, ROW, Model, RetainingSessions
 from .served import MODELS, Server, all_spans, check_accounts, check_nothing_left
+from .test_drop_branch import CACHES
 
 NUMPY = kvcache.get_backend("numpy")
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -25,6 +27,21 @@ def test_random_sessions_evict_what_may_go_to_the_byte(seed):
     sessions.oracle.check()
     assert sessions.oracle.retained_evictions
     check_accounts(sessions.model)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_ranges_and_quotas_leave_every_hit_as_a_cold_run(name):
+    """Which computes the same: Deep.ask compares."""
+    chance, old = random.Random(name), [1]
+    deep, found = Deep(CACHES[name](), quota={"a": 900}.get, budget=2_000), 0
+    for _ in range(15):
+        ids = old[: chance.randrange(len(old) + 1)]
+        ids = ids + [chance.randrange(3) for _ in range(chance.randrange(1, 8))]
+        start = chance.randrange(len(ids))
+        ranges = {(start, start + 4): (chance.randrange(1, 101), INF), (start + 4, None): (3, 60.0)}
+        found += deep.ask(ids, salt=chance.choice(["", "a"]), retain=ranges)
+        old = ids if len(ids) < 16 else ids[:4]
+    assert found
 
 
 @pytest.mark.parametrize("name", ["full", "per-layer"])
