@@ -208,7 +208,8 @@ def types(session: nox.Session) -> None:
     """Mypy in strict mode, over the installed wheel."""
     env = installed(session, "everything")
     with session.chdir(WORK):
-        env.run("mypy", "--config-file", ROOT / "pyproject.toml", "--package", "kvcache")
+        config = ROOT / "pyproject.toml"
+        env.run("mypy", "--num-workers", WORKERS, "--config-file", config, "--package", "kvcache")
 
 
 def alone(session: nox.Session, *frameworks: str) -> Env:

@@ -42,7 +42,9 @@ PLACES = ("one_backend", "cross_backend", "model", "installation", "docs")
 RUNS_ON = {"array_api": "numpy"}  # array-api-strict, which has no arrays of its own
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=SLOW)
+settings.register_profile(
+    "ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=SLOW
+)
 settings.register_profile(
     "thorough", max_examples=3000, deadline=None, print_blob=True, suppress_health_check=SLOW
 )

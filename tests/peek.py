@@ -253,6 +253,24 @@ def make_older(gate, seconds):
     gate._measured -= seconds
 
 
+def jobs_of(background):
+    """The queue of jobs in the background."""
+    return background._jobs
+
+
+# Benchmarks.
+
+
+def received(stream):
+    """The places to which the peer of a stream receives values."""
+    return stream._kept or [stream._place]
+
+
+def store_of(puts):
+    """The store that puts of a benchmark go to."""
+    return puts._store
+
+
 # Retention in prefix caches.
 
 

@@ -10,16 +10,22 @@ Two options are all that SGLang needs; the guide is ``docs/sglang.md``::
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+import queue
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
 
 from kvcache.errors import BackendNotAvailableError
 from kvcache.stores import open_store
 from kvcache.stores.jobs import Jobs
 from kvcache.stores.named import NamedKeys
-from kvcache.stores.transfers import Place
+from kvcache.stores.transfers import Place, Report, Sink
 
 try:
     import torch
@@ -45,13 +51,19 @@ _logger = logging.getLogger("kvcache.adapters")
 _KV = str(PoolName.KV)
 _OPTIONS = ("threads", "timeout", "lookup_timeout")
 
+_JOBS, _JOB_NBYTES = 2, 1 << 23
+"""Jobs of one call at a time, and bytes of each."""
+
+_Arrivals: TypeAlias = "queue.SimpleQueue[tuple[int, memoryview] | None]"
+"""Pages by their number in a call, as they come; None behind the last of a job."""
+
 
 class KVCacheStorage(HiCacheStorage):
     """Pages of all pools in a store.
 
     Calls wait for the store, in the threads that SGLang has for that, until their timeout at most:
     what has not come by then is not there. Pages are verified by a checksum when they are read, and
-    copied into the pool of the host by the thread that asked.
+    copied into the pool of the host by the thread that asked, one after the other as they come.
 
     storage_config: of SGLang. Its extra_config has `url`, and may have `options`, both of
     ``kvcache.stores.open_store``; `namespace`, which tells apart what SGLang does not, such as
@@ -235,12 +247,40 @@ class KVCacheStorage(HiCacheStorage):
         self, name: str, keys: Sequence[str], indices: torch.Tensor | None
     ) -> list[bool]:
         firsts = self._first_indices(name, keys, indices)
-        pages = [self._fresh_page(name) for _ in firsts]
-        loaded = self._load(name, keys[: len(firsts)], pages)
-        for first, page, is_loaded in zip(firsts, pages, loaded, strict=True):
-            if is_loaded:
-                self._pools[name].set_from_flat_data_page(first, page)
-        return list(loaded) or [False] * len(keys)
+        loaded = [False] * len(keys)
+        if not firsts:
+            return loaded
+        pool = self._pools[name]
+        form = self._fresh_page(name)
+        for number, content in self._arriving(name, keys, form.nbytes):
+            page = _as_tensor(content, form.dtype) if content.nbytes else form
+            # In this thread, which may hold locks of SGLang's that others would wait for.
+            pool.set_from_flat_data_page(firsts[number], page)
+            loaded[number] = True
+        return loaded
+
+    def _arriving(
+        self, name: str, keys: Sequence[str], nbytes: int
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield pages with their numbers as they come, until all have or the time is over.
+
+        A few jobs at a time: pages that wait are memory that cannot be used again.
+        """
+        arrivals: _Arrivals = queue.SimpleQueue()
+        sinks = (Sink(nbytes, partial(_arrive, arrivals, number)) for number in range(len(keys)))
+        places = list(map(Place, self._keys(name, keys), sinks))
+        step = max(1, _JOB_NBYTES // max(1, nbytes))
+        waiting = deque(places[start : start + step] for start in range(0, len(places), step))
+        running, deadline = 0, self._jobs.deadline()
+        while waiting or running:
+            while waiting and running < _JOBS:
+                self._jobs.load(waiting.popleft(), partial(_finish, arrivals), deadline)
+                running += 1
+            arrival = arrivals.get()
+            if arrival is not None:
+                yield arrival
+            else:
+                running -= 1
 
     def _put_pages(
         self, name: str, keys: Sequence[str], indices: torch.Tensor | None
@@ -263,6 +303,22 @@ class KVCacheStorage(HiCacheStorage):
     def _fresh_page(self, name: str) -> torch.Tensor:
         page: torch.Tensor = self._pools[name].get_dummy_flat_data_page()
         return page
+
+
+def _as_tensor(content: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor over read-only memory, to be read only and as long as there is `content`."""
+    # By its address: torch warns of memory that it may not write to, and a copy takes as long as
+    # the one into the pool.
+    address = np.frombuffer(content, np.uint8).ctypes.data
+    return torch.frombuffer((ctypes.c_ubyte * content.nbytes).from_address(address), dtype=dtype)
+
+
+def _arrive(arrivals: _Arrivals, number: int, content: memoryview) -> None:
+    arrivals.put((number, content))
+
+
+def _finish(arrivals: _Arrivals, _: Report) -> None:
+    arrivals.put(None)
 
 
 def _leading(found: Sequence[bool]) -> int:

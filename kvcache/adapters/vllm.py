@@ -24,6 +24,7 @@ try:
         Locality,
         LookupResult,
         Medium,
+        OffloadingEvent,
         OffloadingSpec,
         OffloadKey,
         ReqContext,
@@ -61,8 +62,9 @@ class KVCacheTier(SecondaryTierManager):
 
     url, options: of the store, see ``kvcache.stores.open_store``. namespace: tells apart what vLLM
     does not, such as weights under one name. threads, timeout, lookup_timeout: of
-    ``kvcache.stores.jobs.Jobs``. locality: "LOCAL" or "REMOTE", for vLLM's filters and events. The
-    other arguments are vLLM's.
+    ``kvcache.stores.jobs.Jobs``. locality: "LOCAL" or "REMOTE", for vLLM's filters and events.
+    enable_kv_events: whether vLLM, if it publishes events, tells of chunks stored here, as of its
+    own tiers; of those that the store gives up later nobody knows. The other arguments are vLLM's.
 
     Raises: StoreError, TypeError, ValueError for a store that cannot be opened.
     """
@@ -81,10 +83,14 @@ class KVCacheTier(SecondaryTierManager):
         timeout: float = 30.0,
         lookup_timeout: float = 1.0,
         locality: str | None = None,
+        enable_kv_events: bool = False,
         backpressure_detector: BackpressureDetector | None = None,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = None if locality is None else Locality(locality)
+        published = offloading_spec.kv_events_config.enable_kv_cache_events
+        self._tells = enable_kv_events and published
+        self._events: list[OffloadingEvent] = []
         self._chunks = primary_kv_view.cast("B")
         self._names = NamedKeys(
             {
@@ -127,6 +133,10 @@ class KVCacheTier(SecondaryTierManager):
                 return results
             results.append(self._result(job, report))
 
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        events, self._events = self._events, []
+        return events
+
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._look_ups.cleanup(req_context.req_id)
 
@@ -153,6 +163,8 @@ class KVCacheTier(SecondaryTierManager):
 
     def _result(self, job: TransferJob, report: Report) -> JobResult:
         succeeded = all(report.succeeded)
+        if self._tells and not job.is_promotion:
+            self._tell_stored(job, report)
         loaded: Collection[OffloadKey] | None = None
         if job.is_promotion and not succeeded:
             answers = list(zip(job.keys, report.succeeded, strict=True))
@@ -166,6 +178,13 @@ class KVCacheTier(SecondaryTierManager):
             transfer_time=report.seconds,
             transfer_bytes=report.nbytes,
         )
+
+    def _tell_stored(self, job: TransferJob, report: Report) -> None:
+        answers = zip(job.keys, report.succeeded, strict=True)
+        stored = [key for key, is_stored in answers if is_stored]
+        if stored:
+            event = OffloadingEvent(stored, self.medium, removed=False, locality=self.locality)
+            self._events.append(event)
 
 
 def _put_both(

@@ -14,10 +14,10 @@ from rich.table import Table
 import kvcache
 from kvcache.prefix import TierStats
 from kvcache.prefix.policies import make_policy
-from kvcache.stores import open_store
 
 from .console import BackendName, check_folder, notes
 from .models import ModelPath, fingerprint_of, load_model
+from .store_options import StoreOptions, open_with
 
 if TYPE_CHECKING:
     from kvcache.reference.chat import Chat, Conversation, Turn
@@ -76,6 +76,7 @@ def chat(
             "redis://127.0.0.1:6379, or another URL."
         ),
     ] = None,
+    option: StoreOptions = None,
     history: Annotated[
         Path | None,
         typer.Option(help="Go on with the conversation in this file; it is kept there."),
@@ -102,7 +103,9 @@ def chat(
     check_folder("--history", history)
     if system is not None and history is not None and history.exists():
         raise typer.BadParameter(f"--system begins a conversation, and {history} has one already.")
-    opened = None if store is None else open_store(store)
+    if option and store is None:
+        raise typer.BadParameter("--option needs --store beside it.")
+    opened = None if store is None else open_with(store, option)
     decoder, tokenizer = load_model(model, target)
     from kvcache.reference.chat import Chat, Conversation
     from kvcache.reference.history import load_history, save_history

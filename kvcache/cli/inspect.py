@@ -28,7 +28,7 @@ from kvcache.stores.inspection import (
 
 from .console import check_folder, progress_bar
 from .inspect_tables import damage_table, prefix_table, prefix_tree, summary
-from .store_options import open_with, read_seal
+from .store_options import StoreOptions, open_with, read_seal
 from .units import as_bytes, as_seconds, in_bytes
 
 FORMAT = "kvcache.inspect/1"
@@ -83,14 +83,7 @@ def inspect(
             "then opens sealed pages too."
         ),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="An option of the store, several if repeated: prefix=tenant-a: or connections=4 "
-            "for servers, what fsspec takes for objects.",
-        ),
-    ] = None,
+    option: StoreOptions = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds for one call of the store.", min=0.001)
     ] = 30.0,
@@ -120,7 +113,7 @@ def inspect(
     if secret is not None and not (check or damaged):
         raise typer.BadParameter("--secret needs --verify or --damaged beside it.")
     seal = None if secret is None else read_seal(secret)
-    with _existing(url, option or []) as store:
+    with _existing(url, option) as store:
         found = _listed(store, timeout)
         if check or damaged:
             found.findings = _verified(store, found.entries, timeout, seal)
@@ -135,7 +128,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _existing(url: str, options: Sequence[str]) -> Store:
+def _existing(url: str, options: Sequence[str] | None) -> Store:
     """Return the store of a URL. A directory that is not there is none, and is not made."""
     store = open_with(url, options)
     if isinstance(store, FileStore) and not store.directory.is_dir():

@@ -5,26 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import typer
 
 from kvcache.storage.reading import open_regular
 from kvcache.stores import Seal, Store, open_store
 
+StoreOptions: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="An option of the store, several if repeated: prefix=tenant-a: or connections=4 "
+        "for servers, what fsspec takes for objects.",
+    ),
+]
+"""The option ``--option`` of commands that take the URL of a store."""
+
 _SECRET_NBYTES = 32
 _MAX_NBYTES = 4 * _SECRET_NBYTES
 """Bytes of a file that are read: more are no secret."""
 
 
-def open_with(url: str, options: Sequence[str]) -> Store:
+def open_with(url: str, options: Sequence[str] | None) -> Store:
     """Open the store of a URL.
 
-    options: NAME=VALUE, where a value that is JSON (4, true, null, "4") is what JSON says, and any
-        other one a string.
+    options: NAME=VALUE each, where a value that is JSON (4, true, null, "4") is what JSON says, and
+        any other one a string. None for no options.
 
     Raises: typer.BadParameter for options that the store does not take; StoreError.
     """
-    named = dict(_as_option(option) for option in options)
+    named = dict(_as_option(option) for option in options or ())
     try:
         return open_store(url, **named)
     except (TypeError, ValueError) as error:

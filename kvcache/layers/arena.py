@@ -181,13 +181,13 @@ class Arena(GrowingBuffers):
         return self.written(rows, stop - self.ring.keep, stop)
 
     def rows_before(self, position: int) -> Arrays:
-        """Return copies of what :meth:`with_sinks_before` overwrites."""
+        """Return copies of what :meth:`with_sinks_before` overwrites.
+
+        Drop them before anything is evaluated, unless they are to be written back: a framework that
+        is lazy makes no copies then. If it did, its writes would not be in place.
+        """
         stop = self.slot(position)
-        rows = self.gathered(self.arrays, np.arange(stop - self.ring.keep, stop))
-        # Copies not yet made would keep the buffer that they are of, and its writes from being in
-        # place.
-        self.backend.evaluate(*rows)
-        return rows
+        return self.backend.owned(self.slots(stop - self.ring.keep, stop))
 
     def bounds(self, lead: int, stop: int) -> tuple[int, int]:
         """Return the slots of sinks and of the tokens ``[lead, stop)``."""

@@ -45,8 +45,10 @@ class ArenaCache(KVCache):
         if arena is None or self._points.scheduled:
             return self._updated_carefully(keys, values)
         stop, shift = start + self._admission.validate(keys, values), arena.shift
-        if stop - shift > arena.capacity or (self._ring.keep and stop > self._ring.size):
+        if stop - shift > arena.capacity:
             return self._updated_carefully(keys, values)
+        if self._ring.keep and stop > self._ring.size:
+            return self._updated_with_sinks(arena, (keys, values), stop)
         lead = start + 1 - self._window
         if lead < 0 or self._ring.keep:
             lead = 0
@@ -69,6 +71,23 @@ class ArenaCache(KVCache):
             arena.take_back(stop - shift)
             raise
         return columns
+
+    def _updated_with_sinks(self, arena: Arena, update: Arrays, stop: int) -> tuple[Array, Array]:
+        """Do an :meth:`update` of a ring that drops tokens and has sinks.
+
+        Most move nothing but copies of the sinks, and need no savepoint.
+        """
+        lead, pins = self._lead_of(stop), self._pins
+        is_moved = pins is None or pins.rows or self._checkpoint is not None
+        if is_moved or not (arena.settled and arena.backend.slices_are_views and lead):
+            return self._updated_carefully(*update)
+        before = self._first, self._latest, self._offset, self._lead, self._wide
+        try:
+            return self._updated_behind_sinks(arena, update, lead, stop)
+        except BaseException:
+            self._first, self._latest, self._offset, self._lead, self._wide = before
+            arena.take_back(arena.slot(stop))
+            raise
 
     def _commit(self, stop: int, lead: int, wide: Int32s | None = None) -> None:
         """Count the tokens up to `stop` as held, and remember the columns of their update."""

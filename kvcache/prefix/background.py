@@ -6,8 +6,9 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from kvcache._interrupts import uninterrupted
 from kvcache.stores.outcomes import Deadline
@@ -70,7 +71,10 @@ class Background:
             return self._changed.wait_for(lambda: not self._weight, wait)
 
     def stop(self) -> None:
-        """Take no more jobs. The threads end with the last one that is queued."""
+        """Take no more jobs. The threads end with the last one that is queued.
+
+        Stopping again does nothing.
+        """
         # No lock: the garbage collector may call this in a thread that has it.
         self._stopped = True
         self._jobs.put(None)
@@ -95,10 +99,19 @@ class Background:
     def _is_over(self) -> bool:
         """Return whether a thread ends, and wake the next one."""
         with self._changed:  # a job is put under it, perhaps behind the note that there are no more
-            over = self._jobs.empty()
-            self._threads -= over
-            self._jobs.put(None)
-            return over
+            # One note goes from thread to thread, however often they were stopped: with a second
+            # one there would always be something left to look at.
+            jobs = [job for job in self._queued() if job is not None]
+            for job in [*jobs, None]:
+                self._jobs.put(job)
+            self._threads -= not jobs
+            return not jobs
+
+    def _queued(self) -> Iterator[tuple[Callable[[], None], int] | None]:
+        """Take all that is queued."""
+        with suppress(Empty):
+            while True:
+                yield self._jobs.get_nowait()
 
 
 _ALL: weakref.WeakSet[Background] = weakref.WeakSet()

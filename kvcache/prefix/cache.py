@@ -114,7 +114,9 @@ class PrefixCache:
         """Held while a session begins or ends."""
         # No reference to this object: it would keep its sequences claimed, once dropped, until the
         # garbage collector comes round.
-        self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace, quota_of)
+        self._kept = kept = KeptSpans(
+            chosen_policy, budget, index_budget, namespace, self._source.medium, quota_of
+        )
         self.events, self._index = kept.events, kept.index
         self._trees, self._media_ids = kept.trees, kept.media_ids
         self._requests = requests = Requests(self._source, kept, read_clock, every)

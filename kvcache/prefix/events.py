@@ -51,6 +51,7 @@ class BlockStored:
     block_size: int
     lora_id: int | None = None
     medium: str | None = "GPU"
+    """Place of the blocks: "GPU" for the memory of a pool, "CPU" for that of the host."""
     lora_name: str | None = None
     """Adapter of :func:`adapter_salt`, None for none."""
     extra_keys: list[tuple[ExtraKey, ...] | None] | None = None
@@ -105,11 +106,11 @@ class Events:
     Blocks are named as vLLM 0.32 names them with ``--prefix-caching-hash-algo sha256_cbor``: by the
     SHA-256 of the canonical CBOR of the hash of the block before, the token ids, and the extra
     keys: adapter, digests of media with their offsets, salt. namespace: stands in the place of
-    vLLM's ``PYTHONHASHSEED``; "" for vLLM's default.
+    vLLM's ``PYTHONHASHSEED``; "" for vLLM's default. medium: of all events.
     """
 
-    def __init__(self, namespace: str = "") -> None:
-        self._block_size = BLOCK_SIZE
+    def __init__(self, namespace: str = "", medium: str = "GPU") -> None:
+        self._block_size, self._medium = BLOCK_SIZE, medium
         self._seed = seed_hash(valid_text(namespace) or SEED)
         self._subscribers: dict[object, Callable[[Event], None]] = {}
         self._pending: deque[Event] = deque()
@@ -169,6 +170,7 @@ class Events:
                     parent,
                     ids.tolist(),
                     self._block_size,
+                    medium=self._medium,
                     lora_name=Tenant.of(span.tree.salt).adapter,
                     extra_keys=told if any(told) else None,
                 )
@@ -179,7 +181,7 @@ class Events:
         if self._subscribers:
             hashes = self._hashes(span)
             if hashes:
-                self._pending.append(BlockRemoved(hashes))
+                self._pending.append(BlockRemoved(hashes, self._medium))
 
     def cleared(self) -> None:
         """Tell of the removal of everything."""

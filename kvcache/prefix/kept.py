@@ -26,8 +26,8 @@ _MIN_INDEX_BUDGET = 1 << 26
 class KeptSpans:
     """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
 
-    budget, index_budget: bytes; None for no limit, and for one that goes with the budget. quota_of:
-    bytes of each salt at most, None for no limits.
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget. medium:
+    of their events. quota_of: bytes of each salt at most, None for no limits.
     """
 
     def __init__(
@@ -36,11 +36,12 @@ class KeptSpans:
         budget: int | None,
         index_budget: int | None,
         namespace: str,
+        medium: str,
         quota_of: QuotaOf | None,
     ) -> None:
         if index_budget is None and budget is not None:
             index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
-        self.events = Events(namespace)
+        self.events = Events(namespace, medium)
         trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
         media_ids = MediaIds()
         self.index: SpanIndex[StoredSnapshot] = SpanIndex(

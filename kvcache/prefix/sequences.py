@@ -100,6 +100,8 @@ class SequenceSource(ABC):
 
     lock: threading.RLock
     """To be held around :meth:`acquire` and all calls of its handles."""
+    medium: str
+    """Memory in which captured rows are kept, for events, in the words of vLLM."""
 
     @property
     @abstractmethod
@@ -130,6 +132,8 @@ class PoolSequences(SequenceSource):
 
     Raises: KVCacheError for a sequence that has another owner, or holds tokens.
     """
+
+    medium = "GPU"  # as vLLM calls it on every device
 
     def __init__(self, cache: Cache, sequences: Iterable[int] | None) -> None:
         self.lock = cache.lock
@@ -276,6 +280,8 @@ class LayerSequences(SequenceSource):
 
     caches: one per layer, empty; sessions get copies of them.
     """
+
+    medium = "CPU"  # snapshots are detached
 
     def __init__(self, caches: Sequence[LayerCache]) -> None:
         layers = as_layers(

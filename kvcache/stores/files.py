@@ -40,8 +40,9 @@ from .outcomes import (
 )
 from .unlinking import READ_FLAGS, Unlinking
 
-_READ_NBYTES = 1 << 20
-"""Bytes read at a time: the processor still has them in its cache when they are hashed."""
+_READ_NBYTES = 1 << 22
+"""Bytes read between two looks at the deadline: most values in one call, as threads wait for each
+other between calls, and not all of a large one, which is hashed while the processor has it."""
 _VICTIMS = 16
 _LISTED = 1000
 _MAX_TOUCHED = 64

@@ -16,11 +16,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-import numpy as np
 import xxhash
 
 from kvcache.errors import PageError
 
+from .buffers import buffer_of
 from .outcomes import Corrupt, Hit, Item, Key, Label
 
 VERSION = 1
@@ -102,8 +102,7 @@ class IncomingFrame:
 
     def __init__(self, key: Key, nbytes: int) -> None:
         self._key, self._nbytes = key, nbytes
-        # Not bytearray, whose zeros are one more pass over the memory.
-        self.buffer: memoryview = np.empty(nbytes, np.uint8).data
+        self.buffer: memoryview = buffer_of(nbytes)
         self._checksum = xxhash.xxh3_128()
         self._filled = 0
 

@@ -15,20 +15,26 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
 from kvcache._checks import as_index
+from kvcache._interrupts import uninterrupted
 
 from .base import Store
 from .outcomes import Deadline, Key
 from .transfers import Job, Load, LookUp, Place, Put, Removal, Report
 
+_logger = logging.getLogger("kvcache.stores")
+
 _LONGEST_WAIT = 1e6
 """Seconds; a condition takes no infinity."""
 _CLOSING = 1.0
 """Seconds that closing waits for calls of the store."""
+_KEPT = 64
+"""Deadlines of ended jobs that may wait for their moment beside those of others."""
 
 Then = Callable[[Report], None]
 
@@ -40,7 +46,8 @@ class Jobs:
     of which one never puts, so that look-ups and loads go on. timeout: seconds from the beginning
     of a job to its end, whatever happens. lookup_timeout: the same for look-ups.
 
-    then: called with the report of a job, in a thread of the jobs, or in the one that closes them.
+    then: called with the report of a job, in a thread of the jobs, or in the one that closes them,
+    with no lock held. It must not wait for a job: the thread may be the one that ends late ones.
 
     A thread whose call of the store hangs is lost until the call returns; jobs that find no thread
     fail at their deadline.
@@ -63,6 +70,8 @@ class Jobs:
             )
         self.store = store
         self._timeout, self._lookup_timeout = timeout, lookup_timeout
+        # Taken before the lock of a job, by who needs both. No lock is held while the store is
+        # asked, or a report is made.
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._clock = threading.Condition(self._lock)
@@ -79,12 +88,19 @@ class Jobs:
         """Ask which keys there are."""
         return self._begin(LookUp(keys, Deadline.after(self._lookup_timeout), then))
 
-    def load(self, places: Sequence[Place], then: Then | None = None) -> Job:
+    def load(
+        self, places: Sequence[Place], then: Then | None = None, deadline: Deadline | None = None
+    ) -> Job:
         """Load values into buffers, which belong to the job until it is over.
 
-        A buffer whose key failed is as it was.
+        A buffer whose key failed is as it was. deadline: from :meth:`deadline`, to give several
+        jobs the same.
         """
-        return self._begin(Load(places, Deadline.after(self._timeout), then))
+        return self._begin(Load(places, deadline or self.deadline(), then))
+
+    def deadline(self) -> Deadline:
+        """Return the end of all jobs but look-ups that begin at this moment."""
+        return Deadline.after(self._timeout)
 
     def put(self, places: Sequence[Place], then: Then | None = None) -> Job:
         """Put the values in buffers, which must not change until the job is over."""
@@ -111,7 +127,7 @@ class Jobs:
         Jobs begun later fail at once. The store is closed as soon as no thread is in it.
         """
         with self._lock:
-            first, self._closed = not self._closed, True
+            self._closed = True
             unfinished = list(self._unfinished)
             self._work.notify_all()
             self._clock.notify_all()
@@ -119,33 +135,36 @@ class Jobs:
             self._end(job)
         with self._lock:
             self._fewer.wait_for(lambda: not (self._threads or self._unfinished), _CLOSING)
-            unused = first and not self._threads
+            unused = not self._threads
         if unused:
             self.store.close()
 
     def _begin(self, job: Job) -> Job:
-        with self._lock:
-            refused = self._closed or not job.has_pieces
-            if not refused:
+        with uninterrupted(), self._lock:
+            begun = job.has_pieces and not self._closed and self._start_threads()
+            if begun:
                 self._unfinished.add(job)
                 (self._puts if job.is_put else self._reads)[job] = None
                 heapq.heappush(self._deadlines, (job.deadline.at, next(self._order), job))
                 if self._deadlines[0][2] is job:
                     self._clock.notify()
-                self._start_threads()
                 self._work.notify()
-        if refused:
+        if not begun:
             job.end()
         return job
 
-    def _start_threads(self) -> None:
-        """Start the watch, and a thread more if all are busy. Daemons: none holds up the end."""
-        if not self._watched:
-            self._watched = True
-            threading.Thread(target=self._watch, name="kvcache-watch", daemon=True).start()
-        if not self._idle and self._threads < self._most:
-            self._threads += 1
-            threading.Thread(target=self._serve, name="kvcache-store", daemon=True).start()
+    def _start_threads(self) -> bool:
+        """Start the watch, and a thread more if all are busy; return whether there is a watch."""
+        try:
+            if not self._watched:
+                _start(self._watch, "kvcache-watch")
+                self._watched = True
+            if not self._idle and self._threads < self._most:
+                _start(self._serve, "kvcache-store")
+                self._threads += 1
+        except RuntimeError:  # the system has no more: others do the work, or it ends in time
+            _logger.warning("a thread for a store could not be started", exc_info=True)
+        return self._watched
 
     def _serve(self) -> None:
         """Answer pieces until the jobs are closed; the last thread closes the store."""
@@ -211,14 +230,28 @@ class Jobs:
                 if job is not None and job.deadline.passed:
                     heapq.heappop(self._deadlines)
                     return job
-                self._clock.wait(job.deadline.left if job is not None else _LONGEST_WAIT)
+                left = _LONGEST_WAIT if job is None else job.deadline.left
+                self._clock.wait(min(left, _LONGEST_WAIT))
         return None
 
     def _end(self, job: Job) -> None:
         """End a job that may be over, and forget it once it is reported."""
-        if job.end():
-            with self._lock:
-                self._unfinished.discard(job)
-                self._reads.pop(job, None)
-                self._puts.pop(job, None)
-                self._fewer.notify_all()
+        with uninterrupted():
+            if job.end():
+                with self._lock:
+                    self._unfinished.discard(job)
+                    self._reads.pop(job, None)
+                    self._puts.pop(job, None)
+                    self._forget_deadlines()
+                    self._fewer.notify_all()
+
+    def _forget_deadlines(self) -> None:
+        """Forget ended jobs, of which there are thousands when the deadline of the first comes."""
+        if len(self._deadlines) > 2 * len(self._unfinished) + _KEPT:
+            self._deadlines = [late for late in self._deadlines if late[2] in self._unfinished]
+            heapq.heapify(self._deadlines)
+
+
+def _start(target: Callable[[], None], name: str) -> None:
+    """Start a thread that does not hold up the end of the program."""
+    threading.Thread(target=target, name=name, daemon=True).start()

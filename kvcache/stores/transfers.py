@@ -21,27 +21,48 @@ import numpy as np
 import xxhash
 
 from .base import Store, as_keys
+from .buffers import buffer_of
 from .outcomes import Deadline, Deleted, Hit, Item, Key, Miss, Present, Stored
 
 _logger = logging.getLogger("kvcache.stores")
 
 SUM_NBYTES = 16
-_PIECE_NBYTES = 1 << 25
+_PIECE_NBYTES = 1 << 22
+"""Bytes asked for in one call: few, so that their memory is used again while it is in the cache."""
 _PIECE_KEYS = 512
 
 Bytes: TypeAlias = "bytes | bytearray | memoryview[int]"
 
 
+class Sink(NamedTuple):
+    """A taker of a value in the place of a buffer, which saves a copy.
+
+    nbytes: of the value; one of another length is not taken. take: called with the value, verified
+    and read-only, in a thread of the jobs, once at most and not after the job is over. The end of
+    the job waits for it, so it takes note and returns.
+    """
+
+    nbytes: int
+    take: Callable[[memoryview], None]
+
+
 class Place(NamedTuple):
     """A buffer that holds the value of a key, or is to hold it.
 
-    buffer: contiguous bytes, writable where values are loaded. form: the form of the value, such as
-    its shape and dtype; one that was put in another form is not loaded.
+    buffer: contiguous bytes, writable where values are loaded; or, there, a :class:`Sink`. form:
+    the form of the value, such as its shape and dtype; one that was put in another form is not
+    loaded.
     """
 
     key: Key
-    buffer: Bytes
+    buffer: Bytes | Sink
     form: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value."""
+        buffer = self.buffer
+        return buffer.nbytes if isinstance(buffer, Sink) else memoryview(buffer).nbytes
 
 
 @dataclass(frozen=True)
@@ -196,7 +217,7 @@ class _Transfer(Job):
     def _cut(self) -> list[range]:
         pieces, start, nbytes = [], 0, 0
         for index, place in enumerate(self._places):
-            size = memoryview(place.buffer).nbytes
+            size = place.nbytes
             if index > start and (nbytes + size > _PIECE_NBYTES or index - start == _PIECE_KEYS):
                 pieces.append(range(start, index))
                 start, nbytes = index, 0
@@ -247,17 +268,22 @@ class Put(_Transfer):
 
 def _item(place: Place) -> Item:
     """Return a copy of the value in a buffer, and its checksum."""
-    value = _flat(place.buffer).copy()
-    return Item(place.key, [value.data, _checksum(place, value.data)])
+    if isinstance(place.buffer, Sink):
+        raise TypeError("values are put from buffers; got a Sink, which only takes them.")
+    value = buffer_of(place.nbytes)
+    np.copyto(_flat(value), _flat(place.buffer))
+    return Item(place.key, [value, _checksum(place, value)])
 
 
 def _load(value: memoryview, place: Place) -> int | None:
-    """Copy a value into its buffer, and return its bytes; None if it is not the one wanted."""
-    buffer = _flat(place.buffer)
+    """Bring a value to its place, and return its bytes; None if it is not the one wanted."""
     content, checksum = value[:-SUM_NBYTES], value[-SUM_NBYTES:]
-    if content.nbytes != buffer.nbytes or checksum != _checksum(place, content):
+    if content.nbytes != place.nbytes or checksum != _checksum(place, content):
         return None
-    np.copyto(buffer, np.frombuffer(content, np.uint8))  # without the interpreter's lock
+    if isinstance(place.buffer, Sink):
+        place.buffer.take(content)
+    else:
+        np.copyto(_flat(place.buffer), _flat(content))  # without the interpreter's lock
     return content.nbytes
 
 

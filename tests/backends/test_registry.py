@@ -22,7 +22,8 @@ from kvcache import (
 )
 from kvcache.backends._numpy import NumpyBackend
 
-pytestmark = pytest.mark.installation
+# Of the tests that depend on what else is installed; the others run once, where NumPy is alone.
+installation = pytest.mark.installation
 FRAMEWORKS = ("jax", "mlx", "torch")
 BUILT_IN = ["array_api", "jax", "mlx", "numpy", "torch"]
 
@@ -61,6 +62,7 @@ def run(program, *path, **environment):
 # By name.
 
 
+@installation
 def test_every_installed_backend_by_name(backend):
     assert isinstance(get_backend(backend.spec), Backend)
     assert get_backend(backend.spec).name == backend.name
@@ -84,6 +86,7 @@ def test_no_name_at_all(name):
         get_backend(name)
 
 
+@installation
 @pytest.mark.parametrize(
     "spec", ["torch:cuda:7", "torch:tpu", "jax:gpu:9", "jax:abacus", "mlx:abacus", "numpy:cuda"]
 )
@@ -122,6 +125,7 @@ def test_instances_are_independent_of_each_other():
     assert backend_of(two.state[0]).name == "array_api"
 
 
+@installation
 def test_all_backends_in_one_process():
     caches = [KVCache(name) for name, info in available_backends().items() if info.installed]
     for cache in caches * 2:
@@ -154,6 +158,7 @@ def test_an_environment_that_chooses_nothing(value, monkeypatch):
     assert get_backend("auto").spec == expected
 
 
+@installation
 def test_auto_takes_the_best_that_is_installed():
     order = ("mlx", "torch", "jax") if sys.platform == "darwin" else ("torch", "jax", "mlx")
     installed = [name for name in order if available_backends()[name].installed]
@@ -181,6 +186,7 @@ print(*(name for name, info in kvcache.available_backends().items() if info.inst
 # Not installed.
 
 
+@installation
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_not_installed(name):
     """In an environment of one framework this is the real thing; elsewhere it is hidden."""
@@ -210,6 +216,7 @@ cache = kvcache.KVCache("numpy")
     assert reported == "True () ''"
 
 
+@installation
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_not_installed_for_real(name):
     if importlib.util.find_spec(name):
@@ -219,6 +226,7 @@ def test_not_installed_for_real(name):
     assert not available_backends()[name].installed
 
 
+@installation
 def test_an_installation_that_is_broken(tmp_path):
     """A framework whose import fails in whatever way is one that is not available."""
     (tmp_path / "mlx").mkdir()
@@ -243,6 +251,7 @@ print(kvcache.get_backend().name)
     assert lines[-1] in ("jax", "numpy")
 
 
+@installation
 def test_a_framework_that_finds_no_device():
     """JAX told to use a platform that is not here fails when asked for devices, not on import."""
     if not importlib.util.find_spec("jax"):
@@ -263,6 +272,7 @@ except kvcache.BackendNotAvailableError as error:
     assert "rocm" in error
 
 
+@installation
 def test_available_backends(backend):
     infos = available_backends()
     assert list(infos) == sorted(infos)
@@ -288,6 +298,7 @@ class Sub(np.ndarray):
     """A subclass from elsewhere is an array of its framework all the same."""
 
 
+@installation
 def test_owner_of_a_subclass():
     assert backend_of(np.zeros(3).view(Sub)).name == "numpy"
     if importlib.util.find_spec("torch"):
@@ -311,6 +322,7 @@ def test_nobody_owns_it(thing):
         backend_of(thing)
 
 
+@installation
 def test_asking_for_the_owner_imports_nothing():
     program = f"""
 import sys, kvcache, numpy as np

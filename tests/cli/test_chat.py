@@ -31,6 +31,10 @@ def test_on_the_command_line(default_model, tmp_path):
         (["--tree", "missing/tree.svg"], "--tree takes a file in a folder that exists"),
         (["--tree", "."], "--tree takes a file in a folder that exists"),
         (["--budget", "-1"], "--budget"),
+        (["--option", "budget=9"], "--option needs --store beside it"),
+        (["--store", "memory:", "--option", "budget"], "--option takes NAME=VALUE; got 'budget'"),
+        (["--store", "memory:", "--option", "colour=red"], "keyword argument 'colour'"),
+        (["--store", "memory:", "--option", "budget=-9"], "got -9"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(

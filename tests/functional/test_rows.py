@@ -68,6 +68,7 @@ def check_same(eager, mask, columns, compiled, program_mask, positions):
     assert got == attended(eager, columns, mask, range(eager.positions.shape[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "mixed"), [("bhtd", False), ("bthd", True)])
 @pytest.mark.parametrize(("kind", "window"), [*((k, None) for k in KINDS), ("growing", 3)])
 def test_program_is_update(backend, program, kind, window, layout, mixed):

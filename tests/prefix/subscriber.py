@@ -9,6 +9,8 @@ SECONDS = 20
 class Subscriber:
     """What is stored elsewhere, by the events received. batch: class to decode a message as."""
 
+    medium = "CPU"  # of per-layer caches, which have all that is stored in host memory
+
     def __init__(self, publisher, batch, topic=""):
         self.context = zmq.Context()
         self.live = self.context.socket(zmq.SUB)
@@ -77,10 +79,12 @@ class Subscriber:
             assert not set(event.block_hashes) & set(self.blocks)
             if event.parent_block_hash is not None:
                 assert event.parent_block_hash in self.blocks
+            assert event.medium == self.medium
             for place, name in enumerate(event.block_hashes):
                 start = place * event.block_size
                 self.blocks[name] = event.token_ids[start : start + event.block_size]
         elif kind == "BlockRemoved":
+            assert event.medium == self.medium
             for name in event.block_hashes:
                 del self.blocks[name]
         else:

@@ -70,6 +70,26 @@ def test_idle_threads_end_with_the_stop():
         assert not worker.is_alive()
 
 
+def test_threads_end_however_often_they_are_stopped():
+    """Closed by its user, and stopped again when it is dropped: no thread looks on for ever."""
+    queue, opened, both = Background(2, 10), threading.Event(), threading.Barrier(3)
+    before = set(threading.enumerate())
+    done = []
+    for _ in range(2):
+        assert queue.submit(lambda: (both.wait(600), opened.wait(600)), 1)
+    both.wait(600)
+    threads = set(threading.enumerate()) - before
+    queue.stop()
+    peek.jobs_of(queue).put((lambda: done.append(1), 0))  # of a call that had seen no stop yet
+    queue.stop()
+    queue.stop()
+    opened.set()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert done == [1]
+
+
 def test_a_thread_serves_one_job_after_the_other():
     queue, names = Background(4, 10), set()
     for _ in range(5):

@@ -46,9 +46,11 @@ class Follower:
         self.events.append(event)
         if isinstance(event, BlockStored):
             assert not self.blocks.intersection(event.block_hashes)
+            assert event.medium == "GPU"  # of a pool
             self.blocks.update(event.block_hashes)
         elif isinstance(event, BlockRemoved):
             assert self.blocks.issuperset(event.block_hashes)
+            assert event.medium == "GPU"
             self.blocks.difference_update(event.block_hashes)
         else:
             self.blocks = set()

@@ -143,7 +143,7 @@ def test_a_message_is_what_vllm_encodes(prefix, routed):
             "token_ids": [300] * 16,
             "block_size": 16,
             "lora_id": None,
-            "medium": "GPU",
+            "medium": "CPU",
             "lora_name": None,
         }
         assert next(iter(event)) == "type"
@@ -461,7 +461,7 @@ def test_the_size_of_blocks_is_set_before_anybody_subscribes(prefix):
     prefix.events.block_size = 4
     leave = prefix.events.subscribe(told.append)
     store(prefix, 1)
-    assert told == [BlockStored(hashes([1] * 16, size=4), None, [1] * 16, 4)]
+    assert told == [BlockStored(hashes([1] * 16, size=4), None, [1] * 16, 4, medium="CPU")]
     with pytest.raises(KVCacheError, match="stays while somebody subscribes; got 8 with 1"):
         prefix.events.block_size = 8
     leave()
@@ -472,4 +472,4 @@ def test_the_size_of_blocks_is_set_before_anybody_subscribes(prefix):
     prefix.events.subscribe(told.append)
     serve(prefix, [1] * 16 + [2] * 8)
     names = hashes([1] * 16 + [2] * 8, size=8)
-    assert told[1] == BlockStored(names[2:], names[1], [2] * 8, 8)
+    assert told[1] == BlockStored(names[2:], names[1], [2] * 8, 8, medium="CPU")

@@ -230,8 +230,12 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
+    def port(self):
+        return self._listening.getsockname()[1]
+
+    @property
     def url(self):
-        return f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
+        return f"redis://127.0.0.1:{self.port}"
 
     def let_through(self, nbytes, ends=False):
         """Let through so many bytes of replies, then nothing, or end all connections."""

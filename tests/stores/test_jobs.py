@@ -1,15 +1,20 @@
 """Jobs: every one ends once, at its deadline at the latest, and a failure is a miss."""
 
+import gc
+import math
+import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 
 from kvcache.stores import MemoryStore
+from kvcache.stores import jobs as jobs_module
 from kvcache.stores.jobs import Jobs
 from kvcache.stores.named import NamedKeys
-from kvcache.stores.transfers import Place
+from kvcache.stores.transfers import Place, Sink
 
 from .servers import wait_for
 from .trouble import LIES, Hanging, Lying, coded, keys_of
@@ -87,6 +92,66 @@ def test_keys_that_are_missing_leave_their_buffers_as_they_were(begin):
     assert is_untouched(buffers[3])
 
 
+def sinks(numbers, nbytes=1000):
+    taken = {}
+    places = [Place(key_of(number), Sink(nbytes, taker(taken, number))) for number in numbers]
+    return taken, places
+
+
+def taker(taken, number):
+    return lambda content: taken.update({number: content})
+
+
+def test_a_sink_takes_what_is_there(begin):
+    jobs = begin(MemoryStore())
+    jobs.put(full([0, 2])).wait()
+    taken, places = sinks(range(3))
+    assert jobs.load(places).wait().moved == (1000, None, 1000)
+    assert [number for number in range(3) if number in taken] == [0, 2]
+    for number, content in taken.items():
+        assert content.readonly
+        assert is_right(np.frombuffer(content, np.uint8), number)
+
+
+def test_a_sink_of_another_length_takes_nothing(begin):
+    jobs = begin(MemoryStore())
+    jobs.put(full([0])).wait()
+    taken, places = sinks([0], 999)
+    assert jobs.load(places).wait().succeeded == (False,)
+    assert not taken
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_sink_takes_no_lie(begin, lie):
+    store = Lying(lambda outcomes: outcomes)
+    jobs = begin(store)
+    jobs.put(full(range(2))).wait()
+    store.lie = lie
+    taken, places = sinks(range(2))
+    assert jobs.load(places).wait().succeeded == (False, False)
+    assert not taken
+
+
+def test_a_sink_takes_nothing_when_the_job_is_over(begin):
+    store = Hanging("get")
+    jobs = begin(store, timeout=SHORT)
+    jobs.put(full([0])).wait()
+    while not store.hung.is_set():
+        taken, places = sinks([0])
+        assert jobs.load(places).wait().succeeded == (False,)
+    store.go_on.set()
+    jobs.close()
+    wait_for(lambda: is_closed(store), "the last thread to leave")
+    assert not taken
+
+
+def test_a_sink_is_not_put(begin):
+    taken, places = sinks([0])
+    jobs = begin(MemoryStore())
+    assert jobs.put(places).wait().succeeded == (False,)
+    assert not taken
+
+
 def test_a_removed_value_is_gone(begin):
     jobs = begin(MemoryStore())
     jobs.put(full([0])).wait()
@@ -106,7 +171,7 @@ def test_a_job_of_many_keys_is_answered_in_pieces(begin):
 
 def test_large_values_are_answered_in_pieces(begin):
     jobs = begin(MemoryStore())
-    nbytes = 20 << 20
+    nbytes = 5 << 20
     assert jobs.put(full(range(3), nbytes)).wait().nbytes == 3 * nbytes
     buffers, places = blank(range(3), nbytes)
     assert all(jobs.load(places).wait().succeeded)
@@ -247,6 +312,78 @@ def test_a_job_whose_end_is_being_reported_holds_up_nobody(begin):
     go_on.set()
     assert answers == [True]
     assert not any(any(job.wait().succeeded) for job in hung)
+
+
+def test_timeouts_may_be_infinite(begin):
+    store = Hanging("get")
+    jobs = begin(store, timeout=math.inf, lookup_timeout=math.inf)
+    hung = jobs.load(blank([0])[1])
+    assert store.hung.wait(20)
+    assert jobs.look_up(keys_of(1)).wait().succeeded == (False,)
+    store.go_on.set()
+    assert hung.wait().succeeded == (False,)
+
+
+def test_ended_jobs_are_forgotten_before_their_deadlines(begin):
+    jobs = begin(MemoryStore())
+    jobs.put(full([0])).wait()
+    ended = []
+    for _ in range(500):
+        job = jobs.load(blank([0], 10)[1])
+        job.wait()
+        ended.append(weakref.ref(job))
+    jobs.drain()
+    del job
+    gc.collect()
+    assert sum(job() is not None for job in ended) < 100
+
+
+def test_without_threads_jobs_fail(begin, monkeypatch):
+    def start(target, name):
+        raise RuntimeError("can't start new thread")
+
+    jobs = begin(MemoryStore())
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs_module, "_start", start)
+        assert jobs.look_up(keys_of(1)).wait().succeeded == (False,)
+        assert jobs.unfinished == 0
+    assert jobs.put(full([0])).wait().succeeded == (True,)
+
+
+def test_without_a_thread_for_the_store_jobs_end_at_their_deadline(begin, monkeypatch):
+    start = jobs_module._start
+
+    def start_the_watch(target, name):
+        if name != "kvcache-watch":
+            raise RuntimeError("can't start new thread")
+        start(target, name)
+
+    jobs = begin(MemoryStore(), lookup_timeout=SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs_module, "_start", start_the_watch)
+        assert jobs.look_up(keys_of(1)).wait().succeeded == (False,)
+    assert jobs.put(full([0])).wait().succeeded == (True,)
+
+
+def test_ctrl_c_in_closing_loses_no_report(begin):
+    store, reports = Hanging("get"), []
+    jobs = begin(store)
+
+    def then(report):
+        reports.append(report)
+        if len(reports) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    begun = [jobs.load(blank([number])[1], then) for number in range(3)]
+    assert store.hung.wait(20)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.close()
+    store.go_on.set()
+    jobs.close()
+    assert len(reports) == 3
+    assert not any(any(job.wait().succeeded) for job in begun)
+    jobs.drain()
+    wait_for(lambda: is_closed(store), "the last thread to leave")
 
 
 def test_reads_go_on_while_puts_hang(begin):
@@ -409,6 +546,28 @@ def test_a_server_that_is_killed_gives_misses(begin, tmp_path):
         assert all(map(is_untouched, buffers))
         assert jobs.look_up(keys_of(4)).wait().succeeded == (False,) * 4
         assert jobs.put(full([9])).wait().succeeded == (False,)
+
+
+@pytest.mark.matrix
+def test_a_server_that_is_killed_in_the_middle_loses_no_job(begin, tmp_path):
+    pytest.importorskip("redis")
+    from kvcache.stores.redis import RedisStore
+
+    from .servers import RunningServer, running
+
+    with running(RunningServer, "redis", tmp_path) as server:
+        jobs = begin(RedisStore(server.url, timeout=5), timeout=5, lookup_timeout=5)
+        jobs.put(full(range(100))).wait()
+        run = Run(jobs, 300)
+
+        def kill():
+            wait_for(lambda: run.reported > 400, "jobs")
+            server.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        in_eight_threads(run)
+        killer.join()
 
 
 def test_names_of_two_namespaces_have_no_key_in_common():

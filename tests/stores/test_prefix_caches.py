@@ -23,9 +23,7 @@ NUMPY = kvcache.get_backend("numpy")
 PROMPT = [*TURNED, 12]
 SOON = 0.15
 ENOUGH = 1.5
-"""Seconds in which a busy machine finds what there is to read."""
-SLACK = 1.5
-"""Seconds that a busy machine may add to a deadline."""
+"""Seconds in which a server on a busy machine says something."""
 
 
 @pytest.fixture(
@@ -74,12 +72,12 @@ class Watched(RedisStore):
 def test_a_server_that_ends_in_the_middle_of_a_beginning(own_server, end):
     with RedisStore(own_server.url) as store:
         stored_in(store)
-    with Watched(own_server.url, timeout=SOON) as store:
+    with Watched(own_server.url, timeout=ENOUGH) as store:
         waiting = Stored(model_of("full", NUMPY), store)
         store.watch = getattr(own_server, end)
         started = time.monotonic()
-        session = waiting.begin(PROMPT, deadline=Deadline.after(ENOUGH))
-        assert time.monotonic() - started < ENOUGH + SLACK
+        session = waiting.begin(PROMPT, deadline=Deadline.after(60))
+        assert time.monotonic() - started < 30, "silence ends it, long before the deadline"
         assert store.watch is None, "it has ended while values were read"
         assert session.matched == 0
         with session:

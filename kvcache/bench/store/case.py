@@ -15,17 +15,21 @@ from kvcache.stores import Item
 MEMCPY = "memcpy"
 FILE = "plain file"
 STREAM = "TCP stream"
+FRESH_STREAM = "TCP stream, fresh"
 MEMORY_STORE = "MemoryStore"
 FILE_STORE = "FileStore"
 FULL_FILE_STORE = "FileStore, full"
 REDIS_STORE = "RedisStore"
 VALKEY_STORE = "RedisStore, Valkey"
+FRESH = {REDIS_STORE: "RedisStore, fresh", VALKEY_STORE: "Valkey, fresh"}
+"""Puts to servers that have no memory at hand, by the name of the store."""
 BASES = {
     MEMORY_STORE: MEMCPY,
     FILE_STORE: FILE,
     FULL_FILE_STORE: FILE,
     REDIS_STORE: STREAM,
     VALKEY_STORE: STREAM,
+    **dict.fromkeys(FRESH.values(), FRESH_STREAM),
 }
 """Stores by name, and the ceiling of each: what the machine does without a store."""
 

@@ -1,19 +1,23 @@
 """Ceilings: the same bytes copied in memory, written to and read from plain files, and streamed.
 
-What a read returns is new memory each time, as it is for a store, whose callers keep it.
+What a read returns is new memory each time, as it is for a store, whose callers keep it. A server
+that values are put to has memory at hand, because it evicts others, or finds it page by page; so
+has the peer of a stream.
 """
 
 from __future__ import annotations
 
+import mmap
 import socket
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
 
 from kvcache.bench.harness.contest import Contestant
 
-from .case import FILE, MEMCPY, STREAM, StoreCase
+from .case import FILE, FRESH_STREAM, MEMCPY, STREAM, StoreCase
 
 _PIECE = 1 << 22
 
@@ -77,33 +81,98 @@ def _fill(buffer: memoryview, path: Path) -> None:
             start += file.readinto(buffer[start:]) or 0
 
 
-class Stream:
-    """A connection over loopback, at whose other end a thread sends the value when it is asked."""
+class Stream(ABC):
+    """A connection over loopback; a thread is the peer."""
 
     def __init__(self, case: StoreCase) -> None:
         self._value = case.value().data
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            self._receiving = socket.create_connection(listening.getsockname())
-            self._sending, _ = listening.accept()
+            self._own = socket.create_connection(listening.getsockname())
+            self._peer, _ = listening.accept()
         threading.Thread(target=self._serve, daemon=True).start()
-
-    def contestant(self) -> Contestant:
-        """Return a receiver of the value as a contestant."""
-        return Contestant(STREAM, self.run)
-
-    def run(self, steps: int) -> None:
-        """Receive the value as many times."""
-        for _ in range(steps):
-            self._receiving.sendall(b"?")
-            buffer, start = np.empty(self._value.nbytes, np.uint8).data, 0
-            while start < buffer.nbytes:
-                start += self._receiving.recv_into(buffer[start:])
 
     def close(self) -> None:
         """End the connection, and the thread with it."""
-        self._receiving.close()
+        self._own.close()
+
+    @abstractmethod
+    def contestant(self) -> Contestant:
+        """Return transfers of the value as a contestant."""
+
+    @abstractmethod
+    def _serve(self) -> None:
+        """Do what the peer does, until the connection ends."""
+
+
+class IncomingStream(Stream):
+    """The value comes when it is asked for."""
+
+    def contestant(self) -> Contestant:
+        return Contestant(STREAM, self._run)
+
+    def _run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._own.sendall(b"?")
+            _receive(self._own, np.empty(self._value.nbytes, np.uint8).data)
 
     def _serve(self) -> None:
-        with self._sending:
-            while self._sending.recv(1):
-                self._sending.sendall(self._value)
+        with self._peer:
+            while self._peer.recv(1):
+                self._peer.sendall(self._value)
+
+
+class OutgoingStream(Stream):
+    """The value goes to the peer, which says when it has all of it.
+
+    fresh: whether the peer keeps every value, until the rewind, in memory that the system has to
+        find for it; else all values come to one place.
+    """
+
+    def __init__(self, case: StoreCase, fresh: bool) -> None:
+        self._fresh = fresh
+        self._place = np.empty(case.nbytes, np.uint8).data
+        self._kept: list[memoryview] = []
+        super().__init__(case)
+
+    def contestant(self) -> Contestant:
+        if self._fresh:
+            return Contestant(FRESH_STREAM, self._run, self._rewind)
+        return Contestant(STREAM, self._run)
+
+    def _run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._own.sendall(self._value)
+            self._own.recv(1)
+
+    def _rewind(self, _: int) -> None:
+        self._kept.clear()
+
+    def _serve(self) -> None:
+        with self._peer:
+            while _receive(self._peer, place := self._next_place()):
+                if self._fresh:
+                    self._kept.append(place)
+                self._peer.sendall(b"!")
+
+    def _next_place(self) -> memoryview:
+        return _fresh_memory(self._value.nbytes) if self._fresh else self._place
+
+
+def _fresh_memory(nbytes: int) -> memoryview:
+    """Return memory without pages, which come one by one as it is written to."""
+    # Private: of memory that could be shared with other processes, a page takes twice as long.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # on Linux: servers turn huge pages off
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memoryview(memory)
+
+
+def _receive(connection: socket.socket, buffer: memoryview) -> bool:
+    """Fill a buffer; return False if the connection ends before."""
+    start = 0
+    while start < buffer.nbytes:
+        count = connection.recv_into(buffer[start:])
+        if not count:
+            return False
+        start += count
+    return True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from kvcache.bench.harness.contest import Contestant, UnavailableError
 from kvcache.errors import StoreError
@@ -13,6 +15,7 @@ from kvcache.stores.frames import OVERHEAD
 
 from .case import (
     FILE_STORE,
+    FRESH,
     FULL_FILE_STORE,
     GET,
     MEMORY_STORE,
@@ -21,7 +24,7 @@ from .case import (
     VALKEY_STORE,
     StoreCase,
 )
-from .ceilings import FileWrites, Stream, file_reads, memcpy
+from .ceilings import FileWrites, IncomingStream, OutgoingStream, Stream, file_reads, memcpy
 from .server import running_server
 
 PROGRAMS = {REDIS_STORE: "redis-server", VALKEY_STORE: "valkey-server"}
@@ -46,11 +49,11 @@ class Entrants:
         yield GET, copy
         yield PUT, FileWrites(case).contestant()
         yield GET, file_reads(case)
-        # One stream for both: bytes take the same way in either direction.
-        stream = Stream(case)
-        self._stack.callback(stream.close)
-        yield PUT, stream.contestant()
-        yield GET, stream.contestant()
+        streams: list[tuple[str, Stream]] = [(GET, IncomingStream(case))]
+        streams += [(PUT, OutgoingStream(case, fresh)) for fresh in (False, True)]
+        for operation, stream in streams:
+            self._stack.callback(stream.close)
+            yield operation, stream.contestant()
         files = FileStore(case.directory / "store")
         for name, store in ((MEMORY_STORE, MemoryStore()), (FILE_STORE, files)):
             self._stack.enter_context(store)
@@ -67,15 +70,29 @@ class Entrants:
             else:
                 yield PUT, evicting_puts(name, full_server, case)
                 yield GET, gets(name, server, case)
+                yield PUT, FreshPuts(FRESH[name], program, case, self._stack).contestant()
 
     def _store_on(self, program: str, budget: int = 0) -> Store:
-        """Start a server, and return a store on it. budget: its memory in bytes, 0 for no limit."""
-        server = running_server(program, self._case.directory, budget)
-        url = self._stack.enter_context(server)
-        try:
-            return self._stack.enter_context(open_store(url))
-        except StoreError as error:
-            raise UnavailableError(str(error).rstrip(".")) from error
+        return self._stack.enter_context(running_store(program, self._case.directory, budget))
+
+
+@contextmanager
+def running_store(program: str, directory: Path, budget: int = 0) -> Iterator[Store]:
+    """Start a server, and give a store on it. Both end with the block.
+
+    budget: as of :func:`running_server`.
+
+    Raises: UnavailableError.
+    """
+    with running_server(program, directory, budget) as url, _opened(url) as store:
+        yield store
+
+
+def _opened(url: str) -> Store:
+    try:
+        return open_store(url)
+    except StoreError as error:
+        raise UnavailableError(str(error).rstrip(".")) from error
 
 
 class Puts:
@@ -101,6 +118,22 @@ class Puts:
         """Delete all values."""
         self._store.delete(self._stored)
         self._stored = []
+
+
+class FreshPuts(Puts):
+    """Puts to a server that was just started, and has to ask its system for memory.
+
+    Not one that was emptied, whose allocator may have kept the memory.
+    """
+
+    def __init__(self, name: str, program: str, case: StoreCase, stack: ExitStack) -> None:
+        self._start = partial(running_store, program, case.directory)
+        self._running = stack.enter_context(ExitStack())
+        super().__init__(name, self._running.enter_context(self._start()), case)
+
+    def rewind(self, _: int) -> None:
+        self._running.close()
+        self._store = self._running.enter_context(self._start())
 
 
 def evicting_puts(name: str, store: Store, case: StoreCase) -> Contestant:

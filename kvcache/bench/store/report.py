@@ -11,17 +11,16 @@ from kvcache.bench.harness.report import Judgement, MeasuredTiming, Report, Skip
 from .case import (
     BASES,
     FILE_STORE,
+    FRESH,
     GET,
     MEMORY_STORE,
     OPERATIONS,
-    REDIS_STORE,
-    VALKEY_STORE,
 )
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-AT_LEAST = {FILE_STORE: 0.7, REDIS_STORE: 0.6, VALKEY_STORE: 0.6}
+AT_LEAST = {FILE_STORE: 0.7, **dict.fromkeys([*FRESH, *FRESH.values()], 0.6)}
 """Share of the throughput of its ceiling that a store reaches, by store."""
 JUDGED_NBYTES = 32 << 20
 """Bytes of a value from which on stores are judged: below, the cost of a call counts."""

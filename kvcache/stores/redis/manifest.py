@@ -25,6 +25,9 @@ from kvcache.stores.outcomes import Buffer, Corrupt, Item, Key, Label
 
 SMALL_NBYTES = 1 << 16
 """Values up to this size lie in their manifests."""
+CHUNK_NBYTES = (1 << 20) - 64
+"""Not 1 MiB: with its head such a string would take 1.25 MiB of the server, whose allocator
+(jemalloc) has four sizes between powers of two."""
 MAX_CHUNK_NBYTES = 1 << 22
 _HEAD = struct.Struct("<QII16s")
 _DIGEST_NBYTES = 16

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import select
+import ssl
+from collections.abc import Mapping
 from typing import Any
 
-from redis.connection import AbstractConnection, Connection, parse_url
+from redis.connection import AbstractConnection, Connection, SSLConnection, parse_url
 from redis.exceptions import RedisError
 
 from kvcache._locks import Lock
@@ -35,7 +37,7 @@ _IDLE = 16
 class Address:
     """All that a URL tells of connections: to its server, and to the others of a cluster.
 
-    Raises: StoreError for what is no URL of a server.
+    Raises: StoreError for what is no URL of a server, or names certificates that cannot be read.
     """
 
     def __init__(self, url: str) -> None:
@@ -52,6 +54,17 @@ class Address:
                 f"the client redis refuses the URL: {error}. "
                 "Give redis://[user:password@]host:port/database."
             ) from error
+        if self._is_encrypted:
+            _check_certificates(self._options)
+
+    @property
+    def _is_encrypted(self) -> bool:
+        return issubclass(self._kind, SSLConnection)
+
+    @property
+    def scheme(self) -> str:
+        """Beginning of the URL, without what follows a plus sign."""
+        return "unix" if "path" in self._options else "rediss" if self._is_encrypted else "redis"
 
     @property
     def host(self) -> str:
@@ -67,6 +80,27 @@ class Address:
         """Return a connection that is not connected, to another host with the same options."""
         elsewhere = {} if host is None else {"host": host, "port": port}
         return self._kind(**(self._options | elsewhere))
+
+
+def _check_certificates(options: Mapping[str, Any]) -> None:
+    """Read the certificates and the key that a URL names, as each connection will do.
+
+    Raises: StoreError. In the outcomes of calls a wrong path would look like a server that is gone.
+    """
+    files = {name: options.get(f"ssl_{name}") for name in ("ca_certs", "ca_path", "certfile")}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if files["ca_certs"] or files["ca_path"]:
+            context.load_verify_locations(files["ca_certs"], files["ca_path"])
+        if files["certfile"]:
+            # Not None, with which OpenSSL asks the terminal for the password of an encrypted key.
+            password = options.get("ssl_password") or ""
+            context.load_cert_chain(files["certfile"], options.get("ssl_keyfile"), password)
+    except OSError as error:
+        named = ", ".join(f"ssl_{name}={path}" for name, path in files.items() if path)
+        raise StoreError(
+            f"certificates of the URL cannot be read: {error}; got {named}."
+        ) from error
 
 
 class Node:

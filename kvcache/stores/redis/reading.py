@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 from redis.exceptions import InvalidResponse
 
 from kvcache.stores.base import describe
+from kvcache.stores.buffers import buffer_of
 from kvcache.stores.outcomes import (
     Corrupt,
     GetOutcome,
@@ -61,9 +61,8 @@ class Read:
         return self._ask_for_chunks(manifest)
 
     def _ask_for_chunks(self, manifest: Manifest) -> list[Command]:
-        # Not bytearray, whose zeros are one more pass over the memory.
         try:
-            self._value = np.empty(manifest.nbytes, np.uint8).data
+            self._value = buffer_of(manifest.nbytes)
         except MemoryError as error:
             return self._end(Unavailable(describe(error)))
         self._manifest, self._left = manifest, manifest.chunks

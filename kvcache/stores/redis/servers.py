@@ -45,11 +45,12 @@ class SingleServer:
     """One server, with all keys."""
 
     def __init__(self, url: str, connections: int, patience: float) -> None:
-        self._node = Node(Address(url))
+        address = Address(url)
+        self._node, self._scheme = Node(address), address.scheme
         self._connections, self._patience = connections, patience
 
     def __repr__(self) -> str:
-        return f"redis://{self._node!r}"
+        return f"{self._scheme}://{self._node!r}"
 
     def ask(self, commands: Sequence[Command], deadline: Deadline) -> None:
         if commands:
@@ -85,7 +86,7 @@ class Cluster:
         self._lock = Lock()
 
     def __repr__(self) -> str:
-        return "redis+cluster://" + ",".join(map(repr, self._seeds))
+        return f"{self._address.scheme}+cluster://" + ",".join(map(repr, self._seeds))
 
     def ask(self, commands: Sequence[Command], deadline: Deadline) -> None:
         elsewhere: dict[Command, Node] = {}

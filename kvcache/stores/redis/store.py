@@ -28,7 +28,7 @@ from kvcache.stores.outcomes import (
     Usage,
 )
 
-from .manifest import MAX_CHUNK_NBYTES, PREVIEW_NBYTES, Names, preview
+from .manifest import CHUNK_NBYTES, MAX_CHUNK_NBYTES, PREVIEW_NBYTES, Names, preview
 from .node import Node
 from .reading import Read
 from .removing import Removal
@@ -45,7 +45,9 @@ class RedisStore(Store):
     """Values on a Redis or Valkey server (6.2 or later), or on a cluster of them.
 
     url: ``redis://``, ``rediss://`` (TLS) or ``unix://`` as the client `redis` takes them, or
-        ``redis+cluster://host:port,host:port``, any of the servers of a cluster.
+        ``redis+cluster://host:port,host:port`` (``rediss+cluster://``), any of the servers of a
+        cluster. With TLS a server needs a certificate for its name, signed by an authority that
+        the system trusts, or by one in ``?ssl_ca_certs=/path/ca.pem``.
     ttl: seconds that an entry lives after it was put, or put again; None for no end, where chunks
         of writers that are killed still go after ten minutes.
     connections: for large values, per server. chunk_nbytes: of the strings that a large value is
@@ -66,7 +68,7 @@ class RedisStore(Store):
         *,
         ttl: float | None = _WEEK,
         connections: SupportsIndex = 2,
-        chunk_nbytes: SupportsIndex = 1 << 20,
+        chunk_nbytes: SupportsIndex = CHUNK_NBYTES,
         timeout: float = 5.0,
         prefix: str = "kvcache:",
     ) -> None:
@@ -211,9 +213,9 @@ def _unavailable(reply: Reply) -> Unavailable | None:
 def _urls_of_cluster(url: str) -> list[str]:
     """Return the URLs of the servers that a URL of a cluster names."""
     scheme, _, rest = url.partition(_CLUSTER)
-    user, at, rest = rest.rpartition("@")
-    hosts, slash, options = rest.partition("/")
-    return [f"{scheme}://{user}{at}{host}{slash}{options}" for host in hosts.split(",")]
+    end = next((index for index, letter in enumerate(rest) if letter in "/?"), len(rest))
+    user, at, hosts = rest[:end].rpartition("@")
+    return [f"{scheme}://{user}{at}{host}{rest[end:]}" for host in hosts.split(",")]
 
 
 def _check_seconds(name: str, seconds: float) -> None:

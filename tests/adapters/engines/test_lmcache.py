@@ -17,7 +17,7 @@ import pytest
 from kvcache.stores import MemoryStore
 
 from ...stores.servers import RunningServer, running, wait_for
-from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
+from ...stores.trouble import LIES, Hanging, Lying, coded
 from .packages import imported_or_skipped
 from .signatures import abstract_calls, moved
 
@@ -118,13 +118,14 @@ def key_of(lmcache, number, **other):
     return lmcache.ObjectKey(**fields | other)
 
 
-def object_of(lmcache, number=None, dtype="bfloat16", padding=64):
+def object_of(lmcache, number=None, dtype="bfloat16", padding=64, shape=SHAPE):
     """An object of LMCache, with padding behind it as its allocator makes them."""
     import torch
 
-    data = np.zeros(NBYTES + padding, np.uint8) if number is None else coded(number, NBYTES)
-    raw = torch.from_numpy(np.resize(data, NBYTES + padding).copy())
-    shape, dtype = torch.Size(SHAPE), getattr(torch, dtype)
+    nbytes = 2 * int(np.prod(shape))
+    data = np.zeros(nbytes + padding, np.uint8) if number is None else coded(number, nbytes)
+    raw = torch.from_numpy(np.resize(data, nbytes + padding).copy())
+    shape, dtype = torch.Size(shape), getattr(torch, dtype)
     metadata = lmcache.MemoryObjMetadata(
         shape, dtype, 0, raw.numel(), 1, shapes=[shape], dtypes=[dtype]
     )
@@ -132,7 +133,8 @@ def object_of(lmcache, number=None, dtype="bfloat16", padding=64):
 
 
 def is_right(obj, number):
-    return np.array_equal(np.frombuffer(obj.byte_array, np.uint8), coded(number, NBYTES))
+    content = np.frombuffer(obj.byte_array, np.uint8)
+    return np.array_equal(content, coded(number, content.nbytes))
 
 
 def is_blank(obj):
@@ -235,6 +237,30 @@ def test_models_ranks_groups_and_salts_never_meet(lmcache, make_driver, other):
     assert driver.look_up([key_of(lmcache, 0), key_of(lmcache, 0, **other)]) == [True, False]
 
 
+def test_groups_of_a_hybrid_are_apart_and_exact(lmcache, make_driver):
+    """One task has objects of all groups, each of its own form: all pages, and the last states."""
+    driver = make_driver("memory:")
+    shapes = {0: SHAPE, 1: (3, 5)}
+    pages = [(number, group) for group, numbers in ((0, range(4)), (1, [3])) for number in numbers]
+
+    def objects_of(filled):
+        return [
+            object_of(lmcache, 10 * group + number if filled else None, shape=shapes[group])
+            for number, group in pages
+        ]
+
+    keys = [key_of(lmcache, number, object_group_id=group) for number, group in pages]
+    assert driver.store(keys, objects_of(True)).is_successful()
+    absent = key_of(lmcache, 2, object_group_id=1)
+    assert driver.look_up([*keys, absent]) == [True] * 5 + [False]
+    objects = objects_of(False)
+    other = object_of(lmcache, shape=shapes[1])
+    assert driver.load([*keys, absent], [*objects, other]) == [True] * 5 + [False]
+    for (number, group), obj in zip(pages, objects, strict=True):
+        assert is_right(obj, 10 * group + number)
+    assert is_blank(other)
+
+
 def test_namespaces_never_meet(lmcache, make_driver, tmp_path):
     url = f"file://{tmp_path}"
     store(lmcache, make_driver(url), [0])
@@ -283,7 +309,7 @@ def test_listeners_and_usage_follow_what_is_stored(lmcache, make_driver):
     ]
 
 
-@pytest.mark.parametrize("lie", [flipped, swapped, raising])
+@pytest.mark.parametrize("lie", LIES)
 def test_a_store_that_lies_gives_misses(lmcache, make_driver, lie):
     backing = Lying(lambda outcomes: outcomes)
     driver = make_driver(backing)
@@ -315,6 +341,26 @@ def test_tasks_of_a_store_that_hangs_are_signalled_at_their_deadline(lmcache, ma
     assert driver.look_up([key_of(lmcache, 0)]) == [False]
     driver.adapter.delete([key_of(lmcache, 0)])
     assert is_blank(obj)
+
+
+def test_no_submission_waits_for_a_store_that_hangs(lmcache, make_driver):
+    backing = Hanging("get", "contains")
+    driver = make_driver(backing)
+    adapter, began = driver.adapter, time.monotonic()
+    keys, objects = [key_of(lmcache, 0)], [object_of(lmcache, 0)]
+    adapter.submit_store_task(keys, objects)
+    looking = adapter.submit_lookup_and_lock_task(keys, {})
+    loading = adapter.submit_load_task(keys, [object_of(lmcache)])
+    assert adapter.pop_completed_store_tasks() == {}
+    assert adapter.query_lookup_and_lock_result(looking) is None
+    assert adapter.query_load_result(loading) is None
+    assert time.monotonic() - began < 10  # each of the three would hang for 20 s
+    assert backing.hung.wait(20)
+    backing.go_on.set()
+    assert store(lmcache, driver, [0]).is_successful()
+    loaded, [obj] = load(lmcache, driver, [0])
+    assert loaded == [True]
+    assert is_right(obj, 0)
 
 
 def test_closing_in_the_middle_ends_every_task(lmcache, make_driver):

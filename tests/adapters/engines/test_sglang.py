@@ -14,7 +14,7 @@ import pytest
 from kvcache.stores import MemoryStore
 
 from ...stores.servers import RunningServer, running
-from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
+from ...stores.trouble import LIES, Hanging, Lying, coded
 from .packages import imported_or_skipped
 from .signatures import abstract_calls, moved
 
@@ -46,15 +46,18 @@ class HostPool:
         self.page_size = page_tokens
         shape = (2, LAYERS, PAGES * page_tokens, WIDTH)
         self.kv_buffer = torch.zeros(shape, dtype=self.dtype)
+        self.made, self.threads = 0, set()
 
     def get_data_page(self, index, flat=True):
         page = self.kv_buffer[:, :, index : index + self.page_size]
         return page.flatten() if flat else page
 
     def get_dummy_flat_data_page(self):
+        self.made += 1  # pinned memory, on a GPU
         return self.get_data_page(0).clone().zero_()
 
     def set_from_flat_data_page(self, index, data_page):
+        self.threads.add(threading.get_ident())
         page = self.kv_buffer[:, :, index : index + self.page_size]
         page.copy_(data_page.reshape(page.shape))
 
@@ -219,6 +222,34 @@ def test_a_partial_load_leaves_the_other_pages_as_they_were(make_storage):
     assert pool.is_blank(3)
 
 
+def test_a_call_makes_one_page_and_touches_the_pool_in_its_own_thread_only(make_storage):
+    """Callers may hold a lease of the pool, for which all other threads would wait."""
+    storage, pool = make_storage("memory:")
+    put(storage, pool, range(20))
+    pool.made, pool.threads = 0, set()
+    assert get(storage, pool, range(20)) == [True] * 20
+    assert pool.made == 1
+    assert pool.threads == {threading.get_ident()}
+
+
+def test_other_calls_go_on_while_one_is_pending(make_storage):
+    backing = Hanging("get")
+    storage, pool = make_storage(backing)
+    put(storage, pool, [0])
+    answers = []
+    thread = threading.Thread(target=lambda: answers.extend(get(storage, pool, [0])))
+    thread.start()
+    assert backing.hung.wait(20)
+    assert storage.batch_exists(names([0, 1])) == 1
+    assert storage.batch_set_v1(names([1]), indices([1])) == [True]
+    assert pool.is_blank(0)
+    assert not answers
+    backing.go_on.set()
+    thread.join()
+    assert answers == [True]
+    assert pool.is_right(0, 0)
+
+
 def test_the_calls_of_single_tensors(make_storage):
     import torch
 
@@ -338,7 +369,7 @@ def test_indices_that_do_not_fit_and_pools_that_nobody_registered_are_misses(sgl
     assert storage.batch_exists_v2(names(range(6)), [one]).kv_hit_pages == 0
 
 
-@pytest.mark.parametrize("lie", [flipped, swapped, raising])
+@pytest.mark.parametrize("lie", LIES)
 def test_a_store_that_lies_gives_misses(make_storage, lie):
     backing = Lying(lambda outcomes: outcomes)
     storage, pool = make_storage(backing)
@@ -434,30 +465,58 @@ def test_a_config_without_a_url(sglang):
         sglang.create_backend("dynamic", config_of(sglang), HostPool())
 
 
+class Load:
+    """Calls of eight threads, for single tensors and for pages of one pool."""
+
+    def __init__(self, storage, pool, seconds):
+        self.storage, self.pool, self.end = storage, pool, time.monotonic() + seconds
+        self.calls, self.wrong = [], []
+
+    def work(self, thread):
+        random = np.random.default_rng(thread)
+        pages = range(4 * thread, 4 * thread + 4)
+        calls = [self.set_tensor, self.get_tensor, self.put_pages, self.get_pages]
+        while time.monotonic() < self.end:
+            calls[random.integers(4)](random.integers(0, 200, 4).tolist(), pages)
+            self.calls.append(thread)
+
+    def set_tensor(self, numbers, pages):
+        import torch
+
+        self.storage.set(f"{numbers[0]}", torch.from_numpy(coded(numbers[0], PAGE_NBYTES)))
+
+    def get_tensor(self, numbers, pages):
+        import torch
+
+        wanted = torch.from_numpy(coded(numbers[0], PAGE_NBYTES))
+        found = self.storage.get(f"{numbers[0]}", torch.zeros_like(wanted))
+        if found is not None and not torch.equal(found, wanted):
+            self.wrong.append(numbers)
+
+    def put_pages(self, numbers, pages):
+        self._fill(numbers, pages)
+        self.storage.batch_set_v1(names(numbers), indices(pages))
+
+    def get_pages(self, numbers, pages):
+        before = [1000, 1001, 1002, 1003]
+        self._fill(before, pages)
+        loaded = self.storage.batch_get_v1(names(numbers), indices(pages))
+        for page, number, other, is_loaded in zip(pages, numbers, before, loaded, strict=True):
+            if not self.pool.is_right(page, number if is_loaded else other):
+                self.wrong.append(numbers)
+
+    def _fill(self, numbers, pages):
+        for page, number in zip(pages, numbers, strict=True):
+            self.pool.fill(page, number)
+
+
 @pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_calls_of_eight_threads_are_exact(make_storage, seconds):
-    storage, _ = make_storage(MemoryStore(budget=100 * PAGE_NBYTES), threads=4)
-    end, calls, wrong = time.monotonic() + seconds, [], []
-
-    def work(thread):
-        random = np.random.default_rng(thread)
-        while time.monotonic() < end:
-            import torch
-
-            number = int(random.integers(200))
-            page = torch.from_numpy(coded(number, PAGE_NBYTES))
-            if random.integers(2):
-                storage.set(f"{number}", page)
-            else:
-                found = storage.get(f"{number}", torch.zeros_like(page))
-                if found is not None and not torch.equal(found, page):
-                    wrong.append(number)
-            calls.append(number)
-
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+    run = Load(*make_storage(MemoryStore(budget=100 * PAGE_NBYTES), threads=4), seconds)
+    threads = [threading.Thread(target=run.work, args=(thread,)) for thread in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
-    assert len(calls) > 100
+    assert not run.wrong
+    assert len(run.calls) > 100

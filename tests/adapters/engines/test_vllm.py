@@ -14,7 +14,7 @@ import pytest
 from kvcache.stores import MemoryStore
 
 from ...stores.servers import RunningServer, running, wait_for
-from ...stores.trouble import Hanging, Lying, coded, flipped, raising, swapped
+from ...stores.trouble import LIES, Hanging, Lying, coded, flipped, raising
 from .packages import import_tiers, imported_or_skipped
 from .signatures import abstract_calls, moved
 
@@ -41,7 +41,7 @@ def vllm():
     return modules
 
 
-def spec_of(vllm, model="org/model", dtype="bfloat16", tp_size=1, tokens=16):
+def spec_of(vllm, model="org/model", dtype="bfloat16", tp_size=1, tokens=16, events=False):
     """A real specification, as vLLM's connector makes it of its configuration."""
 
     class Spec(vllm.OffloadingSpec):
@@ -68,7 +68,7 @@ def spec_of(vllm, model="org/model", dtype="bfloat16", tp_size=1, tokens=16):
         vllm.OffloadingConfig(
             groups=groups,
             worker_kv_bytes_per_block=CHUNK_NBYTES // tp_size,
-            enable_kv_cache_events=False,
+            enable_kv_cache_events=events,
             extra_config={},
             engine_id="test",
             model=vllm.OffloadingModelConfig(model, dtype),
@@ -288,7 +288,7 @@ def test_a_failed_load_is_a_miss_of_the_request_that_found_it(vllm, make_tier):
     assert tier.lookup(key_of(vllm, 0), context) is vllm.LookupResult.MISS
 
 
-@pytest.mark.parametrize("lie", [flipped, swapped, raising])
+@pytest.mark.parametrize("lie", LIES)
 def test_a_store_that_lies_gives_misses(vllm, make_tier, lie):
     backing = Lying(lambda outcomes: outcomes)
     tier = make_tier(backing)
@@ -314,7 +314,7 @@ def test_a_server_that_is_killed_gives_misses(vllm, make_tier, tmp_path):
 
 def test_no_call_of_a_step_waits_for_a_store_that_hangs(vllm, make_tier):
     backing = Hanging("get", "put", "contains")
-    tier = make_tier(backing, timeout=0.2, lookup_timeout=0.2)
+    tier = make_tier(backing, timeout=1, lookup_timeout=1)
     context, began = vllm.ReqContext(req_id="request"), time.monotonic()
     keys = [key_of(vllm, number) for number in range(4)]
     assert tier.lookup(keys[0], context) is vllm.LookupResult.RETRY
@@ -325,8 +325,23 @@ def test_no_call_of_a_step_waits_for_a_store_that_hangs(vllm, make_tier):
     tier.drain_jobs()
     results = {result.job_id: result.success for result in tier.get_finished_jobs()}
     assert results == {1: False, 2: False}
-    assert steps < 0.2  # each of these calls would hang for 20 s
+    assert steps < 1  # waiting for the store would take one of its timeouts, or 20 s
     assert look_up(vllm, tier, [keys[1]]) == [False]
+
+
+def test_a_pending_job_has_no_result_until_the_store_has_answered(vllm, make_tier):
+    backing = Hanging("get")
+    tier = make_tier(backing)
+    assert store(vllm, tier, [0]).success
+    np.asarray(tier.view)[:] = 0x5A
+    tier.submit_load(job_of(vllm, 2, [key_of(vllm, 0)], [0], is_promotion=True))
+    assert backing.hung.wait(20)
+    assert list(tier.get_finished_jobs()) == []
+    assert untouched(tier, 0)
+    assert look_up(vllm, tier, [key_of(vllm, 0)]) == [True]  # others go on
+    backing.go_on.set()
+    assert results_of(tier, 1)[2].success
+    assert is_right(tier.view, 0, 0)
 
 
 def test_draining_makes_all_results_available(vllm, make_tier):
@@ -471,13 +486,51 @@ def test_the_manager_of_vllm_goes_on_when_a_store_lies(vllm, make_tier, manager_
 
 def test_the_manager_of_vllm_goes_on_when_a_store_hangs(vllm, make_tier, manager_of):
     backing = Hanging("get")
-    engine = Engine(vllm, *manager_of(make_tier, backing, timeout=0.2))
+    engine = Engine(vllm, *manager_of(make_tier, backing, timeout=1))
     engine.store(range(4))
     engine.manager.reset_cache()
     assert engine.load(range(4)) == []
     backing.go_on.set()
     engine.manager.reset_cache()
     assert engine.load(range(4)) == list(range(4))
+
+
+@pytest.mark.parametrize(("published", "enabled"), [(True, True), (True, False), (False, True)])
+def test_chunks_in_a_store_are_told_of_as_those_of_the_file_tier(
+    vllm, make_tier, manager_of, tmp_path, published, enabled
+):
+    """The events of the manager, with this tier and with vLLM's own."""
+
+    def make_theirs(root_dir, view, spec, **options):
+        config = {"type": "fs", "root_dir": root_dir, **options}
+        tier = vllm.SecondaryTierFactory.create_secondary_tier(config, view, spec)
+        tier.view = view
+        return tier
+
+    told, spec = [], spec_of(vllm, events=published)
+    for make, place in ((make_tier, "memory:"), (make_theirs, str(tmp_path))):
+        options = {"spec": spec, "enable_kv_events": enabled, "locality": "REMOTE"}
+        manager, tier = manager_of(make, place, **options)
+        engine = Engine(vllm, manager, tier)
+        engine.store([0, 1])
+        tier.drain_jobs()
+        engine.step()
+        told.append([event for event in manager.take_events() if event.medium is tier.medium])
+        assert list(manager.take_events()) == []
+    ours, theirs = told
+    assert ours == theirs
+    assert bool(ours) == (published and enabled)
+
+
+def test_chunks_that_were_not_stored_are_not_told_of(vllm, make_tier):
+    backing = Hanging("put")
+    tier = make_tier(backing, spec=spec_of(vllm, events=True), enable_kv_events=True)
+    tier.submit_store(job_of(vllm, 1, [key_of(vllm, 1)], [1], is_promotion=False))
+    assert backing.hung.wait(20)
+    tier.shutdown()
+    tier.view = None
+    assert not results_of(tier, 1)[1].success
+    assert list(tier.take_events()) == []
 
 
 def test_memory_pressure_evicts_and_brings_back(vllm, make_tier, manager_of):

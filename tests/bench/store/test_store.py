@@ -3,7 +3,7 @@
 import io
 import shutil
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice
 
 import pytest
@@ -14,6 +14,8 @@ from kvcache.bench.store import server
 from kvcache.bench.store.case import (
     FILE,
     FILE_STORE,
+    FRESH,
+    FRESH_STREAM,
     FULL_FILE_STORE,
     GET,
     MEMCPY,
@@ -23,12 +25,16 @@ from kvcache.bench.store.case import (
     STREAM,
     StoreCase,
 )
-from kvcache.bench.store.contestants import PROGRAMS, Entrants
+from kvcache.bench.store.ceilings import OutgoingStream
+from kvcache.bench.store.contestants import PROGRAMS, Entrants, FreshPuts
 from kvcache.errors import StoreError
 from kvcache.stores import MemoryStore, Stored, open_store
+from tests import peek
 
 NBYTES = 5000
-EVERYONE = {MEMCPY, FILE, STREAM, MEMORY_STORE, FILE_STORE, FULL_FILE_STORE, *PROGRAMS}
+SERVERS = {*PROGRAMS, *FRESH.values()}
+PUTS_ONLY = {FRESH_STREAM, FULL_FILE_STORE, *FRESH.values()}  # their reads are those of others
+EVERYONE = {MEMCPY, FILE, STREAM, MEMORY_STORE, FILE_STORE} | PUTS_ONLY | SERVERS
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +46,12 @@ def test_everyone_takes_part_in_both_operations_or_says_why(measured):
     assert measured.sizes == [100, NBYTES]
     absent = {skip.contestant for skip in measured.skipped}
     assert absent <= {*PROGRAMS}
+    absent |= {FRESH[name] for name in absent}
     assert {*measured.contestants} | absent == EVERYONE
     for nbytes in measured.sizes:
         for operation in (PUT, GET):
             for name in EVERYONE - absent:
-                if (operation, name) == (GET, FULL_FILE_STORE):  # its reads are FileStore's
+                if operation == GET and name in PUTS_ONLY:
                     continue
                 timing = measured.find(operation, nbytes, name)
                 assert len(timing.rounds_us) == 2
@@ -62,7 +69,7 @@ def test_a_server_is_started_if_there_is_one(measured, store):
 def test_without_servers_everyone_else_takes_part(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     report = run_store([100], rounds=1)
-    assert {*report.contestants} == EVERYONE - {*PROGRAMS}
+    assert {*report.contestants} == EVERYONE - SERVERS
     assert report.skipped == tuple(
         Skipped("values", "of 100 B", store, f"there is no {program} here")
         for store, program in PROGRAMS.items()
@@ -124,6 +131,33 @@ def test_a_full_server_evicts(tmp_path):
         usage = store.usage()
         assert usage.budget == budget
         assert usage.nbytes <= budget
+
+
+def test_a_fresh_server_is_another_one_in_every_block(tmp_path):
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server here: apt-get install redis-server")
+    pytest.importorskip("redis")
+    with ExitStack() as stack:
+        puts, seen = FreshPuts("", "redis-server", StoreCase(NBYTES, tmp_path), stack), set()
+        for steps in (2, 1, 3):
+            puts.rewind(steps)
+            puts.run(steps)
+            store = peek.store_of(puts)
+            assert store.usage().entries == steps
+            seen.add(repr(store))
+        assert len(seen) == 3
+
+
+def test_a_stream_has_arrived_when_its_step_ends(tmp_path):
+    case = StoreCase(3 << 20, tmp_path)
+    for fresh in (False, True):
+        with closing(OutgoingStream(case, fresh)) as stream:
+            contestant = stream.contestant()
+            for steps in (1, 2):
+                contestant.rewind(steps)
+                contestant.run(steps)
+                received = [bytes(value) for value in peek.received(stream)]
+                assert received == [case.value().tobytes()] * (steps if fresh else 1)
 
 
 def test_each_put_into_a_full_store_evicts_another_value(tmp_path):
@@ -191,6 +225,8 @@ def report_of(nbytes):
             (PUT, FILE_STORE, 9_000.0),
             (PUT, FULL_FILE_STORE, 14_000.0),
             (PUT, REDIS_STORE, 24_000.0),
+            (PUT, FRESH_STREAM, 15_000.0),
+            (PUT, FRESH[REDIS_STORE], 20_000.0),
             (GET, MEMCPY, 5_000.0),
             (GET, MEMORY_STORE, 10.0),
             (GET, FILE, 8_000.0),
@@ -216,6 +252,7 @@ def test_the_table_shows_shares_and_targets_in_80_columns():
         ("FileStore put / plain file", "32 MiB", pytest.approx(7 / 9), True),
         ("FileStore get / plain file", "32 MiB", 0.5, False),
         ("RedisStore put / TCP stream", "32 MiB", 0.5, False),
+        ("RedisStore, fresh put / TCP stream, fresh", "32 MiB", 0.75, True),
     ]
 
 
