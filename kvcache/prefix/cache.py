@@ -23,7 +23,7 @@ from .fetching import Answer
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
-from .policies import EvictionPolicy, make_policy
+from .policies import EvictionPolicy, make_policy, policy_name
 from .quotas import QuotaOf, as_quotas
 from .radix import Tokens
 from .render import render
@@ -72,9 +72,8 @@ class PrefixCache:
     page_tokens: tokens of a page in the store; all who share it use the same number.
     seal: encrypts pages in the store: one for all, or a function that returns the seal for a salt
         (None for pages of no tenant, as they are). What it raises is raised by :meth:`session`.
-    quota: bytes that each salt may store at most, or a function that returns those of a salt (None
-        for no limit but the budget): a salt above it evicts its own spans. The function is asked
-        when a salt begins to store; what it raises is raised by the end of that session.
+    quota: bytes that each salt may store, or a function of the salt (None for no limit): a salt
+        above it evicts its own spans. What that raises is raised by the end of a session.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
     thread, while one thread runs passes (MLX: in that thread). The sequences named are its own for
@@ -164,9 +163,8 @@ class PrefixCache:
         retain: pair (priority, seconds) for the tokens that the session stores, or such a pair by
             positions (start, stop), a stop of None being the end. They are evicted after all that
             are not retained, and after those of less priority. It is 1 to 100 when they are stored,
-            and falls to 0 within the seconds; ``math.inf`` is a pin, which goes last of all. The
-            stops of ranges are resume points. Where tokens are retained already, the stronger one
-            counts.
+            and falls to 0 within the seconds; for ``math.inf`` it stays. The stops of ranges are
+            resume points. Of several retentions of a token, the stronger one counts.
 
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
@@ -325,14 +323,12 @@ class PrefixCache:
     ) -> None:
         """Evict what is stored of a sequence from `position` on, as nobody will ask for it.
 
-        For a turn that was edited, or reasoning that the next prompt does not have. What sessions
-        use stays, and what sequences build on that part from `tokens` behind `position`. Pages in a
-        store stay.
+        For a turn that was edited, say. What sessions use stays, and what sequences build on that
+        part from `tokens` behind `position`; and pages in a store.
 
         tokens: ids of all of the sequence, the answer included. salt, media: of its session.
 
-        Raises: as :meth:`lookup`; TypeError, ValueError for a position that is not of `tokens`;
-            nothing has changed then.
+        Raises: TypeError, ValueError for a position not of `tokens`; nothing has changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
         start = as_index(position, "position")
@@ -373,6 +369,10 @@ class PrefixCache:
     ) -> str:
         """Draw the tree as text for a terminal, or as SVG.
 
+        Spans of which requests cannot reuse any beginning have a mark, and the reason beside them:
+        evicted (when, and by which policy), never stored, or stored with few resume points (which,
+        and for which caches). A legend says what the marks in the drawing mean.
+
         decode: makes text of token ids, to be shown instead. width: columns, 20 to 10,000. Spans
             too deep in the tree for this width are not indented any further.
 
@@ -380,7 +380,8 @@ class PrefixCache:
             arguments.
         """
         with self.lock:
-            return render(self._trees, self._index.nbytes, decode, svg, width)
+            policy = policy_name(self._index.policy)
+            return render(self._trees, self._index.nbytes, policy, decode, svg, width)
 
     def trim(self, nbytes: int) -> None:
         """Evict until no more than `nbytes` are stored, or only what is in use; keep the budget.

@@ -5,31 +5,64 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kvcache.snapshots.resuming import last_resumable
 
-from .policies import POLICIES, EvictionPolicy
+from .policies import policy_name
 from .radix import Node, Tokens
 from .reasons import Explanation, Reason, Why, decoded
-from .spans import EvictedBy
+from .spans import EvictedBy, chooser
 from .stored import Search, StoredPrefix, StoredSpan, contiguous_snapshots
 
 if TYPE_CHECKING:
     from .kept import KeptSpans
-    from .known import KnownTokens
     from .session import Request
 
 _CONTEXT = 8
 """Tokens shown before a divergence, and behind it."""
 
 
-class Noted(NamedTuple):
+Evicted: TypeAlias = list[tuple[int, int, float | None, EvictedBy | None]]
+"""Ranges of spans without a payload, with the time of their eviction, and who chose them; None if
+they never were."""
+Noted: TypeAlias = tuple[
+    "KeptSpans", Tokens, StoredPrefix, Search, Evicted | None, Node[StoredSpan] | None
+]
+"""How a session began: what :class:`Beginning` is made of, once somebody asks."""
+
+
+def note(kept: KeptSpans, ids: Tokens, prefix: StoredPrefix, search: Search) -> Noted:
+    """Return how a session on the prompt `ids` begins, of which `prefix` is known.
+
+    Every session pays for this, and few are asked. So it is a tuple of references, and takes down
+    only what the next request may change: ghosts, and the branch added last behind the prefix.
+    """
+    spans = prefix.spans
+    if not spans:
+        return kept, ids, prefix, search, None, None
+    last = spans[-1]
+    evicted = _evicted_behind(search.hit.stored, spans) if last.payload is None else None
+    children = last.node.children
+    # The newest of several, as there may be thousands behind instructions that all share.
+    branch = next(reversed(children.values())) if children else None
+    return kept, ids, prefix, search, evicted, branch
+
+
+def _evicted_behind(stored: int, spans: list[StoredSpan]) -> Evicted:
+    """Return those of `spans` that end behind all that is stored."""
+    return [
+        (span.start, span.stop, span.evicted, span.evicted_by)
+        for span in spans
+        if span.stop > stored
+    ]
+
+
+class Beginning(NamedTuple):
     """How a session began: references, to be read under the lock of its prefix cache.
 
     kept: spans of that. ids: of the prompt. length: those known. evicted: ranges of them behind all
-    that is stored, with the time of their eviction, and who chose; None if they never were. branch:
-    other tokens known at `length`.
+    that is stored. branch: other tokens known at `length`.
     """
 
     kept: KeptSpans
@@ -37,26 +70,17 @@ class Noted(NamedTuple):
     salt: str
     length: int
     search: Search
-    evicted: list[tuple[int, int, float | None, EvictedBy | None]]
+    evicted: Evicted
     branch: Node[StoredSpan] | None
 
 
-def note(kept: KeptSpans, known: KnownTokens, prefix: StoredPrefix, search: Search) -> Noted:
-    """Return the beginning of a session, of whose tokens `prefix` is known, before it changes."""
-    spans, length = prefix
-    stored, ids, branch = search.hit.stored, known.ids, None
-    evicted: list[tuple[int, int, float | None, EvictedBy | None]] = []
-    if length > stored:
-        evicted = [
-            (span.start, span.stop, span.evicted, span.evicted_by)
-            for span in spans
-            if span.stop > stored
-        ]
-    if spans and length < ids.size:
-        node = spans[-1].node
-        # The newest of several, as there may be thousands behind instructions that all share.
-        branch = node if length < node.depth else next(reversed(node.children.values()), None)
-    return Noted(kept, ids, known.salt, length, search, evicted, branch)
+def _beginning(noted: Noted, salt: str) -> Beginning:
+    kept, ids, (spans, length), search, evicted, branch = noted
+    if length == ids.size:
+        branch = None
+    elif spans and length < spans[-1].node.depth:  # inside of the last span, or of what it was
+        branch = spans[-1].node
+    return Beginning(kept, ids, salt, length, search, evicted or [], branch)
 
 
 def explain(
@@ -69,8 +93,8 @@ def explain(
     """Do :meth:`Session.explain`; count its reasons the first time."""
     if decode is not None and not callable(decode):
         raise TypeError(f"decode is a function from a list of token ids to text; got {decode!r}.")
-    noted = request.noted
     with lock:
+        noted = _beginning(request.noted, request.known.salt)
         reasons = _of_store(_of_memory(noted), request.lacks)
         if other_salts:
             reasons = _of_others(reasons, _known_elsewhere(noted))
@@ -88,7 +112,7 @@ def explain(
     return Explanation(noted.search.hit.matched, noted.ids.size, tuple(merged))
 
 
-def _of_memory(noted: Noted) -> Iterator[Reason]:
+def _of_memory(noted: Beginning) -> Iterator[Reason]:
     """Yield the reasons by what was in memory."""
     hit, size, length = noted.search.hit, noted.ids.size, noted.length
     yield from _between_stops(noted)
@@ -99,7 +123,7 @@ def _of_memory(noted: Noted) -> Iterator[Reason]:
         if evicted is None:
             yield Reason(start, stop, "new")
         else:
-            policy = _name_of(noted.kept.index.policy) if by in ("policy", None) else by
+            policy = chooser(by, policy_name(noted.kept.index.policy))
             yield Reason(start, stop, "evicted", evicted=evicted, policy=policy)
     if length < size and noted.branch is not None:
         yield Reason(length, size, "diverged", position=length)
@@ -107,7 +131,7 @@ def _of_memory(noted: Noted) -> Iterator[Reason]:
         yield Reason(length, size, "new")
 
 
-def _between_stops(noted: Noted) -> Iterator[Reason]:
+def _between_stops(noted: Beginning) -> Iterator[Reason]:
     """Yield the reasons for tokens that were stored, the last one of the prompt left out."""
     hit, stops, span = noted.search
     position = hit.matched
@@ -162,7 +186,7 @@ def _of_others(reasons: Iterable[Reason], length: int) -> Iterator[Reason]:
             yield replace(reason, start=start)
 
 
-def _known_elsewhere(noted: Noted) -> int:
+def _known_elsewhere(noted: Beginning) -> int:
     """Return how many tokens of the prompt are stored at most under another salt."""
     # Stand-ins of media of a session that has ended may be those of others.
     media = noted.ids < 0
@@ -187,7 +211,7 @@ def _merged(reasons: Iterable[Reason]) -> list[Reason]:
     return merged
 
 
-def _sides(noted: Noted) -> tuple[list[int], list[int]] | None:
+def _sides(noted: Beginning) -> tuple[list[int], list[int]] | None:
     """Return the ids around a divergence: of the prompt, and of the sequence known."""
     if noted.branch is None:
         return None
@@ -205,9 +229,3 @@ def _ids_below(node: Node[StoredSpan], position: int) -> list[int]:
         ids = node.tokens.tolist() + ids
     start = node.depth - node.tokens.size
     return ids[position - start :][:_CONTEXT]
-
-
-def _name_of(policy: EvictionPolicy) -> str:
-    """Return the name of a policy: that by which it is made, or of its class."""
-    names = (name for name, kind in POLICIES.items() if kind is type(policy))
-    return next(names, type(policy).__name__)

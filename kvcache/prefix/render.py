@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from kvcache._checks import as_index
 from kvcache.errors import BackendNotAvailableError
 
+from .marks import Mark, details_of, mark_of
 from .radix import Node, RadixTree
 from .stored import StoredSpan
 
@@ -27,11 +28,14 @@ _WIDTHS = range(20, 10_001)
 def render(
     trees: Mapping[str, RadixTree[StoredSpan]],
     nbytes: int,
+    policy: str,
     decode: Decode | None,
     svg: bool,
     width: int,
 ) -> str:
-    """Draw `trees` by salt, as text or SVG of `width` columns. nbytes: stored in all of them.
+    """Draw `trees` by salt, as text or SVG of `width` columns, with a legend of the marks in it.
+
+    nbytes: stored in all of them. policy: name of the one that evicts.
 
     Raises: BackendNotAvailableError without the package rich; TypeError, ValueError for arguments
         that make no drawing.
@@ -48,12 +52,15 @@ def render(
             "a drawing of the tree needs rich. Install it: pip install 'kvcache[cli]'."
         ) from error
     root = Tree(f"[bold]prefix cache[/], {_with_unit(nbytes)} stored")
+    drawn = _Drawn(policy, decode)
     for salt, tree in trees.items():
         # As Text, because rich reads "[red]" in a str as a style.
         branch = root.add(Text(f"salt {salt!r}")) if salt else root
-        _add_spans(branch, tree.root, decode, max_level=width // (2 * _INDENT))
+        _add_spans(branch, tree.root, drawn, max_level=width // (2 * _INDENT))
     console = Console(file=io.StringIO(), record=True, width=width, force_terminal=False)
     console.print(root)
+    for mark in drawn.marks:
+        console.print(Text(f"{mark.sign} ", mark.style).append(mark.meaning, "default"))
     if svg:
         drawing = console.export_svg(title="kvcache.PrefixCache")
         # rich names fonts to be fetched from elsewhere, which looking at a drawing should not do.
@@ -70,7 +77,37 @@ def _checked_width(width: int) -> int:
     return columns
 
 
-def _add_spans(branch: Tree, root: Node[StoredSpan], decode: Decode | None, max_level: int) -> None:
+class _Drawn:
+    """Lines of spans, and the marks in them. policy: name of the one that evicts."""
+
+    def __init__(self, policy: str, decode: Decode | None) -> None:
+        self._policy, self._decode = policy, decode
+        self.marks: dict[Mark, None] = {}
+        """In the order of the lines."""
+
+    def label(self, span: StoredSpan) -> Text:
+        """Return the line of a span: its mark, its range, its tokens, where it is, and why not."""
+        from rich.text import Text
+
+        label, mark = Text(), mark_of(span)
+        if mark is not None:
+            self.marks[mark] = None
+            label.append(f"{mark.sign} ", mark.style)
+        stored = span.payload is not None
+        label.append(f"[{span.start}, {span.stop})  ", "bold" if stored else "dim")
+        label.append(_tokens(span.node.tokens.tolist(), self._decode), "cyan")
+        if span.payload is not None:
+            place = "resident" if span.payload.snapshot.resident else "host"
+            label.append(f"  {_with_unit(span.nbytes)} {place}, used {span.uses}x")
+            if span.pins:
+                label.append(f", in use by {span.pins}", "yellow")
+        if details := details_of(span, self._policy):
+            style = "dim" if mark is None else mark.style
+            label.append(("; " if stored else "  ") + "; ".join(details), style)
+        return label
+
+
+def _add_spans(branch: Tree, root: Node[StoredSpan], drawn: _Drawn, max_level: int) -> None:
     """Add all spans under `root` to `branch`, each before those behind it.
 
     max_level: deepest level of branches. A conversation of many turns is a path of many spans,
@@ -81,22 +118,9 @@ def _add_spans(branch: Tree, root: Node[StoredSpan], decode: Decode | None, max_
     while pending:
         branch, node, level = pending.pop()
         if node.value is not None:  # of a tree of spans, only the root has none
-            added = branch.add(_label(node.value, decode))
+            added = branch.add(drawn.label(node.value))
             branch = added if level < max_level else branch
         pending += [(branch, child, level + 1) for child in reversed(node.children.values())]
-
-
-def _label(span: StoredSpan, decode: Decode | None) -> Text:
-    """Return the line for a span: its range, its tokens, and where its payload is."""
-    from rich.text import Text
-
-    label = Text(f"[{span.start}, {span.stop})  ", "bold" if span.payload is not None else "dim")
-    label.append(_tokens(span.node.tokens.tolist(), decode), "cyan")
-    if span.payload is None:
-        return label.append("  forgotten", "dim")
-    place = "resident" if span.payload.snapshot.resident else "host"
-    label.append(f"  {_with_unit(span.nbytes)} {place}, used {span.uses}x")
-    return label.append(f", in use by {span.pins}", "yellow") if span.pins else label
 
 
 def _tokens(ids: list[int], decode: Decode | None) -> str:

@@ -71,7 +71,7 @@ class Requests:
             prompt_spans, stored = prefix = self._kept.follow(known.salt, ids)
             searched = search(prefix, ids.size, media)
             hit = searched.hit
-            request.noted = note(self._kept, known, prefix, searched)
+            request.noted = note(self._kept, ids, prefix, searched)
             if matched := hit.matched:
                 hit_spans = [span for span in prompt_spans if span.start < matched]
                 request.pinned = hit_spans[-1]

@@ -197,6 +197,11 @@ def last_eviction(spans: Sequence[Span[P]]) -> float | None:
     return max(times, default=None)
 
 
+def chooser(by: EvictedBy | None, policy: str) -> str:
+    """Return who chose an evicted span, as text. policy: name of the one that evicts."""
+    return policy if by in ("policy", None) else by
+
+
 def as_offered(span: object, policy: object) -> Span[Any]:
     """Return the span that `policy` chose. Raises: KVCacheError unless it was offered it."""
     if not isinstance(span, Span) or not span.offered or span.level:

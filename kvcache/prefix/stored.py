@@ -119,6 +119,21 @@ def contiguous_snapshots(
     ]
 
 
+def last_resume_points(span: StoredSpan, most: int) -> list[int]:
+    """Return the last positions in a stored span, `most` of them, at which all caches can go on.
+
+    Ascending.
+    """
+    path = span.path
+    snapshots = contiguous_snapshots(path, path)
+    points: list[int] = []
+    position = last_resumable(snapshots, span.stop)
+    while position > span.start and len(points) < most:
+        points.append(position)
+        position = last_resumable(snapshots, position - 1)
+    return points[::-1]
+
+
 def close_snapshots(snapshots: Mapping[int, Snapshot]) -> None:
     """Close all of `snapshots`, those of spans by their start."""
     for snapshot in snapshots.values():

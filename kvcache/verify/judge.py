@@ -189,7 +189,7 @@ class Judge:
                 self.target.reference(observation.ids)
             return layers
         chunks = observation.candidates[0]
-        with self.target.trial() as trial:
+        with self.target.cold_trial() as trial:
             conversation = trial.begin(chunks[0])
             rest = [chunks[0][conversation.held :], *chunks[1:]]
             for chunk in rest[:-1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -222,16 +222,29 @@ def _tenants(draw: Draw) -> list[Operation]:
 
 def _evicted_from(tier: str) -> Callable[[Draw], list[Operation]]:
     def make(draw: Draw) -> list[Operation]:
-        script: list[Operation] = [Begin(0, draw.prompt(), sizes=draw.sizes()), End(0)]
-        for slot in range(1, 4):
+        # Two that share nothing, so that one may come back in place of the other.
+        tenants = [0, draw.number(0, 1) * (Ability.TENANTS in draw.abilities)]
+        script: list[Operation] = []
+        for slot, tenant in enumerate(tenants):
+            script += [Begin(slot, draw.prompt(), sizes=draw.sizes(), tenant=tenant), End(slot)]
+        for slot in range(2, 5):
             source = draw.number(0, slot - 1)
-            script += [Evict(tier)] * draw.chance(0.8)
-            script.append(Begin(slot, draw.turn(), source, draw.length(), sizes=draw.sizes()))
-            script += [Evict(tier)] * draw.chance(0.2)
+            tenants.append(tenants[source])
+            script += _pushed_through(draw, tier, 0.8)
+            begin = Begin(slot, draw.turn(), source, draw.length(), sizes=draw.sizes())
+            script.append(replace(begin, tenant=tenants[source]))
+            script += _pushed_through(draw, tier, 0.2)
             script += [Feed(slot, draw.turn()), End(slot)]
         return script
 
     return make
+
+
+def _pushed_through(draw: Draw, tier: str, probability: float) -> list[Operation]:
+    """Push results out of a tier so often, and out of each one above it half of the time."""
+    above = draw.tiers[: draw.tiers.index(tier)]
+    upper: list[Operation] = [Evict(each) for each in above if draw.chance(0.5)]
+    return [*upper, *[Evict(tier)] * draw.chance(probability)]
 
 
 def _mixed(draw: Draw) -> list[Operation]:

@@ -146,9 +146,13 @@ class Target(ABC):
     def trial(self) -> Trial:
         """Return fresh caches."""
 
+    def cold_trial(self) -> Trial:
+        """Return fresh caches for one cold run, which nothing is reused of or kept for."""
+        return self.trial()
+
     def cold(self, chunks: Chunks) -> list[HostArray]:
         """Return logits of each of `chunks`, in passes of their own, over fresh caches."""
-        with self.trial() as trial:
+        with self.cold_trial() as trial:
             conversation = trial.begin(chunks[0])
             outputs = [conversation.forward(chunks[0][conversation.held :])]
             outputs += [conversation.forward(chunk) for chunk in chunks[1:]]

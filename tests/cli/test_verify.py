@@ -20,7 +20,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["verify", *arguments], env=WIDE)
 
 
-ARGUMENTS = ["--cache", "layers-window,pool-mixed", "--scenario", "ones,returns,evicted-store"]
+ARGUMENTS = ["--cache", "layers-window,pool-mixed", "--scenario", "ones,returns,evicted-device"]
 
 
 def test_what_is_right(tmp_path):
@@ -28,7 +28,7 @@ def test_what_is_right(tmp_path):
     result = run("reference", *ARGUMENTS, "--runs", "1", "--seed", "3", *files)
     assert result.exit_code == 0, result.output
     assert "kvcache layers, window, numpy:cpu" in result.output
-    assert "the target lacks: tier store" in result.output
+    assert "the target lacks: tier device" in result.output
     assert "counts as noise" in result.output
     reports = json.loads((tmp_path / "a.json").read_text())
     assert [report["seed"] for report in reports] == [3, 3]

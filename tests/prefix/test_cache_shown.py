@@ -287,11 +287,11 @@ def test_a_tree_as_text(drawn):
     assert "100 101 102 103 104 … 128 129" in text
     assert f"{drawn.prefix.stats.nbytes} B stored" in text
     assert "[0, 30)  100 101 102 103 104 … 128 129  480 B resident, used 3x, in use by 1" in text
-    assert "forgotten" not in text
+    assert "evicted" not in text
     drawn.prefix._index.budget = 0
     run(drawn, [9])
     text = drawn.prefix.render(width=70)
-    assert text.count("forgotten") == 3
+    assert text.count("evicted by lru") == 3
     assert max(map(len, text.splitlines())) <= 70
 
 
@@ -303,11 +303,11 @@ def test_a_conversation_of_a_thousand_turns(svg):
     for turn in range(1, turns + 1):
         node = tree.insert(np.arange(turn, dtype=np.int32))
         node.value = Span(tree, node)
-    drawing = render({"": tree}, 0, None, svg, 80)
+    drawing = render({"": tree}, 0, "lru", None, svg, 80)
     if svg:
         drawing = "".join(ET.fromstring(drawing).itertext()).replace("\xa0", " ")
     for turn in range(turns):
-        assert f"[{turn}, {turn + 1})  {turn}  forgotten" in drawing
+        assert f"[{turn}, {turn + 1})  {turn}  not stored" in drawing
 
 
 def test_deep_spans_stand_in_the_order_of_their_tokens():

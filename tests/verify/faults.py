@@ -94,6 +94,14 @@ class ValuesReversedOnReturn(Tiny):
         return copies
 
 
+class AnotherPageFromStore(Tiny):
+    """The store returns the page put last of all that end there, of whatever tokens."""
+
+    def fetched(self, store, key):
+        pages = [page for other, page in store.items() if len(other[1]) == len(key[1])]
+        return pages[-1] if key in store else None
+
+
 FAULTS = {
     "position off by one after a restore": PositionOffByOne(),
     "window one too long": WindowTooLong(),
@@ -107,6 +115,7 @@ FAULTS = {
     "sinks dropped in a chunked prefill": SinksDropped((FULL, RING), KEEP),
     "rows of a batch swapped": RowsSwapped(),
     "values reversed on the return from the host": ValuesReversedOnReturn(),
+    "another page from the store": AnotherPageFromStore(),
 }
 RIGHT = {
     "full and ring": Tiny(),

@@ -178,7 +178,9 @@ def test_noise_is_no_fault_and_is_told():
 
 @pytest.fixture(scope="module")
 def report():
-    return verify(broken(), scenarios=["ones", "fives", "evicted-store"])
+    target = broken()
+    target.tiers = ("device", "host")
+    return verify(target, scenarios=["ones", "fives", "evicted-store"])
 
 
 def test_json(report):

@@ -18,7 +18,7 @@ def check(name, runs, seed):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_no_false_alarm(name):
-    assert check(name, 2, seed=7) >= 32
+    assert check(name, 1, seed=7) >= 17
 
 
 @pytest.mark.matrix
@@ -27,11 +27,14 @@ def test_no_false_alarm_in_a_thousand_conversations(name):
     assert check(name, 60, seed=0) >= 1000
 
 
+REUSING = ("returns", "branches", "evicted-device", "evicted-host", "evicted-store")
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_every_scenario_reuses_or_computes(name):
     """A bench that never reuses anything would find nothing."""
-    report = verify_reuse(RIGHT[name], runs=6, scenarios=["returns", "branches", "evicted-device"])
-    assert all(result.reused > 10 for result in report.results), report.to_text()
+    report = verify_reuse(RIGHT[name], runs=3, scenarios=[*REUSING])
+    assert all(result.reused for result in report.results), report.to_text()
 
 
 def test_scenarios_are_explained():

@@ -1,5 +1,7 @@
 """Caches of transformers and of the adapter for it, compared on tiny models of the library."""
 
+from functools import cache
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,41 +19,46 @@ RECURRENT = {"qwen3_next", "lfm2"}
 IN_CI = {("mistral", "dynamic"), ("mistral", "ours-prefix"), ("qwen3_next", "ours")}
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Models by name, each made once."""
-    made = {}
-
-    def named(name):
-        if name not in made:
-            made[name] = load(name)
-        return made[name]
-
-    return named
+model = cache(load)  # each is made once
 
 
 @pytest.mark.parametrize(
-    ("name", "cache"),
+    ("name", "kind"),
     [pytest.param(*cell, marks=() if cell in IN_CI else pytest.mark.matrix) for cell in CELLS],
 )
-def test_every_model_and_cache(model, name, cache):
-    target = TransformersTarget(model(name), cache)
-    if cache == "ours-static" and name in RECURRENT:
+def test_every_model_and_cache(name, kind):
+    target = TransformersTarget(model(name), kind)
+    if kind == "ours-static" and name in RECURRENT:
         with pytest.raises(NotSupportedError, match="recurrent"):
             verify(target, runs=1)
         return
     verify_reuse(target, runs=1)
 
 
-def test_drafts_past_a_window_of_the_fixed_cache(model):
+def test_drafts_past_a_window_of_the_fixed_cache():
     """Cropped without being asked whether it can, it goes on with other tokens."""
     target = TransformersTarget(model("mistral"), "static", checked=False)
-    [result] = verify(target, runs=4, scenarios=["drafts"]).results
+    [result] = verify(target, runs=2, scenarios=["drafts"]).results
     assert result.verdict == "different"
     assert result.finding.divergence.against == "cold run"
     assert result.finding.layer == 0
-    checked = verify_reuse(TransformersTarget(model("mistral"), "static"), 4, 0, ["drafts"])
+    checked = verify_reuse(TransformersTarget(model("mistral"), "static"), 2, 0, ["drafts"])
     assert checked.results[0].refused > 0
+
+
+class PaddingInSight(TransformersTarget):
+    """Hides no column on the left of a row."""
+
+    def forward(self, cache, rows, padding=(0,)):
+        return super().forward(cache, rows, [0] * len(rows))
+
+
+def test_padding_that_is_not_hidden_is_found():
+    [result] = verify(
+        PaddingInSight(model("mistral"), "ours"), runs=1, scenarios=["batches"]
+    ).results
+    assert result.verdict == "different"
+    assert len(result.finding.script) <= 3
 
 
 class LosesPosition(DynamicCache):
@@ -67,16 +74,16 @@ class LosesPosition(DynamicCache):
         return super().get_seq_length(layer_idx) - (self.cropped and len(self.layers) > 0)
 
 
-def test_a_cache_of_ones_own(model):
+def test_a_cache_of_ones_own():
     def lossy(llama):
         return LosesPosition(config=llama.config)
 
     target = TransformersTarget(model("llama"), lossy)
     assert target.name == "transformers llama, lossy"
     with pytest.raises(AssertionError, match="trims"):
-        verify_reuse(target, scenarios=["ones", "trims"])
+        verify_reuse(target, 2, 0, ["ones", "trims"])
 
 
-def test_unknown_caches_are_refused(model):
+def test_unknown_caches_are_refused():
     with pytest.raises(ValueError, match=r"caches are dynamic, static, .*; got 'no'"):
         TransformersTarget(model("llama"), "no")

@@ -158,7 +158,7 @@ class Recurrent:
 class Tiny(Target):
     """The target. Faults override its methods."""
 
-    vocab_size, max_tokens, tiers = VOCAB, 40, ("device", "host")
+    vocab_size, max_tokens, tiers = VOCAB, 40, ("device", "host", "store")
     abilities = frozenset(Ability)
 
     def __init__(self, kinds=(FULL, RING), keep=0):
@@ -219,18 +219,22 @@ class Tiny(Target):
     def spilled(self, caches):
         return [cache.copy() for cache in caches]
 
+    def fetched(self, store, key):
+        """The page under a key of the store; None if there is none."""
+        return store.get(key)
+
 
 class TinyTrial(Trial):
     """Pages by key. A page is the state of all layers behind it: at its size, that is cheap."""
 
     def __init__(self, target):
-        self.target, self.device, self.host = target, {}, {}
+        self.target, self.device, self.host, self.store = target, {}, {}, {}
 
     def begin(self, ids, tenant=0):
         target, conversation = self.target, TinyConversation(self, tenant)
         for stop in range(PAGE, len(ids), PAGE):
             key = target.key(tenant, ids[:stop], ids[stop - PAGE : stop])
-            page = self.device.get(key) or self.host.get(key)
+            page = self.device.get(key) or self.host.get(key) or target.fetched(self.store, key)
             if page is None:
                 break
             conversation.ids = list(ids[:stop])
@@ -244,11 +248,14 @@ class TinyTrial(Trial):
         return [row.forward(ids) for row, ids in rows]
 
     def evict(self, tier):
-        if tier == "device":
+        if tier != "store":
             self.host |= {key: self.target.spilled(page) for key, page in self.device.items()}
             self.device = {}
-        else:
+        if tier == "host":
+            self.store |= self.host
             self.host = {}
+        elif tier == "store":
+            self.store = {}
 
 
 class TinyConversation(Conversation):

@@ -23,6 +23,8 @@ from mlx_lm.generate import (
 from kvcache import LayerCaches, PrefixCache
 from kvcache.prefix import EvictionPolicy, Session
 from kvcache.prefix.leaving import end_after
+from kvcache.stores import Deadline, Store
+from kvcache.stores.sealing import Seal
 
 from .making import caches_of, layer_caches, prompt_cache
 
@@ -43,6 +45,9 @@ def prefix_cache(
     namespace: str = "",
     clock: Callable[[], float] = time.monotonic,
     resume_every: int | None = None,
+    store: str | Store | None = None,
+    page_tokens: int = 64,
+    seal: Seal | Callable[[str], Seal | None] | None = None,
 ) -> ModelPrefixCache:
     """Return a prefix cache for a model of mlx-lm.
 
@@ -60,6 +65,9 @@ def prefix_cache(
         namespace=namespace,
         clock=clock,
         resume_every=resume_every,
+        store=store,
+        page_tokens=page_tokens,
+        seal=seal,
     )
     return ModelPrefixCache(models, prefix)
 
@@ -84,6 +92,7 @@ class ModelPrefixCache:
         *,
         salt: str = "",
         resume_points: Iterable[int] = (),
+        deadline: Deadline | None = None,
         keep_on_error: bool = True,
     ) -> PromptSession:
         """Begin a request. Return it as a context manager, to end it.
@@ -96,7 +105,11 @@ class ModelPrefixCache:
         is_array = isinstance(tokens, mx.array | np.ndarray)
         ids: list[int] = np.asarray(tokens).tolist() if is_array else [*tokens]
         session = self.prefix.session(
-            ids, salt=salt, resume_points=resume_points, keep_on_error=keep_on_error
+            ids,
+            salt=salt,
+            resume_points=resume_points,
+            deadline=deadline,
+            keep_on_error=keep_on_error,
         )
         try:
             return PromptSession(self, session, ids, salt, keep_on_error)

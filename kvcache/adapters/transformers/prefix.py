@@ -20,6 +20,8 @@ from kvcache.layers.stack import LayerCaches
 from kvcache.prefix import EvictionPolicy, PrefixCache, Session
 from kvcache.prefix.leaving import end_after
 from kvcache.prefix.media import Media
+from kvcache.stores import Deadline, Store
+from kvcache.stores.sealing import Seal
 
 from .make import layer_caches
 from .plan import layer_plans
@@ -39,6 +41,9 @@ class PrefixOptions(TypedDict, total=False):
     namespace: str
     clock: Callable[[], float]
     resume_every: int | None
+    store: str | Store | None
+    page_tokens: int
+    seal: Seal | Callable[[str], Seal | None] | None
 
 
 def prefix_cache(model: PreTrainedModel, **options: Unpack[PrefixOptions]) -> ModelPrefixCache:
@@ -72,8 +77,8 @@ class ModelPrefixCache:
         with prefix.session(input_ids) as s:
             ids = model.generate(input_ids, cache=s.cache)     # past_key_values= before 5.24
 
-    prefix: the :class:`kvcache.PrefixCache` that stores: its ``stats``, ``events``, ``clear()`` and
-        ``render()``.
+    prefix: the :class:`kvcache.PrefixCache` that stores: its ``stats``, ``events``, ``clear()``,
+        ``render()``, and with a store its ``flush()`` and ``close()``.
 
     While it lives, a hook of the model notes the tokens of passes over caches of its sessions.
     """
@@ -93,6 +98,7 @@ class ModelPrefixCache:
         salt: str = "",
         media: Media | None = None,
         resume_points: Iterable[int] = (),
+        deadline: Deadline | None = None,
         keep_on_error: bool = True,
     ) -> ModelSession:
         """Begin a request for one prompt or a batch of several. Return it as a context manager.
@@ -105,7 +111,7 @@ class ModelPrefixCache:
             sounds of those that are matched out of ``generate``.
         resume_points: positions in each prompt, padding not counted, where later ones shall be able
             to resume in spite of windows and recurrent layers.
-        keep_on_error: as for :meth:`kvcache.PrefixCache.session`.
+        deadline, keep_on_error: as for :meth:`kvcache.PrefixCache.session`.
 
         The model runs here where ``generate`` would leave no state to resume at: each prompt of a
         batch, and one prompt if the model has recurrent layers, or `rows` is not 1, is computed
@@ -131,6 +137,7 @@ class ModelPrefixCache:
                     salt=salt,
                     media=media,
                     resume_points=points,
+                    deadline=deadline,
                     keep_on_error=keep_on_error,
                 )
                 sessions.append(session)

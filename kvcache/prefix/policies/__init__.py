@@ -52,3 +52,9 @@ def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
             "kvcache.prefix.policies.EvictionPolicy."
         )
     return POLICIES[policy]()
+
+
+def policy_name(policy: EvictionPolicy) -> str:
+    """Return the name of a policy: that by which it is made, or of its class."""
+    names = (name for name, kind in POLICIES.items() if kind is type(policy))
+    return next(names, type(policy).__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -15,9 +15,12 @@ from mlx_lm.models.cache import make_prompt_cache as library_prompt_cache
 
 from kvcache.adapters.mlx_lm import PromptSession, caches_of, make_prompt_cache, prefix_cache
 from kvcache.backends import HostArray
+from kvcache.prefix import PrefixCache
+from kvcache.stores import NEVER, MemoryStore
 from kvcache.verify.target import Ability, Conversation, Target, Trial
 
-from .kept import KeptTrial
+from .kept import KeptConversation, KeptTrial, OwnCacheConversation
+from .tiers import MakeStore, TieredTrial
 
 _MOST_TOKENS = 40
 
@@ -60,7 +63,7 @@ class MlxLmTarget(Target):
         # With states that cannot go back, the library refuses drafts.
         if can_trim_prompt_cache(self.new_cache()):
             self.abilities |= {Ability.DRAFT}
-        self.tiers = ("host",) if self.kind in {"library-lru", "ours-prefix"} else ()
+        self.tiers = _TIERS.get(self.kind, ())
 
     def trial(self) -> Trial:
         kinds: dict[str, Callable[[MlxLmTarget], Trial]] = {
@@ -68,6 +71,9 @@ class MlxLmTarget(Target):
             "ours-prefix": _SessionTrial,
         }
         return kinds.get(self.kind, _CacheTrial)(self)
+
+    def cold_trial(self) -> Trial:
+        return _SessionTrial(self, None) if self.kind == "ours-prefix" else self.trial()
 
     def new_cache(self) -> list[Any]:
         """Return an empty prompt cache."""
@@ -81,9 +87,14 @@ class MlxLmTarget(Target):
 
     def forward(self, cache: list[Any] | None, ids: Sequence[int]) -> HostArray:
         """Compute `ids` over a prompt cache; return logits behind each."""
-        logits = self.model(mx.array([list(ids)]), cache=cache)
+        logits: HostArray = self.forward_rows(cache, [ids])[0]
+        return logits
+
+    def forward_rows(self, cache: list[Any] | None, rows: Sequence[Sequence[int]]) -> HostArray:
+        """Compute a batch of equally many tokens in each row: logits [rows, tokens, vocab]."""
+        logits = self.model(mx.array([list(ids) for ids in rows]), cache=cache)
         mx.eval(logits, [entry.state for entry in cache or () if not entry.empty()])
-        return np.array(logits[0].astype(mx.float32))
+        return np.array(logits.astype(mx.float32))
 
     @contextmanager
     def layers(self) -> Iterator[list[HostArray]]:
@@ -161,23 +172,21 @@ CACHES: dict[str, Callable[[Module, int | None], list[Any]]] = {
 }
 """Kinds of prompt caches by name: the library's own, alone and in its LRUPromptCache, and ours."""
 _MORE: dict[str, set[Ability]] = {
-    "library-lru": {Ability.FORK, Ability.TENANTS},
-    "ours": {Ability.FORK, Ability.CANCEL},
+    "library": {Ability.FORK, Ability.BATCH},
+    "library-lru": {Ability.FORK, Ability.TENANTS, Ability.BATCH},
+    "ours": {Ability.FORK, Ability.CANCEL, Ability.BATCH},
     "ours-prefix": {Ability.CANCEL, Ability.TENANTS},
 }
+_TIERS = {"library-lru": ("host",), "ours-prefix": ("host", "store")}
 
 
-class _CacheConversation(Conversation):
+class _CacheConversation(OwnCacheConversation):
     """One prompt cache."""
 
     def __init__(self, target: MlxLmTarget, cache: list[Any], ids: Sequence[int]) -> None:
-        self.target, self.cache, self.ids = target, cache, list(ids)
-        self._held = len(ids)
+        super().__init__(ids)
+        self.target, self.cache = target, cache
         self._drafts = False
-
-    @property
-    def held(self) -> int:
-        return self._held
 
     def forward(self, ids: Sequence[int]) -> HostArray:
         logits = self.target.forward(self.cache, ids)
@@ -215,9 +224,6 @@ class _CacheConversation(Conversation):
             self.trim(len(ids) - accepted)
         return logits
 
-    def fork(self) -> Conversation:
-        return _CacheConversation(self.target, copy.deepcopy(self.cache), self.ids)
-
     def cancel(self, ids: Sequence[int], layer: int) -> None:
         caches = caches_of(self.cache)
         caches.checkpoint()
@@ -226,39 +232,55 @@ class _CacheConversation(Conversation):
         caches.rollback(0)
 
 
-class _CacheTrial(KeptTrial[list[Any]]):
+def _compute_together(
+    target: MlxLmTarget, rows: Sequence[tuple[Conversation, Sequence[int]]]
+) -> list[HostArray]:
+    """Compute a batch as the generators of the library do: joined, and padded on both sides.
+
+    Rows of the joined cache are padded on their left where they hold fewer tokens than others, and
+    passes on their right where fewer tokens come.
+    """
+    talks = [(row, ids) for row, ids in rows if isinstance(row, _CacheConversation)]
+    lengths = [len(ids) for _, ids in talks]
+    width = max(lengths)
+    padding = [width - length for length in lengths]
+    batch = [each[0].merge(each) for each in zip(*(talk.cache for talk, _ in talks), strict=True)]
+    if any(padding):
+        for entry in batch:
+            entry.prepare(lengths=lengths, right_padding=padding)
+    logits = target.forward_rows(batch, [[*ids, *[0] * (width - len(ids))] for _, ids in talks])
+    if any(padding):
+        for entry in batch:
+            entry.finalize()
+    for row, (talk, ids) in enumerate(talks):
+        talk.cache = [entry.extract(row) for entry in batch]
+        talk.ids += ids
+    return [logits[row, :length] for row, length in enumerate(lengths)]
+
+
+class _CacheTrial(KeptTrial["_Kept"]):
     """Prompt caches of conversations that ended, to be copied and trimmed."""
 
     def __init__(self, target: MlxLmTarget) -> None:
         super().__init__()
         self.target = target
 
-    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
-        cache, held = self.nearest(ids)
-        return _Kept(self, self.target.new_cache() if cache is None else cache, ids[:held])
+    def new(self) -> _Kept:
+        return _Kept(self, self.target.new_cache())
 
-    def cut(self, kept: list[Any], count: int) -> list[Any] | None:
-        conversation = _CacheConversation(self.target, copy.deepcopy(kept), [0] * count)
-        if count and not conversation.can_trim(count):
-            return None
-        if count:
-            conversation.trim(count)
-        return conversation.cache
+    def together(self, rows: Sequence[tuple[Conversation, Sequence[int]]]) -> list[HostArray]:
+        return _compute_together(self.target, rows)
 
 
-class _Kept(_CacheConversation):
-    """A conversation whose cache is kept in its trial."""
+class _Kept(_CacheConversation, KeptConversation):
+    trial: _CacheTrial
 
-    def __init__(self, trial: _CacheTrial, cache: list[Any], ids: Sequence[int]) -> None:
+    def __init__(self, trial: _CacheTrial, cache: list[Any], ids: Sequence[int] = ()) -> None:
         super().__init__(trial.target, cache, ids)
-        self._trial = trial
+        self.trial = trial
 
-    def fork(self) -> Conversation:
-        return _Kept(self._trial, copy.deepcopy(self.cache), self.ids)
-
-    def end(self, store: bool) -> None:
-        if store:
-            self._trial.keep(self.ids, self.cache)
+    def copied(self) -> Self:
+        return type(self)(self.trial, copy.deepcopy(self.cache), self.ids)
 
 
 class _LruTrial(Trial):
@@ -274,6 +296,9 @@ class _LruTrial(Trial):
             # leaves it to the caller to find room for that.
             cache, rest = self.target.new_cache(), list(ids)
         return _LruConversation(self, cache, list(ids[: len(ids) - len(rest)]), tenant)
+
+    def together(self, rows: Sequence[tuple[Conversation, Sequence[int]]]) -> list[HostArray]:
+        return _compute_together(self.target, rows)
 
     def evict(self, tier: str) -> None:
         self.prompts.trim_to(n_sequences=0)
@@ -292,24 +317,27 @@ class _LruConversation(_CacheConversation):
             self._trial.prompts.insert_cache(self._tenant, list(self.ids), self.cache)
 
 
-class _SessionTrial(Trial):
+class _SessionTrial(TieredTrial):
     """Sessions of the adapter's prefix cache."""
 
-    def __init__(self, target: MlxLmTarget) -> None:
+    def __init__(self, target: MlxLmTarget, store: MakeStore | None = MemoryStore) -> None:
         self.target = target
-        self.prefix = prefix_cache(target.model, max_kv_size=target.max_kv_size)
+        super().__init__(self._made, store)
+
+    def _made(self, **options: Any) -> PrefixCache:
+        target = self.target
+        self._sessions = prefix_cache(target.model, max_kv_size=target.max_kv_size, **options)
+        return self._sessions.prefix
 
     def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
-        session = self.prefix.session(list(ids), salt=str(tenant))
-        return _SessionConversation(self.target, session, ids)
-
-    def evict(self, tier: str) -> None:
-        self.prefix.prefix.clear()
+        session = self._sessions.session(list(ids), salt=str(tenant), deadline=NEVER)
+        return _SessionConversation(self, session, ids)
 
 
 class _SessionConversation(_CacheConversation):
-    def __init__(self, target: MlxLmTarget, session: PromptSession, ids: Sequence[int]) -> None:
-        super().__init__(target, session.cache, session.computed)
+    def __init__(self, trial: _SessionTrial, session: PromptSession, ids: Sequence[int]) -> None:
+        super().__init__(trial.target, session.cache, session.computed)
+        self._trial = trial
         self._session, self._named = session, len(ids)
 
     @property
@@ -328,3 +356,4 @@ class _SessionConversation(_CacheConversation):
 
     def end(self, store: bool) -> None:
         self._session.close(store)
+        self._trial.settle()

@@ -150,12 +150,21 @@ class LlamaNet(Net):
         return logits
 
     def _run(self, ids: HostArray, positions: HostArray, through: Through) -> HostArray:
-        blocks, xp, weights = self._blocks, self.backend.xp, self._weights
         self.begin()
+        arguments = self.arguments(ids, positions)
+        return self.backend.to_host(self.logits(*arguments, through))
+
+    def arguments(self, ids: HostArray, positions: HostArray) -> tuple[Array, Array, Array]:
+        """Return ids and positions [B, L] as :meth:`logits` takes them: ids, cosines and sines."""
         # In float64: a float32 angle is off by 1e-3 at position 10,000 already.
-        angles = positions[:, None, :, None] * weights.inverse_frequencies
+        angles = positions[:, None, :, None] * self._weights.inverse_frequencies
         cos, sin = self._put(np.cos(angles)), self._put(np.sin(angles))
-        x = blocks.embed(weights.embedding, self.backend.from_host(ids.astype(np.int32)))
+        return self.backend.from_host(ids.astype(np.int32)), cos, sin
+
+    def logits(self, ids: Array, cos: Array, sin: Array, through: Through) -> Array:
+        """Return logits [B, L, vocab], by functions that a framework can compile."""
+        blocks, xp, weights = self._blocks, self.backend.xp, self._weights
+        x = blocks.embed(weights.embedding, ids)
         for number, layer in enumerate(weights.layers):
             q, k, v = blocks.project(layer, x, cos, sin)
             keys, values, mask = through(number, self._narrow(k), self._narrow(v))
@@ -164,8 +173,7 @@ class LlamaNet(Net):
                 layer, x, blocks.attend(q, self._widen(keys), self._widen(values), bias)
             )
             self.watch(x)
-        logits = blocks.logits(weights.norm, weights.head, x)
-        return self.backend.to_host(self._narrow(xp.asarray(logits)))
+        return self._narrow(xp.asarray(blocks.logits(weights.norm, weights.head, x)))
 
     def _bias(self, mask: Array) -> Array:
         xp = self.backend.xp

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from kvcache.layers.base import LayerCache
 from kvcache.pool.base import Cache
 from kvcache.prefix import PrefixCache, Session
 from kvcache.snapshots.visibility import Visibility
+from kvcache.stores import NEVER, MemoryStore
 from kvcache.verify.target import Ability, Conversation, Target, Trial
 
 from .nets import VOCAB, HybridNet, InterruptedPassError, LlamaNet, Net
+from .tiers import MakeStore, TieredTrial
 
 _WINDOW, _CHUNK, _SINKS = 6, 8, 2
 _SEQUENCES, _CAPACITY = 9, 48  # the last sequence is for pushing others out
@@ -56,12 +59,16 @@ class _Target(Target):
     vocab_size = VOCAB
     max_tokens = 36
 
-    def __init__(self, kind: str, backend: str | Backend, form: str) -> None:
+    def __init__(
+        self, kind: str, backend: str | Backend, form: str, store: MakeStore | None
+    ) -> None:
         named = get_backend(backend)
-        self.kind = kind
+        self.kind, self.store = kind, store
         self.net: Net = HybridNet(named) if kind == "hybrid" else LlamaNet(named, RULES[kind])
         self.name = f"kvcache {form}, {kind}, {named.spec}"
         self.abilities = frozenset(Ability)
+        if store is None:
+            self.tiers = tuple(tier for tier in self.tiers if tier != "store")
         edges = {"full": (), "hybrid": (), "chunk": (_CHUNK,)}
         self.edges = edges.get(kind, (_WINDOW,))
 
@@ -92,18 +99,28 @@ class _Target(Target):
 class LayersTarget(_Target):
     """Per-layer caches: :class:`~kvcache.KVCache` and its kin.
 
-    kind: one of ``LAYERS``.
+    kind: one of ``LAYERS``. store: makes the store behind the prefix cache of each trial; None for
+    no store.
     """
 
-    tiers = ("host",)
+    tiers = ("host", "store")
 
-    def __init__(self, kind: str = "full", backend: str | Backend = "numpy") -> None:
-        super().__init__(kind, backend, "layers")
+    def __init__(
+        self,
+        kind: str = "full",
+        backend: str | Backend = "numpy",
+        *,
+        store: MakeStore | None = MemoryStore,
+    ) -> None:
+        super().__init__(kind, backend, "layers", store)
         if kind == "hybrid":  # padding would reach the states of its recurrent layers
             self.abilities -= {Ability.BATCH}
 
     def trial(self) -> Trial:
-        return _LayersTrial(self)
+        return _LayersTrial(self, self.store)
+
+    def cold_trial(self) -> Trial:
+        return _LayersTrial(self, None)
 
     def caches(self) -> LayerCaches[Any]:
         """Return the empty caches of all layers."""
@@ -122,16 +139,26 @@ def _cache_for(rule: Visibility, backend: Backend) -> LayerCache:
 class PoolTarget(_Target):
     """One multi-sequence cache: :class:`~kvcache.CausalCache` and its kin.
 
-    kind: a key of ``POOLS``.
+    kind: a key of ``POOLS``. store: makes the store behind the prefix cache of each trial; None for
+    no store.
     """
 
-    tiers = ("device", "host")
+    tiers = ("device", "host", "store")
 
-    def __init__(self, kind: str = "full", backend: str | Backend = "numpy") -> None:
-        super().__init__(kind, backend, "pool")
+    def __init__(
+        self,
+        kind: str = "full",
+        backend: str | Backend = "numpy",
+        *,
+        store: MakeStore | None = MemoryStore,
+    ) -> None:
+        super().__init__(kind, backend, "pool", store)
 
     def trial(self) -> Trial:
-        return _PoolTrial(self)
+        return _PoolTrial(self, self.store)
+
+    def cold_trial(self) -> Trial:
+        return _PoolTrial(self, None)
 
     def pool(self) -> Cache:
         """Return the empty cache."""
@@ -142,27 +169,27 @@ class PoolTarget(_Target):
         return cache
 
 
-class _Trial(Trial):
-    """Sessions of one prefix cache."""
+class _Trial(TieredTrial):
+    @abstractmethod
+    def begin(self, ids: Sequence[int], tenant: int = 0) -> _SessionConversation: ...
 
-    def __init__(self, prefix: PrefixCache) -> None:
-        self.prefix = prefix
-
-    def evict(self, tier: str) -> None:
-        if tier == "device":
-            self.push_out()
-        else:
-            self.prefix.clear()
-
-    def push_out(self) -> None:
-        """Push what is stored out of the pool."""
+    def session(self, ids: Sequence[int], tenant: int) -> Session:
+        """Begin a session, which waits for its store, however long that takes."""
+        return self.prefix.session(list(ids), salt=str(tenant), deadline=NEVER)
 
 
 class _SessionConversation(Conversation):
     """One session."""
 
-    def __init__(self, target: _Target, session: Session, ids: Sequence[int], tenant: int) -> None:
-        self._target, self._tenant = target, tenant
+    def __init__(
+        self,
+        target: _Target,
+        trial: _Trial,
+        session: Session,
+        ids: Sequence[int],
+        tenant: int,
+    ) -> None:
+        self._target, self._trial, self._tenant = target, trial, tenant
         self.session = session
         self.ids = list(ids[: session.matched])
         self._named = len(ids)  # the prompt is named already
@@ -198,22 +225,28 @@ class _SessionConversation(Conversation):
         del self.ids[length:]
         self._named = length
 
-    def copy_of(self, session: Session) -> None:
-        """Take over the state of this conversation's source, which `session` now has."""
-        self.session, self._named = session, len(self.ids)
+    def fork(self) -> Conversation:
+        fork = self._trial.begin(self.ids, self._tenant)
+        self.copy_to(fork.session)
+        fork.ids = list(self.ids)
+        return fork
+
+    @abstractmethod
+    def copy_to(self, session: Session) -> None:
+        """Give `session` a copy of what the caches hold, in place of what it has."""
 
     def end(self, store: bool) -> None:
         self.session.close(store)
+        self._trial.settle()
 
 
 class _LayersTrial(_Trial):
-    def __init__(self, target: LayersTarget) -> None:
-        super().__init__(PrefixCache(target.caches()))
+    def __init__(self, target: LayersTarget, store: MakeStore | None) -> None:
+        super().__init__(partial(PrefixCache, target.caches()), store)
         self.target = target
 
-    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
-        session = self.prefix.session(list(ids), salt=str(tenant))
-        return _LayersConversation(self, session, ids, tenant)
+    def begin(self, ids: Sequence[int], tenant: int = 0) -> _LayersConversation:
+        return _LayersConversation(self.target, self, self.session(ids, tenant), ids, tenant)
 
     def together(self, rows: Sequence[tuple[Conversation, Sequence[int]]]) -> list[HostArray]:
         """Compute as many tokens as all rows have in one batch, and the rest of each alone."""
@@ -231,12 +264,6 @@ class _LayersTrial(_Trial):
 
 
 class _LayersConversation(_SessionConversation):
-    def __init__(
-        self, trial: _LayersTrial, session: Session, ids: Sequence[int], tenant: int
-    ) -> None:
-        super().__init__(trial.target, session, ids, tenant)
-        self._trial = trial
-
     def compute(self, ids: Sequence[int]) -> HostArray:
         rows: HostArray = self._target.net.over_layers(np.array([ids]), self.session.caches)[0]
         return rows
@@ -255,12 +282,8 @@ class _LayersConversation(_SessionConversation):
         self.advance(ids[:accepted])
         return logits
 
-    def fork(self) -> Conversation:
-        session = self._trial.prefix.session(self.ids, salt=str(self._tenant))
+    def copy_to(self, session: Session) -> None:
         session.adopt(self.session.caches.copy())
-        fork = _LayersConversation(self._trial, session, self.ids, self._tenant)
-        fork.ids = list(self.ids)
-        return fork
 
     def cancel(self, ids: Sequence[int], layer: int) -> None:
         caches = self.session.caches
@@ -271,13 +294,12 @@ class _LayersConversation(_SessionConversation):
 
 
 class _PoolTrial(_Trial):
-    def __init__(self, target: PoolTarget) -> None:
+    def __init__(self, target: PoolTarget, store: MakeStore | None) -> None:
         self.target, self.pool = target, target.pool()
-        super().__init__(PrefixCache(self.pool, sequences=range(_SEQUENCES - 1)))
+        super().__init__(partial(PrefixCache, self.pool, sequences=range(_SEQUENCES - 1)), store)
 
-    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
-        session = self.prefix.session(list(ids), salt=str(tenant))
-        return _PoolConversation(self, session, ids, tenant)
+    def begin(self, ids: Sequence[int], tenant: int = 0) -> _PoolConversation:
+        return _PoolConversation(self, self.session(ids, tenant), ids, tenant)
 
     def together(self, rows: Sequence[tuple[Conversation, Sequence[int]]]) -> list[HostArray]:
         talks = [(row, ids) for row, ids in rows if isinstance(row, _PoolConversation)]
@@ -287,7 +309,14 @@ class _PoolTrial(_Trial):
             talk.advance(ids)
         return np.split(logits, np.cumsum([len(ids) for _, ids in talks])[:-1])
 
+    def evict(self, tier: str) -> None:
+        if tier == "device":
+            self.push_out()
+        else:
+            super().evict(tier)
+
     def push_out(self) -> None:
+        """Push what is stored out of the pool, into host memory."""
         spare, count = _SEQUENCES - 1, _SEQUENCES * _CAPACITY
         while count:
             try:
@@ -299,6 +328,7 @@ class _PoolTrial(_Trial):
                 return
 
     def close(self) -> None:
+        super().close()
         self.pool.close()
 
 
@@ -306,8 +336,8 @@ class _PoolConversation(_SessionConversation):
     def __init__(
         self, trial: _PoolTrial, session: Session, ids: Sequence[int], tenant: int
     ) -> None:
-        super().__init__(trial.target, session, ids, tenant)
-        self._trial, self._pool = trial, trial.pool
+        super().__init__(trial.target, trial, session, ids, tenant)
+        self._pool = trial.pool
 
     def compute(self, ids: Sequence[int]) -> HostArray:
         part = self.session.sequence, len(self.ids), list(ids)
@@ -324,12 +354,8 @@ class _PoolConversation(_SessionConversation):
         self.session.truncate(before + accepted)
         return logits
 
-    def fork(self) -> Conversation:
-        session = self._trial.prefix.session(self.ids, salt=str(self._tenant))
+    def copy_to(self, session: Session) -> None:
         self._pool.copy_prefix(self.session.sequence, session.sequence, len(self.ids))
-        fork = _PoolConversation(self._trial, session, self.ids, self._tenant)
-        fork.ids = list(self.ids)
-        return fork
 
     def cancel(self, ids: Sequence[int], layer: int) -> None:
         with self._target.interrupted(layer):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from kvcache import LayerCaches
 from kvcache.adapters.transformers import ModelCache, ModelSession, make_cache, prefix_cache
 from kvcache.adapters.transformers.plan import layer_plans
 from kvcache.backends import HostArray
 from kvcache.errors import TrimError
+from kvcache.prefix import PrefixCache
+from kvcache.stores import NEVER, MemoryStore
 from kvcache.verify.target import Ability, Conversation, Target, Trial
 
-from .kept import KeptTrial
+from .kept import KeptConversation, KeptTrial, OwnCacheConversation
+from .tiers import MakeStore, TieredTrial
 
 _MOST_TOKENS = 40
 
@@ -58,18 +63,24 @@ class TransformersTarget(Target):
         recurrent = any(plan.state and not plan.conv_only for plan in layer_plans(config))
         if not (checked and recurrent):
             self.abilities |= {Ability.DRAFT}
+        self.abilities |= self._more_abilities(cache)
         if _decoder_layers(model):
             self.abilities |= {Ability.LAYERS}
-        self.abilities |= self._more_abilities(cache)
-        self.tiers = ("host",) if self.sessions else ()
+        else:  # nothing to interrupt a pass at
+            self.abilities -= {Ability.CANCEL}
+        self.tiers = ("host", "store") if self.sessions else ()
 
     def _more_abilities(self, cache: object) -> set[Ability]:
         if self.sessions:
             return {Ability.TENANTS, Ability.CANCEL}
-        return {Ability.FORK, Ability.CANCEL} if cache == "ours" else {Ability.FORK}
+        more = {Ability.FORK, Ability.BATCH}
+        return more | {Ability.CANCEL} if cache == "ours" else more
 
     def trial(self) -> Trial:
         return _SessionTrial(self) if self.sessions else _CacheTrial(self)
+
+    def cold_trial(self) -> Trial:
+        return _SessionTrial(self, None) if self.sessions else self.trial()
 
     def reference(self, ids: Sequence[int]) -> HostArray:
         with torch.no_grad():
@@ -79,14 +90,27 @@ class TransformersTarget(Target):
         """Return `ids` as a batch of one row."""
         return torch.tensor([list(ids)], device=self.model.device)
 
-    def forward(self, cache: Cache, ids: Sequence[int]) -> HostArray:
-        """Compute `ids` over `cache`; return logits behind each."""
+    def forward(
+        self, cache: Cache, rows: Sequence[Sequence[int]], padding: Sequence[int] = (0,)
+    ) -> HostArray:
+        """Compute equally many tokens for each row of a batch: logits ``[rows, tokens, vocab]``.
+
+        padding: columns on the left of each row, in the cache and the pass, that are no tokens; by
+            default those of a single row.
+        """
+        options: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            start = cache.get_seq_length()
+            start, device = int(cache.get_seq_length()), self.model.device
+            columns = torch.arange(start + len(rows[0]), device=device)
+            behind = columns - torch.tensor(list(padding), device=device)[:, None]
+            if any(padding):
+                options["attention_mask"] = (behind >= 0).long()
             # Some models count positions from 0 in every call that names none.
-            positions = torch.arange(start, start + len(ids), device=self.model.device)[None]
-            out = self.model(self.tensor(ids), cache=cache, position_ids=positions, use_cache=True)
-        return _to_host(out.logits)
+            options["position_ids"] = behind[:, start:].clamp(min=0)
+            ids = torch.tensor([list(row) for row in rows], device=device)
+            out = self.model(ids, cache=cache, use_cache=True, **options)
+        array: HostArray = out.logits.float().cpu().numpy()
+        return array
 
     @contextmanager
     def layers(self) -> Iterator[list[HostArray]]:
@@ -162,19 +186,15 @@ def _to_host(tensor: torch.Tensor) -> HostArray:
     return array
 
 
-class _CacheConversation(Conversation):
+class _CacheConversation(OwnCacheConversation):
     """One cache."""
 
     def __init__(self, target: TransformersTarget, cache: Cache, ids: Sequence[int]) -> None:
-        self.target, self.cache, self.ids = target, cache, list(ids)
-        self._held = len(ids)
-
-    @property
-    def held(self) -> int:
-        return self._held
+        super().__init__(ids)
+        self.target, self.cache = target, cache
 
     def forward(self, ids: Sequence[int]) -> HostArray:
-        logits = self.target.forward(self.cache, ids)
+        logits: HostArray = self.target.forward(self.cache, [ids])[0]
         self.ids += ids
         return logits
 
@@ -186,7 +206,7 @@ class _CacheConversation(Conversation):
             return True
         copied = copy.deepcopy(self.cache)
         copied.activate_past_recording()
-        self.target.forward(copied, [0] * count)
+        self.target.forward(copied, [[0] * count])
         return bool(copied.is_croppable)
 
     def trim(self, count: int) -> None:
@@ -202,9 +222,6 @@ class _CacheConversation(Conversation):
         del self.ids[len(self.ids) - rejected :]
         return logits
 
-    def fork(self) -> Conversation:
-        return type(self)(self.target, copy.deepcopy(self.cache), self.ids)
-
     def cancel(self, ids: Sequence[int], layer: int) -> None:
         if not isinstance(self.cache, ModelCache):
             super().cancel(ids, layer)
@@ -212,7 +229,7 @@ class _CacheConversation(Conversation):
         caches = self.cache.caches
         caches.checkpoint()
         with self.target.interrupted(layer):
-            self.target.forward(self.cache, ids)
+            self.target.forward(self.cache, [ids])
         self.cache.caches.rollback(0)
 
 
@@ -227,65 +244,95 @@ def can_crop(cache: Cache, count: int, checked: bool) -> bool:
     return True
 
 
-class _CacheTrial(KeptTrial[Cache]):
+class _CacheTrial(KeptTrial["_Kept"]):
     """Caches of conversations that ended, to be copied and cropped."""
 
     def __init__(self, target: TransformersTarget) -> None:
         super().__init__()
         self.target = target
 
-    def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
-        cache, held = self.nearest(ids)
-        if cache is None:
-            cache = self.target.make(self.target.model)
-        return _Kept(self, cache, ids[:held])
+    def new(self) -> _Kept:
+        return _Kept(self, self.target.make(self.target.model))
 
-    def cut(self, kept: Cache, count: int) -> Cache | None:
-        if count and not can_crop(kept, count, self.target.checked):
-            return None
-        cache = copy.deepcopy(kept)
-        if count:
-            cache.crop(-count)
-        return cache
+    def together(self, rows: Sequence[tuple[Conversation, Sequence[int]]]) -> list[HostArray]:
+        """Compute as many tokens as all rows have in one batch, and the rest of each alone."""
+        talks = [row for row, _ in rows if isinstance(row, _Kept)]
+        common = min(len(ids) for _, ids in rows)
+        compute = self._over_joined if self.target.make is make_cache else self._over_prompts
+        first = compute(talks, [ids[:common] for _, ids in rows])
+        outputs = []
+        for talk, logits, (_, ids) in zip(talks, first, rows, strict=True):
+            rest = [talk.forward(ids[common:])] if len(ids) > common else []
+            outputs.append(np.concatenate([logits, *rest]))
+        return outputs
+
+    def _over_joined(self, talks: Sequence[_Kept], rows: Sequence[Sequence[int]]) -> HostArray:
+        """Compute a batch over the caches of conversations, joined; each goes on with its row."""
+        caches = [talk.cache.caches for talk in talks if isinstance(talk.cache, ModelCache)]
+        batch = ModelCache(self.target.model.config, LayerCaches.concat(caches))
+        logits = self.target.forward(batch, rows, _padding_of(talks))
+        for talk, ids, own in zip(talks, rows, batch.caches.split(), strict=True):
+            talk.cache = ModelCache(batch.config, own)
+            talk.ids += ids
+        return logits
+
+    def _over_prompts(self, talks: Sequence[_Kept], rows: Sequence[Sequence[int]]) -> HostArray:
+        """Compute a batch over a cache of its own, which begins with the tokens of each row.
+
+        The library has no call that joins caches, and some of its layers let no row go. So each
+        conversation goes on with the cache that it has, over which it computes its tokens again.
+        """
+        padding, batch = _padding_of(talks), self.target.make(self.target.model)
+        held = zip(padding, talks, strict=True)
+        prompts = [[*[0] * columns, *talk.ids] for columns, talk in held]
+        self.target.forward(batch, prompts, padding)
+        logits = self.target.forward(batch, rows, padding)
+        for talk, ids in zip(talks, rows, strict=True):
+            talk.forward(ids)
+        return logits
 
 
-class _Kept(_CacheConversation):
-    """A conversation whose cache is kept in its trial."""
+def _padding_of(talks: Sequence[_Kept]) -> list[int]:
+    """Return the columns on the left of each row that are no tokens, so that all end together."""
+    width = max(len(talk.ids) for talk in talks)
+    return [width - len(talk.ids) for talk in talks]
 
-    def __init__(self, trial: _CacheTrial, cache: Cache, ids: Sequence[int]) -> None:
+
+class _Kept(_CacheConversation, KeptConversation):
+    trial: _CacheTrial
+
+    def __init__(self, trial: _CacheTrial, cache: Cache, ids: Sequence[int] = ()) -> None:
         super().__init__(trial.target, cache, ids)
-        self._trial = trial
+        self.trial = trial
 
-    def fork(self) -> Conversation:
-        return _Kept(self._trial, copy.deepcopy(self.cache), self.ids)
-
-    def end(self, store: bool) -> None:
-        if store:
-            self._trial.keep(self.ids, self.cache)
+    def copied(self) -> Self:
+        return type(self)(self.trial, copy.deepcopy(self.cache), self.ids)
 
 
-class _SessionTrial(Trial):
+class _SessionTrial(TieredTrial):
     """Sessions of the adapter's prefix cache."""
 
-    def __init__(self, target: TransformersTarget) -> None:
+    def __init__(self, target: TransformersTarget, store: MakeStore | None = MemoryStore) -> None:
         self.target = target
-        self.prefix = prefix_cache(target.model)
+        super().__init__(self._made, store)
+
+    def _made(self, **options: Any) -> PrefixCache:
+        self._sessions = prefix_cache(self.target.model, **options)
+        return self._sessions.prefix
 
     def begin(self, ids: Sequence[int], tenant: int = 0) -> Conversation:
         tensor = self.target.tensor(ids)
         with torch.no_grad():
-            session = self.prefix.session(tensor, torch.ones_like(tensor), salt=str(tenant))
-        return _SessionConversation(self.target, session, ids)
-
-    def evict(self, tier: str) -> None:
-        self.prefix.prefix.clear()
+            session = self._sessions.session(
+                tensor, torch.ones_like(tensor), salt=str(tenant), deadline=NEVER
+            )
+        return _SessionConversation(self, session, ids)
 
 
 class _SessionConversation(_CacheConversation):
-    def __init__(
-        self, target: TransformersTarget, session: ModelSession, ids: Sequence[int]
-    ) -> None:
-        super().__init__(target, session.cache, ids[: session.cache.get_seq_length()])
+    def __init__(self, trial: _SessionTrial, session: ModelSession, ids: Sequence[int]) -> None:
+        super().__init__(trial.target, session.cache, ids[: session.cache.get_seq_length()])
+        self._trial = trial
         self._session, self._prompt = session, len(ids)
 
     @property
@@ -298,3 +345,4 @@ class _SessionConversation(_CacheConversation):
 
     def end(self, store: bool) -> None:
         self._session.close(store)
+        self._trial.settle()

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache as library_cache
 
 import kvcache
 from kvcache.adapters.mlx_lm import caches_of, make_prompt_cache, prefix_cache
+from kvcache.stores import NEVER, MemoryStore
 
 from . import tiny, words
 
@@ -309,6 +310,16 @@ def test_options_pass_through():
     small = prefix_cache(model, budget=0)
     ask(small, branch_of(0))
     assert ask(small, branch_of(0))[0] == 0
+
+
+def test_prompts_that_a_store_kept():
+    store, name = MemoryStore(), "qwen3_next"
+    for reused in (0, 46):  # each with a prefix cache of its own, as after a restart
+        options = {"store": store, "namespace": name, "page_tokens": 16}
+        prefix = prefix_cache(tiny.model(name), **options)
+        answer = ask(prefix, branch_of(0), deadline=NEVER)
+        assert answer == (reused, cold(name, branch_of(0)))
+        assert prefix.prefix.close()
 
 
 def test_a_size_limit_is_honoured_by_sessions():

@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, T5Config, T5ForConditio
 import kvcache  # noqa: E402
 from kvcache.adapters.transformers import make_cache, prefix_cache  # noqa: E402
 from kvcache.adapters.transformers.prefill import compute  # noqa: E402
+from kvcache.stores import NEVER, MemoryStore  # noqa: E402
 
 from .models import EAGER_ONLY, MODELS, VOCAB, model  # noqa: E402
 
@@ -203,6 +204,16 @@ def test_a_model_of_states_alone():
     prefix = prefix_cache(built)
     for reused in (0, 31):
         assert ask(prefix, built, [prompt]) == ([reused], alone(built, [prompt]))
+
+
+def test_prompts_that_a_store_kept():
+    built, prompt, store = model("mistral"), [*SYSTEM, 5, 6, 7], MemoryStore()
+    for reused in (0, 32):  # each with a prefix cache of its own, as after a restart
+        prefix = prefix_cache(built, store=store, namespace="mistral", page_tokens=16)
+        with prefix.session(*padded([prompt]), deadline=NEVER) as session:
+            texts = answers(built, [prompt], cache=session.cache)
+        assert (session.matched, texts) == ((reused,), alone(built, [prompt]))
+        assert prefix.prefix.close()
 
 
 def test_the_older_name_of_the_argument():
