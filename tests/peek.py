@@ -269,3 +269,23 @@ def received(stream):
 def store_of(puts):
     """The store that puts of a benchmark go to."""
     return puts._store
+
+
+# Retention in prefix caches.
+
+
+def retention_steps(index):
+    """The entries of an index for times at which levels fall, stale ones among them."""
+    return index._candidates.steps._heap
+
+
+def watch_evictions(prefix, callback):
+    """Calls `callback` with every span about to be evicted."""
+    index = prefix._index
+    told = index._on_evict
+
+    def both(span):
+        callback(span)
+        told(span)
+
+    index._on_evict = both

@@ -12,6 +12,7 @@ from kvcache.snapshots.resuming import last_resumable
 from .policies import policy_name
 from .radix import Node, Tokens
 from .reasons import Explanation, Reason, Why, decoded
+from .spans import EvictedBy, chooser
 from .stored import Search, StoredPrefix, StoredSpan, contiguous_snapshots
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ _CONTEXT = 8
 """Tokens shown before a divergence, and behind it."""
 
 
-Evicted: TypeAlias = list[tuple[int, int, float | None]]
-"""Ranges of spans without a payload, with the time of their eviction, None if they never were."""
+Evicted: TypeAlias = list[tuple[int, int, float | None, EvictedBy | None]]
+"""Ranges of spans without a payload, with the time of their eviction, and who chose them; None if
+they never were."""
 Noted: TypeAlias = tuple[
     "KeptSpans", Tokens, StoredPrefix, Search, Evicted | None, Node[StoredSpan] | None
 ]
@@ -49,7 +51,11 @@ def note(kept: KeptSpans, ids: Tokens, prefix: StoredPrefix, search: Search) -> 
 
 def _evicted_behind(stored: int, spans: list[StoredSpan]) -> Evicted:
     """Return those of `spans` that end behind all that is stored."""
-    return [(span.start, span.stop, span.evicted) for span in spans if span.stop > stored]
+    return [
+        (span.start, span.stop, span.evicted, span.evicted_by)
+        for span in spans
+        if span.stop > stored
+    ]
 
 
 class Beginning(NamedTuple):
@@ -112,12 +118,12 @@ def _of_memory(noted: Beginning) -> Iterator[Reason]:
     yield from _between_stops(noted)
     if hit.stored == size:
         yield Reason(size - 1, size, "last")
-    for begin, end, evicted in noted.evicted:
+    for begin, end, evicted, by in noted.evicted:
         start, stop = max(begin, hit.stored), min(end, length)
         if evicted is None:
             yield Reason(start, stop, "new")
         else:
-            policy = policy_name(noted.kept.index.policy)
+            policy = chooser(by, policy_name(noted.kept.index.policy))
             yield Reason(start, stop, "evicted", evicted=evicted, policy=policy)
     if length < size and noted.branch is not None:
         yield Reason(length, size, "diverged", position=length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .spans import chooser
 from .stored import StoredSpan, last_resume_points
 
 _POINTS = 3
@@ -34,8 +35,8 @@ def details_of(span: StoredSpan, policy: str) -> list[str]:
     """Return what is known of the reason, as texts. policy: name of the one that evicts."""
     details = []
     if span.payload is None:
-        told = span.evicted is not None
-        details.append(f"evicted by {policy} at {span.evicted:.6g} s" if told else "not stored")
+        by, told = chooser(span.evicted_by, policy), span.evicted is not None
+        details.append(f"evicted by {by} at {span.evicted:.6g} s" if told else "not stored")
     elif not span.payload.resumable_anywhere:
         parts = enumerate(span.payload.snapshot.parts)
         limits = [n for n, part in parts if not part.spec.visibility.resumable_anywhere]

@@ -56,16 +56,18 @@ def test_metrics_are_the_statistics(client):
     prefix = PrefixCache([KVCache("numpy")], budget=100 * ROW)
     collector = register_metrics(prefix, registry, "mine")
     for _ in range(20):
-        serve(prefix, [chance.randrange(3) for _ in range(chance.randrange(1, 60))])
+        ids = [chance.randrange(3) for _ in range(chance.randrange(1, 60))]
+        serve(prefix, ids, retain=(5, 1e6))
     _open = prefix.session([1, 2, 0, 1])
     values, stats = values_of(registry), prefix.stats
-    assert stats.evictions
+    assert stats.evictions >= stats.retained_evictions > 0
     assert stats.active == 1
     expected = {
         "queries_total": stats.tokens,
         "hits_total": stats.matched,
         "sessions_total": stats.sessions,
         "evictions_total": stats.evictions,
+        "retained_evictions_total": stats.retained_evictions,
         "active_sessions": 1,
         "bytes": stats.nbytes,
         "pinned_bytes": stats.pinned,
