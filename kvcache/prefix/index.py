@@ -376,7 +376,8 @@ class SpanIndex(Generic[P]):
         tokens = span.stop - span.start
         if span.complete and span.nbytes:
             # Rounded up; and no less than the grain, or many calls would take a token each.
-            surplus = max(self._grain, ceil_div(excess * tokens, span.nbytes))
+            needed = min(ceil_div(excess * tokens, span.nbytes), self.policy.tail(span))
+            surplus = max(self._grain, needed)
             if surplus < tokens:
                 self._split(span, tokens - surplus)
         self.evict(span, now)
