@@ -251,3 +251,23 @@ def cost_gate(prefix):
 def make_older(gate, seconds):
     """Let the measurement of a store be so many seconds older."""
     gate._measured -= seconds
+
+
+# Retention in prefix caches.
+
+
+def retention_steps(index):
+    """The entries of an index for times at which levels fall, stale ones among them."""
+    return index._candidates.steps._heap
+
+
+def watch_evictions(prefix, callback):
+    """Calls `callback` with every span about to be evicted."""
+    index = prefix._index
+    told = index._on_evict
+
+    def both(span):
+        callback(span)
+        told(span)
+
+    index._on_evict = both

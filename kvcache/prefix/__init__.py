@@ -22,6 +22,10 @@
 ``tier_stats``  totals of the store
 ``stored``      snapshots as payloads of spans
 ``index``       kept spans of tokens, within a budget
+``trees``       how they are split, joined and filed
+``candidates``  those of them that may be evicted
+``retention``   priorities that fall with time
+``quotas``      bytes of one salt
 ``policies``    the choice of a span to evict
 ``simulation``  policies on recorded requests
 ``radix``       a radix tree over token ids

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from kvcache._checks import NO_LIMIT
 from kvcache.stores.outcomes import Deadline
 
 from .arguments import as_finite, as_positions, check_deadline
 from .known import checked_prompt
 from .media import Media
 from .radix import Tokens
+from .retention import Retain, RetainedRange, as_retained
 
 
 class SessionOptions(TypedDict, total=False):
@@ -24,6 +26,7 @@ class SessionOptions(TypedDict, total=False):
     deadline: Deadline | None
     keep_on_error: bool
     wait: Deadline | float | None
+    retain: Retain | None
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Asked:
     deadline: Deadline | None
     keep_on_error: bool
     wait: Deadline | None
+    retain: tuple[RetainedRange, ...]
     gone: bool = False
 
 
@@ -52,17 +56,22 @@ def as_asked(
     deadline: Deadline | None = None,
     keep_on_error: bool = True,
     wait: Deadline | float | None = None,
+    retain: Retain | None = None,
 ) -> Asked:
     """Return the arguments of a session. Raises: as :meth:`PrefixCache.session`."""
     prompt, places = checked_prompt(tokens, salt, media)
-    points = as_positions(resume_points, "resume_points")
+    retained = as_retained(retain)
+    # The ends of what is retained, or nobody could go on behind it where a window drops tokens.
+    ends = [span.stop for span in retained if span.stop < NO_LIMIT]
+    points = [*as_positions(resume_points, "resume_points"), *ends]
     check_deadline(deadline)
     if not isinstance(keep_on_error, bool):
         raise TypeError(
             "keep_on_error tells whether a session left by an exception stores its tokens, True "
             f"or False; got {reprlib.repr(keep_on_error)}."
         )
-    return Asked(prompt, places, salt, points, deadline, keep_on_error, _as_wait(wait))
+    limit = _as_wait(wait)
+    return Asked(prompt, places, salt, points, deadline, keep_on_error, limit, retained)
 
 
 def _as_wait(wait: Deadline | float | None) -> Deadline | None:

@@ -24,10 +24,12 @@ from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
 from .media import Media
 from .policies import EvictionPolicy, make_policy
+from .quotas import QuotaOf, as_quotas
 from .radix import Tokens
 from .render import render
 from .requests import Requests
 from .residency import Residency
+from .retention import Retain, as_retained
 from .sequences import sequences_of
 from .session import Request, Session
 from .stats import PrefixStats
@@ -70,6 +72,9 @@ class PrefixCache:
     page_tokens: tokens of a page in the store; all who share it use the same number.
     seal: encrypts pages in the store: one for all, or a function that returns the seal for a salt
         (None for pages of no tenant, as they are). What it raises is raised by :meth:`session`.
+    quota: bytes that each salt may store at most, or a function that returns those of a salt (None
+        for no limit but the budget): a salt above it evicts its own spans. The function is asked
+        when a salt begins to store; what it raises is raised by the end of that session.
 
     A hit ends where the caches of all layers can resume. Sessions may begin and end in any
     thread, while one thread runs passes (MLX: in that thread). The sequences named are its own for
@@ -94,12 +99,13 @@ class PrefixCache:
         store: str | Store | None = None,
         page_tokens: int = 64,
         seal: Seal | Callable[[str], Seal | None] | None = None,
+        quota: int | QuotaOf | None = None,
     ) -> None:
         [page_tokens] = as_sizes(page_tokens=page_tokens)
         [every] = [None] if resume_every is None else as_sizes(resume_every=resume_every)
         budget, index_budget = as_budget(budget, "bytes"), as_budget(index_budget, "bytes")
         chosen_policy = make_policy(policy)
-        read_clock, seal_of = Clock(clock), as_seals(seal)
+        read_clock, seal_of, quota_of = Clock(clock), as_seals(seal), as_quotas(quota)
         check_text(namespace, "a namespace tells models apart")
         opened = None if store is None else open_named(store, namespace)
         sequences = None if sequences is None else as_indices(sequences, "sequences")
@@ -108,7 +114,7 @@ class PrefixCache:
         """Held while a session begins or ends."""
         # No reference to this object: it would keep its sequences claimed, once dropped, until the
         # garbage collector comes round.
-        self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace)
+        self._kept = kept = KeptSpans(chosen_policy, budget, index_budget, namespace, quota_of)
         self.events, self._index = kept.events, kept.index
         self._trees, self._media_ids = kept.trees, kept.media_ids
         self._requests = requests = Requests(self._source, kept, read_clock, every)
@@ -136,6 +142,7 @@ class PrefixCache:
         deadline: Deadline | None = None,
         keep_on_error: bool = True,
         wait: Deadline | float | None = None,
+        retain: Retain | None = None,
     ) -> Session:
         """Begin a request. Return it as a context manager, to end it.
 
@@ -152,6 +159,12 @@ class PrefixCache:
             False to store nothing.
         wait: deadline, or seconds, to wait for another session that is computing the same tokens;
             until it has stored some of them, or ends. None to compute them as well.
+        retain: pair (priority, seconds) for the tokens that the session stores, or such a pair by
+            positions (start, stop), a stop of None being the end. They are evicted after all that
+            are not retained, and after those of less priority. It is 1 to 100 when they are stored,
+            and falls to 0 within the seconds; ``math.inf`` is a pin, which goes last of all. The
+            stops of ranges are resume points. Where tokens are retained already, the stronger one
+            counts.
 
         Raises: ValueError, TypeError, CacheFullError if no sequence or not enough cells are free;
             nothing has changed then.
@@ -164,6 +177,7 @@ class PrefixCache:
             deadline=deadline,
             keep_on_error=keep_on_error,
             wait=wait,
+            retain=retain,
         )
         return self._begin(asked, self._awaited(asked))
 
@@ -214,6 +228,7 @@ class PrefixCache:
                     return requests.begin(known, now, asked.points)
 
                 request = begin() if store is None else store.begin(known, fetched, now, begin)
+                request.retain = asked.retain
                 if fetched is not None and fetched.prefix is not None:
                     self._index.trim(now)  # may raise, so the request is known before
                 return Session(
@@ -222,6 +237,7 @@ class PrefixCache:
                     self.lock,
                     requests.store,
                     requests.end,
+                    requests.drop_branch,
                     requests.dropped,
                     keep_on_error=asked.keep_on_error,
                 )
@@ -279,21 +295,54 @@ class PrefixCache:
         *,
         salt: str = "",
         media: Media | None = None,
+        retain: Retain | None = None,
     ) -> None:
         """Store `tokens` from per-layer `caches` that no session has, and take these over.
 
         tokens: ids of all that the caches hold; these may be a row of ``split()`` of a batch.
-        salt, media: as for :meth:`session`.
+        salt, media, retain: as for :meth:`session`.
 
         Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
             another number of tokens, or padded. Nothing has changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
+        retained = as_retained(retain)
         with self._requests.changing():
             self._requests.end_dropped()
             ids, placements = self._media_ids.substitute(prompt, places)
             handle = self._source.adopt(caches, ids.size)
-            self._requests.insert(handle, KnownTokens(ids, salt, placements))
+            self._requests.insert(handle, KnownTokens(ids, salt, placements), retained)
+
+    def drop_branch(
+        self,
+        tokens: Sequence[int] | Tokens,
+        position: int,
+        *,
+        salt: str = "",
+        media: Media | None = None,
+    ) -> None:
+        """Evict what is stored of a sequence from `position` on, as nobody will ask for it.
+
+        For a turn that was edited, or reasoning that the next prompt does not have. What sessions
+        use stays, and what sequences build on that part from `tokens` behind `position`. Pages in a
+        store stay.
+
+        tokens: ids of all of the sequence, the answer included. salt, media: of its session.
+
+        Raises: as :meth:`lookup`; TypeError, ValueError for a position that is not of `tokens`;
+            nothing has changed then.
+        """
+        prompt, places = checked_prompt(tokens, salt, media)
+        start = as_index(position, "position")
+        if not 0 <= start < prompt.size:
+            raise ValueError(
+                f"a branch begins at a position of its tokens, 0 to {prompt.size - 1}; got {start}."
+            )
+        with self._requests.changing():
+            self._requests.end_dropped()
+            ids, placements = self._media_ids.substitute(prompt, places)
+            known, now = KnownTokens(ids, salt, placements), self._requests.clock()
+            self._kept.drop_branch(known, start, now)
 
     # Its content.
 

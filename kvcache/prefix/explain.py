@@ -12,6 +12,7 @@ from kvcache.snapshots.resuming import last_resumable
 from .policies import POLICIES, EvictionPolicy
 from .radix import Node, Tokens
 from .reasons import Explanation, Reason, Why, decoded
+from .spans import EvictedBy
 from .stored import Search, StoredPrefix, StoredSpan, contiguous_snapshots
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class Noted(NamedTuple):
     """How a session began: references, to be read under the lock of its prefix cache.
 
     kept: spans of that. ids: of the prompt. length: those known. evicted: ranges of them behind all
-    that is stored, with the time of their eviction, None if they never were. branch: other tokens
-    known at `length`.
+    that is stored, with the time of their eviction, and who chose; None if they never were. branch:
+    other tokens known at `length`.
     """
 
     kept: KeptSpans
@@ -36,7 +37,7 @@ class Noted(NamedTuple):
     salt: str
     length: int
     search: Search
-    evicted: list[tuple[int, int, float | None]]
+    evicted: list[tuple[int, int, float | None, EvictedBy | None]]
     branch: Node[StoredSpan] | None
 
 
@@ -44,9 +45,13 @@ def note(kept: KeptSpans, known: KnownTokens, prefix: StoredPrefix, search: Sear
     """Return the beginning of a session, of whose tokens `prefix` is known, before it changes."""
     spans, length = prefix
     stored, ids, branch = search.hit.stored, known.ids, None
-    evicted: list[tuple[int, int, float | None]] = []
+    evicted: list[tuple[int, int, float | None, EvictedBy | None]] = []
     if length > stored:
-        evicted = [(span.start, span.stop, span.evicted) for span in spans if span.stop > stored]
+        evicted = [
+            (span.start, span.stop, span.evicted, span.evicted_by)
+            for span in spans
+            if span.stop > stored
+        ]
     if spans and length < ids.size:
         node = spans[-1].node
         # The newest of several, as there may be thousands behind instructions that all share.
@@ -89,12 +94,12 @@ def _of_memory(noted: Noted) -> Iterator[Reason]:
     yield from _between_stops(noted)
     if hit.stored == size:
         yield Reason(size - 1, size, "last")
-    for begin, end, evicted in noted.evicted:
+    for begin, end, evicted, by in noted.evicted:
         start, stop = max(begin, hit.stored), min(end, length)
         if evicted is None:
             yield Reason(start, stop, "new")
         else:
-            policy = _name_of(noted.kept.index.policy)
+            policy = _name_of(noted.kept.index.policy) if by in ("policy", None) else by
             yield Reason(start, stop, "evicted", evicted=evicted, policy=policy)
     if length < size and noted.branch is not None:
         yield Reason(length, size, "diverged", position=length)

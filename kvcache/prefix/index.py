@@ -3,43 +3,39 @@
 Every node of a tree is a span: the tokens between two places where sequences part, or where one
 ended. All tokens of a span have the same history, so a policy decides about spans. An evicted span
 leaves its tokens behind for a while, a ghost, so that a policy can learn from what comes back.
-
-Looking something up changes no tree. Spans are split where something is stored, and joined again
-when nobody needs to tell their parts apart.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Sequence
 from sys import getsizeof
-from typing import Generic
 
 from kvcache.storage.lengths import ceil_div
 
-from .footprint import ENTRY, ORDERED_ENTRY, of_span, of_tree
-from .media import Placement, within
+from .footprint import ENTRY, ORDERED_ENTRY
 from .policies import EvictionPolicy
+from .quotas import LimitedTree, QuotaOf
 from .radix import RadixTree, Tokens
 from .residency import Residency
-from .spans import P, Prefix, Span, alike, as_offered, file_span, last_eviction
-from .superseded import Superseded
+from .retention import Retention
+from .spans import EvictedBy, P, Span
+from .superseded import reducible_before
+from .trees import SpanTrees
 
 _ROOM = 4_000
 """Bytes of tables without entries, rounded up."""
-_MIN_JOINED = 4
-"""Spans joined at once at least: joining rows on the host copies them."""
 
 
-class SpanIndex(Generic[P]):
+class SpanIndex(SpanTrees[P]):
     """Spans of one budget, over any number of trees (one per tenant, say).
 
     budget: bytes of all payloads together at most, None for no limit; exceeded only while all
     candidates are pinned. grain: fewest tokens taken at once from a span that can be cut anywhere.
     index_budget: bytes of everything else at most, None for no limit: the oldest ghosts are
-    forgotten first, then spans are evicted. on_evict: called with a span about to be evicted.
-    on_empty: called with a tree that has lost its last span. others: returns bytes to be counted
-    as well.
+    forgotten first, then spans are evicted. quota_of: bytes of the payloads of a salt at most, in
+    trees of :meth:`new_tree`. on_evict: called with a span about to be evicted. on_empty: called
+    with a tree that has lost its last span. others: returns bytes to be counted as well.
     """
 
     def __init__(
@@ -49,38 +45,22 @@ class SpanIndex(Generic[P]):
         *,
         grain: int = 64,
         index_budget: int | None = 1 << 26,
+        quota_of: QuotaOf | None = None,
         on_evict: Callable[[Span[P]], None] = lambda _: None,
         on_empty: Callable[[RadixTree[Span[P]]], object] = lambda _: None,
         others: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.policy = policy
+        super().__init__(policy, quota_of, on_empty)
         self.budget = budget
         self.index_budget = index_budget
-        self.nbytes = 0
-        """Bytes of all payloads together."""
         self.evictions = 0
         """Spans evicted so far."""
-        self.kept: dict[Span[P], None] = {}
-        """Spans with a payload, in the order in which they came; there may be far more ghosts."""
+        self.retained_evictions = 0
+        """Those of them that were retained, and went for want of room, or for their quota."""
         self.residency: Residency | None = None
         """Times of spans, None where nobody wants to know."""
         self._grain = grain
-        self._on_evict, self._on_empty, self._others = on_evict, on_empty, others
-        # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
-        self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
-        self._superseded: Superseded[P] = Superseded()
-        self._spans = 0
-        self._tracked = 0  # bytes of trees, nodes, spans and the overhead of payloads
-
-    # Looking up.
-
-    def follow(self, tree: RadixTree[Span[P]], tokens: Tokens) -> Prefix[P]:
-        """Return the spans at the beginning of `tokens`, ghosts among them. Nothing changes."""
-        length, node, inside = tree.match(tokens)
-        if inside is not None and length > node.depth:
-            node = inside
-        span = node.value
-        return Prefix(span.path if span is not None else [], length)
+        self._on_evict, self._others = on_evict, others
 
     def use(self, spans: Sequence[Span[P]], now: float) -> None:
         """Count a request for `spans`, given in the order of their tokens."""
@@ -94,96 +74,77 @@ class SpanIndex(Generic[P]):
             span.used = now
             self._superseded.use(span)
 
-    def pin(self, span: Span[P], pins: int = 1) -> None:
-        """Protect `span` and all spans before it from eviction; pins=-1 ends one protection."""
-        path = span.path
-        for pinned in path:
-            pinned.pins += pins
-        for pinned in path:  # last, because the policy may raise
-            self._reconsider(pinned)
+    def retain(self, spans: Sequence[Span[P]], priority: int, seconds: float, now: float) -> None:
+        """Let `spans` go after all that are not retained, and after those retained less.
 
-    # Storing.
+        Ghosts are left out. What a span has already stays if that protects it more: by its
+        effective priority, or for longer at the same.
 
-    def extend(
-        self, tree: RadixTree[Span[P]], tokens: Tokens, media: Sequence[Placement] = ()
-    ) -> list[Span[P]]:
-        """Return the spans of all `tokens`; the last may be new, a ghost.
-
-        The last known one is split where `tokens` leave it. Fill or pin a new one before
-        :meth:`trim`, which may forget ghosts. media: of `tokens`.
+        priority: 1 to 100; it falls to 0 in steps of one within `seconds` from `now`, and never
+        for ``math.inf``.
         """
-        spans, length = self.follow(tree, tokens)
-        if spans and length < spans[-1].stop:
-            spans[-1] = self._split(spans[-1], length - spans[-1].start)
-        if length < tokens.size:
-            spans.append(self._attach(tree, spans[-1] if spans else None, tokens, media))
-        return spans
-
-    def fill(self, span: Span[P], payload: P) -> None:
-        """Keep `payload` for `span` in place of its present one. The index takes ownership."""
-        added = span.payload is None
-        self._put(span, payload)
-        if added:
-            self._ghosts.pop(span, None)
-            self.kept[span] = None
-            span.born = span.used
-            if span.parent is not None:
-                span.parent.children += 1
-            # Last, because the policy may raise.
-            self._reconsider(span)
-            if span.parent is not None:
-                self._reconsider(span.parent)
+        self._lower(now)
+        retention = Retention(priority, seconds, 0.0 if math.isinf(seconds) else now)
+        for span in spans:
+            if span.payload is not None and retention.outranks(span.retention, now):
+                self._retain(span, retention)
 
     # Dropping.
 
     def trim(self, now: float) -> None:
-        """Evict until the budgets hold, or all candidates are in use.
+        """Evict until the quotas and the budgets hold, or all candidates are in use.
 
         Where a sequence goes on behind a payload, what of it serves its own end alone goes first.
 
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
+        self._lower(now)
+        for tree in list(self._quotas.exceeded):
+            self._trim_tree(tree, now)
         while self.budget is not None and self.nbytes > self.budget:
             if self._reduce_superseded():
                 continue
-            span = self.victim(now)
+            span = self._candidates.victim(now)
             if span is None:
                 break
-            self._shrink(span, self.nbytes - self.budget, now)
+            if not (span.level and self._reduce_before(span, now)):
+                self._shrink(span, self.nbytes - self.budget, now)
         while self.index_budget is not None and self._reserved > self.index_budget:
             if self._ghosts:
                 self._remove(next(iter(self._ghosts)))
                 continue
-            span = self.victim(now)
+            span = self._candidates.victim(now)
             if span is None:
                 break
-            self.evict(span, now)
+            self.evict(span, now, "retention" if span.level else "policy")
 
-    def victim(self, now: float) -> Span[P] | None:
-        """Ask the policy for the span to evict next; None if it was offered none.
+    def _trim_tree(self, tree: LimitedTree[P], now: float) -> None:
+        """Evict spans of one salt until its quota holds, or all its candidates are in use."""
+        while tree.nbytes > tree.quota:
+            span = self._quotas.victim(tree)
+            if span is None:
+                break
+            if not self._reduce_before(span, now):
+                self._shrink(span, tree.nbytes - tree.quota, now, "quota")
 
-        Raises: KVCacheError if the policy chooses a span it was not offered.
-        """
-        span = self.policy.victim(now)
-        return None if span is None else as_offered(span, self.policy)
-
-    def evict(self, span: Span[P], now: float) -> None:
+    def evict(self, span: Span[P], now: float, by: EvictedBy = "policy") -> None:
         """Make an offered span a ghost, and those before it that are of use to it alone."""
         evicted: Span[P] | None = span
         while evicted is not None and evicted.payload is not None:
-            evicted = self._evict_one(evicted, evicted.payload, now)
+            evicted = self._evict_one(evicted, evicted.payload, now, by)
 
-    def _evict_one(self, span: Span[P], payload: P, now: float) -> Span[P] | None:
+    def _evict_one(self, span: Span[P], payload: P, now: float, by: EvictedBy) -> Span[P] | None:
         """Do :meth:`evict` for one span; return the one before it if that is of no use now."""
         # First, while the span still has its payload and its place in the tree.
         self._on_evict(span)
         if self.residency is not None:
             self.residency.evict(span, now)
-        self.policy.evict(span, now)
+        self._candidates.evict(span, now)
         self.evictions += 1
-        self.nbytes -= payload.nbytes
-        self._tracked -= payload.overhead
-        span.payload, span.offered, span.evicted = None, False, now
+        self.retained_evictions += span.retention is not None and by in ("retention", "quota")
+        self._put(span, None)
+        self._assign(span, None)
+        span.offered, span.evicted, span.evicted_by = False, now, by
         payload.close()
         del self.kept[span]
         node, parent = span.node, span.node.parent
@@ -197,21 +158,31 @@ class SpanIndex(Generic[P]):
         self._reconsider(parent.value)
         return parent.value if parent.value.useless else None
 
+    def drop_branch(
+        self, tree: RadixTree[Span[P]], tokens: Tokens, position: int, now: float
+    ) -> None:
+        """Evict what is kept of `tokens` from `position` on, for their sake alone.
+
+        What sessions use stays, and what sequences build on that part from `tokens` behind it.
+        """
+        spans, length = self.follow(tree, tokens)
+        dead: list[Span[P]] = []
+        for span in reversed(spans):
+            behind = 1 if dead and dead[-1].parent is span else 0
+            used = span.pins or span.children > behind or span.stop > length
+            if span.stop <= position or used:
+                break
+            if span.payload is not None:
+                dead.append(span)
+        if dead and dead[-1].start < position:
+            self._split(dead[-1], position - dead[-1].start)
+        for span in dead:
+            self.evict(span, now, "drop_branch")
+
     def forget_ghosts(self) -> None:
         """Remove all ghosts with nothing kept behind them, except pinned ones."""
         while self._ghosts:
             self._remove(next(iter(self._ghosts)))
-
-    def settle(self, span: Span[P]) -> None:
-        """Join the spans up to `span` that nobody tells apart any more, where there are several."""
-        run: list[Span[P]] = []
-        for next_span in [*span.path, None]:
-            if run and (next_span is None or not self._are_alike(run[-1], next_span)):
-                if len(run) >= _MIN_JOINED:
-                    self._join(run)
-                run = []
-            if next_span is not None:
-                run.append(next_span)
 
     # Bytes outside the budget.
 
@@ -233,135 +204,26 @@ class SpanIndex(Generic[P]):
 
     @property
     def _unowned(self) -> int:
-        return self.policy.nbytes + self._spans * self.policy.data_nbytes + self._others()
+        return self._candidates.nbytes + self._spans * self.policy.data_nbytes + self._others()
 
-    # Changes of the trees.
-
-    def _put(self, span: Span[P], payload: P | None) -> None:
-        """Set the payload of `span`, and count its bytes instead of those of the present one."""
-        if span.payload is not None:
-            self.nbytes -= span.payload.nbytes
-            self._tracked -= span.payload.overhead
-        if payload is not None:
-            self.nbytes += payload.nbytes
-            self._tracked += payload.overhead
-        span.payload = payload
-
-    def _attach(
-        self,
-        tree: RadixTree[Span[P]],
-        parent: Span[P] | None,
-        tokens: Tokens,
-        media: Sequence[Placement],
-    ) -> Span[P]:
-        """Return a new span, a ghost, for the `tokens` behind `parent`."""
-        node = parent.node if parent is not None else tree.root
-        if not node.children and parent is None:
-            self._tracked += of_tree(tree)
-        children = getsizeof(node.children) if node.children or parent is not None else 0
-        start = node.depth
-        new = RadixTree.attach(node, tokens[start:])
-        new.value = span = Span(tree, new, within(media, start, tokens.size) if media else ())
-        self._spans += 1
-        self._tracked += of_span(span) + getsizeof(node.children) - children
-        self._ghosts[span] = None
-        if parent is not None:
-            self._ghosts.pop(parent, None)
-            self._superseded.drop(parent)
-        return span
-
-    def _split(self, lower: Span[P], tokens: int) -> Span[P]:
-        """Return a new span for the first `tokens` of `lower`; the others stay in `lower`."""
-        # First, as it may raise.
-        parts = None if lower.payload is None else lower.payload.split(tokens)
-        self._tracked -= of_span(lower)
-        node = RadixTree.split(lower.node, tokens)
-        node.value = upper = Span(lower.tree, node)
-        if lower.media:
-            upper.media = within(lower.media, upper.start, upper.stop)
-            lower.media = within(lower.media, lower.start, lower.stop)
-        upper.pins, upper.uses = lower.pins, lower.uses
-        upper.used, upper.born, upper.evicted = lower.used, lower.born, lower.evicted
-        upper.policy_data = lower.policy_data
-        self._spans += 1
-        self._tracked += of_span(lower) + of_span(upper)
-        if parts is not None:
-            self._put(upper, parts[0])
-            self._put(lower, parts[1])
-            # Not offered: with a child, it is no candidate, whether `lower` is one or not.
-            upper.children = 1
-            self.kept[upper] = None
-            self._reconsider(upper)
-        return upper
-
-    def _remove(self, span: Span[P]) -> None:
-        """Take a ghost without children out of its tree, and the tree with its last span."""
-        node, parent = span.node, span.node.parent
-        if parent is None:
-            return  # the root, which has no span
-        self._tracked -= of_span(span)
-        self._spans -= 1
-        del self._ghosts[span]
-        RadixTree.detach(node)
-        node.value = None  # a span and its node refer to each other: free both at once
-        if parent.value is not None:
-            self._reconsider(parent.value)
-            if parent.value in self._ghosts:
-                # It is no younger than what was behind it.
-                self._ghosts.move_to_end(parent.value, last=False)
-            elif parent.value.payload is None:
-                self._join_ghosts(parent.value)
-        elif not parent.children:
-            self._tracked -= of_tree(span.tree) + getsizeof(parent.children)
-            parent.children = {}
-            self._on_empty(span.tree)
-
-    # Spans whose parts nobody tells apart any more.
-
-    def _are_alike(self, upper: Span[P], lower: Span[P]) -> bool:
-        return alike(upper, lower, self._ghosts) and self.policy.alike(upper, lower)
-
-    def _join_ghosts(self, upper: Span[P]) -> None:
-        """Join a ghost and the only one right behind it, if they are alike."""
-        lower = upper.only_child
-        if lower is not None and self._are_alike(upper, lower):
-            self._join([upper, lower])
-
-    def _join(self, run: Sequence[Span[P]]) -> None:
-        """Let the last of contiguous spans that are alike be all of them."""
-        *uppers, last = run
-        payloads = [span.payload for span in run if span.payload is not None]
-        joined = payloads[0].join(payloads[1:]) if payloads else None
-        if payloads and joined is None:
-            return  # they serve as well apart
-        for upper, lower in zip(uppers, run[1:], strict=True):
-            for node in list(upper.node.children.values()):
-                if node.value is not None and node.value is not lower:
-                    self._remove(node.value)
-        if last.offered:  # its size changes, on which its place among the candidates may depend
-            self.policy.withdraw(last)
-            last.offered = False
-        self._tracked -= sum(map(of_span, run))
-        RadixTree.join([span.node for span in run])
-        last.media = tuple(dict.fromkeys(placement for span in run for placement in span.media))
-        for upper in uppers:
-            self._put(upper, None)
-            upper.node.value = None
-            self.kept.pop(upper, None)
-            self._ghosts.pop(upper, None)
-            self._superseded.drop(upper)
-        self._put(last, joined)
-        last.evicted, self._spans = last_eviction(run), self._spans - len(uppers)
-        self._tracked += of_span(last)
-        self._ghosts.pop(last, None)
-        self._reconsider(last)
+    # Parts of it.
 
     def _reduce_superseded(self) -> bool:
         """Release rows that serve the end of a superseded span alone; return False if none do."""
         popped = self._superseded.pop_reducible()
-        if popped is None:
-            return False
-        span, reduced = popped
+        if popped is not None:
+            self._reduce(*popped)
+        return popped is not None
+
+    def _reduce_before(self, span: Span[P], now: float) -> bool:
+        """Do the same for a span before `span`, which would go otherwise, retained no more."""
+        reducible = reducible_before(span, now)
+        if reducible is not None:
+            self._reduce(*reducible)
+        return reducible is not None
+
+    def _reduce(self, span: Span[P], reduced: P) -> None:
+        """Keep the `reduced` payload of a superseded span only."""
         previous, child = span.payload, span.only_child
         self._put(span, reduced)
         if previous is not None:
@@ -369,10 +231,12 @@ class SpanIndex(Generic[P]):
         # Rows on the host are copied to be joined: not many for a few, each turn anew.
         if child is not None and reduced.nbytes <= child.nbytes and self._are_alike(span, child):
             self._join([span, child])
-        return True
 
-    def _shrink(self, span: Span[P], excess: int, now: float) -> None:
-        """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes."""
+    def _shrink(self, span: Span[P], excess: int, now: float, by: EvictedBy | None = None) -> None:
+        """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes.
+
+        by: None for the policy, or for the least priority if it is retained.
+        """
         tokens = span.stop - span.start
         if span.complete and span.nbytes:
             # Rounded up; and no less than the grain, or many calls would take a token each.
@@ -380,22 +244,27 @@ class SpanIndex(Generic[P]):
             surplus = max(self._grain, needed)
             if surplus < tokens:
                 self._split(span, tokens - surplus)
-        self.evict(span, now)
+        self.evict(span, now, by or ("retention" if span.level else "policy"))
 
-    def _reconsider(self, span: Span[P]) -> None:
-        """File `span` where it belongs: among the candidates, superseded spans, or idle ghosts.
+    # Retention.
 
-        Leaf first: a span is not offered while spans behind it are kept, which build on it.
-        """
-        payload, pinned = span.payload, span.pins
-        if payload is None:
-            file_span(span, self._ghosts, not pinned and not span.node.children)
-        elif not payload.resumable_anywhere:
-            self._superseded.file(span)
-        offered = payload is not None and not pinned and not span.children
-        if offered == span.offered:
-            return
-        # A policy that raises leaves a span that it was not offered.
-        span.offered = False
-        (self.policy.offer if offered else self.policy.withdraw)(span)
-        span.offered = offered
+    def _retain(self, span: Span[P], retention: Retention | None) -> None:
+        """Set the retention of a span, and file the span anew."""
+        if span.offered:
+            span.offered = False
+            self._candidates.withdraw(span)
+        self._assign(span, retention)
+        self._reconsider(span)
+
+    def _lower(self, now: float) -> None:
+        """Let the levels of retained spans fall to those of `now`."""
+        candidates = self._candidates
+        candidates.now = max(candidates.now, now)
+        for span, retention in candidates.steps.due(now):
+            level = retention.level(now)
+            if not level:
+                self._retain(span, None)
+                continue
+            candidates.steps.renew(span, retention, level)
+            if span.offered:
+                candidates.lower(span, level)

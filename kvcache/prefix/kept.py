@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from sys import getsizeof
 
 from kvcache.snapshots.snapshot import Snapshot
@@ -12,8 +13,10 @@ from .index import SpanIndex
 from .known import KnownTokens
 from .media import MediaIds
 from .policies import EvictionPolicy
+from .quotas import QuotaOf
 from .radix import RadixTree, Tokens
 from .reasons import Why
+from .retention import RetainedRange
 from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
 
@@ -23,7 +26,8 @@ _MIN_INDEX_BUDGET = 1 << 26
 class KeptSpans:
     """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
 
-    budget, index_budget: bytes; None for no limit, and for one that goes with the budget.
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget. quota_of:
+    bytes of each salt at most, None for no limits.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class KeptSpans:
         budget: int | None,
         index_budget: int | None,
         namespace: str,
+        quota_of: QuotaOf | None,
     ) -> None:
         if index_budget is None and budget is not None:
             index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
@@ -42,6 +47,7 @@ class KeptSpans:
             policy,
             budget,
             index_budget=index_budget,
+            quota_of=quota_of,
             on_evict=self.events.removed,
             on_empty=lambda tree: trees.pop(tree.salt, None),
             others=lambda: getsizeof(trees) + media_ids.nbytes,
@@ -55,6 +61,14 @@ class KeptSpans:
         tree = self.trees.get(salt)
         return self.index.follow(tree, ids) if tree is not None else Prefix([], 0)
 
+    def parted(self, known: KnownTokens, held: int, cuts: Sequence[int]) -> StoredPrefix:
+        """Split what is known of the first `held` tokens at `cuts`, and return it."""
+        prefix = self.follow(known.salt, known.ids[:held])
+        splits = [cut for cut in cuts if cut <= prefix.length]
+        for cut in splits:
+            self.index.extend(self.trees[known.salt], known.ids[:cut])
+        return self.follow(known.salt, known.ids[:held]) if splits else prefix
+
     def file(
         self,
         known: KnownTokens,
@@ -62,14 +76,17 @@ class KeptSpans:
         prefix: StoredPrefix,
         snapshots: dict[int, Snapshot],
         now: float,
+        cuts: Sequence[int] = (),
     ) -> list[StoredSpan]:
         """Keep `snapshots`, by the start of their spans, for the first `held` tokens.
 
-        prefix: what is known of these. Takes ownership of the snapshots. Return the spans filled.
+        prefix: what is known of these. cuts: positions at which new spans part. Takes ownership of
+        the snapshots. Return the spans filled.
         """
         filled: list[StoredSpan] = []
+        stops = [*(cut for cut in cuts if prefix.length < cut < held), held]
         try:
-            spans = self._extended(known, known.ids[:held], prefix, snapshots, filled)
+            spans = self._extended(known, stops, prefix, snapshots, filled)
             new = [span for span in spans if span.start >= prefix.length]
             self.index.use(new, now)  # the others were used when the request began
             for span in spans:
@@ -84,14 +101,14 @@ class KeptSpans:
     def _extended(
         self,
         known: KnownTokens,
-        ids: Tokens,
+        stops: Sequence[int],
         prefix: StoredPrefix,
         snapshots: dict[int, Snapshot],
         filled: list[StoredSpan],
     ) -> list[StoredSpan]:
-        """Return the spans of `ids`; those of `prefix` take what they lack from `snapshots`.
+        """Return the spans up to the last of `stops`; those behind `prefix` end at each of them.
 
-        filled: gets the spans that took something.
+        Those of `prefix` take what they lack from `snapshots`. filled: gets the spans that did.
         """
         replaced: dict[StoredSpan, StoredSnapshot] = {}
         try:
@@ -100,8 +117,9 @@ class KeptSpans:
                 if span.payload is not None and span.start in snapshots:
                     replaced[span] = span.payload
                     self.index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
-            tree = self.trees.setdefault(known.salt, RadixTree(known.salt))
-            spans = self.index.extend(tree, ids, known.media)
+            tree = self._tree_of(known.salt)
+            for stop in stops:
+                spans = self.index.extend(tree, known.ids[:stop], known.media)
         except BaseException:
             # A framework cannot split a payload: each span has again what it had.
             for span, previous in list(replaced.items()):
@@ -114,6 +132,28 @@ class KeptSpans:
         finally:
             for payload in replaced.values():
                 payload.close()
+
+    def _tree_of(self, salt: str) -> RadixTree[StoredSpan]:
+        """Return the tree of a salt, a new one if it has none. Raises: what its quota raises."""
+        tree = self.trees.get(salt)
+        if tree is None:
+            self.trees[salt] = tree = self.index.new_tree(salt)
+        return tree
+
+    def retain(
+        self, known: KnownTokens, held: int, ranges: Iterable[RetainedRange], now: float
+    ) -> None:
+        """Retain what is kept of the first `held` tokens in `ranges`, which bound spans."""
+        spans = self.follow(known.salt, known.ids[:held]).spans
+        for start, stop, priority, seconds in ranges:
+            inside = [span for span in spans if start <= span.start and span.stop <= stop]
+            self.index.retain(inside, priority, seconds, now)
+
+    def drop_branch(self, known: KnownTokens, position: int, now: float) -> None:
+        """Evict what is kept of the tokens from `position` on, and shared with nobody."""
+        tree = self.trees.get(known.salt)
+        if tree is not None:
+            self.index.drop_branch(tree, known.ids, position, now)
 
     def trim(self, nbytes: int, now: float) -> None:
         """Evict until no more than `nbytes` are kept, or all that is left is in use."""

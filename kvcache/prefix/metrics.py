@@ -30,6 +30,7 @@ COUNTERS = {
     "matched": ("hits", "Prompt tokens reused instead of computed"),
     "sessions": ("sessions", "Requests begun"),
     "evictions": ("evictions", "Spans evicted"),
+    "retained_evictions": ("retained_evictions", "Spans evicted though they were retained"),
 }
 GAUGES = {
     "active": ("active_sessions", "Requests open now"),

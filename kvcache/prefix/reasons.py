@@ -48,9 +48,11 @@ class Reason:
     why: see :data:`Why`. position: of "diverged", where the other tokens begin. texts: of
     "diverged", given a decoder, the text around that position in the prompt, and in a stored
     sequence. evicted, policy: of "evicted", seconds of the clock of the prefix cache, and the name
-    of the policy that chose. limited_by: of "no_resume_point", indices of the caches that could go
-    on least deep. resume_points: of "no_resume_point", the nearest positions at which all caches
-    can go on: before it, or 0, and, as far as it is known, behind it.
+    of the policy that chose; "retention" where all were retained, and the least so went; "quota"
+    for that of the salt; "drop_branch" for a branch declared dead. limited_by: of
+    "no_resume_point", indices of the caches that could go on least deep. resume_points: of
+    "no_resume_point", the nearest positions at which all caches can go on: before it, or 0, and, as
+    far as it is known, behind it.
     """
 
     start: int

@@ -13,6 +13,7 @@ from .arguments import Clock
 from .explain import note
 from .kept import KeptSpans
 from .known import KnownTokens
+from .retention import RetainedRange, cuts_of
 from .sequences import SequenceHandle, SequenceSource
 from .session import Request
 from .stats import PrefixStats
@@ -113,9 +114,11 @@ class Requests:
         self._tokens += sessions * len(request.known)
         self._matched += sessions * request.hit.matched
 
-    def insert(self, handle: SequenceHandle, known: KnownTokens) -> None:
+    def insert(
+        self, handle: SequenceHandle, known: KnownTokens, retain: tuple[RetainedRange, ...]
+    ) -> None:
         """Store the tokens of a sequence that no session has; release it unless that fails."""
-        request = Request(handle, known, detached=True)
+        request = Request(handle, known, detached=True, retain=retain)
         try:
             self._store(request)
             request.detached = False  # until here the caches stay as they are
@@ -129,6 +132,13 @@ class Requests:
             self._store(request)
             self.ended_or_stored.notify_all()
             self._index.trim(self.clock())
+
+    def drop_branch(self, request: Request, position: int) -> None:
+        """Declare the tokens of a request from `position` on dead."""
+        with self.changing():
+            self._kept.drop_branch(request.known, position, self.clock())
+            if request.dropped is None or position < request.dropped:
+                request.dropped = position
 
     def end(self, request: Request, store: bool, cut: bool = False) -> None:
         """Release a request, after storing its tokens if `store`. Ending it again does nothing.
@@ -148,7 +158,10 @@ class Requests:
                 self.ended_or_stored.notify_all()
                 self._release(request)
                 # Last, when the spans of this request are not pinned any more.
-                self._index.trim(self.clock())
+                now = self.clock()
+                if request.dropped is not None:
+                    self._kept.drop_branch(request.known, request.dropped, now)
+                self._index.trim(now)
 
     def end_dropped(self) -> None:
         """End the requests of sessions that nobody ended before they were dropped."""
@@ -162,23 +175,35 @@ class Requests:
         """
         request.handle.update_known()
         known = request.known
-        ids, held = known.ids, request.handle.held(len(known))
+        held = request.handle.held(len(known))
         restored = min(request.hit.matched, known.unchanged)
         if cut:
             held = request.handle.surely_held(held, restored)
         elif held > restored:
             request.handle.settle()
-        if held <= restored or not request.handle.is_whole(held):
-            return
-        prefix = self._kept.follow(known.salt, ids[:held])
+        if request.dropped is not None:
+            held = min(held, request.dropped)
+        if held > restored:
+            if request.handle.is_whole(held):
+                self._store_held(request, held, restored)
+        elif request.retain:
+            self._kept.parted(known, held, cuts_of(request.retain, held))
+            self._kept.retain(known, held, request.retain, self.clock())
+
+    def _store_held(self, request: Request, held: int, restored: int) -> None:
+        """Store the first `held` tokens of a request, and retain what is to be retained."""
+        known, cuts = request.known, cuts_of(request.retain, held)
+        prefix = self._kept.parted(known, held, cuts)
+        now = self.clock()  # first: it may raise
         if prefix.length < held or not all(span.complete for span in prefix.spans):
-            now = self.clock()  # first: it may raise
             request.asked.add(now)
-            snapshots = captured(request.handle, prefix, restored, held)
+            snapshots = captured(request.handle, prefix, restored, held, cuts)
             before = {span for span in prefix.spans if span.payload is not None}
-            filled = self._kept.file(known, held, prefix, snapshots, now)
+            filled = self._kept.file(known, held, prefix, snapshots, now, cuts)
             new = [span for span in filled if span not in before]
             request.created += sum(map(request.prompt_tokens_in, new))
+        if request.retain:
+            self._kept.retain(known, held, request.retain, now)
         if self.store_link is not None:
             self.store_link.put(request, held)
 

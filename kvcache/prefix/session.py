@@ -25,6 +25,7 @@ from .media import check_token_ids
 from .policies import EndedRequest, EvictionPolicy
 from .radix import Tokens
 from .reasons import Explanation, Why
+from .retention import RetainedRange
 from .sequences import SequenceHandle
 from .stored import NO_HIT, Hit, StoredSpan
 from .usage import Usage
@@ -42,7 +43,8 @@ class Request:
     used spans, by the clock of the prefix cache. begun, answered: times at which it began (None
     once it was counted), and at which its first token behind the prompt was named (None before), in
     seconds. noted: of its beginning, to explain it. lacks: why tokens did not come from a store.
-    explained: whether its reasons were counted.
+    explained: whether its reasons were counted. retain: to be retained of what it stores. dropped:
+    position from which on nothing of it is to be stored, None for everything.
     """
 
     handle: SequenceHandle
@@ -60,6 +62,8 @@ class Request:
     noted: Noted = field(init=False, repr=False)  # by the beginning of a session
     lacks: dict[int, Why] = field(default_factory=dict)
     explained: bool = False
+    retain: tuple[RetainedRange, ...] = ()
+    dropped: int | None = None
 
     def prompt_tokens_in(self, span: StoredSpan) -> int:
         """Return the number of tokens of the prompt in `span`, one of its sequence."""
@@ -101,12 +105,14 @@ class Session:
         lock: threading.RLock,
         store: Callable[[Request], None],
         end: Callable[[Request, bool, bool], None],
+        drop_branch: Callable[[Request, int], None],
         dropped: deque[Request],
         *,
         keep_on_error: bool,
     ) -> None:
         self._request, self._prompt, self._lock = request, prompt, lock
         self._store, self._end, self._keep_on_error = store, end, keep_on_error
+        self._drop_branch = drop_branch
         # It may run in any thread at any line, also within a change of the prefix cache, so it
         # makes a note only. It must not keep this session alive, nor the prefix cache.
         self._finalizer = weakref.finalize(self, dropped.append, request)
@@ -236,6 +242,25 @@ class Session:
         with self._lock:
             self._handle.schedule(points)
             self._request.points.update(points)
+
+    def drop_branch(self, position: int) -> None:
+        """Declare the tokens of this session from `position` on dead: nobody will ask for them.
+
+        For reasoning that the next prompt will not have, or a turn that is about to be edited. They
+        are not stored, whatever is computed there later, and what is stored of them is evicted at
+        once, save what other sessions use, or sequences that part from them later; what this
+        session itself began with goes when it ends. Pages in a store stay.
+
+        To go on at `position` later, where a window or ring drops tokens, :meth:`schedule` it in
+        time; the end of the prompt always is scheduled.
+
+        Raises: KVCacheError after the end; TypeError, ValueError for anything but a position >= 0;
+            nothing has changed then.
+        """
+        start = as_room(position, "position")
+        with self._lock:
+            self._handle.update_known()
+            self._drop_branch(self._request, start)
 
     def adopt(self, caches: LayerCaches[Any]) -> None:
         """Go on with `caches` in place of its own, which are left to the caller.

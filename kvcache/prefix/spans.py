@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 from kvcache.errors import KVCacheError
 
 from .media import Placement
 from .radix import Node, RadixTree
+from .retention import Retention
 
 
 class Payload(Protocol):
@@ -54,6 +55,9 @@ class Payload(Protocol):
 
 
 P = TypeVar("P", bound=Payload)
+EvictedBy: TypeAlias = Literal["policy", "retention", "quota", "drop_branch"]
+"""Who chose a span to be evicted: the policy, or where all were retained, the least priority; the
+quota of its salt; or a user who declared it dead."""
 
 
 class Span(Generic[P]):
@@ -61,10 +65,12 @@ class Span(Generic[P]):
 
     tree: its tree. media: those in it, at their positions in the sequence. uses: requests for it
     so far. used: time of the last, in seconds. born: that when its payload was stored. evicted:
-    that when it became a ghost, the last for parts joined, None if it never was one. pins:
-    sessions that use it or a span behind it. children: kept spans right behind it. offered: whether
-    the policy may choose it. policy_data: owned by the policy; both parts of a span that is split
-    have it.
+    that when it became a ghost, the last for parts joined. evicted_by: who chose it then. Both are
+    None if it never was one. pins: sessions that use it or a span behind it. children: kept spans
+    right behind it. offered: whether it may be evicted. retention: None for none, and for a ghost.
+    level: its effective priority while it is offered, by which it is queued; 0 if the policy may
+    choose it. policy_data: owned by the policy; both parts of a span that is split have it, and the
+    retention.
     """
 
     __slots__ = (
@@ -72,12 +78,15 @@ class Span(Generic[P]):
         "born",
         "children",
         "evicted",
+        "evicted_by",
+        "level",
         "media",
         "node",
         "offered",
         "payload",
         "pins",
         "policy_data",
+        "retention",
         "tree",
         "used",
         "uses",
@@ -93,9 +102,11 @@ class Span(Generic[P]):
         self.node = node
         self.media = media
         self.payload: P | None = None
-        self.pins = self.children = self.uses = 0
+        self.pins = self.children = self.uses = self.level = 0
         self.used = self.born = 0.0
         self.evicted: float | None = None
+        self.evicted_by: EvictedBy | None = None
+        self.retention: Retention | None = None
         self.offered = False
         self.policy_data: object = None
 
@@ -171,9 +182,9 @@ def alike(upper: Span[P], lower: Span[P], ghosts: Container[Span[P]]) -> bool:
         return False
     children = upper.node.children
     if upper.payload is None or lower.payload is None:
-        once = (upper.evicted is None) == (lower.evicted is None)
-        return once and upper.payload is lower.payload and len(children) == 1
-    if len(children) > 2:
+        same = upper.evicted_by == lower.evicted_by
+        return same and upper.payload is lower.payload and len(children) == 1
+    if len(children) > 2 or upper.retention != lower.retention:
         return False
     others = [node.value for node in children.values() if node.value is not lower]
     forgettable = all(span is None or span in ghosts for span in others)
@@ -188,7 +199,7 @@ def last_eviction(spans: Sequence[Span[P]]) -> float | None:
 
 def as_offered(span: object, policy: object) -> Span[Any]:
     """Return the span that `policy` chose. Raises: KVCacheError unless it was offered it."""
-    if not isinstance(span, Span) or not span.offered:
+    if not isinstance(span, Span) or not span.offered or span.level:
         chosen = f"[{span.start}, {span.stop})" if isinstance(span, Span) else repr(span)
         raise KVCacheError(
             "a policy chooses among the spans it was offered; "

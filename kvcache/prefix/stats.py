@@ -35,6 +35,9 @@ class PrefixStats:
     """Spans stored now."""
     evictions: int
     """Spans evicted, in total."""
+    retained_evictions: int
+    """Those of them that were retained: nothing else was left to evict, or their salt was above its
+    quota."""
     index_nbytes: int = field(compare=False)  # tables of Python grow and shrink on their own
     """Bytes of host memory taken outside the budget: token ids, evicted spans remembered, salts,
     media, and what the policy knows."""
@@ -68,6 +71,7 @@ class PrefixStats:
             resident=sum(span.nbytes for span in index.kept if is_resident(span)),
             spans=len(index.kept),
             evictions=index.evictions,
+            retained_evictions=index.retained_evictions,
             index_nbytes=index.index_nbytes,
             index_budget=index.index_budget,
             store=store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeAlias
 
 from kvcache.snapshots.resuming import last_resumable, last_resumable_of_each
@@ -132,18 +133,21 @@ class RowSource(Protocol):
 
 
 def captured(
-    handle: RowSource, prefix: StoredPrefix, restored: int, held: int
+    handle: RowSource, prefix: StoredPrefix, restored: int, held: int, cuts: Sequence[int] = ()
 ) -> dict[int, Snapshot]:
     """Return snapshots to store, by start: of spans behind `restored`, up to `held` tokens.
 
     handle: has the rows. prefix: what is known of its tokens. Of known spans with a payload the
-    snapshots have its rows in addition. Spans of which the sequence has no rows are left out.
+    snapshots have its rows in addition. Spans of which the sequence has no rows are left out. cuts:
+    positions at which new spans part.
     """
     length = prefix.length
     pieces = [(span.start, min(span.stop, length), span.payload) for span in prefix.spans]
+    bounds = [length, *(cut for cut in cuts if length < cut < held), held]
+    new = [(start, stop, None) for start, stop in pairwise(bounds)]
     snapshots: dict[int, Snapshot] = {}
     try:
-        for start, stop, payload in [*pieces, (length, held, None)]:
+        for start, stop, payload in [*pieces, *new]:
             if start < stop and restored < stop:
                 snapshot = _captured_span(handle, start, stop, payload)
                 if snapshot is not None:

@@ -14,7 +14,7 @@ class Superseded(Generic[P]):
 
     Where a window drops tokens, or a state is kept, a conversation goes on from the end of the next
     span. The end of the former is of use only to requests that part exactly there; a span with
-    several behind it is none of these.
+    several behind it is none of these, and a retained one is to be kept for its own sake.
     """
 
     def __init__(self) -> None:
@@ -30,8 +30,7 @@ class Superseded(Generic[P]):
 
     def file(self, span: Span[P]) -> None:
         """Add `span`, which has a payload, if it belongs here; take it out if it does not."""
-        alone = span.children == 1 and len(span.node.children) == 1
-        file_span(span, self._spans, not span.pins and alone)
+        file_span(span, self._spans, span.retention is None and is_superseded(span))
 
     def drop(self, span: Span[P]) -> None:
         """Take `span` out, if it is here."""
@@ -49,10 +48,37 @@ class Superseded(Generic[P]):
         """
         while self._spans:
             span, _ = self._spans.popitem(last=False)
-            child, payload = span.only_child, span.payload
-            if payload is None or child is None or child.payload is None or span.used > child.used:
-                continue
-            reduced = payload.reduced(child.stop)
+            reduced = reduced_payload(span)
             if reduced is not None:
                 return span, reduced
         return None
+
+
+def is_superseded(span: Span[P]) -> bool:
+    """Return whether one span alone is behind `span`, and no session uses it."""
+    return not span.pins and span.children == 1 and len(span.node.children) == 1
+
+
+def reduced_payload(span: Span[P]) -> P | None:
+    """Return what of a superseded span's payload resuming behind the next one needs.
+
+    None for all of it, and where its own end was used later.
+    """
+    child, payload = span.only_child, span.payload
+    if payload is None or child is None or child.payload is None or span.used > child.used:
+        return None
+    return payload.reduced(child.stop)
+
+
+def reducible_before(span: Span[P], now: float) -> tuple[Span[P], P] | None:
+    """Return a superseded span before `span`, retained no more, as :meth:`pop_reducible` does."""
+    for upper in span.path[:-1]:
+        payload, retention = upper.payload, upper.retention
+        if payload is None or payload.resumable_anywhere or not is_superseded(upper):
+            continue
+        if retention is not None and retention.level(now) > span.level:
+            continue
+        reduced = reduced_payload(upper)
+        if reduced is not None:
+            return upper, reduced
+    return None

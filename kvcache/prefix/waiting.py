@@ -8,6 +8,7 @@ from .asked import Asked
 from .kept import KeptSpans
 from .radix import Tokens
 from .requests import Requests
+from .session import Request
 from .stored import find_hit
 
 _LOOK_SECONDS = 0.05
@@ -34,10 +35,16 @@ def wait_for_others(requests: Requests, kept: KeptSpans, asked: Asked) -> None:
         matched = first
         while matched == first and not (asked.gone or limit.passed):
             others = requests.at_work(asked.salt)
-            if max((_shared(other.known.ids, ids) for other in others), default=0) <= stored:
+            if max((_to_come(other, ids) for other in others), default=0) <= stored:
                 return
             requests.ended_or_stored.wait(min(limit.left, _LOOK_SECONDS))
             matched, stored = hit()
+
+
+def _to_come(other: Request, ids: Tokens) -> int:
+    """Return how many tokens of a prompt another request has, and is going to store."""
+    shared = _shared(other.known.ids, ids)
+    return shared if other.dropped is None else min(shared, other.dropped)
 
 
 def _shared(one: Tokens, other: Tokens) -> int:

@@ -187,11 +187,11 @@ def _begin(prompt):
     return run
 
 
-def _computed(prompt):
+def _computed(prompt, **options):
     """Return a preparation of a session that is ready to end."""
 
     def prepare(world):
-        world.session = world.prefix.session(prompt)
+        world.session = world.prefix.session(prompt, **options)
         world.answer(world.session)
         world.session_is_computed = True
 
@@ -229,6 +229,11 @@ SCHEDULE = Act(
     "schedule", lambda world: world.session.schedule([12]), _computed(FORKED), silent=True
 )
 
+RETAINED = Act(
+    "end retained", _exit, instead=_drop, prepare=_computed(FORKED, retain={(2, None): (5, 60.0)})
+)
+BRANCH = Act("drop branch", lambda world: world.prefix.drop_branch([*PROMPT, *ANSWER], 4))
+
 STATES = {
     "pool": _state(PoolPrefixWorld, [PROMPT]),
     "small pool": _crowded(PoolPrefixWorld),
@@ -237,10 +242,10 @@ STATES = {
     "budget": _state(PoolPrefixWorld, [PROMPT], budget=200),
 }
 ACTS = {
-    "pool": [*BEGINS, *ENDS, CLEAR, EXTEND, TRUNCATE],
+    "pool": [*BEGINS, *ENDS, RETAINED, CLEAR, BRANCH, EXTEND, TRUNCATE],
     "small pool": [BEGINS[1], ENDS[0]],
     "window": [*BEGINS, *ENDS, SCHEDULE],
-    "layers": [*BEGINS, *ENDS, CLEAR, EXTEND],
+    "layers": [*BEGINS, *ENDS, RETAINED, CLEAR, EXTEND],
     "budget": ENDS[:2],
 }
 SCENARIOS = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 from sys import getsizeof
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
 class PolicySpan(Protocol):
@@ -126,7 +126,11 @@ _MAX_STALE = 64
 _ENTRY_NBYTES = getsizeof((0.5, 0, [])) + getsizeof([None]) + getsizeof(0.5) + getsizeof(1 << 20)
 
 
-class Queue:
+S = TypeVar("S", bound=PolicySpan)
+Key = TypeVar("Key", float, tuple[int, float])
+
+
+class Queue(Generic[S, Key]):
     """Offered spans in the order of a key, the least first.
 
     key: of a span; may change while it is queued, but only grow. None: not for this queue.
@@ -135,14 +139,15 @@ class Queue:
     turn comes, without the span; there are never more of these than others, but for a few.
     """
 
-    def __init__(self, key: Callable[[PolicySpan], float | None]) -> None:
-        self._key, self._order = key, count()
+    def __init__(self, key: Callable[[S], Key | None]) -> None:
+        self._key: Callable[[S], Key | None] = key
+        self._order = count()
         # The number decides between equal keys: spans cannot be compared. A span is in a list of
         # its own, to be taken out of its entry wherever that is in the heap.
-        self._heap: list[tuple[float, int, list[PolicySpan]]] = []
-        self._places: dict[PolicySpan, list[PolicySpan]] = {}
-        self.least = 0.0
-        """Key of the last result of :meth:`first`."""
+        self._heap: list[tuple[Key, int, list[S]]] = []
+        self._places: dict[S, list[S]] = {}
+        self.least: Key | None = None
+        """Key of the last result of :meth:`first`, None before it."""
 
     @property
     def nbytes(self) -> int:
@@ -150,14 +155,14 @@ class Queue:
         tables = getsizeof(self._heap) + getsizeof(self._places)
         return tables + len(self._heap) * _ENTRY_NBYTES
 
-    def add(self, span: PolicySpan) -> None:
+    def add(self, span: S) -> None:
         """Queue `span`, unless it has no key here."""
         key = self._key(span)
         if key is not None:
             self._places[span] = place = [span]
             heappush(self._heap, (key, next(self._order), place))
 
-    def withdraw(self, span: PolicySpan) -> None:
+    def withdraw(self, span: S) -> None:
         """Take `span` out, if it is queued."""
         place = self._places.pop(span, None)
         if place is None:
@@ -170,7 +175,7 @@ class Queue:
             if len(heap) > 2 * len(self._places) + _MAX_STALE:
                 self._compact()
 
-    def first(self) -> PolicySpan | None:
+    def first(self) -> S | None:
         """Return the span of the least key, None without any. It stays queued."""
         heap = self._heap
         while heap:

@@ -20,7 +20,7 @@ class LRU(EvictionPolicy):
     """Least recently used first."""
 
     def __init__(self) -> None:
-        self._queue = Queue(attrgetter("used"))
+        self._queue: Queue[PolicySpan, float] = Queue(attrgetter("used"))
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +72,7 @@ class Fifo:
 
     def __init__(self, main: bool) -> None:
         self.nbytes = 0
-        self.queue = Queue(_turn_in(main))
+        self.queue: Queue[PolicySpan, float] = Queue(_turn_in(main))
 
 
 def _turn_in(main: bool) -> Callable[[PolicySpan], int | None]:
@@ -216,7 +216,7 @@ class Cost(EvictionPolicy):
         if not callable(cost):
             raise TypeError(f"cost is a function of start and stop; got {cost!r}.")
         self._cost = cost
-        self._queue = Queue(self._worth)
+        self._queue: Queue[PolicySpan, float] = Queue(self._worth)
         self._level = 0.0
         self._victim: tuple[PolicySpan | None, float] = None, 0.0  # with its worth
 
@@ -235,7 +235,7 @@ class Cost(EvictionPolicy):
 
     def victim(self, now: float) -> PolicySpan | None:
         span = self._queue.first()
-        self._victim = span, self._queue.least
+        self._victim = span, self._queue.least or 0.0
         return span
 
     def evict(self, span: PolicySpan, now: float) -> None:
