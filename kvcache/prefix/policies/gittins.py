@@ -155,9 +155,7 @@ class Gittins(EvictionPolicy):
         return upper.policy_data == lower.policy_data
 
     def index(self, span: PolicySpan, now: float) -> tuple[float, float]:
-        """Return the index of the end of `span`, which goes first, in requests per second; then
-        its last use, among equals.
-        """
+        """Return requests per second of the end of `span`; then its last use, among equals."""
         return self._ranked(now)(span)
 
     def _ranked(self, now: float) -> Callable[[PolicySpan], tuple[float, float]]:
