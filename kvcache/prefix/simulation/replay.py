@@ -99,10 +99,10 @@ def replay(
         such a budget and block size, and a hint for each request; nothing was replayed then.
     """
     requests, budget = as_requests(requests), as_budget(budget, "blocks")
-    hints = [False] * len(requests) if hints is None else as_list(hints)
-    if len(hints) != len(requests):
+    retained = [False] * len(requests) if hints is None else list(map(bool, as_list(hints)))
+    if len(retained) != len(requests):
         raise ValueError(
-            f"hints are one for each request; got {len(hints)} for {len(requests)} requests."
+            f"hints are one for each request; got {len(retained)} for {len(requests)} requests."
         )
     [block_size] = as_sizes(block_size=block_size)
     if not isinstance(policy, EvictionPolicy):
@@ -112,9 +112,9 @@ def replay(
     # The grain of prefix caches is in tokens, of which a block has many: here every block counts.
     index: SpanIndex[BlockPayload] = SpanIndex(policy, budget, grain=1)
     hits, ends = 0, Ends(tree, index)
-    for request, hint in zip(requests, hints, strict=True):
+    for request, retain in zip(requests, retained, strict=True):
         ends.tell(request.now)
-        hits += _serve(request, tree, index, retain=bool(hint))
+        hits += _serve(request, tree, index, retain)
         ends.add(request)
     return hits, index
 
