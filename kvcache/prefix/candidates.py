@@ -40,6 +40,11 @@ class Steps(Generic[P]):
         """Bytes of memory it takes, spans aside."""
         return getsizeof(self._heap) + len(self._heap) * _STEP_NBYTES
 
+    @property
+    def next(self) -> float:
+        """Time at which the next one may fall; infinite if none will."""
+        return self._heap[0][0] if self._heap else math.inf
+
     def add(self, span: Span[P], retention: Retention, level: int) -> None:
         """Note when `level` of a span ends, if it ever does, as it has got this retention."""
         if not math.isinf(retention.expires):
@@ -61,7 +66,7 @@ class Steps(Generic[P]):
 
     def due(self, now: float) -> Iterator[tuple[Span[P], Retention]]:
         """Take out, one by one, the spans whose level has fallen since their entry was made."""
-        while self._heap and self._heap[0][0] <= now:
+        while self.next <= now:
             _, _, span, retention = heappop(self._heap)
             if span.retention is retention:
                 yield span, retention
@@ -80,11 +85,13 @@ class Candidates(Generic[P]):
         self.now = -math.inf
         """Time up to which levels have fallen."""
         self._retained: Queue[Span[P], tuple[int, float]] = Queue(by_level)
+        self.any_retained = False
+        """True once a span was retained; in most prefix caches, none ever is."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory it takes, that of the policy included."""
-        own = self.steps.nbytes + self._retained.nbytes
+        own = self.steps.nbytes + self._retained.nbytes if self.any_retained else 0
         return self.policy.nbytes + self.quotas.nbytes + own
 
     def offer(self, span: Span[P]) -> None:

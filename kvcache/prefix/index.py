@@ -140,11 +140,16 @@ class SpanIndex(SpanTrees[P]):
         self._on_evict(span)
         if self.residency is not None:
             self.residency.evict(span, now)
-        self._candidates.evict(span, now)
+        retention = span.retention
+        if retention is None and not isinstance(span.tree, LimitedTree):  # nearly all
+            self.policy.evict(span, now)
+        else:
+            self._candidates.evict(span, now)
         self.evictions += 1
-        self.retained_evictions += span.retention is not None and by in ("retention", "quota")
+        if retention is not None:
+            self._assign(span, None)
+            self.retained_evictions += by in ("retention", "quota")
         self._put(span, None)
-        self._assign(span, None)
         span.offered, span.evicted, span.evicted_by = False, now, by
         payload.close()
         del self.kept[span]
@@ -170,8 +175,9 @@ class SpanIndex(SpanTrees[P]):
         dead: list[Span[P]] = []
         for span in reversed(spans):
             behind = 1 if dead and dead[-1].parent is span else 0
-            used = span.pins or span.children > behind or span.stop > length
-            if span.stop <= position or used:
+            # Of a ghost in which the tokens end nothing is kept.
+            longer = span.stop > length and span.payload is not None
+            if span.stop <= position or longer or span.pins or span.children > behind:
                 break
             if span.payload is not None:
                 dead.append(span)
@@ -262,6 +268,8 @@ class SpanIndex(SpanTrees[P]):
         """Let the levels of retained spans fall to those of `now`."""
         candidates = self._candidates
         candidates.now = max(candidates.now, now)
+        if now < candidates.steps.next:
+            return
         for span, retention in candidates.steps.due(now):
             level = retention.level(now)
             if not level:

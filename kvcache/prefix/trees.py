@@ -254,7 +254,9 @@ class SpanTrees(Generic[P]):
         if retention is not None:
             self._tracked += NBYTES
             span.retention = retention
-            self._candidates.steps.add(span, retention, retention.level(self._candidates.now))
+            candidates = self._candidates
+            candidates.any_retained = True
+            candidates.steps.add(span, retention, retention.level(candidates.now))
 
     def _reconsider(self, span: Span[P]) -> None:
         """File `span` where it belongs: among the candidates, superseded spans, or idle ghosts.

@@ -109,6 +109,14 @@ def test_a_longer_sequence_than_is_named_stays():
     assert stored(server, WHOLE) == 4
 
 
+def test_a_longer_sequence_that_was_evicted_does_not_protect_its_beginning():
+    server = served(WHOLE[:12], WHOLE)
+    server.prefix.trim(server.prefix.stats.nbytes - 1)
+    assert stored(server, WHOLE) == 12
+    server.prefix.drop_branch(WHOLE[:14], 4)
+    assert stored(server, WHOLE) == 4
+
+
 def test_what_sessions_use_stays_until_their_end():
     server = served(WHOLE)
     session = server.begin([*WHOLE, 60])
@@ -213,7 +221,7 @@ def test_why_tokens_were_evicted():
 
 
 def test_a_branch_that_went_in_parts_is_explained_by_each():
-    server = Server(MODELS["full"](NUMPY))
+    server = Server(MODELS["full"](NUMPY), clock=lambda: 0.0)
     for length in (4, 10, 16):
         server.ask(WHOLE[:length])
     server.prefix.drop_branch(WHOLE, 10)

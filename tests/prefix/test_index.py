@@ -1,5 +1,6 @@
 """The index of spans against a dict of what each token of each sequence has seen."""
 
+import math
 import random
 from sys import getsizeof
 
@@ -140,6 +141,10 @@ class World:
             self.index.pin(span, -1)
             self.index.settle(span)
 
+    def retain(self, ids, priority, seconds):
+        spans, _ = self.index.follow(self.tree, np.array(ids, np.int32))
+        self.index.retain(spans, priority, seconds, self.now)
+
     def trim(self, budget):
         self.index.budget = budget
         self.index.trim(self.now)
@@ -181,6 +186,9 @@ class World:
         assert span.children == sum(child.payload is not None for child in below)
         assert span.pins == sum(other[: span.stop] == ids for _, other, _ in self.pinned)
         assert span.offered == (kept and not span.pins and not span.children)
+        assert kept or span.retention is None
+        queued = span.retention if span.offered else None
+        assert span.level == (0 if queued is None else queued.level(self.index._candidates.now))
         if kept:
             assert not span.payload.closed
             assert span.payload.rows == rows(ids, span.start, span.stop)
@@ -194,6 +202,7 @@ OPERATION = st.one_of(
     st.tuples(st.just("pin"), IDS),
     st.tuples(st.just("unpin"), st.integers(0, 9)),
     st.tuples(st.just("trim"), st.integers(0, 40)),
+    st.tuples(st.just("retain"), IDS, st.integers(1, 3), st.sampled_from([20.0, 80.0, math.inf])),
 )
 
 

@@ -1,9 +1,7 @@
-"""Spans that are retained: the order in which they go, how priorities fall, and random sessions."""
+"""Spans that are retained: how priorities fall, and the order in which spans go."""
 
 import math
-import os
 import random
-import threading
 from fractions import Fraction
 
 import numpy as np
@@ -18,13 +16,11 @@ from kvcache.prefix.policies import LRU, POLICIES
 from kvcache.prefix.retention import Retention
 
 from .. import peek
-from .served import MODELS, Server, all_spans, check_accounts, check_nothing_left, spans_of
+from .retaining import INF, ROW, Model, levels
+from .served import MODELS, Server, check_accounts, check_nothing_left
 from .test_index import World
 
 NUMPY = kvcache.get_backend("numpy")
-ROW = 8
-"""Bytes of a token."""
-INF = math.inf
 
 
 # How a priority falls.
@@ -237,44 +233,6 @@ def test_a_policy_cannot_choose_what_it_was_not_offered():
 # Sessions.
 
 
-class Model:
-    """Sessions over one layer, whose rows tell token and position."""
-
-    def __init__(self, **options):
-        self.now = 0.0
-        self.prefix = PrefixCache([KVCache("numpy")], clock=lambda: self.now, **options)
-
-    def ask(self, ids, *, store=True, **options):
-        session = self.begin(ids, **options)
-        self.compute(session, ids, session.matched)
-        session.close(store)
-        return session
-
-    def begin(self, ids, **options):
-        return self.prefix.session(ids, **options)
-
-    @staticmethod
-    def compute(session, ids, start):
-        """Tokens from `start` on; the rows of those before are those of these tokens."""
-        keys = np.array(ids[start:], np.float32)[None, None, :, None]
-        found, _ = session.caches[0].update(keys, -keys)
-        assert found[0, 0, :, 0].tolist() == ids
-
-    def stored(self, ids, **options):
-        return self.prefix.lookup([*ids, 9_999], **options).stored
-
-
-def levels(prefix, now):
-    """Effective priority of every stored token, by the tokens up to it."""
-    found = {}
-    for span in spans_of(prefix):
-        ids = [t for part in span.path for t in part.node.tokens.tolist()]
-        level = 0 if span.retention is None else span.retention.level(now)
-        for stop in range(span.start + 1, span.stop + 1):
-            found[span.tree.salt, tuple(ids[:stop])] = level
-    return found
-
-
 def test_what_a_session_retains_stays_and_nothing_else():
     model, system = Model(budget=40 * ROW), list(range(100, 110))
     model.ask(system, retain=(50, 60.0))
@@ -295,15 +253,9 @@ def test_of_ranges_only_the_tokens_named_are_retained():
     model.ask(ids, retain={(12, None): (3, INF), (4, 9): (8, INF)})
     wanted = [0] * 4 + [8] * 5 + [0] * 3 + [3] * 8
     assert [level for _, level in sorted(levels(model.prefix, 0.0).items())] == wanted
-    check_accounts(model_server(model))
+    check_accounts(model)
     model.prefix.trim(16 * ROW)  # what is behind builds on all before: it goes first
     assert model.stored(ids) == 12
-
-
-def model_server(model):
-    """As those that accounts are checked of."""
-    model.model = model
-    return model
 
 
 def test_a_range_does_not_reach_into_what_others_stored_behind():
@@ -347,7 +299,7 @@ def test_inserted_tokens_are_retained():
 @pytest.mark.parametrize("name", ["full", "window", "hybrid pool", "hybrid"])
 def test_a_pool_in_which_everything_is_pinned_goes_on_serving(name):
     server, chance = Server(MODELS[name](NUMPY), budget=1_500), random.Random(4)
-    for _ in range(60):
+    for _ in range(30):
         ids = [chance.randrange(3) for _ in range(chance.randrange(1, 16))]
         server.ask(ids, retain=(chance.randrange(1, 101), INF))
         assert server.prefix.stats.nbytes <= 1_500
@@ -404,350 +356,6 @@ def test_of_a_retained_conversation_the_last_turn_goes_last():
         assert prefix.stats.nbytes <= 2_640
 
 
-# Random sessions against an oracle of what may be evicted.
-
-
-class Oracle:
-    """What stored tokens are retained for, and who may go: worked out anew for each eviction."""
-
-    def __init__(self, model, budget, quota_of):
-        self.model, self.budget, self.quota_of = model, budget, quota_of
-        self.retained, self.retained_evictions = {}, 0
-        self.storing = self.dropped = None
-        peek.watch_evictions(model.prefix, self.evicts)
-
-    def level(self, name):
-        """Effective priority and end of what a token is retained for."""
-        priority, seconds, since = self.retained.get(name, (0, 1.0, -1e9))
-        if seconds == INF:
-            return priority, INF
-        left = Fraction(since) + Fraction(seconds) - Fraction(self.model.now)
-        return max(0, math.ceil(priority * left / Fraction(seconds))), since + seconds
-
-    def retain(self, salt, ids, held, ranges):
-        stored = self.stored()
-        for start, stop, priority, seconds in ranges:
-            for place in range(start, min(stop, held)):
-                name = salt, tuple(ids[: place + 1])
-                new = priority, (INF if seconds == INF else self.model.now + seconds)
-                if name in stored and new > self.level(name):
-                    self.retained[name] = priority, seconds, self.model.now
-
-    def names(self, span):
-        ids = [t for part in span.path for t in part.node.tokens.tolist()]
-        return [(span.tree.salt, tuple(ids[:n])) for n in range(span.start + 1, span.stop + 1)]
-
-    def stored(self):
-        return {name for span in spans_of(self.model.prefix) for name in self.names(span)}
-
-    def candidates(self):
-        """Spans that nobody uses or builds on, with the order in which they go, by salt."""
-        for span in spans_of(self.model.prefix):
-            below = [node.value.payload for node in span.node.children.values()]
-            if not span.pins and not any(below):
-                [level] = {self.level(name)[0] for name in self.names(span)}
-                yield span, (level, span.used)
-
-    def evicts(self, span):
-        """Called with each span about to go: it has to, and no other before it."""
-        self.settle()
-        order = dict(self.candidates())
-        assert span in order
-        salt, names = span.tree.salt, self.names(span)
-        if not self.is_dead(span):
-            sizes, limit = self.sizes(), self.quota_of(salt)
-            own = [key for other, key in order.items() if other.tree.salt == salt]
-            for_quota = limit is not None and sizes[salt] > limit and order[span] == min(own)
-            for_room = sum(sizes.values()) > self.budget and order[span] == min(order.values())
-            assert for_quota or for_room
-            self.retained_evictions += order[span][0] > 0
-        for name in names:
-            self.retained.pop(name, None)
-
-    def is_dead(self, span):
-        """Whether it is of a branch that is being dropped."""
-        if self.dropped is None:
-            return False
-        salt, ids, position = self.dropped
-        own = self.names(span)[-1] == (salt, tuple(ids[: span.stop]))
-        return own and span.start >= position
-
-    def settle(self):
-        """Retain what was stored just now, before anything is evicted for it."""
-        if self.storing is not None:
-            storing, self.storing = self.storing, None
-            self.retain(*storing)
-
-    def sizes(self):
-        """Bytes by salt."""
-        sizes = {}
-        for span in spans_of(self.model.prefix):
-            salt = span.tree.salt
-            sizes[salt] = sizes.get(salt, 0) + span.nbytes
-        return sizes
-
-    def check(self):
-        sizes, busy = self.sizes(), {span.tree.salt for span, _ in self.candidates()}
-        for salt, nbytes in sizes.items():
-            limit = self.quota_of(salt)
-            assert limit is None or nbytes <= limit or salt not in busy
-        assert sum(sizes.values()) <= self.budget or not busy
-        stats = self.model.prefix.stats
-        assert stats.nbytes == sum(sizes.values())
-        assert stats.retained_evictions == self.retained_evictions
-        for name, level in levels(self.model.prefix, self.model.now).items():
-            assert level == self.level(name)[0]
-
-
-QUOTAS = {"a": 25 * ROW, "b": 60 * ROW, "c": 0}
-
-
-class RetainingSessions:
-    """Random sessions of several tenants, some of them open at once."""
-
-    def __init__(self, seed):
-        self.chance = random.Random(seed)
-        self.model = Model(budget=120 * ROW, quota=QUOTAS.get)
-        self.oracle = Oracle(self.model, 120 * ROW, QUOTAS.get)
-        self.asked, self.open = [("", [1])], []
-
-    def step(self):
-        chance = self.chance
-        self.model.now += chance.choice([0.0, 0.25, 1.0, 5.0])
-        if self.open and chance.random() < 0.45:
-            self.end(self.open.pop(chance.randrange(len(self.open))))
-        elif chance.random() < 0.1:
-            self.drop_stored()
-        elif self.open and chance.random() < 0.2:
-            self.drop_in(chance.choice(self.open))
-        elif self.open and chance.random() < 0.2:
-            self.store(chance.choice(self.open), lambda session: session.commit())
-        else:
-            self.begin()
-        self.oracle.check()
-
-    def begin(self):
-        chance = self.chance
-        salt, old = chance.choice(self.asked[-15:])
-        if chance.random() < 0.3:
-            salt, old = chance.choice(["", "a", "b", "c"]), []
-        ids = old[: chance.randrange(len(old) + 1)] if old else []
-        ids = ids + [chance.randrange(3) for _ in range(chance.randrange(1, 12))]
-        retain = self.retention(len(ids))
-        session = self.model.begin(ids, salt=salt, retain=retain)
-        reply = [chance.randrange(3) for _ in range(chance.randrange(6))]
-        session.extend(reply)
-        whole = [*ids, *reply]
-        self.model.compute(session, whole, session.matched)
-        self.asked.append((salt, whole))
-        self.open.append([session, salt, whole, retain, None])
-
-    def retention(self, size):
-        chance = self.chance
-        pair = chance.choice([1, 3, 4, 100]), chance.choice([4.0, 16.0, 64.0, INF])
-        kind = chance.randrange(4)
-        if kind == 0:
-            return None
-        if kind == 1:
-            return pair
-        middle = chance.randrange(1, size + 1)
-        start = chance.randrange(middle)
-        return {(start, middle): pair, (middle + chance.randrange(3), None): (2, 16.0)}
-
-    def ranges(self, retain):
-        if retain is None:
-            return []
-        if isinstance(retain, tuple):
-            return [(0, 10**6, *retain)]
-        return [(a, 10**6 if b is None else b, *pair) for (a, b), pair in retain.items()]
-
-    def store(self, session, how):
-        opened, salt, ids, retain, dropped = session
-        held = len(ids) if dropped is None else min(dropped, len(ids))
-        self.oracle.storing = salt, ids, held, self.ranges(retain)
-        how(opened)
-        self.oracle.settle()
-
-    def end(self, session):
-        opened, salt, ids, _, dropped = session
-        self.oracle.dropped = None if dropped is None else (salt, ids, dropped)
-        if self.chance.random() < 0.9:
-            self.store(session, lambda session: session.close())
-        else:
-            opened.close(store=False)
-        self.oracle.dropped = None
-        if dropped is not None:
-            self.check_dropped(salt, ids, dropped)
-
-    def drop_in(self, session):
-        opened, salt, ids, _, dropped = session
-        position = self.chance.randrange(len(ids) + 3)
-        session[4] = position if dropped is None else min(dropped, position)
-        self.dropping(salt, ids, position, lambda: opened.drop_branch(position))
-
-    def drop_stored(self):
-        salt, ids = self.chance.choice(self.asked[-15:])
-        position, drop_branch = self.chance.randrange(len(ids)), self.model.prefix.drop_branch
-        self.dropping(salt, ids, position, lambda: drop_branch(ids, position, salt=salt))
-
-    def dropping(self, salt, ids, position, how):
-        self.oracle.dropped = salt, ids, position
-        how()
-        self.oracle.dropped = None
-        self.check_dropped(salt, ids, position)
-
-    def check_dropped(self, salt, ids, position):
-        """The last stored span of the branch is one that others use, or go on from."""
-        path = [
-            span
-            for span in spans_of(self.model.prefix)
-            if self.oracle.names(span)[0] == (salt, tuple(ids[: span.start + 1]))
-        ]
-        last = max(path, key=lambda span: span.stop, default=None)
-        if last is not None and last.stop > position:
-            own = self.oracle.names(last)[-1] == (salt, tuple(ids[: last.stop]))
-            assert last.pins or last.children or not own
-
-
-STEPS = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 250
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.matrix) for n in (1, 2))])
-def test_random_sessions_evict_what_may_go_to_the_byte(seed):
-    sessions = RetainingSessions(seed)
-    for _ in range(STEPS):
-        sessions.step()
-    for session in sessions.open:
-        sessions.end(session)
-    sessions.oracle.check()
-    assert sessions.oracle.retained_evictions
-    check_accounts(model_server(sessions.model))
-
-
-@pytest.mark.parametrize("name", ["full", "per-layer"])
-def test_threads_that_retain_and_drop_do_not_wait_for_each_other_for_ever(name):
-    server = Server(MODELS[name](NUMPY), budget=2_000, quota=lambda salt: 600 if salt else None)
-    errors, passes = [], threading.Lock()
-
-    def serve(number):
-        chance = random.Random(number)
-        try:
-            for _ in range(25):
-                ids = [chance.randrange(3) for _ in range(chance.randrange(1, 12))]
-                salt, pair = chance.choice(["", "a"]), (chance.randrange(1, 101), INF)
-                with passes:  # one at a time, as a runner does; the pool has two sequences
-                    session = server.begin(ids, salt=salt, retain=pair)
-                    server.compute(session, ids, session.matched)
-                    session.commit()
-                if chance.random() < 0.3:
-                    session.drop_branch(chance.randrange(len(ids)))
-                session.close()
-                server.prefix.drop_branch(ids, chance.randrange(len(ids)), salt=salt)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the test fails
-            errors.append(error)
-
-    threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not errors
-    assert server.prefix.stats.nbytes <= 2_000
-    check_accounts(server)
-    check_nothing_left(server)
-
-
-# Quotas.
-
-
-def test_a_salt_above_its_quota_evicts_its_own():
-    model = Model(quota=lambda salt: 30 * ROW if salt else None)
-    for number in range(5):
-        model.now += 1.0
-        model.ask([number, *range(9)])
-        model.ask([number, *range(9)], salt="a")
-    assert [model.stored([n, *range(9)]) for n in range(5)] == [10] * 5
-    assert [model.stored([n, *range(9)], salt="a") for n in range(5)] == [0, 0, 10, 10, 10]
-    assert model.prefix.stats.nbytes == 80 * ROW
-
-
-def test_a_quota_takes_the_least_retained_first():
-    model = Model(quota=30 * ROW)
-    for first, priority in [(1, 9), (2, 8)]:
-        model.ask([first, *range(9)], retain=(priority, 60.0))
-    for first in (3, 4):
-        model.ask([first, *range(9)])
-    assert [model.stored([n, *range(9)]) for n in (1, 2, 3, 4)] == [10, 10, 0, 10]
-    assert model.prefix.stats.retained_evictions == 0
-    model.ask([5, *range(9)], retain=(50, INF))
-    model.ask([6, *range(9)], retain=(50, INF))
-    assert [model.stored([n, *range(9)]) for n in (1, 2, 4, 5, 6)] == [10, 0, 0, 10, 10]
-    assert model.prefix.stats.retained_evictions == 1
-
-
-def test_a_quota_of_nothing_stores_nothing():
-    model = Model(quota=0)
-    assert not model.ask([1, 2, 3]).matched
-    assert model.prefix.stats.nbytes == 0
-    assert model.stored([1, 2, 3]) == 0
-
-
-def test_more_than_a_quota_is_stored_only_while_it_is_in_use():
-    model, ids = Model(quota=10 * ROW), list(range(10))
-    model.ask(ids)
-    session = model.begin([*ids, 10])
-    other = model.begin([*ids, 11])
-    model.compute(session, [*ids, 10], 10)
-    session.commit()
-    assert model.stored([*ids, 10]) == 10, "the last token went, which nobody used"
-    model.ask([20, 21])
-    assert model.prefix.stats.nbytes == 10 * ROW
-    for opened in (session, other):
-        opened.close(store=False)
-    model.ask([30])
-    assert model.prefix.stats.nbytes <= 10 * ROW
-
-
-def test_under_a_quota_the_newest_turn_outlasts_windows_of_older_ones():
-    server = Server(MODELS["rotating"](NUMPY), quota=lambda salt: None if salt else 500)
-    ids = []
-    for turn in range(5):
-        known = len(ids)
-        ids += [turn + 1, 7, 8]
-        assert server.ask(ids) in (0, known) if turn < 2 else known
-        assert server.prefix.stats.nbytes <= 500
-
-
-def test_the_memory_of_quotas_is_counted_and_goes_with_the_salt():
-    limited, plain = Model(quota=10 * ROW), Model()
-    for model in (limited, plain):
-        for number in range(30):
-            model.ask([number, 1], salt=str(number))
-            model.ask([number, 2], salt=str(number), retain=(5, 60.0))
-    more = limited.prefix.stats.index_nbytes - plain.prefix.stats.index_nbytes
-    assert 30 * 300 < more < 30 * 1_500
-    for model in (limited, plain):
-        model.prefix.clear()
-        assert not all_spans(model.prefix)
-    more = limited.prefix.stats.index_nbytes - plain.prefix.stats.index_nbytes
-    assert abs(more) < 1_000, "tables of the trees that are gone"
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError("no"), KeyboardInterrupt()])
-def test_a_function_of_quotas_that_raises_stores_nothing(error):
-    def quota(salt):
-        raise error
-
-    model = Model(quota=quota)
-    session = model.begin([1, 2])
-    model.compute(session, [1, 2], 0)
-    with pytest.raises(type(error)):
-        session.close()
-    stats = model.prefix.stats
-    assert (stats.active, stats.nbytes, stats.spans) == (0, 0, 0)
-
-
 # Odd arguments.
 
 
@@ -793,19 +401,3 @@ def test_numbers_of_every_kind_are_taken(odd):
     model = Model()
     model.ask([1, 2, 3], retain={(np.int64(1), np.int8(2)): (odd, np.float32(8.0))})
     assert [level for _, level in sorted(levels(model.prefix, 0.0).items())] == [0, 7, 0]
-
-
-@pytest.mark.parametrize(
-    ("quota", "error", "message"),
-    [
-        (True, TypeError, "a quota must be an integer; got True. Give bytes, or None"),
-        (1.5, TypeError, "a quota must be an integer; got 1.5"),
-        (-1, ValueError, "a quota is bytes >= 0 for a salt, or None for no limit; got -1"),
-    ],
-)
-def test_what_is_no_quota(quota, error, message):
-    with pytest.raises(error, match=message):
-        Model(quota=quota)
-    model = Model(quota=lambda _: quota)
-    with pytest.raises(error, match=message):
-        model.ask([1, 2])
