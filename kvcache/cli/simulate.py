@@ -35,6 +35,10 @@ def simulate(
     seeds: Annotated[
         int, typer.Option(help="Runs of gittins and the ceiling, which draw lots, for their mean.")
     ] = 1,
+    hints: Annotated[
+        float | None,
+        typer.Option(help="Add gittins told which prompts return, this share of it wrong: 0.18."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything counted here.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hit rate over capacity here, .png or .svg.")
@@ -63,8 +67,11 @@ def simulate(
         raise typer.BadParameter(f"--block-size takes tokens, at least 1; got {block_size}.")
     if not 1 <= seeds <= MOST_SEEDS:
         raise typer.BadParameter(f"--seeds takes runs, 1 to {MOST_SEEDS}; got {seeds}.")
+    if hints is not None and not 0 <= hints <= 1:
+        raise typer.BadParameter(f"--hints takes the share of wrong ones, 0 to 1; got {hints}.")
+    columns = len(policies) + 2 + (hints is not None)
     with progress_bar() as bar:
-        task = bar.add_task("Reading", total=len(capacities) * (len(policies) + 2))
+        task = bar.add_task("Reading", total=len(capacities) * columns)
         requests = read_trace(trace)
         bar.update(task, description="Replaying")
         report = run_simulation(
@@ -75,6 +82,7 @@ def simulate(
             block_size,
             lambda: bar.advance(task),
             seeds,
+            hints,
         )
     Console().print(report.to_table())
     if json is not None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from sys import getsizeof
 
+from kvcache._checks import as_index
 from kvcache.storage.lengths import ceil_div
 
 from .footprint import ENTRY, ORDERED_ENTRY
@@ -243,13 +244,15 @@ class SpanIndex(SpanTrees[P]):
 
         by: None for the policy, or for the least priority if it is retained.
         """
-        tokens = span.stop - span.start
+        tokens, by = span.stop - span.start, by or ("retention" if span.level else "policy")
         if span.complete and span.nbytes:
-            # Rounded up; and no less than the grain, or many calls would take a token each.
-            surplus = max(self._grain, ceil_div(excess * tokens, span.nbytes))
+            surplus = ceil_div(excess * tokens, span.nbytes)  # rounded up
+            if by == "policy":
+                surplus = min(surplus, as_index(self.policy.tail(span), "the tail of a span"))
+            surplus = max(self._grain, surplus)  # or many calls would take a token each
             if surplus < tokens:
                 self._split(span, tokens - surplus)
-        self.evict(span, now, by or ("retention" if span.level else "policy"))
+        self.evict(span, now, by)
 
     # Retention.
 

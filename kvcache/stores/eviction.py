@@ -31,6 +31,8 @@ class Candidate:
         "uses",
     )
 
+    complete = False  # an entry goes as a whole
+
     def __init__(self, entry: Entry) -> None:
         self.key, self.nbytes = entry.key, entry.nbytes
         self.start, self.stop = entry.label.start, entry.label.stop

@@ -78,6 +78,15 @@ class Cautious(LRU):
     alike = EvictionPolicy.alike
 
 
+class Piecewise(LRU):
+    """Gives up `piece` tokens at a time."""
+
+    piece = 2
+
+    def tail(self, span):
+        return self.piece
+
+
 class World:
     """An index over one tree, and the dict: (uses, used) by the tokens up to each."""
 
@@ -646,3 +655,32 @@ def test_each_part_of_a_span_has_its_media():
     [first, _] = index.extend(tree, np.append(ids[:3], 99).astype(np.int32), media[:1])
     assert first.media == media[:1]  # it ends inside
     assert index.follow(tree, ids).spans[1].media == media[:1]
+
+
+@pytest.mark.parametrize(("piece", "left"), [(2, [4, 4]), (100, [3, 6]), (0, [5, 4])])
+def test_no_more_goes_at_once_than_the_policy_says(piece, left):
+    """The one it takes next is another: it was used since."""
+
+    class Turns(Piecewise):
+        def victim(self, now):
+            return max((span for span in index.kept if span.offered), key=lambda span: span.stop)
+
+    policy = Turns()
+    policy.piece = piece
+    world = World(policy, grain=1)
+    index = world.index
+    for first in (1, 2):
+        world.ask([first] + [0] * 5)
+    index.budget = 2 * sum(left)
+    index.trim(world.now)
+    assert sorted(span.stop for span in index.kept) == sorted(left)
+
+
+def test_a_tail_that_is_no_number_is_refused():
+    policy = Piecewise()
+    policy.piece = "two"
+    world = World(policy, budget=3)
+    world.ask([1, 2, 3, 4])
+    with pytest.raises(TypeError, match="the tail of a span"):
+        world.index.trim(world.now)
+    assert world.index.nbytes == 8

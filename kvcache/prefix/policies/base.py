@@ -46,6 +46,10 @@ class PolicySpan(Protocol):
     def payload(self) -> object | None:
         """Its data, None for a ghost: an evicted span, its tokens remembered."""
 
+    @property
+    def complete(self) -> bool:
+        """True if it can be evicted in part, from its end: no token of it was ever dropped."""
+
 
 class EndedRequest(NamedTuple):
     """A request as policies see it at its end.
@@ -97,6 +101,13 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def victim(self, now: float) -> PolicySpan | None:
         """Return the candidate to evict next, None if there are none. It stays a candidate."""
+
+    def tail(self, span: PolicySpan) -> int:
+        """Return how many tokens at the end of `span`, the victim, are to go before it asks again.
+
+        No more go than the budget needs, and all of a span that is not `complete`.
+        """
+        return span.stop - span.start
 
     def evict(self, span: PolicySpan, now: float) -> None:
         """Take note of the eviction of `span`, a candidate until now."""

@@ -19,6 +19,8 @@ SHAPE = USES, len(DISTANCES) + 1, len(PAUSES) + 2, len(ANSWERS) + 1
 """Classes by uses, refined by distance, then by pause, then by answer."""
 CLASSES = USES + prod(SHAPE)
 """All classes: those of requests that have not ended, by uses alone, then the finest ones."""
+_NEARER = prod(SHAPE[2:])
+"""How much higher the number of a class is than that of the next nearer one."""
 NEW = 0
 """Pause of a span that was not requested before."""
 
@@ -38,3 +40,9 @@ def class_of(uses: int, distance: int, pause: int, answered: int) -> int:
     number = uses * distances + bisect_left(DISTANCES, distance)
     number = (number * pauses + pause) * answers + bisect_right(ANSWERS, answered)
     return USES + number
+
+
+def last_block_of(kind: int) -> int:
+    """Return the class of the last block of a request, whose other tokens are in class `kind`."""
+    nearer = (kind - USES) // _NEARER % SHAPE[1]
+    return kind - nearer * _NEARER

@@ -70,11 +70,15 @@ class Returns:
 
     def leave(self, kind: int, tick: int, age: float, tokens: int, late: float) -> bool:
         """Undo :meth:`enter`, later; the time in between stays. False if no longer watched."""
-        if self.ticks - tick >= TICKS:
+        if not self.watches(tick):
             return False
         self._wait(kind, tick, -tokens)
         self.risked[kind, bucket_of(age)] += tokens * late
         return True
+
+    def watches(self, tick: int) -> bool:
+        """Return True if tokens last requested in `tick` still wait."""
+        return self.ticks - tick < TICKS
 
     def advance(self, now: float) -> bool:
         """Count the whole ticks since the last call as time at risk; False if there are none."""

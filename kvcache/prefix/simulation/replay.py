@@ -17,6 +17,7 @@ from kvcache.prefix.policies.classes import BLOCK
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.spans import Span
 
+from .hints import RETAIN, whole_blocks
 from .trace import Request
 
 _SPEED = 50.0
@@ -83,18 +84,26 @@ def replay(
     policy: EvictionPolicy,
     budget: int | None,
     block_size: int = BLOCK,
+    hints: Sequence[bool] | None = None,
 ) -> tuple[int, SpanIndex[BlockPayload]]:
     """Count the blocks found at the beginnings of all requests; return the final index as well.
 
-    budget: blocks kept between requests, None for no limit. block_size: tokens of a block.
+    budget: blocks kept between requests, None for no limit. block_size: tokens of a block. hints:
+    for each request whether its prompt is said to return, and so to be retained for ten minutes;
+    None for no hints.
 
     The policy is told of the end of a request when the answer is complete, at 50 tokens per second;
     never where the trace does not tell how long it was.
 
     Raises: TypeError, ValueError for anything but requests in the order of their time, a policy,
-        and such a budget and block size; nothing was replayed then.
+        such a budget and block size, and a hint for each request; nothing was replayed then.
     """
     requests, budget = as_requests(requests), as_budget(budget, "blocks")
+    retained = [False] * len(requests) if hints is None else list(map(bool, as_list(hints)))
+    if len(retained) != len(requests):
+        raise ValueError(
+            f"hints are one for each request; got {len(retained)} for {len(requests)} requests."
+        )
     [block_size] = as_sizes(block_size=block_size)
     if not isinstance(policy, EvictionPolicy):
         raise TypeError(f"a replay is of one policy, by make_policy(name); got {policy!r}.")
@@ -103,9 +112,9 @@ def replay(
     # The grain of prefix caches is in tokens, of which a block has many: here every block counts.
     index: SpanIndex[BlockPayload] = SpanIndex(policy, budget, grain=1)
     hits, ends = 0, Ends(tree, index)
-    for request in requests:
+    for request, retain in zip(requests, retained, strict=True):
         ends.tell(request.now)
-        hits += _serve(request, tree, index)
+        hits += _serve(request, tree, index, retain)
         ends.add(request)
     return hits, index
 
@@ -134,8 +143,11 @@ class Ends:
             self._index.policy.ended(ended, end)
 
 
-def _serve(request: Request, tree: BlockTree, index: SpanIndex[BlockPayload]) -> int:
-    """Return the blocks found for a request; then keep all of its blocks, as the budget allows."""
+def _serve(request: Request, tree: BlockTree, index: SpanIndex[BlockPayload], retain: bool) -> int:
+    """Return the blocks found for a request; then keep all of its blocks, as the budget allows.
+
+    retain: whether its whole blocks shall stay before those of others.
+    """
     spans = index.extend(tree, request.blocks)
     kept = [span.payload is not None for span in spans]
     hits = spans[kept.index(False)].start if False in kept else request.blocks.size
@@ -143,6 +155,8 @@ def _serve(request: Request, tree: BlockTree, index: SpanIndex[BlockPayload]) ->
     for span in spans:
         if span.payload is None:
             index.fill(span, BlockPayload(span.stop - span.start))
+    if retain:
+        index.retain(index.extend(tree, whole_blocks(request)), *RETAIN, request.now)
     index.trim(request.now)
     return hits
 

@@ -12,10 +12,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcache._checks import as_index, as_indices, as_sizes
-from kvcache.prefix.arguments import as_list, check_text
+from kvcache.prefix.arguments import as_finite, as_list, check_text
 from kvcache.prefix.policies import EvictionPolicy, Gittins, make_policy
 
 from .ceiling import Informed, hazard_of
+from .hints import hints_of
 from .replay import as_requests, found_without_limit, optimum, replay
 from .trace import Request
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import RenderableType
 
+HINTED = "hinted"
+"""Name of `gittins` with hints which prompts return: see ``hints``."""
 CEILING = "ceiling"
 """Name of the policy that knows the hazards which `gittins` has to learn: see ``ceiling``."""
 OPTIMUM = "optimum"
@@ -33,7 +36,7 @@ FORMAT = "kvcache.simulate/1"
 # Okabe and Ito's palette, which any eye can tell apart.
 _COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#56b4e9")
 _MARKERS = "osvD^P"
-_BOUNDS = {CEILING: ":", OPTIMUM: "--"}
+_BOUNDS = {HINTED: "-.", CEILING: ":", OPTIMUM: "--"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Simulation:
     """Outcomes of one trace.
 
     block_size: tokens of a block. blocks: all requested. found_before: those requested before.
+    hints: share of wrong ones among the hints of "hinted", None without it.
     """
 
     trace: str
@@ -63,6 +67,7 @@ class Simulation:
     blocks: int
     found_before: int
     outcomes: tuple[Outcome, ...]
+    hints: float | None = None
 
     @property
     def policies(self) -> list[str]:
@@ -116,9 +121,13 @@ class Simulation:
 
     @property
     def _summary(self) -> str:
+        hints = ""
+        if self.hints is not None:
+            wrong = f"{100 * self.hints:g} % of it wrong"
+            hints = f" {HINTED}: gittins, told which prompts return, {wrong}."
         return (
             f"{self.requests:,} requests for {self.blocks:,} blocks of {self.block_size} tokens; "
-            f"{self.percent(self.found_before):.2f} % had been asked for before."
+            f"{self.percent(self.found_before):.2f} % had been asked for before.{hints}"
         )
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -189,11 +198,14 @@ def run_simulation(
     block_size: int,
     tick: Callable[[], None] = lambda: None,
     seeds: int = 1,
+    hints: float | None = None,
 ) -> Simulation:
     """Replay a trace with every policy, the ceiling and the optimum, at every capacity in tokens.
 
     trace: name of it, for the report. tick: called after each outcome. seeds: of `gittins` and the
-    ceiling, which compare samples of candidates; the mean over so many is taken.
+    ceiling, which compare samples of candidates, and of hints; the mean over so many is taken.
+    hints: share of wrong hints, 0 to 1, of `gittins` with hints which prompts return; None to leave
+    that out.
 
     Raises: ValueError, TypeError; nothing was replayed then.
     """
@@ -210,15 +222,26 @@ def run_simulation(
     [seeds] = as_sizes(seeds=seeds)
     if seeds > MOST_SEEDS:
         raise ValueError(f"seeds must be 1 to {MOST_SEEDS}; got {seeds}.")
-    replays = Replays(requests, block_size, seeds)
+    hints = None if hints is None else _as_share(hints)
+    replays = Replays(requests, block_size, seeds, hints)
     outcomes = []
     for capacity in sizes:
-        for name in (*names, CEILING, OPTIMUM):
+        for name in (*names, *([] if hints is None else [HINTED]), CEILING, OPTIMUM):
             outcomes.append(replays.outcome(name, capacity))
             tick()
     blocks = sum(request.blocks.size for request in requests)
     found_before = found_without_limit(requests)
-    return Simulation(trace, block_size, len(requests), blocks, found_before, tuple(outcomes))
+    return Simulation(
+        trace, block_size, len(requests), blocks, found_before, tuple(outcomes), hints
+    )
+
+
+def _as_share(hints: float) -> float:
+    """Return the share of wrong hints. Raises: TypeError, ValueError."""
+    share = as_finite(hints, "hints are the share of wrong ones")
+    if not 0 <= share <= 1:
+        raise ValueError(f"hints are the share of wrong ones, 0 to 1; got {share}.")
+    return share
 
 
 def _checked_capacities(capacities: Sequence[int], block_size: int) -> list[int]:
@@ -251,34 +274,40 @@ def _checked_names(policies: Sequence[str]) -> list[str]:
 
 
 class Replays:
-    """Replays of one trace. seeds: how many of each policy that has one."""
+    """Replays of one trace.
 
-    def __init__(self, requests: Sequence[Request], block_size: int, seeds: int) -> None:
+    seeds: how many of each policy that has one. hints: share of wrong ones, None for none.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], block_size: int, seeds: int, hints: float | None
+    ) -> None:
         self._requests, self._block_size = requests, block_size
         hazard = hazard_of(requests, block_size)
         self._make: dict[str, Callable[[int], EvictionPolicy]] = {
             "gittins": Gittins,
+            HINTED: Gittins,
             CEILING: lambda seed: Informed(hazard, seed),
         }
-        self._seeds = range(seeds)
+        self._seeds, self._hints = range(seeds), hints
 
     def outcome(self, name: str, capacity: int) -> Outcome:
-        """Return the result of a policy, the ceiling or the optimum at a capacity in tokens."""
+        """Return the result of a policy, a bound, or `gittins` with hints at so many tokens."""
         budget = capacity // self._block_size
         if name == OPTIMUM:
             return Outcome(name, capacity, optimum(self._requests, budget))
-        runs = [self._run(policy, budget) for policy in self._policies(name)]
+        seeds = self._seeds if name in self._make else [0]
+        runs = [self._run(name, seed, budget) for seed in seeds]
         found, evictions = (round(fmean(counts)) for counts in zip(*runs, strict=True))
         return Outcome(name, capacity, found, evictions)
 
-    def _policies(self, name: str) -> list[EvictionPolicy]:
-        if name in self._make:
-            return [self._make[name](seed) for seed in self._seeds]
-        return [make_policy(name)]
-
-    def _run(self, policy: EvictionPolicy, budget: int) -> tuple[int, int]:
+    def _run(self, name: str, seed: int, budget: int) -> tuple[int, int]:
         """Return the blocks found, and the spans evicted."""
-        found, index = replay(self._requests, policy, budget, self._block_size)
+        policy = self._make[name](seed) if name in self._make else make_policy(name)
+        hints = None
+        if name == HINTED and self._hints is not None:
+            hints = hints_of(self._requests, self._hints, seed)
+        found, index = replay(self._requests, policy, budget, self._block_size, hints)
         return found, index.evictions
 
 

@@ -9,7 +9,14 @@ from kvcache import KVCache
 from kvcache.prefix import PrefixCache
 from kvcache.prefix.index import SpanIndex
 from kvcache.prefix.policies import LRU, EndedRequest, Gittins
-from kvcache.prefix.policies.classes import CLASSES, NEW, SHAPE, class_of, pause_of
+from kvcache.prefix.policies.classes import (
+    CLASSES,
+    NEW,
+    SHAPE,
+    class_of,
+    last_block_of,
+    pause_of,
+)
 from kvcache.prefix.policies.returns import EDGES, TICK, TICKS, Returns
 from kvcache.prefix.radix import RadixTree
 from kvcache.prefix.simulation.replay import BlockPayload, replay
@@ -59,6 +66,12 @@ def test_every_class_has_its_number():
         for answered in (0, 32, 128, 512)
     ]
     assert numbers == list(range(8, CLASSES))
+
+
+def test_the_last_block_differs_in_nothing_but_the_distance():
+    for kind in range(8, CLASSES):
+        uses, _, pause, answer = parts(kind)
+        assert parts(last_block_of(kind)) == (uses, 0, pause, answer)
 
 
 # Hazards.
@@ -298,3 +311,65 @@ def test_returns_count_for_the_refined_class():
     assert returns.returned[kind].sum() == pytest.approx(3, rel=0.01)
     assert returns.returned.sum() == pytest.approx(3, rel=0.01)
     assert returns.risked.sum() + 3 * (50.0 - returns.ticked) == pytest.approx(150, rel=0.01)
+
+
+# The last block of a request.
+
+
+@pytest.mark.parametrize("position_tokens", [1, 16, 512, 1000])
+def test_the_last_block_is_in_a_class_of_its_own(position_tokens):
+    """Observed for itself, in one span with the others or split from them."""
+    block = max(1, 512 // position_tokens)
+    policy = Gittins()
+    policy.position_tokens = position_tokens
+    ask = shelf(policy)
+    prompt = [1] * (4 * block)
+    spans = ask(prompt, 0.0)
+    policy.ended(EndedRequest(spans, 4 * block, 40, {0.0}), 1.0)
+    whole, last = class_of(0, 4 * block * position_tokens, NEW, 40), class_of(0, 1, NEW, 40)
+    waiting = peek.returns(policy).waiting.sum(0)
+    assert (waiting[whole], waiting[last], waiting.sum()) == (3 * block, block, 4 * block)
+    assert policy.tail(spans[0]) == block
+    ask([1] * (3 * block) + [2] * block, 50.0)  # as a chat goes on: in a block that was not full
+    returned = peek.returns(policy).returned
+    assert returned[whole].sum() == pytest.approx(3 * block, rel=0.01)
+    assert not returned[last].any()
+
+
+def test_last_blocks_that_never_return_go_first_and_alone():
+    policy = Gittins()
+    policy.position_tokens = 512
+    index, tree = SpanIndex(policy, grain=1), RadixTree()
+
+    def ask(tokens, now):
+        spans = index.extend(tree, np.array(tokens, np.int32))
+        index.use(spans, now)
+        for span in spans:
+            if span.payload is None:
+                index.fill(span, BlockPayload(span.stop - span.start))
+        policy.ended(EndedRequest(spans, len(tokens), 40, {now}), now + 1)
+
+    for first in range(60):
+        for turn in range(2):
+            ask([first, 1, 1, 1, 2 + turn], 100.0 * first + 50 * turn)
+    index.budget = 0
+    index.trim(6000.0)
+    index.budget = 8
+    for first in (100, 101):
+        ask([first, 1, 1, 1, 2], 6000.0 + first)
+    index.trim(6130.0)
+    assert [(span.start, span.stop, span.nbytes) for span in index.kept] == [(0, 4, 4), (0, 4, 4)]
+
+
+def test_spans_that_cannot_be_cut_are_judged_as_a_whole():
+    class Whole(BlockPayload):
+        resumable_anywhere = False
+
+    policy = Gittins()
+    index, tree = SpanIndex(policy, grain=1), RadixTree()
+    spans = index.extend(tree, np.arange(4000, dtype=np.int32))
+    index.use(spans, 0.0)
+    index.fill(spans[0], Whole(4000))
+    policy.ended(EndedRequest(spans, 4000, 40, {0.0}), 1.0)
+    assert peek.returns(policy).waiting[:, class_of(0, 4000, NEW, 40)].sum() == 4000
+    assert policy.tail(spans[0]) == 4000

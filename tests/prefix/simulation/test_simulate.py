@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvcache.prefix.policies import POLICIES, Gittins, make_policy
 from kvcache.prefix.policies.classes import NEW, class_of
 from kvcache.prefix.simulation.ceiling import Informed, hazard_of
+from kvcache.prefix.simulation.hints import hints_of
 from kvcache.prefix.simulation.replay import found_without_limit, optimum, replay
 from kvcache.prefix.simulation.report import in_short, run_simulation
 from kvcache.prefix.simulation.trace import Request, read_trace
@@ -164,6 +165,84 @@ def test_seeds_are_averaged():
     assert simulation.outcomes[0].found == round(sum(found) / 3)
 
 
+# Hints.
+
+
+def test_who_returns():
+    requests = requests_for([1, 2, 3], [1, 2, 4, 5], [9], [1], [9], [1, 2, 4, 6])
+    assert hints_of(requests, 0.0) == [True, True, True, True, False, False]
+    assert hints_of(requests, 1.0) == [False, False, False, False, True, True]
+
+
+def test_hints_are_wrong_both_ways_as_often_as_said():
+    requests = requests_for(*([number % 700] for number in range(1000)))
+    right, said = hints_of(requests, 0.0), hints_of(requests, 0.18, seed=3)
+    for returns in (True, False):
+        wrong = [
+            hint != returns for hint, truth in zip(said, right, strict=True) if truth == returns
+        ]
+        assert len(wrong) >= 300
+        assert sum(wrong) / len(wrong) == pytest.approx(0.18, abs=0.06)
+    assert said == hints_of(requests, 0.18, seed=3) != hints_of(requests, 0.18, seed=4)
+
+
+def returning(pause, steps=60):
+    """Every tenth prompt returns, `pause` seconds later, with another last block."""
+    prompts = [
+        Request(float(at), [10 * step, 10 * step + 1, 10 * step + 2 + turn])
+        for step in range(steps)
+        for turn in range(2 if step % 10 == 0 else 1)
+        for at in [step + pause * turn]
+    ]
+    return sorted(prompts, key=lambda request: request.now)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_said_to_return_is_kept(name):
+    requests = returning(pause=15)
+    right, wrong = hints_of(requests, 0.0), hints_of(requests, 1.0)
+    most = optimum(requests, 12)
+    assert most == 2 * 6 == found_without_limit(requests)
+    assert replay(requests, make_policy(name), 12, hints=right)[0] == most
+    assert replay(requests, make_policy(name), 12, hints=wrong)[0] == 0
+    blind = replay(requests, make_policy(name), 12)[0]
+    assert blind == replay(requests, make_policy(name), 12, hints=[False] * len(requests))[0] < most
+
+
+def test_hints_are_of_use_for_ten_minutes():
+    for pause, found in ((590, 2), (610, 0)):
+        requests = [
+            Request(0.0, [1, 2, 3]),
+            *(Request(600.5, [10 * number]) for number in range(9, 12) if pause > 600),
+            *(Request(1.0, [10 * number]) for number in range(5, 9)),
+            Request(float(pause), [1, 2, 4]),
+        ]
+        requests.sort(key=lambda request: request.now)
+        hints = [request.blocks[0] == 1 for request in requests]
+        assert replay(requests, make_policy("lru"), 3, hints=hints)[0] == found
+
+
+def test_each_request_has_its_hint():
+    with pytest.raises(ValueError, match="one for each request; got 1 for 2 requests"):
+        replay(requests_for([1], [2]), make_policy("lru"), 3, hints=[True])
+
+
+def test_hinted_in_a_simulation():
+    requests = returning(pause=15)
+    simulation = run_simulation("t", requests, ["lru"], [12], 1, seeds=2, hints=0.5)
+    found = [
+        replay(requests, Gittins(seed), 12, 1, hints_of(requests, 0.5, seed))[0]
+        for seed in range(2)
+    ]
+    assert simulation.policies == ["lru", "hinted", "ceiling", "optimum"]
+    assert simulation.outcomes[1].found == round(sum(found) / 2)
+    assert simulation.hints == 0.5
+    with pytest.raises(ValueError, match=r"share of wrong ones, 0 to 1; got 1\.5"):
+        run_simulation("t", requests, ["lru"], [12], 1, hints=1.5)
+    with pytest.raises(TypeError, match="share of wrong ones, a finite number; got 'many'"):
+        run_simulation("t", requests, ["lru"], [12], 1, hints="many")
+
+
 def write(path, *lines):
     text = "\n".join(lines) + "\n"
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
@@ -252,7 +331,7 @@ def trace(tmp_path):
 
 def test_command(trace, tmp_path):
     path = tmp_path / "found.json"
-    options = "--capacity 1k,0.01M --policy gittins,lru --block-size 10 --json".split()
+    options = "--capacity 1k,0.01M --policy gittins,lru --block-size 10 --hints 0 --json".split()
     result = invoke(trace, *options, path)
     assert result.exit_code == 0, result.output
     requests = read_trace(trace)
@@ -260,13 +339,17 @@ def test_command(trace, tmp_path):
     best = f"{100 * optimum(requests, 100) / blocks:.2f}"
     lru = f"{100 * replay(requests, make_policy('lru'), 100)[0] / blocks:.2f}"
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["gittins", "lru", "ceiling", "optimum"] in rows
-    assert ("1k", lru, best) in [(row[0], row[2], row[4]) for row in rows if len(row) == 5]
+    assert ["gittins", "lru", "hinted", "ceiling", "optimum"] in rows
+    assert ("1k", lru, best) in [(row[0], row[2], row[5]) for row in rows if len(row) == 6]
+    assert "hinted: gittins, told which prompts return, 0 % of it wrong" in " ".join(
+        result.stdout.split()
+    )
     assert f"{len(requests):,} requests for {blocks:,} blocks of 10 tokens" in result.stdout
     record = json.loads(path.read_text())
     assert (record["format"], record["trace"]) == ("kvcache.simulate/1", "trace.jsonl.gz")
     found = {(each["policy"], each["capacity"]): each for each in record["outcomes"]}
-    assert len(found) == 8
+    assert len(found) == 10
+    assert record["hints"] == 0
     assert found["optimum", 1000]["found"] == optimum(requests, 100)
     assert f"{found['lru', 1000]['percent']:.2f}" == lru
     assert found["lru", 1000]["evictions"] > 0
@@ -316,6 +399,7 @@ def test_capacities(trace, bad):
         (["--plot", "figure.docx"], "ends in .png or .svg; got figure.docx"),
         (["--plot", "missing/figure.png"], "--plot takes a file in a folder that exists"),
         (["--json", "missing/found.json"], "--json takes a file in a folder that exists"),
+        (["--hints", "1.5"], "--hints takes the share of wrong ones, 0 to 1; got 1.5"),
         (["--seeds", "0"], "--seeds takes runs, 1 to 100; got 0"),
         (["--block-size", "0"], "--block-size takes tokens, at least 1; got 0"),
         (["--policy", "lru,lfu"], "there is no policy 'lfu'"),
