@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from kvcache.snapshots.visibility import Visibility
 from .cells import CellTable
 from .changes import Dropped, DroppedCell
 from .placement import Moved
+
+if TYPE_CHECKING:
+    from .reads import Reads
 
 A = TypeVar("A")
 
@@ -114,6 +117,10 @@ class Pass:
     block_table: BlockTable[Int32s] | None = None
     """Asked for in this pass, as NumPy arrays; and on the device."""
     device_table: BlockTable[Array] | None = None
+    device_mask: Array | None = None
+    """Asked for in this pass: :meth:`mask`, on the device."""
+    reads: Reads | None = None
+    """Asked for in this pass: the cells that attention reads."""
     moved: Moved | None = None
     """Tokens of earlier passes that were moved for this one; None also once they are back."""
 

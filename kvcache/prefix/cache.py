@@ -22,13 +22,15 @@ from .asked import Asked, SessionOptions, as_asked
 from .fetching import Answer
 from .kept import KeptSpans
 from .known import KnownTokens, checked_prompt
+from .layer_sequences import LayerSequences
 from .media import Media
 from .policies import EvictionPolicy, make_policy
+from .pool_sequences import PoolSequences
 from .radix import Tokens
 from .render import render
 from .requests import Requests
 from .residency import Residency
-from .sequences import sequences_of
+from .sequences import SequenceSource
 from .session import Request, Session
 from .stats import PrefixStats
 from .store_link import StoreLink, open_named
@@ -103,7 +105,7 @@ class PrefixCache:
         check_text(namespace, "a namespace tells models apart")
         opened = None if store is None else open_named(store, namespace)
         sequences = None if sequences is None else as_indices(sequences, "sequences")
-        self._source = sequences_of(cache, sequences)
+        self._source = _sequences_of(cache, sequences)
         self.lock = self._source.lock
         """Held while a session begins or ends."""
         # No reference to this object: it would keep its sequences claimed, once dropped, until the
@@ -346,3 +348,15 @@ class PrefixCache:
         with self._requests.changing():
             self._requests.end_dropped()
             self._kept.clear(self._requests.clock())
+
+
+def _sequences_of(
+    cache: Cache | Sequence[LayerCache], sequences: Iterable[int] | None
+) -> SequenceSource:
+    """Return the sequences for sessions over a cache. sequences: of a pool, None for all.
+
+    Raises: as :class:`PoolSequences` and :class:`LayerSequences`.
+    """
+    if isinstance(cache, Cache):
+        return PoolSequences(cache, sequences)
+    return LayerSequences(cache)
