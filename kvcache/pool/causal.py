@@ -189,7 +189,6 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         forward_pass = self._pool.current_pass()
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
-            # Made again when they are asked for.
             forward_pass.ahead, forward_pass.device_mask, forward_pass.reads = ahead, None, None
             with self.lock:
                 tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
@@ -204,8 +203,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
     ) -> None:
         if frames is not None:
             raise NotSupportedError("frames are of encoder output; this cache stores tokens.")
-        pool = self._pool
-        arrays = (keys,) if values is None else (keys, values)
+        pool, arrays = self._pool, (keys,) if values is None else (keys, values)
         forward_pass = pool.current_pass()
         if forward_pass.detached and forward_pass.complete:
             raise KVCacheError(
@@ -239,7 +237,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         forward_pass = pool.current_pass()
         if self._layer not in forward_pass.put_layers:
             raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
-        tokens, buffers = forward_pass.cells.size, pool.buffers
+        buffers, tokens = pool.buffers, forward_pass.cells.size
         scoring = as_scoring(buffers, self._layer, q, tokens, scale, softcap, sinks)
         if forward_pass.reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
