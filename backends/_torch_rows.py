@@ -43,9 +43,9 @@ def copy_rows(
     own = [array.detach() if array.requires_grad else array for array in rows]
     words = None if isinstance(axis, tuple) or axis > 1 else _as_words([*buffers, *own])
     if words is None:
-        targets, sources = zip(*map(as_copied, buffers, own), strict=True)
-    else:
-        targets, sources = words[: len(own)], words[len(own) :]
+        pairs = map(as_copied, buffers, own)
+        words = [array for parts in zip(*pairs, strict=True) for array in parts]
+    targets, sources = words[: len(own)], words[len(own) :]
     _ = [*map(torch.Tensor.index_copy_, targets, axes_of(buffers, axis), repeat(index), sources)]
     return buffers
 
