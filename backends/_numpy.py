@@ -83,7 +83,7 @@ class NumpyBackend(Backend):
     def write_finite_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
-        finite = self.replace_nonfinite(rows, axis)
+        finite: NativeArrays = self.replace_nonfinite(rows, axis)
         if axis != 1 or not all(buffer.flags.c_contiguous for buffer in buffers):
             return self.write_row_sets(buffers, finite, index.positions, axis)
         targets, sources = [*map(_lines, buffers)], [*map(_lines, finite)]
@@ -148,7 +148,7 @@ class _RowIndex:
         self.positions = index
         self._by_shape: dict[tuple[int, ...], HostArray] = {}
 
-    def lines(self, buffers: NativeArrays) -> list[HostArray]:
+    def lines(self, buffers: NativeArrays) -> list[NativeArray]:
         """Return the places among the :func:`_lines` of each of `buffers`."""
         return [self._lines_of(buffer.shape) for buffer in buffers]
 
@@ -161,7 +161,7 @@ class _RowIndex:
         return lines
 
 
-def _lines(array: HostArray) -> HostArray:
+def _lines(array: NativeArray) -> NativeArray:
     """Return ``[heads, tokens, dim]`` as ``[heads * tokens]`` rows of bytes: a view if compact.
 
     NumPy assigns whole rows by an index in less than half the time that it takes for elements.
