@@ -1,15 +1,13 @@
 """JAX on CPU, GPU or TPU.
 
 JAX arrays are immutable, so a cheap write is a compiled program with the old buffer donated for
-reuse. Each program here only moves data and is compiled once per shape; positions are arguments,
+reuse. Each such program only moves data and is compiled once per shape; positions are arguments,
 not constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from itertools import repeat
 from typing import ClassVar, Unpack, cast
 
 import jax
@@ -23,23 +21,37 @@ from kvcache.errors import UnknownBackendError
 
 from ._jax_append import appender
 from ._jax_attention import JaxAttention
+from ._jax_programs import (
+    caster,
+    joiner,
+    place_on,
+    replace_nonfinite,
+    replacer,
+    row_reader,
+    row_sets_writer,
+    row_writer,
+    slice_reader,
+    slice_writer,
+    slices_reader,
+    slices_writer,
+)
 from .arguments import checked_device, refuse_traced
-from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
+from .arrays import (
+    DType,
+    HostArray,
+    Namespace,
+    NativeArray,
+    NativeArrays,
+    RowIndex,
+    TracedIndex,
+)
 from .base import Backend, FastKey, P, R
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of
+from .indexing import FULL_SLICES, Axes
 from .interrupts import keeping_result
-from .nonfinite import finite_bits, replaced, substitutes
 from .traced import Ts
 
-# On CPU, XLA rewrites operations on these dtypes as float32 arithmetic, which turns the
-# write of one token into a conversion of the whole buffer. A copy needs no arithmetic.
-_COPY_ONLY = {
-    "xla_disable_hlo_passes": ",".join(
-        f"float-normalization-{dtype}" for dtype in ("bf16", "f8e4m3fn", "f8e5m2")
-    )
-}
 # A program of the user also computes, and needs that pass. It carries such a buffer as integers,
 # which no pass rewrites.
 _BITS = {"bfloat16": np.dtype("uint16")} | dict.fromkeys(
@@ -106,46 +118,54 @@ class JaxBackend(JaxAttention, Backend):
     def write_slice(
         self, buffer: NativeArray, update: NativeArray, start: int, stop: int, axis: int
     ) -> NativeArray:
-        return _slice_writer(axis, self._copy_only)(buffer, update, np.int32(start))
+        return slice_writer(axis, self._copy_only)(buffer, update, np.int32(start))
 
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
-        return _row_writer(axis, self._copy_only)(buffer, rows, index)
+        return row_writer(axis, self._copy_only)(buffer, rows, index)
 
     def write_slices(
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
     ) -> NativeArrays:
-        return _slices_writer(axis, False, self._copy_only)(buffers, updates, np.int32(start))
+        return slices_writer(axis, False, self._copy_only)(buffers, updates, np.int32(start))
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
     ) -> NativeArrays:
-        return _row_sets_writer(axis, False, self._copy_only)(buffers, rows, index)
+        return row_sets_writer(axis, False, self._copy_only)(buffers, rows, index)
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
-        return _replacer(axis, self._copy_only)(arrays)
+        return replacer(axis, self._copy_only)(arrays)
 
     # One program, because the dispatch of another would cost more than what it computes.
 
     def write_finite_slices(
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
     ) -> NativeArrays:
-        return _slices_writer(axis, True, self._copy_only)(buffers, updates, np.int32(start))
+        place = place_on(start, self._device)
+        return slices_writer(axis, True, self._copy_only)(buffers, updates, place)
+
+    def row_index(self, index: HostArray) -> RowIndex:
+        return jax.device_put(index, self._device)  # each call would copy an argument of the host
 
     def write_finite_row_sets(
-        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+        self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
-        return _row_sets_writer(axis, True, self._copy_only)(buffers, rows, index)
+        return row_sets_writer(axis, True, self._copy_only)(buffers, rows, index)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
-        return _row_reader(axis, self._copy_only)(buffer, index)
+        return row_reader(axis, self._copy_only)(buffer, index)
 
     def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
-        return _slice_reader(axis, stop - start, self._copy_only)(buffer, np.int32(start))
+        return slice_reader(axis, stop - start, self._copy_only)(buffer, np.int32(start))
+
+    def read_slices(self, buffers: NativeArrays, start: int, stop: int, axis: Axes) -> NativeArrays:
+        place = place_on(start, self._device)
+        return slices_reader(axis, stop - start, self._copy_only)(buffers, place)
 
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
-        return _joiner(axis, self._copy_only)(*arrays)
+        return joiner(axis, self._copy_only)(*arrays)
 
     def owned(self, arrays: NativeArrays) -> NativeArrays:
         return arrays
@@ -191,11 +211,11 @@ class JaxBackend(JaxAttention, Backend):
 
     def traced_forms(self, buffers: NativeArrays) -> NativeArrays:
         bits = _BITS.get(buffers[0].dtype.name) if self._copy_only else None
-        return _caster(bits)(buffers) if bits else buffers
+        return caster(bits)(buffers) if bits else buffers
 
     def from_traced_forms(self, buffers: NativeArrays, dtype: str) -> NativeArrays:
         wanted = self.dtype(dtype)
-        return buffers if buffers[0].dtype == wanted else _caster(wanted)(buffers)
+        return buffers if buffers[0].dtype == wanted else caster(wanted)(buffers)
 
     def traced_index(self, start: int | list[int]) -> TracedIndex:
         return np.asarray(start, np.int32)
@@ -214,18 +234,7 @@ class JaxBackend(JaxAttention, Backend):
 
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
-        kind = arrays[0].dtype
-        if not substitutes(kind.name, len(arrays)):
-            return arrays
-        # On bits, because XLA on CPU has no arithmetic of its own for the small float dtypes.
-        bits = tuple(
-            lax.bitcast_convert_type(array, f"uint{8 * kind.itemsize}") for array in arrays
-        )
-        finite, numbers = finite_bits(kind.name, len(arrays))
-        return tuple(
-            lax.bitcast_convert_type(array, kind)
-            for array in replaced(cls.xp, bits, axis, numbers, finite)
-        )
+        return replace_nonfinite(arrays, axis)
 
     @classmethod
     def traced_write(
@@ -291,104 +300,3 @@ def _in_program() -> bool:
 def _as_bits(array: NativeArray, like: NativeArray) -> NativeArray:
     """Return `array` reinterpreted in the dtype of `like`, of the same width."""
     return array if array.dtype == like.dtype else lax.bitcast_convert_type(array, like.dtype)
-
-
-def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -> Callable[P, R]:
-    """Return `function` compiled, with its first argument donated."""
-    return keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
-
-
-@cache
-def _caster(dtype: DType) -> Callable[[NativeArrays], NativeArrays]:
-    """Return a program to reinterpret donated buffers as `dtype`, of the same width."""
-
-    def cast_all(buffers: NativeArrays) -> NativeArrays:
-        return tuple(lax.bitcast_convert_type(buffer, dtype) for buffer in buffers)
-
-    return _donating(cast_all)
-
-
-def _options(copy_only: bool) -> dict[str, str] | None:
-    return dict(_COPY_ONLY) if copy_only else None
-
-
-@cache
-def _slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def write_slice(buffer: NativeArray, update: NativeArray, start: NativeArray) -> NativeArray:
-        return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
-
-    return _donating(write_slice, _options(copy_only))
-
-
-@cache
-def _slices_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., NativeArrays]:
-    """Return a program to write all arrays of a layer. finite: with finite numbers only."""
-
-    def write_slices(
-        buffers: NativeArrays, updates: NativeArrays, start: NativeArray
-    ) -> NativeArrays:
-        if finite:
-            updates = JaxBackend.traced_replace_nonfinite(updates, axis)
-        write = lax.dynamic_update_slice_in_dim
-        return tuple(map(write, buffers, updates, repeat(start), axes_of(buffers, axis)))
-
-    return _donating(write_slices, _options(copy_only))
-
-
-@cache
-def _row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    return _donating(partial(_write_rows, axis=axis), _options(copy_only))
-
-
-@cache
-def _row_sets_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., NativeArrays]:
-    def write_row_sets(
-        buffers: NativeArrays, rows: NativeArrays, index: NativeArray
-    ) -> NativeArrays:
-        if finite:
-            rows = JaxBackend.traced_replace_nonfinite(rows, axis)
-        return tuple(map(_write_rows, buffers, rows, repeat(index), axes_of(buffers, axis)))
-
-    return _donating(write_row_sets, _options(copy_only))
-
-
-def _write_rows(
-    buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int
-) -> NativeArray:
-    def write_row(i: NativeArray, out: NativeArray) -> NativeArray:
-        row = lax.dynamic_slice_in_dim(rows, i, 1, axis)
-        return lax.dynamic_update_slice_in_dim(out, row, index[i], axis)
-
-    return lax.fori_loop(0, index.shape[0], write_row, buffer)
-
-
-@cache
-def _replacer(axis: Axes, copy_only: bool) -> Callable[[NativeArrays], NativeArrays]:
-    def replace(arrays: NativeArrays) -> NativeArrays:
-        return JaxBackend.traced_replace_nonfinite(arrays, axis)
-
-    return jax.jit(replace, compiler_options=_options(copy_only))
-
-
-@cache
-def _row_reader(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def read_rows(buffer: NativeArray, index: NativeArray) -> NativeArray:
-        return jnp.take(buffer, index, axis=axis, mode="clip")
-
-    return jax.jit(read_rows, compiler_options=_options(copy_only))
-
-
-@cache
-def _slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def read_slice(buffer: NativeArray, start: NativeArray) -> NativeArray:
-        return lax.dynamic_slice_in_dim(buffer, start, length, axis)
-
-    return jax.jit(read_slice, compiler_options=_options(copy_only))
-
-
-@cache
-def _joiner(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
-    def join(*arrays: NativeArray) -> NativeArray:
-        return jnp.concatenate(arrays, axis=axis)
-
-    return jax.jit(join, compiler_options=_options(copy_only))

@@ -20,10 +20,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from kvcache.errors import NotSupportedError, ShapeError, UnknownBackendError
 
 from ._jax import JaxBackend
-from .arrays import DType, HostArray, NativeArray, NativeArrays
+from .arrays import DType, HostArray, NativeArray, NativeArrays, RowIndex
 from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import Axes
+from .layers import LayerHooks
 
 MeshAxes: TypeAlias = tuple[str, ...]
 """Axes of the mesh over which an axis of an array is divided; () for none."""
@@ -119,7 +120,7 @@ class ShardedJaxBackend(JaxBackend):
         return super().write_finite_slices(buffers, placed, start, stop, axis)
 
     def write_finite_row_sets(
-        self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
+        self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
         placed = tuple(map(_placed, rows, buffers))
         return super().write_finite_row_sets(buffers, placed, index, axis)
@@ -139,6 +140,9 @@ class ShardedJaxBackend(JaxBackend):
     def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         rows = super().read_slice(_gathered(buffer, axis), start, stop, axis)
         return _divided_like(buffer, rows, axis)
+
+    def read_slices(self, buffers: NativeArrays, start: int, stop: int, axis: Axes) -> NativeArrays:
+        return LayerHooks.read_slices(self, buffers, start, stop, axis)  # one by one
 
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         first = _gathered(arrays[0], axis)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -16,7 +15,16 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, TracedIndex
+from ._mlx_rows import ElementIndex, is_run, put_rows, take_rows
+from .arrays import (
+    DType,
+    HostArray,
+    Namespace,
+    NativeArray,
+    NativeArrays,
+    RowIndex,
+    TracedIndex,
+)
 from .base import Backend
 from .blocks import (
     BlockReads,
@@ -102,10 +110,10 @@ class MlxBackend(Backend):
     def write_rows(
         self, buffer: NativeArray, rows: NativeArray, index: HostArray, axis: int
     ) -> NativeArray:
-        if _is_run(index):
+        if is_run(index):
             first = int(index[0])
             return self.write_slice(buffer, rows, first, first + index.size, axis)
-        return _put_rows(buffer, rows, mx.array(index), axis)
+        return put_rows(buffer, rows, mx.array(index), axis)
 
     def write_slices(
         self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
@@ -119,12 +127,21 @@ class MlxBackend(Backend):
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
     ) -> NativeArrays:
-        if _is_run(index):
+        if is_run(index):
             first = int(index[0])
             return self.write_slices(buffers, rows, first, first + index.size, axis)
         # Unlike an assignment this makes new arrays, so a failure half-way has changed none.
         axes, positions = axes_of(buffers, axis), repeat(mx.array(index))
-        return tuple(map(_put_rows, buffers, rows, positions, axes))
+        return tuple(map(put_rows, buffers, rows, positions, axes))
+
+    def row_index(self, index: HostArray) -> RowIndex:
+        return ElementIndex(index)
+
+    def write_finite_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
+    ) -> NativeArrays:
+        finite = self.replace_nonfinite(rows, axis)
+        return tuple(map(index.put, buffers, finite, axes_of(buffers, axis)))
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         same = isinstance(axis, int) and arrays[0].shape == arrays[-1].shape
@@ -147,10 +164,15 @@ class MlxBackend(Backend):
         async_eval(*arrays)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
-        return _take_rows(buffer, mx.array(index), axis)
+        return take_rows(buffer, mx.array(index), axis)
 
     def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, stop))]
+
+    def read_slices(self, buffers: NativeArrays, start: int, stop: int, axis: Axes) -> NativeArrays:
+        if axis == 1:  # pools: a literal index is the cheapest
+            return tuple([buffer[:, start:stop] for buffer in buffers])
+        return super().read_slices(buffers, start, stop, axis)
 
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return mx.concatenate(list(arrays), axis=axis)
@@ -293,7 +315,10 @@ def _rows_at(array: NativeArray, start: NativeArray, count: int) -> NativeArray:
 
 
 def _is_finite(array: NativeArray) -> NativeArray:
-    return array - array == 0  # inf - inf is NaN; half the operations of mx.isfinite
+    # inf - inf is NaN; half the operations of mx.isfinite. In float32, because a CPU would round
+    # each difference of bfloat16 back to it.
+    wide = array.astype(mx.float32)
+    return wide - wide == 0
 
 
 def _count(array: NativeArray) -> NativeArray:
@@ -331,29 +356,3 @@ def _compiles(device: str) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _put_rows(buffer: NativeArray, rows: NativeArray, index: NativeArray, axis: int) -> NativeArray:
-    """Return `buffer` with rows at `index`, in half the time of an assignment by an index array."""
-    shape = [1] * rows.ndim
-    shape[axis] = -1
-    positions = mx.broadcast_to(index.reshape(shape), rows.shape)
-    return mx.put_along_axis(buffer, positions, rows, axis)
-
-
-def _take_rows(buffer: NativeArray, index: NativeArray, axis: int) -> NativeArray:
-    """Return the rows at `index` of `axis`, compact: MLX would put that axis first in memory.
-
-    Attention over such an array takes five times as long.
-    """
-    if not axis:
-        return mx.take(buffer, index, axis=0)
-    lead, rest = buffer.shape[:axis], buffer.shape[axis + 1 :]
-    starts = mx.arange(math.prod(lead))[:, None] * buffer.shape[axis]
-    rows = mx.take(buffer.reshape(-1, *rest), (starts + index).reshape(-1), axis=0)
-    return rows.reshape(*lead, index.shape[0], *rest)
-
-
-def _is_run(index: HostArray) -> bool:
-    """Return whether positions follow each other: a slice update is cheaper than a scatter."""
-    return np.array_equal(index, np.arange(index[0], index[0] + index.size))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from operator import setitem
 from typing import ClassVar, cast
 
 import array_api_compat.numpy
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import checked_device
-from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, RowIndex
 from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, set_slices
@@ -75,11 +77,30 @@ class NumpyBackend(Backend):
         places = [(*FULL_SLICES[own], index) for own in axes_of(buffers, axis)]
         return set_items(buffers, places, rows)
 
+    def row_index(self, index: HostArray) -> RowIndex:
+        return _RowIndex(index)
+
+    def write_finite_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
+    ) -> NativeArrays:
+        finite: NativeArrays = self.replace_nonfinite(rows, axis)
+        if axis != 1 or not all(buffer.flags.c_contiguous for buffer in buffers):
+            return self.write_row_sets(buffers, finite, index.positions, axis)
+        targets, sources = [*map(_lines, buffers)], [*map(_lines, finite)]
+        _ = [*map(setitem, targets, index.lines(buffers), sources)]
+        return buffers
+
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)
 
     def read_slice(self, buffer: NativeArray, start: int, stop: int, axis: int) -> NativeArray:
         return buffer[(*FULL_SLICES[axis], slice(start, stop))]
+
+    def read_slices(self, buffers: NativeArrays, start: int, stop: int, axis: Axes) -> NativeArrays:
+        if axis == 1 and len(buffers) == 2:  # pools: a literal index is the cheapest
+            keys, values = buffers
+            return keys[:, start:stop], values[:, start:stop]
+        return super().read_slices(buffers, start, stop, axis)
 
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return np.concatenate(arrays, axis=axis)
@@ -118,6 +139,39 @@ class NumpyBackend(Backend):
 
     def import_dlpack(self, array: NativeArray) -> NativeArray:
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+
+
+class _RowIndex:
+    """Positions of rows, and where they are once the heads of a buffer are rows, too."""
+
+    def __init__(self, index: HostArray) -> None:
+        self.positions = index
+        self._by_shape: dict[tuple[int, ...], HostArray] = {}
+
+    def lines(self, buffers: NativeArrays) -> list[NativeArray]:
+        """Return the places among the :func:`_lines` of each of `buffers`."""
+        return [self._lines_of(buffer.shape) for buffer in buffers]
+
+    def _lines_of(self, shape: tuple[int, ...]) -> HostArray:
+        lines = self._by_shape.get(shape)
+        if lines is None:
+            heads, cells, _ = shape
+            lines = np.add.outer(np.arange(heads) * cells, self.positions).reshape(-1)
+            self._by_shape[shape] = lines
+        return lines
+
+
+def _lines(array: NativeArray) -> NativeArray:
+    """Return ``[heads, tokens, dim]`` as ``[heads * tokens]`` rows of bytes: a view if compact.
+
+    NumPy assigns whole rows by an index in less than half the time that it takes for elements.
+    """
+    return array.reshape(-1).view(_row_of(array.shape[2] * array.itemsize))
+
+
+@cache
+def _row_of(nbytes: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, nbytes))
 
 
 def _dot_products(rows: NativeArray, keys: NativeArray) -> NativeArray:

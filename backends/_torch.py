@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import repeat, starmap
 from typing import ClassVar, cast
 
 import array_api_compat.torch
@@ -25,12 +23,13 @@ from ._torch_attention import (
     is_square,
     serves_all_runs,
 )
+from ._torch_rows import FLOAT8, all_finite, as_copied, copy_rows, is_finite
 from .arguments import checked_device
-from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays
+from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, RowIndex
 from .base import Backend, FastKey
 from .blocks import BlockReads
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of, set_slices
+from .indexing import FULL_SLICES, Axes, set_slices
 from .nonfinite import replaced, substitutes
 from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 
@@ -45,7 +44,6 @@ _CARRIERS = {
 _SUBSTITUTES = {
     getattr(torch, name): (substitutes(name, 1), substitutes(name, 2)) for name in HOST_DTYPES
 }
-_FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 class TorchBackend(Backend):
@@ -133,15 +131,29 @@ class TorchBackend(Backend):
         updates = tuple([array.detach() if array.requires_grad else array for array in updates])
         return set_slices(buffers, updates, start, stop, axis)
 
+    def write_finite_slices(
+        self, buffers: NativeArrays, updates: NativeArrays, start: int, stop: int, axis: Axes
+    ) -> NativeArrays:
+        # The usual step in few calls: each costs as much as the bytes of a token.
+        if axis == 1 and len(buffers) == 2 and self.device == "cpu" and all_finite(updates):
+            (keys, values), (k, v) = buffers, updates
+            if not (k.requires_grad or v.requires_grad):
+                keys[:, start:stop], values[:, start:stop] = k, v
+                return buffers
+        return super().write_finite_slices(buffers, updates, start, stop, axis)
+
+    def row_index(self, index: HostArray) -> RowIndex:
+        return self._index(index)
+
+    def write_finite_row_sets(
+        self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
+    ) -> NativeArrays:
+        return copy_rows(buffers, self.replace_nonfinite(rows, axis), index, axis)
+
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes
     ) -> NativeArrays:
-        # Everything that may fail comes first; the writes are one expression, as in set_items.
-        pairs = zip(buffers, rows, strict=True)
-        targets, sources = zip(*starmap(_as_copied, pairs), strict=True)
-        axes, positions = axes_of(buffers, axis), repeat(self._index(index))
-        _ = [*map(torch.Tensor.index_copy_, targets, axes, positions, sources)]
-        return buffers
+        return copy_rows(buffers, rows, self._index(index), axis)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return torch.index_select(buffer.detach(), axis, self._index(index))
@@ -152,6 +164,16 @@ class TorchBackend(Backend):
         if not start:
             return buffer.as_strided(size, strides)  # takes half the time of narrow
         return buffer.as_strided(size, strides, buffer.storage_offset() + start * strides[axis])
+
+    def read_slices(self, buffers: NativeArrays, start: int, stop: int, axis: Axes) -> NativeArrays:
+        first, last = buffers[0], buffers[-1]
+        strides = first.stride()
+        alike = last.shape == first.shape and last.stride() == strides
+        if start or len(buffers) != 2 or isinstance(axis, tuple) or not alike:
+            return super().read_slices(buffers, start, stop, axis)
+        size = list(first.shape)
+        size[axis] = stop
+        return first.as_strided(size, strides), last.as_strided(size, strides)
 
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return torch.cat([array.detach() for array in arrays], dim=axis)
@@ -204,7 +226,7 @@ class TorchBackend(Backend):
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # On CPU a look is cheap. Elsewhere it would wait for the device.
-        if self.device == "cpu" and _all_finite(arrays):
+        if self.device == "cpu" and all_finite(arrays):
             return arrays
         return self.traced_replace_nonfinite(arrays, axis)
 
@@ -216,14 +238,12 @@ class TorchBackend(Backend):
         numbers += numbers[1:] * (len(arrays) - 2)  # further arrays are like values
         if not numbers:
             return tuple(detached)
-        if kind not in _FLOAT8:
-            return replaced(cls.xp, tuple(detached), axis, numbers, _is_finite)
+        if kind not in FLOAT8:
+            return replaced(cls.xp, tuple(detached), axis, numbers, is_finite)
         # torch has no arithmetic on these dtypes, but float32 holds all their numbers. Not on their
         # bits, which the compiler of torch would convert to float8 as if they were numbers.
         wide = tuple([array.float() for array in detached])
-        return tuple(
-            [array.to(kind) for array in replaced(cls.xp, wide, axis, numbers, _is_finite)]
-        )
+        return tuple([array.to(kind) for array in replaced(cls.xp, wide, axis, numbers, is_finite)])
 
     @classmethod
     def traced_write(
@@ -233,7 +253,7 @@ class TorchBackend(Backend):
         index = index.long()
         if _requires_grad(rows) or _requires_grad(buffer):
             return buffer.index_copy(axis, index, rows)  # a copy, which gradients go through
-        target, source = _as_copied(buffer, rows)
+        target, source = as_copied(buffer, rows)
         target.index_copy_(axis, index, source)
         return buffer
 
@@ -350,27 +370,3 @@ def _requires_grad(array: NativeArray) -> bool:
 
 def _cloned(arrays: NativeArrays) -> NativeArrays:
     return tuple([(a.detach() if a.requires_grad else a).clone() for a in arrays])
-
-
-def _all_finite(arrays: NativeArrays) -> bool:
-    """Return whether all numbers are finite; False also for some that are, but very large."""
-    first, last = arrays[0], arrays[-1]
-    kind = first.dtype
-    gradients = first.requires_grad or last.requires_grad
-    if kind == torch.float32 and first.shape == last.shape and not gradients:
-        # A product is finite only if all its factors are. NumPy takes half the time of torch.
-        return math.isfinite(np.vdot(first.numpy(), last.numpy()))
-    if not kind.is_floating_point or kind in _FLOAT8:  # torch has no arithmetic on the latter
-        return not kind.is_floating_point
-    return math.isfinite(sum([array.sum().item() for array in arrays]))
-
-
-def _is_finite(array: NativeArray) -> NativeArray:
-    return array - array == 0  # inf - inf is NaN; torch.isfinite launches twice as many kernels
-
-
-def _as_copied(buffer: NativeArray, rows: NativeArray) -> tuple[NativeArray, NativeArray]:
-    """Return views of both that index_copy_ takes: it knows no float8."""
-    if buffer.dtype in _FLOAT8:
-        return buffer.view(torch.uint8), rows.detach().view(torch.uint8)
-    return buffer, rows.detach()

@@ -64,3 +64,5 @@ HostArray: TypeAlias = npt.NDArray[Any]
 """A NumPy array of any dtype in :data:`~kvcache.backends.dtypes.HOST_DTYPES`."""
 TracedIndex: TypeAlias = int | list[int] | Array
 """A position as an argument of compiled programs: ints where these cause no recompilation."""
+RowIndex: TypeAlias = Any
+"""Positions of rows in a form that a backend makes (``row_index``) and that only it reads."""

@@ -24,10 +24,9 @@ from .arrays import Array, Arrays, DType, HostArray
 from .attention import AttentionHooks
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
-from .indexing import Axes, axes_of
 from .integers import as_index
+from .layers import LayerHooks
 from .programs import P, ProgramForms, R
-from .traced import TracedFunctions
 
 __all__ = ["Backend", "FastKey", "P", "R"]
 
@@ -35,15 +34,14 @@ FastKey: TypeAlias = tuple[type, tuple[int, ...], *tuple[Hashable, ...]]
 """Type, shape, and anything else that must match for two updates to be alike."""
 
 
-class Backend(AttentionHooks, ProgramForms, TracedFunctions):
+class Backend(AttentionHooks, ProgramForms, LayerHooks):
     """One array framework on one device.
 
     Public primitives check their arguments on the host and raise before anything is
     touched: JAX would clamp an out-of-range write onto older tokens, NumPy and torch would
     broadcast or cast. A subclass implements the hooks behind them (``write_slice``,
-    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments. Those for
-    several buffers (``write_slices``, ``write_row_sets``) write one by one unless overridden, and
-    those for pools (``write_finite_slices``, ``write_finite_row_sets``) call them.
+    ``write_rows``, ``read_rows``, ``read_slice``), which may assume good arguments. Those for all
+    buffers of a layer (:class:`LayerHooks`) call them one by one unless overridden.
 
     ``axis``, ``start`` and ``stop`` are host ints, ``axis`` not negative; an ``index`` is a
     host integer array. Instances are cheap and independent of each other.
@@ -245,64 +243,6 @@ class Backend(AttentionHooks, ProgramForms, TracedFunctions):
     @abstractmethod
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
         """Do :meth:`slice` without checks, for checked arguments."""
-
-    # All arrays of a layer at once, so that nothing can come between them: a layer whose keys are
-    # written and whose values are not is lost if the write overwrote something still needed.
-
-    def write_slices(
-        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
-    ) -> Arrays:
-        """Do :meth:`write_slice` for all `buffers`, ``updates[i]`` to ``buffers[i]``.
-
-        If it raises, no buffer is written or consumed. A framework whose writes can fail overrides
-        this default, which keeps that promise for the first buffer only.
-        """
-        return tuple(
-            self.write_slice(buffer, update, start, stop, own_axis)
-            for buffer, update, own_axis in zip(
-                buffers, updates, axes_of(buffers, axis), strict=True
-            )
-        )
-
-    def write_row_sets(self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes) -> Arrays:
-        """Do :meth:`write_rows` for all `buffers`, ``rows[i]`` to ``buffers[i]``.
-
-        If it raises, no buffer is written or consumed; see :meth:`write_slices`.
-        """
-        return tuple(
-            self.write_rows(buffer, own_rows, index, own_axis)
-            for buffer, own_rows, own_axis in zip(
-                buffers, rows, axes_of(buffers, axis), strict=True
-            )
-        )
-
-    # The same for pools, where sequences share buffers: NaN of one would reach the output of
-    # another.
-
-    def replace_nonfinite(self, arrays: Arrays, axis: Axes) -> Arrays:
-        """Return `arrays`, of one layer of a pool, with finite numbers only.
-
-        Where a key or a value is NaN or infinite, the key is 0 and the value the largest power of
-        two of the dtype: in pairs where both arrays have one shape, else for the whole token. Keys
-        alone become the root of that power.
-
-        arrays: keys and values, or keys alone. axis: that of the tokens.
-
-        Waits for no computation: where the framework computes asynchronously, this is one more.
-        """
-        return self.traced_replace_nonfinite(arrays, axis)
-
-    def write_finite_slices(
-        self, buffers: Arrays, updates: Arrays, start: int, stop: int, axis: Axes
-    ) -> Arrays:
-        """Do :meth:`write_slices` after :meth:`replace_nonfinite`."""
-        return self.write_slices(buffers, self.replace_nonfinite(updates, axis), start, stop, axis)
-
-    def write_finite_row_sets(
-        self, buffers: Arrays, rows: Arrays, index: HostArray, axis: Axes
-    ) -> Arrays:
-        """Do :meth:`write_row_sets` after :meth:`replace_nonfinite`."""
-        return self.write_row_sets(buffers, self.replace_nonfinite(rows, axis), index, axis)
 
     def owned(self, arrays: Arrays) -> Arrays:
         """Return `arrays` such that no holder of the given ones can change them; no autograd graph.

@@ -63,7 +63,7 @@ def forward_pass(cache):
 
 def reads(cache):
     """The plan by which attention reads the cells of the pass under way."""
-    return cache._reads
+    return forward_pass(cache).reads
 
 
 def poison(cache, cells, number):

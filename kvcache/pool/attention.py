@@ -14,6 +14,7 @@ from kvcache.errors import DTypeError, ShapeError
 from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.lengths import padded_index
 
+from .buffers import PoolBuffers
 from .checks import as_factors, check_dtype, check_query_sizes, check_sink_shape, refuse_gradients
 from .layouts import ArrayLayout, Arrays
 from .reads import Read, Reads, Segment
@@ -23,7 +24,32 @@ _OF_QUERIES = ("float32", "float16", "bfloat16")
 """Dtypes that queries may have over keys of float8, in which nobody computes them."""
 
 
-def check_queries(
+def as_scoring(
+    buffers: PoolBuffers,
+    layer: int,
+    q: Array,
+    tokens: int,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Array | None,
+) -> Scoring:
+    """Return the checked arguments of attention of `q` over a layer.
+
+    q: queries of the `tokens` of a pass, in the layout of the keys.
+
+    Raises: ShapeError, DTypeError, ValueError, TypeError; NotSupportedError for queries that ask
+        for gradients, KVCacheError for a layer that was never put.
+    """
+    backend, layouts = buffers.backend, buffers.layouts
+    _check_queries(backend, layouts, q, buffers.whole(layer), buffers.dtype, tokens)
+    q_heads, head_dim = layouts[0].sizes(q)
+    factors = as_factors(head_dim, scale, softcap)
+    if sinks is not None:
+        _check_sinks(backend, sinks, q_heads)
+    return Scoring(*factors, sinks)
+
+
+def _check_queries(
     backend: Backend,
     layouts: Sequence[ArrayLayout],
     q: Array,
@@ -33,8 +59,7 @@ def check_queries(
 ) -> None:
     """Raise DTypeError, ShapeError or NotSupportedError unless `q` can attend to a layer.
 
-    layouts, buffers: of the arrays of the layer; the queries have the layout of the keys. dtype: of
-    the cache. tokens: of the pass.
+    layouts, buffers: of the arrays of the layer. dtype: of the cache.
     """
     layout, keys = layouts[0], buffers[0]
     if dtype.startswith("float8") and backend.owns(q) and backend.dtype_name(q) in _OF_QUERIES:
@@ -53,25 +78,6 @@ def check_queries(
     check_query_sizes(layout.sizes(q), layout.sizes(keys), value_heads)
 
 
-def as_scoring(
-    backend: Backend,
-    layout: ArrayLayout,
-    q: Array,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Array | None,
-) -> Scoring:
-    """Return checked arguments of attention. q: checked queries, of this layout.
-
-    Raises: ValueError, TypeError, ShapeError, DTypeError.
-    """
-    q_heads, head_dim = layout.sizes(q)
-    factors = as_factors(head_dim, scale, softcap)
-    if sinks is not None:
-        _check_sinks(backend, sinks, q_heads)
-    return Scoring(*factors, sinks)
-
-
 def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
     if not backend.owns(sinks) or backend.dtype_name(sinks) not in _OF_QUERIES:
         refuse_several_devices(backend, sinks)
@@ -82,20 +88,13 @@ def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
     check_sink_shape(sinks.shape, q_heads)
 
 
-def attend(
-    backend: Backend,
-    layouts: Sequence[ArrayLayout],
-    buffers: Arrays,
-    q: Array,
-    reads: Reads,
-    scoring: Scoring,
-) -> Array:
+def attend(buffers: PoolBuffers, layer: int, q: Array, reads: Reads, scoring: Scoring) -> Array:
     """Return attention of checked queries over what a pass sees, in the layout of the keys.
 
-    buffers: keys and values of a layer, or keys alone, which then serve as values.
+    The keys of a layer without values serve as values.
     """
-    layout = layouts[0]
-    source = _Source(backend, layouts, buffers)
+    backend, layout = buffers.backend, buffers.layouts[0]
+    source = _Source(backend, buffers.layouts, buffers.whole(layer))
     rows = _permuted(backend, q, layout.axes, "htd")
     if reads.order is not None:
         rows = backend.read_rows(rows, reads.order, 1)

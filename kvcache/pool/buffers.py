@@ -51,8 +51,8 @@ class PoolBuffers:
         self.backend = backend
         self.layouts = tuple(layouts)
         self._token_axes = tuple(layout.token_axis for layout in self.layouts)
-        # By the number of arrays of a layer: one axis where all have the same, which writes faster.
-        self._write_axes = [
+        # By the number of arrays of a layer: one axis where all have the same, which is faster.
+        self._axes_by_count = [
             axes[0] if len(set(axes)) == 1 else axes
             for axes in (self._token_axes[:count] for count in range(len(self.layouts) + 1))
         ]
@@ -150,17 +150,19 @@ class PoolBuffers:
         with self.pending.lock:
             layers = self._settled()
             buffers = layers.get(layer) or self._alloc_like(arrays)
-            cells, first = forward_pass.cells, forward_pass.first_cell
-            axis = self._write_axes[len(arrays)]
+            axis, first = self._axes_by_count[len(arrays)], forward_pass.first_cell
             if not forward_pass.stores:
                 layers[layer] = buffers
             # Unpacked from map(): Python runs signal handlers when a call returns, before its
             # result is assigned, and the buffers may be consumed by then. None runs meanwhile.
             elif first is None:
+                index = forward_pass.row_index
+                if index is None:
+                    index = forward_pass.row_index = self.backend.row_index(forward_pass.cells)
                 write_rows = self.backend.write_finite_row_sets
-                [layers[layer]] = map(write_rows, (buffers,), (arrays,), (cells,), (axis,))
+                [layers[layer]] = map(write_rows, (buffers,), (arrays,), (index,), (axis,))
             else:
-                write, stop = self.backend.write_finite_slices, first + cells.size
+                write, stop = self.backend.write_finite_slices, first + forward_pass.cells.size
                 [layers[layer]] = map(write, (buffers,), (arrays,), (first,), (stop,), (axis,))
         self._checked[layer] = likeness  # at last: what fails here may not have allocated the layer
 
@@ -185,11 +187,9 @@ class PoolBuffers:
         buffers = self.whole(layer)
         start, stop = forward_pass.start, forward_pass.stop
         if start == 0 and stop == self.cells:
-            if self.backend.assignment_rebinds:
-                return tuple(buffer[...] for buffer in buffers)
-            return buffers
-        read = self.backend.read_slice
-        return tuple(map(read, buffers, repeat(start), repeat(stop), self._token_axes))
+            rebinds = self.backend.assignment_rebinds
+            return tuple(buffer[...] for buffer in buffers) if rebinds else buffers
+        return self.backend.read_slices(buffers, start, stop, self._axes_by_count[len(buffers)])
 
     # Removal from the middle.
 
@@ -238,7 +238,7 @@ class PoolBuffers:
     def _write_copies(self, cells: Int32s, copies: Mapping[int, Arrays]) -> None:
         """Write queued rows, of the first arrays of a layer or of all; in the passes' thread."""
         for layer, rows in copies.items():
-            held, axes = self._layers[layer], self._write_axes[len(rows)]
+            held, axes = self._layers[layer], self._axes_by_count[len(rows)]
             write, others = self.backend.write_row_sets, held[len(rows) :]
             self._layers[layer] = (*write(held[: len(rows)], rows, cells, axes), *others)
 
@@ -369,7 +369,7 @@ class PoolBuffers:
                 for layout, rows in ((layout, array.pad(index.size)) for layout, array in pairs)
             )
             buffers = self._layers.get(layer) or self._alloc_like(moved)
-            axes = self._write_axes[len(moved)]
+            axes = self._axes_by_count[len(moved)]
             # A new layer is stored only once it is written.
             self._layers[layer] = self.backend.write_row_sets(buffers, moved, index, axes)
 

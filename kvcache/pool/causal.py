@@ -28,7 +28,7 @@ from kvcache.storage.lengths import round_up
 from kvcache.storage.masks import device_mask
 
 from .ahead import TokensAhead, seen_ahead, tell_owners
-from .attention import as_scoring, attend, check_queries
+from .attention import as_scoring, attend
 from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
@@ -43,7 +43,7 @@ from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .planning import Planned, PlanningCache
 from .programs import plan_current, plan_steps
-from .reads import Reads, plan_reads
+from .reads import plan_reads
 
 
 class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
@@ -91,8 +91,6 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         self.page = as_page(page)
         self._config: CacheConfig | None = None
         self._cell_pool: CellPool | None = None
-        self._mask: Array | None = None
-        self._reads: Reads | None = None
         self._layer = 0
 
     # Before the first pass.
@@ -176,13 +174,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
     # Passes.
 
     def prepare_forward(self, batch: Batch, reserve: bool) -> Commit:
-        begin = self._pool.prepare(batch, reserve, self)
-
-        def commit() -> None:
-            self._mask = self._reads = None  # made once for all layers of the pass
-            begin()
-
-        return commit
+        return self._pool.prepare(batch, reserve, self)
 
     def revert_forward(self) -> None:
         self._pool.revert()
@@ -197,7 +189,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         forward_pass = self._pool.current_pass()
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
-            forward_pass.ahead, self._mask, self._reads = ahead, None, None
+            forward_pass.ahead, forward_pass.device_mask, forward_pass.reads = ahead, None, None
             with self.lock:
                 tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
 
@@ -211,8 +203,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
     ) -> None:
         if frames is not None:
             raise NotSupportedError("frames are of encoder output; this cache stores tokens.")
-        pool = self._pool
-        arrays = (keys,) if values is None else (keys, values)
+        pool, arrays = self._pool, (keys,) if values is None else (keys, values)
         forward_pass = pool.current_pass()
         if forward_pass.detached and forward_pass.complete:
             raise KVCacheError(
@@ -226,11 +217,13 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         pool = self._pool
         forward_pass = pool.current_pass()
         arrays = pool.buffers.get(self._layer, forward_pass)
-        if self._mask is None:
+        mask = forward_pass.device_mask
+        if mask is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
                 visible = forward_pass.mask()
-            self._mask = device_mask(pool.buffers.backend, pool.config.mask_dtype, visible)
-        return arrays[0], arrays[1] if len(arrays) > 1 else None, self._mask
+            mask = device_mask(pool.buffers.backend, pool.config.mask_dtype, visible)
+            forward_pass.device_mask = mask
+        return arrays[0], arrays[1] if len(arrays) > 1 else None, mask
 
     def attend(
         self,
@@ -241,16 +234,15 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         sinks: Array | None = None,
     ) -> Array:
         pool = self._pool
-        forward_pass, backend = pool.current_pass(), pool.buffers.backend
+        forward_pass = pool.current_pass()
         if self._layer not in forward_pass.put_layers:
             raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
-        buffers, layouts = pool.buffers.whole(self._layer), pool.buffers.layouts
-        check_queries(backend, layouts, q, buffers, pool.buffers.dtype, forward_pass.cells.size)
-        scoring = as_scoring(backend, layouts[0], q, scale, softcap, sinks)
-        if self._reads is None:
+        buffers, tokens = pool.buffers, forward_pass.cells.size
+        scoring = as_scoring(buffers, self._layer, q, tokens, scale, softcap, sinks)
+        if forward_pass.reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
-                self._reads = plan_reads(forward_pass, backend.read_costs)
-        return attend(backend, layouts, buffers, q, self._reads, scoring)
+                forward_pass.reads = plan_reads(forward_pass, buffers.backend.read_costs)
+        return attend(buffers, self._layer, q, forward_pass.reads, scoring)
 
     # Programs.
 
@@ -377,7 +369,6 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
     def to_backend(self, backend: str | Backend) -> Self:
         target, clone = get_backend(backend), self._shallow_copy()
-        clone._mask = clone._reads = None
         with self.lock:  # other threads may change sequences meanwhile
             if self._cell_pool is not None:
                 clone._cell_pool = clone._copy_of(self._cell_pool, target)
@@ -403,7 +394,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
         def commit() -> None:
             spill()
-            self._cell_pool = self._mask = self._reads = None
+            self._cell_pool = None
             pool.buffers.free()
 
         return commit

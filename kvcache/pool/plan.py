@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import repeat
 from types import MappingProxyType
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.backends import Array
-from kvcache.backends.arrays import TracedIndex
+from kvcache.backends.arrays import RowIndex, TracedIndex
 from kvcache.backends.blocks import BlockReads
 from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
 from .changes import Dropped, DroppedCell
 from .placement import Moved
+
+if TYPE_CHECKING:
+    from .reads import Reads
 
 A = TypeVar("A")
 
@@ -114,6 +118,12 @@ class Pass:
     block_table: BlockTable[Int32s] | None = None
     """Asked for in this pass, as NumPy arrays; and on the device."""
     device_table: BlockTable[Array] | None = None
+    device_mask: Array | None = None
+    """Asked for in this pass: :meth:`mask`, on the device."""
+    reads: Reads | None = None
+    """Asked for in this pass: the cells that attention reads."""
+    row_index: RowIndex | None = None
+    """Once a layer was put, if cells are not consecutive: `cells` as the backend writes rows."""
     moved: Moved | None = None
     """Tokens of earlier passes that were moved for this one; None also once they are back."""
 
@@ -153,11 +163,12 @@ class Pass:
             return int(cells[0])
         return int(cells[0]) if (np.diff(cells) == 1).all() else None
 
-    def visible(self) -> Iterator[Int32s]:
-        """Yield the cells visible to each token, by the current state of the table."""
-        lows = self.visibility.lowest(self.positions).tolist()
-        tokens = zip(self.sequences.tolist(), self.positions.tolist(), lows, strict=True)
-        for token, (sequence, position, low) in enumerate(tokens):
+    def visible(self, tokens: Sequence[int]) -> Iterator[Int32s]:
+        """Yield the cells visible to each of `tokens`, by the current state of the table."""
+        sequences, positions = self.sequences[tokens], self.positions[tokens]
+        lows = self.visibility.lowest(positions).tolist()
+        rows = zip(tokens, sequences.tolist(), positions.tolist(), lows, strict=True)
+        for token, sequence, position, low in rows:
             start, stop = self.ahead.get(token, (low, position + 1))
             yield self._between(sequence, min(low, start), stop)
 
@@ -190,11 +201,34 @@ class Pass:
     def mask(self) -> Bools:
         """Return the mask, bool ``[tokens, stop - start]``, True = attend."""
         mask = np.zeros((self.cells.size, self.stop - self.start), np.bool_)
-        if self.stores:  # a reserve pass has no cells of its own in the table
-            for row, cells in zip(mask, self.visible(), strict=True):
-                if self.table.is_run(cells):  # as usual: a slice is filled far faster
-                    first = cells.item(0) - self.start
-                    row[first : first + cells.size] = True
-                else:
-                    row[cells - self.start] = True
+        if not self.stores:  # a reserve pass has no cells of its own in the table
+            return mask
+        rest = []
+        for token, (first, last) in enumerate(self._ranges_seen()):
+            if first < last:
+                mask[token, first - self.start : last - self.start] = True
+            else:
+                rest.append(token)
+        for token, cells in zip(rest, self.visible(rest), strict=True):
+            if self.table.is_run(cells):  # a slice is filled far faster
+                first = cells.item(0) - self.start
+                mask[token, first : first + cells.size] = True
+            else:
+                mask[token, cells - self.start] = True
         return mask
+
+    def _ranges_seen(self) -> Iterator[tuple[int, int]]:
+        """Return by token the cells that it sees, ``[first, last)``, where that is simple.
+
+        Simple, and so most of a decode pass: a token sees all of its sequence, whose cells have no
+        others between them. Else the range is empty.
+        """
+        table, ids = self.table, self.sequences
+        if self.detached or self.ahead:
+            return repeat((0, 0), ids.size)
+        begins, ends, low, stop = table.first[ids], table.last[ids], table.low[ids], table.high[ids]
+        stop = stop + 1
+        oldest, latest = table.positions[table.rows[ids, [begins, ends - 1]]]
+        whole = (self.visibility.lowest(self.positions) <= oldest) & (self.positions >= latest)
+        whole &= stop - low == ends - begins
+        return zip((low * whole).tolist(), (stop * whole).tolist(), strict=True)

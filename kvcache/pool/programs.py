@@ -114,7 +114,9 @@ def _steps_with_mask(pool: CellPool, batch: Batch, begun: Iterator[Pass]) -> For
     for forward_pass in begun:
         passes.append(forward_pass)
         # Later steps change the table, so the cells visible to this one are recorded now.
-        seen.append([cells.copy() for cells in forward_pass.visible()])
+        seen.append(
+            [cells.copy() for cells in forward_pass.visible(range(forward_pass.cells.size))]
+        )
     # One range, because the plans are stacked: a program has one shape for all steps.
     start, stop = pool.range_of(passes)
     visible = np.zeros((len(passes), len(batch), stop - start), np.bool_)

@@ -27,10 +27,9 @@ from .policies import EvictionPolicy, make_policy, policy_name
 from .quotas import QuotaOf, as_quotas
 from .radix import Tokens
 from .render import render
-from .requests import Requests
+from .requests import Requests, sequences_of
 from .residency import Residency
 from .retention import Retain, as_retained
-from .sequences import sequences_of
 from .session import Request, Session
 from .stats import PrefixStats
 from .store_link import StoreLink, open_named

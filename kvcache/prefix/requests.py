@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvcache._interrupts import uninterrupted
+from kvcache.layers.base import LayerCache
+from kvcache.pool.base import Cache
 
 from .arguments import Clock
 from .explain import note
 from .kept import KeptSpans
 from .known import KnownTokens
+from .layer_sequences import LayerSequences
+from .pool_sequences import PoolSequences
 from .retention import RetainedRange, cuts_of
 from .sequences import SequenceHandle, SequenceSource
 from .session import Request
@@ -218,3 +222,15 @@ class Requests:
         finally:
             if not request.detached:
                 request.handle.release()
+
+
+def sequences_of(
+    cache: Cache | Sequence[LayerCache], sequences: Iterable[int] | None
+) -> SequenceSource:
+    """Return the sequences for sessions over a cache. sequences: of a pool, None for all.
+
+    Raises: as :class:`PoolSequences` and :class:`LayerSequences`.
+    """
+    if isinstance(cache, Cache):
+        return PoolSequences(cache, sequences)
+    return LayerSequences(cache)

@@ -9,8 +9,8 @@ With pytest::
 
 Without: ``kvcache conformance --backend mine``. Both run every check of
 :mod:`~kvcache.testing.backend_checks`, :mod:`~kvcache.testing.attention_checks`,
-:mod:`~kvcache.testing.cache_checks`,
-:mod:`~kvcache.testing.batch_checks`, :mod:`~kvcache.testing.state_checks` and
+:mod:`~kvcache.testing.cache_checks`, :mod:`~kvcache.testing.batch_checks`,
+:mod:`~kvcache.testing.state_checks`, :mod:`~kvcache.testing.pool_layer_checks` and
 :mod:`~kvcache.testing.pool_state_checks`, each for every dtype that the backend declares. The
 docstring of a check is the rule that the backend must keep.
 

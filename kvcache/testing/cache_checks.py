@@ -103,7 +103,8 @@ def _stored(backend: Backend, pair: Arrays, cells: list[int]) -> list[HostArray]
     if cells == [0, 1, 2, 3]:
         buffers = backend.write_finite_slices(buffers, pair, 0, 4, (1, 1))
     else:
-        buffers = backend.write_finite_row_sets(buffers, pair, np.array(cells, np.int32), (1, 1))
+        index = backend.row_index(np.array(cells, np.int32))
+        buffers = backend.write_finite_row_sets(buffers, pair, index, (1, 1))
     return [backend.to_host(buffer) for buffer in buffers]
 
 

@@ -12,6 +12,7 @@ from kvcache.testing import (  # noqa: F401 - importing them adds their checks, 
     backend_checks,
     batch_checks,
     cache_checks,
+    pool_layer_checks,
     pool_state_checks,
     state_checks,
 )

@@ -304,6 +304,25 @@ class WritesAllRowsAsARun(Faulty):
         return self.write_slices(buffers, rows, first, first + index.size, axis)
 
 
+class ReadsTheKeysOnly(Faulty):
+    finds = "read_slices_reads_all"
+
+    def read_slices(self, buffers, start, stop, axis):
+        keys, *others = super().read_slices(buffers, start, stop, axis)
+        return keys, *[keys for _ in others]
+
+
+class WritesEveryLayerAsTheFirst(Faulty):
+    finds = "pools_write_scattered_cells"
+
+    def row_index(self, index):
+        return [index, None]
+
+    def write_finite_row_sets(self, buffers, rows, index, axis):
+        index[1] = index[1] or axis  # kept with the index, though it is not the same for all layers
+        return self.write_row_sets(buffers, self.replace_nonfinite(rows, axis), index[0], index[1])
+
+
 class PoolsKeepNan(Faulty):
     finds = "pools_store_finite_numbers"
     write_finite_slices = NumpyBackend.write_slices

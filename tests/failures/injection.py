@@ -12,6 +12,7 @@ from pathlib import Path
 
 import kvcache
 from kvcache import Backend
+from kvcache.backends.layers import LayerHooks
 
 # Checks and look-ups, and primitives that do no more than check and call a hook. Whatever else a
 # backend offers counts as a hook, so that a new one is covered without an entry here.
@@ -21,7 +22,7 @@ NOT_HOOKS = {
 }
 HOOKS = sorted(
     name
-    for name, member in vars(Backend).items()
+    for name, member in (vars(LayerHooks) | vars(Backend)).items()
     if inspect.isfunction(member) and not name.startswith("_") and name not in NOT_HOOKS
 )
 PACKAGE = tuple(

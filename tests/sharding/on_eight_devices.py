@@ -417,6 +417,21 @@ def test_pools_keep_the_sharding(backend, layouts):
         put(other, backend, [6], layouts)
 
 
+def test_attention_over_divided_keys(backend):
+    """As over the same keys on one device, whether cells follow each other or not."""
+    alone, rng = get_backend("jax"), np.random.default_rng(0)
+    caches = [(own, pool(own)) for own in (backend, alone)]
+    passes = ([0, 1, 2], [0] * 3), ([0, 1], [1] * 2), ([3, 2, 4], [0, 1, 0])
+    for positions, sequences in passes:
+        keys, values, queries = rng.normal(size=(3, HEADS, len(positions), DIM)).astype(np.float32)
+        outputs = []
+        for own, cache in caches:
+            cache.start_forward(Batch(positions, sequences))
+            cache.put(placed(own, keys, axes="htd"), placed(own, values, axes="htd"))
+            outputs.append(own.to_host(cache.attend(placed(own, queries, axes="htd"))))
+        np.testing.assert_allclose(*outputs, rtol=1e-5)
+
+
 def test_a_removal_from_the_middle_shifts_sharded_keys(backend):
     def shift(layer, keys, offsets):
         assert keys.sharding.is_equivalent_to(backend.sharding_of(keys.shape, "htd"), 3)
