@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvcache.backends import Array, Backend
 
@@ -12,11 +12,14 @@ from .decoder import Decoder
 
 __all__ = ["generate", "likeliest", "relay"]
 
+AnyCache: TypeAlias = Any
+"""A per-layer cache of a kind that the model takes."""
+
 
 def generate(
     model: Decoder,
     prompt_ids: Sequence[int],
-    caches: Sequence[Any] | None = None,
+    caches: Sequence[AnyCache] | None = None,
     max_tokens: int = 64,
     *,
     eos_id: int | None = None,
@@ -45,7 +48,7 @@ def generate(
 def relay(
     models: Sequence[Decoder],
     prompt_ids: Sequence[int],
-    caches: MutableSequence[Any],
+    caches: MutableSequence[AnyCache],
     max_tokens: int = 64,
     *,
     every: int = 4,
@@ -92,7 +95,7 @@ def _until(tokens: Iterator[int], count: int, eos_id: int | None) -> Iterator[in
 
 
 def _tokens(
-    model: Decoder, ids: list[int], caches: Sequence[Any] | None, chunk: int | None
+    model: Decoder, ids: list[int], caches: Sequence[AnyCache] | None, chunk: int | None
 ) -> Iterator[int]:
     """Yield greedy tokens after `ids` without end."""
     while True:
@@ -101,7 +104,7 @@ def _tokens(
         ids = [*ids, token] if caches is None else [token]
 
 
-def _next(model: Decoder, ids: list[int], caches: Sequence[Any] | None, step: int) -> int:
+def _next(model: Decoder, ids: list[int], caches: Sequence[AnyCache] | None, step: int) -> int:
     """Feed `ids` in pieces of `step` tokens; return the token after them."""
     for start in range(0, len(ids), step):
         logits = model([ids[start : start + step]], caches)

@@ -90,7 +90,8 @@ _LAYOUT = schema.list_of(
     )
 )
 
-Layout: TypeAlias = list[dict[str, Any]]
+Described: TypeAlias = dict[str, Any]
+Layout: TypeAlias = list[Described]
 """JSON that :data:`_LAYOUT` has checked."""
 
 
@@ -266,7 +267,7 @@ def _planned(layout: Layout, counts: Sequence[int]) -> Iterator[_Planned]:
                     yield _planned_array(part, layer, array, tokens)
 
 
-def _planned_array(part: int, layer: int, array: dict[str, Any], tokens: int) -> _Planned:
+def _planned_array(part: int, layer: int, array: Described, tokens: int) -> _Planned:
     sizes, axis = list(array["sizes"]), array["axis"]
     axes = len(sizes) + (axis is not None)
     if axes > _MAX_AXES or (axis is not None and not -axes <= axis < axes):
@@ -330,7 +331,7 @@ def _decoded(body: memoryview, layout_nbytes: int, label: Label, expected: bytes
     return Page(label.start, label.stop, tuple(parts))
 
 
-def _record(described: dict[str, Any], positions: Int32s, layers: LayerRows) -> Record:
+def _record(described: Described, positions: Int32s, layers: LayerRows) -> Record:
     dtype = described["dtype"]
     return Record(
         described["kind"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from mlx.nn.layers.base import Module
 from mlx_lm.models import cache as library
@@ -12,9 +12,13 @@ from mlx_lm.models.cache import make_prompt_cache as library_prompt_cache
 from kvcache import KVCache, LayerCaches, NotSupportedError, RotatingKVCache, StateCache
 
 from .entries import AttentionEntry
-from .lists import EntryList
+from .lists import Entry, EntryList
 from .states import RecurrentEntry
 
+PromptCache: TypeAlias = list[Entry]
+"""A prompt cache of a model: an entry for each layer."""
+LibraryCache: TypeAlias = Any
+"""An entry of the library's own, whose classes have no types."""
 DRAFTS = 16
 """Tokens that speculative decoding may draft unless more are asked for."""
 
@@ -25,7 +29,7 @@ for _kind in (AttentionEntry, RecurrentEntry, EntryList):
 
 def make_prompt_cache(
     model: Module, max_kv_size: int | None = None, keep: int = 0, *, drafts: int = DRAFTS
-) -> list[Any]:
+) -> PromptCache:
     """Return a prompt cache for `model`, as mlx-lm's function of this name does.
 
     Its entries keep the protocol of mlx-lm's own, so that models and generators take it.
@@ -55,7 +59,7 @@ def layer_caches(
     )
 
 
-def prompt_cache(model: Module, caches: LayerCaches[Any]) -> list[Any]:
+def prompt_cache(model: Module, caches: LayerCaches[Any]) -> PromptCache:
     """Return a prompt cache for `model` of `caches`, as :func:`layer_caches` made them.
 
     caches: taken over, not copied; with tokens or without, from a file or a copy for instance.
@@ -74,7 +78,7 @@ def prompt_cache(model: Module, caches: LayerCaches[Any]) -> list[Any]:
     return [_entry_for(own, remaining) for own in templates]
 
 
-def caches_of(prompt_cache: Iterable[Any]) -> LayerCaches[Any]:
+def caches_of(prompt_cache: Iterable[Entry]) -> LayerCaches[Any]:
     """Return the caches in a prompt cache, in the order of the layers.
 
     They are those of the prompt cache, not copies, until a batch is joined or ends its prompts.
@@ -82,23 +86,23 @@ def caches_of(prompt_cache: Iterable[Any]) -> LayerCaches[Any]:
     return LayerCaches(entry.cache for entry in _flat_entries(prompt_cache))
 
 
-def _flat_entries(prompt_cache: Iterable[Any]) -> Iterator[Any]:
+def _flat_entries(prompt_cache: Iterable[Entry]) -> Iterator[Entry]:
     for entry in prompt_cache:
         yield from entry.entries if isinstance(entry, EntryList) else [entry]
 
 
-def _templates(model: Module) -> list[Any]:
+def _templates(model: Module) -> list[LibraryCache]:
     """Return the library's own caches for `model`, also where a program put ours in their place."""
-    templates: list[Any] = library_prompt_cache(model)
+    templates: list[LibraryCache] = library_prompt_cache(model)
     return templates
 
 
-def _flat(templates: Iterable[Any]) -> Iterator[Any]:
+def _flat(templates: Iterable[LibraryCache]) -> Iterator[LibraryCache]:
     for own in templates:
         yield from _flat(own.caches) if type(own) is library.CacheList else [own]
 
 
-def _kind_for(own: Any) -> type[KVCache | StateCache]:
+def _kind_for(own: LibraryCache) -> type[KVCache | StateCache]:
     """Return the kind of cache for a layer, rotating ones being of the kind of full ones."""
     if type(own) is library.ArraysCache:
         return StateCache
@@ -114,7 +118,9 @@ def _names(kinds: Iterable[type]) -> str:
     return ", ".join(kind.__name__ for kind in kinds)
 
 
-def _cache_for(own: Any, max_kv_size: int | None, keep: int, drafts: int) -> KVCache | StateCache:
+def _cache_for(
+    own: LibraryCache, max_kv_size: int | None, keep: int, drafts: int
+) -> KVCache | StateCache:
     if _kind_for(own) is StateCache:
         return StateCache("mlx")
     window, sinks = getattr(own, "max_size", None), getattr(own, "keep", 0)
@@ -125,7 +131,7 @@ def _cache_for(own: Any, max_kv_size: int | None, keep: int, drafts: int) -> KVC
     return RotatingKVCache(window, sinks, "mlx", slack=drafts)
 
 
-def _entry_for(own: Any, caches: Iterator[Any]) -> Any:
+def _entry_for(own: LibraryCache, caches: Iterator[Entry]) -> Entry:
     if type(own) is library.CacheList:
         return EntryList(*(_entry_for(part, caches) for part in own.caches))
     if _kind_for(own) is StateCache:

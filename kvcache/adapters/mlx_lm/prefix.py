@@ -21,14 +21,16 @@ from mlx_lm.generate import (
 )
 
 from kvcache import LayerCaches, PrefixCache
+from kvcache.backends import HostArray
 from kvcache.prefix import EvictionPolicy, Session
 from kvcache.prefix.leaving import end_after
 from kvcache.stores import Deadline, Store
 from kvcache.stores.sealing import Seal
 
-from .making import caches_of, layer_caches, prompt_cache
+from .lists import Entry
+from .making import PromptCache, caches_of, layer_caches, prompt_cache
 
-Prompt: TypeAlias = Sequence[int] | mx.array | np.ndarray[Any, Any]
+Prompt: TypeAlias = Sequence[int] | mx.array | HostArray
 _STEP = 2048
 """Tokens of a prompt computed in one go, as by mlx-lm."""
 
@@ -224,7 +226,7 @@ class PromptSession:
         self._keep_on_error = keep_on_error
         self._caches = session.caches
         self._parts = prompt_caches(prefix.models, self._caches)
-        self.cache: list[Any] = [entry for part in self._parts for entry in part]
+        self.cache: PromptCache = [entry for part in self._parts for entry in part]
         self._named: list[int] = []
         # Not up to the last of them: mlx-lm itself ends a pass one token before the end.
         self._run_to(self._cuts(len(self.remaining) - 1))
@@ -278,7 +280,7 @@ class PromptSession:
         last = len(self._tokens) - 1
         self._run_to([*self._cuts(len(self.remaining)), last])
 
-    def finish(self, tokens: Sequence[int], prompt_cache: Iterable[Any]) -> None:
+    def finish(self, tokens: Sequence[int], prompt_cache: Iterable[Entry]) -> None:
         """End the session, and store what a batch computed for its request.
 
         tokens: all that `prompt_cache` holds, those of the prompt first. The generators of mlx-lm
@@ -331,7 +333,7 @@ class PromptSession:
                         mx.eval([entry.state for entry in entries])
 
 
-def prompt_caches(models: Sequence[Module], caches: LayerCaches[Any]) -> list[list[Any]]:
+def prompt_caches(models: Sequence[Module], caches: LayerCaches[Any]) -> list[PromptCache]:
     """Return a prompt cache for each model, of `caches` for the layers of all of them."""
     parts, start = [], 0
     for model in models:

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Protocol, TypeAlias
 
+from mlx.nn.layers.base import Module
 from mlx_lm import server
 
 from kvcache import NotSupportedError, PrefixCache
 from kvcache._checks import as_budget
 from kvcache.prefix import EvictionPolicy
 
-from .making import caches_of
+from .making import PromptCache, caches_of
 from .prefix import prefix_cache, prompt_caches
 
 ModelKey: TypeAlias = tuple[str | None, ...]
@@ -108,7 +109,7 @@ class ServerPrefixCache:
 
     def fetch_nearest_cache(
         self, model: ModelKey, tokens: list[int]
-    ) -> tuple[list[Any], list[int]]:
+    ) -> tuple[PromptCache, list[int]]:
         """Return a prompt cache with the beginning of `tokens`, and the other tokens.
 
         At least one token is left. Where nothing is stored the prompt cache is empty.
@@ -123,7 +124,7 @@ class ServerPrefixCache:
         self,
         model: ModelKey,
         tokens: list[int],
-        prompt_cache: list[Any],
+        prompt_cache: PromptCache,
         *,
         cache_type: str = "assistant",
     ) -> None:
@@ -165,7 +166,7 @@ class ServerPrefixCache:
         return hit.stored if hit.matched < min(hit.stored, len(ids) - 1) else 0
 
     @property
-    def _models(self) -> list[Any]:
+    def _models(self) -> list[Module]:
         models = [self._provider.model, self._provider.draft_model]
         return [model for model in models if model is not None]
 

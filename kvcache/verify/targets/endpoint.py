@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,7 +18,9 @@ from kvcache.verify.target import Ability, Chunks, Conversation, Target, Trial
 
 _COLUMNS = 4096
 _TIMEOUT = 120.0
-Body = Mapping[str, Any]
+Json: TypeAlias = Any
+"""A value of an answer, as another program made it."""
+Body: TypeAlias = Mapping[str, Json]
 
 
 class EndpointError(KVCacheError, OSError):
@@ -99,7 +101,7 @@ class EndpointTarget(Target):
         """Ask a server; see :meth:`ask_warm`. Raises: EndpointError."""
         body = {"prompt": self.render(ids), "max_tokens": 1, "temperature": 0}
         body |= {**self._options, **options}
-        answer: Any = None
+        answer: Json = None
         # Servers ask for logprobs in two ways. The one that was understood last comes first.
         for whole_number in (self._whole_numbers, not self._whole_numbers):
             asked = {"logprobs": self.top}
@@ -122,7 +124,7 @@ class EndpointTarget(Target):
         finally:
             connection.close()
 
-    def _row(self, answer: Any) -> HostArray:
+    def _row(self, answer: Json) -> HostArray:
         row = np.full((1, _COLUMNS), np.nan)
         try:
             pairs = _logprobs(answer["choices"][0]["logprobs"])
@@ -137,7 +139,7 @@ class EndpointTarget(Target):
                 row[0, column] = logprob
         return row
 
-    def _post(self, url: str, body: Body) -> tuple[int, Any]:
+    def _post(self, url: str, body: Body) -> tuple[int, Json]:
         connection = self._connect(url)
         try:
             response = self._send(connection, url, body)
@@ -162,7 +164,7 @@ class EndpointTarget(Target):
         return kind(parts.hostname or "", parts.port, timeout=_TIMEOUT)
 
 
-def filled(options: Body, **numbers: int) -> dict[str, Any]:
+def filled(options: Body, **numbers: int) -> dict[str, Json]:
     """Return `options` with numbers in place of ``{name}`` in their texts."""
     made = dict(options)
     for name, value in options.items():
@@ -172,7 +174,7 @@ def filled(options: Body, **numbers: int) -> dict[str, Any]:
     return made
 
 
-def _logprobs(given: Any) -> list[tuple[object, float]]:
+def _logprobs(given: Json) -> list[tuple[object, float]]:
     """Return tokens and logprobs of the first token of an answer, in either form."""
     if "content" in given:
         first = given["content"][0]
@@ -183,7 +185,7 @@ def _logprobs(given: Any) -> list[tuple[object, float]]:
     return [(token, float(logprob)) for token, logprob in pairs.items()]
 
 
-def _cached(answer: Any) -> int:
+def _cached(answer: Json) -> int:
     usage = answer.get("usage") or {}
     return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 

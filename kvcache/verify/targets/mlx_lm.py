@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 from mlx_lm.models.cache import make_prompt_cache as library_prompt_cache
 
 from kvcache.adapters.mlx_lm import PromptSession, caches_of, make_prompt_cache, prefix_cache
+from kvcache.adapters.mlx_lm.making import PromptCache
 from kvcache.backends import HostArray
 from kvcache.prefix import PrefixCache
 from kvcache.stores import NEVER, MemoryStore
@@ -22,6 +23,10 @@ from kvcache.verify.target import Ability, Conversation, Target, Trial
 from .kept import KeptConversation, KeptTrial, OwnCacheConversation
 from .tiers import MakeStore, TieredTrial
 
+Layer: TypeAlias = Any
+"""A block of a model, whose calls have no types."""
+Output: TypeAlias = Any
+"""Returned by a block: its hidden states, or a tuple that begins with them."""
 _MOST_TOKENS = 40
 
 
@@ -41,7 +46,7 @@ class MlxLmTarget(Target):
     def __init__(
         self,
         model: Module,
-        cache: str | Callable[[Module, int | None], list[Any]] = "library",
+        cache: str | Callable[[Module, int | None], PromptCache] = "library",
         *,
         max_kv_size: int | None = None,
         checked: bool = True,
@@ -75,7 +80,7 @@ class MlxLmTarget(Target):
     def cold_trial(self) -> Trial:
         return _SessionTrial(self, None) if self.kind == "ours-prefix" else self.trial()
 
-    def new_cache(self) -> list[Any]:
+    def new_cache(self) -> PromptCache:
         """Return an empty prompt cache."""
         return self.make(self.model, self.max_kv_size)
 
@@ -85,12 +90,12 @@ class MlxLmTarget(Target):
         cache = self.new_cache()
         return np.concatenate([self.forward(cache, [token]) for token in ids])
 
-    def forward(self, cache: list[Any] | None, ids: Sequence[int]) -> HostArray:
+    def forward(self, cache: PromptCache | None, ids: Sequence[int]) -> HostArray:
         """Compute `ids` over a prompt cache; return logits behind each."""
         logits: HostArray = self.forward_rows(cache, [ids])[0]
         return logits
 
-    def forward_rows(self, cache: list[Any] | None, rows: Sequence[Sequence[int]]) -> HostArray:
+    def forward_rows(self, cache: PromptCache | None, rows: Sequence[Sequence[int]]) -> HostArray:
         """Compute a batch of equally many tokens in each row: logits [rows, tokens, vocab]."""
         logits = self.model(mx.array([list(ids) for ids in rows]), cache=cache)
         mx.eval(logits, [entry.state for entry in cache or () if not entry.empty()])
@@ -99,9 +104,9 @@ class MlxLmTarget(Target):
     @contextmanager
     def layers(self) -> Iterator[list[HostArray]]:
         recorded: list[HostArray] = []
-        blocks: list[Any] = list(self.model.layers)
+        blocks: list[Layer] = list(self.model.layers)
 
-        def record(layer: Any, output: Any) -> None:
+        def record(layer: Layer, output: Output) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if any(layer is block for block in blocks):
                 recorded.append(np.array(hidden[0].astype(mx.float32)))
@@ -112,10 +117,10 @@ class MlxLmTarget(Target):
     @contextmanager
     def interrupted(self, layer: int) -> Iterator[None]:
         """Interrupt the pass in the block in front of a layer."""
-        blocks: list[Any] = list(self.model.layers)
+        blocks: list[Layer] = list(self.model.layers)
         last = blocks[min(layer + 1, len(blocks) - 1)]
 
-        def interrupt(block: Any) -> None:
+        def interrupt(block: Layer) -> None:
             if block is last:
                 raise InterruptedError
 
@@ -128,16 +133,16 @@ class MlxLmTarget(Target):
 
 @contextmanager
 def _calls_watched(
-    blocks: Sequence[Any],
-    before: Callable[[Any], None],
-    after: Callable[[Any, Any], None],
+    blocks: Sequence[Layer],
+    before: Callable[[Layer], None],
+    after: Callable[[Layer, Output], None],
 ) -> Iterator[None]:
     """Have `before` and `after` called around each call of a block."""
     classes = {type(block) for block in blocks}
     originals = {kind: kind.__call__ for kind in classes}
 
-    def watched(kind: type) -> Callable[..., Any]:
-        def call(block: Any, *args: Any, **options: Any) -> Any:
+    def watched(kind: type) -> Callable[..., Output]:
+        def call(block: Layer, *args: object, **options: object) -> Output:
             before(block)
             output = originals[kind](block, *args, **options)
             after(block, output)
@@ -155,16 +160,16 @@ def _calls_watched(
             kind.__call__ = original
 
 
-def _own(model: Module, max_kv_size: int | None) -> list[Any]:
+def _own(model: Module, max_kv_size: int | None) -> PromptCache:
     return make_prompt_cache(model, max_kv_size)
 
 
-def _library(model: Module, max_kv_size: int | None) -> list[Any]:
-    cache: list[Any] = library_prompt_cache(model, max_kv_size)
+def _library(model: Module, max_kv_size: int | None) -> PromptCache:
+    cache: PromptCache = library_prompt_cache(model, max_kv_size)
     return cache
 
 
-CACHES: dict[str, Callable[[Module, int | None], list[Any]]] = {
+CACHES: dict[str, Callable[[Module, int | None], PromptCache]] = {
     "library": _library,
     "library-lru": _library,
     "ours": _own,
@@ -183,7 +188,7 @@ _TIERS = {"library-lru": ("host",), "ours-prefix": ("host", "store")}
 class _CacheConversation(OwnCacheConversation):
     """One prompt cache."""
 
-    def __init__(self, target: MlxLmTarget, cache: list[Any], ids: Sequence[int]) -> None:
+    def __init__(self, target: MlxLmTarget, cache: PromptCache, ids: Sequence[int]) -> None:
         super().__init__(ids)
         self.target, self.cache = target, cache
         self._drafts = False
@@ -275,7 +280,7 @@ class _CacheTrial(KeptTrial["_Kept"]):
 class _Kept(_CacheConversation, KeptConversation):
     trial: _CacheTrial
 
-    def __init__(self, trial: _CacheTrial, cache: list[Any], ids: Sequence[int] = ()) -> None:
+    def __init__(self, trial: _CacheTrial, cache: PromptCache, ids: Sequence[int] = ()) -> None:
         super().__init__(trial.target, cache, ids)
         self.trial = trial
 
@@ -305,7 +310,9 @@ class _LruTrial(Trial):
 
 
 class _LruConversation(_CacheConversation):
-    def __init__(self, trial: _LruTrial, cache: list[Any], ids: Sequence[int], tenant: int) -> None:
+    def __init__(
+        self, trial: _LruTrial, cache: PromptCache, ids: Sequence[int], tenant: int
+    ) -> None:
         super().__init__(trial.target, cache, ids)
         self._trial, self._tenant = trial, tenant
 
