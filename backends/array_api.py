@@ -113,6 +113,9 @@ class ArrayApiBackend(Backend):
     def concat(self, arrays: Sequence[NativeArray], axis: int) -> NativeArray:
         return self.xp.concat(list(arrays), axis=axis)
 
+    def owned(self, arrays: NativeArrays) -> NativeArrays:
+        return tuple([self.xp.asarray(array, copy=True) for array in arrays])
+
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         # A copy first, because asarray may share the memory of the caller's array.
         return self.xp.asarray(self._host(array, dtype).copy())

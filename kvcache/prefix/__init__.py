@@ -8,7 +8,9 @@
 ``asked``       arguments of a session
 ``waiting``     sessions that wait for others
 ``leaving``     sessions left by an exception
-``sequences``   sequences for sessions, in a pool or in per-layer caches
+``sequences``   sequences for sessions
+``pool_sequences``   those of a pool
+``layer_sequences``  those in per-layer caches
 ``arguments``   checks of what comes in
 ``media``       images and sounds in prompts
 ``kept``        the spans of one prefix cache
@@ -37,6 +39,7 @@
 ``residency``   how long spans stay
 ``usage``       reused tokens of one request, for APIs
 ``render``      a drawing of the tree
+``marks``       why requests compute tokens, in the drawing
 """
 
 from .block_hashes import adapter_salt

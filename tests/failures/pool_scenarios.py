@@ -99,12 +99,18 @@ def _finish_plan(world):
     world.seen = by_program(world, world.arrays)
 
 
+def _of_step(leaf, step):
+    """Part of a leaf of stacked plans that is that of one step; a list where nothing is traced."""
+    if leaf is None or isinstance(leaf, list):
+        return leaf and leaf[step]
+    return leaf[step, ...]
+
+
 def _finish_steps(world):
     """Run a program for each step."""
     plans, world.seen = world.plan, []
     for step in range(len(world.backend.to_host(plans.cells))):
-        leaves = (None if leaf is None else leaf[step] for leaf in plans)
-        world.plan = type(plans)(*leaves)
+        world.plan = type(plans)(*(_of_step(leaf, step) for leaf in plans))
         world.seen.append(by_program(world, world.arrays))
 
 

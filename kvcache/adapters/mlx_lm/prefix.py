@@ -24,6 +24,7 @@ from kvcache import LayerCaches, PrefixCache
 from kvcache.backends import HostArray
 from kvcache.prefix import EvictionPolicy, Session
 from kvcache.prefix.leaving import end_after
+from kvcache.prefix.retention import Retain
 from kvcache.stores import Deadline, Store
 from kvcache.stores.sealing import Seal
 
@@ -96,6 +97,7 @@ class ModelPrefixCache:
         resume_points: Iterable[int] = (),
         deadline: Deadline | None = None,
         keep_on_error: bool = True,
+        retain: Retain | None = None,
     ) -> PromptSession:
         """Begin a request. Return it as a context manager, to end it.
 
@@ -112,6 +114,7 @@ class ModelPrefixCache:
             resume_points=resume_points,
             deadline=deadline,
             keep_on_error=keep_on_error,
+            retain=retain,
         )
         try:
             return PromptSession(self, session, ids, salt, keep_on_error)

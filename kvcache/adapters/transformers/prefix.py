@@ -20,6 +20,7 @@ from kvcache.layers.stack import LayerCaches
 from kvcache.prefix import EvictionPolicy, PrefixCache, Session
 from kvcache.prefix.leaving import end_after
 from kvcache.prefix.media import Media
+from kvcache.prefix.retention import Retain
 from kvcache.stores import Deadline, Store
 from kvcache.stores.sealing import Seal
 
@@ -100,6 +101,7 @@ class ModelPrefixCache:
         resume_points: Iterable[int] = (),
         deadline: Deadline | None = None,
         keep_on_error: bool = True,
+        retain: Retain | None = None,
     ) -> ModelSession:
         """Begin a request for one prompt or a batch of several. Return it as a context manager.
 
@@ -111,7 +113,7 @@ class ModelPrefixCache:
             sounds of those that are matched out of ``generate``.
         resume_points: positions in each prompt, padding not counted, where later ones shall be able
             to resume in spite of windows and recurrent layers.
-        deadline, keep_on_error: as for :meth:`kvcache.PrefixCache.session`.
+        deadline, keep_on_error, retain: as for :meth:`kvcache.PrefixCache.session`.
 
         The model runs here where ``generate`` would leave no state to resume at: each prompt of a
         batch, and one prompt if the model has recurrent layers, or `rows` is not 1, is computed
@@ -139,6 +141,7 @@ class ModelPrefixCache:
                     resume_points=points,
                     deadline=deadline,
                     keep_on_error=keep_on_error,
+                    retain=retain,
                 )
                 sessions.append(session)
                 if joined or (recurrent and not media):

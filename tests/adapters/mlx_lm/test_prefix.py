@@ -1,5 +1,6 @@
 """Prefix reuse around the generators of mlx-lm, beside what its own cache of prompts reuses."""
 
+import math
 from functools import cache
 from inspect import signature
 
@@ -320,6 +321,16 @@ def test_prompts_that_a_store_kept():
         answer = ask(prefix, branch_of(0), deadline=NEVER)
         assert answer == (reused, cold(name, branch_of(0)))
         assert prefix.prefix.close()
+
+
+def test_retained_prompts_are_evicted_last():
+    prefix = prefix_cache(tiny.model("llama"))
+    ask(prefix, branch_of(0), retain=(1, math.inf))
+    nbytes = prefix.prefix.stats.nbytes
+    assert ask(prefix, [9, 8, 7, 6, 5])[0] == 0
+    prefix.prefix.trim(nbytes)
+    assert ask(prefix, branch_of(0)) == (46, cold("llama", branch_of(0)))
+    assert prefix.prefix.stats.retained_evictions == 0
 
 
 def test_a_size_limit_is_honoured_by_sessions():

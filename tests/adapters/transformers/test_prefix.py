@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 
 import pytest
 
@@ -214,6 +215,18 @@ def test_prompts_that_a_store_kept():
             texts = answers(built, [prompt], cache=session.cache)
         assert (session.matched, texts) == ((reused,), alone(built, [prompt]))
         assert prefix.prefix.close()
+
+
+def test_retained_prompts_are_evicted_last():
+    built, kept, other = model("llama"), [*SYSTEM, 5, 6, 7], [9, 8, 7, 6, 5]
+    prefix = prefix_cache(built)
+    with prefix.session(*padded([kept]), retain=(1, math.inf)) as session:
+        answers(built, [kept], cache=session.cache)
+    nbytes = prefix.prefix.stats.nbytes
+    assert ask(prefix, built, [other])[0] == [0]
+    prefix.prefix.trim(nbytes)
+    assert ask(prefix, built, [kept]) == ([len(kept) - 1], alone(built, [kept]))
+    assert prefix.prefix.stats.retained_evictions == 0
 
 
 def test_the_older_name_of_the_argument():
