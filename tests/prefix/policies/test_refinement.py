@@ -259,7 +259,12 @@ def test_a_policy_that_raises_at_the_end_leaves_nothing_in_use():
 
 
 def shelf(policy):
-    index, tree = SpanIndex(policy, grain=1), RadixTree()
+    return asking(SpanIndex(policy, grain=1))
+
+
+def asking(index):
+    """A function that asks an index for tokens, and fills the spans that it lacks."""
+    tree = RadixTree()
 
     def ask(tokens, now):
         spans = index.extend(tree, np.array(tokens, np.int32))
@@ -339,15 +344,11 @@ def test_the_last_block_is_in_a_class_of_its_own(position_tokens):
 def test_last_blocks_that_never_return_go_first_and_alone():
     policy = Gittins()
     policy.position_tokens = 512
-    index, tree = SpanIndex(policy, grain=1), RadixTree()
+    index = SpanIndex(policy, grain=1)
+    fill = asking(index)
 
     def ask(tokens, now):
-        spans = index.extend(tree, np.array(tokens, np.int32))
-        index.use(spans, now)
-        for span in spans:
-            if span.payload is None:
-                index.fill(span, BlockPayload(span.stop - span.start))
-        policy.ended(EndedRequest(spans, len(tokens), 40, {now}), now + 1)
+        policy.ended(EndedRequest(fill(tokens, now), len(tokens), 40, {now}), now + 1)
 
     for first in range(60):
         for turn in range(2):
