@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache._checks import as_room
+from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array
 from kvcache.errors import KVCacheError, StateError
 
@@ -100,15 +101,10 @@ class ExportableCache(BatchCache):
         # A program that goes back and appends as many tokens again cannot be told from one that
         # does neither.
         rewind = Rewind.after(self.rewound, offset, self._offset)
-        # One statement: the arrays of the state are consumed once this is called.
-        (
-            buffers.arrays,
-            self._offset,
-            self._checkpoint,
-            self._export,
-            admission.exported,
-            self.rewound,
-        ) = from_traced((state.keys, state.values)), offset, None, None, False, rewind
+        with uninterrupted():  # the arrays of the state are consumed
+            buffers.arrays = from_traced((state.keys, state.values))
+            self._offset, self._checkpoint, self._export = offset, None, None
+            admission.exported, self.rewound = False, rewind
 
     def _before_export(self) -> None:
         """Copy rows in slots that programs may overwrite to the host."""

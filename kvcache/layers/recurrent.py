@@ -9,6 +9,7 @@ from typing import ClassVar, SupportsIndex
 import numpy as np
 
 from kvcache._checks import NO_LIMIT, as_index, as_indices, as_room
+from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array
 from kvcache.backends.arrays import Arrays
 from kvcache.errors import KVCacheError, StateError, TrimError
@@ -300,15 +301,9 @@ class StateCache(BatchStates):
             )
         arrays = tuple(map(form.backend.detached, state.arrays))
         kept = self._to_keep(offset)
-        # One statement: no signal handler runs in between.
-        (
-            self._offset,
-            self._state,
-            self._shared,
-            self._kept,
-            self._checkpoint,
-            self._export,
-        ) = offset, arrays, False, kept, None, None
+        with uninterrupted():
+            self._offset, self._state, self._shared, self._kept = offset, arrays, False, kept
+            self._checkpoint, self._export = None, None
 
     # Resume points.
 

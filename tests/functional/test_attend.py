@@ -289,6 +289,7 @@ def test_a_wrapper_plans_the_reads_of_all_its_parts(backend):
 # In compiled programs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jax", "torch", "mlx"])
 def test_compiled(name):
     backend = get_backend(name)

@@ -118,6 +118,7 @@ def test_a_query_of_padding_sees_itself_alone(backend, program, kind):
         assert sees == [min(max(1, number), limit) for number in latest]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ring", "sinks"])
 def test_rows_selected_between_two_programs(backend, program, kind):
     """At last no row is padded, and still the ring holds as many first tokens as before."""

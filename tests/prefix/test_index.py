@@ -302,6 +302,7 @@ def test_a_ghost_that_is_pinned_is_not_forgotten():
     assert not world.spans()
 
 
+@pytest.mark.slow
 def test_ghosts_are_bounded_in_bytes_and_the_oldest_go_from_the_end():
     world, limit = World(), 25_000
     world.index.index_budget = limit

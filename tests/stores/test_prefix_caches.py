@@ -68,6 +68,7 @@ class Watched(RedisStore):
         return super()._get(keys, deadline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_server_that_ends_in_the_middle_of_a_beginning(own_server, end):
     with RedisStore(own_server.url) as store:

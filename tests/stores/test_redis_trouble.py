@@ -215,6 +215,7 @@ def at(cluster, number):
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_master_keeps_nobody_from_the_others(cluster):
     with RedisStore(cluster.url, chunk_nbytes=CHUNK) as store:
         numbers = [numbers_of(cluster, master, 1)[0] for master in cluster.masters]
@@ -235,6 +236,7 @@ def test_a_stopped_master_keeps_nobody_from_the_others(cluster):
         wait_for(lambda: is_right(get_one(store, numbers[1]), numbers[1]), "it is found again")
 
 
+@pytest.mark.slow
 def test_a_master_killed_under_load(cluster):
     """No wrong value; the other masters answer all the time, and the dead one when it is back."""
     lost = cluster.masters[2]
