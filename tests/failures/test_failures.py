@@ -19,6 +19,7 @@ from .observation import differences
 # Lines interrupted in each call. Other backends run the same lines above their adapter.
 INTERRUPTS = {"numpy": 6}
 FEW_INTERRUPTS = 2
+EVERY_LINE = {("numpy", "ring without snapshots")}  # it undoes its updates in a way of its own
 THOROUGH = settings.get_current_profile_name() == "thorough"
 
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
@@ -43,8 +44,9 @@ UNCLOSED = "ignore:Exception ignored in. <_io:pytest.PytestUnraisableExceptionWa
 @pytest.mark.slow
 @every_scenario
 def test_an_interrupt_comes_between_two_lines(place, scenario):
-    limit = INTERRUPTS.get(place.backend.name, FEW_INTERRUPTS)
-    check(interrupt_differences(scenario, place, None if THOROUGH else limit))
+    name, limit = place.backend.name, INTERRUPTS.get(place.backend.name, FEW_INTERRUPTS)
+    every = THOROUGH or (name, scenario.state) in EVERY_LINE
+    check(interrupt_differences(scenario, place, None if every else limit))
 
 
 @pytest.mark.slow
