@@ -273,10 +273,10 @@ class StateCache(BatchStates):
             self._export = Export.of(owner, state, ["arrays"])
             # No reference is kept: frameworks copy an array that they cannot have for themselves.
             self._state, self._kept, self._coming = (), kept, NO_UPDATE
+            return state
         except BaseException:
             undo()
             raise
-        return state
 
     def import_state(self, state: RecurrentState) -> None:
         """Take over `state`, derived by programs from that of the latest :meth:`export_state`.

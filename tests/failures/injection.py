@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import kvcache
@@ -99,9 +100,9 @@ def lines(moments):
         return line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def line(frame, event, arg):
-        if event == "line":
-            code = frame.f_code
-            moments.pass_by((code.co_filename, frame.f_lineno, code.co_name))
+        code, number = frame.f_code, frame.f_lineno
+        if event == "line" and number not in between_targets(code.co_filename):
+            moments.pass_by((code.co_filename, number, code.co_name))
         return line
 
     previous = sys.gettrace()
@@ -110,6 +111,20 @@ def lines(moments):
         yield
     finally:
         sys.settrace(previous)
+
+
+@cache
+def between_targets(path):
+    """Return the lines that begin between two targets of one assignment.
+
+    No signal comes there: Python looks for signals at calls and jumps.
+    """
+    nodes = ast.walk(ast.parse(Path(path).read_text()))
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    tuples = [target.elts for target in targets if isinstance(target, ast.Tuple)]
+    return {later.lineno for first, *others in tuples for later in others} - {
+        first.lineno for first, *_ in tuples
+    }
 
 
 def shown(name):
