@@ -72,6 +72,9 @@ def plan_steps(
             for forward_pass in passes:
                 pool.passes.plan(forward_pass)
     except BaseException:
+        begun = pool.passes.current
+        if begun is not None and begun is not before and begun not in passes:
+            passes.append(begun)  # interrupted before it was noted
         pool.drop(passes, before)
         raise
     else:
