@@ -268,15 +268,17 @@ class StateCache(BatchStates):
                 arrays = tuple(backend.concat([array], 0) for array in arrays)
             owner = new_owner()
             numbers = [backend.from_host(np.asarray(n), "int32") for n in (self._offset, owner)]
-            state = RecurrentState(arrays, *numbers)
             kept = {**self._kept, self._offset: self._state} if point else self._kept
-            self._export = Export.of(owner, state, ["arrays"])
-            # No reference is kept: frameworks copy an array that they cannot have for themselves.
-            self._state, self._kept, self._coming = (), kept, NO_UPDATE
-            return state
+            return self._given_away(RecurrentState(arrays, *numbers), owner, kept)
         except BaseException:
             undo()
             raise
+
+    def _given_away(self, state: RecurrentState, owner: int, kept: States) -> RecurrentState:
+        self._export = Export.of(owner, state, ["arrays"])
+        # No reference is kept: frameworks copy an array that they cannot have for themselves.
+        self._state, self._kept, self._coming = (), kept, NO_UPDATE
+        return state
 
     def import_state(self, state: RecurrentState) -> None:
         """Take over `state`, derived by programs from that of the latest :meth:`export_state`.
