@@ -1,8 +1,21 @@
 """Each framework's way to turn a function into a program."""
 
 import importlib
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """Marks programs of torch as slow: it takes seconds to compile one, others take a moment."""
+    for item in items:
+        if item.path.parent == HERE and "program" in item.fixturenames:
+            backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+            if str(backend).startswith("torch"):
+                item.add_marker("slow")
 
 
 def _eagerly(function):

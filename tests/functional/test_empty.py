@@ -19,7 +19,6 @@ def tokens(backend, dtype, count, start=0):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_it_goes_on_like_a_cache(backend, program, inside, dtype):

@@ -50,7 +50,6 @@ def attended(backend, keys, values, mask, positions):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize(
     ("make", "prompt", "count"),

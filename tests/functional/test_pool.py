@@ -75,7 +75,6 @@ def same(backend, got, expected):
         np.testing.assert_array_equal(backend.to_host(mine), backend.to_host(other))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2"])
 def test_program_sees_what_get_returns(backend, program, dtype, limits):

@@ -68,7 +68,6 @@ def check_same(eager, mask, columns, compiled, program_mask, positions):
     assert got == attended(eager, columns, mask, range(eager.positions.shape[-1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "mixed"), [("bhtd", False), ("bthd", True)])
 @pytest.mark.parametrize(("kind", "window"), [*((k, None) for k in KINDS), ("growing", 3)])
 def test_program_is_update(backend, program, kind, window, layout, mixed):
@@ -118,7 +117,6 @@ def test_a_query_of_padding_sees_itself_alone(backend, program, kind):
         assert sees == [min(max(1, number), limit) for number in latest]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ring", "sinks"])
 def test_rows_selected_between_two_programs(backend, program, kind):
     """At last no row is padded, and still the ring holds as many first tokens as before."""
