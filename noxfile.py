@@ -237,8 +237,8 @@ def tests_torch(session: nox.Session) -> None:
 def tests_jax(session: nox.Session) -> None:
     """The tests of JAX, with JAX as the only framework."""
     env = alone(session, "jax")
-    # Thousands of small programs run once or twice: they are compiled in the quickest way. It takes
-    # a third of the time, and where all frameworks are together programs are optimised.
+    # Thousands of small programs run once or twice, so they are compiled in the quickest way, in
+    # half of the time. Where all frameworks are together they are optimised.
     session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     session.env["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
     env.test(ALONE.format("jax"))

@@ -122,7 +122,7 @@ def pytest_collection_modifyitems(config, items):
     """Marks tests before `-m` selects, and then looks for those that cannot run here."""
     for item in items:
         mark(item)
-    # Half a minute each. At the end, which is where it is, one process would wait for the other.
+    # Half a minute each: begun last, as by name, they would keep one process busy alone.
     items.sort(key=lambda item: item.path.parent.name != "sharding")
     result = yield
     leave_out_what_ran(config, items)
