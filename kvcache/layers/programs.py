@@ -97,14 +97,13 @@ class ExportableCache(BatchCache):
         """Do :meth:`import_state` of a state that comes from the export."""
         check_room(offset, offset, buffers.capacity)
         buffers.take_back(self._check_written(buffers, state, offset))
-        from_traced, admission = buffers.from_traced, self._admission
         # A program that goes back and appends as many tokens again cannot be told from one that
         # does neither.
         rewind = Rewind.after(self.rewound, offset, self._offset)
         with uninterrupted():  # the arrays of the state are consumed
-            buffers.arrays = from_traced((state.keys, state.values))
+            buffers.arrays = buffers.from_traced((state.keys, state.values))
             self._offset, self._checkpoint, self._export = offset, None, None
-            admission.exported, self.rewound = False, rewind
+            self._admission.exported, self.rewound = False, rewind
 
     def _before_export(self) -> None:
         """Copy rows in slots that programs may overwrite to the host."""

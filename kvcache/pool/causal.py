@@ -274,9 +274,8 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         pool, before = self._pool, self._pool.passes.current
 
         def undo() -> None:
-            begun = pool.passes.current
-            if begun is not None and begun is not before:
-                pool.drop([begun], before)
+            if begun := pool.passes.begun_after(before):
+                pool.drop(begun, before)
 
         return undo
 

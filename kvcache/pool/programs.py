@@ -72,9 +72,8 @@ def plan_steps(
             for forward_pass in passes:
                 pool.passes.plan(forward_pass)
     except BaseException:
-        begun = pool.passes.current
-        if begun is not None and begun is not before and begun not in passes:
-            passes.append(begun)  # interrupted before it was noted
+        # The last may have been interrupted before it was noted.
+        passes += [begun for begun in pool.passes.begun_after(before) if begun not in passes]
         pool.drop(passes, before)
         raise
     else:

@@ -64,6 +64,11 @@ class OpenPasses:
             self._changed, self._reused = set(), False
         self.current = forward_pass
 
+    def begun_after(self, before: Pass | None) -> list[Pass]:
+        """Return the current pass alone; nothing if it is still `before`."""
+        current = self.current
+        return [] if current is None or current is before else [current]
+
     def plan(self, forward_pass: Pass) -> None:
         """Count a pass as planned: a program will write its tokens, and `put` has no part in it."""
         # A pool without layers has nothing to wait for.

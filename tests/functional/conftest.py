@@ -13,8 +13,8 @@ def pytest_collection_modifyitems(items):
     """Marks programs of torch as slow: it takes seconds to compile one, others take a moment."""
     for item in items:
         if item.path.parent == HERE and "program" in item.fixturenames:
-            backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-            if str(backend).startswith("torch"):
+            mark = item.get_closest_marker("one_backend")
+            if mark and mark.kwargs["name"] == "torch":
                 item.add_marker("slow")
 
 
