@@ -212,17 +212,24 @@ def test_padding_goes_with_the_tokens(backend, tmp_path, way):
     assert held_by(others) == held_by(caches)
 
 
-def test_a_snapshot_tells_the_padding_or_is_refused(backend):
+@pytest.mark.parametrize("layer", [0, 2], ids=["growing", "recurrent"])
+@pytest.mark.parametrize("place", ["in the cache", "detached", "on the host"])
+def test_a_snapshot_tells_the_padding_or_is_refused(backend, layer, place):
     caches = filled(backend, padding=[0, 3, 1])
-    with caches[2].snapshot() as snapshot:
-        state = StateCache(backend)
-        state.restore(snapshot)
-        assert state.padding.tolist() == [0, 3, 1]
-        other = StateCache(backend)
+    with caches[layer].snapshot() as snapshot:
+        if place != "in the cache":
+            snapshot.detach() if place == "detached" else snapshot.to_host()
+        told, other = stack_of(backend)[layer], stack_of(backend)[layer]
+        told.restore(snapshot)
+        assert told.padding.tolist() == [0, 3, 1]
         other.pad([0, 1, 1])
         with pytest.raises(SnapshotMismatchError, match=r"restored with one padding, \[0, 1, 1\]"):
             other.restore(snapshot)
         assert (other.offset, other.padding.tolist()) == (0, [0, 1, 1])
+        if layer == 0:
+            for own, restored in zip(caches[layer].state, told.state, strict=True):
+                np.testing.assert_array_equal(host(told, restored), host(caches[layer], own))
+            assert told.positions.tolist() == caches[layer].positions.tolist()
 
 
 @pytest.mark.parametrize("copy", [lambda c: c.copy(), lambda c: c.to_backend(c[0].backend)])

@@ -149,6 +149,47 @@ def test_a_snapshot_copies_nothing_until_its_slots_change():
     assert len(peek.layer_pins(cache)) == 0
 
 
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_snapshot_outlives_tokens_that_are_taken_back(stop):
+    """It is copied as soon as its last token goes; rows wholly before that stay where they are."""
+    cache = make("kv")
+    feed(cache, 8)
+    with cache.snapshot(0, stop) as snapshot, cache.snapshot(0, stop).to_host() as expected:
+        cache.trim(1)
+        assert snapshot.resident is (stop < 8)
+        cache.update(SHAPE.keys(1, 100), SHAPE.values(1, 100))
+        for got, held in zip(arrays_of(snapshot), arrays_of(expected), strict=True):
+            same(got.data, held.data)
+
+
+def arrays_of(snapshot):
+    """The arrays of its only layer, on the host."""
+    [part] = snapshot.parts
+    return part.rows.host_copies()[0]
+
+
+@pytest.mark.parametrize("layouts", [("bhtd", "bthd"), ("bthd", "bhtd"), ("bthd", "bthd")])
+def test_rows_of_another_layout_are_turned(layouts):
+    shape = Shape(batch=2, kv_heads=3)
+    caches = [KVCache(NUMPY, layout=layout) for layout in layouts]
+    keys, values = (turned(array, layouts[0]) for array in (shape.keys(5, 0), shape.values(5, 0)))
+    caches[0].update(keys, values)
+    caches[1].restore(caches[0].snapshot())
+    for array, expected in zip(caches[1].state, (keys, values), strict=True):
+        same(turned(array, layouts[1]), turned(expected, layouts[0]))
+
+
+def turned(array, layout):
+    """To the layout "bhtd", or from it."""
+    return array if layout == "bhtd" else array.swapaxes(1, 2)
+
+
+def test_a_cache_without_tokens_has_rows_of_none():
+    """What a layer without an update yet brings to a snapshot of several."""
+    for rows in (KVCache().capture(0, 0), RotatingKVCache(4).capture(0, 0)):
+        assert (rows.positions.dtype, rows.positions.size, rows.nbytes) == (np.int32, 0, 0)
+
+
 class LayersMachine(RuleBasedStateMachine):
     """Caches of some layers, an oracle for each, and snapshots of all of them."""
 

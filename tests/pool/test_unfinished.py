@@ -163,6 +163,36 @@ def test_cells_that_a_pass_evicted_come_back_as_far_as_they_are_intact():
     check_table(peek.table(cache))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_what_comes_back_has_its_own_keys(tokens):
+    """Of evicted tokens only the newest ones whose cells the failed pass did not write to."""
+    cache = make(window=3, memory=6, max_sequences=1, max_batch=3, capacity=12)
+    for position in range(9):
+        run(cache, [position], [0])
+    before = stored_keys(cache)
+    run(cache, range(9, 9 + tokens), [0] * tokens, (0,))
+    cache.abort()
+    after = stored_keys(cache)
+    assert after == {position: position for position in after}
+    assert [*after] == [*before][-len(after) :]
+    assert {6, 7, 8} <= after.keys()
+    assert [p for p in range(10) if cache.can_resume(0, p)] == resumable_with(after, 3)
+
+
+def stored_keys(cache):
+    """The first key of every token of sequence 0 by position, in ascending order."""
+    table, [keys, _] = peek.table(cache), peek.layers(cache)[0]
+    cells = table.cells_of(0)
+    return {int(table.positions[cell]): int(keys[0, cell, 0]) for cell in cells}
+
+
+def resumable_with(positions, window):
+    """Where a sequence can go on: every token that the window reaches back to is held."""
+    return [
+        p for p in range(max(positions) + 2) if {*range(max(0, p - window + 1), p)} <= {*positions}
+    ]
+
+
 def test_a_failed_pass_into_the_middle_of_a_sequence():
     cache = make()
     run(cache, [0, 1, 4, 5], [0] * 4)

@@ -181,3 +181,75 @@ def test_adding_retained_rows_to_others():
     for at, (points, owner) in failures(build, add):
         assert state(points) == expected, f"call {at}"
         assert add(points, owner).positions.tolist() == [1, 2, 3, 4, 5]
+
+
+class Locked(Owner):
+    """A cache that other threads use, too: it is looked at under its lock alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock, self.held = self, 0
+
+    def __enter__(self):
+        self.held += 1
+
+    def __exit__(self, *error):
+        self.held -= 1
+
+    def _work(self, work):
+        assert self.held, "used without its lock"
+        return super()._work(work)
+
+    def unpin(self, rows):
+        assert self.held, "used without its lock"
+        super().unpin(rows)
+
+    def detached(self, slots):
+        copies = Owner()
+        copies.own_arrays = 1
+        return self._work(lambda: (copies, slots))
+
+
+def guarded(start, stop):
+    """Rows of two caches, and of the host between them."""
+    owners = [Locked(), None, Locked()]
+    for owner in filter(None, owners):
+        owner.held += 1
+    taken = snapshot(owners, start, stop)
+    for owner in filter(None, owners):
+        owner.held -= 1
+    return taken
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: one.detach(),
+        lambda one: one.to_host(),
+        lambda one: one.split(2),
+        lambda one: one.copy(),
+        lambda one: one.merge(guarded(5, 8)),
+        lambda one: guarded(0, 5).union(one),
+        lambda one: one.needed_at(5),
+        lambda one: one.close(),
+    ],
+    ids=["detach", "to_host", "split", "copy", "merge", "union", "needed_at", "close"],
+)
+def test_rows_change_under_the_locks_of_their_caches(change):
+    """Another thread may spill them at any other time."""
+    one = guarded(0, 5)
+    owners = [part.rows.owner for part in one.parts]
+    change(one)
+    assert [owner.held for owner in owners if owner] == [0, 0]
+
+
+def test_frames_of_one_position_stay_in_their_order():
+    """Rows of an encoder's output have one position, and are joined with those around them."""
+    frames = np.arange(100, 400)
+    media = TokenRows(np.full(frames.size, 3, np.int32), content(frames))
+    around = TokenRows(np.array([1, 2, 4, 5], np.int32), content(np.array([1, 2, 4, 5])))
+    joined = around.joined(media)
+    assert seen(joined)[:2] == (
+        [1, 2, *[3] * frames.size, 4, 5],
+        [1, 2, *frames.astype(float), 4, 5],
+    )
