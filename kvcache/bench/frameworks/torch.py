@@ -18,7 +18,8 @@ from kvcache.bench.harness.contest import (
     UnavailableError,
 )
 
-from .base import Framework, Kernel
+from .base import Batched, Framework, Kernel
+from .continuous import CONTINUOUS, paged_peer
 
 DYNAMIC = "transformers DynamicCache"
 STATIC = "transformers StaticCache"
@@ -61,6 +62,9 @@ class TorchFramework(Framework):
             return kernel(by_head, by_keys, by_values, mask, scale=scale).reshape(q.shape)
 
         return attend
+
+    def batched(self) -> dict[str, Batched]:
+        return {CONTINUOUS: paged_peer}
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         held = [new] * layers

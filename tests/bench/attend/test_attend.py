@@ -75,6 +75,18 @@ def test_the_batch_cache_of_mlx_lm_computes_the_same(load, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("load", ["uneven", "even", "shared"])
+def test_continuous_batching_of_transformers_computes_the_same(load):
+    pytest.importorskip("transformers")
+    from kvcache.bench.frameworks.continuous import decode_pass
+
+    case = case_of(kvcache.get_backend("torch"), load)
+    rows = [case.rows(number, 0, length) for number, length in enumerate(case.lengths)]
+    attend = decode_pass(case, case.queries(), rows)
+    for _ in range(2):  # a pass that is repeated writes the same
+        np.testing.assert_allclose(attend()[0].numpy().swapaxes(0, 1), expected(case), atol=3e-6)
+
+
 def test_mlx_lm_has_no_window():
     pytest.importorskip("mlx_lm")
     case = case_of(kvcache.get_backend("mlx"), "window")
