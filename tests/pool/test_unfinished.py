@@ -204,6 +204,27 @@ def test_a_failed_pass_into_the_middle_of_a_sequence():
     assert cache.can_resume(0, 6)
 
 
+def test_the_latest_pass_says_where_it_begins_and_what_it_brought():
+    """Before a pass went through the whole model, nothing tells how many layers are to come."""
+    cache = CausalCache()
+    cache.init("numpy", max_sequences=3, capacity=16, max_batch=4)
+    assert cache.latest_pass(0) == (None, frozenset(), False)
+    run(cache, [0, 1, 0], [0, 0, 1], (0,))
+    assert cache.latest_pass(0) == (0, {0}, True)
+    assert cache.latest_pass(2) == (None, {0}, True)
+    run(cache, [3, 2], [0, 0], ())
+    assert cache.latest_pass(0) == (2, {0}, False)
+    cache.set_layer(0)
+    cache.put(keys := arrays(NUMPY, [3, 2], [0, 0]), keys)
+    assert cache.latest_pass(0) == (2, {0}, False)
+    cache.set_layer(1)
+    cache.put(keys, keys)
+    assert cache.latest_pass(0) == (2, {0, 1}, True)
+    assert cache.latest_pass(1) == (None, {0, 1}, True)
+    cache.remove(0, 2)
+    assert cache.latest_pass(0) == (None, {0, 1}, True), "it has changed since"
+
+
 @pytest.mark.parametrize(
     "change",
     [
