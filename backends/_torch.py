@@ -23,7 +23,7 @@ from ._torch_attention import (
     is_square,
     serves_all_runs,
 )
-from ._torch_rows import FLOAT8, all_finite, as_copied, copy_rows, is_finite
+from ._torch_rows import FLOAT8, RowCopier, all_finite, as_copied, copy_rows, is_finite
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, RowIndex
 from .base import Backend, FastKey
@@ -296,6 +296,9 @@ class TorchBackend(Backend):
 
     def traced_range(self, stop: int) -> NativeArray:
         return torch.arange(stop, dtype=torch.int32, device=self.device)
+
+    def row_copier(self) -> RowCopier:
+        return RowCopier(self._index)
 
     def attention_of_runs(
         self,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
 import numpy as np
 import torch
 
-from .arrays import NativeArray, NativeArrays
+from .arrays import HostArray, NativeArray, NativeArrays
 from .indexing import Axes, axes_of
 
 FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
@@ -68,3 +68,28 @@ def as_copied(buffer: NativeArray, rows: NativeArray) -> tuple[NativeArray, Nati
     if buffer.dtype in FLOAT8:
         return buffer.view(torch.uint8), rows.detach().view(torch.uint8)
     return buffer, rows.detach()
+
+
+class RowCopier:
+    """Copies rows to memory that it keeps, by the number of their array in a layer.
+
+    New memory comes from the system page by page, which takes longer than the copy.
+
+    as_index: makes an index array of the device.
+    """
+
+    def __init__(self, as_index: Callable[[HostArray], NativeArray]) -> None:
+        self._as_index = as_index
+        self._memory: dict[int, NativeArray] = {}
+
+    def __call__(
+        self, number: int, buffer: NativeArray, index: HostArray, axis: int
+    ) -> NativeArray:
+        shape = [*buffer.shape[:axis], index.size, *buffer.shape[axis + 1 :]]
+        count, memory = math.prod(shape), self._memory.get(number)
+        if memory is None or memory.dtype != buffer.dtype or memory.numel() < count:
+            with torch.inference_mode(False):  # else it could not be written to outside of it
+                memory = torch.empty(count, dtype=buffer.dtype, device=buffer.device)
+            self._memory[number] = memory
+        out = memory[:count].view(shape)
+        return torch.index_select(buffer, axis, self._as_index(index), out=out)

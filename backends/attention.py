@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy.typing as npt
 
-from .arrays import Array, Namespace
+from .arrays import Array, HostArray, Namespace
 from .products import (
     Block,
     ReadCosts,
@@ -19,6 +20,9 @@ from .products import (
     merged,
     product,
 )
+
+RowCopier: TypeAlias = Callable[[int, Array, HostArray, int], Array]
+"""Copies rows of an array of a layer, whose number comes first: see `AttentionHooks.row_copier`."""
 
 
 class AttentionHooks(ABC):
@@ -35,6 +39,10 @@ class AttentionHooks(ABC):
     @abstractmethod
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> Array:
         """See :meth:`Backend.from_host`."""
+
+    @abstractmethod
+    def read_rows(self, buffer: Array, index: HostArray, axis: int) -> Array:
+        """See :meth:`Backend.read_rows`."""
 
     @abstractmethod
     def read_slice(self, buffer: Array, start: int, stop: int, axis: int) -> Array:
@@ -95,6 +103,14 @@ class AttentionHooks(ABC):
             query = self.read_slice(q, token, token + 1, 1)
             outputs.append(self.attention(query, own, own_values, scoring)[0])
         return outputs[0] if len(outputs) == 1 else self.concat(outputs, 1)
+
+    def row_copier(self) -> RowCopier:
+        """Return a function that copies rows as :meth:`read_rows` does, for one product at a time.
+
+        It takes the number of the array in its layer, and then the arguments of `read_rows`. The
+        next call with the same number may write over the result, so that no memory is allocated.
+        """
+        return lambda _, buffer, index, axis: self.read_rows(buffer, index, axis)
 
     def _block(
         self, q: Array, keys: Array, values: Array, scoring: Scoring, block: Block

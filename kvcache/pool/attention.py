@@ -8,7 +8,7 @@ import numpy as np
 
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
-from kvcache.backends.attention import joined
+from kvcache.backends.attention import RowCopier, joined
 from kvcache.backends.products import Result, Scoring, VisibleColumns
 from kvcache.errors import DTypeError, ShapeError
 from kvcache.storage.admission import described, refuse_several_devices
@@ -88,17 +88,29 @@ def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
     check_sink_shape(sinks.shape, q_heads)
 
 
-def attend(buffers: PoolBuffers, layer: int, q: Array, reads: Reads, scoring: Scoring) -> Array:
+def attend(
+    buffers: PoolBuffers,
+    layer: int,
+    q: Array,
+    reads: Reads,
+    scoring: Scoring,
+    copiers: list[RowCopier],
+) -> Array:
     """Return attention of checked queries over what a pass sees, in the layout of the keys.
 
-    The keys of a layer without values serve as values.
+    The keys of a layer without values serve as values. copiers: those of the pass, to take one of.
     """
     backend, layout = buffers.backend, buffers.layouts[0]
-    source = _Source(backend, buffers.layouts, buffers.whole(layer))
+    try:  # another thread may attend in another layer
+        copier = copiers.pop()
+    except IndexError:
+        copier = backend.row_copier()
+    source = _Source(backend, buffers.layouts, buffers.whole(layer), copier)
     rows = _permuted(backend, q, layout.axes, "htd")
     if reads.order is not None:
         rows = backend.read_rows(rows, reads.order, 1)
     outputs = [_segment(source, rows, segment, scoring) for segment in reads.segments]
+    copiers.append(copier)
     out = outputs[0] if len(outputs) == 1 else backend.concat(outputs, 1)
     if reads.inverse is not None:
         out = backend.read_rows(out, reads.inverse, 1)
@@ -108,8 +120,14 @@ def attend(buffers: PoolBuffers, layer: int, q: Array, reads: Reads, scoring: Sc
 class _Source:
     """The arrays of a layer, of which keys and values are taken for one read after the other."""
 
-    def __init__(self, backend: Backend, layouts: Sequence[ArrayLayout], buffers: Arrays) -> None:
-        self.backend = backend
+    def __init__(
+        self,
+        backend: Backend,
+        layouts: Sequence[ArrayLayout],
+        buffers: Arrays,
+        copier: RowCopier,
+    ) -> None:
+        self.backend, self._copy = backend, copier
         self._arrays = list(zip(layouts, buffers, strict=False))
         layout, last = self._arrays[-1]
         self.value_dim = layout.sizes(last)[1]
@@ -138,13 +156,18 @@ class _Source:
         return views[0], views[-1]
 
     def copied(self, cells: Int32s) -> tuple[Array, Array]:
-        """Return copies of the keys and values in `cells`, ``[kv_heads, columns, dim]``."""
-        backend = self.backend
+        """Return copies of the keys and values in `cells`, ``[kv_heads, columns, dim]``.
+
+        The next call may write over them.
+        """
         copies = [
             _permuted(
-                backend, backend.read_rows(buffer, cells, layout.token_axis), layout.axes, "htd"
+                self.backend,
+                self._copy(number, buffer, cells, layout.token_axis),
+                layout.axes,
+                "htd",
             )
-            for layout, buffer in self._arrays
+            for number, (layout, buffer) in enumerate(self._arrays)
         ]
         return copies[0], copies[-1]
 

@@ -242,7 +242,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         if forward_pass.reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
                 forward_pass.reads = plan_reads(forward_pass, buffers.backend.read_costs)
-        return attend(buffers, self._layer, q, forward_pass.reads, scoring)
+        return attend(buffers, self._layer, q, forward_pass.reads, scoring, forward_pass.copiers)
 
     # Programs.
 

@@ -13,6 +13,7 @@ import numpy as np
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.backends import Array
 from kvcache.backends.arrays import RowIndex, TracedIndex
+from kvcache.backends.attention import RowCopier
 from kvcache.backends.blocks import BlockReads
 from kvcache.snapshots.visibility import Visibility
 
@@ -147,6 +148,8 @@ class Pass:
         self.maybe_expired = maybe_expired
         self.put_layers: set[int] = set()
         """Layers put so far."""
+        self.copiers: list[RowCopier] = []
+        """Those that no call of `attend` is using; they keep memory, so one serves all layers."""
         self.detached: dict[int, tuple[Int32s, Int32s]] = {}
         """Cells and positions of sequences that were changed during the pass, as it reads them."""
 

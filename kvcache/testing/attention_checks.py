@@ -10,6 +10,7 @@ from kvcache.backends.nonfinite import LARGEST_BITS, largest_power
 from kvcache.backends.products import Scoring, VisibleColumns
 
 from .checks import check
+from .coded import coded, same
 
 _Doubles = npt.NDArray[np.float64]
 
@@ -151,6 +152,18 @@ def attention_merges(backend: Backend, dtype: str) -> None:
         given = None if logits is None else backend.from_host(logits)
         merged = backend.merge_attention(parts, given)
         _near(backend, merged, _expected(arrays, scoring, None, logits)[0], dtype)
+
+
+@check
+def row_copiers_copy_one_read_after_the_other(backend: Backend, dtype: str) -> None:
+    """Return the rows of each call, more and fewer of them, from buffers of any sizes."""
+    copy = backend.row_copier()
+    for index in ((3, 0, 3), (1,), (5, 4, 2, 1, 0), (2, 2)):
+        positions = np.array(index, np.int32)
+        for number, (dim, axis) in enumerate(((4, 1), (2, 0))):
+            host = coded((3, 6, 6, dim), dtype)[number]
+            got = copy(number, backend.from_host(host), positions, axis)
+            same(backend.to_host(got), host.take(positions, axis))
 
 
 @check

@@ -529,6 +529,19 @@ class ForgetsSinksWhenItMerges(Faulty):
         return super().merge_attention(parts)
 
 
+class CopiesToMemoryOfAnotherArray(Faulty):
+    finds = "row_copiers_copy_one_read_after_the_other"
+
+    def row_copier(self):
+        memory = {}
+
+        def copy(_, buffer, index, axis):
+            rows = np.take(buffer, index, axis)
+            return memory.setdefault(axis, rows)
+
+        return copy
+
+
 class ReadsOneColumnLess(Faulty):
     finds = "attention_of_runs_reads_each_run"
 

@@ -290,6 +290,44 @@ def test_scattered_cells(pieces):
     assert not peek.table(cache).is_run(peek.table(cache).cells_of(0))
 
 
+def test_rows_copied_for_one_layer_stay_apart_from_those_of_another(backend, monkeypatch):
+    """Also while another thread attends, here in the middle of a product of the first layer."""
+    config = CacheConfig(padding=1)
+    cache, history = make(backend, sequences=2, capacity=4, config=config), History(backend)
+    # The first sequence outgrows its part of the pool, up to that of the second one and beyond.
+    for pairs in ([(0, 0), (0, 1)], span(1, 5, 0), [(5, 0), (1, 1)]):
+        positions, sequences = zip(*pairs, strict=True)
+        cache.start_forward(Batch(positions, sequences))
+        q = history.put(cache, positions, sequences)
+        put_negative(cache, history, pairs)
+    assert not any(peek.table(cache).is_run(peek.table(cache).cells_of(s)) for s in (0, 1))
+    queries, attention = history.to_device(q, "htd"), backend.attention
+    expected = history.expected(q, positions, sequences, scale=SCALE)
+    nested = []
+
+    def attend(layer):
+        cache.set_layer(layer)
+        return backend.to_host(cache.attend(queries)) * (-1 if layer else 1)
+
+    def interrupted(*args):
+        if not nested:
+            nested.append(None)
+            nested[0] = attend(1)
+        return attention(*args)
+
+    monkeypatch.setattr(backend, "attention", interrupted)
+    for out in (attend(0), attend(1), attend(0), *nested):
+        np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE["float32"])
+
+
+def put_negative(cache, history, pairs):
+    """Put the same tokens in layer 1, with values of the other sign."""
+    rows = [history.held[sequence][position] for position, sequence in pairs]
+    keys, values = (np.stack(arrays, axis=1) for arrays in zip(*rows, strict=True))
+    cache.set_layer(1)
+    cache.put(history.to_device(keys, "htd"), history.to_device(-values, "htd"))
+
+
 def test_sequences_whose_cells_lie_alike_are_read_together(pieces):
     config = CacheConfig(padding=1)
     cache, history = make(pieces, sequences=5, capacity=6, config=config), History(pieces)
