@@ -24,12 +24,15 @@ Update: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def paged_peer(case: Case, queries: HostArray, rows: list[HostArray]) -> Contestant:
     """Make a contestant of :func:`decode_pass`.
 
-    Raises: UnavailableError without transformers, or with one that has its parts elsewhere.
+    Raises: UnavailableError without transformers, with one that has its parts elsewhere, and where
+        it finds too little memory for its mask.
     """
     try:
         attend = decode_pass(case, queries, rows)
     except ImportError as error:
         raise UnavailableError(f"{error}. pip install 'transformers>=5.24'") from error
+    except MemoryError as error:
+        raise UnavailableError(str(error)) from error
 
     def run(steps: int) -> None:
         for _ in range(steps):
@@ -91,7 +94,7 @@ def _filled(case: Case, q: Tensor, rows: list[HostArray]) -> Update:
     settings = ContinuousBatchingConfig(
         page_size=_PAGE,
         num_blocks=sum(math.ceil(length / _PAGE) for length in lengths),
-        max_batch_tokens=sum(lengths),
+        max_batch_tokens=len(rows),
         max_memory_percent=0.9,
     )
     cache = PagedAttentionCache(config, settings, q.device, DistributedHelper(None, None), q.dtype)
