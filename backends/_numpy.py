@@ -175,11 +175,23 @@ def _row_of(nbytes: int) -> np.dtype[np.void]:
 
 
 def _dot_products(rows: NativeArray, keys: NativeArray) -> NativeArray:
-    """Multiply with the keys to the left, for which BLAS takes half the time with a few rows."""
-    products = np.matmul(keys, rows.transpose(0, 2, 1))
-    return np.ascontiguousarray(products.transpose(0, 2, 1))
+    """Multiply a few rows with few keys at a time, in half the time of one product or less."""
+    heads, count, dim = rows.shape
+    total, columns = keys.shape[1], _SMALL // (count * dim)
+    turned = keys.transpose(0, 2, 1)
+    if columns < _FEWEST or columns >= total:
+        return np.matmul(rows, turned)
+    scores = np.empty((heads, count, total), rows.dtype)
+    for start in range(0, total, columns):
+        piece = slice(start, start + columns)
+        np.matmul(rows, turned[:, :, piece], out=scores[:, :, piece])
+    return scores
 
 
+_SMALL = 1 << 17
+"""Multiplications up to which OpenBLAS has kernels that do not copy the factors first."""
+_FEWEST = 64
+"""Columns of a product below which calls cost more than that."""
 # Elements up to which a dot product of bfloat16, which has no BLAS, beats three passes over bits.
 _SHORT = 2048
 _FLOAT32, _BFLOAT16 = HOST_DTYPES["float32"], HOST_DTYPES["bfloat16"]
