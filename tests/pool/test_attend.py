@@ -16,10 +16,10 @@ from kvcache import (
     WrapperCache,
     get_backend,
 )
-from kvcache.backends.products import ReadCosts
+from kvcache.backends.products import ReadCosts, Scoring
 
 from .. import peek
-from .attention_oracle import HEAD_DIM, KV_HEADS, Q_HEADS, History
+from .attention_oracle import HEAD_DIM, KV_HEADS, Q_HEADS, History, attention
 
 SCALE = HEAD_DIM**-0.5
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
@@ -197,6 +197,18 @@ def test_keys_alone_and_values_of_another_size(pieces, value_dim):
     cache, history = make(pieces), History(pieces, value_dim=value_dim)
     run(cache, history, span(0, 9, 0))
     run(cache, history, [(9, 0), (0, 1)])
+
+
+@pytest.mark.parametrize("columns", [341, 342, 1500])
+def test_one_query_over_a_long_history(backend, columns):
+    """NumPy multiplies it with 341 keys at a time."""
+    rng = np.random.default_rng(0)
+    shapes = (Q_HEADS, 1, 128), (KV_HEADS, columns, 128), (KV_HEADS, columns, 16)
+    q, keys, values = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    arrays = map(backend.from_host, (q, keys, values))
+    out, _ = backend.attention(*arrays, Scoring(128**-0.5))
+    expected = attention(q[:, 0], keys, values, 128**-0.5)
+    np.testing.assert_allclose(backend.to_host(out)[:, 0], expected, rtol=0, atol=2e-6)
 
 
 def test_many_tokens_in_blocks(backend, monkeypatch):
