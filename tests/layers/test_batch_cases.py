@@ -11,6 +11,7 @@ from kvcache import (
     LayerCaches,
     RotatingKVCache,
     ShapeError,
+    Snapshot,
     SnapshotMismatchError,
     StateCache,
 )
@@ -213,12 +214,10 @@ def test_padding_goes_with_the_tokens(backend, tmp_path, way):
 
 
 @pytest.mark.parametrize("layer", [0, 2], ids=["growing", "recurrent"])
-@pytest.mark.parametrize("place", ["in the cache", "detached", "on the host"])
-def test_a_snapshot_tells_the_padding_or_is_refused(backend, layer, place):
+@pytest.mark.parametrize("move", [lambda s: s, Snapshot.detach, Snapshot.to_host])
+def test_a_snapshot_tells_the_padding_or_is_refused(backend, layer, move):
     caches = filled(backend, padding=[0, 3, 1])
-    with caches[layer].snapshot() as snapshot:
-        if place != "in the cache":
-            snapshot.detach() if place == "detached" else snapshot.to_host()
+    with move(caches[layer].snapshot()) as snapshot:
         told, other = stack_of(backend)[layer], stack_of(backend)[layer]
         told.restore(snapshot)
         assert told.padding.tolist() == [0, 3, 1]

@@ -28,18 +28,18 @@ def factories(framework: Framework) -> Factories[AttendCase]:
         IDEAL: lambda case: Contestant(IDEAL, repeated(framework, ideal(framework, case))),
         ATTEND: lambda case: Contestant(ATTEND, repeated(framework, pass_of(case).attend)),
         RANGE: lambda case: Contestant(RANGE, repeated(framework, pass_of(case).by_range())),
-        **{name: _peer(make) for name, make in framework.batched().items()},
+        **{name: _peer(framework, name, make) for name, make in framework.batched().items()},
     }
 
 
-def _peer(make: Batched) -> Callable[[AttendCase], Contestant]:
+def _peer(framework: Framework, name: str, make: Batched) -> Callable[[AttendCase], Contestant]:
     """Return the factory of a peer that holds all tokens of many sequences."""
 
     def peer(case: AttendCase) -> Contestant:
         if case.window is not None:
             raise UnavailableError("it has no window")
         rows = [case.rows(number, 0, length) for number, length in enumerate(case.lengths)]
-        return make(case, case.queries(), rows)
+        return Contestant(name, repeated(framework, make(case, case.queries(), rows)))
 
     return peer
 

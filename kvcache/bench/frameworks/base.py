@@ -15,7 +15,7 @@ import numpy as np
 
 from kvcache.backends import nbytes
 from kvcache.backends.arrays import HostArray, NativeArray, NativeArrays
-from kvcache.bench.harness.contest import Case, Contestant, Factories, Loop, UnavailableError
+from kvcache.bench.harness.contest import Case, Factories, Loop, UnavailableError
 
 Kernel: TypeAlias = Callable[
     [NativeArray, NativeArray, NativeArray, NativeArray | None], NativeArray
@@ -23,8 +23,8 @@ Kernel: TypeAlias = Callable[
 """Attention of queries ``[query_heads, tokens, head_dim]`` over keys and values ``[heads, columns,
 head_dim]`` with a mask, bool ``[tokens, columns]``, or None: like the queries."""
 
-Batched: TypeAlias = Callable[[Case, HostArray, list[HostArray]], Contestant]
-"""Function that makes a peer of many sequences in a case, from the queries of a decode pass,
+Batched: TypeAlias = Callable[[Case, HostArray, list[HostArray]], Callable[[], NativeArray]]
+"""Function that makes the pass of a peer of many sequences in a case, from its queries,
 ``[query_heads, sequences, head_dim]``, and rows of each sequence, ``[heads, tokens, head_dim]``,
 its keys as well as its values. It raises UnavailableError where the peer cannot take part."""
 

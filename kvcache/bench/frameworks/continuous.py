@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcache.backends.arrays import HostArray
-from kvcache.bench.harness.contest import Case, Contestant, UnavailableError
+from kvcache.bench.harness.contest import Case, UnavailableError
 
 CONTINUOUS = "transformers continuous batching"
 _PAGE = 256
@@ -21,24 +21,18 @@ Update: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Writes the tokens of a pass, and returns what it reads: ``[1, heads, tokens, head_dim]`` each."""
 
 
-def paged_peer(case: Case, queries: HostArray, rows: list[HostArray]) -> Contestant:
-    """Make a contestant of :func:`decode_pass`.
+def paged_pass(case: Case, queries: HostArray, rows: list[HostArray]) -> Callable[[], Tensor]:
+    """Do :func:`decode_pass`.
 
     Raises: UnavailableError without transformers, with one that has its parts elsewhere, and where
         it finds too little memory for its mask.
     """
     try:
-        attend = decode_pass(case, queries, rows)
+        return decode_pass(case, queries, rows)
     except ImportError as error:
         raise UnavailableError(f"{error}. pip install 'transformers>=5.24'") from error
     except MemoryError as error:
         raise UnavailableError(str(error)) from error
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            attend()
-
-    return Contestant(CONTINUOUS, run)
 
 
 def decode_pass(case: Case, queries: HostArray, rows: list[HostArray]) -> Callable[[], Tensor]:

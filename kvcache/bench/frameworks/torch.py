@@ -19,7 +19,7 @@ from kvcache.bench.harness.contest import (
 )
 
 from .base import Batched, Framework, Kernel
-from .continuous import CONTINUOUS, paged_peer
+from .continuous import CONTINUOUS, paged_pass
 
 DYNAMIC = "transformers DynamicCache"
 STATIC = "transformers StaticCache"
@@ -64,7 +64,7 @@ class TorchFramework(Framework):
         return attend
 
     def batched(self) -> dict[str, Batched]:
-        return {CONTINUOUS: paged_peer}
+        return {CONTINUOUS: paged_pass}
 
     def raw_copies(self, layers: int, new: NativeArrays) -> Loop:
         held = [new] * layers
