@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cache
-from operator import setitem
 from typing import ClassVar, cast
 
 import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
+from ._host_rows import HostRowIndex, all_finite
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, RowIndex
 from .base import Backend
 from .dtypes import HOST_DTYPES
 from .indexing import FULL_SLICES, Axes, axes_of, set_items, set_slices
-from .nonfinite import LARGEST_BITS, finite_bits, replaced
+from .nonfinite import finite_bits, replaced
 from .products import Result, Scoring, VisibleColumns, product
 
 
@@ -78,17 +76,15 @@ class NumpyBackend(Backend):
         return set_items(buffers, places, rows)
 
     def row_index(self, index: HostArray) -> RowIndex:
-        return _RowIndex(index)
+        return HostRowIndex(index)
 
     def write_finite_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
         finite: NativeArrays = self.replace_nonfinite(rows, axis)
-        if axis != 1 or not all(buffer.flags.c_contiguous for buffer in buffers):
-            return self.write_row_sets(buffers, finite, index.positions, axis)
-        targets, sources = [*map(_lines, buffers)], [*map(_lines, finite)]
-        _ = [*map(setitem, targets, index.lines(buffers), sources)]
-        return buffers
+        if axis == 1 and index.write(buffers, finite):
+            return buffers
+        return self.write_row_sets(buffers, finite, index.positions, axis)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)
@@ -108,7 +104,7 @@ class NumpyBackend(Backend):
     @classmethod
     def traced_replace_nonfinite(cls, arrays: NativeArrays, axis: Axes) -> NativeArrays:
         # Nearly always everything is finite, and finding that out costs less than a replacement.
-        if _all_finite(arrays):
+        if all_finite(arrays):
             return arrays
         kind = arrays[0].dtype
         is_finite, numbers = finite_bits(kind.name, len(arrays))
@@ -141,39 +137,6 @@ class NumpyBackend(Backend):
         return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
 
 
-class _RowIndex:
-    """Positions of rows, and where they are once the heads of a buffer are rows, too."""
-
-    def __init__(self, index: HostArray) -> None:
-        self.positions = index
-        self._by_shape: dict[tuple[int, ...], HostArray] = {}
-
-    def lines(self, buffers: NativeArrays) -> list[NativeArray]:
-        """Return the places among the :func:`_lines` of each of `buffers`."""
-        return [self._lines_of(buffer.shape) for buffer in buffers]
-
-    def _lines_of(self, shape: tuple[int, ...]) -> HostArray:
-        lines = self._by_shape.get(shape)
-        if lines is None:
-            heads, cells, _ = shape
-            lines = np.add.outer(np.arange(heads) * cells, self.positions).reshape(-1)
-            self._by_shape[shape] = lines
-        return lines
-
-
-def _lines(array: NativeArray) -> NativeArray:
-    """Return ``[heads, tokens, dim]`` as ``[heads * tokens]`` rows of bytes: a view if compact.
-
-    NumPy assigns whole rows by an index in less than half the time that it takes for elements.
-    """
-    return array.reshape(-1).view(_row_of(array.shape[2] * array.itemsize))
-
-
-@cache
-def _row_of(nbytes: int) -> np.dtype[np.void]:
-    return np.dtype((np.void, nbytes))
-
-
 def _dot_products(rows: NativeArray, keys: NativeArray) -> NativeArray:
     """Multiply a few rows with few keys at a time, in half the time of one product or less."""
     heads, count, dim = rows.shape
@@ -192,27 +155,3 @@ _SMALL = 1 << 17
 """Multiplications up to which OpenBLAS has kernels that do not copy the factors first."""
 _FEWEST = 64
 """Columns of a product below which calls cost more than that."""
-# Elements up to which a dot product of bfloat16, which has no BLAS, beats three passes over bits.
-_SHORT = 2048
-_FLOAT32, _BFLOAT16 = HOST_DTYPES["float32"], HOST_DTYPES["bfloat16"]
-# By dtype, because NumPy takes a microsecond to find the name of one.
-_LARGEST = {HOST_DTYPES[name]: bits for name, bits in LARGEST_BITS.items()}
-
-
-def _all_finite(arrays: NativeArrays) -> bool:
-    """Return whether all numbers are finite; False also for some that are, but very large."""
-    first, last = arrays[0], arrays[-1]
-    if first.dtype == _FLOAT32 or (first.dtype == _BFLOAT16 and first.size <= _SHORT):
-        # A dot product is finite only if all its factors are, wherever they stand.
-        if first.size == last.size:
-            return math.isfinite(np.vdot(first, last))
-        return all(math.isfinite(np.vdot(array, array)) for array in arrays)
-    largest = _LARGEST.get(first.dtype)
-    if largest is None:
-        return True  # integers
-    return all(array.size == 0 or _magnitude(array) <= 2 * largest for array in arrays)
-
-
-def _magnitude(array: HostArray) -> int:
-    """Return the bits of the largest magnitude in `array`, shifted to drop the sign."""
-    return int(np.maximum.reduce(np.left_shift(array.view(f"u{array.itemsize}"), 1), axis=None))

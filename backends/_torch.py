@@ -23,7 +23,16 @@ from ._torch_attention import (
     is_square,
     serves_all_runs,
 )
-from ._torch_rows import FLOAT8, RowCopier, all_finite, as_copied, copy_rows, is_finite
+from ._torch_rows import (
+    FLOAT8,
+    RowCopier,
+    TorchRowIndex,
+    all_finite,
+    as_copied,
+    copy_rows,
+    is_finite,
+    write_on_host,
+)
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, RowIndex
 from .base import Backend, FastKey
@@ -143,12 +152,14 @@ class TorchBackend(Backend):
         return super().write_finite_slices(buffers, updates, start, stop, axis)
 
     def row_index(self, index: HostArray) -> RowIndex:
-        return self._index(index)
+        return TorchRowIndex(index, self._index)
 
     def write_finite_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
-        return copy_rows(buffers, self.replace_nonfinite(rows, axis), index, axis)
+        if axis == 1 and self.device == "cpu" and write_on_host(buffers, rows, index.on_host):
+            return buffers
+        return copy_rows(buffers, self.replace_nonfinite(rows, axis), index.on_device, axis)
 
     def write_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: HostArray, axis: Axes

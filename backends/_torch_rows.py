@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import repeat
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
+from . import _host_rows
+from ._host_rows import HostRowIndex
 from .arrays import HostArray, NativeArray, NativeArrays
 from .indexing import Axes, axes_of
 
 FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+# What NumPy has, too; others would cross as integers, in the time that NumPy saves.
+_OF_NUMPY = frozenset({torch.float32, torch.float16})
 
 
 def all_finite(arrays: NativeArrays) -> bool:
@@ -25,14 +31,43 @@ def all_finite(arrays: NativeArrays) -> bool:
         return math.isfinite(np.vdot(first.numpy(), last.numpy()))
     if not kind.is_floating_point or kind in FLOAT8:  # torch has no arithmetic on the latter
         return not kind.is_floating_point
-    if len(arrays) == 2 and first.shape == last.shape:
-        return math.isfinite((first + last).sum().item())  # inf - inf is NaN
-    return math.isfinite(sum([array.sum().item() for array in arrays]))
+    return math.isfinite(sum([array.sum().item() for array in arrays]))  # inf - inf is NaN
 
 
 def is_finite(array: NativeArray) -> NativeArray:
     """Return whether each number is finite."""
     return array - array == 0  # inf - inf is NaN; torch.isfinite launches twice as many kernels
+
+
+class TorchRowIndex:
+    """Positions of rows, for host memory and for the device.
+
+    as_index: makes an index array of the device.
+    """
+
+    def __init__(self, positions: HostArray, as_index: Callable[[HostArray], NativeArray]) -> None:
+        self.on_host = HostRowIndex(positions)
+        self._as_index = as_index
+
+    @cached_property
+    def on_device(self) -> NativeArray:
+        return self._as_index(self.on_host.positions)
+
+
+def write_on_host(buffers: NativeArrays, rows: NativeArrays, index: HostRowIndex) -> bool:
+    """Write `rows`, all finite, to axis 1 of their `buffers` by NumPy, and return True.
+
+    Return False, and nothing is written, for rows that NumPy does not see as they are, or that may
+    not be finite.
+    """
+    if rows[0].dtype not in _OF_NUMPY or any(array.requires_grad for array in rows):
+        return False
+    new = [array.numpy() for array in rows]  # in the same memory
+    if not _host_rows.all_finite(new):
+        return False
+    for buffer in buffers:  # autograd refuses to go back over what was read before this write
+        increment_version(buffer)
+    return index.write([buffer.numpy() for buffer in buffers], new)
 
 
 def copy_rows(

@@ -9,6 +9,7 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from kvcache._reductions import any_of
 from kvcache._types import Int32s
 from kvcache.backends.integers import as_index
 
@@ -59,7 +60,7 @@ def as_int32s(values: npt.ArrayLike, name: str) -> Int32s:
             "Give a list, or an array of one dimension."
         )
     narrow = array.astype(np.int32)
-    if (narrow != array).any():  # astype wraps numbers beyond int32 without a word
+    if any_of(narrow != array):  # astype wraps numbers beyond int32 without a word
         raise ValueError(f"{name} are int32; got {array.min()} to {array.max()}.")
     return narrow
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcache._reductions import all_of
 from kvcache._types import Bools, Indices, Int32s
 
 
@@ -53,7 +54,7 @@ class CellAllocator:
             count -= free.size
         return np.concatenate(popped)
 
-    def take(self, cells: Int32s) -> None:
+    def take(self, cells: Indices | Int32s) -> None:
         """Reference `cells` once each: free ones that differ, claimed or popped."""
         self.refcounts[cells] = 1
         self.free -= cells.size
@@ -83,7 +84,7 @@ class CellAllocator:
 
     def _drop(self, cells: Int32s) -> Int32s:
         """Drop one reference per element of `cells`; return those without any left."""
-        if (self.refcounts[cells] == 1).all():  # none is shared, so none occurs twice
+        if all_of(self.refcounts[cells] == 1):  # none is shared, so none occurs twice
             self.refcounts[cells] = 0
             return cells
         np.subtract.at(self.refcounts, cells, 1)  # `-=` would count a repeated cell once

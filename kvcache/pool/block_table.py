@@ -59,7 +59,7 @@ class _Rows(NamedTuple):
 
 def _rows_of(forward_pass: Pass, starts: Indices) -> _Rows:
     """Return what the sequences of a pass hold. starts: the first token of each in its batch."""
-    ids, table = forward_pass.sequences[starts], forward_pass.table
+    ids, table = forward_pass.sequences[starts].astype(np.int64), forward_pass.table
     counts = np.diff(starts, append=forward_pass.sequences.size)
     if not forward_pass.detached:
         return _held(table, ids, counts)
@@ -77,7 +77,7 @@ def _rows_of(forward_pass: Pass, starts: Indices) -> _Rows:
     return _Rows(np.concatenate(pages), begin, held, oldest, newest, queries)
 
 
-def _held(table: CellTable, ids: Int32s, counts: Indices) -> _Rows:
+def _held(table: CellTable, ids: Indices, counts: Indices) -> _Rows:
     """Return what sequences `ids` hold, whose last `counts` tokens are of the pass."""
     pages, begin = table.pages_of(ids)
     first, last = table.first[ids], table.last[ids]

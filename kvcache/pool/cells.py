@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcache._checks import NO_LIMIT
+from kvcache._reductions import all_of, any_of, largest, smallest
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.errors import CacheFullError
 
@@ -23,8 +25,8 @@ class CellTable(Placement):
     """Positions, refcounts and per-sequence order of a pool of `cells` cells.
 
     Row s of `rows` lists the cells of sequence s by position, in ``[first[s], last[s])``; all of
-    them lie in the range of cells ``[low[s], high[s]]``, which means nothing for an empty
-    sequence. Only the single-token path (:mod:`kvcache.pool.single`) writes to these arrays, too.
+    them lie in the range of cells ``[low[s], high[s]]``. Only the single-token path
+    (:mod:`kvcache.pool.single`) writes to these arrays, too.
 
     This table gives a sequence any free cells; :class:`PagedTable` gives it whole pages.
     """
@@ -40,8 +42,9 @@ class CellTable(Placement):
         self.rows = np.zeros((max_sequences, 64), np.int32)
         self.first = np.zeros(max_sequences, np.int64)
         self.last = np.zeros(max_sequences, np.int64)
-        self.low = np.zeros(max_sequences, np.int64)
-        self.high = np.zeros(max_sequences, np.int64)
+        # Of an empty sequence: a range that any cell extends.
+        self.low = np.full(max_sequences, NO_LIMIT, np.int64)
+        self.high = np.full(max_sequences, -1, np.int64)
         # An empty sequence begins in its own part of the pool, if that is free: sequences then
         # stay contiguous as they grow side by side.
         self._start_hints = np.arange(max_sequences, dtype=np.int64) * (cells // max_sequences) - 1
@@ -84,20 +87,17 @@ class CellTable(Placement):
         run = self._numbers[first : first + cells.size]
         return cells.size > 0 and cells.tobytes() == run.tobytes()
 
-    def span(self, ids: Int32s) -> tuple[int, int]:
+    def span(self, ids: Indices) -> tuple[int, int]:
         """Return the smallest range of cells ``[start, stop)`` around non-empty sequences `ids`."""
-        if ids.size == 1:
-            return int(self.low[ids[0]]), int(self.high[ids[0]]) + 1
-        return int(self.low[ids].min()), int(self.high[ids].max()) + 1
+        return smallest(self.low[ids]), largest(self.high[ids]) + 1
 
-    def pages_of(self, ids: Int32s) -> tuple[Int32s, Indices]:
+    def pages_of(self, ids: Indices) -> tuple[Int32s, Indices]:
         """Return the pages of non-empty sequences `ids`, and the slot of the first token of each.
 
         Pages are int32 ``[ids, width]``, the width a power of two, and zeros come behind the last.
         """
-        first = self.first[ids]
-        held = self.last[ids] - first
-        columns = np.arange(1 << (int(held.max()) - 1).bit_length())
+        first, held = self.first[ids], self.last[ids] - self.first[ids]
+        columns = np.arange(1 << (largest(held) - 1).bit_length())
         inside = np.minimum(first[:, None] + columns, self.rows.shape[1] - 1)
         pages = np.where(columns < held[:, None], self.rows[ids[:, None], inside], 0)
         return pages, np.zeros_like(first)
@@ -110,26 +110,25 @@ class CellTable(Placement):
         Raises: ValueError for a sequence id or position out of range, or for a position that
             its sequence holds already or that occurs twice.
         """
-        limit = self.first.size
-        if sequences.view(np.uint32).max() >= limit:  # one test: negative ids are huge as uint32
+        if largest(sequences.view(np.uint32)) >= self.max_sequences:  # negative ids are huge
             raise ValueError(
-                f"sequence ids must lie in [0, {limit}), as many as max_sequences; "
+                f"sequence ids must lie in [0, {self.max_sequences}), as many as max_sequences; "
                 f"got {sequences.min()} to {sequences.max()}."
             )
-        if positions.min() < 0:
-            raise ValueError(f"positions must be >= 0; got {positions.min()}.")
+        if (least := smallest(positions)) < 0:
+            raise ValueError(f"positions must be >= 0; got {least}.")
         groups = sorted_batch(positions, sequences)
         inserts = refuse_repeats(self, groups)
         return groups._replace(inserts=inserts) if inserts else groups
 
-    def expired(self, ids: Int32s, oldest: Indices) -> Eviction:
+    def expired(self, ids: Indices, oldest: Indices) -> Eviction:
         """Return the cells before `oldest`, an array with one position for each of `ids`."""
         first, last = self.first[ids], self.last[ids]
         held = last - first
-        head = self.positions[self.rows[ids, first]]
-        tail = self.positions[self.rows[ids, last - 1]]
+        head = self.positions.take(self.rows[ids, first])
+        tail = self.positions.take(self.rows[ids, last - 1])
         counts = np.minimum(np.maximum(oldest - head, 0), held)
-        for i in np.flatnonzero((held > 0) & (tail - head != held - 1)):  # gaps: search for each
+        for i in ((held > 0) & (tail - head != held - 1)).nonzero()[0]:  # gaps: search for each
             counts[i] = self.find(int(ids[i]), int(oldest[i]))
         drops = counts > 0
         return Eviction(ids[drops], counts[drops])
@@ -169,18 +168,17 @@ class CellTable(Placement):
         at_edge = (cells == self.low[owners]) | (cells == self.high[owners])
         self.first[ids] += counts
         self.allocator.decref(cells)
-        if at_edge.any():
+        if any_of(at_edge):
             self._shrink_ranges(eviction, owners[at_edge])
 
-    def _shrink_ranges(self, eviction: Eviction, edges: Int32s) -> None:
+    def _shrink_ranges(self, eviction: Eviction, edges: Indices) -> None:
         """Update the ranges of `edges`, sequences with a cell dropped at an edge of the range."""
-        single = (eviction.counts == 1).all()
+        single = all_of(eviction.counts == 1)
         ids = edges if single else np.unique(edges)
         first, last, low = self.first[ids], self.last[ids], self.low[ids]
         head = self.rows[ids, np.minimum(first, last - 1)]  # of an empty sequence: any cell
         # The usual step drops the lowest cell and leaves the next one: no search.
-        steps = (first < last) & (self.rows[ids, first - 1] == low) & (head == low + 1)
-        steps &= single
+        steps = single & (first < last) & (self.rows[ids, first - 1] == low) & (head == low + 1)
         self.low[ids[steps]] += 1
         for sequence in ids[~steps]:
             self.recompute_range(int(sequence))
@@ -197,7 +195,7 @@ class CellTable(Placement):
         if self.shifts is not None:
             self.shifts[cells] = 0
         self._append(groups, cells)
-        by_token = np.empty_like(cells)
+        by_token = np.empty(cells.size, np.int32)
         by_token[groups.order] = cells
         return by_token
 
@@ -317,7 +315,7 @@ class CellTable(Placement):
     def _oldest(self, eviction: Eviction) -> Int32s:
         """Return the cells to evict, sequence by sequence."""
         counts = eviction.counts
-        if (counts == 1).all():
+        if all_of(counts == 1):
             oldest: Int32s = self.rows[eviction.ids, self.first[eviction.ids]]
             return oldest
         ids = np.repeat(eviction.ids, counts)
@@ -325,13 +323,15 @@ class CellTable(Placement):
         cells: Int32s = self.rows[ids, self.first[ids] + within]
         return cells
 
-    def _choose(self, groups: SortedBatch) -> Int32s:
+    def _choose(self, groups: SortedBatch) -> Indices:
         """Return a free cell for every sorted token, if possible next to the last of its sequence.
 
         A sequence then stays in a short range of cells, which attention reads as a slice.
         """
         ids, last = groups.ids, self.last[groups.ids]
-        tails = np.where(last > self.first[ids], self.rows[ids, last - 1], self._start_hints[ids])
+        tails, filled = self.rows[ids, last - 1].astype(np.int64), last > self.first[ids]
+        if not all_of(filled):
+            tails = np.where(filled, tails, self._start_hints[ids])
         if groups.single:
             claimed, cells = self._claim_next_cell(ids, tails + 1)
         else:
@@ -339,11 +339,11 @@ class CellTable(Placement):
             cells = np.repeat(tails, groups.counts) + 1 + rank
             cells[cells >= self.cells] = 0  # any valid cell: if it is taken, another is popped
             claimed = self.allocator.claim(cells)
-        if not claimed.all():
+        if not all_of(claimed):
             cells[~claimed] = self.allocator.pop(int(cells.size - np.count_nonzero(claimed)))
-        return cells.astype(np.int32)
+        return cells
 
-    def _claim_next_cell(self, ids: Int32s, wanted: Indices) -> tuple[Bools, Indices]:
+    def _claim_next_cell(self, ids: Indices, wanted: Indices) -> tuple[Bools, Indices]:
         """Claim a cell of `wanted` for each of `ids`, or else the cell just dropped by it.
 
         Reusing the dropped cell keeps a window in its part of the pool, like a ring. Return a
@@ -351,18 +351,18 @@ class CellTable(Placement):
         """
         claimed = wanted < self.cells
         claimed[claimed] = self.allocator.claim(wanted[claimed])
-        if not claimed.all():
+        if not all_of(claimed):
             others = np.flatnonzero(~claimed)
             # Left of the first cell of a row is the last one dropped, or any cell: claim() checks.
             wanted[others] = self.rows[ids[others], self.first[ids[others]] - 1]
             claimed[others] = self.allocator.claim(wanted[others])
         return claimed, wanted
 
-    def _append(self, groups: SortedBatch, cells: Int32s) -> None:
+    def _append(self, groups: SortedBatch, cells: Indices) -> None:
         """Add the cells of a sorted batch to the rows of their sequences, ordered by position."""
         ids, counts, starts = groups.ids, groups.counts, groups.starts
         self._reserve_row_space(ids, counts)
-        last, empty = self.last[ids], self.last[ids] == self.first[ids]
+        last = self.last[ids]
         if groups.single:
             self.rows[ids, last] = low = high = cells
         else:
@@ -370,8 +370,8 @@ class CellTable(Placement):
             self.rows[groups.sequences, columns] = cells
             low, high = np.minimum.reduceat(cells, starts), np.maximum.reduceat(cells, starts)
         self.last[ids] = last + counts
-        self.low[ids] = np.where(empty, low, np.minimum(low, self.low[ids]))
-        self.high[ids] = np.where(empty, high, np.maximum(high, self.high[ids]))
+        self.low[ids] = np.minimum(low, self.low[ids])
+        self.high[ids] = np.maximum(high, self.high[ids])
         # Appended at the end first, rows with an insertion are put in order of position.
         for sequence in ids if groups.inserts else ():
             row = self.cells_of(int(sequence))
@@ -384,15 +384,16 @@ class CellTable(Placement):
             self.low[sequence], self.high[sequence] = row.min(), row.max()
         else:  # an empty row begins again at its front
             self.first[sequence] = self.last[sequence] = 0
+            self.low[sequence], self.high[sequence] = NO_LIMIT, -1
 
-    def _reserve_row_space(self, ids: Int32s, extra: Indices) -> None:
+    def _reserve_row_space(self, ids: Indices, extra: Indices) -> None:
         """Make room in the rows of `ids` for `extra` more cells each."""
-        if (self.last[ids] + extra).max() <= self.rows.shape[1]:
+        if largest(self.last[ids] + extra) <= self.rows.shape[1]:
             return
         held = self.last - self.first
         # Rows move to the front, which reclaims what windows dropped; twice the room needed, so
         # that moving costs O(1) per token in the long run.
-        width = 2 * max(int(held.max()), int((held[ids] + extra).max()))
+        width = 2 * max(largest(held), largest(held[ids] + extra))
         rows = np.zeros((held.size, width), np.int32)
         for sequence in np.flatnonzero(held):
             rows[sequence, : held[sequence]] = self.cells_of(int(sequence))

@@ -12,14 +12,14 @@ from kvcache._types import Indices, Int32s
 class Eviction(NamedTuple):
     """Cells to drop: the `counts` oldest cells of each sequence in `ids`."""
 
-    ids: Int32s
+    ids: Indices
     counts: Indices
 
 
 class Dropped(NamedTuple):
     """Cells evicted for a pass, each with its sequence and position."""
 
-    sequences: Int32s
+    sequences: Indices | Int32s
     cells: Int32s
     positions: Int32s
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcache._reductions import all_of
 from kvcache._types import Indices, Int32s
 
 from .allocator import CellAllocator
@@ -37,7 +38,7 @@ class PageAllocator(CellAllocator):
         outside = (wanted < 0) | (wanted >= pages.cells)
         wanted[outside] = 0  # any page: if it is taken, another is popped
         claimed = pages.claim(wanted)
-        if not claimed.all():
+        if not all_of(claimed):
             wanted[~claimed] = pages.pop(int(np.count_nonzero(~claimed)))
         pages.refcounts[wanted] = 0  # counted, cell by cell, once they are taken
         return wanted.astype(np.int32)
@@ -47,7 +48,7 @@ class PageAllocator(CellAllocator):
         pages = np.unique(cells >> self._shift)
         return int(np.count_nonzero(~references.reshape(-1, self.page)[pages].any(1)))
 
-    def take(self, cells: Int32s) -> None:
+    def take(self, cells: Indices | Int32s) -> None:
         self.refcounts[cells] = 1
         self._use(cells)
 

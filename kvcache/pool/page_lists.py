@@ -30,7 +30,7 @@ class PageLists:
         self._base -= columns
 
     def read(
-        self, rows: Int32s, ids: Int32s, first: Indices, last: Indices
+        self, rows: Int32s, ids: Indices, first: Indices, last: Indices
     ) -> tuple[Int32s, Indices]:
         """Return the pages of non-empty sequences `ids`, ``[ids, width]``, and where each begins.
 
@@ -60,18 +60,18 @@ class PageLists:
     def _width(self) -> int:
         return self._pages.shape[1]
 
-    def _counts(self, ids: Int32s, last: Indices) -> Indices:
+    def _counts(self, ids: Indices, last: Indices) -> Indices:
         """Return the length of the complete list of each of `ids`."""
         counts: Indices = ((last - 1 - self._base[ids]) >> self._shift) + 1
         return counts
 
-    def _begin(self, rows: Int32s, ids: Int32s, first: Indices) -> None:
+    def _begin(self, rows: Int32s, ids: Indices, first: Indices) -> None:
         """Begin the lists of `ids` anew, with the page of the first token."""
         if ids.size:
             self._listed[ids] = 0
             self._base[ids] = first - (rows[ids, first] & (self._page - 1))
 
-    def _make_room(self, rows: Int32s, ids: Int32s, first: Indices, last: Indices) -> None:
+    def _make_room(self, rows: Int32s, ids: Indices, first: Indices, last: Indices) -> None:
         """Make all lists fit, without pages given back where they did not."""
         counts = self._counts(ids, last)
         long = counts > self._width
@@ -85,7 +85,7 @@ class PageLists:
             wider[:, : self._width] = self._pages
             self._pages = wider
 
-    def _list(self, rows: Int32s, ids: Int32s, first: Indices, last: Indices) -> None:
+    def _list(self, rows: Int32s, ids: Indices, first: Indices, last: Indices) -> None:
         """List the pages that are new since the last time."""
         listed, counts = self._listed[ids], self._counts(ids, last)
         new = counts - listed

@@ -7,6 +7,7 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 
 from kvcache._checks import as_index
+from kvcache._reductions import any_of
 from kvcache._types import Bools, Indices, Int32s
 from kvcache.errors import CacheFullError, NotSupportedError
 
@@ -45,7 +46,7 @@ class _Tails(NamedTuple):
     first: Indices
     last: Indices
     filled: Bools
-    cells: Int32s
+    cells: Indices
 
 
 class PagedTable(CellTable):
@@ -114,7 +115,7 @@ class PagedTable(CellTable):
         return self._tail_copy(groups.ids[moving], first[moving], last[moving], slots[moving])
 
     def _tail_copy(
-        self, ids: Int32s, first: Indices, last: Indices, slots: Int32s
+        self, ids: Indices, first: Indices, last: Indices, slots: Indices
     ) -> TailCopy | None:
         """Return the tokens of `ids` in their last pages. slots: of the last tokens in these."""
         if not ids.size:
@@ -125,14 +126,15 @@ class PagedTable(CellTable):
             ids, starts, counts, self.rows[np.repeat(ids, counts), ranges(starts, counts)]
         )
 
-    def _tails(self, ids: Int32s, eviction: Eviction | None = None) -> _Tails:
+    def _tails(self, ids: Indices, eviction: Eviction | None = None) -> _Tails:
         """Return the ends of sequences `ids`, ascending, as they are after `eviction`."""
         first, last = self.first[ids].copy(), self.last[ids]
         if eviction is not None and eviction.ids.size:
             index = np.minimum(np.searchsorted(ids, eviction.ids), ids.size - 1)
             own = ids[index] == eviction.ids  # sequences idle in this pass are evicted, too
             first[index[own]] += eviction.counts[own]
-        return _Tails(first, last, last > first, self.rows[ids, last - 1])
+        cells = self.rows[ids, last - 1].astype(np.int64)
+        return _Tails(first, last, last > first, cells)
 
     def check_room_for(self, groups: SortedBatch, eviction: Eviction | None) -> None:
         free = self.allocator.pages.free
@@ -225,20 +227,20 @@ class PagedTable(CellTable):
         self.set_row(sequence, row)
         return True
 
-    def _choose(self, groups: SortedBatch) -> Int32s:
+    def _choose(self, groups: SortedBatch) -> Indices:
         ids, counts = groups.ids, groups.counts
         _, _, filled, tails = self._tails(ids)
         room = np.where(filled, self._mask - (tails & self._mask), 0)
         more = np.maximum(counts - room + self._mask, 0) >> self._shift
-        if groups.single and not more.any():  # as for most decode steps
-            own: Int32s = tails + 1
+        if groups.single and not any_of(more > 0):  # as for most decode steps
+            own: Indices = tails + 1
             return own
         pages = np.where(filled, tails >> self._shift, self._start_hints[ids])
         new = self.allocator.claim_pages(ranges(pages + 1, more))
         # By token: its number behind the last slot of the page that its sequence is in.
         beyond = ranges(np.zeros_like(counts), counts) - np.repeat(room, counts)
         number = np.repeat(np.cumsum(more) - more, counts) + (beyond >> self._shift)
-        cells: Int32s = (np.repeat(tails + 1 + room, counts) + beyond).astype(np.int32)
+        cells: Indices = np.repeat(tails + 1 + room, counts) + beyond
         outside = beyond >= 0
         cells[outside] = (new[number[outside]] << self._shift) + (beyond[outside] & self._mask)
         return cells
@@ -301,14 +303,14 @@ class PagedTable(CellTable):
 
     # Block tables.
 
-    def pages_of(self, ids: Int32s) -> tuple[Int32s, Indices]:
+    def pages_of(self, ids: Indices) -> tuple[Int32s, Indices]:
         return self._lists.read(self.rows, ids, self.first[ids], self.last[ids])
 
     def recompute_range(self, sequence: int) -> None:
         super().recompute_range(sequence)
         self._lists.forget(sequence)
 
-    def _reserve_row_space(self, ids: Int32s, extra: Indices) -> None:
+    def _reserve_row_space(self, ids: Indices, extra: Indices) -> None:
         first = self.first
         super()._reserve_row_space(ids, extra)
         if self.first is not first:

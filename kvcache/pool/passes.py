@@ -11,7 +11,7 @@ import numpy as np
 from kvcache._checks import NO_LIMIT
 from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
-from kvcache._types import Int32s
+from kvcache._types import Indices, Int32s
 from kvcache.backends import CacheConfig
 from kvcache.errors import CacheFullError, ExportedError, KVCacheError
 from kvcache.snapshots.visibility import Visibility
@@ -236,7 +236,7 @@ class CellPool:
             nexts = np.append(nexts, [self.table.next_position(sequence) for sequence in idle])
         return self.table.expired(ids, nexts - (retained - 1))
 
-    def _as_set(self, ids: Int32s) -> frozenset[int]:
+    def _as_set(self, ids: Indices) -> frozenset[int]:
         """Return `ids` as a set: the same object as last time for the same ids."""
         key = ids.tobytes()
         if key != self._last_ids[0]:

@@ -26,14 +26,14 @@ class TailCopy(NamedTuple):
     The last cells of each sequence in `ids`, from column `starts` of its row on.
     """
 
-    ids: Int32s
+    ids: Indices
     starts: Indices
     counts: Indices
     cells: Int32s
     """The cells that they are in, sequence by sequence."""
 
     @property
-    def places(self) -> tuple[Int32s, Indices]:
+    def places(self) -> tuple[Indices, Indices]:
         """Rows and columns of :attr:`cells`."""
         return np.repeat(self.ids, self.counts), ranges(self.starts, self.counts)
 

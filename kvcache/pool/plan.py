@@ -161,10 +161,7 @@ class Pass:
     @cached_property
     def first_cell(self) -> int | None:
         """First cell if the cells are consecutive, else None: a write is then a slice."""
-        cells = self.cells
-        if cells.size == 1:
-            return int(cells[0])
-        return int(cells[0]) if (np.diff(cells) == 1).all() else None
+        return self.cells.item(0) if self.table.is_run(self.cells) else None
 
     def visible(self, tokens: Sequence[int]) -> Iterator[Int32s]:
         """Yield the cells visible to each of `tokens`, by the current state of the table."""
@@ -226,12 +223,13 @@ class Pass:
         Simple, and so most of a decode pass: a token sees all of its sequence, whose cells have no
         others between them. Else the range is empty.
         """
-        table, ids = self.table, self.sequences
+        table, ids = self.table, self.sequences.astype(np.int64)
         if self.detached or self.ahead or ids.size == 1:  # for one, looking takes as long
             return repeat((0, 0), ids.size)
         begins, ends, low, stop = table.first[ids], table.last[ids], table.low[ids], table.high[ids]
         stop = stop + 1
-        oldest, latest = table.positions[table.rows[ids, [begins, ends - 1]]]
+        oldest = table.positions.take(table.rows[ids, begins])
+        latest = table.positions.take(table.rows[ids, ends - 1])
         whole = (self.visibility.lowest(self.positions) <= oldest) & (self.positions >= latest)
         whole &= stop - low == ends - begins
         return zip((low * whole).tolist(), (stop * whole).tolist(), strict=True)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvcache._reductions import any_of
+
 from .sorted_batch import SortedBatch
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ def refuse_repeats(table: CellTable, groups: SortedBatch) -> bool:
     positions, sequences, starts = groups.positions, groups.sequences, groups.starts
     if not groups.single:
         repeated = (positions[1:] == positions[:-1]) & (sequences[1:] == sequences[:-1])
-        if repeated.any():
+        if any_of(repeated):
             token = int(np.argmax(repeated))
             raise ValueError(
                 f"position {positions[token]} of sequence {sequences[token]} occurs twice."
@@ -28,11 +30,13 @@ def refuse_repeats(table: CellTable, groups: SortedBatch) -> bool:
     # Only a token at or before the end of its sequence can repeat a stored position.
     last = table.last[groups.ids]
     filled = last > table.first[groups.ids]
-    ends = table.positions[table.rows[groups.ids, last - 1]]
+    ends = table.positions.take(table.rows[groups.ids, last - 1])
     inserts = filled & (positions[starts] <= ends)
+    if not any_of(inserts):
+        return False
     for group in np.flatnonzero(inserts):
         _refuse_stored(table, groups, int(group))
-    return bool(inserts.any())
+    return True
 
 
 def _refuse_stored(table: CellTable, groups: SortedBatch, group: int) -> None:

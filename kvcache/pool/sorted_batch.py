@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvcache._reductions import all_of
 from kvcache._types import Indices, Int32s
 
 
@@ -15,9 +16,10 @@ class SortedBatch(NamedTuple):
     order: Indices
     """Batch index of each sorted token."""
     positions: Int32s
-    sequences: Int32s
-    """Of each sorted token."""
-    ids: Int32s
+    sequences: Indices
+    """Of each sorted token. Like all numbers here that arrays are indexed by, int64, to which NumPy
+    would convert others at each use."""
+    ids: Indices
     """Sequences in the batch, once each, ascending."""
     starts: Indices
     """First sorted token of each of `ids`."""
@@ -34,15 +36,12 @@ class SortedBatch(NamedTuple):
 
 def sorted_batch(positions: Int32s, sequences: Int32s) -> SortedBatch:
     """Sort a batch by sequence and position."""
-    # The two usual decode steps come first: both are sorted already.
-    if positions.size == 1:
-        one = np.zeros(1, np.int64)
-        return SortedBatch(one, positions, sequences, sequences, one, one + 1)
-    if (sequences[1:] > sequences[:-1]).all():  # one token per sequence, in order
-        order = np.arange(positions.size)
-        return SortedBatch(order, positions, sequences, sequences, order, np.ones_like(order))
-    order = np.lexsort((positions, sequences))
-    sequences = sequences[order]
-    starts = np.flatnonzero(np.diff(sequences, prepend=-1))
-    counts = np.diff(starts, append=sequences.size)
-    return SortedBatch(order, positions[order], sequences, sequences[starts], starts, counts)
+    ids = sequences.astype(np.int64)
+    if all_of(ids[1:] > ids[:-1]):  # one token per sequence, in order: the usual decode step
+        order = np.arange(ids.size)
+        return SortedBatch(order, positions, ids, ids, order, np.ones(ids.size, np.int64))
+    order = np.lexsort((positions, ids))
+    ids = ids[order]
+    starts = np.flatnonzero(np.diff(ids, prepend=-1))
+    counts = np.diff(starts, append=ids.size)
+    return SortedBatch(order, positions[order], ids, ids[starts], starts, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
@@ -204,6 +205,25 @@ def test_layouts(backend, keys, values):
     assert found == [[(2, 0), (3, 1), (6, 2)], [(4, 0), (5, 1), (7, 2)]]
     for line in mask:
         np.testing.assert_array_equal(v[0, line, 2], k[0, line, 0] + 0.5)
+
+
+@pytest.mark.one_backend(name="torch")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sequences", [1, 2], ids=["one range of cells", "scattered cells"])
+def test_autograd_knows_of_later_writes(sequences, dtype):
+    torch, cache = importlib.import_module("torch"), CausalCache()
+    cache.init("torch", dtype, max_sequences=2, capacity=8, max_batch=8)
+    new = torch.ones(1, sequences, 4, dtype=getattr(torch, dtype))
+    queries, read = torch.ones(4, dtype=new.dtype, requires_grad=True), []
+    for position in range(2):
+        cache.start_forward(Batch([position] * sequences, range(sequences)))
+        cache.put(new, new)
+        read += [(queries * array).sum() for array in cache.get()[:2]]
+    for result in read[:2]:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+    for result in read[2:]:
+        result.backward()
 
 
 def test_layers_may_differ_and_hold_keys_only():
