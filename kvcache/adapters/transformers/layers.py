@@ -74,8 +74,9 @@ class AttentionLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of columns of the update to come, and the position of the first."""
-        columns = self.kv.next_positions(query_length).shape[-1]
-        return columns, self.kv.offset + query_length - columns
+        stop = self.kv.offset + query_length
+        columns = self.kv.next_positions(query_length).shape[-1] if self.is_sliding else stop
+        return columns, stop - columns
 
     def get_seq_length(self) -> int:
         return self.kv.offset

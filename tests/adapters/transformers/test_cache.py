@@ -64,6 +64,34 @@ def test_it_is_a_cache_of_the_library_under_both_names():
 
 
 @pytest.mark.parametrize(
+    ("name", "attention", "together"),
+    [
+        ("llama", "sdpa", True),
+        ("llama", "eager", False),
+        ("gemma3", "sdpa", False),  # masks by layer
+        ("falcon_h1", "sdpa", False),
+    ],
+)
+def test_query_heads_of_a_key_head_are_multiplied_together(name, attention, together, monkeypatch):
+    """They are where the library makes a mask for a step of one token."""
+    built, heads = model(name, attention), []
+    built.set_attn_implementation(attention)  # the configuration is that of other tests, too
+    cache = make_cache(built)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, *arguments, **options):
+        heads.append(query.shape[1] == key.shape[1])
+        return attend(query, key, *arguments, **options)
+
+    forward(built, prompts(), cache)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    assert cache.is_compileable == together
+    forward(built, prompts()[:, :1], cache)
+    assert all(heads) == together or not heads
+    assert bool(heads) == (attention == "sdpa")
+
+
+@pytest.mark.parametrize(
     ("name", "kinds"),
     [
         ("llama", "kkkk"),
