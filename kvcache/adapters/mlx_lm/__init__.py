@@ -16,6 +16,7 @@
 :mod:`.lists`      layers with both
 :mod:`.headers`    what files say of a layer
 :mod:`.prefix`     prefix reuse around generators
+:mod:`.sessions`   one request of it
 :mod:`.server`     prefix reuse in the server
 =================  ===========================================
 """
@@ -23,7 +24,8 @@
 from .entries import AttentionEntry
 from .lists import EntryList
 from .making import caches_of, layer_caches, make_prompt_cache, prompt_cache
-from .prefix import ModelPrefixCache, PromptSession, prefix_cache
+from .prefix import ModelPrefixCache, prefix_cache
+from .sessions import PromptSession
 from .states import RecurrentEntry
 
 __all__ = [

@@ -19,7 +19,8 @@ from kvcache._checks import as_budget
 from kvcache.prefix import EvictionPolicy
 
 from .making import PromptCache, caches_of
-from .prefix import prefix_cache, prompt_caches
+from .prefix import prefix_cache
+from .sessions import prompt_caches
 
 ModelKey: TypeAlias = tuple[str | None, ...]
 Media: TypeAlias = dict[tuple[int, int], str]
