@@ -58,10 +58,10 @@ class HostRowIndex:
 
         Others are left as they are.
         """
-        if not (buffers[0].flags.c_contiguous and buffers[-1].flags.c_contiguous):
-            return False
         places, lines, new = [], [], []
         for buffer, update in zip(buffers, rows, strict=True):
+            if not buffer.flags.c_contiguous:
+                return False
             place, line = self._lines_of(buffer)
             places.append(place)
             lines.append(buffer.view(line))
