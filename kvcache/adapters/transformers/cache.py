@@ -80,7 +80,7 @@ class ModelCache(Cache):
         one; with layers of several kinds there would be several masks, which models pass on in a
         form of their own.
         """
-        if self._slots is not None:
+        if super().is_compileable:
             return True
         # Asked anew, because a model may choose another attention, and be moved, at any time.
         if not self._grouped or self._decoder._attn_implementation != "sdpa":
