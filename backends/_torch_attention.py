@@ -21,7 +21,14 @@ MASKED = 256
 _FLASH_DIM = 256
 """Largest head_dim of FlashAttention."""
 
+_ONE_DNN = 1 << 22
+"""Multiplications for a key head from which products by oneDNN beat a kernel of torch."""
+_SCORES = 1 << 20
+"""Scores that these products hold at once: 4 MiB."""
+
 _kernel = torch.nn.functional.scaled_dot_product_attention
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+"""A matrix times another one transposed, by oneDNN; None in a torch without it."""
 
 
 def attend(
@@ -173,6 +180,9 @@ def attend_with_logarithm(
     visible: VisibleColumns | None,
 ) -> Result:
     """Return attention and the logarithms, by the kernel that torch calls itself."""
+    if visible is None and _multiplies(q, keys):
+        out, logarithm = _attend_by_products(q, keys, values, scoring.scale)
+        return _with_sinks(out, logarithm, scoring.sinks)
     (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
@@ -186,11 +196,48 @@ def attend_with_logarithm(
     else:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu
         out, logarithm = kernel(*arrays, 0.0, causal, attn_mask=mask, scale=scoring.scale)
-    out, logarithm = out.reshape(q.shape), logarithm.reshape(q.shape[:2])
-    if scoring.sinks is None:
+    return _with_sinks(out.reshape(q.shape), logarithm.reshape(q.shape[:2]), scoring.sinks)
+
+
+def _with_sinks(out: NativeArray, logarithm: NativeArray, sinks: NativeArray | None) -> Result:
+    """Return a result to which the logits of sinks are added, if there are any."""
+    if sinks is None:
         return out, logarithm
-    share = torch.sigmoid(logarithm - scoring.sinks.float()[:, None])
-    return (out.float() * share[..., None]).to(q.dtype), None
+    share = torch.sigmoid(logarithm - sinks.float()[:, None])
+    return (out.float() * share[..., None]).to(out.dtype), None
+
+
+def _multiplies(q: NativeArray, keys: NativeArray) -> bool:
+    """Return whether :func:`_attend_by_products` can be used, and beats a kernel."""
+    if _linear is None or q.device.type != "cpu" or q.dtype != torch.float32:
+        return False
+    rows = q.shape[0] // keys.shape[0] * q.shape[1]
+    return int(rows * keys.shape[1] * q.shape[2]) >= _ONE_DNN
+
+
+def _attend_by_products(
+    q: NativeArray, keys: NativeArray, values: NativeArray, scale: float
+) -> tuple[NativeArray, NativeArray]:
+    """Return attention over all columns, and the logarithms, a key head after the other.
+
+    The kernel of torch multiplies by MKL, which takes twice the time of oneDNN on processors of
+    AMD; this operation, which torch compiles layers to, is oneDNN's.
+    """
+    kv_heads, dim = keys.shape[0], values.shape[-1]
+    rows = (q * scale).reshape(kv_heads, -1, q.shape[-1])
+    out = q.new_empty((*rows.shape[:2], dim))
+    logarithm = q.new_empty((*rows.shape[:2], 1))
+    size = max(1, _SCORES // keys.shape[1])
+    for head, arrays in enumerate(zip(rows, out, logarithm, strict=True)):
+        own, own_values = keys[head], values[head].mT
+        for part, part_out, largest in zip(*(array.split(size) for array in arrays), strict=True):
+            scores = _linear(part, own, None, "none", [], "")
+            torch.amax(scores, -1, keepdim=True, out=largest)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            torch.div(_linear(weights, own_values, None, "none", [], ""), total, out=part_out)
+            largest += total.log_()
+    return out.reshape(*q.shape[:2], dim), logarithm.reshape(q.shape[:2])
 
 
 def attend_in_blocks(

@@ -211,6 +211,25 @@ def test_one_query_over_a_long_history(backend, columns):
     np.testing.assert_allclose(backend.to_host(out)[:, 0], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("columns", [1_500, 20_000])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1)], ids=["rows", "columns"])
+def test_many_queries_over_a_long_history(backend, columns, axes):
+    """torch multiplies them by oneDNN, 52 rows at a time where the keys are 20,000."""
+    rng = np.random.default_rng(0)
+    shapes = (Q_HEADS, 32, 128), (KV_HEADS, columns, 128), (KV_HEADS, columns, 128)
+    q, keys, values = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    own = [backend.from_host(array.transpose(axes).copy()) for array in (keys, values)]
+    views = [backend.xp.permute_dims(array, axes) for array in own]
+    scoring = Scoring(128**-0.5, log_sum_exp=True)
+    out, logarithm = map(backend.to_host, backend.attention(backend.from_host(q), *views, scoring))
+    for query in range(0, 32, 31):
+        expected = attention(q[:, query], keys, values, 128**-0.5)
+        np.testing.assert_allclose(out[:, query], expected, rtol=0, atol=2e-6)
+        scores = np.einsum("hd,hcd->hc", q[:, query], keys.repeat(Q_HEADS // KV_HEADS, 0))
+        total = np.exp(scores.astype(np.float64) * 128**-0.5).sum(-1)
+        np.testing.assert_allclose(logarithm[:, query], np.log(total), rtol=1e-6)
+
+
 def test_many_tokens_in_blocks(backend, monkeypatch):
     for name in ("products.SCORES", "products._BAND"):
         monkeypatch.setattr(f"kvcache.backends.{name}", 128)
