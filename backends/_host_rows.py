@@ -11,18 +11,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arrays import HostArray
+from .arrays import HostArray, NativeArray, NativeArrays
 from .dtypes import HOST_DTYPES
 from .nonfinite import LARGEST_BITS
 
 _FLOAT32, _BFLOAT16 = HOST_DTYPES["float32"], HOST_DTYPES["bfloat16"]
 # Elements up to which a dot product of bfloat16, which has no BLAS, beats two passes over bits.
 _SHORT = 1024
-# By dtype, because NumPy takes a microsecond to find the name of one: that of its bits, and those
-# of its largest number, shifted to drop the sign.
+# By dtype, because NumPy takes a microsecond to find the name of one: that of its bits, signed and
+# not, and the bits of its largest number.
 _BITS = {
-    HOST_DTYPES[name]: (np.dtype(f"u{HOST_DTYPES[name].itemsize}"), 2 * bits)
-    for name, bits in LARGEST_BITS.items()
+    kind: (np.dtype(f"i{kind.itemsize}"), np.dtype(f"u{kind.itemsize}"), LARGEST_BITS[name])
+    for name, kind in HOST_DTYPES.items()
+    if name in LARGEST_BITS
 }
 
 
@@ -36,50 +37,67 @@ def all_finite(arrays: Sequence[HostArray]) -> bool:
         return all(math.isfinite(np.vdot(array, array)) for array in arrays)
     if first.dtype not in _BITS:
         return True  # integers
-    kind, largest = _BITS[first.dtype]
+    signed, unsigned, largest = _BITS[first.dtype]
+    lowest = largest | 1 << 8 * signed.itemsize - 1
+    # Infinity and NaN are beyond the largest number and, as unsigned integers, the lowest. The
+    # extreme by its index: in a fraction of the time of max().
     for array in arrays:
-        bits = array.view(kind)
-        shifted = bits + bits
-        # The largest by its index: in a fraction of the time of max().
-        if array.size and shifted.item(shifted.argmax()) > largest:
-            return False
+        if array.size:
+            above, below = array.view(signed), array.view(unsigned)
+            if above.item(above.argmax()) > largest or below.item(below.argmax()) > lowest:
+                return False
     return True
 
 
+class HostLayer(tuple[NativeArray, ...]):
+    """The buffers of a layer, ``[heads, tokens, dim]`` in host memory, with views to write rows by.
+
+    A pool keeps it in the place of the tuple that it was made of, so that views are made once.
+
+    lines: the memory of every buffer as lines, ``[heads, tokens, 1]``: the bytes of one head of a
+        token. NumPy writes such by an index in less than half the time that it takes for elements.
+    kinds, sizes: their dtypes, and heads and tokens of each.
+    """
+
+    lines: Sequence[HostArray]
+    kinds: Sequence[np.dtype[np.void]]
+    sizes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, buffers: NativeArrays, memory: Sequence[HostArray]) -> HostLayer | None:
+        """Return a layer of `buffers`, or None if these are not compact.
+
+        memory: the buffers as NumPy sees them.
+        """
+        if not all(array.flags.c_contiguous for array in memory):
+            return None
+        layer = cls(buffers)
+        layer.kinds = [np.dtype((np.void, array.shape[2] * array.itemsize)) for array in memory]
+        layer.lines = [*map(np.ndarray.view, memory, layer.kinds)]
+        layer.sizes = tuple([array.shape[:2] for array in memory])
+        return layer
+
+
 class HostRowIndex:
-    """Positions of the tokens of a pass in buffers ``[heads, tokens, dim]`` in host memory."""
+    """Positions of the tokens of a pass in buffers of a :class:`HostLayer`."""
 
     def __init__(self, positions: HostArray) -> None:
         self.positions = positions
-        self._lines: dict[tuple[int, ...], tuple[HostArray, np.dtype[np.void]]] = {}
+        self._places: dict[tuple[tuple[int, ...], ...], Sequence[HostArray]] = {}
 
-    def write(self, buffers: Sequence[HostArray], rows: Sequence[HostArray]) -> bool:
-        """Write `rows` to these positions of their buffers; return whether these are compact.
-
-        Others are left as they are.
-        """
-        places, lines, new = [], [], []
-        for buffer, update in zip(buffers, rows, strict=True):
-            if not buffer.flags.c_contiguous:
-                return False
-            place, line = self._lines_of(buffer)
-            places.append(place)
-            lines.append(buffer.view(line))
-            new.append(np.ascontiguousarray(update).view(line))
+    def write(self, layer: HostLayer, rows: Sequence[HostArray]) -> None:
+        """Write `rows` to these positions of their buffers."""
+        places = self._places.get(layer.sizes)
+        if places is None:
+            places = self._places[layer.sizes] = [*map(self._places_in, layer.sizes)]
+        try:
+            new = [*map(np.ndarray.view, rows, layer.kinds)]
+        except ValueError:  # their dim is not compact
+            new = [*map(np.ndarray.view, map(np.ascontiguousarray, rows), layer.kinds)]
         # Python runs no signal handler while a list is extended.
-        _ = [*map(np.ndarray.put, lines, places, new)]
-        return True
+        _ = [*map(np.ndarray.put, layer.lines, places, new)]
 
-    def _lines_of(self, buffer: HostArray) -> tuple[HostArray, np.dtype[np.void]]:
-        """Return the places of the rows in a buffer of whole lines, and the dtype of a line.
-
-        A line is the bytes of one head of a token: NumPy writes such by an index in less than half
-        the time that it takes for elements.
-        """
-        form = *buffer.shape, buffer.itemsize
-        found = self._lines.get(form)
-        if found is None:
-            heads, cells, dim, itemsize = form
-            places = np.add.outer(np.arange(heads) * cells, self.positions).reshape(-1)
-            found = self._lines[form] = places, np.dtype((np.void, dim * itemsize))
-        return found
+    def _places_in(self, size: tuple[int, ...]) -> HostArray:
+        """Return the places of the rows, of all heads, in lines of so many heads and tokens."""
+        heads, tokens = size
+        return np.add.outer(np.arange(heads) * tokens, self.positions).reshape(-1)

@@ -9,7 +9,7 @@ import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
-from ._host_rows import HostRowIndex, all_finite
+from ._host_rows import HostLayer, HostRowIndex, all_finite
 from .arguments import checked_device
 from .arrays import DType, HostArray, Namespace, NativeArray, NativeArrays, RowIndex
 from .base import Backend
@@ -81,10 +81,14 @@ class NumpyBackend(Backend):
     def write_finite_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
-        finite: NativeArrays = self.replace_nonfinite(rows, axis)
-        if axis == 1 and index.write(buffers, finite):
-            return buffers
-        return self.write_row_sets(buffers, finite, index.positions, axis)
+        finite: NativeArrays = rows if all_finite(rows) else self.replace_nonfinite(rows, axis)
+        if axis != 1:
+            return self.write_row_sets(buffers, finite, index.positions, axis)
+        layer = buffers if type(buffers) is HostLayer else HostLayer.of(buffers, buffers)
+        if layer is None:
+            return self.write_row_sets(buffers, finite, index.positions, axis)
+        index.write(layer, finite)
+        return layer
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)

@@ -24,6 +24,7 @@ from ._torch_attention import (
     serves_all_runs,
 )
 from ._torch_rows import (
+    CARRIERS,
     FLOAT8,
     RowCopier,
     TorchRowIndex,
@@ -42,12 +43,6 @@ from .indexing import FULL_SLICES, Axes, set_slices
 from .nonfinite import replaced, substitutes
 from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 
-# torch and NumPy have no conversion for these dtypes: they cross as integers of equal width.
-_CARRIERS = {
-    torch.bfloat16: torch.int16,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e5m2: torch.uint8,
-}
 # By dtype, for keys alone and for keys with values: a compiler of programs cannot trace how they
 # are made.
 _SUBSTITUTES = {
@@ -157,8 +152,10 @@ class TorchBackend(Backend):
     def write_finite_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
-        if axis == 1 and self.device == "cpu" and write_on_host(buffers, rows, index.on_host):
-            return buffers
+        if axis == 1 and self.device == "cpu":
+            written = write_on_host(buffers, rows, index.on_host)
+            if written is not None:
+                return written
         return copy_rows(buffers, self.replace_nonfinite(rows, axis), index.on_device, axis)
 
     def write_row_sets(
@@ -221,13 +218,13 @@ class TorchBackend(Backend):
     def from_host(self, array: npt.ArrayLike, dtype: str | None = None) -> NativeArray:
         host = self._host(array, dtype)
         kind = self.dtype(host.dtype.name)
-        carrier = _CARRIERS.get(kind)
+        carrier = CARRIERS.get(kind)
         bits = host if carrier is None else host.view(str(carrier).removeprefix("torch."))
         return torch.tensor(bits, device=self.device).view(kind)
 
     def to_host(self, array: NativeArray) -> HostArray:
         name = self.dtype_name(array)
-        carrier = _CARRIERS.get(array.dtype, array.dtype)
+        carrier = CARRIERS.get(array.dtype, array.dtype)
         bits: HostArray = array.detach().contiguous().view(carrier).cpu().numpy()
         return np.array(bits.view(HOST_DTYPES[name]))
 

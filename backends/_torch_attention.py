@@ -1,7 +1,7 @@
 """Attention by the kernels of torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -27,7 +27,7 @@ _SCORES = 1 << 20
 """Scores that these products hold at once: 4 MiB."""
 
 _kernel = torch.nn.functional.scaled_dot_product_attention
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_linear: Callable[..., NativeArray] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """A matrix times another one transposed, by oneDNN; None in a torch without it."""
 
 
@@ -180,8 +180,8 @@ def attend_with_logarithm(
     visible: VisibleColumns | None,
 ) -> Result:
     """Return attention and the logarithms, by the kernel that torch calls itself."""
-    if visible is None and _multiplies(q, keys):
-        out, logarithm = _attend_by_products(q, keys, values, scoring.scale)
+    if visible is None and _linear is not None and _multiplies(q, keys):
+        out, logarithm = _attend_by_products(_linear, q, keys, values, scoring.scale)
         return _with_sinks(out, logarithm, scoring.sinks)
     (q4, k4, v4), mask, causal = _kernel_form(q, keys, values, visible)
     if mask is not None:
@@ -209,14 +209,18 @@ def _with_sinks(out: NativeArray, logarithm: NativeArray, sinks: NativeArray | N
 
 def _multiplies(q: NativeArray, keys: NativeArray) -> bool:
     """Return whether :func:`_attend_by_products` can be used, and beats a kernel."""
-    if _linear is None or q.device.type != "cpu" or q.dtype != torch.float32:
+    if q.device.type != "cpu" or q.dtype != torch.float32:
         return False
     rows = q.shape[0] // keys.shape[0] * q.shape[1]
     return int(rows * keys.shape[1] * q.shape[2]) >= _ONE_DNN
 
 
 def _attend_by_products(
-    q: NativeArray, keys: NativeArray, values: NativeArray, scale: float
+    linear: Callable[..., NativeArray],
+    q: NativeArray,
+    keys: NativeArray,
+    values: NativeArray,
+    scale: float,
 ) -> tuple[NativeArray, NativeArray]:
     """Return attention over all columns, and the logarithms, a key head after the other.
 
@@ -230,13 +234,13 @@ def _attend_by_products(
     size = max(1, _SCORES // keys.shape[1])
     for head, arrays in enumerate(zip(rows, out, logarithm, strict=True)):
         own, own_values = keys[head], values[head].mT
-        for part, part_out, largest in zip(*(array.split(size) for array in arrays), strict=True):
-            scores = _linear(part, own, None, "none", [], "")
-            torch.amax(scores, -1, keepdim=True, out=largest)
+        for part, part_out, part_log in zip(*(array.split(size) for array in arrays), strict=True):
+            scores = linear(part, own, None, "none", [], "")
+            largest = torch.amax(scores, -1, keepdim=True)
             weights = scores.sub_(largest).exp_()
             total = weights.sum(-1, keepdim=True)
-            torch.div(_linear(weights, own_values, None, "none", [], ""), total, out=part_out)
-            largest += total.log_()
+            torch.div(linear(weights, own_values, None, "none", [], ""), total, out=part_out)
+            torch.add(largest, total.log_(), out=part_log)
     return out.reshape(*q.shape[:2], dim), logarithm.reshape(q.shape[:2])
 
 

@@ -11,24 +11,36 @@ import torch
 from torch.autograd.graph import increment_version
 
 from . import _host_rows
-from ._host_rows import HostRowIndex
+from ._host_rows import HostLayer, HostRowIndex
 from .arrays import HostArray, NativeArray, NativeArrays
+from .dtypes import HOST_DTYPES
 from .indexing import Axes, axes_of
+from .nonfinite import dtype_label
 
 FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
-# What NumPy has, too; others would cross as integers, in the time that NumPy saves.
-_OF_NUMPY = frozenset({torch.float32, torch.float16})
+CARRIERS = {
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+"""Integers of equal width, as which dtypes cross for which torch and NumPy have no conversion."""
+_OF_NUMPY = {kind: HOST_DTYPES[dtype_label(kind)] for kind in CARRIERS}
+
+
+def seen_by_numpy(array: NativeArray) -> HostArray:
+    """Return an array of the host as NumPy's, in the same memory."""
+    if array.requires_grad:
+        array = array.detach()
+    carrier = CARRIERS.get(array.dtype)
+    seen: HostArray = (array if carrier is None else array.view(carrier)).numpy()
+    return seen if carrier is None else seen.view(_OF_NUMPY[array.dtype])
 
 
 def all_finite(arrays: NativeArrays) -> bool:
     """Return whether all numbers are finite; False also for some that are, but very large."""
-    host = _seen_by_numpy(arrays)
-    if host is not None:  # it takes half the time of torch
-        return _host_rows.all_finite(host)
-    kind = arrays[0].dtype
-    if not kind.is_floating_point or kind in FLOAT8:  # torch has no arithmetic on the latter
-        return not kind.is_floating_point
-    return math.isfinite(sum([array.sum().item() for array in arrays]))  # inf - inf is NaN
+    if arrays[0].dtype == torch.bfloat16:  # sums take less time than it takes to cross
+        return math.isfinite(sum([array.sum().item() for array in arrays]))  # inf - inf is NaN
+    return _host_rows.all_finite([*map(seen_by_numpy, arrays)])
 
 
 def is_finite(array: NativeArray) -> NativeArray:
@@ -51,25 +63,28 @@ class TorchRowIndex:
         return self._as_index(self.on_host.positions)
 
 
-def write_on_host(buffers: NativeArrays, rows: NativeArrays, index: HostRowIndex) -> bool:
-    """Write `rows`, all finite, to axis 1 of their `buffers` by NumPy, and return True.
+def write_on_host(
+    buffers: NativeArrays, rows: NativeArrays, index: HostRowIndex
+) -> HostLayer | None:
+    """Write `rows` to axis 1 of their `buffers` by NumPy, and return these.
 
-    Return False, and nothing is written, for rows that NumPy does not see as they are, or that may
-    not be finite.
+    Return None, and nothing is written, where gradients go through rows, where these may not be
+    finite, or where buffers are not compact.
     """
-    new = _seen_by_numpy(rows)
-    if new is None or not _host_rows.all_finite(new):
-        return False
-    for buffer in buffers:  # autograd refuses to go back over what was read before this write
-        increment_version(buffer)
-    return index.write([buffer.numpy() for buffer in buffers], new)
-
-
-def _seen_by_numpy(arrays: NativeArrays) -> list[HostArray] | None:
-    """Return arrays of the host as NumPy's, in the same memory; None where that takes longer."""
-    if arrays[0].dtype not in _OF_NUMPY or True in [array.requires_grad for array in arrays]:
+    if True in [array.requires_grad for array in rows]:
         return None
-    return [array.numpy() for array in arrays]
+    new = [*map(seen_by_numpy, rows)]
+    if not _host_rows.all_finite(new):
+        return None
+    if type(buffers) is HostLayer:
+        layer: HostLayer | None = buffers
+    else:
+        layer = HostLayer.of(buffers, [*map(seen_by_numpy, buffers)])
+    if layer is not None:
+        for buffer in buffers:  # autograd refuses to go back over what was read before this write
+            increment_version(buffer)
+        index.write(layer, new)
+    return layer
 
 
 def copy_rows(
