@@ -108,8 +108,8 @@ def attend(
     CausalCache.attend, and get with its mask under the framework's kernel, as multiples of the
     ideal: that kernel, sequence by sequence, over keys in arrays of their own. Sequences are even,
     uneven (a 64th to four times the tokens), fragmented, in a window, or share a prefix of twice
-    the tokens. Beside the batch cache of mlx-lm on MLX, and the paged cache of transformers'
-    continuous batching on torch. Example:
+    the tokens. Beside functional.attend in a compiled program on JAX, the batch cache of mlx-lm on
+    MLX, and the paged cache of transformers' continuous batching on torch. Example:
 
     [bold]kvcache bench attend --backends torch --loads even,shared --sequences 1,32[/]
     """

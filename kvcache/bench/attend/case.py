@@ -11,6 +11,7 @@ from kvcache.backends.arrays import HostArray, NativeArray
 from kvcache.bench.harness.contest import Case
 
 ATTEND = "attend"
+PROGRAM = "attend, compiled"
 RANGE = "get, mask"
 IDEAL = "ideal"
 LOADS = ("even", "fragmented", "shared", "uneven", "window")

@@ -7,13 +7,14 @@ from functools import cache
 
 import numpy as np
 
+from kvcache import functional
 from kvcache.backends.arrays import NativeArray, NativeArrays
 from kvcache.bench.frameworks.base import Batched, Framework
 from kvcache.bench.harness.contest import Contestant, Factories, Loop, UnavailableError
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
 
-from .case import ATTEND, IDEAL, RANGE, AttendCase
+from .case import ATTEND, IDEAL, PROGRAM, RANGE, AttendCase
 
 _PIECE = 16
 """Cells in a row of a fragmented pool."""
@@ -24,9 +25,14 @@ _MOST_SCORES = 1 << 21
 def factories(framework: Framework) -> Factories[AttendCase]:
     """Return factories of all contestants."""
     pass_of = cache(lambda case: DecodePass(framework, case))  # ours and the range: one pool
+
+    def program(case: AttendCase) -> Contestant:
+        return Contestant(PROGRAM, repeated(framework, DecodePass(framework, case).by_program()))
+
     return {
         IDEAL: lambda case: Contestant(IDEAL, repeated(framework, ideal(framework, case))),
         ATTEND: lambda case: Contestant(ATTEND, repeated(framework, pass_of(case).attend)),
+        **({PROGRAM: program} if framework.compiles else {}),
         RANGE: lambda case: Contestant(RANGE, repeated(framework, pass_of(case).by_range())),
         **{name: _peer(framework, name, make) for name, make in framework.batched().items()},
     }
@@ -99,6 +105,14 @@ class DecodePass:
     def attend(self) -> NativeArray:
         """Return our attention."""
         return self.cache.attend(self.q)
+
+    def by_program(self) -> Callable[[], NativeArray]:
+        """Return our attention in a compiled program; the pool is then in the form for programs."""
+        plan, state = self.cache.plan(reads=True), self.cache.program_state
+        program = self.case.backend.compile(
+            lambda state, plan, q: functional.attend(state, plan, 0, q)
+        )
+        return lambda: program(state, plan, self.q)
 
     def by_range(self) -> Callable[[], NativeArray]:
         """Return attention over the range of the pool that holds all sequences, with a mask.

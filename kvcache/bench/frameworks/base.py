@@ -38,6 +38,8 @@ class Framework:
 
     lazy: ClassVar[bool] = False
     """Whether a step is over only when :meth:`finish` returns."""
+    compiles: ClassVar[bool] = False
+    """Whether :meth:`Backend.compile` compiles."""
 
     def finish(self, arrays: tuple[object, ...]) -> None:
         """Wait until all arrays have been computed and written; nothing unless `lazy`."""

@@ -39,6 +39,7 @@ class JaxFramework(Framework):
     """Donated writes. A step is over when its arrays are ready, as when attention comes next."""
 
     lazy: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
 
     def finish(self, arrays: tuple[object, ...]) -> None:
         jax.block_until_ready(arrays)

@@ -9,7 +9,7 @@ import pytest
 import kvcache
 from kvcache.bench import AttendReport, AttendTiming, run_attend
 from kvcache.bench.attend import contestants
-from kvcache.bench.attend.case import ATTEND, IDEAL, LOADS, RANGE, AttendCase
+from kvcache.bench.attend.case import ATTEND, IDEAL, LOADS, PROGRAM, RANGE, AttendCase
 from kvcache.bench.attend.contestants import DecodePass, factories, ideal
 from kvcache.bench.frameworks import framework_of
 from kvcache.bench.harness.contest import UnavailableError
@@ -53,10 +53,18 @@ def test_everyone_computes_the_same(backend, load):
             IDEAL: ideal(framework, case),
             ATTEND: decode.attend,
             RANGE: decode.by_range(),
+            PROGRAM: DecodePass(framework, case).by_program(),
         }
         outputs = {name: backend.to_host(compute()) for name, compute in attend.items()}
     for output in outputs.values():
         np.testing.assert_allclose(output, expected(case), atol=3e-6)
+
+
+@pytest.mark.matrix
+@pytest.mark.one_backend(name="jax")
+def test_attention_is_compiled_where_the_framework_compiles():
+    case = case_of(kvcache.get_backend("jax"), "even")
+    assert PROGRAM in factories(framework_of(case.backend))
 
 
 @pytest.mark.parametrize("load", ["uneven", "even", "shared"])
@@ -195,12 +203,14 @@ def test_the_worst_number_of_sequences_counts():
         ("torch:cpu", "shared", 32, IDEAL, 100.0),
         ("torch:cpu", "shared", 32, ATTEND, 25.0),
         ("jax:cpu", "even", 32, IDEAL, 100.0),
-        ("jax:cpu", "even", 32, ATTEND, 130.0),
+        ("jax:cpu", "even", 32, ATTEND, 150.0),
+        ("jax:cpu", "even", 32, PROGRAM, 130.0),
     )
     judged = [(v.heading, v.rule, v.at, v.measured, v.passed) for v in report.verdicts]
     assert judged == [
         ("torch:cpu float32", "attend / ideal", "even, 32", 1.3, False),
         ("torch:cpu float32", "ideal / attend", "shared, 32", 4.0, True),
+        ("jax:cpu float32", "attend, compiled / ideal", "even, 32", 1.3, True),
     ]
 
 
