@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -157,6 +158,26 @@ def test_an_export_that_fails_leaves_every_layer_usable(backend, monkeypatch):
             cache.get()
         cache.program_state = cache.program_state
     assert read_all(backend, cache) == NUMBERS
+
+
+@pytest.mark.parametrize("replace", ["import", "close"])
+def test_writes_of_rows_keep_no_buffers_that_were_replaced(replace):
+    cache = make(NUMPY)
+    for position in range(2):
+        store(NUMPY, cache, [position] * 2, [0, 1])
+    old = [weakref.ref(buffer) for buffers in cache.program_state.values() for buffer in buffers]
+    state = {
+        layer: tuple(buffer.copy() for buffer in buffers)
+        for layer, buffers in cache.program_state.items()
+    }
+    if replace == "import":
+        cache.program_state = state
+    else:
+        cache.close()
+    assert old and not any(buffer() is not None for buffer in old)
+    if replace == "import":
+        store(NUMPY, cache, [2] * 2, [0, 1])
+        assert attended(NUMPY, cache, 0)[0] == [(0, 0), (1, 1), (2, 2)]
 
 
 def test_a_refused_import_changes_nothing(backend):
