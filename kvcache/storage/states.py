@@ -6,7 +6,7 @@ it is the row of the last token that went by: the state behind position p is the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -141,6 +141,18 @@ def check_state_rows(layers: Iterable[LayerArrays]) -> None:
         raise SnapshotMismatchError(
             "rows of a recurrent layer are arrays state0, state1, ..., with the tokens and then "
             f"the batch on the first axes, of one form; got {', '.join(given)}."
+        )
+
+
+def check_state_layers(given: Set[int], layers: Set[int], *, extend: bool) -> None:
+    """Raise SnapshotMismatchError unless states of the layers `given` fit a pool of `layers`.
+
+    extend: whether the pool may take layers that it lacks.
+    """
+    if layers - given or (given - layers and not extend):
+        raise SnapshotMismatchError(
+            f"a snapshot goes back to the layers that it is of; this cache holds states of layers "
+            f"{sorted(layers)}, got {sorted(given)}. Restore it to a cache of the same model."
         )
 
 

@@ -501,6 +501,60 @@ def test_rows_of_another_form_are_not_restored():
     assert cache.next_position(1) == 0
 
 
+def of_layers(backend, layers):
+    """A snapshot on the host of three tokens, from a pool of so many layers."""
+    source = make(backend)
+    begin(source, {0: 3})
+    for layer in range(layers):
+        put(backend, source, layer)
+    return source.snapshot(0).to_host()
+
+
+def test_a_snapshot_without_a_layer_of_the_pool_is_not_restored(backend):
+    """The slots still hold what removed sequences left in that layer."""
+    cache = make(backend)
+    run(cache, {0: 3, 1: 2, 2: 1})
+    for sequence in range(3):
+        cache.remove(sequence, 0)
+    snapshot = of_layers(backend, 1)
+    with pytest.raises(SnapshotMismatchError, match=r"states of layers \[0, 1\], got \[0\]\. Rest"):
+        cache.restore(1, snapshot)
+    assert resumable(cache, 1) == [0]
+    run(cache, {0: 1, 1: 2})
+    cache.restore(2, of_layers(backend, 2))
+    begin(cache, {2: 1})
+    for layer in range(LAYERS):
+        cache.set_layer(layer)
+        check_states(backend, cache.get_states(), layer, [code(0, 3)])
+
+
+def test_a_snapshot_with_a_layer_that_sequences_lack_is_not_restored(backend):
+    """No pass would ever put it, and so none would be complete."""
+    cache, snapshot = make(backend), of_layers(backend, 2)
+    for _ in range(2):
+        begin(cache, {0: 1})
+        put(backend, cache, 0)
+    with pytest.raises(SnapshotMismatchError, match=r"states of layers \[0\], got \[0, 1\]\. Rest"):
+        cache.restore(1, snapshot)
+    assert resumable(cache, 1) == [0]
+    begin(cache, {0: 1, 1: 1})
+    put(backend, cache, 0)
+    assert [cache.next_position(sequence) for sequence in (0, 1)] == [3, 1]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_pool_before_or_within_its_first_pass_takes_layers_of_a_snapshot(backend, layers):
+    cache, snapshot = make(backend), of_layers(backend, 2)
+    begin(cache, {1: 2})
+    for layer in range(layers):
+        put(backend, cache, layer)
+    cache.restore(0, snapshot)
+    for layer in range(layers, LAYERS):
+        put(backend, cache, layer)
+    run(cache, {1: 1, 0: 2})
+    run(cache, {0: 1, 1: 1})
+
+
 @pytest.mark.one_backend(name="mlx")
 def test_a_dtype_that_the_backend_lacks_is_not_restored():
     pytest.importorskip("mlx")
