@@ -122,9 +122,11 @@ class CopyableStates(StandaloneCache):
         form = self._form or self._coming.form
         if form is None:
             return 0
-        kept = *self._kept.values(), *self._coming.states.values(), *pinned_states(self._pins)
-        distinct = {id(state) for state in (self._state, *kept) if state}
-        return form.nbytes * (len(distinct) + (self._export is not None))
+        own = self._state, *self._kept.values(), *self._coming.states.values()
+        distinct = {id(state): form.nbytes for state in own if state}
+        # Snapshots may be of other rows than there are now.
+        distinct |= {id(state): pinned.nbytes for state, pinned in pinned_states(self._pins)}
+        return sum(distinct.values()) + (self._export is not None) * form.nbytes
 
     @property
     def state(self) -> tuple[Array, ...]:
