@@ -111,6 +111,16 @@ def _refuse_change(
     raise kind(f"every state of a cache has the form of the first: {changes}. reset() starts anew.")
 
 
+def apart(backend: Backend, state: Arrays, others: Iterable[Arrays]) -> Arrays:
+    """Return `state` with copies of the arrays that it has twice, or that `others` have as well."""
+    known = {id(array) for other in others for array in other}
+    arrays = []
+    for array in state:
+        arrays.append(backend.concat([array], 0) if id(array) in known else array)
+        known.add(id(array))
+    return tuple(arrays)
+
+
 # On the host.
 
 
