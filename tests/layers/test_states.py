@@ -167,6 +167,7 @@ def wrong_states(backend, dtypes):
         "empty": ((matrix, empty), ShapeError, r"no empty axis; got \(2, 3, 4\), \(2, 0\)"),
         "scalar": ((matrix, scalar), ShapeError, r"batch axis, .*got \(2, 3, 4\), \(\)"),
         "list": ((matrix, [1.0]), UnknownBackendError, "got builtins.list"),
+        "tuple": (((matrix, last),), UnknownBackendError, "and states must .*got builtins.tuple"),
         "nothing": ((matrix, None), UnknownBackendError, "got builtins.NoneType"),
     }
 
@@ -191,7 +192,7 @@ def test_wrong_states(backend, name):
             call()
         assert seen(cache) == before
     fresh = StateCache(backend)
-    if name in ("none", "batches", "empty", "scalar", "list", "nothing"):
+    if name in ("none", "batches", "empty", "scalar", "list", "tuple", "nothing"):
         with pytest.raises(error, match=match):
             fresh.advance(1, *arrays)
         assert seen(fresh) == seen(StateCache(backend))

@@ -241,6 +241,34 @@ def test_states_of_another_form(backend):
     assert resumable(cache, 0) == [0, 2, 3]
 
 
+def test_kept_of_another_kind(backend):
+    cache = make(backend)
+    cache.schedule(0, [1])
+    begin(cache, {0: 2})
+    cache.set_layer(1)
+    [one] = states(backend, 1, [1])
+    stacked = backend.from_host(np.ones((1, 1, 2)), "int32")  # would pass for a tuple
+    rule = r"\{\(sequence, position\): \(array, \.\.\.\)\}; got "
+    for kept, message in [
+        ([1], rule + r"a list\."),
+        ([], rule + r"a list\."),
+        (one, rule + f"a {type(one).__name__}"),
+        ({1: (one,)}, rule + r"the key 1\."),
+        ({(0, 1, 2): (one,)}, rule + r"the key \(0, 1, 2\)\."),
+        ({(0, 1): one}, rule + rf"a {type(one).__name__} behind \(0, 1\)\."),
+        ({(0, 1): stacked}, rule + rf"a {type(one).__name__} behind \(0, 1\)\."),
+        ({(0, 1): None}, rule + r"a NoneType behind \(0, 1\)\."),
+        ({(0, 1.5): (one,)}, "position must be an integer"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            cache.put_states(one, kept=kept)
+    with pytest.raises(UnknownBackendError, match=r"values and states must be .* builtins\.t"):
+        cache.put_states(one, kept={(0, 1): ((one,),)})
+    assert (cache.nbytes, resumable(cache, 0)) == (0, [0])
+    cache.put_states(one, kept={(0, 1): [one]})
+    assert resumable(cache, 0) == [0, 1, 2]
+
+
 @pytest.mark.one_backend(name="torch")
 def test_arrays_of_another_framework():
     torch = pytest.importorskip("torch")
