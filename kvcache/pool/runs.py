@@ -216,7 +216,7 @@ def checked_cuts(current: StatePass, kept: object) -> dict[Cut, Arrays]:
     Raises: TypeError unless it has tuples of arrays by sequence and position; StateError unless all
         are behind cuts of the pass.
     """
-    if not isinstance(kept, Mapping):
+    if not isinstance(kept, dict | Mapping):  # a dict, as in most passes, is known at once
         raise _malformed(f"a {type(kept).__name__}")
     checked = {}
     for key, state in kept.items():
