@@ -158,7 +158,7 @@ def backend_of(array: Array) -> Backend:
         except BackendNotAvailableError:
             pass  # a module without an array namespace: the error below says more
     raise UnknownBackendError(
-        f"keys and values must be arrays of a framework that has a backend "
+        f"keys, values and states must be arrays of a framework that has a backend "
         f"({', '.join(sorted(_entries()))}); got {type(array).__module__}.{type(array).__name__}. "
         "register_backend adds others."
     )

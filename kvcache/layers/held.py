@@ -91,11 +91,11 @@ class HeldStates(RowOwner):
             self._pins.unpin(rows)
 
 
-def pinned_states(pins: PinnedRows) -> list[Arrays]:
-    """Return the states that rows of snapshots pin, with repetitions."""
+def pinned_states(pins: PinnedRows) -> list[tuple[Arrays, StateForm]]:
+    """Return the states that rows of snapshots pin, each with its form, with repetitions."""
     owned = ((rows.owner, rows.slots) for rows in pins.rows)
     return [
-        state
+        (state, owner._form)
         for owner, slots in owned
         if isinstance(owner, HeldStates)
         for state in owner.at(slots)

@@ -13,10 +13,11 @@ from kvcache._interrupts import uninterrupted
 from kvcache.backends import Array
 from kvcache.backends.arrays import Arrays
 from kvcache.errors import KVCacheError, StateError, TrimError
-from kvcache.storage.states import StateForm, admitted
+from kvcache.storage.states import StateForm, admitted, apart
 
 from .checkpoint import checked_accepted
 from .exports import Export, new_owner
+from .held import pinned_states
 from .recurrent_batch import BatchStates
 from .recurrent_copies import NO_UPDATE, Coming, States
 from .rewind import Rewind
@@ -68,7 +69,10 @@ class StateCache(BatchStates):
         state = backend.owned(arrays)
         # It is not returned, so nobody else has it computed before the next update.
         backend.evaluate(*state)
-        kept, stop = self._kept, self._offset + tokens
+        kept, stop, shared = self._kept, self._offset + tokens, self._shared
+        if shared:  # arrays of the state before may go on unchanged
+            known = {*map(id, shared)}
+            shared = tuple([array for array in state if id(array) in known])
         if self._points or self._checkpoint is not None:
             kept = self._kept_after(tokens)
         # One statement: no signal handler runs in between.
@@ -79,7 +83,7 @@ class StateCache(BatchStates):
             self._kept,
             self._coming,
             self._shared,
-        ) = form, state, stop, kept, NO_UPDATE, False
+        ) = form, state, stop, kept, NO_UPDATE, shared
 
     def cuts(self, tokens: SupportsIndex) -> list[int]:
         """Return the positions inside the coming update behind which a state is wanted.
@@ -164,7 +168,7 @@ class StateCache(BatchStates):
         """Be as after the first `position` tokens, where a state is held; end a checkpoint."""
         state, shared = self._state, self._shared
         if position < self._offset:
-            state, shared = self._kept.get(position, ()), True  # a copy may have it, too
+            state = shared = self._kept.get(position, ())  # a copy may have it, too
         rewound = Rewind.after(self.rewound, position, self._offset)
         kept = self._to_keep(position)
         # One statement: no signal handler runs in between.
@@ -249,8 +253,9 @@ class StateCache(BatchStates):
         """Return the state for :func:`kvcache.functional.advance`, without a copy.
 
         It is the program's until :meth:`import_state`. Until then, calls that read or change
-        states raise ExportedError, except :meth:`reset`, which gives the tokens up. A state that a
-        resume point, a copy or a snapshot also has is copied, because a program may consume it.
+        states raise ExportedError, except :meth:`reset`, which gives the tokens up. An array that a
+        resume point, a copy or a snapshot also has, or that occurs in the state twice, is copied,
+        because a program may consume it.
 
         tokens: accepted as by other caches; a state needs no room.
 
@@ -263,12 +268,11 @@ class StateCache(BatchStates):
         backend, point = self._form.backend, self._offset in self._points
         undo = self.savepoint()
         try:
-            arrays = self._state
-            if point or self._shared or self._pins.rows:
-                arrays = tuple(backend.concat([array], 0) for array in arrays)
+            kept = {**self._kept, self._offset: self._state} if point else self._kept
+            pinned = [state for state, _ in pinned_states(self._pins)]
+            arrays = apart(backend, self._state, [self._shared, *kept.values(), *pinned])
             owner = new_owner()
             numbers = [backend.from_host(np.asarray(n), "int32") for n in (self._offset, owner)]
-            kept = {**self._kept, self._offset: self._state} if point else self._kept
             return self._given_away(RecurrentState(arrays, *numbers), owner, kept)
         except BaseException:
             undo()
@@ -304,7 +308,7 @@ class StateCache(BatchStates):
         arrays = tuple(map(form.backend.detached, state.arrays))
         kept = self._to_keep(offset)
         with uninterrupted():
-            self._offset, self._state, self._shared, self._kept = offset, arrays, False, kept
+            self._offset, self._state, self._shared, self._kept = offset, arrays, (), kept
             self._checkpoint, self._export = None, None
 
     # Resume points.

@@ -70,7 +70,7 @@ class BatchStates(SelectableRows, CopyableStates):
             kept,
             coming,
             padding,
-            False,
+            (),
             Rewind(0, refilled=True),
         )
 

@@ -83,8 +83,8 @@ class CopyableStates(StandaloneCache):
         self._form: StateForm | None = None
         self._offset = 0
         self._state: Arrays = ()
-        # Whether arrays of the present state may be known elsewhere, as those of a copy.
-        self._shared = False
+        # Arrays of the present state that may be known elsewhere, as those of a copy.
+        self._shared: Arrays = ()
         self._kept: States = {}
         self._points: frozenset[int] = frozenset()
         self._checkpoint: int | None = None
@@ -122,9 +122,11 @@ class CopyableStates(StandaloneCache):
         form = self._form or self._coming.form
         if form is None:
             return 0
-        kept = *self._kept.values(), *self._coming.states.values(), *pinned_states(self._pins)
-        distinct = {id(state) for state in (self._state, *kept) if state}
-        return form.nbytes * (len(distinct) + (self._export is not None))
+        own = self._state, *self._kept.values(), *self._coming.states.values()
+        distinct = {id(state): form.nbytes for state in own if state}
+        # Snapshots may be of other rows than there are now.
+        distinct |= {id(state): pinned.nbytes for state, pinned in pinned_states(self._pins)}
+        return sum(distinct.values()) + (self._export is not None) * form.nbytes
 
     @property
     def state(self) -> tuple[Array, ...]:
@@ -201,12 +203,15 @@ class CopyableStates(StandaloneCache):
         padding: Int32s | None,
         shared: bool = False,
     ) -> None:
-        """Take over `states`, the last of them behind `offset`, into this empty cache."""
+        """Take over `states`, the last of them behind `offset`, into this empty cache.
+
+        shared: whether they are known elsewhere.
+        """
         state, rewound = states[offset], Rewind(0, refilled=True)
         form = admitted(state, self._form, backend)
         check_padding(padding, form.shapes[0][0])
         kept = {position: earlier for position, earlier in states.items() if position < offset}
-        points = self._points.union(kept)
+        points, known = self._points.union(kept), state if shared else ()
         # One statement: no signal handler runs in between.
         (
             self._form,
@@ -219,7 +224,7 @@ class CopyableStates(StandaloneCache):
             self._padding,
             self._shared,
             self.rewound,
-        ) = form, state, offset, kept, points, None, NO_UPDATE, padding, shared, rewound
+        ) = form, state, offset, kept, points, None, NO_UPDATE, padding, known, rewound
 
     # Copies and files.
 
@@ -240,7 +245,7 @@ class CopyableStates(StandaloneCache):
         clone = self.make(self._asked_backend, self.options)
         clone._padding = self._padding
         if self._form is not None and self._state:
-            self._shared = True
+            self._shared = self._state
             states, backend = self._resumable(), self._form.backend
             clone._fill(states, self._offset, backend, self._padding, shared=True)
         return clone
@@ -259,7 +264,7 @@ class CopyableStates(StandaloneCache):
         clone = self.make(target, self.options)
         clone._padding = self._padding
         if self._form is not None and self._state:
-            self._shared = True
+            self._shared = self._state
             move = partial(transfer, source=self._form.backend, target=target, axes=STATE_AXES)
             states = {p: tuple(map(move, state)) for p, state in self._resumable().items()}
             target.sync(*(array for state in states.values() for array in state))

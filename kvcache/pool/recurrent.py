@@ -200,9 +200,11 @@ class RecurrentCache(StatePasses):
                 "a program has the states of this cache, so none is written. Assign the state that "
                 "it returns to program_state first."
             )
-        content = rows.read(index[-1:])
-        [slot], sequences = find_room(slots, self._known.sequences, self._known.reserved(), 1, 1)
-        add_layers = slots.prepare_rows(slot, content)
+        content, held = rows.read(index[-1:]), self._known.sequences
+        [slot], sequences = find_room(slots, held, self._known.reserved(), 1, 1)
+        # In the middle of its first pass, a pool lacks layers. Later, sequences have no states of
+        # a layer that is added, and no pass would put one that the model lacks.
+        add_layers = slots.prepare_rows(slot, content, extend=not held)
         restore = self._replacing(sequence, {position: slot}, frozenset())
 
         def commit() -> None:

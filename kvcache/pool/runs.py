@@ -14,7 +14,7 @@ from kvcache.backends.arrays import Arrays
 from kvcache.errors import StateError
 
 from .batch import Batch
-from .state_calls import Run, StatesAtCuts
+from .state_calls import Run
 
 Held: TypeAlias = dict[int, int]
 """The slots of one sequence by the position that the state is behind, ascending.
@@ -210,11 +210,21 @@ def begun_pass(
     )
 
 
-def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:
-    """Return the states of `kept`. Raises: StateError unless all are behind cuts of the pass."""
+def checked_cuts(current: StatePass, kept: object) -> dict[Cut, Arrays]:
+    """Return the states of `kept`, which a model gave.
+
+    Raises: TypeError unless it has tuples of arrays by sequence and position; StateError unless all
+        are behind cuts of the pass.
+    """
+    if not isinstance(kept, dict | Mapping):  # a dict, as in most passes, is known at once
+        raise _malformed(f"a {type(kept).__name__}")
     checked = {}
-    for (sequence, position), state in kept.items():
-        cut = as_index(sequence, "sequence"), as_index(position, "position")
+    for key, state in kept.items():
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise _malformed(f"the key {reprlib.repr(key)}")
+        if not isinstance(state, Sequence):  # an array would be taken apart along its first axis
+            raise _malformed(f"a {type(state).__name__} behind {key}")
+        cut = as_index(key[0], "sequence"), as_index(key[1], "position")
         if cut not in current.at_cuts:
             wanted = reprlib.repr(sorted(current.at_cuts))
             raise StateError(
@@ -223,3 +233,10 @@ def checked_cuts(current: StatePass, kept: StatesAtCuts) -> dict[Cut, Arrays]:
             )
         checked[cut] = tuple(state)
     return checked
+
+
+def _malformed(got: str) -> TypeError:
+    return TypeError(
+        "kept has states by sequence and position, each a tuple of arrays: {(sequence, position): "
+        f"(array, ...)}}; got {got}."
+    )

@@ -58,12 +58,13 @@ class StateCalls:
 
         arrays: any number, ``[runs, ...]``, of any dtypes; the first put of a layer fixes number,
             shapes and dtypes. They are copied, and stay the caller's.
-        kept: the states at cuts of the runs, all of them or some, by sequence and position.
+        kept: the states at cuts of the runs, all of them or some, by sequence and position; each a
+            tuple of arrays.
 
-        Raises: ShapeError, DTypeError, StateError for a position that is no cut, KVCacheError
-            without a pass, or for a layer put again once the pass is complete and a snapshot or
-            another sequence has its states; NotSupportedError for a cache without states. Nothing
-            is stored then.
+        Raises: ShapeError, DTypeError, UnknownBackendError, TypeError for `kept` of another kind,
+            StateError for a position that is no cut, KVCacheError without a pass, or for a layer
+            put again once the pass is complete and a snapshot or another sequence has its states;
+            NotSupportedError for a cache without states. Nothing is stored then.
         """
         raise self._no_states()
 

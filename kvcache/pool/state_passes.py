@@ -197,7 +197,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
             current = self._eager()
             if self._layer in current.put and current.complete:
                 self._refuse_shared(slots, current)
-            at_cuts = {} if not kept else checked_cuts(current, kept)
+            at_cuts = {} if kept is None else checked_cuts(current, kept)
             slots.check(self._layer, arrays, len(current.runs))
             for state in at_cuts.values():
                 slots.check_like(self._layer, state, arrays)

@@ -24,7 +24,7 @@ from kvcache.snapshots.rows import LayerRows, RowOwner, Slots, TokenRows
 from kvcache.storage.admission import check_owner
 from kvcache.storage.arrays import LayerArrays, NamedArray
 from kvcache.storage.lengths import padded_index
-from kvcache.storage.states import TOKEN_AXIS, check_state_rows
+from kvcache.storage.states import TOKEN_AXIS, check_state_layers, check_state_rows
 
 from .checks import refuse_gradients
 from .exchange import check_form, convert
@@ -63,9 +63,8 @@ class StateSlots(RowOwner):
         self._maybe_traced = False  # True while any buffer may be in the form for programs
         self._traced_dtypes: dict[str, DType] = {}  # by name of the dtype outside of programs
         self._checked: dict[int, Likeness] = {}  # of the arrays put last in a layer
-        self._pinned: dict[
-            TokenRows, None
-        ] = {}  # a set in order of pinning: the oldest spill first
+        # A set in order of pinning: the oldest spill first.
+        self._pinned: dict[TokenRows, None] = {}
 
     @property
     def nbytes(self) -> int:
@@ -329,15 +328,16 @@ class StateSlots(RowOwner):
 
     # Restoring and copying.
 
-    def prepare_rows(self, slot: int, rows: LayerRows) -> Commit:
+    def prepare_rows(self, slot: int, rows: LayerRows, *, extend: bool) -> Commit:
         """Write `rows`, one state in host memory, to a free slot; return the commit.
 
-        The commit adds layers that have no memory yet.
+        extend: whether the commit may add layers that have no memory yet.
 
-        Raises: SnapshotMismatchError for states of another form, DTypeError.
+        Raises: SnapshotMismatchError for states of another form or other layers, DTypeError.
         """
         index, new, layers = np.array([slot], np.int32), {}, self._settled()
         states = {layer: self._admitted(layer, arrays) for layer, arrays in rows.items()}
+        check_state_layers(rows.keys(), layers.keys(), extend=extend)
         write, self._exported = self.backend.write_row_sets, None
         for layer, state in states.items():
             if layer in layers:

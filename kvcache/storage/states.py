@@ -6,7 +6,7 @@ it is the row of the last token that went by: the state behind position p is the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -111,6 +111,16 @@ def _refuse_change(
     raise kind(f"every state of a cache has the form of the first: {changes}. reset() starts anew.")
 
 
+def apart(backend: Backend, state: Arrays, others: Iterable[Arrays]) -> Arrays:
+    """Return `state` with copies of the arrays that it has twice, or that `others` have as well."""
+    known = {id(array) for other in others for array in other}
+    arrays = []
+    for array in state:
+        arrays.append(backend.concat([array], 0) if id(array) in known else array)
+        known.add(id(array))
+    return tuple(arrays)
+
+
 # On the host.
 
 
@@ -141,6 +151,18 @@ def check_state_rows(layers: Iterable[LayerArrays]) -> None:
         raise SnapshotMismatchError(
             "rows of a recurrent layer are arrays state0, state1, ..., with the tokens and then "
             f"the batch on the first axes, of one form; got {', '.join(given)}."
+        )
+
+
+def check_state_layers(given: Set[int], layers: Set[int], *, extend: bool) -> None:
+    """Raise SnapshotMismatchError unless states of the layers `given` fit a pool of `layers`.
+
+    extend: whether the pool may take layers that it lacks.
+    """
+    if layers - given or (given - layers and not extend):
+        raise SnapshotMismatchError(
+            f"a snapshot goes back to the layers that it is of; this cache holds states of layers "
+            f"{sorted(layers)}, got {sorted(given)}. Restore it to a cache of the same model."
         )
 
 

@@ -436,6 +436,50 @@ class OwnsWhatIsWrittenToNext(Faulty):
         return tuple(copies)
 
 
+class OwnsInTwoBuffersInTurn(Faulty):
+    """The present state is right, and so is the one before; states kept longer are not."""
+
+    finds = "recurrent_cache_keeps_states_apart"
+
+    def __init__(self):
+        super().__init__()
+        self.buffers, self.calls = {}, 0
+
+    def owned(self, arrays):
+        self.calls += 1
+        lead = [(self.calls % 2, number) for number in range(len(arrays))]
+        keys = [(*own, a.shape, a.dtype) for own, a in zip(lead, arrays, strict=True)]
+        copies = [self.buffers.setdefault(k, a.copy()) for k, a in zip(keys, arrays, strict=True)]
+        for copy, array in zip(copies, arrays, strict=True):
+            copy[...] = array
+        return tuple(copies)
+
+
+class PlacesOneRowForAllOfABatch(Faulty):
+    finds = "recurrent_cache_resumes_at_resume_points"
+
+    def from_host_axes(self, array, axes):
+        host = super().from_host_axes(array, axes)
+        return np.repeat(host[:1], len(host), 0) if axes.startswith("b") else host
+
+
+class RemembersTheRowsOfSlots(Faulty):
+    """Slots are used again: the state that a sequence left is handed to the next one."""
+
+    finds = "recurrent_pool_keeps_states_apart"
+
+    def __init__(self):
+        super().__init__()
+        self.read = {}
+
+    def read_rows(self, buffer, index, axis):
+        rows = super().read_rows(buffer, index, axis)
+        if axis:
+            return rows
+        # With the buffer, whose number another one would get.
+        return self.read.setdefault((id(buffer), *index.tolist()), (rows, buffer))[0].copy()
+
+
 class GathersRowsOfABatchInOrder(Faulty):
     finds = "rows_of_a_batch_are_selected"
 

@@ -130,6 +130,80 @@ def test_a_program_consumes_no_state_of_a_snapshot(backend, program):
         cache.rollback()
 
 
+def go_on(cache):
+    """Take a token that leaves the second array as it is."""
+    matrix, last = cache.state
+    cache.advance(1, rule(matrix, last)[0], last)
+
+
+def check_gone_on(cache, offset, tokens, steps=0):
+    """`tokens` that left the second array as it is, and then so many steps of a program."""
+    backend, (matrix, last) = cache.backend, start(cache.backend)
+    for _ in range(tokens):
+        matrix, _ = rule(matrix, last)
+    for _ in range(steps):
+        matrix, last = rule(matrix, last)
+    assert cache.offset == offset
+    got, wanted = (host_arrays(backend, arrays) for arrays in (cache.state, (matrix, last)))
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_program_consumes_no_kept_state_that_shares_an_array(backend, program):
+    cache, step = filled(backend), program(stepper(2))
+    cache.schedule([3, 4])
+    for _ in range(3):
+        go_on(cache)
+    run_consuming(cache, step)
+    check_gone_on(cache, 8, 3, steps=1)
+    assert cache.kept == (3, 4, 8)
+    cache.trim(4)
+    check_gone_on(cache, 4, 1)
+    cache.trim(1)
+    check(cache, 0, 3)
+
+
+def test_a_program_consumes_no_state_of_a_copy_that_shares_an_array(backend, program):
+    cache, step = filled(backend), program(stepper(2))
+    twin = cache.copy()
+    for _ in range(2):
+        go_on(cache)
+    third = cache.copy()
+    run_consuming(cache, step)
+    check_gone_on(cache, 7, 2, steps=1)
+    go_on(third)
+    run_consuming(third, step)
+    check_gone_on(third, 8, 3, steps=1)
+    go_on(twin)
+    check_gone_on(twin, 4, 1)
+    run_consuming(twin, step)
+    check_gone_on(twin, 6, 1, steps=1)
+
+
+def test_a_program_consumes_no_state_of_a_snapshot_that_shares_an_array(backend, program):
+    cache, step = filled(backend), program(stepper(2))
+    snapshot = cache.snapshot()
+    go_on(cache)
+    run_consuming(cache, step)
+    check_gone_on(cache, 6, 1, steps=1)
+    assert snapshot.resident
+    restored = StateCache(backend)
+    restored.restore(snapshot)
+    check(restored, 0, 3)
+
+
+def test_an_array_that_is_twice_in_a_state_is_two_in_a_program(backend, program):
+    cache, array = StateCache(backend), start(backend)[0]
+    cache.advance(3, array, array)
+    state = cache.export_state()
+    assert state.arrays[0] is not state.arrays[1]
+    cache.import_state(state)
+    run_consuming(cache, program(stepper(1)))
+    expected = host_arrays(backend, rule(*[start(backend)[0]] * 2))
+    for got, wanted in zip(host_arrays(backend, cache.state), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_program_consumes_no_state_on_another_backend(backend, program, order):
     """Frameworks may share the memory of a copy."""

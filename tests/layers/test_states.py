@@ -127,6 +127,24 @@ def test_memory_is_what_is_kept_to_the_byte(backend):
     check(restored, 5, 5)
 
 
+@pytest.mark.parametrize("rows", [[0], [1, 0, 1, 1, 0]])
+def test_memory_counts_a_snapshot_of_other_rows_to_the_byte(backend, rows):
+    two, one = state_bytes(dtypes_of(backend)), state_bytes(dtypes_of(backend)) // 2
+    cache = filled(backend, 1, 2, points=[1])
+    snapshot = cache.snapshot()
+    cache.select(rows)
+    now = len(rows) * one
+    assert cache.nbytes == 2 * now + 2 * two
+    assert snapshot.resident
+    wide = state(backend, 4, dtypes_of(backend))
+    cache.advance(1, *[backend.gather(array, np.array(rows), 0) for array in wide])
+    assert cache.nbytes == 2 * now + 2 * two  # 2 was no resume point
+    cache.export_state()
+    assert cache.nbytes == 2 * now + 2 * two
+    snapshot.close()
+    assert cache.nbytes == 2 * now
+
+
 # What is refused.
 
 
@@ -149,6 +167,7 @@ def wrong_states(backend, dtypes):
         "empty": ((matrix, empty), ShapeError, r"no empty axis; got \(2, 3, 4\), \(2, 0\)"),
         "scalar": ((matrix, scalar), ShapeError, r"batch axis, .*got \(2, 3, 4\), \(\)"),
         "list": ((matrix, [1.0]), UnknownBackendError, "got builtins.list"),
+        "tuple": (((matrix, last),), UnknownBackendError, "and states must .*got builtins.tuple"),
         "nothing": ((matrix, None), UnknownBackendError, "got builtins.NoneType"),
     }
 
@@ -173,7 +192,7 @@ def test_wrong_states(backend, name):
             call()
         assert seen(cache) == before
     fresh = StateCache(backend)
-    if name in ("none", "batches", "empty", "scalar", "list", "nothing"):
+    if name in ("none", "batches", "empty", "scalar", "list", "tuple", "nothing"):
         with pytest.raises(error, match=match):
             fresh.advance(1, *arrays)
         assert seen(fresh) == seen(StateCache(backend))

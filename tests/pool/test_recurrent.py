@@ -241,6 +241,34 @@ def test_states_of_another_form(backend):
     assert resumable(cache, 0) == [0, 2, 3]
 
 
+def test_kept_of_another_kind(backend):
+    cache = make(backend)
+    cache.schedule(0, [1])
+    begin(cache, {0: 2})
+    cache.set_layer(1)
+    [one] = states(backend, 1, [1])
+    stacked = backend.from_host(np.ones((1, 1, 2)), "int32")  # would pass for a tuple
+    rule = r"\{\(sequence, position\): \(array, \.\.\.\)\}; got "
+    for kept, message in [
+        ([1], rule + r"a list\."),
+        ([], rule + r"a list\."),
+        (one, rule + f"a {type(one).__name__}"),
+        ({1: (one,)}, rule + r"the key 1\."),
+        ({(0, 1, 2): (one,)}, rule + r"the key \(0, 1, 2\)\."),
+        ({(0, 1): one}, rule + rf"a {type(one).__name__} behind \(0, 1\)\."),
+        ({(0, 1): stacked}, rule + rf"a {type(one).__name__} behind \(0, 1\)\."),
+        ({(0, 1): None}, rule + r"a NoneType behind \(0, 1\)\."),
+        ({(0, 1.5): (one,)}, "position must be an integer"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            cache.put_states(one, kept=kept)
+    with pytest.raises(UnknownBackendError, match=r"values and states must be .* builtins\.t"):
+        cache.put_states(one, kept={(0, 1): ((one,),)})
+    assert (cache.nbytes, resumable(cache, 0)) == (0, [0])
+    cache.put_states(one, kept={(0, 1): [one]})
+    assert resumable(cache, 0) == [0, 1, 2]
+
+
 @pytest.mark.one_backend(name="torch")
 def test_arrays_of_another_framework():
     torch = pytest.importorskip("torch")
@@ -499,6 +527,60 @@ def test_rows_of_another_form_are_not_restored():
     with pytest.raises(SnapshotMismatchError, match="rows of a recurrent layer are arrays state0"):
         cache.restore(1, snapshot)
     assert cache.next_position(1) == 0
+
+
+def of_layers(backend, layers):
+    """A snapshot on the host of three tokens, from a pool of so many layers."""
+    source = make(backend)
+    begin(source, {0: 3})
+    for layer in range(layers):
+        put(backend, source, layer)
+    return source.snapshot(0).to_host()
+
+
+def test_a_snapshot_without_a_layer_of_the_pool_is_not_restored(backend):
+    """The slots still hold what removed sequences left in that layer."""
+    cache = make(backend)
+    run(cache, {0: 3, 1: 2, 2: 1})
+    for sequence in range(3):
+        cache.remove(sequence, 0)
+    snapshot = of_layers(backend, 1)
+    with pytest.raises(SnapshotMismatchError, match=r"states of layers \[0, 1\], got \[0\]\. Rest"):
+        cache.restore(1, snapshot)
+    assert resumable(cache, 1) == [0]
+    run(cache, {0: 1, 1: 2})
+    cache.restore(2, of_layers(backend, 2))
+    begin(cache, {2: 1})
+    for layer in range(LAYERS):
+        cache.set_layer(layer)
+        check_states(backend, cache.get_states(), layer, [code(0, 3)])
+
+
+def test_a_snapshot_with_a_layer_that_sequences_lack_is_not_restored(backend):
+    """No pass would ever put it, and so none would be complete."""
+    cache, snapshot = make(backend), of_layers(backend, 2)
+    for _ in range(2):
+        begin(cache, {0: 1})
+        put(backend, cache, 0)
+    with pytest.raises(SnapshotMismatchError, match=r"states of layers \[0\], got \[0, 1\]\. Rest"):
+        cache.restore(1, snapshot)
+    assert resumable(cache, 1) == [0]
+    begin(cache, {0: 1, 1: 1})
+    put(backend, cache, 0)
+    assert [cache.next_position(sequence) for sequence in (0, 1)] == [3, 1]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_pool_before_or_within_its_first_pass_takes_layers_of_a_snapshot(backend, layers):
+    cache, snapshot = make(backend), of_layers(backend, 2)
+    begin(cache, {1: 2})
+    for layer in range(layers):
+        put(backend, cache, layer)
+    cache.restore(0, snapshot)
+    for layer in range(layers, LAYERS):
+        put(backend, cache, layer)
+    run(cache, {1: 1, 0: 2})
+    run(cache, {0: 1, 1: 1})
 
 
 @pytest.mark.one_backend(name="mlx")
