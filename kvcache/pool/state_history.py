@@ -78,9 +78,11 @@ class StateHistory(NamedTuple):
     def scheduling(self, sequence: int, positions: Iterable[int], end: int) -> StateHistory:
         """Return this history with `positions` scheduled, as far as their tokens are to come.
 
-        end: of the sequence; scheduled positions before it are forgotten.
+        end: of the sequence. Positions before it are forgotten, where no pass begun goes by them.
         """
-        known = {p for p in self.points.get(sequence, ()) if p >= end}
+        runs = (run for begun in self.begun for run in begun.runs if run.sequence == sequence)
+        oldest = min([end, *(run.position for run in runs)])
+        known = {p for p in self.points.get(sequence, ()) if p >= oldest}
         # The slots of planned passes are settled: too late for positions inside of them.
         first = end_of(self.ahead().get(sequence)) if self.has_plans else end
         points = frozenset(known.union(p for p in positions if p >= max(1, first)))

@@ -187,6 +187,20 @@ def test_a_copy_that_goes_on_keeps_the_state_it_began_with(backend):
     assert resumable(cache, 1) == [0, 2, 3]
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_resume_point_outlives_one_that_is_scheduled_later(inside):
+    """The last pass began at it, or went past it, and is not over before the next one begins."""
+    cache = make()
+    cache.schedule(0, [2])
+    for tokens in [3] if inside else [2, 1]:
+        run(cache, {0: tokens})
+    cache.schedule(0, [5])
+    assert resumable(cache, 0) == [0, 2, 3]
+    for _ in range(3):
+        run(cache, {0: 1})
+    assert resumable(cache, 0) == [0, 2, 5, 6]
+
+
 # What is refused.
 
 
