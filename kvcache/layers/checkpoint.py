@@ -15,12 +15,10 @@ class Checkpoint:
     """State of a per-layer cache for a rollback to return to.
 
     offset: tokens seen by then. first: first position held by then, sinks aside.
-    scheduled: resume points still ahead by then.
     """
 
     offset: int
     first: int = 0
-    scheduled: frozenset[int] = frozenset()
 
 
 def checked_accepted(mark: int | None, offset: int, accepted: SupportsIndex) -> tuple[int, int]:

@@ -209,11 +209,11 @@ class KVCache(ReadableCache):
         self._atomic(partial(self._rewind, self._offset - tokens))
 
     def _rewind(self, offset: int) -> None:
-        """Forget the tokens from `offset` on; resume points stay scheduled."""
+        """Forget the tokens from `offset` on; resume points behind are ahead again."""
         # Rows wholly before `offset` stay resident: their slots are not written again.
         if self._pins is not None and self._pins.rows:
             self._pins.spill(offset)
-        self._points.forget(offset)
+        self._points.take_back(offset)
         if self._buffers is not None:
             self._buffers.take_back(self._slot(self._buffers, self._offset))
         self.rewound = Rewind.after(self.rewound, offset, self._offset)
@@ -222,7 +222,7 @@ class KVCache(ReadableCache):
 
     def checkpoint(self) -> None:
         self.check_not_exported()
-        self._checkpoint = Checkpoint(self._offset, scheduled=frozenset(self._points.scheduled))
+        self._checkpoint = Checkpoint(self._offset)
 
     def check_rollback(self, accepted: int) -> None:
         self._checked_rollback(accepted)

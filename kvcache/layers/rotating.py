@@ -169,7 +169,5 @@ class RotatingKVCache(ExportableRing):
             offset = checkpoint.offset + accepted
             self._first = max(checkpoint.first, self._ring.first(offset))
             self._rewind(offset)
-            # Points passed since were unscheduled when their rows were retained; both are undone.
-            self._points.schedule(point for point in checkpoint.scheduled if point > offset)
 
         self._atomic(go_back)

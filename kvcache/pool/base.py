@@ -204,7 +204,7 @@ class Cache(AttentionCalls, StateCalls, OwnedCache):
 
         Rows needed to resume there are retained once written, before a sliding window drops
         them; batches need not end at these positions. For a position written already it may be
-        too late.
+        too late. A removal forgets those behind it, unless a session named them.
         """
         raise _cannot_snapshot(self)
 

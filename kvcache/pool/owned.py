@@ -93,3 +93,7 @@ class OwnedCache(ABC):
     @abstractmethod
     def remove(self, sequence: int, start: int, stop: int | None = None) -> None:
         """Forget positions ``[start, stop)`` of a sequence."""
+
+    @abstractmethod
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        """Make `positions` resume points of a sequence."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -24,6 +24,9 @@ class SequenceOwner(Protocol):
     @property
     def recorded(self) -> Container[int]:
         """Sequences with records at present: only of these it learns anything."""
+
+    def resume_points(self, sequence: int) -> Collection[int]:
+        """Return the positions named for others to go on at, whether their tokens came or not."""
 
     def truncated(self, sequence: int, length: int) -> None:
         """Note that positions from `length` on are gone, and that the sequence can go on there."""
@@ -46,6 +49,9 @@ class HasSequences(Protocol):
 
     def can_resume(self, sequence: int, position: int) -> bool:
         """Return whether every earlier token visible from `position` is still stored."""
+
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        """Make `positions` resume points of a sequence."""
 
 
 class Owners:
@@ -100,16 +106,20 @@ class Owners:
     def of_removal(
         self, cache: HasSequences, sequence: int, start: int, stop: int | None
     ) -> Notice | None:
-        """Return the notice of the removal of positions ``[start, stop)``."""
+        """Return the notice of the removal of positions ``[start, stop)``.
+
+        The tokens behind `start` come again, and their resume points are scheduled again with it.
+        """
         owner = self.recording(sequence)
         if owner is None or start == stop:
             return None
         end = cache.next_position(sequence)
-        if start >= end:  # nothing is removed
-            return None
+        schedule = _scheduling(cache, owner, sequence, min(start, end))
+        if start >= end:  # nothing is removed, but the schedule
+            return schedule
         # Where a window has dropped tokens visible from `start`, what is computed there differs.
         if (stop is None or stop >= end) and cache.can_resume(sequence, start):
-            return partial(owner.truncated, sequence, start)
+            return partial(_both, partial(owner.truncated, sequence, start), schedule)
         return partial(owner.invalidated, sequence, start)
 
     def of_copy(self, cache: HasSequences, source: int, target: int, length: int) -> Notice | None:
@@ -119,8 +129,10 @@ class Owners:
         owner = self.recording(target)
         if owner is None:
             return None
-        if cache.can_resume(source, min(length, cache.next_position(source))):
-            return partial(owner.copied, source, target, length)
+        end = min(length, cache.next_position(source))
+        if cache.can_resume(source, end):
+            schedule = _scheduling(cache, owner, target, end)
+            return partial(_both, partial(owner.copied, source, target, length), schedule)
         return partial(owner.invalidated, target, 0)
 
     def of_restore(self, sequence: int) -> Notice | None:
@@ -154,3 +166,14 @@ class Owners:
                 end = cache.next_position(sequence)
                 if not cache.can_resume(sequence, end):
                     owner.invalidated(sequence, end)
+
+
+def _scheduling(cache: HasSequences, owner: SequenceOwner, sequence: int, end: int) -> Notice:
+    """Return the call that schedules resume points behind `end`, which a change has forgotten."""
+    points = [point for point in owner.resume_points(sequence) if point > end]
+    return partial(cache.schedule, sequence, points)
+
+
+def _both(first: Notice, second: Notice) -> None:
+    first()
+    second()

@@ -37,12 +37,13 @@ class RecurrentCache(StatePasses):
         cache.put_states(conv, matrix, kept={(sequence, position): (conv_there, matrix_there)})
 
     resume_points: states that there is room for besides one of each sequence and one of each in a
-        pass. Kept states and resident snapshots share it. Where more is wanted, snapshots are
-        copied to the host, and then kept states dropped, of the sequence idle longest first.
+        pass. Kept states, those of drafts and resident snapshots share it. Where more is wanted,
+        snapshots are copied to the host, then states of drafts dropped, and then kept ones, of the
+        sequence idle longest first.
 
     A state is a few arrays of any shapes and dtypes, one row per sequence. It cannot be cut back:
     a sequence goes back, and is copied, only up to positions where a state is held. These are its
-    end, and positions that were scheduled before their tokens came.
+    end, and positions that were scheduled before their tokens came, or are of a draft.
 
     Sequences with a common prefix share its states. A pass never writes to a state that is history,
     so that nothing is copied when one of them goes on.
@@ -100,13 +101,14 @@ class RecurrentCache(StatePasses):
         if 0 < length < end and length not in held:
             raise TrimError(
                 "a recurrent layer goes back, or is copied, only to positions with a state, "
-                f"{reprlib.repr([0, *held])}; got {length}. schedule() it before its tokens come."
+                f"{reprlib.repr([0, *held])}; got {length}. schedule() it before its tokens come, "
+                "or checkpoint() before a draft."
             )
-        kept = {position: slot for position, slot in held.items() if position <= length}
+        kept = self._known.kept(source, held, length)
         # Kept states stay so: the end of the target is one, unless it is the end of the source.
-        points = self._known.points.get(source, frozenset())
-        points = frozenset(p for p in {*kept, *points} if p <= length and (p < end or p in points))
-        return self._replacing(target, kept, points)
+        resumed = {p for p in kept if p < end} - self._known.drafts(source, held)
+        points = {p for p in self._known.points.get(source, ()) if p <= length}
+        return self._replacing(target, kept, frozenset(resumed | points))
 
     def _replacing(self, sequence: int, held: Held, points: frozenset[int]) -> Commit:
         """Return a commit to let a sequence hold just `held`, and leave the current pass."""
@@ -172,9 +174,17 @@ class RecurrentCache(StatePasses):
             end = end_of(self._history().get(sequence))
             self._known = self._known.scheduling(sequence, points, end)
 
+    def checkpoint(self, sequence: int) -> None:
+        sequence = as_index(sequence, "sequence")
+        self._check_ids(sequence)
+        with self.lock:
+            end = end_of(self._history().get(sequence))
+            self._known = self._known.drafting(sequence, end)
+
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         [spec], held = self.specs, self._history().get(sequence, {})
-        inside = {p: slot for p, slot in held.items() if start < p <= stop}
+        kept = self._known.kept(sequence, held, stop)
+        inside = {p: slot for p, slot in kept.items() if start < p}
         if not inside:
             return [Part(spec, TokenRows(np.empty(0, np.int32)))]
         positions = np.array([*inside], np.int64) - 1
@@ -200,11 +210,12 @@ class RecurrentCache(StatePasses):
                 "a program has the states of this cache, so none is written. Assign the state that "
                 "it returns to program_state first."
             )
-        content, held = rows.read(index[-1:]), self._known.sequences
-        [slot], sequences = find_room(slots, held, self._known.reserved(), 1, 1)
+        content = rows.read(index[-1:])
+        [slot], sequences = find_room(slots, self._known, 1, 1)
         # In the middle of its first pass, a pool lacks layers. Later, sequences have no states of
         # a layer that is added, and no pass would put one that the model lacks.
-        add_layers = slots.prepare_rows(slot, content, extend=not held)
+        extend = not self._known.sequences
+        add_layers = slots.prepare_rows(slot, content, extend=extend)
         restore = self._replacing(sequence, {position: slot}, frozenset())
 
         def commit() -> None:
@@ -222,7 +233,10 @@ class RecurrentCache(StatePasses):
         with self.lock:  # other threads may change sequences meanwhile
             if self._slots is not None:
                 clone._slots = self._slots.copied(target, clone.lock)
-                sequences = self._history()
+                sequences = {
+                    sequence: self._known.kept(sequence, held, end_of(held))
+                    for sequence, held in self._history().items()
+                }
                 points = {
                     sequence: frozenset(held.keys() & self._known.points.get(sequence, ()))
                     for sequence, held in sequences.items()

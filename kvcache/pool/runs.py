@@ -64,21 +64,31 @@ class StatePass(NamedTuple):
         """Slots that the pass writes."""
         return {*self.behind.tolist(), *self.at_cuts.values()}
 
-    def after(self, sequences: Sequences, points: Mapping[int, frozenset[int]]) -> Sequences:
+    def after(
+        self,
+        sequences: Sequences,
+        points: Mapping[int, frozenset[int]],
+        marks: Mapping[int, int],
+    ) -> Sequences:
         """Return `sequences`, those before this pass, as they are once it is history.
 
-        points: scheduled positions by sequence; at these a state at the end of a run is kept.
+        points: scheduled positions by sequence, at which states are kept. marks: where the last
+        checkpoint of a sequence is. A run that begins there keeps its states, and the one that it
+        begins with; any other gives up what such a run has kept.
         """
         changed = dict(sequences)
         for run, slot in zip(self.runs, self.behind.tolist(), strict=self.stores):
             if run.sequence in self.detached:
                 continue
-            held = dict(changed.pop(run.sequence, {}))  # popped, and so moved to the end
-            if run.position not in points.get(run.sequence, ()):
-                held.pop(run.position, None)
-            cuts = ((run.sequence, position) for position in run.cuts)
-            held |= {cut[1]: self.at_cuts[cut] for cut in cuts if self._is_whole(cut)}
-            changed[run.sequence] = {**held, run.end: slot}
+            held = changed.pop(run.sequence, {})  # popped, and so moved to the end
+            own, mark = points.get(run.sequence, ()), marks.get(run.sequence)
+            draft = run.position == mark
+            if not draft:
+                first = run.position if mark is None else min(mark, run.position)
+                held = {p: held[p] for p in held if p < first or p in own}
+            cuts = ((run.sequence, position) for position in run.cuts if draft or position in own)
+            inside = {cut[1]: self.at_cuts[cut] for cut in cuts if self._is_whole(cut)}
+            changed[run.sequence] = {**held, **inside, run.end: slot}
         return changed
 
     def _is_whole(self, cut: Cut) -> bool:
@@ -144,12 +154,6 @@ def check_appended(runs: Iterable[Run], sequences: Sequences) -> None:
                 f"a state goes on at its own position: the next token of sequence {run.sequence} "
                 f"is {end}; got {run.position}. Remove what comes behind it, or restore a snapshot."
             )
-
-
-def with_cuts(run: Run, points: Iterable[int]) -> Run:
-    """Return a run with its cuts: those of the scheduled `points` that lie inside of it."""
-    inside = range(run.position + 1, run.end)
-    return run._replace(cuts=tuple(sorted(point for point in points if point in inside)))
 
 
 def steps_of(batch: Batch, steps: int) -> list[Run]:

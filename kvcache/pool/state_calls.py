@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from kvcache._checks import as_index, check_ids
 from kvcache.backends import Array
 from kvcache.errors import NotSupportedError
 
@@ -33,7 +35,24 @@ class Run(NamedTuple):
 
 
 class StateCalls:
-    """The calls of a recurrent layer; a cache without states refuses them."""
+    """The calls of a recurrent layer, which a cache without states refuses, and checkpoints."""
+
+    @property
+    @abstractmethod
+    def max_sequences(self) -> int:
+        """Number of sequences."""
+
+    def checkpoint(self, sequence: int) -> None:
+        """Mark where a draft begins, which the next pass over a sequence computes.
+
+        ``remove`` goes back to any of its tokens then. Keys and values need nothing for it.
+        Recurrent layers keep the states of the draft, ``run.cuts`` being all positions inside of
+        it, as no resume points: no snapshot has them, they give way before those, and they are
+        dropped when the sequence is changed, goes on behind the draft, or begins another one.
+
+        Raises: ValueError for an id that is none of a sequence.
+        """
+        check_ids(self.max_sequences, as_index(sequence, "sequence"))
 
     @property
     def runs(self) -> tuple[Run, ...]:

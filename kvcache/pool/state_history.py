@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .batch import Batch
 from .runs import Held, Sequences, StatePass, end_of
+from .state_calls import Run
 
 
 class StateHistory(NamedTuple):
@@ -14,11 +15,13 @@ class StateHistory(NamedTuple):
 
     sequences: slots of their states before the passes. points: scheduled positions by sequence.
     begun: passes, oldest first: the current one is the last. Several were planned for programs.
+    marks: by sequence, where its last checkpoint is: a pass that goes on there is a draft.
     """
 
     sequences: Mapping[int, Held] = {}
     points: Mapping[int, frozenset[int]] = {}
     begun: tuple[StatePass, ...] = ()
+    marks: Mapping[int, int] = {}
 
     @property
     def current(self) -> StatePass | None:
@@ -39,8 +42,29 @@ class StateHistory(NamedTuple):
         """Return the sequences as they are once all passes are history."""
         sequences = self.sequences
         for state_pass in self.begun:
-            sequences = state_pass.after(sequences, self.points)
+            sequences = state_pass.after(sequences, self.points, self.marks)
         return sequences
+
+    def drafts(self, sequence: int, held: Held) -> set[int]:
+        """Return the positions in `held`, of a sequence, whose states are there to go back only.
+
+        They are those of the last draft, with its beginning and its end, where no resume point is.
+        """
+        mark, points = self.marks.get(sequence), self.points.get(sequence, ())
+        return set() if mark is None else {p for p in held if p >= mark and p not in points}
+
+    def kept(self, sequence: int, held: Held, stop: int) -> Held:
+        """Return what is held up to `stop`, without the states of a draft before."""
+        given_up = self.drafts(sequence, held) - {stop, end_of(held)}
+        return {p: slot for p, slot in held.items() if p <= stop and p not in given_up}
+
+    def with_cuts(self, run: Run) -> Run:
+        """Return a run with its cuts: resume points inside of it, and all positions of a draft."""
+        inside = range(run.position + 1, run.end)
+        if self.marks.get(run.sequence) == run.position:
+            return run._replace(cuts=tuple(inside))
+        points = self.points.get(run.sequence, ())
+        return run._replace(cuts=tuple(sorted(point for point in points if point in inside)))
 
     def reserved(self) -> set[int]:
         """Return the slots, besides those held before the passes, that a further pass must spare.
@@ -69,22 +93,43 @@ class StateHistory(NamedTuple):
         """Return this history with a sequence that holds just `held`, and left the passes."""
         others = {s: states for s, states in self.sequences.items() if s != sequence}
         schedules = {s: own for s, own in self.points.items() if s != sequence}
+        marks = {s: mark for s, mark in self.marks.items() if s != sequence}
         return StateHistory(
             {**others, sequence: held} if held else others,
             {**schedules, sequence: points} if points and held else schedules,
             tuple([state_pass.without(sequence) for state_pass in self.begun]),
+            marks,
         )
 
     def scheduling(self, sequence: int, positions: Iterable[int], end: int) -> StateHistory:
         """Return this history with `positions` scheduled, as far as their tokens are to come.
 
-        end: of the sequence; scheduled positions before it are forgotten.
+        end: of the sequence. Positions before it are forgotten, where neither a pass begun goes by
+        them nor a draft.
         """
-        known = {p for p in self.points.get(sequence, ()) if p >= end}
-        # The slots of planned passes are settled: too late for positions inside of them.
-        first = end_of(self.ahead().get(sequence)) if self.has_plans else end
+        runs = (run for begun in self.begun for run in begun.runs if run.sequence == sequence)
+        oldest = min([end, self.marks.get(sequence, end), *(run.position for run in runs)])
+        known = {p for p in self.points.get(sequence, ()) if p >= oldest}
+        first = self._next(sequence, end)
         points = frozenset(known.union(p for p in positions if p >= max(1, first)))
         return self._replace(points={**self.points, sequence: points})
+
+    def _next(self, sequence: int, end: int) -> int:
+        """Return where the next pass over a sequence goes on, which ends at `end` for now."""
+        # The slots of planned passes are settled: too late for positions inside of them.
+        return end_of(self.ahead().get(sequence)) if self.has_plans else end
+
+    def drafting(self, sequence: int, end: int) -> StateHistory:
+        """Return this history with a checkpoint at the end of a sequence, its only one.
+
+        end: of the sequence.
+        """
+        sequences = {
+            s: self.kept(s, held, end) if s == sequence else held
+            for s, held in self.sequences.items()
+        }
+        marks = {**self.marks, sequence: self._next(sequence, end)}
+        return self._replace(sequences=sequences, marks=marks)
 
     def before_failed(self, batch: Batch) -> StateHistory:
         """Return this history as before the first planned pass that has tokens of `batch`."""

@@ -27,7 +27,6 @@ from .runs import (
     runs_of,
     step_slots,
     steps_of,
-    with_cuts,
 )
 from .state_calls import Run, StatesAtCuts
 from .state_history import StateHistory
@@ -111,7 +110,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
     def _going_on(self) -> StateHistory:
         """Return the history that a new pass goes on from: planned passes stay, others are over."""
         known = self._known
-        return known if known.has_plans else StateHistory(self._history(), known.points)
+        return known if known.has_plans else known._replace(sequences=self._history(), begun=())
 
     def _begun(self, known: StateHistory, runs: Sequence[Run]) -> tuple[Sequences, StatePass]:
         """Return a new pass, and the sequences before all passes without what gave way for it.
@@ -121,10 +120,10 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         slots, ahead = self._sized(), known.ahead()
         check_appended(runs, ahead)
         before = [ahead[run.sequence][run.position] if run.position else 0 for run in runs]
-        if known.points:
-            runs = [with_cuts(run, known.points.get(run.sequence, ())) for run in runs]
+        if known.points or known.marks:
+            runs = [known.with_cuts(run) for run in runs]
         wanted = sum(1 + len(run.cuts) for run in runs)
-        free, sequences = find_room(slots, known.sequences, known.reserved(), len(runs), wanted)
+        free, sequences = find_room(slots, known, len(runs), wanted)
         return sequences, begun_pass(runs, np.array(before, np.int32), free, slots.layers)
 
     def _beginning(self, known: StateHistory, sequences: Sequences, begun: StatePass) -> Commit:

@@ -7,31 +7,28 @@ from collections.abc import Set as AbstractSet
 from kvcache.errors import CacheFullError
 
 from .runs import Sequences
+from .state_history import StateHistory
 from .state_slots import StateSlots
 
 
 def find_room(
-    slots: StateSlots,
-    sequences: Sequences,
-    reserved: AbstractSet[int],
-    least: int,
-    wanted: int,
+    slots: StateSlots, known: StateHistory, least: int, wanted: int
 ) -> tuple[list[int], Sequences]:
-    """Return up to `wanted` free slots, and `sequences` without the kept states that give way.
+    """Return up to `wanted` free slots, and the sequences of `known` without what gives way.
 
-    Spills snapshots first. Then kept states give way, of the sequence idle longest first.
-
-    reserved: slots in use by a pass.
+    Spills snapshots first. Then states of drafts give way, and kept states after them: each of the
+    sequence idle longest first.
 
     Raises: CacheFullError if fewer than `least` can be had.
     """
+    sequences, reserved = known.sequences, known.reserved()
     free = _free(slots, _held(sequences) | reserved)
     if len(free) >= wanted:  # as in nearly every decode step
         return free[:wanted], sequences
     _spill(slots, _held(sequences) | reserved, wanted)
     missing = wanted - len(_free(slots, _held(sequences) | reserved))
     if missing > 0:
-        sequences = _with_fewer_kept(sequences, reserved, missing)
+        sequences = _with_fewer_kept(known, reserved, missing)
         _spill(slots, _held(sequences) | reserved, wanted)
     free = _free(slots, _held(sequences) | reserved)
     if len(free) < least:
@@ -58,17 +55,19 @@ def _spill(slots: StateSlots, taken: AbstractSet[int], wanted: int) -> None:
 
 
 def _with_fewer_kept(
-    sequences: Sequences, reserved: AbstractSet[int], missing: int
+    known: StateHistory, reserved: AbstractSet[int], missing: int
 ) -> dict[int, dict[int, int]]:
-    """Return `sequences` without the kept states in so many slots, as far as there are any."""
+    """Return the sequences without kept states in so many slots, as far as there are any."""
+    sequences = known.sequences
     ends = {[*held.values()][-1] for held in sequences.values()}
-    kept = dict.fromkeys(
-        slot
-        for held in sequences.values()
-        for slot in held.values()
-        if slot not in ends and slot not in reserved
-    )
-    dropped = set([*kept][:missing])
+    drafts: dict[int, None] = {}
+    kept: dict[int, None] = {}
+    for sequence, held in sequences.items():
+        drafted = known.drafts(sequence, held)
+        for position, slot in held.items():
+            if slot not in ends and slot not in reserved:
+                (drafts if position in drafted else kept)[slot] = None
+    dropped = set([*(slot for slot in drafts if slot not in kept), *kept][:missing])
     return {
         sequence: {position: slot for position, slot in held.items() if slot not in dropped}
         for sequence, held in sequences.items()

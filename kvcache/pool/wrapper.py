@@ -249,6 +249,11 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
             for cache in self.caches:
                 cache.schedule(sequence, points)
 
+    def checkpoint(self, sequence: int) -> None:
+        with uninterrupted():
+            for cache in self.caches:
+                cache.checkpoint(sequence)
+
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
         specs = self.specs
         return exchange(

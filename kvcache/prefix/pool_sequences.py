@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Sequence
 
 from kvcache._checks import as_indices, check_ids
 from kvcache.errors import CacheFullError, KVCacheError
@@ -37,7 +37,9 @@ class PoolSequences(SequenceSource):
         check_ids(cache.max_sequences, *self._free)
         if len(set(self._free)) < self._total:
             raise ValueError(f"sessions share no sequence; name each once, got {self._free[::-1]}.")
-        self._known: dict[int, KnownTokens] = {}  # by sequence of an open session
+        # By sequence of an open session.
+        self._known: dict[int, KnownTokens] = {}
+        self._points: dict[int, set[int]] = {}
         self.layers: frozenset[Hashable] = frozenset()
         """Layers that passes through the whole model have put."""
         cache.claim(self._free, self)
@@ -73,9 +75,16 @@ class PoolSequences(SequenceSource):
         """Keep `known` true of a sequence until it is released."""
         self._known[sequence] = known
 
+    def schedule(self, sequence: int, positions: Iterable[int]) -> None:
+        """Make `positions` resume points of a sequence until it is released."""
+        points = as_indices(positions, "positions")
+        self._cache.schedule(sequence, points)
+        self._points.setdefault(sequence, set()).update(points)
+
     def release(self, sequence: int) -> None:
         """Empty a sequence, for another session to use."""
         self._known.pop(sequence, None)
+        self._points.pop(sequence, None)
         try:
             self._cache.remove(sequence, 0)
         finally:  # a pool that was closed meanwhile may be initialised again
@@ -86,6 +95,9 @@ class PoolSequences(SequenceSource):
     @property
     def recorded(self) -> Container[int]:
         return self._known
+
+    def resume_points(self, sequence: int) -> Collection[int]:
+        return self._points.get(sequence, ())
 
     def truncated(self, sequence: int, length: int) -> None:
         self._known[sequence].truncate(length)
@@ -156,7 +168,7 @@ class PoolHandle(SequenceHandle):
         raise KVCacheError("sessions over a pool share its cache. Batch their sequences.")
 
     def schedule(self, positions: Iterable[int]) -> None:
-        self._cache.schedule(self._sequence, positions)
+        self._source.schedule(self._sequence, positions)
 
     def capture(self, start: int, stop: int) -> Snapshot:
         return self._cache.snapshot(self._sequence, start, stop)

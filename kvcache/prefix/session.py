@@ -222,7 +222,8 @@ class Session:
         """Keep the first `length` tokens only, of those named and of those computed.
 
         For a draft that was rejected, say. Taking tokens back in the caches does the same to their
-        names; this also takes back names of tokens not computed yet.
+        names; this also takes back names of tokens not computed yet. Resume points behind are ahead
+        again.
 
         Raises: TrimError where a ring cannot go back (use ``caches.rollback``), ValueError for a
             negative length, KVCacheError after the end; nothing has changed then.

@@ -49,8 +49,8 @@ class ResumePoints:
         except BaseException:
             rows.close()
             raise
-        self._passed.add(position)
         self.retained, self.scheduled = rows, self.scheduled - {position}
+        self._passed = self._passed | {position}
 
     def add_to(self, rows: TokenRows, start: int, stop: int) -> TokenRows:
         """Return `rows` with the retained ones of ``[start, stop)``; close `rows` in any case."""
@@ -93,20 +93,21 @@ class ResumePoints:
         """Drop the rows retained from `position` on, and schedule the points after it again."""
         self.forget(position)
         again = {passed for passed in self._passed if passed > position}
-        self.scheduled |= again
-        self._passed -= again
+        self.scheduled = self.scheduled | again
+        self._passed = self._passed - again
 
     def unschedule(self, position: int) -> None:
-        """Remove scheduled positions after `position`."""
+        """Forget the positions after `position`, scheduled or passed."""
         self.scheduled = {scheduled for scheduled in self.scheduled if scheduled <= position}
+        self._passed = {passed for passed in self._passed if passed <= position}
 
     def savepoint(self) -> Callable[[], None]:
         """Return a function that makes the schedule and the retained rows what they are now."""
-        scheduled, retained = self.scheduled, self.retained
+        scheduled, retained, passed = self.scheduled, self.retained, self._passed
         undo_rows = None if retained is None else retained.savepoint()
 
         def undo() -> None:
-            self.scheduled, self.retained = scheduled, retained
+            self.scheduled, self.retained, self._passed = scheduled, retained, passed
             if undo_rows is not None:
                 undo_rows()
 

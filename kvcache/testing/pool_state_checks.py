@@ -115,6 +115,18 @@ class _Sequences:
         if position and not self.cache.can_resume(sequence, position):
             del self.held[sequence][position]
 
+    def draft(self) -> None:
+        """Go back into a draft, to any of its tokens; the states of the others are forgotten."""
+        sequence = self.any_sequence()
+        self.cache.checkpoint(sequence)
+        start = self.end(sequence)
+        while self.end(sequence) == start:
+            self.forward()
+        position = self.chance.randint(start, self.end(sequence))
+        self._cut(sequence, sequence, position)
+        for drafted in range(start, position):
+            self._forget_unscheduled(sequence, drafted)
+
     def remove(self) -> None:
         sequence = self.any_sequence()
         self._cut(sequence, sequence, self.any_position(sequence))
@@ -172,7 +184,7 @@ def recurrent_pool_keeps_states_apart(backend: Backend, dtype: str) -> None:
     """Carry states of several sequences: none is handed out at another position, or to another."""
     chance = random.Random(0)  # noqa: S311 - the same calls in every run, no secret
     pool = _Sequences(backend, dtype, chance)
-    calls = [pool.forward, pool.forward, pool.fork, pool.remove, pool.restore]
+    calls = [pool.forward, pool.forward, pool.draft, pool.fork, pool.remove, pool.restore]
     pool.forward()
     for _ in range(CALLS):
         chance.choice(calls)()

@@ -244,7 +244,7 @@ STATES = {
 ACTS = {
     "pool": [*BEGINS, *ENDS, RETAINED, CLEAR, BRANCH, EXTEND, TRUNCATE],
     "small pool": [BEGINS[1], ENDS[0]],
-    "window": [*BEGINS, *ENDS, SCHEDULE],
+    "window": [*BEGINS, *ENDS, SCHEDULE, TRUNCATE],
     "layers": [*BEGINS, *ENDS, RETAINED, CLEAR, EXTEND],
     "budget": ENDS[:2],
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvcache import CausalCache, RecurrentCache, WrapperCache, functional
@@ -208,12 +210,24 @@ def _crowded(place):
     return held(world, 1, "second")
 
 
+def _drafted(place, *caches):
+    """Leave a complete draft behind, of which nothing was accepted yet."""
+    world = _pool(place, *caches, resume_points=6)
+    world.cache.schedule(0, [1, 2, 6])
+    world.run({0: range(4), 1: range(2)})
+    world.cache.checkpoint(0)
+    world.run({0: range(4, 7)})
+    return held(world, 0)
+
+
 STATES = {
     "new states": _pool,
     "no states": lambda place: StateWorld(place, RecurrentCache()),
     "states": _filled,
     "crowded states": _crowded,
     "states beside keys": lambda place: _filled(place, CausalCache(window=3), CausalCache()),
+    "drafted states": _drafted,
+    "drafted states beside keys": lambda place: _drafted(place, CausalCache()),
 }
 
 
@@ -221,6 +235,27 @@ def _get(world):
     world.cache.get_states()
 
 
+def _checkpoint(world):
+    world.cache.checkpoint(0)
+
+
+def _marked(act):
+    """Return an act whose pass is a draft."""
+
+    def prepare(world):
+        _checkpoint(world)
+        act.prepare(world)
+
+    return replace(act, name=f"{act.name} draft", prepare=prepare)
+
+
+DRAFTS = [
+    Act("checkpoint", _checkpoint),
+    Act("remove rejected", lambda world: world.cache.remove(0, 5)),
+    _marked(start("pair", {0: 3, 1: 1})),
+    *map(_marked, puts("pair", {0: 3, 1: 1})),
+    *map(_marked, PROGRAMS[:2]),
+]
 CUT = {0: 3}
 GET = in_pass("get", PAIR, 0, _get)
 ACTS = {
@@ -249,6 +284,8 @@ ACTS = {
         *PROGRAMS,
         *BETWEEN,
     ],
+    "drafted states": [*DRAFTS, *STARTS, *puts("pair", PAIR), *PROGRAMS[:2], *BETWEEN],
+    "drafted states beside keys": DRAFTS,
 }
 
 

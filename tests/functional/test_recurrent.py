@@ -126,6 +126,34 @@ def test_steps_go_on_from_one_another(backend):
     run_eagerly(backend, cache, [(0, 7), (1, 7)])
 
 
+def test_a_draft_of_several_steps(backend):
+    cache = make(backend)
+    run_eagerly(backend, cache, [(0, 0), (1, 0)], 2)
+    cache.schedule(0, [4])
+    cache.checkpoint(0)
+    plans, state = cache.plan_steps(batch_of([(1, 2), (0, 2)]), 4), cache.program_state
+    for step in range(4):
+        state, _ = put(state, nth(plans, step), news(backend, [(1, 3 + step), (0, 3 + step)]))
+    cache.program_state = state
+    with cache.snapshot(0) as snapshot:
+        check_rows(backend, snapshot, {p: code(0, p) for p in (4, 6)})
+    cache.remove(0, 5)
+    check_held(backend, cache, 0, [4, 5])
+    run_eagerly(backend, cache, [(0, 5), (1, 6)])
+    cache.checkpoint(0)
+    plans = cache.plan_steps(batch_of([(0, 6)]), 2)
+    cache.checkpoint(0)  # behind the steps that are planned: they are none of a draft
+    state = cache.program_state
+    for step in range(2):
+        state, _ = put(state, nth(plans, step), news(backend, [(0, 7 + step)]))
+    cache.program_state = state
+    check_held(backend, cache, 0, [4, 8])
+    plan = cache.plan(batch_of([(0, 8)]))  # no state inside of a planned pass, but in front of it
+    cache.program_state, _ = put(cache.program_state, plan, news(backend, [(0, 9)]))
+    cache.remove(0, 8)
+    check_held(backend, cache, 0, [4, 8])
+
+
 def nth(plan, i):
     """One step of a plan of several. Array-API indexing names every axis."""
     likes = {

@@ -44,27 +44,56 @@ def state_bytes(backend):
 
 @dataclass
 class PoolOracle:
-    """By sequence: the stamps of the states by position, and the positions scheduled."""
+    """By sequence: the stamps of the states by position, and the positions scheduled.
+
+    marks: where a draft begins, if one does. drafted: positions of its states, of which some may be
+    resume points as well.
+    """
 
     held: list[dict[int, int]]
     points: list[set[int]] = field(default_factory=list)
+    marks: list[int | None] = field(default_factory=list)
+    drafted: list[set[int]] = field(default_factory=list)
 
     def __post_init__(self):
         self.points = [set() for _ in self.held]
+        self.marks = [None for _ in self.held]
+        self.drafted = [set() for _ in self.held]
 
     def end(self, sequence):
         return max(self.held[sequence], default=0)
 
     def cuts(self, sequence, tokens):
         end = self.end(sequence)
-        return tuple(p for p in range(end + 1, end + tokens) if p in self.points[sequence])
+        draft = self.marks[sequence] == end
+        return tuple(p for p in range(end + 1, end + tokens) if draft or p in self.points[sequence])
 
     def store(self, sequence, tokens, stamp, recorded):
         end = self.end(sequence)
-        if end not in self.points[sequence]:
-            self.held[sequence].pop(end, None)
+        if self.marks[sequence] == end:
+            self.drafted[sequence] |= {end, *recorded, end + tokens}
+        else:
+            self.drafted[sequence].add(end)
+            self.forget_draft(sequence)
         self.held[sequence] |= recorded
         self.held[sequence][end + tokens] = stamp
+
+    def checkpoint(self, sequence):
+        end = self.end(sequence)
+        self.drafted[sequence].discard(end)
+        self.forget_draft(sequence)
+        self.marks[sequence] = end
+
+    def forget_draft(self, sequence):
+        """Forget the states of a draft, but for those at resume points."""
+        for position in self.drafted[sequence] - self.points[sequence]:
+            self.held[sequence].pop(position, None)
+        self.marks[sequence], self.drafted[sequence] = None, set()
+
+    def lasting(self, sequence, stop):
+        """The states up to `stop`, those of a draft left out before that or the end."""
+        drafted = self.drafted[sequence] - self.points[sequence] - {stop, self.end(sequence)}
+        return {p: s for p, s in self.held[sequence].items() if p <= stop and p not in drafted}
 
     def schedule(self, sequence, positions):
         self.points[sequence] |= {p for p in positions if p >= max(1, self.end(sequence))}
@@ -74,16 +103,18 @@ class PoolOracle:
 
     def copy(self, source, target, length):
         end, points = self.end(source), self.points[source]
-        held = {p: stamp for p, stamp in self.held[source].items() if p <= length}
-        kept = {p for p in held if p != end}
+        held = self.lasting(source, length)
+        kept = {p for p in held if p != end and (p in points or p not in self.drafted[source])}
         self.held[target] = held
         self.points[target] = kept | {p for p in points if p <= length} if held else set()
+        self.marks[target], self.drafted[target] = None, set()
 
     def snapshot(self, sequence, start, stop):
-        return {p: s for p, s in self.held[sequence].items() if start < p <= stop}
+        return {p: s for p, s in self.lasting(sequence, stop).items() if start < p}
 
     def restore(self, sequence, position, stamp):
         self.held[sequence], self.points[sequence] = {position: stamp}, set()
+        self.marks[sequence], self.drafted[sequence] = None, set()
 
 
 def rows_of(backend, snapshot):

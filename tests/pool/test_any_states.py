@@ -45,13 +45,14 @@ class PoolMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         for sequence in range(SEQUENCES):
-            assert self.cache.next_position(sequence) == self.oracle.end(sequence)
+            end = self.oracle.end(sequence)
+            assert self.cache.next_position(sequence) == end
             self._forget_what_gave_way(sequence)
             held = self.oracle.held[sequence]
-            seen = [p for p in range(60) if self.cache.can_resume(sequence, p)]
+            seen = [p for p in range(end + 9) if self.cache.can_resume(sequence, p)]
             assert seen == sorted({0, *held})
             with self.cache.snapshot(sequence) as snapshot:
-                check_rows(self.backend, snapshot, held)
+                check_rows(self.backend, snapshot, self.oracle.snapshot(sequence, 0, end))
         for snapshot, stamps in self.snapshots:
             check_rows(self.backend, snapshot, stamps)
 
@@ -151,6 +152,24 @@ class PoolMachine(RuleBasedStateMachine):
         self.cache.schedule(sequence, positions)
         self.oracle.schedule(sequence, positions)
 
+    @rule(sequence=SEQUENCE)
+    def checkpoint(self, sequence):
+        self.cache.checkpoint(sequence)
+        self.oracle.checkpoint(sequence)
+
+    @rule(sequence=SEQUENCE, others=RUNS, count=st.integers(1, 5), share=SHARE)
+    def draft(self, sequence, others, count, share):
+        """A draft beside passes of other sequences, of which as much as possible is accepted."""
+        self.checkpoint(sequence)
+        start = self.oracle.end(sequence)
+        self.forward({**others, sequence: count}, set())
+        goal = start + count * share // 8
+        if self.resume_points < 100:
+            self._forget_what_gave_way(sequence)
+            goal = max(p for p in {0, *self.oracle.held[sequence]} if p <= goal)
+        self.cache.remove(sequence, goal)
+        self.oracle.copy(sequence, sequence, goal)
+
     @rule(source=SEQUENCE, goal=SEQUENCE, share=SHARE)
     def copy_prefix(self, source, goal, share):
         end = self.oracle.end(source)
@@ -227,6 +246,8 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             self.cache = self.cache.to_backend("numpy").to_backend(self.backend)
         for sequence, points in enumerate(self.oracle.points):
+            self.oracle.held[sequence] = self.oracle.lasting(sequence, self.oracle.end(sequence))
+            self.oracle.marks[sequence], self.oracle.drafted[sequence] = None, set()
             points &= set(self.oracle.held[sequence])
 
 

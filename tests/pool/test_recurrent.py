@@ -187,6 +187,20 @@ def test_a_copy_that_goes_on_keeps_the_state_it_began_with(backend):
     assert resumable(cache, 1) == [0, 2, 3]
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_resume_point_outlives_one_that_is_scheduled_later(inside):
+    """The last pass began at it, or went past it, and is not over before the next one begins."""
+    cache = make()
+    cache.schedule(0, [2])
+    for tokens in [3] if inside else [2, 1]:
+        run(cache, {0: tokens})
+    cache.schedule(0, [5])
+    assert resumable(cache, 0) == [0, 2, 3]
+    for _ in range(3):
+        run(cache, {0: 1})
+    assert resumable(cache, 0) == [0, 2, 5, 6]
+
+
 # What is refused.
 
 
@@ -361,6 +375,127 @@ def test_a_state_is_not_cut_back():
     cache.remove(0, 2, 5)
     run(cache, {0: 5})  # position 6 was behind the end, and is forgotten
     assert resumable(cache, 0) == [0, 2, 7]
+
+
+# Drafts.
+
+
+def test_a_draft_can_be_taken_back_to_any_token(backend):
+    for accepted in range(5):
+        cache = make(backend)
+        run(cache, {0: 2, 1: 3})
+        cache.checkpoint(0)
+        begin(cache, {1: 3, 0: 4})
+        assert [run.cuts for run in cache.runs] == [(), (3, 4, 5)]
+        run(cache, {1: 3, 0: 4})
+        assert (resumable(cache, 0), resumable(cache, 1)) == ([0, 2, 3, 4, 5, 6], [0, 6])
+        cache.remove(0, 2 + accepted)
+        run(cache, {0: 3})  # looks at the state there
+        assert resumable(cache, 0) == [0, 5 + accepted]
+
+
+def test_resume_points_outlive_any_number_of_drafts(backend):
+    cache, end = make(backend, resume_points=7, max_sequences=2, max_batch=2), 5
+    cache.schedule(0, [2, 4])
+    run(cache, {0: end})
+    for accepted in [0, 1, 2, 3, 4, 5, 5, 2]:
+        cache.checkpoint(0)
+        if accepted == 3:
+            cache.schedule(0, [end + 2])  # a position of a draft that is a resume point, too
+        run(cache, {0: 5, 1: 1})
+        end += accepted
+        cache.remove(0, end)
+        run(cache, {1: 1})
+    assert resumable(cache, 0) == [0, 2, 4, 10, end]
+    with cache.snapshot(0) as snapshot:
+        check_rows(backend, snapshot, {p: code(0, p) for p in (2, 4, 10, end)})
+
+
+@pytest.mark.parametrize("close", ["remove", "go on", "another", "copy"])
+def test_states_of_a_draft_go_with_it(close):
+    cache = make()
+    cache.schedule(0, [4])
+    run(cache, {0: 3})
+    cache.checkpoint(0)
+    run(cache, {0: 3})
+    run(cache, {1: 1})
+    cache.schedule(0, [6, 9])  # points before its end are not forgotten
+    if close == "remove":
+        cache.remove(0, 6)  # all of it is accepted
+    elif close == "go on":
+        begin(cache, {0: 1})
+        cache.abort()
+        assert resumable(cache, 0) == [0, 3, 4, 5, 6]
+        run(cache, {0: 1})
+    elif close == "another":
+        cache.checkpoint(0)
+    else:
+        cache = cache.copy()
+    assert resumable(cache, 0) == [0, 4, 6, *([7] if close == "go on" else [])]
+    with cache.snapshot(0) as snapshot:
+        check_rows(NUMPY, snapshot, {p: code(0, p) for p in resumable(cache, 0)[1:]})
+
+
+def test_no_snapshot_has_states_of_a_draft_nor_has_a_copy():
+    cache = make()
+    run(cache, {0: 3})
+    cache.checkpoint(0)
+    run(cache, {0: 4})
+    cache.copy_prefix(0, 1, 5)
+    cache.copy_prefix(0, 2, 9)
+    assert (resumable(cache, 1), resumable(cache, 2)) == ([0, 5], [0, 7])
+    for stop, held in [(7, [7]), (5, [5]), (9, [7])]:
+        with cache.snapshot(0, 0, stop) as snapshot:
+            check_rows(NUMPY, snapshot, {p: code(0, p) for p in held})
+    begin(cache, {1: 1})
+    for layer in range(LAYERS):
+        cache.set_layer(layer)
+        cache.put_states(*states(NUMPY, layer, [code(1, 6)]))
+    assert resumable(cache, 1) == [0, 6]
+
+
+def test_a_draft_of_a_fresh_sequence():
+    cache = make()
+    cache.checkpoint(1)
+    run(cache, {1: 3, 0: 2})
+    assert (resumable(cache, 0), resumable(cache, 1)) == ([0, 2], [0, 1, 2, 3])
+
+
+def test_a_draft_that_is_aborted_is_made_again():
+    cache = make()
+    run(cache, {0: 2})
+    cache.checkpoint(0)
+    begin(cache, {0: 3})
+    put(NUMPY, cache, 0)
+    cache.abort()
+    run(cache, {0: 3})
+    assert resumable(cache, 0) == [0, 2, 3, 4, 5]
+
+
+def test_drafts_give_way_before_resume_points():
+    cache = make(resume_points=4, max_sequences=2, max_batch=2)
+    cache.schedule(1, [1, 2])
+    run(cache, {1: 3})
+    run(cache, {0: 1})
+    cache.checkpoint(0)
+    run(cache, {0: 4})
+    run(cache, {0: 1, 1: 1})
+    cache.schedule(1, [5, 6])
+    cache.checkpoint(0)
+    run(cache, {0: 3})
+    run(cache, {1: 3})
+    assert resumable(cache, 1) == [0, 1, 2, 5, 6, 7]
+
+
+def test_caches_of_keys_need_nothing_for_a_draft():
+    wrapper = WrapperCache(CausalCache(), make(), EncoderCache())
+    wrapper.init("numpy", max_sequences=2, capacity=8, max_batch=8)
+    for cache in (wrapper, *wrapper.caches):
+        cache.checkpoint(1)
+        with pytest.raises(ValueError, match="sequence ids must lie in"):
+            cache.checkpoint(2)
+        with pytest.raises(TypeError):
+            cache.checkpoint("0")
 
 
 # Unfinished passes.

@@ -348,7 +348,7 @@ class _PoolConversation(_SessionConversation):
 
     def draft(self, ids: Sequence[int], accepted: int) -> HostArray:
         before = len(self.ids)
-        self._pool.schedule(self.session.sequence, [before + accepted])
+        self._pool.checkpoint(self.session.sequence)
         logits = self.forward(ids)
         self.cut(before + accepted)
         self.session.truncate(before + accepted)

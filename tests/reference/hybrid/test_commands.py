@@ -48,6 +48,37 @@ def test_chat_says_the_same_on_every_backend(backend, chat_path, expected, cache
     assert chatted(chat_path, backend.name, cache) == expected
 
 
+@pytest.fixture(scope="session")
+def trained_path(tmp_path_factory):
+    """The directory of a hybrid as the training script leaves it, after a few small steps."""
+    pytest.importorskip("torch", reason="needs pip install 'kvcache[torch]'")
+    from kvcache.reference.hybrid import train as training
+
+    path = tmp_path_factory.mktemp("trained") / "small"
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {"BATCH": 2, "LENGTH": 64, "WARMUP": 4}.items():
+            patched.setattr(training, name, value)
+        training.main([str(path), "--steps", "40"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def expected_of_trained(trained_path):
+    return chatted(trained_path, "numpy", "kv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["kv", "pool"])
+def test_a_trained_model_says_the_same_on_every_backend(
+    backend, trained_path, expected_of_trained, cache
+):
+    """Every turn goes on from those before, and its answers have something learned in them."""
+    text, reused = expected_of_trained
+    assert text.isascii(), "bytes at random are no text"
+    assert reused == ["0 of 8", "12 of 20", "24 of 32"]
+    assert chatted(trained_path, backend.name, cache) == expected_of_trained
+
+
 def test_chat_with_a_ring(chat_path):
     assert chatted(chat_path, "numpy", "rotating")[1] == ["0 of 8", "12 of 20", "24 of 32"]
 

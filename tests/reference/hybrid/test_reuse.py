@@ -158,14 +158,21 @@ class InLayers:
     def cold(self, ids):
         return self.model([ids], self.caches(), last_only=False)[0]
 
+    def checkpoint(self, session):
+        session.caches.checkpoint()
+
+    def accept(self, session, start, accepted):
+        """Keep so many tokens of the draft that began at `start`."""
+        session.caches.rollback(accepted)
+
 
 class InPool:
     """The same, over one pool."""
 
-    def __init__(self, model, window):
+    def __init__(self, model, window, resume_points=40):
         weights = in_float64(model.weights)
         parts = [] if all(model.config.recurrent) else [BitsOfCells(window=window)]
-        cache = WrapperCache(*parts, BitsOfStates(resume_points=40))
+        cache = WrapperCache(*parts, BitsOfStates(resume_points))
         sizes = {"max_sequences": 2, "capacity": 60, "max_batch": PIECE}
         cache.init(model.backend, "int32", **sizes)
         self.forward = ExactPass(Stages(model.backend, model.config, 64), weights, cache, "int32")
@@ -173,6 +180,12 @@ class InPool:
 
     def run(self, session, ids, position):
         return self._run(session.sequence, ids, position)
+
+    def checkpoint(self, session):
+        self.forward.cache.checkpoint(session.sequence)
+
+    def accept(self, session, start, accepted):
+        session.truncate(start + accepted)
 
     def _run(self, sequence, ids, position):
         return self.forward.logits([PassPart(sequence, position, ids, last=True)], last_only=False)
@@ -183,9 +196,12 @@ class InPool:
         return np.concatenate([self._run(1, ids[at : at + PIECE], at) for at in pieces])
 
 
-def make(numpy_models, name):
+def make(numpy_models, name, **limits):
+    """A server. limits: of a pool."""
     layers, options = (KINDS | POOLS)[name]
-    return (InLayers if name in KINDS else InPool)(numpy_models[layers], options)
+    if name in KINDS:
+        return InLayers(numpy_models[layers], options)
+    return InPool(numpy_models[layers], options, **limits)
 
 
 TOKENS = st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=12)
@@ -298,14 +314,9 @@ def test_speculation(numpy_models, name, accepted):
     with server.prefix.session(prompt) as session:
         for at in range(0, len(prompt), PIECE):
             server.run(session, prompt[at : at + PIECE], at)
-        if name in KINDS:
-            session.caches.checkpoint()
-        session.schedule(range(len(prompt) + 1, len(prompt) + len(draft)))
+        server.checkpoint(session)
         server.run(session, draft, len(prompt))
-        if name in KINDS:
-            session.caches.rollback(accepted)
-        else:
-            session.truncate(len(prompt) + accepted)
+        server.accept(session, len(prompt), accepted)
         rows = server.run(session, [7, 9], len(said) - 2)
         session.extend(said[len(prompt) :])
     cold = server.cold([*said, 11])
@@ -315,3 +326,36 @@ def test_speculation(numpy_models, name, accepted):
         np.testing.assert_allclose(
             server.run(session, [11], len(said)), cold[-1:], rtol=1e-9, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("name", [*KINDS, *POOLS])
+def test_many_drafts_push_out_no_resume_point(numpy_models, name):
+    """Beside three resume points there is room for one draft, in the cache and in the session."""
+    server = make(numpy_models, name, resume_points=3 + 5)
+    rng = np.random.default_rng(0)
+    said = prompt = rng.integers(0, 64, 20).tolist()
+    with server.prefix.session(prompt, resume_points=[10]) as session:
+        for at in range(0, len(prompt), PIECE):
+            server.run(session, prompt[at : at + PIECE], at)
+        for accepted in [1, 3, 5, 0, 2, 4, 5, 1, 1]:
+            draft = rng.integers(0, 64, 5).tolist()
+            server.checkpoint(session)
+            server.run(session, draft, len(said))
+            server.accept(session, len(said), accepted)
+            session.extend(draft[:accepted])
+            said = [*said, *draft[:accepted]]
+        rows = server.run(session, [7], len(said))
+        session.extend([7])
+    said = [*said, 7]
+    cold = server.cold([*said, 11])
+    np.testing.assert_allclose(rows, cold[-2:-1], rtol=1e-9, atol=1e-9)
+    hits = [len(said), len(prompt) - 1, 10]
+    for length, ids in zip(hits, ([*said, 11], prompt, [*prompt[:10], 9]), strict=True):
+        with server.prefix.session(ids) as session:
+            assert session.matched == length
+            rest = server.run(session, ids[length:][:PIECE], length)
+            expected = server.cold(ids)[length:][:PIECE]
+            np.testing.assert_allclose(rest, expected, rtol=1e-9, atol=1e-9)
+    for length in range(len(prompt), len(said)):  # no state of a draft was stored
+        with server.prefix.session([*said[:length], 70]) as session:
+            assert session.matched == len(prompt)
