@@ -129,6 +129,7 @@ class PoolHandle(SequenceHandle):
 
     def settle(self) -> None:
         self._source.layers |= self._cache.latest_pass(self._sequence).layers
+        self._cache.settle_pass()
 
     def surely_held(self, held: int, restored: int) -> int:
         latest = self._cache.latest_pass(self._sequence)
