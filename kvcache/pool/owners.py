@@ -119,7 +119,9 @@ class Owners:
         owner = self.recording(target)
         if owner is None:
             return None
-        if cache.can_resume(source, min(length, cache.next_position(source))):
+        # Names ahead of the tokens that are there belong to the source alone.
+        length = min(length, cache.next_position(source))
+        if cache.can_resume(source, length):
             return partial(owner.copied, source, target, length)
         return partial(owner.invalidated, target, 0)
 
