@@ -162,5 +162,5 @@ class PoolHandle(SequenceHandle):
     def capture(self, start: int, stop: int) -> Snapshot:
         return self._cache.snapshot(self._sequence, start, stop)
 
-    def release(self) -> None:
+    def release(self, keep: bool = False) -> None:
         self._source.release(self._sequence)
