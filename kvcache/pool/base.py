@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from kvcache._checks import as_index, check_ids, check_range
-from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 from kvcache.backends import Array, Backend, CacheConfig, get_backend, portable_spec
 from kvcache.errors import NotSupportedError
@@ -19,6 +18,7 @@ from kvcache.snapshots.snapshot import CacheSpec, Part, Snapshot
 from .ahead import TokensAhead
 from .attention_calls import AttentionCalls
 from .batch import Batch
+from .latest import UNFINISHED
 from .owned import Commit, OwnedCache
 from .owners import Owners
 from .state_calls import StateCalls
@@ -73,7 +73,7 @@ class Cache(AttentionCalls, StateCalls, OwnedCache):
         """Begin a pass: find cells for its tokens, for :meth:`put` and :meth:`get` to use.
 
         Its tokens become history when the pass is complete: every layer allocated when it began
-        has been put. A pass that was not completed is taken back first, as by :meth:`abort`.
+        has been put, one at least. A pass that was not completed is taken back first.
 
         reserve: begin the largest possible pass instead, to allocate its memory; puts then store
             nothing.
@@ -81,8 +81,8 @@ class Cache(AttentionCalls, StateCalls, OwnedCache):
         Raises: CacheFullError, ValueError; nothing has changed then.
         """
         with self.lock:
-            if self._enclosing is not None or not self.pass_complete():
-                self.abort()
+            if self._enclosing is not None or self.pass_progress() in UNFINISHED:
+                self.take_back_unfinished()
             self.begin_pass(batch, reserve)
 
     def begin_pass(self, batch: Batch, reserve: bool) -> None:
@@ -98,23 +98,18 @@ class Cache(AttentionCalls, StateCalls, OwnedCache):
         """Take back a pass that will not be finished, in all its sequences.
 
         They are as before the pass, but for tokens that a window dropped for it and that were
-        overwritten already. Without an unfinished pass, nothing happens. :meth:`start_forward`
-        does the same, and until then nobody sees the tokens of such a pass.
+        overwritten already. :meth:`start_forward` does the same to a pass that is not complete,
+        and until then nobody sees its tokens.
+
+        A complete pass that put layers for the first time is taken back as well, until another
+        one begins or a session names the next token: it may have been cut short, as nothing tells
+        how many layers a model has. After any other complete pass, nothing happens.
         """
         with self.lock:
             if self._enclosing is not None:
                 self._enclosing.abort()
-            elif not self.pass_complete():
-                with uninterrupted():
-                    self.drop_pass()
-                    if self._owners.any:
-                        self._owners.pass_dropped(self)
-
-    def is_unfinished(self) -> bool:
-        """Return whether the last pass is not complete, here or elsewhere in the same wrapper."""
-        if self._enclosing is not None:
-            return self._enclosing.is_unfinished()
-        return not self.pass_complete()
+            elif self.is_unfinished() or self.latest_pass(0).grew:
+                self._take_back()
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Make `target` hold just the positions of `source` below `length`.
@@ -245,9 +240,8 @@ class Cache(AttentionCalls, StateCalls, OwnedCache):
     def revert_forward(self) -> None:
         """Undo the commit of :meth:`prepare_forward`, interrupted or not begun."""
 
-    def pass_complete(self) -> bool:
-        """Return whether the last pass has been put in every layer, or there was none."""
-        return True
+    def note_whole(self) -> None:
+        """Count the layers that the last pass has put, a complete one, as all of the model."""
 
     def drop_pass(self) -> None:
         """Take back the last pass, complete or not: see :meth:`abort`."""

@@ -33,7 +33,7 @@ from .batch import Batch
 from .buffers import PoolBuffers
 from .cells import CellTable
 from .edits import prepare_copy, prepare_removal
-from .latest import LatestPass
+from .latest import LatestPass, Progress
 from .layouts import kv_layouts, layer_sizes
 from .originals import Shift
 from .owned import Commit
@@ -58,7 +58,6 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         the middle of a sequence is removed; None: not supported. Shifts of a key add up: it is
         given the key as it was put, and its whole way from there, so that it is rounded once. For
         that, the first removal from the middle allocates a second buffer of keys for each layer.
-
     page: cells handed out together, a power of two: the tokens of a sequence fill pages in order,
         as kernels for paged attention read them (:meth:`block_table`). 1: any free cells.
 
@@ -179,8 +178,11 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
     def revert_forward(self) -> None:
         self._pool.revert()
 
-    def pass_complete(self) -> bool:
-        return self._cell_pool is None or self._cell_pool.passes.complete
+    def pass_progress(self) -> Progress:
+        return self._pool.passes.progress if self._cell_pool else Progress.NOTHING
+
+    def note_whole(self) -> None:
+        self._pool.passes.settle()
 
     def drop_pass(self) -> None:
         self._pool.take_back()
@@ -205,7 +207,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
             raise NotSupportedError("frames are of encoder output; this cache stores tokens.")
         pool, arrays = self._pool, (keys,) if values is None else (keys, values)
         forward_pass = pool.current_pass()
-        if forward_pass.detached and forward_pass.complete:
+        if forward_pass.detached and not self.is_unfinished():
             raise KVCacheError(
                 "a pass is over once every layer was put and a sequence of it has changed: its "
                 "cells may belong to another one. Call start_forward."
@@ -289,7 +291,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
 
     def latest_pass(self, sequence: int) -> LatestPass:
         with self.lock:
-            return self._pool.passes.latest(sequence)
+            return self._pool.passes.latest(sequence) if self._cell_pool else LatestPass()
 
     def can_resume(self, sequence: int, position: int) -> bool:
         pool = self._pool
@@ -347,8 +349,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
                 self._pool.pins.schedule(sequence, points)
 
     def capture(self, sequence: int, start: int, stop: int) -> list[Part]:
-        [spec] = self.specs
-        return [Part(spec, self._pool.pins.capture(sequence, start, stop))]
+        return [Part(self.specs[0], self._pool.pins.capture(sequence, start, stop))]
 
     def prepare_restore(
         self, sequence: int, parts: Sequence[Sequence[Part]], position: int

@@ -18,7 +18,7 @@ from kvcache.storage.masks import device_mask
 from .base import Cache
 from .batch import Batch
 from .frames import arriving_in, frame_counts, sequences_of, split_frames
-from .latest import LatestPass
+from .latest import LatestPass, Progress
 from .layouts import ArrayLayout, Arrays, kv_layouts
 from .output import (
     Entries,
@@ -73,16 +73,23 @@ class EncoderCache(Cache):
         # Positions of the sequences whose output the pass brings, as far as it is to be stored.
         self._arriving: dict[int, int] = {}
 
-    def pass_complete(self) -> bool:
-        """Return whether nothing is missing of the output that the current pass brings.
+    def pass_progress(self) -> Progress:
+        """Return how far the output has come that the current pass brings.
 
-        Missing is a layer that was ever stored and has not been put. True without a pass, and for
-        a pass that brings nothing.
+        It is whole once every layer that was ever stored has been put, one at least. That tells
+        nothing of the tokens of a pass, so then, too, it is for others to say more.
         """
         if not self._stores or self._batch is None:
-            return True
-        brings = bool(self._batch.multimodal or self._put_layers)
-        return not brings or self._known <= self._put_layers
+            return Progress.NOTHING
+        put = self._put_layers
+        if not self._batch.multimodal and not put:
+            return Progress.NOTHING
+        if not self._known <= put:
+            return Progress.PARTIAL
+        return Progress.NOTHING if put else Progress.BLANK
+
+    def note_whole(self) -> None:
+        self._known |= self._put_layers
 
     def _stored(self) -> Entries:
         """Return all output stored, that of the current pass included once this is complete."""
@@ -318,7 +325,8 @@ class EncoderCache(Cache):
 
     def latest_pass(self, sequence: int) -> LatestPass:
         put, known = self._put_layers, self._known
-        return LatestPass(None, put | known, not put <= known)
+        start = self._arriving.get(sequence) if sequence in self._staged else None
+        return LatestPass(start, put | known, not put <= known)
 
     # Snapshots.
 

@@ -1,9 +1,29 @@
-"""The latest pass of a cache, as far as it tells which layers a model has."""
+"""The latest pass of a cache: how far it has come, and which layers of a model it tells."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from enum import IntEnum
 from typing import NamedTuple
+
+
+class Progress(IntEnum):
+    """How far the pass begun last has come. That of a wrapper is the greatest of its parts."""
+
+    NOTHING = 0
+    """Nothing is left to put: no pass, a reserve pass, or one that brings no tokens of its own."""
+    BLANK = 1
+    """No layer was put, and none is known. A model need not use all parts of a wrapper, so what
+    the others have put counts."""
+    COMPLETE = 2
+    """Every known layer was put, one at least."""
+    PARTIAL = 3
+    """A known layer was not put."""
+
+
+NOTHING, BLANK, COMPLETE, PARTIAL = Progress  # names that are looked up fast, in every pass
+UNFINISHED = (BLANK, PARTIAL)
+"""Of a pass whose tokens are not history."""
 
 
 class LatestPass(NamedTuple):

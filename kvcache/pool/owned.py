@@ -1,4 +1,4 @@
-"""The owners of a cache's sequences, and its place in a wrapper: the base of :class:`Cache`."""
+"""The owners of a cache's sequences, and its passes in a wrapper: the base of :class:`Cache`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvcache._checks import as_indices, check_ids
 from kvcache._interrupts import uninterrupted
 from kvcache._locks import Lock
 
-from .latest import LatestPass
+from .latest import UNFINISHED, LatestPass, Progress
 from .owners import Notice, Owners, SequenceOwner
 
 Commit: TypeAlias = Callable[[], None]
@@ -73,9 +73,53 @@ class OwnedCache(ABC):
             if notice is not None:
                 notice()
 
+    # The pass begun last, which is complete in all parts of a wrapper or in none.
+
+    def is_unfinished(self) -> bool:
+        """Return whether the last pass is not complete, here or elsewhere in the same wrapper."""
+        if self._enclosing is not None:
+            return self._enclosing.is_unfinished()
+        return self.pass_progress() in UNFINISHED
+
+    def pass_complete(self) -> bool:
+        """Return whether nothing of the last pass is left to put in this cache."""
+        return self.pass_progress() not in UNFINISHED
+
+    def take_back_unfinished(self) -> None:
+        """Take back the last pass if it is not complete, here or elsewhere in the same wrapper."""
+        if self._enclosing is not None:
+            self._enclosing.take_back_unfinished()
+        elif self.is_unfinished():
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """Take back the last pass, complete or not, and tell the owners of its sequences."""
+        with uninterrupted():
+            self.drop_pass()
+            if self._owners.any:
+                self._owners.pass_dropped(self)
+
+    def settle_pass(self) -> None:
+        """Note that the last pass, if it is complete, went through the whole model."""
+        with self.lock:
+            if not self.is_unfinished():
+                self.note_whole()
+
+    def pass_progress(self) -> Progress:
+        """Return how far the last pass has come in this cache."""
+        return Progress.NOTHING
+
     def latest_pass(self, sequence: int) -> LatestPass:
         """Return what the pass begun last brings to `sequence`, and which layers were ever put."""
         return LatestPass()
+
+    @abstractmethod
+    def note_whole(self) -> None:
+        """Count the layers that the last pass has put, a complete one, as all of the model."""
+
+    @abstractmethod
+    def drop_pass(self) -> None:
+        """Take back the last pass, complete or not."""
 
     @property
     @abstractmethod

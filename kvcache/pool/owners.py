@@ -129,9 +129,10 @@ class Owners:
         owner = self.recording(target)
         if owner is None:
             return None
-        end = min(length, cache.next_position(source))
-        if cache.can_resume(source, end):
-            schedule = _scheduling(cache, owner, target, end)
+        # Names ahead of the tokens that are there belong to the source alone.
+        length = min(length, cache.next_position(source))
+        if cache.can_resume(source, length):
+            schedule = _scheduling(cache, owner, target, length)
             return partial(_both, partial(owner.copied, source, target, length), schedule)
         return partial(owner.invalidated, target, 0)
 

@@ -19,6 +19,7 @@ from kvcache.snapshots.visibility import Visibility
 
 from .cells import CellTable
 from .changes import Dropped, DroppedCell
+from .latest import BLANK, COMPLETE, NOTHING, PARTIAL, Progress
 from .placement import Moved
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Pass:
     """A forward pass on the host: the cells written, the range read, and the visibility.
 
     Its tokens are history once it is complete: every layer that was allocated when it began has
-    been put. Until then it can be taken back.
+    been put, one at least. Until then it can be taken back.
 
     cells: cell of each token, int32 [tokens].
     start, stop: the range of cells returned by `get`.
@@ -154,9 +155,14 @@ class Pass:
         """Cells and positions of sequences that were changed during the pass, as it reads them."""
 
     @property
-    def complete(self) -> bool:
-        """True if nothing is left to put."""
-        return self.expected <= self.put_layers or not self.stores
+    def progress(self) -> Progress:
+        """How far it has come."""
+        put = self.put_layers
+        if not self.stores:
+            return NOTHING
+        if not self.expected <= put:
+            return PARTIAL
+        return COMPLETE if put else BLANK
 
     @cached_property
     def first_cell(self) -> int | None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from kvcache._checks import as_room, as_sizes
+from kvcache.errors import KVCacheError
 
 from .base import Cache
 from .batch import Batch
+from .latest import Progress
 from .owned import Commit
 
 PlanT = TypeVar("PlanT")
@@ -22,6 +24,14 @@ class Planned(NamedTuple, Generic[PlanT_co]):
 
     plan: PlanT_co
     undo: Commit
+
+
+def no_layers() -> KVCacheError:
+    """Return the error of a plan for a cache without layers."""
+    return KVCacheError(
+        "a program has only the layers allocated before; there are none. Call allocate, or put "
+        "every layer in a pass first."
+    )
 
 
 class PlanningCache(Cache, Generic[PlanT, StateT]):
@@ -65,7 +75,7 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
             tokens see, and no mask. Recurrent layers plan the same either way.
 
         Raises: as start_forward; ValueError for more tokens than `tokens`, NotSupportedError for
-            a reserve pass.
+            a reserve pass, KVCacheError before any layer was allocated.
         """
         count = self.tokens_begun() if batch is None else len(batch)
         tokens = None if tokens is None else as_room(tokens, "tokens")
@@ -78,10 +88,12 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
             undo = self.pass_savepoint()
             try:
                 self.begin_pass(batch, reserve=False)
-                return self.plan_begun(tokens, reads)
+                plan = self.plan_begun(tokens, reads)
+                self._check_layers()
             except BaseException:
                 undo()
                 raise
+            return plan
 
     def plan_steps(self, batch: Batch, steps: int, *, reads: bool = False) -> PlanT:
         """Return the plans of `steps` decode steps: `batch`, then its positions + 1, and so on.
@@ -90,19 +102,31 @@ class PlanningCache(Cache, Generic[PlanT, StateT]):
         The passes become history as for :meth:`plan`, and `reads` is as there.
 
         Raises: CacheFullError if a step does not fit; ValueError if `batch` has two tokens of one
-            sequence, or a token that does not come after its last. Nothing has changed then.
+            sequence, or a token that does not come after its last; KVCacheError before any layer
+            was allocated. Nothing has changed then.
         """
         [steps] = as_sizes(steps=steps)
         with self.lock:
             self._go_on_from_plans(batch)
-            return self.begin_steps(batch, steps, reads).plan
+            planned = self.begin_steps(batch, steps, reads)
+            try:
+                self._check_layers()
+            except BaseException:
+                planned.undo()
+                raise
+            return planned.plan
+
+    def _check_layers(self) -> None:
+        """Raise KVCacheError if a pass was planned for no layer at all: nobody will finish it."""
+        if self.pass_progress() is Progress.BLANK:
+            raise no_layers()
 
     def _go_on_from_plans(self, batch: Batch) -> None:
         """Take back what the passes of a new plan do not go on from: unfinished or failed ones."""
         if self.has_plans():
             self.prepare_replan(batch)()
         else:
-            self.abort()
+            self.take_back_unfinished()
 
     # Hooks, called with the lock held.
 

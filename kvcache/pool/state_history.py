@@ -85,6 +85,13 @@ class StateHistory(NamedTuple):
         """Return this history with another current pass."""
         return self._replace(begun=(*self.begun[:-1], current))
 
+    def settled(self) -> StateHistory:
+        """Return this history with every layer put in the current pass among those to put."""
+        current = self.current
+        if current is None:
+            return self
+        return self.with_current(current._replace(expected=current.expected | current.put))
+
     def carried_out(self) -> StateHistory:
         """Return this history with the planned passes complete."""
         return self._replace(begun=tuple([state_pass.carried_out() for state_pass in self.begun]))

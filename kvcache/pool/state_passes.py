@@ -14,9 +14,10 @@ from kvcache.backends import Array, Backend, CacheConfig, get_backend
 from kvcache.errors import KVCacheError, NotSupportedError
 
 from .batch import Batch
+from .latest import Progress
 from .owned import Commit
 from .plan import PoolState, StatePlan
-from .planning import Planned, PlanningCache
+from .planning import Planned, PlanningCache, no_layers
 from .runs import (
     Sequences,
     StatePass,
@@ -140,8 +141,11 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         if self._before is not None:
             self._known = self._before
 
-    def pass_complete(self) -> bool:
-        return self._known.complete
+    def pass_progress(self) -> Progress:
+        return Progress.COMPLETE if self._known.complete else Progress.PARTIAL
+
+    def note_whole(self) -> None:
+        self._known = self._known.settled()
 
     def drop_pass(self) -> None:
         self._known = self._known._replace(begun=())
@@ -306,10 +310,7 @@ class StatePasses(PlanningCache[StatePlan, PoolState]):
         """
         slots = self._sized()
         if not slots.layers:
-            raise KVCacheError(
-                "a program has only the layers allocated before; there are none. Call allocate, or "
-                "put every layer in a pass first."
-            )
+            raise no_layers()
         move = slots.backend.from_host
         return StatePlan(move(before), move(behind), slots.likes(before.shape[:-1]))
 

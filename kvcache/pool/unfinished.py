@@ -10,7 +10,7 @@ from kvcache._types import Indices, Int32s
 
 from .cells import CellTable
 from .changes import Dropped
-from .latest import LatestPass
+from .latest import NOTHING, PARTIAL, LatestPass, Progress
 from .placement import Moved
 from .plan import Pass
 
@@ -44,9 +44,11 @@ class OpenPasses:
         return OpenPasses, (self._table, bool)
 
     @property
-    def complete(self) -> bool:
-        """True if no pass of this pool is left to be finished."""
-        return not self.planned and (self.current is None or self.current.complete)
+    def progress(self) -> Progress:
+        """How far the passes of this pool have come."""
+        if self.planned:
+            return PARTIAL
+        return NOTHING if self.current is None else self.current.progress
 
     @property
     def all(self) -> list[Pass]:
@@ -97,6 +99,11 @@ class OpenPasses:
         for cells in self.held:
             counts[cells] += 1
         return counts
+
+    def settle(self) -> None:
+        """Note that the current pass, a complete one, went through the whole model."""
+        if self.current is not None:
+            self.current.expected |= self.current.put_layers
 
     # Looking.
 

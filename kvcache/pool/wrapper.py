@@ -17,7 +17,7 @@ from kvcache.snapshots.snapshot import CacheSpec, Part
 from .ahead import TokensAhead
 from .base import Cache
 from .batch import Batch
-from .latest import LatestPass, joined
+from .latest import LatestPass, Progress, joined
 from .owned import Commit
 from .plan import ForwardPlan, PoolState, StatePlan
 from .planning import Planned, PlanningCache
@@ -105,8 +105,12 @@ class WrapperCache(PlanningCache[tuple[Plan, ...], tuple[ProgramState, ...]]):
         for cache in self.caches:
             cache.revert_forward()
 
-    def pass_complete(self) -> bool:
-        return all(cache.pass_complete() for cache in self.caches)
+    def pass_progress(self) -> Progress:
+        return max([cache.pass_progress() for cache in self.caches])
+
+    def note_whole(self) -> None:
+        for cache in self.caches:
+            cache.note_whole()
 
     def drop_pass(self) -> None:
         for cache in self.caches:

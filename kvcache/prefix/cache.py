@@ -301,8 +301,9 @@ class PrefixCache:
         tokens: ids of all that the caches hold; these may be a row of ``split()`` of a batch.
         salt, media, retain: as for :meth:`session`.
 
-        Raises: KVCacheError over a pool; ValueError, TypeError for caches of other kinds, with
-            another number of tokens, or padded. Nothing has changed then.
+        Raises: KVCacheError over a pool, or for caches of an open session; ValueError, TypeError
+            for caches of other kinds, with another number of tokens, or padded. Nothing has
+            changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
         retained = as_retained(retain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 
 from kvcache._locks import Lock
@@ -35,6 +36,7 @@ class LayerSequences(SequenceSource):
         """Backend of the last snapshot, for restoring to caches that name none."""
         # Copies: the caller may go on with its own.
         self._prototypes = LayerCaches(layers).copy()
+        self._in_use: weakref.WeakSet[LayerHandle] = weakref.WeakSet()
 
     @property
     def specs(self) -> list[CacheSpec]:
@@ -49,7 +51,28 @@ class LayerSequences(SequenceSource):
         return all((cache.backend or self.backend) is not None for cache in self._prototypes)
 
     def acquire(self) -> LayerHandle:
-        return LayerHandle(self._prototypes.copy(), self)
+        handle = LayerHandle(self._prototypes.copy(), self)
+        self._in_use.add(handle)
+        return handle
+
+    def check_free(self, caches: Iterable[LayerCache], user: LayerHandle | None = None) -> None:
+        """Raise KVCacheError if any of `caches` belongs to a sequence in use, other than `user`.
+
+        Of a change in them only one would hear.
+        """
+        others = {
+            id(cache): cache for own in self._in_use if own is not user for cache in own.caches
+        }
+        for cache in caches:
+            if id(cache) in others:
+                raise KVCacheError(
+                    f"a session is the only one that has its caches; got {cache} of another one. "
+                    "Copy them, or close or detach that session first."
+                )
+
+    def leave(self, handle: LayerHandle) -> None:
+        """Note that a sequence is not in use any more."""
+        self._in_use.discard(handle)
 
     def adopt(self, caches: Sequence[LayerCache], tokens: int) -> LayerHandle:
         layers = as_layers(caches, "what is stored are the per-layer caches of one sequence")
@@ -63,6 +86,7 @@ class LayerSequences(SequenceSource):
                 f"padding, that hold as many tokens as are named; got {layers} for {tokens} "
                 "tokens. Take the caches of a row by split()."
             )
+        self.check_free(layers)
         for cache in layers:
             cache.check_not_exported()
         return LayerHandle(LayerCaches(layers), self)
@@ -127,6 +151,7 @@ class LayerHandle(SequenceHandle):
 
     def adopt(self, caches: LayerCaches[LayerCache]) -> None:
         check_layers(caches, self._caches)
+        self._source.check_free(caches, self)
         self._caches = caches
         self._forget_rewinds()
 
@@ -144,5 +169,7 @@ class LayerHandle(SequenceHandle):
             snapshot.close()
             raise
 
-    def release(self) -> None:
-        self._caches.reset()
+    def release(self, keep: bool = False) -> None:
+        self._source.leave(self)
+        if not keep:
+            self._caches.reset()

@@ -141,6 +141,7 @@ class PoolHandle(SequenceHandle):
 
     def settle(self) -> None:
         self._source.layers |= self._cache.latest_pass(self._sequence).layers
+        self._cache.settle_pass()
 
     def surely_held(self, held: int, restored: int) -> int:
         latest = self._cache.latest_pass(self._sequence)
@@ -173,5 +174,5 @@ class PoolHandle(SequenceHandle):
     def capture(self, start: int, stop: int) -> Snapshot:
         return self._cache.snapshot(self._sequence, start, stop)
 
-    def release(self) -> None:
+    def release(self, keep: bool = False) -> None:
         self._source.release(self._sequence)

@@ -220,8 +220,7 @@ class Requests:
                 self._index.pin(pinned, -1)
                 self._index.settle(pinned)
         finally:
-            if not request.detached:
-                request.handle.release()
+            request.handle.release(keep=request.detached)
 
 
 def sequences_of(

@@ -74,7 +74,10 @@ class SequenceHandle(ABC):
 
     @abstractmethod
     def adopt(self, caches: LayerCaches[LayerCache]) -> None:
-        """Have `caches` in place of its own from now on. Raises: KVCacheError over a pool."""
+        """Have `caches` in place of its own from now on.
+
+        Raises: KVCacheError over a pool, and for caches of another session.
+        """
 
     @abstractmethod
     def schedule(self, positions: Iterable[int]) -> None:
@@ -85,8 +88,11 @@ class SequenceHandle(ABC):
         """Take a snapshot of positions ``[start, stop)``. The caller closes it."""
 
     @abstractmethod
-    def release(self) -> None:
-        """Drop all tokens and end the use of the sequence. Snapshots stay valid."""
+    def release(self, keep: bool = False) -> None:
+        """End the use of the sequence, and drop all tokens unless `keep`. Snapshots stay valid.
+
+        keep: its caches stay as they are, the caller's. Of a pool, nothing is kept.
+        """
 
 
 class SequenceSource(ABC):
@@ -115,5 +121,6 @@ class SequenceSource(ABC):
     def adopt(self, caches: Sequence[LayerCache], tokens: int) -> SequenceHandle:
         """Return a sequence that has `caches` with so many tokens, to be released.
 
-        Raises: KVCacheError over a pool, ValueError, TypeError for other caches.
+        Raises: KVCacheError over a pool, and for caches of a session; ValueError, TypeError for
+            other caches.
         """

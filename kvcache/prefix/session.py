@@ -271,8 +271,9 @@ class Session:
         leaves, as far as they go; the session owns them from here on, and follows what is done to
         them. Resume points scheduled in its own caches are not theirs.
 
-        Raises: KVCacheError over a pool, or after the end; TypeError, ValueError for caches of
-            other kinds, options or rows; nothing has changed then.
+        Raises: KVCacheError over a pool, after the end, or for caches of another open session;
+            TypeError, ValueError for caches of other kinds, options or rows; nothing has changed
+            then.
         """
         with self._lock, uninterrupted():
             self._handle.adopt(caches)

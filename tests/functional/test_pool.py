@@ -213,6 +213,7 @@ NUMPY = get_backend("numpy")
 
 def test_a_plan_that_does_not_fit_changes_nothing():
     cache = make(NUMPY, window=4)
+    cache.allocate([0], HEADS, DIM)
     cache.plan(Batch(range(10), [0] * 10))
     rows = [peek.table(cache).cells_of(sequence).tolist() for sequence in range(3)]
     with pytest.raises(CacheFullError, match="one free cell per token; 30 needed"):
@@ -245,6 +246,7 @@ def test_steps_that_do_not_fit_change_nothing():
 def test_steps_that_are_none(batch, message):
     cache = make(NUMPY)
     cache.start_forward(Batch([0, 1, 2], [0, 0, 0]))
+    cache.put(*(np.ones((HEADS, 3, DIM), np.float32) for _ in range(2)))
     with pytest.raises(ValueError, match=message):
         cache.plan_steps(batch, 2)
 

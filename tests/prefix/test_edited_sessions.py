@@ -169,6 +169,23 @@ def test_a_copy_of_another_session_is_known_by_the_tokens_of_that_one():
     assert server.ask([*PROMPT[:8], 1, 2, 3], salt="x") == 0, "what is of one tenant is of no other"
 
 
+@pytest.mark.parametrize("length", [12, 11, 10])
+def test_a_copy_takes_over_no_names_of_tokens_that_were_not_computed(length):
+    """Beams: each names the token that it samples, and computes it later."""
+    server = full()
+    one, two = server.begin(PROMPT), server.begin([30, 31])
+    one.extend([1, 2])
+    server.model.cache.copy_prefix(one.sequence, two.sequence, length)
+    server.go_on(two, [*PROMPT, 7], len(PROMPT))
+    two.extend([7])
+    two.close()
+    assert server.ask([*PROMPT, 1, 9]) == len(PROMPT)
+    assert server.ask([*PROMPT, 7, 9]) == len(PROMPT) + 1
+    server.go_on(one, [*PROMPT, 1], len(PROMPT))  # names of the source stay
+    one.close()
+    assert server.ask([*PROMPT, 1, 9]) == len(PROMPT) + 1
+
+
 def test_what_comes_from_elsewhere_is_not_known():
     server = Deep(DeepPool(), sequences=[0, 1])
     cache = server.model.cache
@@ -344,12 +361,13 @@ def failing_second(method):
 
 # Whatever comes.
 
+AHEAD = 90  # a token that is named, and never computed
 STEP = st.one_of(
     st.tuples(st.just("compute"), st.integers(1, 4), st.booleans()),
     st.tuples(st.just("back"), st.integers(1, 6), st.booleans()),
     st.tuples(st.just("middle"), st.integers(0, 12), st.integers(1, 4)),
     st.tuples(st.just("leave unfinished"), st.integers(1, 3), st.none()),
-    st.tuples(st.just("copy"), st.integers(1, 12), st.none()),
+    st.tuples(st.just("copy"), st.integers(1, 12), st.integers(0, 2)),
     st.tuples(st.just("roll back"), st.integers(1, 4), st.integers(0, 4)),
     st.tuples(st.just("refill"), st.integers(1, 12), st.none()),
 )
@@ -363,7 +381,7 @@ class Edited:
     def __init__(self, server, prompt, number):
         self.server, self.model, self.ids = server, server.model, list(prompt)
         self.session, self.number = server.begin(prompt), number
-        self.other = None
+        self.other, self.copied = None, []
 
     @property
     def pool(self):
@@ -416,13 +434,16 @@ class Edited:
             ids = [*self.ids, *range(count)]
             self.model.run(self.session.sequence, ids, len(self.ids), layers=1)
 
-    def _copy(self, length, _):
+    def _copy(self, length, ahead):
+        """Copy the other session, in which some tokens more are named than computed."""
         if self.pool and self.other is not None:
+            self.other.session.extend([AHEAD] * ahead)
             source, target = self.other.session.sequence, self.session.sequence
             if self.recurrent and not self.model.cache.can_resume(source, length):
                 length = len(self.other.ids)
             self.model.cache.copy_prefix(source, target, length)
             self.ids = self.other.ids[:length]
+            self.copied.append(list(self.ids))
 
     def _roll_back(self, count, accepted):
         if not self.pool:
@@ -478,3 +499,5 @@ def test_whatever_a_session_does_others_compute_what_a_cold_run_does(name, talks
             for stop in {1, len(ids) // 2, len(ids)}:
                 server.ask([*ids[:stop], 100])
                 server.ask([*ids[:stop], 7])
+        for ids in edited.copied:
+            server.ask([*ids, AHEAD, AHEAD])

@@ -129,6 +129,42 @@ def test_caches_that_no_session_can_adopt():
             call()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_no_two_sessions_have_the_same_caches(first):
+    """A change in them would be heard by one of both only."""
+    server = Server(MODELS["rotating"](NUMPY))
+    one, two = server.begin(SYSTEM), server.begin(SYSTEM)
+    for session in (one, two):
+        server.compute(session, SYSTEM, 0)
+    own, left = two.caches, one.caches
+    [row] = LayerCaches.concat([one.caches]).split()
+    one.adopt(row)
+    taken = LayerCaches([*own[:first], *row[first:]])
+    calls = [lambda: two.adopt(taken), lambda: server.prefix.insert(SYSTEM, taken)]
+    before = server.prefix.stats
+    for call in calls:
+        with pytest.raises(KVCacheError, match=r"only one that has its caches; got .* Copy them"):
+            call()
+    assert two.caches is own
+    assert server.prefix.stats == before
+    two.adopt(left)  # those that the first has left
+    one.close()
+    two.adopt(row)  # nobody has them now
+    two.close()
+    assert server.ask([*SYSTEM, 7]) == 6
+
+
+def test_detached_caches_are_free():
+    server = Server(MODELS["per-layer"](NUMPY))
+    one, two = server.begin(SYSTEM), server.begin(SYSTEM)
+    server.compute(one, SYSTEM, 0)
+    caches = one.detach()
+    two.adopt(caches)
+    assert two.detach() is caches
+    server.prefix.insert(SYSTEM, caches)
+    assert server.prefix.lookup([*SYSTEM, 7]).matched == len(SYSTEM)
+
+
 def test_a_session_over_a_pool_adopts_nothing():
     server = Server(MODELS["full"](NUMPY))
     with (

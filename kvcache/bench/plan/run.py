@@ -16,6 +16,8 @@ from kvcache.bench.harness.report import library_versions, this_machine
 from kvcache.bench.harness.timing import Progress, TimedBlocks, interleave, ticks
 from kvcache.pool.batch import Batch
 from kvcache.pool.causal import CausalCache
+from kvcache.pool.latest import COMPLETE
+from kvcache.pool.latest import Progress as PassProgress
 
 from .report import LOADS, Load, PlanReport, PlanTiming
 
@@ -71,6 +73,13 @@ def _measured(
         yield pool.timing(blocks)
 
 
+class _WithoutLayers(CausalCache):
+    """A cache whose passes count as they begin, so that planning is all that is measured."""
+
+    def pass_progress(self) -> PassProgress:
+        return COMPLETE
+
+
 class PlannedPool:
     """A pool of sequences decoded together; the rest of a larger pool stays empty.
 
@@ -82,7 +91,7 @@ class PlannedPool:
 
     def __init__(self, load: Load, window: int | None, pool: int, mask: bool = False) -> None:
         self.load, self.window, self.pool, self.mask = load, window, pool, mask
-        self.cache = CausalCache(window)
+        self.cache = _WithoutLayers(window)
         self.cache.init(
             "numpy",
             "int8",

@@ -48,9 +48,18 @@ class CausalSteps:
         )
         self.sequences = list(range(case.batch))
         self.position = case.tokens
+        self._fill()
+        self.k, self.v = case.rows(), case.rows()
+
+    def _fill(self) -> None:
+        """Put zeros for all tokens; a pass without any layer would not count."""
+        case = self.case
+        zeros = case.backend.alloc((case.heads, case.tokens, case.head_dim), case.dtype)
         for sequence in self.sequences:
             self.cache.start_forward(Batch(range(case.tokens), [sequence] * case.tokens))
-        self.k, self.v = case.rows(), case.rows()
+            for layer in range(case.layers):
+                self.cache.set_layer(layer)
+                self.cache.put(zeros, zeros)
 
     def contestant(self) -> Contestant:
         """Return these steps under the name of this contestant."""
@@ -86,7 +95,6 @@ class ProgramSteps(CausalSteps):
     def __init__(self, framework: Framework, case: DecodeCase, name: str) -> None:
         super().__init__(framework, case)
         self.name = name
-        self.cache.allocate(range(case.layers), case.heads, case.head_dim)
         self.state = self.cache.program_state
         self.hidden = case.backend.from_host(np.float32(-np.inf))
         # Donated, because a program that must keep its input writes to a copy of all of it.
