@@ -96,10 +96,12 @@ class SpanIndex(SpanTrees[P]):
         """Evict until the quotas and the budgets hold, or all candidates are in use.
 
         Where a sequence goes on behind a payload, what of it serves its own end alone goes first.
+        Spans that serve nobody go in any case.
 
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
         self._lower(now)
+        self._evict_deserted(now)
         for tree in list(self._quotas.exceeded):
             self._trim_tree(tree, now)
         while self.budget is not None and self.nbytes > self.budget:
@@ -215,6 +217,13 @@ class SpanIndex(SpanTrees[P]):
 
     # Parts of it.
 
+    def _evict_deserted(self, now: float) -> None:
+        """Evict the spans in which nobody can resume, and behind which nothing is kept."""
+        while self._deserted:
+            span, _ = self._deserted.popitem()
+            if span.useless:
+                self.evict(span, now)
+
     def _reduce_superseded(self) -> bool:
         """Release rows that serve the end of a superseded span alone; return False if none do."""
         popped = self._superseded.pop_reducible()
@@ -231,18 +240,18 @@ class SpanIndex(SpanTrees[P]):
 
     def _reduce(self, span: Span[P], reduced: P) -> None:
         """Keep the `reduced` payload of a superseded span only."""
-        previous, child = span.payload, span.only_child
-        self._put(span, reduced)
-        if previous is not None:
-            previous.close()
+        child = span.only_child
+        self._replace(span, reduced)
         # Rows on the host are copied to be joined: not many for a few, each turn anew.
         if child is not None and reduced.nbytes <= child.nbytes and self._are_alike(span, child):
             self._join([span, child])
 
     def _shrink(self, span: Span[P], excess: int, now: float, by: EvictedBy | None = None) -> None:
-        """Evict `span`, or if it can be cut anywhere only as much of its end as `excess` bytes.
+        """Evict `span`, or if less of it will do only as much of its end as `excess` bytes.
 
-        by: None for the policy, or for the least priority if it is retained.
+        Where requests can resume at some places only, these give way before the last of them, and
+        the end goes back to one. by: None for the policy, or for the least priority if it is
+        retained.
         """
         tokens, by = span.stop - span.start, by or ("retention" if span.level else "policy")
         if span.complete and span.nbytes:
@@ -252,7 +261,29 @@ class SpanIndex(SpanTrees[P]):
             surplus = max(self._grain, surplus)  # or many calls would take a token each
             if surplus < tokens:
                 self._split(span, tokens - surplus)
+        elif span.payload is not None and span.nbytes:
+            thinned = span.payload.thinned(excess)
+            if thinned is not None:
+                self._replace(span, thinned)
+                self._offer_anew(span)
+                return
+            kept = span.payload.cut(excess)
+            if kept is not None:
+                self._split(span, kept)
         self.evict(span, now, by)
+
+    def _replace(self, span: Span[P], payload: P) -> None:
+        """Keep `payload`, which is less, in place of the present one of `span`."""
+        previous = span.payload
+        self._put(span, payload)
+        if previous is not None:
+            previous.close()
+
+    def _offer_anew(self, span: Span[P]) -> None:
+        """Tell of a candidate again: on its size, its place among them may depend."""
+        span.offered = False
+        self._candidates.withdraw(span)
+        self._reconsider(span)
 
     # Retention.
 

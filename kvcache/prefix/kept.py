@@ -18,7 +18,7 @@ from .radix import RadixTree, Tokens
 from .reasons import Why
 from .retention import RetainedRange
 from .spans import Prefix
-from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
+from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots, has_resume_point
 
 _MIN_INDEX_BUDGET = 1 << 26
 
@@ -90,6 +90,7 @@ class KeptSpans:
             spans = self._extended(known, stops, prefix, snapshots, filled)
             new = [span for span in spans if span.start >= prefix.length]
             self.index.use(new, now)  # the others were used when the request began
+            _drop_useless(spans, snapshots)
             for span in spans:
                 if span.start in snapshots:
                     self.index.fill(span, StoredSnapshot(snapshots.pop(span.start)))
@@ -176,3 +177,18 @@ class KeptSpans:
         self.index.forget_ghosts()
         if kept and not self.index.kept:
             self.events.cleared()
+
+
+def _drop_useless(spans: Sequence[StoredSpan], snapshots: dict[int, Snapshot]) -> None:
+    """Close, and take out, those of `snapshots` for the last of `spans` that nobody could use.
+
+    No request can resume in them, and nothing is kept behind them.
+    """
+    for span in reversed(spans):
+        snapshot = snapshots.get(span.start)
+        resumable = snapshot is not None and has_resume_point(snapshot)
+        if span.payload is not None or span.children or resumable:
+            return
+        if snapshot is not None:
+            del snapshots[span.start]
+            snapshot.close()

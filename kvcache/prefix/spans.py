@@ -50,6 +50,20 @@ class Payload(Protocol):
         Both stay usable, and are closed one by one.
         """
 
+    def thinned(self, nbytes: int) -> Self | None:
+        """Return it without some places to resume at, for `nbytes` less at least.
+
+        The deepest one stays. None if so many bytes cannot go. Both stay usable, and are closed one
+        by one. Not asked of a payload that is resumable anywhere.
+        """
+
+    def cut(self, nbytes: int) -> int | None:
+        """Return how many tokens at its beginning may stay for `nbytes` less at least, thinned.
+
+        A request can resume behind them. None if there are none. Asked only where :meth:`thinned`
+        had none.
+        """
+
     def close(self) -> None:
         """Release everything it holds."""
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeAlias
 
-from kvcache.snapshots.resuming import last_resumable, last_resumable_of_each
+from kvcache.snapshots.resuming import last_resumable, last_resumable_of_each, resume_points
 from kvcache.snapshots.snapshot import Part, Snapshot
 
 from .spans import Prefix, Span
+from .thinning import cut, thinned
 
 _NBYTES, _PART_NBYTES, _ARRAY_NBYTES = 400, 900, 300
 """Bytes of Python objects: of a snapshot, of each part, and of each array of each layer."""
@@ -20,14 +21,14 @@ class StoredSnapshot:
 
     nbytes: bytes of all its rows, resident or on the host, as of its creation. overhead: of what
     tells where and of which positions they are. resumable_inside: False if no request can resume in
-    its span, and its rows are of use only to resume behind it.
+    its span, and its rows are of use only to resume behind it; given, it is False in any case.
     """
 
     __slots__ = ("nbytes", "overhead", "resumable_inside", "snapshot")
 
     def __init__(self, snapshot: Snapshot, resumable_inside: bool = True) -> None:
         self.snapshot = snapshot
-        self.resumable_inside = resumable_inside
+        self.resumable_inside = resumable_inside and has_resume_point(snapshot)
         self.nbytes = snapshot.nbytes
         self.overhead = _NBYTES + sum(_overhead_of(part) for part in snapshot.parts)
 
@@ -70,9 +71,31 @@ class StoredSnapshot:
             return None
         return StoredSnapshot(self.snapshot.needed_at(position), resumable_inside=False)
 
+    def thinned(self, nbytes: int) -> StoredSnapshot | None:
+        """Return it without the resume points that go first, for `nbytes` less at least.
+
+        The last one stays. None if so many bytes cannot go.
+        """
+        less = thinned(self.snapshot, nbytes)
+        return None if less is None else StoredSnapshot(less, self.resumable_inside)
+
+    def cut(self, nbytes: int) -> int | None:
+        """Return how many tokens at its beginning may stay for `nbytes` less at least.
+
+        Requests can resume behind them; the others go, and what is left is to be thinned. None if
+        it has no such place.
+        """
+        point = cut(self.snapshot, nbytes)
+        return None if point is None else point - self.snapshot.start
+
     def close(self) -> None:
         """Release the rows of the snapshot."""
         self.snapshot.close()
+
+
+def has_resume_point(snapshot: Snapshot) -> bool:
+    """Return whether requests can resume in a snapshot, given what was before it."""
+    return snapshot.resumable_anywhere or bool(resume_points(snapshot).size)
 
 
 def _joins(part: Part, following: Part, stop: int) -> bool:

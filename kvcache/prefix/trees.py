@@ -49,6 +49,8 @@ class SpanTrees(Generic[P]):
         # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
         self._superseded: Superseded[P] = Superseded()
+        self._deserted: dict[Span[P], None] = {}
+        """Spans that may be of no use since the last trim: the next one finds out."""
         self._spans = 0
         self._tracked = 0  # bytes of trees, nodes, spans and the overhead of payloads
 
@@ -161,6 +163,7 @@ class SpanTrees(Generic[P]):
         if parts is not None:
             self._put(upper, parts[0])
             self._put(lower, parts[1])
+            self._reconsider(lower)  # its place to resume at may have been in the first part
             # Not offered: with a child, it is no candidate, whether `lower` is one or not.
             upper.children = 1
             self.kept[upper] = None
@@ -268,6 +271,8 @@ class SpanTrees(Generic[P]):
             file_span(span, self._ghosts, not pinned and not span.node.children)
         elif not payload.resumable_anywhere:
             self._superseded.file(span)
+            if not payload.resumable_inside and not span.children:
+                self._deserted[span] = None
         offered = payload is not None and not pinned and not span.children
         if offered == span.offered:
             return

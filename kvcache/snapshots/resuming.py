@@ -50,6 +50,29 @@ def _held_positions(snapshots: Sequence[Snapshot]) -> list[tuple[Visibility, Int
     ]
 
 
+def resume_points(snapshot: Snapshot) -> Int32s:
+    """Return the positions in a snapshot to resume at if all before it is held, ascending.
+
+    Of those that are closer than the narrowest window, and so need the same rows but for a few,
+    only the first and the last. Of a snapshot that can be resumed anywhere, its stop.
+    """
+    start = snapshot.start
+    rules = [(part.spec.visibility, part.rows.positions) for part in snapshot.parts]
+    limited = [(rule, held) for rule, held in rules if not rule.resumable_anywhere]
+    if not limited:
+        return np.array([snapshot.stop], np.int32)
+    points: Int32s = limited[0][1] + 1  # the row right before a point is always needed
+    for rule, held in limited:
+        points = points[rule.resumable_at(held, points, start)]
+    if not points.size:
+        return points
+    narrowest = min(rule.window for rule, _ in limited if rule.window is not None)
+    parted, index = np.diff(points) != 1, np.arange(points.size)
+    first = np.maximum.accumulate(np.where(np.append(True, parted), index, 0))
+    told: Int32s = points[((index - first) % narrowest == 0) | np.append(parted, True)]
+    return told
+
+
 def check_contiguous(
     snapshots: Sequence[Snapshot], wanted: list[CacheSpec], stop: int | None = None
 ) -> int:

@@ -48,6 +48,16 @@ class Part:
             return np.ones(positions.size, np.bool_)
         return self.spec.visibility.needed(positions, position)
 
+    def needed_by(self, points: Int32s) -> Bools:
+        """Return which rows are needed to resume at any of `points`, ascending, among them.
+
+        All rows of a cache that drops none, as in :meth:`needed_at`.
+        """
+        positions = self.rows.positions
+        if self.spec.visibility.resumable_anywhere:
+            return np.ones(positions.size, np.bool_)
+        return self.spec.visibility.needed_by(positions, points)
+
 
 class Snapshot:
     """Positions ``[start, stop)`` of one sequence, as far as its caches held them.
@@ -166,10 +176,22 @@ class Snapshot:
                 f"rows of [{self.start}, {self.stop}) are needed at {self.stop} or behind it; got "
                 f"{position}. Split the snapshot there."
             )
+        return self._only([part.needed_at(position) for part in self.parts])
+
+    def needed_by(self, points: Int32s) -> Snapshot:
+        """Return a snapshot of the same span with only the rows needed to resume at `points` in it.
+
+        points: ascending, one at least; see :func:`~kvcache.snapshots.resuming.resume_points`.
+        """
+        return self._only([part.needed_by(points) for part in self.parts])
+
+    def _only(self, kept: Sequence[Bools]) -> Snapshot:
+        """Return a snapshot of the same span with the rows `kept` of each part."""
         return exchange(
             (),
             lambda: (
-                part.rows.take(np.flatnonzero(part.needed_at(position))) for part in self.parts
+                part.rows.renewed() if own.all() else part.rows.take(np.flatnonzero(own))
+                for part, own in zip(self.parts, kept, strict=True)
             ),
             lambda rows: self._of(self.start, self.stop, rows),
         )

@@ -82,6 +82,39 @@ class Visibility(NamedTuple):
         recent = (positions >= self.lowest_needed(position)) & (positions < position)
         return recent | (positions < min(self.sinks, position))
 
+    def lowest_needed_by(self, points: Int32s) -> Int32s:
+        """Return :meth:`lowest_needed` of each of `points`; ascending where these are."""
+        if self.window is None and self.chunk is None:
+            return np.zeros_like(points)
+        lows = np.minimum(self.sinks, points)
+        if self.window is not None:
+            lows = np.maximum(lows, points - self.window)
+        if self.chunk is not None:
+            lows = np.maximum(lows, np.minimum(points - points % self.chunk, points - 1))
+        return lows
+
+    def needed_by(self, positions: Int32s, points: Int32s) -> Bools:
+        """Return a mask of the `positions` to hold in order to resume at any of `points`.
+
+        points: ascending, one at least.
+        """
+        # Of the points behind a position the first needs it, if any does.
+        first = np.searchsorted(points, positions, side="right")
+        lows = np.append(self.lowest_needed_by(points), np.iinfo(np.int32).max)
+        return (positions >= lows[first]) | (positions < min(self.sinks, int(points[-1])))
+
+    def resumable_at(self, positions: Int32s, points: Int32s, start: int) -> Bools:
+        """Return a mask of the `points` to resume at if just `positions` are held, and all before.
+
+        positions: ascending, from `start` on. points: behind it.
+        """
+        lows = np.maximum(self.lowest_needed_by(points), start)
+        held = np.searchsorted(positions, points) - np.searchsorted(positions, lows)
+        sinks = np.minimum(self.sinks, points)
+        lacking = np.searchsorted(positions, sinks) < sinks - start
+        resumable: Bools = (held == points - lows) & ~lacking
+        return resumable
+
     def last_resumable(self, positions: Int32s, limit: int) -> int:
         """Return the last position up to `limit` to resume at if just `positions` are held.
 

@@ -163,6 +163,9 @@ def test_tokens_without_a_state_behind_them_go_with_it():
     assert len(spans_of(server.prefix)) > 1, "the last has to go, not the first"
     index.budget = index.nbytes - 1
     index.trim(1.0)
+    assert server.prefix.lookup([*turn, 13]).matched == 12, "of its two states one has room"
+    index.budget = index.nbytes - 1
+    index.trim(1.0)
     assert server.prefix.stats.spans == server.prefix.stats.nbytes == 0
 
 

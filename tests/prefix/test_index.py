@@ -47,6 +47,8 @@ class Rows:
     def reduced(self, position):
         return None
 
+    thinned = cut = reduced
+
     def close(self):
         assert not self.closed
         self.closed = True
@@ -577,6 +579,152 @@ def test_a_reduced_turn_and_the_next_one_are_one_span():
     assert held(world, ids) == [0, 2, 5]
     world.trim(0)
     assert world.index.nbytes == 0
+
+
+# Where requests can resume at some places only.
+
+
+class Stops(Rows):
+    """Rows and states behind some tokens, of 10 bytes each; position-coded like the rows."""
+
+    def __init__(self, rows, start=0, stops=()):
+        super().__init__(rows, resumable_anywhere=False)
+        self.start, self.stops = start, sorted(stops)
+
+    @property
+    def nbytes(self):
+        return 2 * len(self.rows) + 10 * len(self.stops)
+
+    @property
+    def resumable_inside(self):
+        return bool(self.stops)
+
+    def split(self, tokens):
+        at = self.start + tokens
+        return (
+            Stops(self.rows[:tokens], self.start, [stop for stop in self.stops if stop <= at]),
+            Stops(self.rows[tokens:], at, [stop for stop in self.stops if stop > at]),
+        )
+
+    def joins(self, following):
+        return not self.stops
+
+    def join(self, following):
+        joined = super().join(following)
+        stops = [stop for each in (self, *following) for stop in each.stops]
+        return Stops(joined.rows, self.start, stops)
+
+    def reduced(self, position):
+        return Stops(self.rows, self.start) if self.stops else None
+
+    def thinned(self, nbytes):
+        gone = -(-nbytes // 10)
+        kept = self.stops[gone:]
+        return Stops(self.rows, self.start, kept) if kept else None
+
+    def cut(self, nbytes):
+        fitting = [
+            stop - self.start
+            for stop in self.stops
+            if 2 * (stop - self.start) + 10 <= self.nbytes - nbytes
+        ]
+        return next((tokens for tokens in reversed(fitting) if tokens < len(self.rows)), None)
+
+
+class Stopping(World):
+    """A world of rows and states; of each span that is filled a few tokens have one behind them."""
+
+    def ask(self, ids, chance):
+        spans = self.index.extend(self.tree, np.array(ids, np.int32))
+        self.index.use(spans, self.now)
+        for stop in range(1, len(ids) + 1):
+            uses, _ = self.asked.get(tuple(ids[:stop]), (0, 0.0))
+            self.asked[tuple(ids[:stop])] = uses + 1, self.now
+        for span in spans:
+            if span.payload is None:
+                places = range(span.start + 1, span.stop)
+                stops = {span.stop, *(place for place in places if chance.random() < 0.4)}
+                stops -= {span.stop} if chance.random() < 0.2 else set()
+                kept = Stops(rows(ids, span.start, span.stop), span.start, stops)
+                self.index.fill(span, kept)
+
+    def check_span(self, span):
+        super().check_span(span)
+        if span.payload is not None:
+            assert span.payload.start == span.start
+            assert all(span.start < stop <= span.stop for stop in span.payload.stops)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("retained", [False, True])
+def test_any_budget_with_some_places_to_resume_at(name, retained):
+    """Of what is left, all is of use; and no more has gone than had to."""
+    world, chance = Stopping(name), random.Random(name)
+    evictions = thinned = 0
+    for number in range(400):
+        world.now = float(number)
+        ids = [chance.randrange(2) for _ in range(chance.randrange(1, 12))]
+        world.ask(ids, chance)
+        if retained and chance.random() < 0.3:
+            world.retain(ids, chance.randrange(1, 4), 20.0)
+        before = world.index.nbytes, world.index.evictions
+        world.trim(max(0, before[0] - chance.choice([5, 15, 40, 80])))
+        world.check()
+        evictions += world.index.evictions - before[1]
+        thinned += world.index.nbytes < before[0] and world.index.evictions == before[1]
+        for span in world.index.kept:
+            assert span.children or span.payload.stops, "nothing is of use behind it"
+    assert evictions > 100
+    assert thinned > 10
+    world.trim(0)
+    assert world.index.nbytes == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_places_to_resume_at_go_before_the_last_one_of_them(name):
+    world, ids = World(name), list(range(10))
+    [span] = world.index.extend(world.tree, np.array(ids, np.int32))
+    world.index.use([span], 0.0)
+    world.index.fill(span, Stops(rows(ids, 0, 10), 0, [3, 6, 10]))
+    first = span.payload
+    for budget, stops in ((49, [6, 10]), (40, [6, 10]), (39, [10]), (30, [10])):
+        world.trim(budget)
+        assert span.payload.stops == stops
+        assert world.index.nbytes == span.nbytes <= budget
+        world.check_span(span)
+    assert first.closed
+    assert world.index.evictions == 0
+    world.trim(29)
+    assert world.index.nbytes == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_end_goes_back_to_a_place_to_resume_at(name):
+    world, ids = World(name), list(range(10))
+    [span] = world.index.extend(world.tree, np.array(ids, np.int32))
+    world.index.use([span], 0.0)
+    world.index.fill(span, Stops(rows(ids, 0, 10), 0, [3, 6, 10]))
+    world.trim(27)
+    assert world.find(ids) == rows(ids, 0, 6)
+    assert [kept.payload.stops for kept in world.index.kept] == [[6]]
+    assert world.index.nbytes == 22
+
+
+def test_a_candidate_that_was_thinned_counts_as_it_is_now():
+    """S3-FIFO shares by bytes; what a tree with a quota takes is told, too."""
+    world = World("s3fifo", quota_of=lambda salt: 100)
+    world.tree = world.index.new_tree("")
+    ids = list(range(10))
+    [span] = world.index.extend(world.tree, np.array(ids, np.int32))
+    world.index.use([span], 0.0)
+    world.index.fill(span, Stops(rows(ids, 0, 10), 0, [3, 6, 10]))
+    world.tree.quota = 35
+    world.index._quotas.count(world.tree, 0)
+    world.trim(1000)
+    assert span.payload.stops == [10]
+    assert world.tree.nbytes == world.index.nbytes == 30
+    assert sum(world.index.policy._sizes.values()) == 30
+    assert not world.index._quotas.exceeded
 
 
 # Policies and trees.

@@ -232,9 +232,10 @@ def guarded(start, stop):
         lambda one: one.merge(guarded(5, 8)),
         lambda one: guarded(0, 5).union(one),
         lambda one: one.needed_at(5),
+        lambda one: one.needed_by(np.array([3, 5])),
         lambda one: one.close(),
     ],
-    ids=["detach", "to_host", "split", "copy", "merge", "union", "needed_at", "close"],
+    ids=["detach", "to_host", "split", "copy", "merge", "union", "at", "by", "close"],
 )
 def test_rows_change_under_the_locks_of_their_caches(change):
     """Taken once, for all of a change: another thread may spill rows at any other time."""

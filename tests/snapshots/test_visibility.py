@@ -78,6 +78,30 @@ def test_last_resumable_is_the_last_position_whose_needs_are_held(rule):
             assert found == max(possible, default=0)
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.resumable_anywhere], ids=str)
+def test_what_several_points_need_is_what_one_of_them_needs(rule):
+    random, every = np.random.default_rng(1), np.arange(14, dtype=np.int32)
+    assert rule.lowest_needed_by(every).tolist() == [rule.lowest_needed(p) for p in POSITIONS]
+    for density in (0.1, 0.3, 0.8):
+        points = np.flatnonzero(random.random(14) < density).astype(np.int32) + 1
+        for held in (every, every[random.random(14) < 0.6]):
+            if points.size:
+                needed = np.any([rule.needed(held, int(p)) for p in points], axis=0)
+                assert rule.needed_by(held, points).tolist() == needed.tolist()
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.resumable_anywhere], ids=str)
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_points_to_resume_at_are_those_whose_needs_are_held_or_before(rule, start):
+    random, every = np.random.default_rng(2), np.arange(start, 14, dtype=np.int32)
+    for density in (0.2, 0.6, 0.95):
+        held = every[random.random(every.size) < density]
+        points = np.arange(start + 1, 15, dtype=np.int32)
+        before = {*range(start), *held.tolist()}
+        expected = [set(np.arange(14)[rule.needed(np.arange(14), p)]) <= before for p in points]
+        assert rule.resumable_at(held, points, start).tolist() == expected
+
+
 def test_where_every_prefix_is_of_use():
     assert [rule.resumable_anywhere for rule in (Visibility(), Visibility(0), Visibility(2))] == [
         True,

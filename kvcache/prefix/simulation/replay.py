@@ -50,6 +50,12 @@ class BlockPayload:
     def reduced(self, position: int) -> None:
         """Return None: a request may end behind any block, so all are needed."""
 
+    def thinned(self, nbytes: int) -> None:
+        """Return None: a request may end behind any block."""
+
+    def cut(self, nbytes: int) -> None:
+        """Return None: the index cuts it where it likes."""
+
     def close(self) -> None:
         """Do nothing: there is no data to release."""
 
