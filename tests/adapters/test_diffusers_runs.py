@@ -269,15 +269,91 @@ def test_a_run_after_one_that_was_given_up_begins_fresh(flux, recipe, first, sec
 @RECIPES
 @pytest.mark.parametrize("scope", [None, BlockRange(1)], ids=["whole", "F1B0"])
 @pytest.mark.parametrize("named", [False, True], ids=["bare", "named"])
-def test_another_size_begins_fresh(flux, recipe, scope, named):
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("passes", [(COND,), (COND, UNCOND)], ids=["unguided", "guided"])
+def test_another_size_begins_fresh(flux, recipe, scope, named, steps, passes):
     if scope is None:
         recipe = SCHEDULE
+    options = {"passes": passes, "named": named}
     with attach(flux, recipe, scope=scope):
-        expected = sample(flux, FALLING, noise(tokens=36), named=named)
+        expected = sample(flux, FALLING, noise(tokens=36), **options)
     with attach(flux, recipe, scope=scope) as caching:
-        sample(flux, FALLING[:4], named=named)
-        assert same(sample(flux, FALLING, noise(tokens=36), named=named), expected)
+        sample(flux, FALLING[:steps], **options)
+        assert same(sample(flux, FALLING, noise(tokens=36), **options), expected)
+        assert len(caching.cache.stats.steps) == len(FALLING) * len(passes)
+
+
+def test_passes_of_other_sizes_are_no_other_run(flux):
+    """As those of a guidance that skips layers, which follows a batch of both prompts."""
+    both = {name: torch.cat([part] * 2) for name, part in conditions(COND).items()}
+    both["txt_ids"] = conditions(COND)["txt_ids"]
+    with attach(flux, SCHEDULE) as caching, torch.no_grad():
+        x = noise()
+        for time in FALLING:
+            batch = call(flux, x.repeat(2, 1, 1), time, given={COND: both})
+            x = x - 0.1 * (batch[:1] + call(flux, x, time))
+        streams = [record.stream for record in caching.cache.stats.steps]
+        assert streams == ["call 1", "call 2"] * len(FALLING)
+        assert caching.cache.stats.skip_rate == 0.5
+
+
+@RECIPES
+@pytest.mark.parametrize("passes", [(COND,), (COND, UNCOND)], ids=["unguided", "guided"])
+@pytest.mark.parametrize("last", [1, 2], ids=["after one pass", "after all"])
+def test_one_step_may_be_given_up_time_and_again(flux, recipe, passes, last):
+    """With the same noise, at the same timestep: as passes that are yet to be told apart are."""
+    with attach(flux, recipe):
+        expected = sample(flux, FALLING, passes=passes)
+    with attach(flux, recipe) as caching:
+        for _ in range(12):
+            sample(flux, FALLING[:1], passes=passes[:last])
+        assert same(sample(flux, FALLING, passes=passes), expected)
+        assert caching.cache.stats.skipped > 2
+
+
+def test_passes_that_were_too_many_do_not_stand_in_the_way_of_another_run(flux):
+    """Of other noise, of another size, at another timestep."""
+    others = {
+        "noise": {"times": FALLING, "x": noise(1)},
+        "size": {"times": FALLING, "x": noise(tokens=36)},
+        "timestep": {"times": [1.1, *FALLING]},
+    }
+    given = {COND: conditions(8)}
+    for name, other in others.items():
+        with attach(flux, SCHEDULE):
+            expected = sample(flux, **other, given=given)
+        with attach(flux, SCHEDULE) as caching, torch.no_grad():
+            for prompt in range(8):
+                call(flux, noise(), 1.0, prompt)
+            assert same(sample(flux, **other, given=given), expected), name
+            assert len(caching.cache.stats.steps) == len(other["times"])
+
+
+def test_a_pass_too_many_that_is_called_again_begins_another_run(flux):
+    """The same noise, and a prompt that is new, of a run after others that were given up."""
+    given = {COND: conditions(8)}
+    with attach(flux, SCHEDULE):
+        expected = sample(flux, FALLING, given=given)
+    with attach(flux, SCHEDULE) as caching, torch.no_grad():
+        for prompt in range(8):
+            call(flux, noise(), 1.0, prompt)
+        before, arrays = caching.cache.stats, caching.cache.arrays()
+        with pytest.raises(NotSupportedError, match=r"another run, make it again"):
+            call(flux, noise(), 1.0, 8)
+        assert caching.cache.stats == before
+        assert all(a is b for a, b in zip(caching.cache.arrays(), arrays, strict=True))
+        assert same(sample(flux, FALLING, given=given), expected)
         assert len(caching.cache.stats.steps) == len(FALLING)
+
+
+def test_a_pass_that_goes_on_forgets_one_too_many(flux):
+    """The next that is too many is refused as the first was."""
+    with attach(flux, SCHEDULE), torch.no_grad():
+        for time in (1.0, 0.9):
+            for prompt in range(8):
+                call(flux, noise(), time, prompt)
+            with pytest.raises(NotSupportedError, match="at most 8 passes"):
+                call(flux, noise(), time, 8)
 
 
 def test_a_prompt_of_another_length_begins_fresh(flux):

@@ -24,7 +24,7 @@ try:
     from .counter import FIRST, NextStep, StepCounter
     from .hooks import Args, Forward, Kwargs
     from .inputs import TIMESTEPS, CallInputs, InputReader
-    from .passes import PASSES, Conditions, KnownPass, Passes
+    from .passes import PASSES, KnownPass, Passes
     from .scopes import BlockScopeHook, ScopeHook, WholeScopeHook
 except ImportError as error:
     raise BackendNotAvailableError(
@@ -94,8 +94,10 @@ class Attached:
     :meth:`reset`, and where the shapes, dtypes or device of latents or conditions change. If the
     pipeline tells its ``step_index``, also where that goes back; if not, where the `timestep` that
     the transformer is given moves against the direction of the run, or the latents jump: to
-    those that the run began with, or further than they measure, as other noise is. The direction
-    is down, until two steps in a row move up; the first of these begins a run anew.
+    those that the run began with, further than they measure, as other noise is, or far aside of
+    where they went, as the same noise mixed with an image is. Where it is mixed with little of it,
+    or after a single step, that cannot be told: call :meth:`reset` before such a run. The
+    direction is down, until two steps in a row move up; the first of these begins a run anew.
 
     A forward that raises leaves the cache as it was. No autograd graph is kept. Not for several
     threads at once.
@@ -190,8 +192,7 @@ class Attached:
     def _pass(self, inputs: CallInputs) -> _Pass:
         """Return the pass that a call with these inputs makes.
 
-        Raises: NotSupportedError if the recipe goes by the timestep, and there is none; for a call
-            without a context that cannot be told from others.
+        Raises: NotSupportedError if the recipe goes by the timestep, and there is none.
         """
         context, timestep = self._context, inputs.timestep
         if self._reads_time and timestep is None:
@@ -206,11 +207,21 @@ class Attached:
             return _Pass(context.name, context.step, time, inputs)
         number = None if timestep is None else float(timestep)
         known = self._passes.next(number, inputs.conditions)
-        return _Pass(known.stream, None, number, inputs, known.conditions)
+        return _Pass(known.stream, None, number, inputs, known)
 
     def _begin(self, pass_: _Pass, signal: SignalInput) -> Step:
-        """Begin the step of a call, once its signal can be measured."""
-        step = self._counter.next(pass_.stream, pass_.told, pass_.timestep, pass_.inputs)
+        """Begin the step of a call, once its signal can be measured.
+
+        Raises: NotSupportedError for a pass without a context that cannot be told from others.
+        """
+        known = pass_.known
+        alike = known.alike if known else None
+        step = self._counter.next(pass_.stream, pass_.told, pass_.timestep, pass_.inputs, alike)
+        if known and known.surplus:
+            step = step.settled()
+            if not step.restarts:
+                self._passes.refuse()
+                step = NextStep(0, restarts=True)
         doubtful = step.doubtful
         if self._measures and isinstance(doubtful, Tensor):
             signal = cast(Tensor, signal() if callable(signal) else signal)
@@ -221,7 +232,7 @@ class Attached:
         return self._step(pass_, step.settled() if doubtful else step, signal)
 
     def _step(self, pass_: _Pass, step: NextStep, signal: SignalInput) -> Step:
-        if step.restarts and pass_.conditions:
+        if step.restarts and pass_.known:
             pass_.stream = PASSES[0]
         pass_.step = step
         time = pass_.timestep if self._reads_time and isinstance(pass_.timestep, float) else None
@@ -235,8 +246,8 @@ class Attached:
         if step.restarts:
             self._passes.reset()
         self._counter.advance(stream, step, pass_.timestep, inputs)
-        if pass_.conditions and not isinstance(pass_.timestep, Tensor):
-            self._passes.advance(KnownPass(stream, pass_.conditions), pass_.timestep)
+        if pass_.known and not isinstance(pass_.timestep, Tensor):
+            self._passes.advance(stream, pass_.known.conditions, pass_.timestep)
 
 
 @dataclass
@@ -249,8 +260,8 @@ class _Pass:
     timestep: float | Tensor | None
     """A number where decisions need it on the host, a scalar on its device where not."""
     inputs: CallInputs
-    conditions: Conditions | None = None
-    """Of a call without a context: what it was recognised by."""
+    known: KnownPass | None = None
+    """Of a call without a context: the pass that it was recognised as."""
     step: NextStep = FIRST
     """Its step, once it has begun."""
 

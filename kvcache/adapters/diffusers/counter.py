@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from kvcache.diffusion.streams import Stream
 
-from .inputs import CallInputs, Layout
+from .inputs import CallInputs
 from .passes import PASSES
+from .traces import Trace, Truth
 
 FALLING, RISING = -1, 1
 
-Truth: TypeAlias = bool | Tensor
-"""A bool, or a bool scalar on the device that is not waited for."""
 Timestep: TypeAlias = float | Tensor
 
 
@@ -36,6 +34,8 @@ class NextStep:
     against: Truth = False
     """Whether its timestep moves against the direction of the run, so that it is `otherwise`."""
     otherwise: NextStep | None = None
+    furthest: Tensor | None = None
+    """The furthest move of its latents in the run, if it goes on."""
 
     @property
     def doubtful(self) -> Truth:
@@ -48,8 +48,10 @@ class NextStep:
     def settled(self) -> NextStep:
         """Return the step that it is; this waits for the device."""
         if self.jumps:
-            return NextStep(0, restarts=True)
-        return self.otherwise if self.against and self.otherwise else self
+            return NextStep(0, restarts=True, jumps=True)
+        if self.against and self.otherwise:
+            return replace(self.otherwise, furthest=self.furthest)
+        return self
 
 
 FIRST = NextStep(0)
@@ -63,29 +65,6 @@ class _Group:
     """Of the latest step."""
     passed: set[Stream] = field(default_factory=set)
     """Streams that have been through it."""
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """Latents of one stream in the present run, and the layout of its inputs."""
-
-    layout: Layout
-    first: tuple[Tensor, ...]
-    latest: tuple[Tensor, ...]
-
-    def jumps(self, latents: tuple[Tensor, ...]) -> Truth:
-        """Whether `latents` begin another run.
-
-        From step to step they move by less than they measure; other noise is further away. The
-        noise that this run began with, and left, begins it again.
-        """
-        if not latents or not latents[0].is_floating_point():
-            return False
-        new, latest = latents[0].float(), self.latest[0].float()
-        moved = (new - latest).abs().mean()
-        # False for NaN: numbers that are broken are no other run.
-        far = moved > torch.maximum(new.abs().mean(), latest.abs().mean())
-        return far | ((latents[0] == self.first[0]).all() & (moved > 0))
 
 
 class StepCounter:
@@ -109,21 +88,30 @@ class StepCounter:
         # By stream, or by None for all streams that decide together.
         self._groups: dict[Stream | None, _Group] = {}
         self._timesteps: dict[Stream | None, Timestep | None] = {}
-        self._traces: dict[Stream, _Trace] = {}
-        self._latest_pass: _Trace | None = None
+        self._traces: dict[Stream, Trace] = {}
+        self._latest_pass: Trace | None = None
         """Of the latest call without a context."""
         self._direction = FALLING
         self._before: int | None = None
 
     def next(
-        self, stream: Stream, told: int | None, timestep: Timestep | None, inputs: CallInputs
+        self,
+        stream: Stream,
+        told: int | None,
+        timestep: Timestep | None,
+        inputs: CallInputs,
+        alike: Stream | None,
     ) -> NextStep:
         """Return the step of the coming call for `stream`; nothing changes.
 
         told: its number, if a pipeline tells it.
         timestep: a number, or a tensor on the device; None if the call has none.
+        alike: of a pass that is new, the stream with the same conditions, which has been at this
+            timestep; `stream` itself where no new one is left.
         """
         trace = self._traces.get(stream)
+        if trace is None and alike is not None:
+            trace = self._traces.get(alike)
         if trace and trace.layout != inputs.layout:
             return NextStep(told or 0, restarts=True)
         trace = trace or self._pass_before(stream, inputs)
@@ -137,9 +125,14 @@ class StepCounter:
         if timestep is not None and latest is not None:
             # On the device this is not waited for here: it comes to the host with a decision.
             against = (timestep - latest) * self._direction < 0
-        jumps = trace.jumps(inputs.latents) if trace else False
+        jumps: Truth = False
+        furthest = None
+        if trace:
+            jumps, furthest = trace.follow(inputs.latents, again=stream == alike)
         otherwise = self._against_direction(stream, number)
-        return NextStep(number, jumps=jumps, against=against, otherwise=otherwise)
+        return NextStep(
+            number, jumps=jumps, against=against, otherwise=otherwise, furthest=furthest
+        )
 
     def advance(
         self, stream: Stream, step: NextStep, timestep: Timestep | None, inputs: CallInputs
@@ -159,12 +152,16 @@ class StepCounter:
             group.number, group.passed = step.number, set()
         group.passed.add(stream)
         self._timesteps[self._clock(stream)] = timestep
-        trace = trace or _Trace(inputs.layout, inputs.latents, inputs.latents)
-        self._traces[stream] = trace = replace(trace, latest=inputs.latents)
+        if trace:
+            trace = trace.then(inputs.latents, step.furthest)
+        else:
+            # A bool once it is settled; a tensor is False here.
+            trace = Trace.begin(inputs, jumped=step.jumps is True)
+        self._traces[stream] = trace
         if stream in PASSES:
             self._latest_pass = trace
 
-    def _pass_before(self, stream: Stream, inputs: CallInputs) -> _Trace | None:
+    def _pass_before(self, stream: Stream, inputs: CallInputs) -> Trace | None:
         """Return the trace of the pass before a pass that is new; None if it is no such pass.
 
         The first step of a run comes to the timestep of the run before where that was given up

@@ -19,6 +19,10 @@ class KnownPass(NamedTuple):
 
     stream: str
     conditions: Conditions
+    alike: str | None = None
+    """Of a pass that is new: the first with the same conditions; it has been at this timestep."""
+    surplus: bool = False
+    """Whether no stream is left for it, unless a run begins; `stream` is `alike` or the first."""
 
 
 class Passes:
@@ -27,7 +31,8 @@ class Passes:
     It is the first pass with the same conditions that this timestep has not been through; if there
     is none, another pass begins. So passes stay apart whatever their order, and where guidance
     begins or ends in the middle of a run; those with the same conditions are told apart by their
-    order. A sampler of second order, which comes to a timestep twice, has twice the passes.
+    order. A sampler of second order, which comes to a timestep twice, has twice the passes. So has,
+    for now, a run that was given up after one step and is made again.
     """
 
     def __init__(self) -> None:
@@ -38,33 +43,48 @@ class Passes:
         self._conditions: list[Conditions] = []
         self._timestep: float | None = None
         self._passed: set[str] = set()
+        self._refused = False
 
     def next(self, timestep: float | None, conditions: tuple[Tensor, ...]) -> KnownPass:
         """Return the pass of a call; nothing changes.
 
         timestep: None if the call has none. Then passes with the same conditions are one.
-
-        Raises: NotSupportedError for more passes than there are streams.
         """
         passed = self._passed if self._at(timestep) else ()
-        for name, known in zip(PASSES, self._conditions, strict=False):
+        passes = list(zip(PASSES, self._conditions, strict=False))
+        for name, known in passes:
             if name not in passed and known.match(conditions):
                 return KnownPass(name, known)
+        been = (name for name, known in passes if name in passed and known.match(conditions))
+        alike = next(been, None)
+        new = Conditions(conditions)
         if len(self._conditions) == len(PASSES):
-            raise NotSupportedError(
-                f"without a cache_context, at most {len(PASSES)} passes are told apart in a run, "
-                f"by their conditions and their order at a timestep; got another one. Call the "
-                'transformer in "with transformer.cache_context(name):", a name for each pass.'
-            )
-        return KnownPass(PASSES[len(self._conditions)], Conditions(conditions))
+            return KnownPass(alike or PASSES[0], new, alike, surplus=True)
+        return KnownPass(PASSES[len(self._conditions)], new, alike)
 
-    def advance(self, known: KnownPass, timestep: float | None) -> None:
+    def refuse(self) -> None:
+        """Refuse a surplus pass that begins no run; not twice in a row, so that runs go on.
+
+        Raises: NotSupportedError the first time.
+        """
+        if self._refused:
+            return
+        self._refused = True
+        raise NotSupportedError(
+            f"without a cache_context, at most {len(PASSES)} passes are told apart in a run, by "
+            "their conditions and their order at a timestep; got another one. Call the "
+            'transformer in "with transformer.cache_context(name):", a name for each pass. If this '
+            "call began another run, make it again."
+        )
+
+    def advance(self, stream: str, conditions: Conditions, timestep: float | None) -> None:
         """Note that a pass has been through `timestep`; cannot fail."""
         if not self._at(timestep):
             self._timestep, self._passed = timestep, set()
-        self._passed.add(known.stream)
-        if PASSES.index(known.stream) == len(self._conditions):
-            self._conditions.append(known.conditions)
+        self._refused = False
+        self._passed.add(stream)
+        if PASSES.index(stream) == len(self._conditions):
+            self._conditions.append(conditions)
 
     def _at(self, timestep: float | None) -> bool:
         """Whether `timestep` is that of the call before."""
