@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from kvcache._interrupts import uninterrupted
 from kvcache.snapshots.resuming import last_resumable
 
 from .policies import policy_name
@@ -93,6 +95,11 @@ def explain(
     """Do :meth:`Session.explain`; count its reasons the first time."""
     if decode is not None and not callable(decode):
         raise TypeError(f"decode is a function from a list of token ids to text; got {decode!r}.")
+    if not isinstance(other_salts, bool):
+        raise TypeError(
+            "other_salts tells whether to look for tokens under other salts, True or False; got "
+            f"{reprlib.repr(other_salts)}."
+        )
     with lock:
         noted = _beginning(request.noted, request.known.salt)
         reasons = _of_store(_of_memory(noted), request.lacks)
@@ -100,16 +107,18 @@ def explain(
             reasons = _of_others(reasons, _known_elsewhere(noted))
         merged = _merged(reasons)
         sides = _sides(noted)
-        if not request.explained:
-            request.explained = True
-            noted.kept.explained.update(Explanation(0, 0, tuple(merged)).counts)
     if decode is not None and sides is not None:
         prompt, stored = (decoded(side, decode) for side in sides)
         merged = [
             replace(reason, texts=(prompt, stored)) if reason.why == "diverged" else reason
             for reason in merged
         ]
-    return Explanation(noted.search.hit.matched, noted.ids.size, tuple(merged))
+    explanation = Explanation(noted.search.hit.matched, noted.ids.size, tuple(merged))
+    with lock, uninterrupted():  # last: `decode` may raise
+        if not request.explained:
+            request.explained = True
+            noted.kept.explained.update(explanation.counts)
+    return explanation
 
 
 def _of_memory(noted: Beginning) -> Iterator[Reason]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from .arguments import check_text
+
 Why: TypeAlias = Literal[
     "new",
     "diverged",
@@ -132,7 +134,10 @@ def _listed(noun: str, numbers: tuple[int, ...]) -> str:
 
 
 def decoded(ids: list[int], decode: Callable[[list[int]], str]) -> str:
-    """Return the text of token ids; a run of stand-ins for a medium, which are negative, is one."""
+    """Return the text of token ids; a run of stand-ins for a medium, which are negative, is one.
+
+    Raises: TypeError if `decode` returns no text; what it raises.
+    """
     texts, run, medium = [], [], False
     for token in [*ids, None]:
         if token is not None and token >= 0:
@@ -140,7 +145,9 @@ def decoded(ids: list[int], decode: Callable[[list[int]], str]) -> str:
             medium = False
             continue
         if run:
-            texts.append(decode(run))
+            text = decode(run)
+            check_text(text, "decode returns the text of token ids")
+            texts.append(text)
             run = []
         if token is not None and not medium:
             texts.append("<medium>")

@@ -170,7 +170,8 @@ class Session:
         other_salts: look for the tokens under other salts, as of now. It tells that another tenant
             has sent them: for operators, not to be shown to tenants.
 
-        Raises: TypeError unless `decode` is a function; what it raises.
+        Raises: TypeError unless `decode` is a function that returns text, and `other_salts` a
+            bool; what `decode` raises. Nothing is counted then.
         """
         return explain(self._request, self._lock, decode, other_salts=other_salts)
 

@@ -17,6 +17,7 @@ from kvcache.prefix.policies import LRU, POLICIES, S3FIFO, Cost, Gittins, make_p
 from kvcache.prefix.simulation.replay import found_without_limit, optimum, replay
 from kvcache.prefix.simulation.report import run_simulation
 from kvcache.prefix.simulation.trace import Request
+from kvcache.stores import MemoryStore
 
 from .served import Layers, Pool, Server, check_accounts
 
@@ -68,7 +69,11 @@ ODD_MEDIA = [
 ODD = [*ODD_SCALARS, *ODD_LISTS, *ODD_MEDIA]
 
 
-KNOWN = ("got ", "there is no policy", "nothing is stored for these", "Compute anew")
+POOL = (
+    "sessions over a pool share its cache",
+    "a prefix cache over a pool stores what its sessions",
+)
+KNOWN = ("got ", "there is no policy", "nothing is stored for these", "Compute anew", *POOL)
 
 
 def named(call, *arguments, **options):
@@ -132,7 +137,10 @@ def model(request):
 # Any value at any door. In loops: a case of its own for each would be a thousand tests.
 
 
-@pytest.mark.parametrize("name", ["tokens", "salt", "media", "resume_points"])
+DOORS = ["tokens", "salt", "media", "resume_points", "wait", "deadline", "keep_on_error", "retain"]
+
+
+@pytest.mark.parametrize("name", DOORS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_session_begins_or_nothing_has_changed(kind, name):
     server = server_of(MODELS[kind]())
@@ -141,7 +149,7 @@ def test_a_session_begins_or_nothing_has_changed(kind, name):
             server = server_of(MODELS[kind]())
 
 
-@pytest.mark.parametrize("name", ["extend", "schedule"])
+@pytest.mark.parametrize("name", ["extend", "schedule", "truncate", "drop_branch", "adopt"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_session_goes_on_as_if_it_had_not_been_called_oddly(kind, name):
     for odd in ODD:
@@ -154,13 +162,74 @@ def test_a_session_goes_on_as_if_it_had_not_been_called_oddly(kind, name):
             assert server.ask([7, 8, 9, 10, 11]) == 4
 
 
-@pytest.mark.parametrize("name", ["budget", "policy", "sequences", "namespace", "clock"])
+@pytest.mark.parametrize("name", ["decode", "other_salts"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_session_is_explained_or_nothing_is_counted(kind, name):
+    server = server_of(MODELS[kind]())
+    with server.begin([*STORED[:4], 70, 71]) as session:
+        for odd in ODD:
+            raised = unchanged(server, session.explain, **{name: odd})
+            assert raised != (odd is None if name == "decode" else isinstance(odd, bool))
+            if name == "decode":  # also where it returns what is no text
+                raised = unchanged(server, session.explain, decode=lambda ids, odd=odd: odd)
+                assert raised != isinstance(odd, str)
+
+
+@pytest.mark.parametrize("name", ["tokens", "caches", "salt", "media", "retain"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_caches_are_inserted_or_nothing_has_changed(kind, name):
+    for odd in ODD:
+        server, other = server_of(MODELS[kind]()), Server(MODELS["layers"]())
+        session = other.begin([7, 8, 9])
+        other.compute(session, [7, 8, 9], 0)
+        caches = session.detach()
+        given = {"tokens": [7, 8, 9], "caches": caches} | {name: odd}
+        if unchanged(server, server.prefix.insert, **given):
+            assert caches.offset == 3
+
+
+@pytest.mark.parametrize("name", ["tokens", "position", "salt", "media"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_branch_is_dropped_or_nothing_has_changed(kind, name):
+    server = server_of(MODELS[kind]())
+    for odd in ODD:
+        asked = {"tokens": STORED[:10], "position": 9} | {name: odd}
+        if not unchanged(server, server.prefix.drop_branch, **asked):
+            server = server_of(MODELS[kind]())
+
+
+MADE_WITH = ["budget", "policy", "sequences", "namespace", "clock", "index_budget", "resume_every"]
+
+
+@pytest.mark.parametrize("name", [*MADE_WITH, "quota", "seal", "page_tokens"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_prefix_cache_is_made_or_its_cache_is_free(kind, name):
     for odd in ODD:
         model = MODELS[kind]()
         if named(PrefixCache, model.given, **{name: odd}):
             assert Server(model).ask([1, 2, 3]) == 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_quotas_and_seals_of_a_salt(kind):
+    """What a function returns is looked at when it is asked: at the end, and at the beginning."""
+    for odd in ODD:
+        server = Server(MODELS[kind](), quota=lambda salt, odd=odd: odd)
+        named(ask, server)
+        assert server.prefix.stats.active == 0
+        with MemoryStore() as store:
+            options = {"store": store, "namespace": "m", "seal": lambda salt, odd=odd: odd}
+            server = Server(MODELS[kind](), **options)
+            named(ask, server)  # per-layer caches look nothing up before they know their backend
+            assert passed_over(server, tokens=[17, 18, 19]) == (odd is not None)
+            assert server.prefix.stats.active == 0
+            server.prefix.close()
+
+
+def ask(server):
+    """A whole session; it ends also if its end raises."""
+    with server.begin([7, 8, 9]) as session:
+        server.compute(session, [7, 8, 9], 0)
 
 
 def test_a_prefix_cache_is_over_caches():

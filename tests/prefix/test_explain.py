@@ -263,6 +263,11 @@ def test_a_decoder_that_is_none_or_raises():
         session.explain(decode="utf-8")
     with pytest.raises(ZeroDivisionError):
         session.explain(decode=lambda ids: 1 // 0)
+    with pytest.raises(TypeError, match="decode returns the text of token ids, a str; got b'ab'"):
+        session.explain(decode=lambda ids: b"ab")
+    with pytest.raises(TypeError, match=r"other_salts tells .* True or False; got array"):
+        session.explain(other_salts=np.array([1, 2]))
+    assert not server.prefix.stats.explained
     assert session.explain(decode=text).counts == {"diverged": 1}
 
 
