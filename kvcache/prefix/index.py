@@ -36,7 +36,8 @@ class SpanIndex(SpanTrees[P]):
     index_budget: bytes of everything else at most, None for no limit: the oldest ghosts are
     forgotten first, then spans are evicted. quota_of: bytes of the payloads of a salt at most, in
     trees of :meth:`new_tree`. on_evict: called with a span about to be evicted. on_empty: called
-    with a tree that has lost its last span. others: returns bytes to be counted as well.
+    with a tree that has lost its last span. on_join: called with spans that are part of the one
+    behind them from now on. others: returns bytes to be counted as well.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class SpanIndex(SpanTrees[P]):
         quota_of: QuotaOf | None = None,
         on_evict: Callable[[Span[P]], None] = lambda _: None,
         on_empty: Callable[[RadixTree[Span[P]]], object] = lambda _: None,
+        on_join: Callable[[Sequence[Span[P]]], None] = lambda _: None,
         others: Callable[[], int] = lambda: 0,
     ) -> None:
-        super().__init__(policy, quota_of, on_empty)
+        super().__init__(policy, quota_of, on_empty, on_join)
         self.budget = budget
         self.index_budget = index_budget
         self.evictions = 0

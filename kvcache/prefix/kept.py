@@ -21,6 +21,8 @@ from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
 
 _MIN_INDEX_BUDGET = 1 << 26
+_HASHES_SHARE = 8
+"""Part of the index budget that hashes of blocks take at most: spans are worth more."""
 
 
 class KeptSpans:
@@ -41,7 +43,8 @@ class KeptSpans:
     ) -> None:
         if index_budget is None and budget is not None:
             index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
-        self.events = Events(namespace, medium)
+        bound = _MIN_INDEX_BUDGET if index_budget is None else index_budget
+        self.events = events = Events(namespace, medium, bound // _HASHES_SHARE)
         trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
         media_ids = MediaIds()
         self.index: SpanIndex[StoredSnapshot] = SpanIndex(
@@ -49,9 +52,10 @@ class KeptSpans:
             budget,
             index_budget=index_budget,
             quota_of=quota_of,
-            on_evict=self.events.removed,
+            on_evict=events.removed,
             on_empty=lambda tree: trees.pop(tree.salt, None),
-            others=lambda: getsizeof(trees) + media_ids.nbytes,
+            on_join=events.forget,
+            others=lambda: getsizeof(trees) + media_ids.nbytes + events.nbytes,
         )
         self.trees, self.media_ids = trees, media_ids
         self.explained: Counter[Why] = Counter()

@@ -40,7 +40,7 @@ class PrefixStats:
     quota."""
     index_nbytes: int = field(compare=False)  # tables of Python grow and shrink on their own
     """Bytes of host memory taken outside the budget: token ids, evicted spans remembered, salts,
-    media, and what the policy knows."""
+    media, what the policy knows, and hashes of blocks for subscribers to events."""
     index_budget: int | None
     """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
     store: TierStats | None = None

@@ -29,7 +29,8 @@ class SpanTrees(Generic[P]):
     """Spans in any number of trees, and the bytes that they take.
 
     policy: hears of the spans that may be evicted and are not retained. quota_of: bytes of each
-    salt at most. on_empty: called with a tree that has lost its last span.
+    salt at most. on_empty: called with a tree that has lost its last span. on_join: called with
+    spans that are part of the one behind them from now on.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SpanTrees(Generic[P]):
         policy: EvictionPolicy,
         quota_of: QuotaOf | None,
         on_empty: Callable[[RadixTree[Span[P]]], object],
+        on_join: Callable[[Sequence[Span[P]]], None],
     ) -> None:
         self.policy = policy
         self.nbytes = 0
@@ -45,7 +47,7 @@ class SpanTrees(Generic[P]):
         """Spans with a payload, in the order in which they came; there may be far more ghosts."""
         self._quotas: Quotas[P] = Quotas(quota_of)
         self._candidates: Candidates[P] = Candidates(policy, self._quotas)
-        self._on_empty = on_empty
+        self._on_empty, self._on_join = on_empty, on_join
         # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
         self._superseded: Superseded[P] = Superseded()
@@ -241,6 +243,7 @@ class SpanTrees(Generic[P]):
         last.evicted, self._spans = last_eviction(run), self._spans - len(uppers)
         self._tracked += of_span(last)
         self._ghosts.pop(last, None)
+        self._on_join(uppers)
         self._reconsider(last)
 
     # Where spans belong.

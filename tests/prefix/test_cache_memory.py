@@ -53,10 +53,16 @@ class Service:
             assert self.ask(ids, salt=f"tenant {number}", media=image) == 0
 
 
-def measure(sessions, samples, **options):
-    """Memory that Python's allocator gave to a prefix cache, and what its statistics tell."""
+def measure(sessions, samples, block_size=None, **options):
+    """Memory that Python's allocator gave to a prefix cache, and what its statistics tell.
+
+    block_size: of the events of a subscriber, None without one.
+    """
     tracemalloc.start()
     service, held, told = Service(**options), [], []
+    if block_size is not None:
+        service.prefix.events.block_size = block_size
+        service.prefix.events.subscribe(lambda event: None)
     service.strangers(10**6, 10**6 + 50)  # the pool makes its buffers, and NumPy its reserves
     gc.collect()
     pool = tracemalloc.get_traced_memory()[0] - service.prefix.stats.index_nbytes
@@ -86,6 +92,12 @@ def check_told(sessions, samples, **options):
 @pytest.mark.parametrize(("name", "budget"), [("lru", 0), *((name, 8_000) for name in POLICIES)])
 def test_tenants_and_images_that_never_come_back(name, budget):
     check_told(700, 2, budget=budget, index_budget=1_000_000, policy=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [16, 1])
+def test_a_subscriber_to_events(block_size):
+    check_told(700, 2, budget=8_000, index_budget=1_000_000, block_size=block_size)
 
 
 @pytest.mark.slow
@@ -171,6 +183,21 @@ def test_clear_leaves_policies_nothing(name):
         service.prefix.clear()
         sizes.append(service.prefix._index.policy.nbytes)
     assert max(sizes) == sizes[0] < 40_000
+
+
+# Hashes of blocks, for subscribers.
+
+
+def test_spans_do_not_go_for_hashes():
+    kept = []
+    for heard in (False, True):
+        service = Service(index_budget=200_000)
+        if heard:
+            service.prefix.events.block_size = 1
+            service.prefix.events.subscribe(lambda event: None)
+        service.strangers(0, 200)
+        kept.append(service.prefix.stats.spans)
+    assert kept[0] > kept[1] > 0.8 * kept[0]
 
 
 # One document, cut everywhere.
