@@ -55,8 +55,8 @@ class PrefixCache:
     budget: bytes stored at most, None for no limit. Cells of the pool count as well; they are
         copied to host memory when the pool needs the room.
     index_budget: bytes of host memory at most for everything else that is remembered: token ids,
-        evicted spans, salts, media, hashes of blocks for subscribers to events. None for a
-        sixteenth of `budget`, and no less than 64 MiB.
+        evicted spans, salts, media, hashes of blocks for subscribers. None for a sixteenth of
+        `budget`, 64 MiB at least; without `budget`, for none but 64 MiB for evicted spans.
     policy: choice of what to evict: ``"lru"``, ``"s3fifo"``, ``"cost"``, ``"gittins"`` or a
         :class:`~kvcache.prefix.policies.EvictionPolicy`.
     sequences: ids of the pool for sessions to use, None for all.

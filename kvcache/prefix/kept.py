@@ -28,8 +28,9 @@ _HASHES_SHARE = 8
 class KeptSpans:
     """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
 
-    budget, index_budget: bytes; None for no limit, and for one that goes with the budget. medium:
-    of their events. quota_of: bytes of each salt at most, None for no limits.
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget: without
+    any, evicted spans alone are forgotten. medium: of their events. quota_of: bytes of each salt at
+    most, None for no limits.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class KeptSpans:
             policy,
             budget,
             index_budget=index_budget,
+            ghost_budget=bound,
             quota_of=quota_of,
             on_evict=events.removed,
             on_empty=lambda tree: trees.pop(tree.salt, None),

@@ -42,7 +42,8 @@ class PrefixStats:
     """Bytes of host memory taken outside the budget: token ids, evicted spans remembered, salts,
     media, what the policy knows, and hashes of blocks for subscribers to events."""
     index_budget: int | None
-    """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
+    """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much.
+    Without one, evicted spans are forgotten from 64 MiB on."""
     store: TierStats | None = None
     """Totals of the store behind it, None without one."""
     explained: dict[Why, int] = field(default_factory=dict, hash=False)

@@ -12,7 +12,7 @@ from hypothesis import settings
 
 import kvcache
 from kvcache import Batch, CausalCache, RotatingKVCache
-from kvcache.prefix import PrefixCache
+from kvcache.prefix import PrefixCache, kept
 from kvcache.prefix.media import MediaIds
 from kvcache.prefix.policies import POLICIES
 
@@ -155,6 +155,43 @@ def test_a_request_that_stores_nothing_makes_no_tree():
 def test_the_bound_follows_the_budget(budget, wanted):
     assert Service(budget=budget).prefix.stats.index_budget == wanted
     assert Service(budget=budget, index_budget=5).prefix.stats.index_budget == 5
+
+
+EVICTING = {
+    "quota": ({"quota": 30 * TOKENS}, lambda service, ids: None),
+    "trim": ({}, lambda service, ids: service.prefix.trim(30 * TOKENS)),
+    "drop_branch": ({}, lambda service, ids: service.prefix.drop_branch(ids, 0)),
+}
+
+
+@pytest.mark.parametrize("evicting", EVICTING)
+def test_evicted_spans_are_forgotten_without_a_budget(evicting, monkeypatch):
+    monkeypatch.setattr(kept, "_MIN_INDEX_BUDGET", 100_000)
+    options, evict = EVICTING[evicting]
+    service = Service(budget=None, **options)
+    for number in range(300):
+        ids = np.random.default_rng(number).integers(0, 30_000, TOKENS).astype(np.int32)
+        service.ask(ids)
+        evict(service, ids)
+    assert service.prefix.stats.index_nbytes <= 100_000
+    assert service.prefix._index._ghosts
+    assert service.prefix.stats.index_budget is None
+
+
+def test_what_is_stored_without_a_budget_stays(monkeypatch):
+    monkeypatch.setattr(kept, "_MIN_INDEX_BUDGET", 20_000)
+    service = Service(budget=None)
+    service.strangers(0, 100)
+    service.prefix.trim(service.prefix.stats.nbytes // 2)
+    service.strangers(100, 101)
+    stats = service.prefix.stats
+    assert (stats.spans, stats.evictions) == (51, 50)
+    assert stats.index_nbytes > 20_000
+    assert not service.prefix._index._ghosts
+    limited = Service(budget=None, index_budget=20_000)
+    limited.strangers(0, 100)
+    assert limited.prefix.stats.index_nbytes <= 20_000
+    assert 0 < limited.prefix.stats.spans < 20
 
 
 def test_a_bound_that_is_none():
