@@ -11,6 +11,7 @@ from kvcache.snapshots.snapshot import Snapshot
 from .events import Events
 from .index import SpanIndex
 from .known import KnownTokens
+from .known_keys import KnownKeys
 from .media import MediaIds
 from .policies import EvictionPolicy
 from .quotas import QuotaOf
@@ -21,8 +22,8 @@ from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots
 
 _MIN_INDEX_BUDGET = 1 << 26
-_HASHES_SHARE = 8
-"""Part of the index budget that hashes of blocks take at most: spans are worth more."""
+_HASHES_SHARE, _KEYS_SHARE = 8, 4
+"""Parts of the index budget that hashes of blocks, and keys known of a store, take at most."""
 
 
 class KeptSpans:
@@ -47,7 +48,7 @@ class KeptSpans:
         bound = _MIN_INDEX_BUDGET if index_budget is None else index_budget
         self.events = events = Events(namespace, medium, bound // _HASHES_SHARE)
         trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
-        media_ids = MediaIds()
+        media_ids, keys = MediaIds(), KnownKeys(bound // _KEYS_SHARE)
         self.index: SpanIndex[StoredSnapshot] = SpanIndex(
             policy,
             budget,
@@ -57,9 +58,9 @@ class KeptSpans:
             on_evict=events.removed,
             on_empty=lambda tree: trees.pop(tree.salt, None),
             on_join=events.forget,
-            others=lambda: getsizeof(trees) + media_ids.nbytes + events.nbytes,
+            others=lambda: getsizeof(trees) + media_ids.nbytes + events.nbytes + keys.nbytes,
         )
-        self.trees, self.media_ids = trees, media_ids
+        self.trees, self.media_ids, self.known_keys = trees, media_ids, keys
         self.explained: Counter[Why] = Counter()
         """Tokens not reused by reason, of the sessions that were explained."""
 

@@ -40,7 +40,8 @@ class PrefixStats:
     quota."""
     index_nbytes: int = field(compare=False)  # tables of Python grow and shrink on their own
     """Bytes of host memory taken outside the budget: token ids, evicted spans remembered, salts,
-    media, what the policy knows, and hashes of blocks for subscribers to events."""
+    media, what the policy knows, hashes of blocks for subscribers to events, and keys known of a
+    store."""
     index_budget: int | None
     """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much.
     Without one, evicted spans are forgotten from 64 MiB on."""
