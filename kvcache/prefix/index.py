@@ -99,7 +99,8 @@ class SpanIndex(SpanTrees[P]):
     def trim(self, now: float) -> None:
         """Evict until the quotas and the budgets hold, or all candidates are in use.
 
-        Where a sequence goes on behind a payload, what of it serves its own end alone goes first.
+        Where a sequence goes on behind a payload, what of it serves its own end alone goes first,
+        and for the index its being a span of its own.
 
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
@@ -114,15 +115,24 @@ class SpanIndex(SpanTrees[P]):
                 break
             if not (span.level and self._reduce_before(span, now)):
                 self._shrink(span, self.nbytes - self.budget, now)
+        self._trim_index(now)
+
+    def _trim_index(self, now: float) -> None:
+        """Do :meth:`trim` for everything but payloads."""
         limit = self.ghost_budget if self.index_budget is None else self.index_budget
         while limit is not None and self._reserved > limit:
             if self._ghosts:
                 self._remove(next(iter(self._ghosts)))
                 continue
-            span = None if self.index_budget is None else self._candidates.victim(now)
+            if self.index_budget is None:
+                break
+            if self._fold_superseded():
+                continue
+            span = self._candidates.victim(now)
             if span is None:
                 break
-            self.evict(span, now, "retention" if span.level else "policy")
+            if not (span.level and self._fold_before(span, now)):
+                self.evict(span, now, "retention" if span.level else "policy")
 
     def _trim_tree(self, tree: LimitedTree[P], now: float) -> None:
         """Evict spans of one salt until its quota holds, or all its candidates are in use."""

@@ -19,7 +19,7 @@ from .quotas import LimitedTree, QuotaOf, Quotas
 from .radix import RadixTree, Tokens
 from .retention import NBYTES, Retention
 from .spans import P, Prefix, Span, alike, file_span, last_eviction
-from .superseded import Superseded
+from .superseded import Superseded, is_resumed, superseded_before
 
 _MIN_JOINED = 4
 """Spans joined at once at least: joining rows on the host copies them."""
@@ -245,6 +245,34 @@ class SpanTrees(Generic[P]):
         self._ghosts.pop(last, None)
         self._on_join(uppers)
         self._reconsider(last)
+
+    def _fold_superseded(self) -> bool:
+        """Join a superseded span to the next one; return False if there is none that can be."""
+        return any(self._fold(span) for span in iter(self._superseded.pop, None))
+
+    def _fold_before(self, span: Span[P], now: float) -> bool:
+        """Do the same for a span before `span`, retained no more."""
+        before = superseded_before(span, now)
+        return any(self._fold(upper) for upper in before if not is_resumed(upper))
+
+    def _fold(self, span: Span[P]) -> bool:
+        """Join a superseded span to the next one, whoever used it; return False if that fails.
+
+        Nobody can resume at its end any more, so all that counts is when the next one was used.
+        """
+        child, payload = span.only_child, span.payload
+        if payload is None or child is None or child.payload is None:
+            return False
+        reduced = payload.reduced(child.stop)
+        if not (reduced or payload).joins(child.payload):
+            if reduced is not None:
+                reduced.close()
+            return False
+        if reduced is not None:
+            self._put(span, reduced)
+            payload.close()
+        self._join([span, child])
+        return span.payload is None
 
     # Where spans belong.
 
