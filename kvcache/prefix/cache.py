@@ -55,7 +55,8 @@ class PrefixCache:
     budget: bytes stored at most, None for no limit. Cells of the pool count as well; they are
         copied to host memory when the pool needs the room.
     index_budget: bytes of host memory at most for everything else that is remembered: token ids,
-        evicted spans, salts, media. None for a sixteenth of `budget`, and no less than 64 MiB.
+        evicted spans, salts, media, hashes for subscribers, keys of a store. None for a sixteenth
+        of `budget`, 64 MiB at least; without `budget`, for none but 64 MiB for evicted spans.
     policy: choice of what to evict: ``"lru"``, ``"s3fifo"``, ``"cost"``, ``"gittins"`` or a
         :class:`~kvcache.prefix.policies.EvictionPolicy`.
     sequences: ids of the pool for sessions to use, None for all.
@@ -120,8 +121,8 @@ class PrefixCache:
         self._requests = requests = Requests(self._source, kept, read_clock, every)
         if opened is not None:
             owned = isinstance(store, str)
-            specs = self._source.specs
-            tier = StoreTier(opened, namespace, specs, page_tokens, seal_of, owned=owned)
+            form = namespace, self._source.specs, page_tokens, seal_of
+            tier = StoreTier(opened, *form, kept.known_keys, owned=owned)
             requests.store_link = StoreLink(tier, self._source, kept)
             # What is queued is still written, at the end of the program as well.
             weakref.finalize(requests, tier.stop).atexit = False

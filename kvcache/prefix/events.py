@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import NamedTuple, SupportsIndex, TypeAlias
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -36,8 +36,6 @@ from .stored import StoredSpan
 _logger = logging.getLogger("kvcache.prefix")
 BLOCK_SIZE = 16
 """Tokens of a block, as in vLLM."""
-_MAX_REMEMBERED = 1 << 16
-"""Spans and blocks whose hashes are remembered at most: about 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,15 @@ class SpanHashes(NamedTuple):
     last: bytes | None
     hashes: list[bytes]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        own = len(self.hashes) or self.last is not None  # the last one is among them, if any are
+        return _HASHES_NBYTES + getsizeof(self.hashes) + own * _HASH_NBYTES
+
+
+_HASH_NBYTES, _HASHES_NBYTES = getsizeof(bytes(32)), getsizeof(SpanHashes(None, []))
+
 
 class Events:
     """Notification of subscribers. A block is stored with the span of its last token.
@@ -106,19 +113,22 @@ class Events:
     Blocks are named as vLLM 0.32 names them with ``--prefix-caching-hash-algo sha256_cbor``: by the
     SHA-256 of the canonical CBOR of the hash of the block before, the token ids, and the extra
     keys: adapter, digests of media with their offsets, salt. namespace: stands in the place of
-    vLLM's ``PYTHONHASHSEED``; "" for vLLM's default. medium: of all events.
+    vLLM's ``PYTHONHASHSEED``; "" for vLLM's default. medium: of all events. limit: bytes of hashes
+    to remember at most, None for no limit: others are computed again when they are needed.
     """
 
-    def __init__(self, namespace: str = "", medium: str = "GPU") -> None:
+    def __init__(self, namespace: str = "", medium: str = "GPU", limit: int | None = None) -> None:
         self._block_size, self._medium = BLOCK_SIZE, medium
         self._seed = seed_hash(valid_text(namespace) or SEED)
         self._subscribers: dict[object, Callable[[Event], None]] = {}
         self._pending: deque[Event] = deque()
         self._delivering = False
-        # Hashes of spans that were told of. The tokens up to the end of a span stay the same for as
-        # long as there is the span, however it is split or joined.
-        self._hashed: WeakKeyDictionary[StoredSpan, SpanHashes] = WeakKeyDictionary()
-        self._remembered = 0
+        # Hashes of stored spans that were told of. The tokens up to the end of a span stay the same
+        # for as long as there is the span, however it is split or joined.
+        self._hashed: dict[StoredSpan, SpanHashes] = {}
+        self._limit = limit
+        self.nbytes = self._entries = 0
+        """Bytes of memory that the hashes take."""
 
     @property
     def block_size(self) -> int:
@@ -138,7 +148,7 @@ class Events:
                 f"{len(self._subscribers)} subscribers. Set it first."
             )
         self._block_size = size
-        self._hashed.clear()
+        self.forget(list(self._hashed))
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Call `callback` with every event, in order. Return a function to end the subscription.
@@ -182,6 +192,16 @@ class Events:
             hashes = self._hashes(span)
             if hashes:
                 self._pending.append(BlockRemoved(hashes, self._medium))
+        if self._hashed:  # also of subscribers that have left
+            self.forget((span,))
+
+    def forget(self, spans: Iterable[StoredSpan]) -> None:
+        """Forget the hashes of `spans`: of those that are no more, say."""
+        for span in spans:
+            known = self._hashed.pop(span, None)
+            if known is not None:
+                self._entries -= known.nbytes
+        self._measure()
 
     def cleared(self) -> None:
         """Tell of the removal of everything."""
@@ -225,16 +245,26 @@ class Events:
         last = hashes[-1] if hashes else parent
         parent = hashes[before - 1] if before else parent
         self._remember(span, SpanHashes(last, hashes[before:]))
-        if span.parent is not None and span.parent is not known:
-            self._remember(span.parent, SpanHashes(parent, []))
+        before_it = span.parent
+        if before_it is not None and before_it is not known and before_it.payload is not None:
+            self._remember(before_it, SpanHashes(parent, []))
         return BlockChain(ids[before * size :], parent, hashes[before:], keys[before:])
 
     def _remember(self, span: StoredSpan, hashes: SpanHashes) -> None:
-        self._remembered += 1 + len(hashes.hashes)
-        if self._remembered > _MAX_REMEMBERED:
-            self._hashed.clear()
-            self._remembered = 0
+        self.forget((span,))
+        added = hashes.nbytes
+        if self._limit is not None and self.nbytes + added > self._limit:
+            self.forget(list(self._hashed))
+            self._hashed = {}  # a dict without entries keeps its size
+            if added > self._limit:
+                return
         self._hashed[span] = hashes
+        self._entries += added
+        self._measure()
+
+    def _measure(self) -> None:
+        # As a number, as it is asked for with every span that is evicted.
+        self.nbytes = self._entries + getsizeof(self._hashed)
 
 
 def _tokens_of(span: StoredSpan, start: int) -> tuple[Tokens, list[Placement]]:

@@ -226,7 +226,7 @@ class Fetcher:
         """Return which keys the store has; a session may put the others again."""
         found = self._store.contains(keys, deadline=deadline)
         outcomes = zip(keys, found, strict=True)
-        self._record.forget_keys(key for key, outcome in outcomes if isinstance(outcome, Miss))
+        self._record.keys.discard(key for key, outcome in outcomes if isinstance(outcome, Miss))
         return found
 
     def _targets(self, reading: Reading, deadline: Deadline) -> Iterator[Target]:
@@ -326,7 +326,7 @@ class Fetcher:
         self._record.gate.note_transfer(sum(hit.value.nbytes for hit in hits), seconds)
         broken = {key for key, out in zip(keys, outcomes, strict=True) if isinstance(out, Corrupt)}
         self._record.count("failed", len(broken))  # the store has warned of them, and removed them
-        self._record.forget_keys(broken)
+        self._record.keys.discard(broken)
         reading.damaged = reading.damaged or bool(broken)
         pages: list[Page] = []
         for key, hit, (start, stop) in zip(keys, hits, places, strict=False):
@@ -335,7 +335,7 @@ class Fetcher:
                 reading.damaged = True
                 break
             self._record.gate.note_sizes(hit.value.nbytes, state=state)
-            self._record.note_key(key)
+            self._record.keys.add(key)
             pages.append(page)
         self._record.count("fetched", len(pages))
         return pages
@@ -352,7 +352,7 @@ class Fetcher:
             self._record.failed(describe(error))
             if seal is None:  # a sealed one may be fine, and the secret of this process wrong
                 self._store.delete([key], deadline=Deadline.after(_DELETE_SECONDS))
-            self._record.forget_keys([key])
+            self._record.keys.discard([key])
             return None
         return page
 

@@ -34,9 +34,11 @@ class SpanIndex(SpanTrees[P]):
     budget: bytes of all payloads together at most, None for no limit; exceeded only while all
     candidates are pinned. grain: fewest tokens taken at once from a span that can be cut anywhere.
     index_budget: bytes of everything else at most, None for no limit: the oldest ghosts are
-    forgotten first, then spans are evicted. quota_of: bytes of the payloads of a salt at most, in
-    trees of :meth:`new_tree`. on_evict: called with a span about to be evicted. on_empty: called
-    with a tree that has lost its last span. others: returns bytes to be counted as well.
+    forgotten first, then spans are evicted. ghost_budget: the same where there is no index_budget,
+    and no span is evicted for it. quota_of: bytes of the payloads of a salt at most, in trees of
+    :meth:`new_tree`. on_evict: called with a span about to be evicted. on_empty: called with a tree
+    that has lost its last span. on_join: called with spans that are part of the one behind them
+    from now on. others: returns bytes to be counted as well.
     """
 
     def __init__(
@@ -46,14 +48,16 @@ class SpanIndex(SpanTrees[P]):
         *,
         grain: int = 64,
         index_budget: int | None = 1 << 26,
+        ghost_budget: int | None = None,
         quota_of: QuotaOf | None = None,
         on_evict: Callable[[Span[P]], None] = lambda _: None,
         on_empty: Callable[[RadixTree[Span[P]]], object] = lambda _: None,
+        on_join: Callable[[Sequence[Span[P]]], None] = lambda _: None,
         others: Callable[[], int] = lambda: 0,
     ) -> None:
-        super().__init__(policy, quota_of, on_empty)
+        super().__init__(policy, quota_of, on_empty, on_join)
         self.budget = budget
-        self.index_budget = index_budget
+        self.index_budget, self.ghost_budget = index_budget, ghost_budget
         self.evictions = 0
         """Spans evicted so far."""
         self.retained_evictions = 0
@@ -95,8 +99,8 @@ class SpanIndex(SpanTrees[P]):
     def trim(self, now: float) -> None:
         """Evict until the quotas and the budgets hold, or all candidates are in use.
 
-        Where a sequence goes on behind a payload, what of it serves its own end alone goes first.
-        Spans that serve nobody go in any case.
+        Where a sequence goes on behind a payload, what of it serves its own end alone goes first,
+        and for the index its being a span of its own. Spans that serve nobody go in any case.
 
         Raises: KVCacheError if the policy chooses a span it was not offered.
         """
@@ -112,14 +116,24 @@ class SpanIndex(SpanTrees[P]):
                 break
             if not (span.level and self._reduce_before(span, now)):
                 self._shrink(span, self.nbytes - self.budget, now)
-        while self.index_budget is not None and self._reserved > self.index_budget:
+        self._trim_index(now)
+
+    def _trim_index(self, now: float) -> None:
+        """Do :meth:`trim` for everything but payloads."""
+        limit = self.ghost_budget if self.index_budget is None else self.index_budget
+        while limit is not None and self._reserved > limit:
             if self._ghosts:
                 self._remove(next(iter(self._ghosts)))
+                continue
+            if self.index_budget is None:
+                break
+            if self._fold_superseded():
                 continue
             span = self._candidates.victim(now)
             if span is None:
                 break
-            self.evict(span, now, "retention" if span.level else "policy")
+            if not (span.level and self._fold_before(span, now)):
+                self.evict(span, now, "retention" if span.level else "policy")
 
     def _trim_tree(self, tree: LimitedTree[P], now: float) -> None:
         """Evict spans of one salt until its quota holds, or all its candidates are in use."""

@@ -11,6 +11,7 @@ from kvcache.snapshots.snapshot import Snapshot
 from .events import Events
 from .index import SpanIndex
 from .known import KnownTokens
+from .known_keys import KnownKeys
 from .media import MediaIds
 from .policies import EvictionPolicy
 from .quotas import QuotaOf
@@ -21,13 +22,16 @@ from .spans import Prefix
 from .stored import StoredPrefix, StoredSnapshot, StoredSpan, close_snapshots, has_resume_point
 
 _MIN_INDEX_BUDGET = 1 << 26
+_HASHES_SHARE, _KEYS_SHARE = 8, 4
+"""Parts of the index budget that hashes of blocks, and keys known of a store, take at most."""
 
 
 class KeptSpans:
     """Spans with snapshots, in trees by salt. Use it under the lock of its prefix cache.
 
-    budget, index_budget: bytes; None for no limit, and for one that goes with the budget. medium:
-    of their events. quota_of: bytes of each salt at most, None for no limits.
+    budget, index_budget: bytes; None for no limit, and for one that goes with the budget: without
+    any, evicted spans alone are forgotten. medium: of their events. quota_of: bytes of each salt at
+    most, None for no limits.
     """
 
     def __init__(
@@ -41,19 +45,22 @@ class KeptSpans:
     ) -> None:
         if index_budget is None and budget is not None:
             index_budget = max(_MIN_INDEX_BUDGET, budget // 16)
-        self.events = Events(namespace, medium)
+        bound = _MIN_INDEX_BUDGET if index_budget is None else index_budget
+        self.events = events = Events(namespace, medium, bound // _HASHES_SHARE)
         trees: dict[str, RadixTree[StoredSpan]] = {}  # by salt; none without a span
-        media_ids = MediaIds()
+        media_ids, keys = MediaIds(), KnownKeys(bound // _KEYS_SHARE)
         self.index: SpanIndex[StoredSnapshot] = SpanIndex(
             policy,
             budget,
             index_budget=index_budget,
+            ghost_budget=bound,
             quota_of=quota_of,
-            on_evict=self.events.removed,
+            on_evict=events.removed,
             on_empty=lambda tree: trees.pop(tree.salt, None),
-            others=lambda: getsizeof(trees) + media_ids.nbytes,
+            on_join=events.forget,
+            others=lambda: getsizeof(trees) + media_ids.nbytes + events.nbytes + keys.nbytes,
         )
-        self.trees, self.media_ids = trees, media_ids
+        self.trees, self.media_ids, self.known_keys = trees, media_ids, keys
         self.explained: Counter[Why] = Counter()
         """Tokens not reused by reason, of the sessions that were explained."""
 

@@ -40,9 +40,11 @@ class PrefixStats:
     quota."""
     index_nbytes: int = field(compare=False)  # tables of Python grow and shrink on their own
     """Bytes of host memory taken outside the budget: token ids, evicted spans remembered, salts,
-    media, and what the policy knows."""
+    media, what the policy knows, hashes of blocks for subscribers to events, and keys known of a
+    store."""
     index_budget: int | None
-    """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much."""
+    """Upper limit of `index_nbytes`, None for no limit; exceeded while sessions use too much.
+    Without one, evicted spans are forgotten from 64 MiB on."""
     store: TierStats | None = None
     """Totals of the store behind it, None without one."""
     explained: dict[Why, int] = field(default_factory=dict, hash=False)

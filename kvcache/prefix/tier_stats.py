@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from kvcache._locks import Lock
 from kvcache.stores.base import Store
-from kvcache.stores.outcomes import Key, StoreStats
+from kvcache.stores.outcomes import StoreStats
 
 from .costs import CostGate
+from .known_keys import KnownKeys
 from .paging import Forms
 
 _logger = logging.getLogger("kvcache.prefix")
-
-_KNOWN_KEYS = 1 << 16
-"""Keys that are remembered not to be put again."""
 
 
 @dataclass
@@ -51,10 +47,9 @@ class TierStats:
 class TierRecord:
     """Everything that writers and readers of one store note: totals, costs, and known keys."""
 
-    def __init__(self, store: Store) -> None:
-        self.gate = CostGate()
+    def __init__(self, store: Store, keys: KnownKeys) -> None:
+        self.gate, self.keys = CostGate(), keys
         self._store, self._stats, self._lock = store, TierStats(), Lock()
-        self._known: OrderedDict[Key, None] = OrderedDict()
         self._warned: set[str] = set()
         self.forms: Forms = []
         """Forms of the arrays of the caches here, as far as their sessions have shown them."""
@@ -98,23 +93,3 @@ class TierRecord:
                 trouble,
                 reason,
             )
-
-    # Keys that the store has, or is about to have.
-
-    def knows(self, key: Key) -> bool:
-        """Return whether a key need not be put."""
-        with self._lock:
-            return key in self._known
-
-    def note_key(self, key: Key) -> None:
-        """Remember that a key need not be put."""
-        with self._lock:
-            self._known[key] = None
-            while len(self._known) > _KNOWN_KEYS:
-                self._known.popitem(last=False)
-
-    def forget_keys(self, keys: Iterable[Key]) -> None:
-        """Let a later session put keys."""
-        with self._lock:
-            for key in keys:
-                self._known.pop(key, None)

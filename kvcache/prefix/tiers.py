@@ -39,6 +39,7 @@ from kvcache.stores.outcomes import Deadline
 from .arguments import SealOf
 from .fetching import Answer, Fetcher, Wanted
 from .known import KnownTokens
+from .known_keys import KnownKeys
 from .radix import Tokens
 from .tier_stats import TierRecord, TierStats
 from .writing_behind import WriteBehind
@@ -49,7 +50,8 @@ class StoreTier:
 
     model: fingerprint of the model and its weights. specs: of the caches, as far as they are known
     before their first tokens. page_tokens: of a page; all who share the store use the same number.
-    seal_of: seal for the pages of a salt, or None. owned: whether to close the store in the end.
+    seal_of: seal for the pages of a salt, or None. keys: those not to be put again. owned: whether
+    to close the store in the end.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class StoreTier:
         specs: list[CacheSpec],
         page_tokens: int,
         seal_of: SealOf,
+        keys: KnownKeys,
         *,
         owned: bool,
     ) -> None:
         self._store, self._page_tokens, self._owned = store, page_tokens, owned
         self._seal_of = seal_of
         self._namespace = _namespace_of(model, specs)
-        self.record = TierRecord(store)
+        self.record = TierRecord(store, keys)
         whole = all(spec.visibility.resumable_anywhere for spec in specs)
         self._writer = WriteBehind(store, self.record, whole=whole)
         self._fetcher = Fetcher(store, self.record, specs, page_tokens)
@@ -113,6 +116,7 @@ class StoreTier:
         """Write what waits, stop, and close the store if it is owned; return :meth:`drain`."""
         written = self.drain(deadline)
         self.stop()
+        self.record.keys.clear()
         if self._owned:
             self._store.close()
         return written

@@ -19,7 +19,7 @@ from .quotas import LimitedTree, QuotaOf, Quotas
 from .radix import RadixTree, Tokens
 from .retention import NBYTES, Retention
 from .spans import P, Prefix, Span, alike, file_span, last_eviction
-from .superseded import Superseded
+from .superseded import Superseded, is_resumed, superseded_before
 
 _MIN_JOINED = 4
 """Spans joined at once at least: joining rows on the host copies them."""
@@ -29,7 +29,8 @@ class SpanTrees(Generic[P]):
     """Spans in any number of trees, and the bytes that they take.
 
     policy: hears of the spans that may be evicted and are not retained. quota_of: bytes of each
-    salt at most. on_empty: called with a tree that has lost its last span.
+    salt at most. on_empty: called with a tree that has lost its last span. on_join: called with
+    spans that are part of the one behind them from now on.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SpanTrees(Generic[P]):
         policy: EvictionPolicy,
         quota_of: QuotaOf | None,
         on_empty: Callable[[RadixTree[Span[P]]], object],
+        on_join: Callable[[Sequence[Span[P]]], None],
     ) -> None:
         self.policy = policy
         self.nbytes = 0
@@ -45,7 +47,7 @@ class SpanTrees(Generic[P]):
         """Spans with a payload, in the order in which they came; there may be far more ghosts."""
         self._quotas: Quotas[P] = Quotas(quota_of)
         self._candidates: Candidates[P] = Candidates(policy, self._quotas)
-        self._on_empty = on_empty
+        self._on_empty, self._on_join = on_empty, on_join
         # Ghosts without spans behind them and without pins, the oldest first: to be forgotten.
         self._ghosts: OrderedDict[Span[P], None] = OrderedDict()
         self._superseded: Superseded[P] = Superseded()
@@ -244,7 +246,36 @@ class SpanTrees(Generic[P]):
         last.evicted, self._spans = last_eviction(run), self._spans - len(uppers)
         self._tracked += of_span(last)
         self._ghosts.pop(last, None)
+        self._on_join(uppers)
         self._reconsider(last)
+
+    def _fold_superseded(self) -> bool:
+        """Join a superseded span to the next one; return False if there is none that can be."""
+        return any(self._fold(span) for span in iter(self._superseded.pop, None))
+
+    def _fold_before(self, span: Span[P], now: float) -> bool:
+        """Do the same for a span before `span`, retained no more."""
+        before = superseded_before(span, now)
+        return any(self._fold(upper) for upper in before if not is_resumed(upper))
+
+    def _fold(self, span: Span[P]) -> bool:
+        """Join a superseded span to the next one, whoever used it; return False if that fails.
+
+        Nobody can resume at its end any more, so all that counts is when the next one was used.
+        """
+        child, payload = span.only_child, span.payload
+        if payload is None or child is None or child.payload is None:
+            return False
+        reduced = payload.reduced(child.stop)
+        if not (reduced or payload).joins(child.payload):
+            if reduced is not None:
+                reduced.close()
+            return False
+        if reduced is not None:
+            self._put(span, reduced)
+            payload.close()
+        self._join([span, child])
+        return span.payload is None
 
     # Where spans belong.
 

@@ -77,14 +77,14 @@ class WriteBehind:
 
     def _is_new(self, key: Key) -> bool:
         """Return whether to put a key, and there is room; count it as dropped if there is none."""
-        if self._record.knows(key):
+        if key in self._record.keys:
             return False
         room = self.queue.has_room()
         self._record.count("dropped", not room)
         return room
 
     def _put_one(self, key: Key, page: Page, encode: Callable[[], Item]) -> None:
-        self._record.note_key(key)  # first: it is forgotten when the put fails
+        self._record.keys.add(key)  # first: it is forgotten when the put fails
         if not self.queue.submit(partial(self._write, key, encode), page.nbytes):
             self._drop(key)
 
@@ -103,5 +103,5 @@ class WriteBehind:
 
     def _drop(self, key: Key) -> None:
         """Count a page that was not put, so that a later session puts it."""
-        self._record.forget_keys([key])
+        self._record.keys.discard([key])
         self._record.count("dropped")

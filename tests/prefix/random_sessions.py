@@ -27,10 +27,11 @@ class Asked:
 class RandomSessions:
     """Sessions over a prefix cache that evicts, drawn from a seed."""
 
-    def __init__(self, seed, block_size=16, budget=6_000, namespace=""):
+    def __init__(self, seed, block_size=16, budget=6_000, namespace="", **options):
         self.chance = random.Random(seed)
         self.namespace, self.block_size = namespace, block_size
-        self.prefix = PrefixCache([KVCache("numpy")], budget=budget, namespace=namespace)
+        options |= {"budget": budget, "namespace": namespace}
+        self.prefix = PrefixCache([KVCache("numpy")], **options)
         self.prefix.events.block_size = block_size
         self.asked, self.known = [], {}
 

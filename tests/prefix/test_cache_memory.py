@@ -12,13 +12,37 @@ from hypothesis import settings
 
 import kvcache
 from kvcache import Batch, CausalCache, RotatingKVCache
-from kvcache.prefix import PrefixCache
+from kvcache.prefix import PrefixCache, kept
+from kvcache.prefix.known_keys import KnownKeys
 from kvcache.prefix.media import MediaIds
 from kvcache.prefix.policies import POLICIES
+from kvcache.stores import Deleted, Miss, Store, Stored, Usage
 
 NUMPY = kvcache.get_backend("numpy")
 TOKENS = 40
 THOROUGH = settings.get_current_profile_name() == "thorough"
+
+
+class Sink(Store):
+    """Takes all pages, and remembers none of them."""
+
+    def _get(self, keys, deadline):
+        return [Miss()] * len(keys)
+
+    def _put(self, items, deadline):
+        return [Stored()] * len(items)
+
+    def _contains(self, keys, deadline):
+        return [Miss()] * len(keys)
+
+    def _delete(self, keys, deadline):
+        return [Deleted()] * len(keys)
+
+    def _entries(self, deadline):
+        yield from ()
+
+    def _usage(self, deadline):
+        return Usage(0, 0)
 
 
 class Service:
@@ -53,15 +77,25 @@ class Service:
             assert self.ask(ids, salt=f"tenant {number}", media=image) == 0
 
 
-def measure(sessions, samples, **options):
-    """Memory that Python's allocator gave to a prefix cache, and what its statistics tell."""
+def measure(sessions, samples, block_size=None, page_tokens=None, **options):
+    """Memory that Python's allocator gave to a prefix cache, and what its statistics tell.
+
+    block_size: of the events of a subscriber, None without one. page_tokens: of a store, the same.
+    """
+    if page_tokens is not None:
+        options |= {"store": Sink(), "namespace": "m", "page_tokens": page_tokens}
     tracemalloc.start()
     service, held, told = Service(**options), [], []
+    if block_size is not None:
+        service.prefix.events.block_size = block_size
+        service.prefix.events.subscribe(lambda event: None)
     service.strangers(10**6, 10**6 + 50)  # the pool makes its buffers, and NumPy its reserves
+    service.prefix.flush()
     gc.collect()
     pool = tracemalloc.get_traced_memory()[0] - service.prefix.stats.index_nbytes
     for sample in range(samples):
         service.strangers(sample * sessions, (sample + 1) * sessions)
+        service.prefix.flush()
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0] - pool)
         told.append(service.prefix.stats.index_nbytes)
@@ -86,6 +120,17 @@ def check_told(sessions, samples, **options):
 @pytest.mark.parametrize(("name", "budget"), [("lru", 0), *((name, 8_000) for name in POLICIES)])
 def test_tenants_and_images_that_never_come_back(name, budget):
     check_told(700, 2, budget=budget, index_budget=1_000_000, policy=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [16, 1])
+def test_a_subscriber_to_events(block_size):
+    check_told(700, 2, budget=8_000, index_budget=1_000_000, block_size=block_size)
+
+
+@pytest.mark.slow
+def test_keys_known_of_a_store():
+    check_told(700, 2, budget=8_000, index_budget=1_000_000, page_tokens=16)
 
 
 @pytest.mark.slow
@@ -145,6 +190,43 @@ def test_the_bound_follows_the_budget(budget, wanted):
     assert Service(budget=budget, index_budget=5).prefix.stats.index_budget == 5
 
 
+EVICTING = {
+    "quota": ({"quota": 30 * TOKENS}, lambda service, ids: None),
+    "trim": ({}, lambda service, ids: service.prefix.trim(30 * TOKENS)),
+    "drop_branch": ({}, lambda service, ids: service.prefix.drop_branch(ids, 0)),
+}
+
+
+@pytest.mark.parametrize("evicting", EVICTING)
+def test_evicted_spans_are_forgotten_without_a_budget(evicting, monkeypatch):
+    monkeypatch.setattr(kept, "_MIN_INDEX_BUDGET", 100_000)
+    options, evict = EVICTING[evicting]
+    service = Service(budget=None, **options)
+    for number in range(300):
+        ids = np.random.default_rng(number).integers(0, 30_000, TOKENS).astype(np.int32)
+        service.ask(ids)
+        evict(service, ids)
+    assert service.prefix.stats.index_nbytes <= 100_000
+    assert service.prefix._index._ghosts
+    assert service.prefix.stats.index_budget is None
+
+
+def test_what_is_stored_without_a_budget_stays(monkeypatch):
+    monkeypatch.setattr(kept, "_MIN_INDEX_BUDGET", 20_000)
+    service = Service(budget=None)
+    service.strangers(0, 100)
+    service.prefix.trim(service.prefix.stats.nbytes // 2)
+    service.strangers(100, 101)
+    stats = service.prefix.stats
+    assert (stats.spans, stats.evictions) == (51, 50)
+    assert stats.index_nbytes > 20_000
+    assert not service.prefix._index._ghosts
+    limited = Service(budget=None, index_budget=20_000)
+    limited.strangers(0, 100)
+    assert limited.prefix.stats.index_nbytes <= 20_000
+    assert 0 < limited.prefix.stats.spans < 20
+
+
 def test_a_bound_that_is_none():
     with pytest.raises(ValueError, match=r"a budget is bytes >= 0.*; got -1"):
         Service(index_budget=-1)
@@ -171,6 +253,52 @@ def test_clear_leaves_policies_nothing(name):
         service.prefix.clear()
         sizes.append(service.prefix._index.policy.nbytes)
     assert max(sizes) == sizes[0] < 40_000
+
+
+# Hashes of blocks, for subscribers.
+
+
+def test_spans_do_not_go_for_hashes():
+    kept = []
+    for heard in (False, True):
+        service = Service(index_budget=200_000)
+        if heard:
+            service.prefix.events.block_size = 1
+            service.prefix.events.subscribe(lambda event: None)
+        service.strangers(0, 200)
+        kept.append(service.prefix.stats.spans)
+    assert kept[0] > kept[1] > 0.8 * kept[0]
+
+
+# Keys known of a store.
+
+
+def test_keys_are_known_within_a_limit_the_newest_of_them():
+    keys, names = KnownKeys(10_000), [bytes([number]) * 32 for number in range(200)]
+    for name in names:
+        keys.add(name)
+        assert keys.nbytes <= 10_000
+    known = [name for name in names if name in keys]
+    assert known == names[-len(known) :]
+    assert len(known) >= 40
+    keys.discard([names[-1], b"other"])
+    assert [name for name in names if name in keys] == known[:-1]
+    keys.clear()
+    assert keys.nbytes == KnownKeys(0).nbytes
+    keys.add(names[0])
+    assert names[0] in keys
+
+
+def test_keys_are_told_and_go_with_the_store():
+    service = Service(store=Sink(), namespace="m", page_tokens=4, index_budget=4_000_000)
+    service.strangers(0, 50)
+    assert service.prefix.flush()
+    with_store = service.prefix.stats.index_nbytes
+    assert service.prefix.stats.store.written == 50 * (TOKENS // 4 + 1)  # and a state
+    assert service.prefix.close()
+    assert service.prefix.stats.index_nbytes < with_store - 550 * 100
+    service.strangers(50, 51)
+    assert service.prefix.stats.spans == 51
 
 
 # One document, cut everywhere.

@@ -581,6 +581,89 @@ def test_a_reduced_turn_and_the_next_one_are_one_span():
     assert world.index.nbytes == 0
 
 
+class Apart(LRU):
+    """A policy to which no two spans are alike."""
+
+    def alike(self, upper, lower):
+        return False
+
+
+def squeeze(world):
+    """Leave the index too little room by a byte."""
+    world.index.index_budget = world.index._reserved - 1
+    world.trim(1_000)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_where_the_index_has_no_room_superseded_turns_are_joined(name):
+    world, ids, other = World(name), list(range(20)), [50, 51, 52, 53, 54]
+    keep_windows(world, other)
+    world.now = 1.0
+    keep_windows(world, ids[:5], ids[:10], ids[:15], ids)
+    payloads = [span.payload for span in world.spans() if span.stop < 20]
+    for stops in ([10, 15, 20], [15, 20], [20]):
+        squeeze(world)
+        assert [span.stop for span in world.spans()] == [5, *stops]
+        assert held(world, ids)[3] == 5
+        assert world.index._tracked == footprint_of(world.tree)
+    assert held(world, other) == [5]
+    assert sum(payload.closed for payload in payloads) >= 3
+    assert world.index.evictions == 0
+    squeeze(world)
+    assert held(world, other) == [0]
+    assert held(world, ids)[3] == 5
+
+
+def test_turns_without_rows_to_release_are_joined_first():
+    world, ids, other = World(Apart()), list(range(15)), list(range(50, 60))
+    keep_windows(world, ids[:5], ids[:10], ids)
+    keep_windows(world, other[:5], other)
+    world.trim(44)
+    world.trim(38)
+    assert held(world, ids) == [2, 2, 5]
+    assert len(world.spans()) == 5
+    squeeze(world)
+    assert (len(world.spans()), held(world, other)) == (4, [5, 5])
+    for spans in (3, 2):
+        squeeze(world)
+        assert len(world.spans()) == spans
+    assert held(world, other) == [2, 5]
+    assert world.index.evictions == 0
+
+
+def test_a_turn_that_was_requested_later_is_not_joined():
+    world, ids = World(), list(range(10))
+    keep_windows(world, ids[:5], ids)
+    world.now = 1.0
+    keep_windows(world, ids[:5])
+    squeeze(world)
+    assert held(world, ids) == [5, 0]
+
+
+class Elsewhere(Window):
+    """Rows in another place than those behind them."""
+
+    made = None
+
+    def reduced(self, position):
+        self.made = Elsewhere(self.rows[-2:])
+        return self.made
+
+    def joins(self, following):
+        return False
+
+
+def test_turns_that_cannot_be_joined_stay_as_they_are():
+    world, ids = World(), list(range(10))
+    keep_windows(world, ids[:5], ids)
+    first = world.spans()[0]
+    world.index.fill(first, Elsewhere(first.payload.rows))
+    squeeze(world)
+    assert held(world, ids) == [5, 0]
+    assert first.payload.made.closed
+    assert not first.payload.closed
+
+
 # Where requests can resume at some places only.
 
 

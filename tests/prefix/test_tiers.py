@@ -212,8 +212,8 @@ def test_a_store_that_is_down_is_a_miss_and_one_warning(caplog):
     store.broken = True
     server = Stored(model_of("full", NUMPY), store)
     with caplog.at_level(logging.WARNING):
-        server.ask(FIRST, REPLY)
-        server.ask([*TURNED, 12])
+        server.ask(FIRST, REPLY, deadline=LATER)
+        server.ask([*TURNED, 12], deadline=LATER)
     assert server.counts.late >= 1
     assert server.counts.dropped >= 3
     assert len(caplog.records) == 1, "of the store itself"
