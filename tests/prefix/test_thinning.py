@@ -125,6 +125,7 @@ def test_with_two_states_the_same_prompt_is_served_as_well(policy):
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_without_room_for_a_state_nothing_stays(kind):
+    pytest.importorskip("rich")
     chat = Chat(kind, "lru")
     for _ in range(3):
         assert chat.turn(states=0) == 0
@@ -230,6 +231,7 @@ def test_a_part_that_led_to_what_went_goes_too():
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_what_no_request_can_use_is_not_stored(kind):
+    pytest.importorskip("rich")
     server, told = Server(HYBRIDS[kind]()), []
     server.prefix.events.block_size = 2
     server.prefix.events.subscribe(told.append)
