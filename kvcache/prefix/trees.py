@@ -233,6 +233,7 @@ class SpanTrees(Generic[P]):
             last.offered = False
         for upper in uppers:
             self._assign(upper, None)
+            self.policy.join(upper, last, self._candidates.now)
         self._tracked -= sum(map(of_span, run))
         RadixTree.join([span.node for span in run])
         last.media = tuple(dict.fromkeys(placement for span in run for placement in span.media))

@@ -8,8 +8,9 @@ import pytest
 import kvcache
 from kvcache import KVCache, RotatingKVCache
 from kvcache.prefix import PrefixCache
-from kvcache.prefix.policies import POLICIES
+from kvcache.prefix.policies import POLICIES, Gittins
 
+from .. import peek
 from .served import FULL, MODELS, Server, check_accounts
 
 NUMPY = kvcache.get_backend("numpy")
@@ -101,3 +102,15 @@ def test_what_is_joined_for_the_index_is_what_was_computed(name):
         assert (server.prefix.stats.spans, server.prefix.stats.evictions) == (spans - 1, 0)
         server.prefix._index.index_budget = None
         assert server.ask([*ids, 90 + turn]) == len(ids)
+
+
+@pytest.mark.parametrize(("caches", "room"), [(ring, 40_000), (hybrid, 110_000)])
+def test_a_turn_that_is_joined_waits_for_requests_as_the_next_one(caches, room):
+    """Gittins counts tokens by class: those of a turn go where they are looked for later."""
+    policy, empty = Gittins(), PrefixCache(caches(), policy="gittins").stats.index_nbytes
+    chats = Chats(caches(), 3, policy=policy, budget=1 << 20, index_budget=empty + room)
+    for _ in range(25):
+        for number in range(3):
+            chats.go_on(number)
+            assert peek.returns(policy).waiting.min() >= 0
+    assert chats.prefix.stats.evictions == 0

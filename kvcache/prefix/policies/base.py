@@ -120,6 +120,13 @@ class EvictionPolicy(ABC):
         """
         return upper.uses == lower.uses and upper.policy_data == lower.policy_data
 
+    def join(self, upper: PolicySpan, lower: PolicySpan, now: float) -> None:  # noqa: B027 - as above
+        """Take note that `upper` becomes part of `lower` right behind it, no candidate meanwhile.
+
+        They may have been used at different times: where room for the index is short, a turn of a
+        conversation in which nobody can resume any more becomes part of the next one.
+        """
+
 
 _MAX_STALE = 64
 """Entries without a span that are left in a queue in any case."""

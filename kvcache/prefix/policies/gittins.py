@@ -120,14 +120,32 @@ class Gittins(EvictionPolicy):
 
     def _refine(self, span: PolicySpan, last: LastUse, refined: LastUse, now: float) -> None:
         """Let the tokens of `span` wait in the classes of `refined` from now on."""
-        returns, age = self._returns, now - span.used
-        late = now - returns.ticked
-        for kind, tokens in last.parts(span):
-            returns.leave(kind, last.tick, age, tokens, late)
-        if returns.watches(last.tick):
-            for kind, tokens in refined.parts(span):
-                returns.enter(kind, last.tick, age, tokens, late)
+        self._forget(span, last, now)
+        self._watch(span, refined, now - span.used, now)
         span.policy_data = refined
+
+    def join(self, upper: PolicySpan, lower: PolicySpan, now: float) -> None:
+        last, behind = upper.policy_data, lower.policy_data
+        if last == behind:
+            return
+        self._tick(now)
+        if isinstance(last, LastUse):
+            self._forget(upper, last, now)
+        if isinstance(behind, LastUse):
+            self._watch(upper, behind, now - lower.used, now)
+
+    def _watch(self, span: PolicySpan, last: LastUse, age: float, now: float) -> None:
+        """Let the tokens of `span` wait as `last` says, last requested `age` seconds ago."""
+        returns = self._returns
+        if returns.watches(last.tick):
+            for kind, tokens in last.parts(span):
+                returns.enter(kind, last.tick, age, tokens, now - returns.ticked)
+
+    def _forget(self, span: PolicySpan, last: LastUse, now: float) -> None:
+        """Let the tokens of `span`, which wait as `last` says, wait no more."""
+        returns = self._returns
+        for kind, tokens in last.parts(span):
+            returns.leave(kind, last.tick, now - span.used, tokens, now - returns.ticked)
 
     def offer(self, span: PolicySpan) -> None:
         self._offered_at[span] = len(self._offered)

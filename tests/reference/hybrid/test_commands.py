@@ -68,6 +68,7 @@ def expected_of_trained(trained_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cross_backend  # trained by torch, and compared with NumPy
 @pytest.mark.parametrize("cache", ["kv", "pool"])
 def test_a_trained_model_says_the_same_on_every_backend(
     backend, trained_path, expected_of_trained, cache
