@@ -82,13 +82,13 @@ class NumpyBackend(Backend):
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
         finite: NativeArrays = rows if all_finite(rows) else self.replace_nonfinite(rows, axis)
-        if axis != 1:
-            return self.write_row_sets(buffers, finite, index.positions, axis)
-        layer = buffers if type(buffers) is HostLayer else HostLayer.of(buffers, buffers)
-        if layer is None:
-            return self.write_row_sets(buffers, finite, index.positions, axis)
-        index.write(layer, finite)
-        return layer
+        layer: NativeArrays | None = buffers
+        if axis == 1 and type(buffers) is not HostLayer:
+            layer = HostLayer.of(buffers, buffers)
+        if type(layer) is HostLayer:
+            index.write(layer, finite)
+            return layer
+        return self.write_row_sets(buffers, finite, index.positions, axis)
 
     def read_rows(self, buffer: NativeArray, index: HostArray, axis: int) -> NativeArray:
         return np.take(buffer, index, axis=axis)

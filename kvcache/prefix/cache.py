@@ -303,8 +303,7 @@ class PrefixCache:
         salt, media, retain: as for :meth:`session`.
 
         Raises: KVCacheError over a pool, or for caches of an open session; ValueError, TypeError
-            for caches of other kinds, with another number of tokens, or padded. Nothing has
-            changed then.
+            for other kinds or numbers of tokens, or for padding. Nothing has changed then.
         """
         prompt, places = checked_prompt(tokens, salt, media)
         retained = as_retained(retain)
