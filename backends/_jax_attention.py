@@ -72,11 +72,14 @@ class JaxAttention(AttentionHooks, TracedFunctions):
         read = partial(read_columns, jnp, cls.traced_read_rows, buffers, likes)
         rows, sums = begin_sums(jnp, q, buffers, likes, scoring.scale, reads)
         for blocks in reads.blocks:
-            # Blocks of padding come last: the loop ends before them, so they cost nothing.
             used = jnp.any(blocks.last > blocks.first, axis=1)
+            # Blocks of padding come last: loops end before them, so they cost nothing.
             count = jnp.max(jnp.where(used, jnp.arange(1, used.shape[0] + 1), 0))
-            add = partial(_with_block, read, rows, scoring.softcap, blocks)
-            sums = lax.fori_loop(0, count, add, sums)
+            if blocks.last.shape[1] == 1:  # the first ones: nothing was added before
+                sums = _of_single_queries(read, rows, scoring.softcap, blocks, used, count, sums)
+            else:
+                add = partial(_with_block, read, rows, scoring.softcap, blocks)
+                sums = lax.fori_loop(0, count, add, sums)
         return end_sums(jnp, sums, q, likes, scoring.sinks, reads)
 
 
@@ -147,7 +150,13 @@ def merge(
 
 
 # A product by transposed keys would be a copy of them in a loop.
-_dot_products = partial(jnp.einsum, "hrd,hcd->hrc")
+_dot_products = partial(jnp.einsum, "...rd,...cd->...rc")
+
+_BYTES = 1 << 22
+"""Most bytes of keys and values, as float32, that a round of a loop reads for single queries.
+
+Fewer, and its calls are what it costs; more, and they leave the caches of a processor.
+"""
 
 
 def _with_block(
@@ -166,3 +175,54 @@ def _with_block(
     new = add_block(jnp, own, take(rows), read(cells), visible, softcap, _dot_products)
     write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
     return Sums(*map(write, sums, new))
+
+
+def _of_single_queries(
+    read: Callable[[NativeArray], tuple[NativeArray, NativeArray]],
+    rows: NativeArray,
+    softcap: float | None,
+    blocks: Blocks,
+    used: NativeArray,
+    count: NativeArray,
+    empty: Sums,
+) -> Sums:
+    """Return the sums of all queries over blocks of one query each.
+
+    Several blocks are one product, and each keeps sums of its own up to the end: these are small,
+    and running sums would cost as much per block as its product.
+
+    used: which blocks are no padding. count: how many. empty: sums over no block.
+    """
+    kv_heads, group, queries, value_dim = empty.weighted.shape
+    total, columns = blocks.cells.shape
+    most = _BYTES // (4 * columns * kv_heads * (rows.shape[3] + value_dim))
+    size = min(total, 1 << max(0, most.bit_length() - 1))  # both powers of two
+
+    def add(number: NativeArray, parts: Sums) -> Sums:
+        take = partial(lax.dynamic_slice_in_dim, start_index=number * size, slice_size=size)
+        starts, cells, first, last = map(take, blocks)
+        visible = visible_columns(jnp, jnp.arange(columns), first, last)[:, None]
+        keys, values = (
+            array.reshape(kv_heads, size, columns, -1) for array in read(cells.reshape(-1))
+        )
+        own = jnp.moveaxis(jnp.take(rows, starts, axis=2), 2, 1)[:, :, :, None]
+        none = _no_sums((kv_heads, size, group, 1), value_dim)
+        new = add_block(jnp, none, own, (keys, values), visible, softcap, _dot_products)
+        write = partial(lax.dynamic_update_slice_in_dim, start_index=number * size, axis=0)
+        return Sums(*map(write, parts, (jnp.moveaxis(array[:, :, :, 0], 1, 0) for array in new)))
+
+    parts = _no_sums((total, kv_heads, group), value_dim)
+    largest, sums, weighted = lax.fori_loop(0, -(-count // size), add, parts)
+    # Padding belongs to a query that is not there: whatever its cells hold is added to nothing.
+    segments = jnp.where(used, blocks.starts, queries)
+    by_query = partial(jax.ops.segment_sum, segment_ids=segments, num_segments=queries)
+    highest = jax.ops.segment_max(largest, segments, queries)
+    scale = jnp.exp(largest - highest[segments])
+    joined = highest, by_query(sums * scale), by_query(weighted * scale)
+    return Sums(*(jnp.moveaxis(array, 0, 2) for array in joined))
+
+
+def _no_sums(shape: tuple[int, ...], value_dim: int) -> Sums:
+    """Return sums over no column; shape: theirs without the last axis."""
+    total = jnp.zeros((*shape, 1))
+    return Sums(total - jnp.inf, total, jnp.zeros((*shape, value_dim)))

@@ -46,7 +46,7 @@ class BlockReads(NamedTuple):
     inverse: NativeArray
     """int32 [tokens]: place of each token of the batch in that order."""
     blocks: tuple[Blocks, ...]
-    """For each number of queries per block that occurs."""
+    """For each number of queries per block that occurs, in ascending order."""
 
 
 class Sums(NamedTuple):
@@ -137,13 +137,13 @@ def add_block(
     """Return the sums of some queries with more columns added.
 
     columns: their keys and values. visible: bool ``[queries, columns]``, True = attend. dot: as for
-    :func:`product`.
+    :func:`product`; with it, `rows` and `columns` may have more axes in front of group and columns.
     """
     keys, values = (wide(xp, array) for array in columns)
-    kv_heads, group, queries, dim = rows.shape
-    flat = xp.reshape(rows, (kv_heads, group * queries, dim))
+    *several, group, queries, dim = rows.shape
+    flat = xp.reshape(rows, (*several, group * queries, dim))
     scores = xp.matmul(flat, xp.permute_dims(keys, (0, 2, 1))) if dot is None else dot(flat, keys)
-    scores = xp.reshape(scores, (kv_heads, group, queries, -1))
+    scores = xp.reshape(scores, (*several, group, queries, -1))
     if softcap is not None:
         scores = xp.tanh(scores / softcap) * softcap
     scores = xp.where(visible, scores, -math.inf)
@@ -151,7 +151,7 @@ def add_block(
     finite = xp.where(largest == -math.inf, 0.0, largest)  # -inf - -inf would be NaN
     weights, kept = xp.exp(scores - finite), xp.exp(sums.largest - finite)
     total = sums.total * kept + xp.sum(weights, axis=-1, keepdims=True)
-    added = xp.matmul(xp.reshape(weights, (kv_heads, group * queries, -1)), values)
+    added = xp.matmul(xp.reshape(weights, (*several, group * queries, -1)), values)
     weighted = sums.weighted * kept + xp.reshape(added, sums.weighted.shape)
     return Sums(largest, total, weighted)
 
