@@ -60,7 +60,8 @@ def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -
     return keeping_result(jax.jit(function, donate_argnums=0, compiler_options=options))
 
 
-def _options(copy_only: bool) -> dict[str, str] | None:
+def program_options(copy_only: bool) -> dict[str, str] | None:
+    """Return options of the compiler. copy_only: for programs that only copy or convert these."""
     return dict(_COPY_ONLY) if copy_only else None
 
 
@@ -71,7 +72,7 @@ def slice_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def write_slice(buffer: NativeArray, update: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_update_slice_in_dim(buffer, update, start, axis)
 
-    return _donating(write_slice, _options(copy_only))
+    return _donating(write_slice, program_options(copy_only))
 
 
 @cache
@@ -86,13 +87,13 @@ def slices_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., Na
         write = lax.dynamic_update_slice_in_dim
         return tuple(map(write, buffers, updates, repeat(start), axes_of(buffers, axis)))
 
-    return _donating(write_slices, _options(copy_only))
+    return _donating(write_slices, program_options(copy_only))
 
 
 @cache
 def row_writer(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     """Return a program for :meth:`Backend.write_rows`."""
-    return _donating(partial(_write_rows, axis=axis), _options(copy_only))
+    return _donating(partial(_write_rows, axis=axis), program_options(copy_only))
 
 
 @cache
@@ -106,7 +107,7 @@ def row_sets_writer(axis: Axes, finite: bool, copy_only: bool) -> Callable[..., 
             rows = replace_nonfinite(rows, axis)
         return tuple(map(_write_rows, buffers, rows, repeat(index), axes_of(buffers, axis)))
 
-    return _donating(write_row_sets, _options(copy_only))
+    return _donating(write_row_sets, program_options(copy_only))
 
 
 def _write_rows(
@@ -129,7 +130,7 @@ def replacer(axis: Axes, copy_only: bool) -> Callable[[NativeArrays], NativeArra
     def replace(arrays: NativeArrays) -> NativeArrays:
         return replace_nonfinite(arrays, axis)
 
-    return jax.jit(replace, compiler_options=_options(copy_only))
+    return jax.jit(replace, compiler_options=program_options(copy_only))
 
 
 @cache
@@ -139,7 +140,7 @@ def row_reader(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def read_rows(buffer: NativeArray, index: NativeArray) -> NativeArray:
         return jnp.take(buffer, index, axis=axis, mode="clip")
 
-    return jax.jit(read_rows, compiler_options=_options(copy_only))
+    return jax.jit(read_rows, compiler_options=program_options(copy_only))
 
 
 @cache
@@ -149,7 +150,7 @@ def slice_reader(axis: int, length: int, copy_only: bool) -> Callable[..., Nativ
     def read_slice(buffer: NativeArray, start: NativeArray) -> NativeArray:
         return lax.dynamic_slice_in_dim(buffer, start, length, axis)
 
-    return jax.jit(read_slice, compiler_options=_options(copy_only))
+    return jax.jit(read_slice, compiler_options=program_options(copy_only))
 
 
 @cache
@@ -162,7 +163,7 @@ def slices_reader(axis: Axes, length: int, copy_only: bool) -> Callable[..., Nat
         pairs = zip(buffers, axes, strict=True)
         return tuple(read(buffer, start, axis=own) for buffer, own in pairs)
 
-    return jax.jit(read_slices, compiler_options=_options(copy_only))
+    return jax.jit(read_slices, compiler_options=program_options(copy_only))
 
 
 @cache
@@ -172,7 +173,7 @@ def joiner(axis: int, copy_only: bool) -> Callable[..., NativeArray]:
     def join(*arrays: NativeArray) -> NativeArray:
         return jnp.concatenate(arrays, axis=axis)
 
-    return jax.jit(join, compiler_options=_options(copy_only))
+    return jax.jit(join, compiler_options=program_options(copy_only))
 
 
 @cache

@@ -22,10 +22,12 @@ from kvcache.errors import BoundsError, DTypeError, ShapeError, UnknownBackendEr
 from .arguments import check_dtype, fitting, host_index, root_modules
 from .arrays import Array, Arrays, DType, HostArray
 from .attention import AttentionHooks
+from .blocks import BlockReads
 from .config import CacheConfig
 from .dtypes import HOST_DTYPES
 from .integers import as_index
 from .layers import LayerHooks
+from .products import Scoring
 from .programs import P, ProgramForms, R
 
 __all__ = ["Backend", "FastKey", "P", "R"]
@@ -320,6 +322,17 @@ class Backend(AttentionHooks, ProgramForms, LayerHooks):
     @abstractmethod
     def import_dlpack(self, array: object) -> Array:
         """Do :meth:`from_dlpack`; may raise whatever the framework raises."""
+
+    def attention_in_blocks(
+        self, q: Array, buffers: Arrays, likes: Arrays, scoring: Scoring, reads: BlockReads
+    ) -> Array:
+        """Do :meth:`traced_attention` as a program of its own.
+
+        Pools call it in place of :meth:`attention` where slices are copies: a pass is then one
+        program, compiled for few numbers of tokens and blocks, in place of one for each piece.
+        """
+        out: Array = self.traced_attention(q, buffers, likes, scoring, reads)
+        return out
 
     def sync(self, *arrays: Array) -> None:
         """Return once every one of `arrays` has been computed and written."""

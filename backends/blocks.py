@@ -46,7 +46,7 @@ class BlockReads(NamedTuple):
     inverse: NativeArray
     """int32 [tokens]: place of each token of the batch in that order."""
     blocks: tuple[Blocks, ...]
-    """For each number of queries per block that occurs, in ascending order."""
+    """For each number of queries per block that occurs."""
 
 
 class Sums(NamedTuple):

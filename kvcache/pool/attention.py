@@ -9,14 +9,16 @@ import numpy as np
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
 from kvcache.backends.attention import RowCopier, joined
-from kvcache.backends.products import Result, Scoring, VisibleColumns
+from kvcache.backends.products import Result, Scoring
 from kvcache.errors import DTypeError, ShapeError
 from kvcache.storage.admission import described, refuse_several_devices
 from kvcache.storage.lengths import padded_index
 
+from .blocks import block_reads
 from .buffers import PoolBuffers
 from .checks import as_factors, check_dtype, check_query_sizes, check_sink_shape, refuse_gradients
 from .layouts import ArrayLayout, Arrays
+from .plan import Pass
 from .reads import Read, Reads, Segment
 
 _NAME = "queries"
@@ -89,18 +91,16 @@ def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
 
 
 def attend(
-    buffers: PoolBuffers,
-    layer: int,
-    q: Array,
-    reads: Reads,
-    scoring: Scoring,
-    copiers: list[RowCopier],
+    buffers: PoolBuffers, layer: int, q: Array, forward_pass: Pass, reads: Reads, scoring: Scoring
 ) -> Array:
     """Return attention of checked queries over what a pass sees, in the layout of the keys.
 
-    The keys of a layer without values serve as values. copiers: those of the pass, to take one of.
+    The keys of a layer without values serve as values. reads: of the pass.
     """
     backend, layout = buffers.backend, buffers.layouts[0]
+    if not backend.slices_are_views:
+        return _attend_in_blocks(buffers, layer, q, forward_pass, reads, scoring)
+    copiers = forward_pass.copiers
     try:  # another thread may attend in another layer
         copier = copiers.pop()
     except IndexError:
@@ -115,6 +115,26 @@ def attend(
     if reads.inverse is not None:
         out = backend.read_rows(out, reads.inverse, 1)
     return _permuted(backend, out, "htd", layout.axes)
+
+
+def _attend_in_blocks(
+    buffers: PoolBuffers, layer: int, q: Array, forward_pass: Pass, reads: Reads, scoring: Scoring
+) -> Array:
+    """Do :func:`attend` by one program, which is compiled for few numbers of tokens and cells.
+
+    Where a slice is a copy, and each length another program, reading piece after piece is slow.
+    """
+    backend, axis = buffers.backend, buffers.layouts[0].token_axis
+    tokens = forward_pass.cells.size
+    index = padded_index(backend, np.arange(tokens)).astype(np.int32)
+    if forward_pass.blocks is None:
+        blocks = block_reads([reads], tokens, index.size, lambda array: backend.from_host(array[0]))
+        forward_pass.blocks = blocks, tuple(map(buffers.empty, buffers.layouts))
+    blocks, likes = forward_pass.blocks
+    arrays = buffers.whole(layer)
+    rows = q if index.size == tokens else backend.read_rows(q, index, axis)
+    out = backend.attention_in_blocks(rows, arrays, likes, scoring, blocks)
+    return out if index.size == tokens else backend.read_slice(out, 0, tokens, axis)
 
 
 class _Source:
@@ -175,7 +195,7 @@ class _Source:
 def _segment(source: _Source, q: Array, segment: Segment, scoring: Scoring) -> Array:
     """Return attention of the tokens of a segment, ``[q_heads, tokens, value_dim]``."""
     backend = source.backend
-    if segment.runs is not None and backend.slices_are_views:
+    if segment.runs is not None:
         own = (
             q
             if len(segment.runs) == q.shape[1]
@@ -222,34 +242,9 @@ def _nothing(source: _Source, like: Array, tokens: int, scoring: Scoring) -> Res
 
 def _product(source: _Source, q: Array, read: Read, scoring: Scoring) -> Result:
     backend, tokens = source.backend, read.stop - read.start
-    if not backend.slices_are_views:
-        return _padded_product(source, q, read, scoring)
     if tokens < q.shape[1]:
         q = backend.read_slice(q, read.start, read.stop, 1)
     return backend.attention(q, *source.arrays(read), scoring, read.visible)
-
-
-def _padded_product(source: _Source, q: Array, read: Read, scoring: Scoring) -> Result:
-    """Return the result of a read by programs that are compiled for few numbers of tokens.
-
-    Where a slice is a copy, rows are copied by an index, filled up with the last row, so that the
-    product meets no cells but those of the read.
-    """
-    backend, tokens = source.backend, read.stop - read.start
-    cells = read.cells
-    seen = read.visible or VisibleColumns(np.zeros(tokens, np.int32), np.full(tokens, cells.size))
-    rows = padded_index(backend, np.arange(read.start, read.stop)).astype(np.int32)
-    extra = 0, rows.size - tokens
-    padded = VisibleColumns(np.pad(seen.first, extra, "edge"), np.pad(seen.last, extra, "edge"))
-    index = padded_index(backend, cells.astype(np.int64)).astype(np.int32)
-    keys, values = source.arrays(read._replace(scattered=index))
-    result = backend.attention(backend.read_rows(q, rows, 1), keys, values, scoring, padded)
-    if rows.size == tokens:
-        return result
-    out, total = result
-    return backend.read_slice(out, 0, tokens, 1), (
-        None if total is None else backend.read_slice(total, 0, tokens, 1)
-    )
 
 
 def _permuted(backend: Backend, array: Array, old: str, new: str) -> Array:

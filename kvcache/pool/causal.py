@@ -191,7 +191,8 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         forward_pass = self._pool.current_pass()
         ahead = seen_ahead(except_, forward_pass.positions, forward_pass.sequences)
         if forward_pass.ahead != ahead:
-            forward_pass.ahead, forward_pass.device_mask, forward_pass.reads = ahead, None, None
+            forward_pass.ahead, forward_pass.device_mask = ahead, None
+            forward_pass.reads = forward_pass.blocks = None
             with self.lock:
                 tell_owners(self.owners, ahead, forward_pass.positions, forward_pass.sequences)
 
@@ -244,7 +245,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
         if forward_pass.reads is None:
             with self.lock:  # other threads may change sequences, and so the table, during a pass
                 forward_pass.reads = plan_reads(forward_pass, buffers.backend.read_costs)
-        return attend(buffers, self._layer, q, forward_pass.reads, scoring, forward_pass.copiers)
+        return attend(buffers, self._layer, q, forward_pass, forward_pass.reads, scoring)
 
     # Programs.
 

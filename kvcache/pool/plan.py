@@ -124,6 +124,8 @@ class Pass:
     """Asked for in this pass: :meth:`mask`, on the device."""
     reads: Reads | None = None
     """Asked for in this pass: the cells that attention reads."""
+    blocks: tuple[BlockReads, tuple[Array, ...]] | None = None
+    """The same for a program, and the prototypes of the arrays of a layer."""
     row_index: RowIndex | None = None
     """Once a layer was put, if cells are not consecutive: `cells` as the backend writes rows."""
     moved: Moved | None = None

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.backends import HOST_DTYPES, Array, Backend, HostArray
+from kvcache.backends.blocks import BlockReads, Blocks
 from kvcache.backends.nonfinite import LARGEST_BITS, largest_power
 from kvcache.backends.products import Scoring, VisibleColumns
 
@@ -177,3 +178,38 @@ def attention_of_runs_reads_each_run(backend: Backend, dtype: str) -> None:
     q, keys, values = map(backend.from_host, arrays)
     out = backend.attention_of_runs(q, keys, values, scoring, runs)
     _near(backend, out, _expected(arrays, scoring, visible)[0], dtype)
+
+
+def _reads(backend: Backend) -> BlockReads:
+    """Return reads of three tokens: of cells of their own, and of two that the first two share."""
+    own = (
+        [0, 1, 2, 0],
+        [[4, 5, 6, 6], [4, 5, 5, 5], [7, 8, 8, 8], [8, 8, 8, 8]],  # the last one is padding
+        [[0], [0], [0], [0]],
+        [[3], [2], [2], [0]],
+    )
+    shared = [0], [[2, 3, 3, 3]], [[0, 1]], [[2, 2]]
+
+    def move(array: object) -> Array:
+        return backend.from_host(np.array(array, np.int32))
+
+    blocks = tuple(Blocks(*map(move, arrays)) for arrays in (own, shared))
+    return BlockReads(move([0, 1, 2, 0]), move([0, 1, 2]), blocks)
+
+
+@check
+def attention_in_blocks_adds_up(backend: Backend, dtype: str) -> None:
+    """Add up what each query sees in several blocks, of one query and of two."""
+    if dtype not in LARGEST_BITS:
+        return
+    arrays, visible = _inputs(dtype, 3, 5), VisibleColumns(np.array([2, 3, 7]), np.array([7, 6, 9]))
+    q, *buffers = map(backend.from_host, arrays)
+    likes = [backend.alloc((KV_HEADS, 0, dim), dtype) for dim in (DIM, 5)]
+    logits = np.linspace(-1, 2, Q_HEADS).astype(np.float32)
+    for softcap, sinks in ((None, None), (1.5, logits)):
+        given = None if sinks is None else backend.from_host(sinks)
+        scoring = Scoring(0.5, softcap, given)
+        reads = _reads(backend)
+        out = backend.attention_in_blocks(q, tuple(buffers), tuple(likes), scoring, reads)
+        assert backend.dtype_name(out) == arrays[0].dtype.name, backend.dtype_name(out)
+        _near(backend, out, _expected(arrays, scoring, visible, sinks)[0], dtype)

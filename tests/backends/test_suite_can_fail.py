@@ -594,6 +594,15 @@ class ReadsOneColumnLess(Faulty):
         return super().attention_of_runs(q, keys, values, scoring, shorter)
 
 
+class TakesTheColumnsOfABlockForVisible(Faulty):
+    finds = "attention_in_blocks_adds_up"
+
+    def attention_in_blocks(self, q, buffers, likes, scoring, reads):
+        blocks = tuple(own._replace(first=own.first * 0) for own in reads.blocks)
+        whole = reads._replace(blocks=blocks)
+        return super().attention_in_blocks(q, buffers, likes, scoring, whole)
+
+
 FAULTS = Faulty.__subclasses__()
 
 

@@ -71,17 +71,16 @@ can_trim checkpoint concat copy count cuts index last_trimmable load nbytes offs
 restore rollback save schedule select snapshot split to_backend trim
 """.split()
 BACKEND = """
-alloc alloc_axes array_types assignment_rebinds attention attention_block attention_of_runs
-attention_size check_type compile concat config detached device device_of devices dtype dtype_name
-dtypes evaluate fast_key free from_dlpack from_host from_host_axes from_traced from_traced_forms
-gather import_dlpack in_host_memory is_deleted is_traced merge_attention modules moved_by name
-owned owns read_costs read_rows read_slice read_slices replace_nonfinite requires_grad
-row_copier row_index
-scatter shared slice
-slice_update slices_are_views spec sync to_host traced_append traced_attention traced_cond
-traced_form traced_forms traced_index traced_range traced_read traced_read_rows
-traced_replace_nonfinite traced_write traced_zeros whole_beside with_gradients
-write_finite_row_sets write_finite_slices write_row_sets write_rows write_slice write_slices xp
+alloc alloc_axes array_types assignment_rebinds attention attention_block attention_in_blocks
+attention_of_runs attention_size check_type compile concat config detached device device_of devices
+dtype dtype_name dtypes evaluate fast_key free from_dlpack from_host from_host_axes from_traced
+from_traced_forms gather import_dlpack in_host_memory is_deleted is_traced merge_attention modules
+moved_by name owned owns read_costs read_rows read_slice read_slices replace_nonfinite requires_grad
+row_copier row_index scatter shared slice slice_update slices_are_views spec sync to_host
+traced_append traced_attention traced_cond traced_form traced_forms traced_index traced_range
+traced_read traced_read_rows traced_replace_nonfinite traced_write traced_zeros whole_beside
+with_gradients write_finite_row_sets write_finite_slices write_row_sets write_rows write_slice
+write_slices xp
 """.split()
 
 

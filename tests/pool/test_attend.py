@@ -240,6 +240,23 @@ def test_many_tokens_in_blocks(backend, monkeypatch):
 
 @pytest.mark.one_backend(name="jax")
 def test_jax_in_programs_for_few_lengths():
+    traced = []
+
+    class Noting(type(get_backend("jax"))):
+        @classmethod
+        def traced_attention(cls, q, *others):
+            traced.append(q.shape[1])
+            return super().traced_attention(q, *others)
+
+    backend = Noting()
+    cache, history = make(backend, sequences=8), History(backend)
+    for tokens in (5, 6, 7, 8, 3, 4):
+        start = {sequence: cache.next_position(sequence) for sequence in range(tokens)}
+        run(cache, history, [(position, sequence) for sequence, position in start.items()])
+    assert traced == [8, 4]
+
+
+def test_jax_reads_a_prefix_once():
     backend = get_backend("jax")
     backend.read_costs = ReadCosts(shared=1, run=2, least=1)
     cache, history = make(backend), History(backend)
