@@ -109,7 +109,8 @@ def attend(
     ideal: that kernel, sequence by sequence, over keys in arrays of their own. Sequences are even,
     uneven (a 64th to four times the tokens), fragmented, in a window, or share a prefix of twice
     the tokens. Beside functional.attend in a compiled program on JAX, the batch cache of mlx-lm on
-    MLX, and the paged cache of transformers' continuous batching on torch. Example:
+    MLX, and the paged cache of transformers' continuous batching on torch. For one thread set
+    OMP_NUM_THREADS=1; JAX takes all cores, unless taskset -c 0 leaves it one. Example:
 
     [bold]kvcache bench attend --backends torch --loads even,shared --sequences 1,32[/]
     """
