@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvcache.errors import BackendNotAvailableError
 
-from ._mlx_rows import ElementIndex, is_run, put_rows, take_rows
+from ._mlx_rows import ElementIndex, equally_spaced, is_run, put_rows, take_rows
 from .arrays import (
     DType,
     HostArray,
@@ -36,7 +36,7 @@ from .blocks import (
     visible_columns,
 )
 from .dtypes import HOST_DTYPES
-from .indexing import FULL_SLICES, Axes, axes_of, set_slices
+from .indexing import FULL_SLICES, Axes, axes_of, set_items, set_slices
 from .nonfinite import replace_floats
 from .products import NEVER, ReadCosts, Result, Scoring, VisibleColumns
 
@@ -135,12 +135,15 @@ class MlxBackend(Backend):
         return tuple(map(put_rows, buffers, rows, positions, axes))
 
     def row_index(self, index: HostArray) -> RowIndex:
-        return ElementIndex(index)
+        return equally_spaced(index) or ElementIndex(index)
 
     def write_finite_row_sets(
         self, buffers: NativeArrays, rows: NativeArrays, index: RowIndex, axis: Axes
     ) -> NativeArrays:
         finite = self.replace_nonfinite(rows, axis)
+        if isinstance(index, slice):
+            places = [(*FULL_SLICES[own], index) for own in axes_of(buffers, axis)]
+            return set_items(buffers, places, finite)
         return tuple(map(index.put, buffers, finite, axes_of(buffers, axis)))
 
     def replace_nonfinite(self, arrays: NativeArrays, axis: Axes) -> NativeArrays:

@@ -54,3 +54,16 @@ def take_rows(buffer: NativeArray, index: NativeArray, axis: int) -> NativeArray
 def is_run(index: HostArray) -> bool:
     """Return whether positions follow each other: a slice update is cheaper than a scatter."""
     return np.array_equal(index, np.arange(index[0], index[0] + index.size))
+
+
+def equally_spaced(index: HostArray) -> slice | None:
+    """Return the slice of positions at equal distances, ascending; None for others.
+
+    Sequences of one length lie so: a batch, or samples of one prompt. A slice with a step is
+    written in two thirds of the time of a scatter.
+    """
+    first, size = int(index[0]), index.size
+    step = int(index[1]) - first if size > 1 else 1
+    if step < 1 or not np.array_equal(index, np.arange(first, first + size * step, step)):
+        return None
+    return slice(first, first + (size - 1) * step + 1, step)

@@ -256,6 +256,7 @@ def test_jax_in_programs_for_few_lengths():
     assert traced == [8, 4]
 
 
+@pytest.mark.one_backend(name="jax")
 def test_jax_reads_a_prefix_once():
     backend = get_backend("jax")
     backend.read_costs = ReadCosts(shared=1, run=2, least=1)
