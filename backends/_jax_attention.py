@@ -145,18 +145,17 @@ def _with_single_queries(
 ) -> Sums:
     """Return the sums of all queries with `count` blocks of one query each added.
 
-    Several blocks are one product, and each has sums of its own until all are known: these are
-    small, and with running sums a block would cost twice as much.
+    Several blocks are one product, for calls cost as much as the product of one.
     """
     total, columns = blocks.cells.shape
     kv_heads, _, _, value_dim = sums.weighted.shape
     most = _BYTES // (4 * columns * kv_heads * (rows.shape[3] + value_dim))
     size = min(total, 1 << max(0, most.bit_length() - 1))  # both powers of two
     # From `sums`, so that they are divided over devices alike.
-    empty = [jnp.zeros_like(array[:, :, :1]) for array in sums]
+    empty = [jnp.zeros_like(array[:, None, :, :1]) for array in sums]
     empty[0] -= jnp.inf
 
-    def add(number: NativeArray, parts: Sums) -> Sums:
+    def add(number: NativeArray, sums: Sums) -> Sums:
         take = partial(lax.dynamic_slice_in_dim, start_index=number * size, slice_size=size)
         starts, cells, first, last = map(take, blocks)
         visible = visible_columns(jnp, jnp.arange(columns), first, last)[:, None]
@@ -164,15 +163,14 @@ def _with_single_queries(
             array.reshape(kv_heads, size, columns, -1) for array in read(cells.reshape(-1))
         )
         own = jnp.moveaxis(jnp.take(rows, starts, axis=2), 2, 1)[:, :, :, None]
-        none = Sums(*(_repeated(array[:, None], size, 1) for array in empty))
-        new = add_block(jnp, none, own, (keys, values), visible, softcap, _dot_products)
-        write = partial(lax.dynamic_update_slice_in_dim, start_index=number * size, axis=0)
-        return Sums(*map(write, parts, (jnp.moveaxis(array, 1, 0) for array in new)))
+        none = Sums(*(_repeated(array, size, 1) for array in empty))
+        parts = add_block(jnp, none, own, (keys, values), visible, softcap, _dot_products)
+        left = jnp.minimum(size, count - number * size)
+        joined: Sums = lax.fori_loop(0, left, partial(_joined, parts, starts), sums)
+        return joined
 
-    parts = Sums(*(_repeated(array[None], total, 0) for array in empty))
-    parts = lax.fori_loop(0, -(-count // size), add, parts)
-    joined: Sums = lax.fori_loop(0, count, partial(_joined, parts, blocks.starts), sums)
-    return joined
+    added: Sums = lax.fori_loop(0, -(-count // size), add, sums)
+    return added
 
 
 def _repeated(array: NativeArray, count: int, axis: int) -> NativeArray:
@@ -184,7 +182,7 @@ def _joined(parts: Sums, starts: NativeArray, number: NativeArray, sums: Sums) -
     """Return the sums of all queries with those of block `number` added."""
     place = {"start_index": starts[number], "axis": 2}
     own = Sums(*(lax.dynamic_slice_in_dim(array, slice_size=1, **place) for array in sums))
-    new = Sums(*(array[number] for array in parts))
+    new = Sums(*(array[:, number] for array in parts))
     largest = jnp.maximum(own.largest, new.largest)
     kept, added = jnp.exp(own.largest - largest), jnp.exp(new.largest - largest)
     total = own.total * kept + new.total * added
