@@ -128,11 +128,12 @@ def _with_block(
     """Return the sums of all queries with one more block added."""
     start, cells, first, last = (array[number] for array in blocks)
     visible = visible_columns(jnp, jnp.arange(cells.shape[0]), first, last)
-    take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=last.shape[0], axis=2)
-    own = Sums(*map(take, sums))
-    new = add_block(jnp, own, take(rows), read(cells), visible, softcap, _dot_products)
-    write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
-    return Sums(*map(write, sums, new))
+    own = lax.dynamic_slice_in_dim(rows, start, last.shape[0], axis=2)
+
+    def add(sums: Sums) -> Sums:
+        return add_block(jnp, sums, own, read(cells), visible, softcap, _dot_products)
+
+    return _changed(sums, start, last.shape[0], add)
 
 
 def _with_single_queries(
@@ -152,8 +153,8 @@ def _with_single_queries(
     most = _BYTES // (4 * columns * kv_heads * (rows.shape[3] + value_dim))
     size = min(total, 1 << max(0, most.bit_length() - 1))  # both powers of two
     # From `sums`, so that they are divided over devices alike.
-    empty = [jnp.zeros_like(array[:, None, :, :1]) for array in sums]
-    empty[0] -= jnp.inf
+    none = Sums(*(jnp.zeros_like(array[:, None, :, :1]) for array in sums))
+    none = none._replace(largest=none.largest - jnp.inf)
 
     def add(number: NativeArray, sums: Sums) -> Sums:
         take = partial(lax.dynamic_slice_in_dim, start_index=number * size, slice_size=size)
@@ -163,7 +164,6 @@ def _with_single_queries(
             array.reshape(kv_heads, size, columns, -1) for array in read(cells.reshape(-1))
         )
         own = jnp.moveaxis(jnp.take(rows, starts, axis=2), 2, 1)[:, :, :, None]
-        none = Sums(*(_repeated(array, size, 1) for array in empty))
         parts = add_block(jnp, none, own, (keys, values), visible, softcap, _dot_products)
         left = jnp.minimum(size, count - number * size)
         joined: Sums = lax.fori_loop(0, left, partial(_joined, parts, starts), sums)
@@ -173,19 +173,21 @@ def _with_single_queries(
     return added
 
 
-def _repeated(array: NativeArray, count: int, axis: int) -> NativeArray:
-    """Return `array`, of length 1 on `axis`, so many times."""
-    return jnp.broadcast_to(array, (*array.shape[:axis], count, *array.shape[axis + 1 :]))
-
-
 def _joined(parts: Sums, starts: NativeArray, number: NativeArray, sums: Sums) -> Sums:
     """Return the sums of all queries with those of block `number` added."""
-    place = {"start_index": starts[number], "axis": 2}
-    own = Sums(*(lax.dynamic_slice_in_dim(array, slice_size=1, **place) for array in sums))
     new = Sums(*(array[:, number] for array in parts))
-    largest = jnp.maximum(own.largest, new.largest)
-    kept, added = jnp.exp(own.largest - largest), jnp.exp(new.largest - largest)
-    total = own.total * kept + new.total * added
-    weighted = own.weighted * kept + new.weighted * added
-    write = partial(lax.dynamic_update_slice_in_dim, **place)
-    return Sums(*map(write, sums, (largest, total, weighted)))
+
+    def add(own: Sums) -> Sums:
+        largest = jnp.maximum(own.largest, new.largest)
+        kept, added = jnp.exp(own.largest - largest), jnp.exp(new.largest - largest)
+        total = own.total * kept + new.total * added
+        return Sums(largest, total, own.weighted * kept + new.weighted * added)
+
+    return _changed(sums, starts[number], 1, add)
+
+
+def _changed(sums: Sums, start: NativeArray, count: int, change: Callable[[Sums], Sums]) -> Sums:
+    """Return `sums` with those of `count` queries from `start` on replaced by the changed ones."""
+    own = Sums(*(lax.dynamic_slice_in_dim(array, start, count, axis=2) for array in sums))
+    write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+    return Sums(*map(write, sums, change(own)))

@@ -61,7 +61,10 @@ def _donating(function: Callable[P, R], options: dict[str, str] | None = None) -
 
 
 def program_options(copy_only: bool) -> dict[str, str] | None:
-    """Return options of the compiler. copy_only: for programs that only copy or convert these."""
+    """Return options of the compiler for a program that only copies or converts small floats.
+
+    copy_only: whether the device needs them.
+    """
     return dict(_COPY_ONLY) if copy_only else None
 
 

@@ -152,7 +152,7 @@ def add_block(
     weights, kept = xp.exp(scores - finite), xp.exp(sums.largest - finite)
     total = sums.total * kept + xp.sum(weights, axis=-1, keepdims=True)
     added = xp.matmul(xp.reshape(weights, (*several, group * queries, -1)), values)
-    weighted = sums.weighted * kept + xp.reshape(added, sums.weighted.shape)
+    weighted = sums.weighted * kept + xp.reshape(added, (*several, group, queries, -1))
     return Sums(largest, total, weighted)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvcache._locks import Lock
 from kvcache._types import Int32s
 from kvcache.backends import Array, Backend
 from kvcache.backends.attention import RowCopier, joined
@@ -18,8 +19,8 @@ from .blocks import block_reads
 from .buffers import PoolBuffers
 from .checks import as_factors, check_dtype, check_query_sizes, check_sink_shape, refuse_gradients
 from .layouts import ArrayLayout, Arrays
-from .plan import Pass
-from .reads import Read, Reads, Segment
+from .plan import Pass, PassBlocks
+from .reads import Read, Reads, Segment, plan_reads
 
 _NAME = "queries"
 _OF_QUERIES = ("float32", "float16", "bfloat16")
@@ -91,15 +92,21 @@ def _check_sinks(backend: Backend, sinks: Array, q_heads: int) -> None:
 
 
 def attend(
-    buffers: PoolBuffers, layer: int, q: Array, forward_pass: Pass, reads: Reads, scoring: Scoring
+    buffers: PoolBuffers, layer: int, q: Array, forward_pass: Pass, scoring: Scoring, lock: Lock
 ) -> Array:
     """Return attention of checked queries over what a pass sees, in the layout of the keys.
 
-    The keys of a layer without values serve as values. reads: of the pass.
+    The keys of a layer without values serve as values. lock: of the cache.
     """
     backend, layout = buffers.backend, buffers.layouts[0]
+    reads = forward_pass.reads
+    if reads is None:
+        with lock:  # other threads may change sequences, and so the table, during a pass
+            reads = forward_pass.reads = plan_reads(forward_pass, backend.read_costs)
     if not backend.slices_are_views:
-        return _attend_in_blocks(buffers, layer, q, forward_pass, reads, scoring)
+        if forward_pass.blocks is None:
+            forward_pass.blocks = _pass_blocks(buffers, reads, forward_pass.cells.size)
+        return _attend_in_blocks(buffers, layer, q, forward_pass.blocks, scoring)
     copiers = forward_pass.copiers
     try:  # another thread may attend in another layer
         copier = copiers.pop()
@@ -117,24 +124,26 @@ def attend(
     return _permuted(backend, out, "htd", layout.axes)
 
 
+def _pass_blocks(buffers: PoolBuffers, reads: Reads, tokens: int) -> PassBlocks:
+    backend = buffers.backend
+    rows = padded_index(backend, np.arange(tokens)).astype(np.int32)
+    blocks = block_reads([reads], tokens, rows.size, lambda array: backend.from_host(array[0]))
+    return PassBlocks(rows, blocks, tuple(map(buffers.empty, buffers.layouts)))
+
+
 def _attend_in_blocks(
-    buffers: PoolBuffers, layer: int, q: Array, forward_pass: Pass, reads: Reads, scoring: Scoring
+    buffers: PoolBuffers, layer: int, q: Array, blocks: PassBlocks, scoring: Scoring
 ) -> Array:
-    """Do :func:`attend` by one program, which is compiled for few numbers of tokens and cells.
+    """Do :func:`attend` by one program.
 
     Where a slice is a copy, and each length another program, reading piece after piece is slow.
     """
     backend, axis = buffers.backend, buffers.layouts[0].token_axis
-    tokens = forward_pass.cells.size
-    index = padded_index(backend, np.arange(tokens)).astype(np.int32)
-    if forward_pass.blocks is None:
-        blocks = block_reads([reads], tokens, index.size, lambda array: backend.from_host(array[0]))
-        forward_pass.blocks = blocks, tuple(map(buffers.empty, buffers.layouts))
-    blocks, likes = forward_pass.blocks
-    arrays = buffers.whole(layer)
-    rows = q if index.size == tokens else backend.read_rows(q, index, axis)
-    out = backend.attention_in_blocks(rows, arrays, likes, scoring, blocks)
-    return out if index.size == tokens else backend.read_slice(out, 0, tokens, axis)
+    tokens, arrays = q.shape[axis], buffers.whole(layer)
+    padded = blocks.rows.size > tokens
+    rows = backend.read_rows(q, blocks.rows, axis) if padded else q
+    out = backend.attention_in_blocks(rows, arrays, blocks.likes, scoring, blocks.reads)
+    return backend.read_slice(out, 0, tokens, axis) if padded else out
 
 
 class _Source:

@@ -43,7 +43,6 @@ from .passes import CellPool, cells_of, tokens_retained
 from .plan import ForwardPlan, PoolState
 from .planning import Planned, PlanningCache
 from .programs import plan_current, plan_steps
-from .reads import plan_reads
 
 
 class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
@@ -242,10 +241,7 @@ class CausalCache(PageCalls, PlanningCache[ForwardPlan, PoolState]):
             raise KVCacheError(f"layer {self._layer} was not put in this pass. Put it first.")
         buffers, tokens = pool.buffers, forward_pass.cells.size
         scoring = as_scoring(buffers, self._layer, q, tokens, scale, softcap, sinks)
-        if forward_pass.reads is None:
-            with self.lock:  # other threads may change sequences, and so the table, during a pass
-                forward_pass.reads = plan_reads(forward_pass, buffers.backend.read_costs)
-        return attend(buffers, self._layer, q, forward_pass, forward_pass.reads, scoring)
+        return attend(buffers, self._layer, q, forward_pass, scoring, self.lock)
 
     # Programs.
 

@@ -99,6 +99,17 @@ class StatePlan(NamedTuple):
     """By layer and number of an array: an empty one like it, where the buffer carries bits."""
 
 
+class PassBlocks(NamedTuple):
+    """What a pass reads as blocks, for a program that is compiled for few numbers of tokens.
+
+    rows: of its queries, padded by the last one, int32. likes: prototypes of the arrays of a layer.
+    """
+
+    rows: Int32s
+    reads: BlockReads
+    likes: tuple[Array, ...]
+
+
 class Pass:
     """A forward pass on the host: the cells written, the range read, and the visibility.
 
@@ -124,8 +135,8 @@ class Pass:
     """Asked for in this pass: :meth:`mask`, on the device."""
     reads: Reads | None = None
     """Asked for in this pass: the cells that attention reads."""
-    blocks: tuple[BlockReads, tuple[Array, ...]] | None = None
-    """The same for a program, and the prototypes of the arrays of a layer."""
+    blocks: PassBlocks | None = None
+    """The same for a program."""
     row_index: RowIndex | None = None
     """Once a layer was put, if cells are not consecutive: `cells` as the backend writes rows."""
     moved: Moved | None = None
